@@ -1,0 +1,391 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uae_jax.diffusion import sampler
+from uae_jax.diffusion.schedule import sigma_schedule
+from uae_jax.diffusion.steps import SdeStep, gaussian_kl, sample_transition, transition_log_prob
+from uae_jax.rl import losses
+from uae_jax.rl.advantages import group_advantages
+
+AGGREGATIONS = [
+    {"aggregation": "grpo"},
+    {"aggregation": "dr_grpo", "max_tokens": 12},
+    {"aggregation": "token_mean"},
+    {"aggregation": "gspo", "clip_low": 0.05, "clip_high": 0.05},
+]
+
+
+def _tokens(count=8, width=6, seed=0):
+    """Unequal lengths, an off-policy ratio and a reference: (log_prob, the other arrays)."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    log_prob = -jax.random.uniform(keys[0], (count, width)) * 3
+    arrays = {
+        "old_log_prob": log_prob + 0.2 * jax.random.normal(keys[1], (count, width)),
+        "ref_log_prob": log_prob + 0.3 * jax.random.normal(keys[2], (count, width)),
+        "advantage": jax.random.normal(keys[3], (count,)),
+        "mask": jnp.arange(width) < jnp.array([1, 6, 3, 2, 5, 6, 4, 1])[:count, None],
+    }
+    return log_prob, arrays
+
+
+def _mean_loss(log_prob, arrays, **options):
+    total, count, _ = losses.token_grpo_loss(log_prob, **arrays, kl_weight=0.1, **options)
+    return total / count
+
+
+def _value(pair):
+    return float(pair[0]) / float(pair[1])
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 1.5])
+def test_gradient_vanishes_in_exactly_two_corners(advantage, ratio):
+    def loss(log_prob):
+        total, _, metrics = losses.token_grpo_loss(
+            log_prob, jnp.zeros((1, 1)), None, jnp.array([advantage]), jnp.ones((1, 1), bool)
+        )
+        return total, metrics
+
+    (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.log(jnp.full((1, 1), ratio)))
+    clipped = (advantage > 0 and ratio > 1.2) or (advantage < 0 and ratio < 0.8)
+    assert (gradient[0, 0] == 0) == clipped
+    if not clipped:
+        np.testing.assert_allclose(gradient[0, 0], -advantage * ratio, rtol=1e-5)
+    assert _value(metrics["clip_fraction_high"]) == float(clipped and advantage > 0)
+    assert _value(metrics["clip_fraction_low"]) == float(clipped and advantage < 0)
+    assert _value(metrics["ratio_deviation_max"]) == pytest.approx(abs(ratio - 1), abs=1e-6)
+
+
+def test_asymmetric_and_dual_clip():
+    ratio = jnp.array([1.25, 1.35, 5.0, 5.0])
+    advantage = jnp.array([1.0, 1.0, -1.0, -0.5])
+    loss = losses.clipped_surrogate(ratio, advantage, 0.2, 0.28)
+    np.testing.assert_allclose(loss, [-1.25, -1.28, 5.0, 2.5], rtol=1e-6)
+    capped = losses.clipped_surrogate(ratio, advantage, 0.2, 0.28, dual_clip=3.0)
+    np.testing.assert_allclose(capped, [-1.25, -1.28, 3.0, 1.5], rtol=1e-6)
+
+
+def test_kl_estimators():
+    log_prob = jnp.linspace(-3, 0, 13)
+    ref = jnp.full(13, -1.5)
+    d = ref - log_prob
+    np.testing.assert_allclose(losses.kl_estimate(log_prob, ref, "k1"), -d, atol=1e-6)
+    np.testing.assert_allclose(losses.kl_estimate(log_prob, ref, "k2"), d**2 / 2, atol=1e-6)
+    k3 = losses.kl_estimate(log_prob, ref, "k3")
+    np.testing.assert_allclose(k3, np.exp(d) - d - 1, atol=1e-5)
+    assert (k3 >= 0).all() and k3[6] == 0
+    gradient = jax.grad(lambda x: losses.kl_estimate(x, ref).sum())(log_prob)
+    assert gradient[6] == 0 and (gradient[:6] < 0).all() and (gradient[7:] > 0).all()
+    with pytest.raises(ValueError, match="k4"):
+        losses.kl_estimate(log_prob, ref, "k4")
+
+
+def test_k3_is_unbiased_on_policy():
+    policy = jax.nn.log_softmax(jnp.array([0.3, -0.2, 1.0]))
+    reference = jax.nn.log_softmax(jnp.array([-0.4, 0.6, 0.5]))
+    exact = (jnp.exp(policy) * (policy - reference)).sum()
+    for estimator in ("k1", "k3"):
+        estimate = jnp.exp(policy) * losses.kl_estimate(policy, reference, estimator)
+        np.testing.assert_allclose(estimate.sum(), exact, rtol=1e-5)
+
+
+def test_far_tokens_stay_finite_and_keep_their_gradient():
+    log_prob = jnp.array([-80.0, -1.0])
+    ref = jnp.array([-1.0, -80.0])
+    value, gradient = jax.value_and_grad(lambda x: losses.kl_estimate(x, ref).sum())(log_prob)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+    assert gradient[0] < -1 and gradient[1] > 0.9
+
+
+def test_kl_raises_the_loss_away_from_the_reference():
+    log_prob, arrays = _tokens()
+    arrays |= {"advantage": jnp.zeros(8), "old_log_prob": None}
+
+    def loss(log_prob):
+        return _mean_loss(log_prob, arrays | {"ref_log_prob": ref})
+
+    ref = log_prob
+    assert loss(log_prob) == 0 and not jax.grad(loss)(log_prob).any()
+    ref = log_prob - 0.5
+    assert loss(log_prob) > 0 and (jax.grad(loss)(log_prob)[arrays["mask"]] > 0).all()
+
+
+def test_aggregations_against_their_formulas():
+    log_prob, arrays = _tokens()
+    m = np.asarray(arrays["mask"], np.float64)
+    a = np.asarray(arrays["advantage"], np.float64)[:, None]
+    log_ratio = np.asarray(log_prob - arrays["old_log_prob"], np.float64)
+    d = np.asarray(arrays["ref_log_prob"] - log_prob, np.float64)
+    kl = np.exp(d) - d - 1
+
+    def surrogate(ratio, eps):
+        return np.maximum(-a * ratio, -a * np.clip(ratio, 1 - eps, 1 + eps))
+
+    token = surrogate(np.exp(log_ratio), 0.2) + 0.1 * kl
+    lengths = m.sum(axis=1)
+    sequence = surrogate(np.exp((m * log_ratio).sum(1) / lengths)[:, None], 0.05) + 0.1 * kl
+    expected = {
+        "grpo": ((m * token).sum(1) / lengths).mean(),
+        "dr_grpo": (m * token).sum() / (8 * 12),
+        "token_mean": (m * token).sum() / m.sum(),
+        "gspo": ((m * sequence).sum(1) / lengths).mean(),
+    }
+    for options in AGGREGATIONS:
+        loss = _mean_loss(log_prob, arrays, **options)
+        np.testing.assert_allclose(loss, expected[options["aggregation"]], rtol=1e-5)
+
+
+def test_gspo_gradient_weighs_all_tokens_of_a_sequence_alike():
+    log_prob, arrays = _tokens()
+    arrays["ref_log_prob"] = None
+
+    def loss(log_prob):
+        return losses.token_grpo_loss(
+            log_prob, **arrays, aggregation="gspo", clip_low=9.0, clip_high=9.0
+        )[0]
+
+    gradient, mask = np.asarray(jax.grad(loss)(log_prob)), np.asarray(arrays["mask"])
+    for row in range(8):
+        inside = gradient[row][mask[row]]
+        np.testing.assert_allclose(inside, inside[0], rtol=1e-5)
+        assert inside[0] != 0 and not gradient[row][~mask[row]].any()
+
+
+@pytest.mark.parametrize("options", AGGREGATIONS, ids=lambda o: o["aggregation"])
+def test_gradient_does_not_depend_on_micro_batches(options):
+    log_prob, arrays = _tokens()
+    whole = jax.grad(_mean_loss)(log_prob, arrays, **options)
+    assert np.abs(whole).max() > 1e-3
+    for parts in (2, 4, 8):
+        size, gradients, counts = 8 // parts, [], 0.0
+        for i in range(parts):
+            rows = slice(i * size, (i + 1) * size)
+            part = {k: v[rows] for k, v in arrays.items()}
+
+            def total(x):
+                s, c, _ = losses.token_grpo_loss(x, **part, kl_weight=0.1, **options)
+                return s, c
+
+            gradient, count = jax.grad(total, has_aux=True)(log_prob[rows])
+            gradients.append(gradient)
+            counts += count
+        np.testing.assert_allclose(np.concatenate(gradients) / counts, whole, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", AGGREGATIONS, ids=lambda o: o["aggregation"])
+def test_gradient_does_not_depend_on_devices_or_padding(options):
+    log_prob, arrays = _tokens()
+    whole = jax.grad(_mean_loss)(log_prob, arrays, **options)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    placed = jax.device_put((log_prob, arrays), spec)
+    sharded = jax.jit(jax.grad(lambda x, a: _mean_loss(x, a, **options)))(*placed)
+    np.testing.assert_allclose(sharded, whole, rtol=1e-5, atol=1e-8)
+
+    def widen(x, fill):
+        return jnp.pad(x, ((0, 0), (0, 3)), constant_values=fill)
+
+    wide = {k: v if k == "advantage" else widen(v, 0) for k, v in arrays.items()}
+    # Whatever a model computes for padding, infinities included, stays out.
+    padded = jax.grad(_mean_loss)(widen(log_prob, -np.inf), wide, **options)
+    np.testing.assert_allclose(padded[:, :6], whole, rtol=1e-5, atol=1e-8)
+    assert not padded[:, 6:].any()
+
+
+def test_on_policy_identity():
+    """Value 0 and gradient A grad log_prob / lengths, with and without explicit old values."""
+    log_prob, arrays = _tokens()
+    advantage, _ = group_advantages(arrays["advantage"].reshape(2, 4))
+    arrays |= {"advantage": advantage.ravel(), "ref_log_prob": None}
+    mask = np.asarray(arrays["mask"])
+    expected = -np.asarray(advantage).ravel()[:, None] * mask / mask.sum(1, keepdims=True) / 8
+    for old in (None, log_prob):
+
+        def loss(x):
+            total, count, metrics = losses.token_grpo_loss(x, **arrays | {"old_log_prob": old})
+            return total / count, metrics
+
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(log_prob)
+        assert abs(value) < 1e-6 and metrics["ratio_deviation_max"][0] == 0
+        np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+def test_entropy_is_only_reported():
+    log_prob, arrays = _tokens()
+    entropy = jnp.full((8, 6), 0.7)
+    plain = losses.token_grpo_loss(log_prob, **arrays)
+    total, count, metrics = losses.token_grpo_loss(log_prob, **arrays, entropy=entropy)
+    assert total == plain[0] and count == plain[1]
+    assert _value(metrics["entropy"]) == pytest.approx(0.7)
+
+
+def test_bad_requests_are_named():
+    log_prob, arrays = _tokens()
+    with pytest.raises(ValueError, match="bnpo"):
+        losses.token_grpo_loss(log_prob, **arrays, aggregation="bnpo")
+    with pytest.raises(ValueError, match="max_tokens"):
+        losses.token_grpo_loss(log_prob, **arrays, aggregation="dr_grpo")
+    with pytest.raises(ValueError, match="ref_log_prob"):
+        losses.token_grpo_loss(log_prob, **arrays | {"ref_log_prob": None}, kl_weight=0.1)
+    flow = jnp.zeros((2, 3)), jnp.zeros((2, 3)), jnp.zeros(2)
+    with pytest.raises(ValueError, match="mean_shift"):
+        losses.flow_grpo_loss(*flow, clip_range=1e-4, guard=True)
+    with pytest.raises(ValueError, match="needs kl"):
+        losses.flow_grpo_loss(*flow, clip_range=1e-4, kl_weight=0.1)
+
+
+def _flow_arrays(count=6, steps=3):
+    old, shift, advantage = jax.random.split(jax.random.key(0), 3)
+    old = jax.random.normal(old, (count, steps))
+    log_prob = old + 1e-4 * jax.random.normal(shift, (count, steps))
+    return log_prob, old, jax.random.normal(advantage, (count,))
+
+
+def test_flow_loss_formula_clip_sides_and_kl():
+    log_prob, old, advantage = _flow_arrays()
+    kl = jnp.abs(log_prob)
+    total, count, metrics = losses.flow_grpo_loss(
+        log_prob, old, advantage, clip_range=1e-4, kl=kl, kl_weight=0.04
+    )
+    ratio, a = np.exp(log_prob - old), np.asarray(advantage)[:, None]
+    surrogate = np.maximum(-a * ratio, -a * np.clip(ratio, 1 - 1e-4, 1 + 1e-4))
+    np.testing.assert_allclose(total, (surrogate + 0.04 * kl).sum(), rtol=1e-4)
+    assert count == 18
+    high, low = (a > 0) & (ratio > 1 + 1e-4), (a < 0) & (ratio < 1 - 1e-4)
+    assert _value(metrics["clip_fraction_high"]) == pytest.approx(high.mean()) and high.any()
+    assert _value(metrics["clip_fraction_low"]) == pytest.approx(low.mean()) and low.any()
+    assert _value(metrics["kl"]) == pytest.approx(float(kl.mean()), rel=1e-5)
+
+
+def test_flow_gradient_is_the_policy_gradient_and_splits_into_micro_batches():
+    log_prob, _, advantage = _flow_arrays()
+
+    def loss(x, rows=slice(None)):
+        return losses.flow_grpo_loss(x, None, advantage[rows], clip_range=1e-4)[0]
+
+    gradient = jax.grad(loss)(log_prob)
+    np.testing.assert_allclose(gradient, -jnp.repeat(advantage[:, None], 3, 1), rtol=1e-5)
+    halves = [jax.grad(loss)(log_prob[r], r) for r in (slice(0, 3), slice(3, 6))]
+    np.testing.assert_allclose(np.concatenate(halves), gradient, rtol=1e-6)
+
+
+def test_flow_mask_leaves_failed_samples_out():
+    log_prob, old, advantage = _flow_arrays()
+    broken = log_prob.at[0].set(jnp.nan)
+    keep = jnp.arange(6) > 0
+
+    def loss(x):
+        total, count, _ = losses.flow_grpo_loss(x, old, advantage, clip_range=1e-4, mask=keep)
+        return total / count
+
+    value, gradient = jax.value_and_grad(loss)(broken)
+    total, count, _ = losses.flow_grpo_loss(log_prob[1:], old[1:], advantage[1:], clip_range=1e-4)
+    np.testing.assert_allclose(value, total / count, rtol=1e-6)
+    assert np.isfinite(gradient).all() and not gradient[0].any()
+
+
+def test_guard_reduces_to_scaled_grpo_without_a_mean_shift():
+    log_prob, old, advantage = _flow_arrays()
+    std, dt = jnp.array([0.7, 0.5, 0.3]), jnp.array([-0.04, -0.05, -0.06])
+    guarded, _, _ = losses.flow_grpo_loss(
+        log_prob, old, advantage, clip_range=2e-6, guard=True,
+        mean_shift=jnp.zeros((6, 3)), std=std, dt=dt,
+    )
+    parts = [
+        losses.flow_grpo_loss(
+            std[i] * log_prob[:, i : i + 1], std[i] * old[:, i : i + 1], advantage, clip_range=2e-6
+        )[0] / -dt[i]
+        for i in range(3)
+    ]
+    np.testing.assert_allclose(guarded, sum(parts), rtol=1e-4)
+
+
+def test_guard_centres_the_log_ratio():
+    """E[log rho] = -k without guard, 0 with it, when the mean has moved by a KL of k."""
+    samples, dimensions, std = 4000, 256, jnp.float32(0.5)
+    mean = jnp.zeros((samples, dimensions))
+    x_next = sample_transition(jax.random.key(1), mean, std)
+    moved = mean + 0.05 * jax.random.normal(jax.random.key(2), (1, dimensions))
+    old = transition_log_prob(x_next, mean, std)[:, None]
+    new = transition_log_prob(x_next, moved, std)[:, None]
+    k = float(gaussian_kl(moved, mean, std)[0])
+    shift = ((moved - mean) ** 2).mean(axis=1, keepdims=True)
+    # With advantage -1 and a wide range the loss is the ratio itself.
+    options = {"advantage": jnp.full(samples, -1.0), "clip_range": 0.9}
+    plain, count, _ = losses.flow_grpo_loss(new, old, **options)
+    guarded, _, _ = losses.flow_grpo_loss(
+        new, old, **options, guard=True, mean_shift=shift, std=std[None], dt=jnp.array([-1.0])
+    )
+    spread = np.sqrt(2 * k / dimensions)
+    tolerance = 5 * spread / np.sqrt(samples) + spread**2
+    assert abs(float(plain / count) - 1 + k) < tolerance < k / 3
+    assert abs(float(guarded / count) - 1) < tolerance
+
+
+def test_clip_range_scales_with_the_spread_of_the_log_ratio():
+    assert losses.clip_range_for(65536) == 1e-4
+    assert losses.clip_range_for(4096) == pytest.approx(4e-4)
+    assert losses.clip_range_for(65536, 1e-5) == 1e-5
+    with pytest.raises(ValueError, match="dimension"):
+        losses.clip_range_for(0)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_token_bandit_learns_the_rewarded_token(sign):
+    """Two tokens, reward sign for token 1: its probability moves one way at every step."""
+
+    def step(logits, key):
+        tokens = jax.random.categorical(key, logits, shape=(4, 16))
+        advantage, _ = group_advantages(sign * tokens)
+        tokens = tokens.reshape(-1, 1)
+
+        def loss(logits):
+            log_prob = jax.nn.log_softmax(logits)[tokens]
+            total, count, _ = losses.token_grpo_loss(
+                log_prob, None, None, advantage.ravel(), jnp.ones(tokens.shape, bool)
+            )
+            return total / count
+
+        logits = logits - 0.2 * jax.grad(loss)(logits)
+        return logits, jax.nn.softmax(logits)[1]
+
+    _, probabilities = jax.lax.scan(step, jnp.zeros(2), jax.random.split(jax.random.key(0), 40))
+    assert (np.diff(sign * probabilities) >= 0).all()
+    assert sign * (probabilities[-1] - 0.5) > 0.3
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_diffusion_bandit_moves_towards_the_reward(sign):
+    """Reward -|x| (or |x|) on a policy with one parameter, a constant velocity bias."""
+    sigmas, rule, dimensions, groups, size = jnp.asarray(sigma_schedule(4)), SdeStep(0.7), 4, 4, 16
+
+    def step(bias, key):
+        def predict(bias):
+            return lambda x, sigma: 0.5 * x + bias
+
+        keys = jax.random.split(key, groups * size + 1)
+        noise = jax.random.normal(keys[0], (groups, 1, dimensions))
+        noise = jnp.broadcast_to(noise, (groups, size, dimensions)).reshape(-1, dimensions)
+        played = sampler.sample_window(predict(bias), noise, sigmas, rule, 0, 3, keys[1:])
+        reward = -sign * jnp.abs(played.final).mean(axis=1)
+        advantage, _ = group_advantages(reward.reshape(groups, size))
+
+        def loss(bias):
+            scored = sampler.replay_window(
+                predict(bias), *played[:2], played.sigma_indices, sigmas, rule
+            )
+            total, count, _ = losses.flow_grpo_loss(
+                scored.log_probs.T, played.log_probs.T, advantage.ravel(),
+                clip_range=losses.clip_range_for(dimensions),
+            )
+            return total / count
+
+        bias = bias - 0.5 * jax.grad(loss)(bias)
+        return bias, bias
+
+    run = jax.jit(lambda bias, keys: jax.lax.scan(step, bias, keys)[1])
+    biases = run(jnp.float32(1.5), jax.random.split(jax.random.key(0), 20))
+    assert (np.diff(sign * biases) < 0).all()
+    assert sign * (1.5 - biases[-1]) > 0.3

@@ -1,0 +1,146 @@
+"""Captions of scenes at any level of detail, all true, from one grammar over a vocabulary of under 64 words.
+
+    caption    := clause { " , " clause }
+    clause     := COLOUR "background" | phrase [ relation phrase | "and" phrase ]
+    phrase     := [ NUMBER ] [ ROW COLUMN ] [ SIZE ] [ COLOUR ] ( SHAPE | "object" )
+    relation   := "left of" | "right of" | "above" | "below"
+
+Nouns stay singular ("two circle"), which keeps the vocabulary small.
+"""
+import numpy as np
+
+from uae_jax.data.scenes import (BACKGROUNDS, COLOURS, COLUMNS, MAX_OBJECTS, ROWS, SHAPES, SIZES, Scene, SceneObject,
+                                 object_facts)
+
+NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
+NUMBER_WORDS = {value: word for word, value in NUMBERS.items()}
+RELATIONS = ("left of", "right of", "above", "below")
+STYLES = ("detail", "single_object", "two_object", "counting", "colors", "position", "color_attr")
+# The word of the caption prompt; not part of any caption.
+CAPTION_PROMPT = "describe"
+WORDS = (",", "and", "of", "object", "background", "above", "below", *BACKGROUNDS, *COLOURS, *SHAPES, *SIZES, *ROWS,
+         *COLUMNS, *NUMBERS, CAPTION_PROMPT)
+_FACT_NAMES = ("position", "size", "colour", "shape")
+
+
+def phrase(item: SceneObject, names: tuple[str, ...] = _FACT_NAMES) -> str:
+    """An object in words, mentioning only the facts in `names` ("shape", "colour", "size", "position")."""
+    known = object_facts(item)
+    words = [known[name] for name in _FACT_NAMES if name in names]
+    return " ".join(words if "shape" in names else [*words, "object"])
+
+
+def holds(relation: str, first: SceneObject, second: SceneObject) -> bool:
+    """Whether `first` stands in `relation` to `second` (a diagonal neighbour is both beside and above or below).
+
+    Raises:
+      ValueError: unknown relation.
+    """
+    if relation not in RELATIONS:
+        raise ValueError(f"unknown relation {relation!r}: expected one of {RELATIONS}")
+    return {"left of": first.column < second.column, "right of": first.column > second.column,
+            "above": first.row < second.row, "below": first.row > second.row}[relation]
+
+
+def caption(scene: Scene, rng: np.random.Generator | None = None, detail: float = 1.0, shuffle: bool = False) -> str:
+    """A true caption, "gray background , top left large red circle , bottom right small blue square" in full.
+
+    Args:
+      scene: what to describe.
+      rng: source of chance; needed when `detail` < 1 or `shuffle`.
+      detail: in [0, 1]; every fact is mentioned with this probability and, before that, every object is kept with
+        probability (1 + detail) / 2. When nothing is left, one fact is said all the same.
+      shuffle: objects in random instead of raster order.
+
+    Raises:
+      ValueError: `detail` outside [0, 1], or chance is needed and `rng` is missing.
+    """
+    if not 0.0 <= detail <= 1.0:
+        raise ValueError(f"detail is a probability: {detail} is not in [0, 1]")
+    if rng is None and (detail < 1.0 or shuffle):
+        raise ValueError("a caption below full detail, or shuffled, needs rng")
+    count = len(scene.objects)
+    if detail == 1.0:
+        background, chosen = True, np.ones((count, 4), bool)
+    else:
+        background = rng.random() < detail
+        chosen = (rng.random((count, 4)) < detail) & (rng.random((count, 1)) < (1 + detail) / 2)
+        if not background and not chosen.any():
+            only = int(rng.integers(1 + chosen.size))
+            background = only == 0
+            chosen.flat[max(only - 1, 0)] = only > 0
+    order = rng.permutation(count) if shuffle else range(count)
+    clauses = [f"{scene.background} background"] if background else []
+    for index in order:
+        names = tuple(name for name, said in zip(_FACT_NAMES, chosen[index]) if said)
+        if names:
+            clauses.append(phrase(scene.objects[index], names))
+    return " , ".join(clauses)
+
+
+def random_detail_caption(scene: Scene, rng: np.random.Generator, low: float = 0.1, high: float = 1.0,
+                          shuffle_probability: float = 0.25) -> str:
+    """A caption whose level of detail is uniform in [low, high], sometimes with the objects shuffled."""
+    detail = float(rng.uniform(low, high))
+    return caption(scene, rng, detail, shuffle=bool(rng.random() < shuffle_probability))
+
+
+def applicable_styles(scene: Scene) -> tuple[str, ...]:
+    """The styles of `STYLES` that can describe this scene truthfully."""
+    shapes = [item.shape for item in scene.objects]
+    several = len(set(shapes)) > 1
+    repeated = any(shapes.count(shape) > 1 for shape in shapes)
+    fits = {"detail": True, "single_object": bool(shapes), "colors": bool(shapes), "counting": repeated,
+            "two_object": several, "position": several, "color_attr": several}
+    return tuple(style for style in STYLES if fits[style])
+
+
+def style_caption(scene: Scene, style: str, rng: np.random.Generator) -> str:
+    """A short true caption in the manner of one GenEval tag, or of "detail" (random level of detail).
+
+    "counting" names a shape (half the time with its colour) and its exact number; "position" and "color_attr" name two
+    objects of different shape; "position" adds colours half the time.
+
+    Raises:
+      ValueError: the style does not apply to this scene (see `applicable_styles`).
+    """
+    if style not in applicable_styles(scene):
+        raise ValueError(f"style {style!r} cannot describe this scene: it allows {applicable_styles(scene)}")
+    if style == "detail":
+        return random_detail_caption(scene, rng)
+    items = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
+    coloured = ("colour", "shape")
+    if style in ("single_object", "colors"):
+        return phrase(items[0], coloured if style == "colors" else ("shape",))
+    if style == "counting":
+        return _counting(items, bool(rng.random() < 0.5))
+    first = items[0]
+    second = next(item for item in items if item.shape != first.shape)
+    names = coloured if style == "color_attr" or (style == "position" and rng.random() < 0.5) else ("shape",)
+    link = "and"
+    if style == "position":
+        true = [relation for relation in RELATIONS if holds(relation, first, second)]
+        link = true[int(rng.integers(len(true)))]
+    return f"{phrase(first, names)} {link} {phrase(second, names)}"
+
+
+def _counting(items: list[SceneObject], with_colour: bool) -> str:
+    shapes = [item.shape for item in items]
+    shape = next(shape for shape in shapes if shapes.count(shape) > 1)
+    names = ("shape",)
+    same = [item for item in items if item.shape == shape]
+    colours = [item.colour for item in same]
+    if with_colour and any(colours.count(colour) > 1 for colour in colours):
+        names = ("colour", "shape")
+        colour = next(colour for colour in colours if colours.count(colour) > 1)
+        same = [item for item in same if item.colour == colour]
+    assert len(same) <= MAX_OBJECTS
+    return f"{NUMBER_WORDS[len(same)]} {phrase(same[0], names)}"
+
+
+def mixed_caption(scene: Scene, rng: np.random.Generator, detail_probability: float = 0.5) -> str:
+    """A training caption for text to image: random detail with `detail_probability`, else one of the other styles."""
+    others = [style for style in applicable_styles(scene) if style != "detail"]
+    if not others or rng.random() < detail_probability:
+        return random_detail_caption(scene, rng)
+    return style_caption(scene, others[int(rng.integers(len(others)))], rng)

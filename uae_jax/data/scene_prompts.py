@@ -1,0 +1,103 @@
+"""GenEval for the built-in scenes: prompts in the schema of the benchmark, and an exact checker instead of a detector.
+
+Schema, tags and the overall score follow GenEval (djghosh13/geneval: prompts/evaluation_metadata.jsonl and
+evaluation/summary_scores.py); the classes are the scenes' shapes.
+"""
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from uae_jax.data.scene_captions import NUMBER_WORDS, RELATIONS, holds
+from uae_jax.data.scene_checker import fitting, read_picture
+from uae_jax.data.scenes import COLOURS, MAX_OBJECTS, SHAPES, Scene
+
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+
+
+def _entry(tag: str, include: list[dict], prompt: str) -> dict:
+    return {"tag": tag, "include": include, "prompt": prompt}
+
+
+def _all_prompts(tag: str) -> list[dict]:
+    one = [{"class": shape, "count": 1} for shape in SHAPES]
+    pairs = [(a, b) for a in SHAPES for b in SHAPES if a != b]
+    if tag == "single_object":
+        return [_entry(tag, [item], item["class"]) for item in one]
+    if tag == "two_object":
+        return [_entry(tag, [{"class": a, "count": 1}, {"class": b, "count": 1}], f"{a} and {b}") for a, b in pairs]
+    if tag == "counting":
+        return [_entry(tag, [{"class": shape, "count": count}], f"{NUMBER_WORDS[count]} {shape}")
+                for shape in SHAPES for count in range(2, MAX_OBJECTS + 1)]
+    if tag == "colors":
+        return [_entry(tag, [{"class": shape, "count": 1, "color": colour}], f"{colour} {shape}")
+                for shape in SHAPES for colour in COLOURS]
+    if tag == "position":
+        # As in the benchmark, the second object carries the position relative to the first one listed.
+        return [_entry(tag, [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}],
+                       f"{a} {relation} {b}") for a, b in pairs for relation in RELATIONS]
+    return [_entry(tag, [{"class": a, "count": 1, "color": x}, {"class": b, "count": 1, "color": y}],
+                   f"{x} {a} and {y} {b}") for a, b in pairs for x in COLOURS for y in COLOURS if x != y]
+
+
+def scene_prompts(per_tag: int, seed: int = 0, tags: tuple[str, ...] = TAGS) -> list[dict]:
+    """`per_tag` prompts of every tag, always the same for the same arguments: `{"tag", "include", "prompt"}`.
+
+    All prompts of a tag are shuffled once; a tag with fewer than `per_tag` of them repeats (another picture each time).
+
+    Raises:
+      ValueError: unknown tag, or `per_tag` below 1.
+    """
+    if per_tag < 1 or set(tags) - set(TAGS):
+        raise ValueError(f"need per_tag >= 1 and tags among {TAGS}, got {per_tag} and {tuple(tags)}")
+    chosen = []
+    for tag in tags:
+        every = _all_prompts(tag)
+        order = np.random.default_rng([seed, TAGS.index(tag)]).permutation(len(every))
+        chosen += [every[order[i % len(every)]] for i in range(per_tag)]
+    return chosen
+
+
+def _wanted(item: Mapping) -> tuple[tuple[str, str], ...]:
+    claims = (("shape", item["class"]),)
+    return claims + ((("colour", item["color"]),) if "color" in item else ())
+
+
+def check_scene(metadata: Mapping, scene: Scene) -> bool:
+    """Whether a scene satisfies one prompt's metadata.
+
+    Every entry of "include" needs at least "count" fitting objects, exactly that many under the tag "counting"; an
+    entry with "position" needs one of them to stand in that relation to an object of the entry it refers to.
+    """
+    found = [fitting(scene, _wanted(item)) for item in metadata["include"]]
+    for item, objects in zip(metadata["include"], found):
+        enough = len(objects) == item["count"] if metadata["tag"] == "counting" else len(objects) >= item["count"]
+        if not enough:
+            return False
+        if "position" in item:
+            relation, other = item["position"]
+            if not any(a is not b and holds(relation, a, b) for a in objects for b in found[other]):
+                return False
+    return True
+
+
+def check_prompt(metadata: Mapping, pixels: np.ndarray) -> bool:
+    """Whether a picture, uint8 [S, S, 3] with even S, shows what the prompt asks for."""
+    return check_scene(metadata, read_picture(pixels))
+
+
+def geneval_summary(results: Iterable[Mapping]) -> dict[str, float]:
+    """Accuracy of every tag and "overall", the mean of the tag accuracies (not of the prompts).
+
+    Args:
+      results: mappings with "tag" and "correct" (true or false), one a picture.
+
+    Raises:
+      ValueError: no results.
+    """
+    by_tag: dict[str, list[bool]] = {}
+    for result in results:
+        by_tag.setdefault(result["tag"], []).append(bool(result["correct"]))
+    if not by_tag:
+        raise ValueError("no results to summarise: run at least one prompt")
+    accuracy = {tag: float(np.mean(by_tag[tag])) for tag in sorted(by_tag)}
+    return accuracy | {"overall": float(np.mean(list(accuracy.values())))}

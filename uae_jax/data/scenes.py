@@ -1,0 +1,160 @@
+"""Procedurally drawn scenes: the built-in dataset.
+
+A scene is a plain background with one to four objects on a 2 x 2 grid of cells. Every fact of it is known, so that a
+caption can be written at any level of detail (`scene_captions`) and captions and pictures can be checked exactly
+(`scene_checker`). Scenes are endless and addressed by index; the held-out split is disjoint from the training split.
+"""
+import dataclasses
+import functools
+import hashlib
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = ("small", "large")
+COLOURS = {
+    "red": (220, 35, 35), "green": (35, 175, 55), "blue": (40, 75, 235),
+    "yellow": (245, 220, 40), "purple": (165, 45, 205), "cyan": (40, 215, 225),
+}
+BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "gray": (128, 128, 128), "brown": (115, 70, 30)}
+ROWS = ("top", "bottom")
+COLUMNS = ("left", "right")
+SPLITS = ("train", "test")
+MAX_OBJECTS = 4
+
+# Half the extent of an object as a fraction of its cell.
+_RADIUS = {"small": 0.23, "large": 0.44}
+_SUPERSAMPLING = 4
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class SceneObject:
+    """One object: `shape`, `colour` and `size` by name, `row` (0 top, 1 bottom), `column` (0 left, 1 right)."""
+
+    row: int
+    column: int
+    shape: str
+    colour: str
+    size: str
+
+    def __post_init__(self):
+        for value, known in ((self.shape, SHAPES), (self.colour, COLOURS), (self.size, SIZES),
+                             (self.row, (0, 1)), (self.column, (0, 1))):
+            if value not in known:
+                raise ValueError(f"a scene object has no {value!r}: expected one of {tuple(known)}")
+
+    @property
+    def position(self) -> str:
+        """The cell in words, such as "top left"."""
+        return f"{ROWS[self.row]} {COLUMNS[self.column]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A background name and the objects, kept in raster order (a picture may read back as a scene without objects).
+
+    Raises:
+      ValueError: unknown background, or two objects in one cell.
+    """
+
+    background: str
+    objects: tuple[SceneObject, ...]
+
+    def __post_init__(self):
+        if self.background not in BACKGROUNDS:
+            raise ValueError(f"a scene has no background {self.background!r}: expected one of {tuple(BACKGROUNDS)}")
+        object.__setattr__(self, "objects", tuple(sorted(self.objects)))
+        if len({(o.row, o.column) for o in self.objects}) != len(self.objects):
+            raise ValueError("two objects of a scene share a cell: give each its own row and column")
+
+
+def object_facts(item: SceneObject) -> dict[str, str]:
+    """The four facts of an object by name: shape, colour, size, position."""
+    return {"shape": item.shape, "colour": item.colour, "size": item.size, "position": item.position}
+
+
+def facts(scene: Scene) -> tuple[tuple[int, str, str], ...]:
+    """All facts: (object index, name, value), and the background as (-1, "background", value); 1 + 4 an object."""
+    listed = [(-1, "background", scene.background)]
+    for index, item in enumerate(scene.objects):
+        listed += [(index, name, value) for name, value in object_facts(item).items()]
+    return tuple(listed)
+
+
+def _inside(shape: str, radius: float, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Whether points (u right, v down, cell units from the centre) lie in a shape."""
+    if shape == "circle":
+        return u * u + v * v <= radius * radius
+    if shape == "square":
+        return np.maximum(np.abs(u), np.abs(v)) <= 0.9 * radius
+    if shape == "triangle":
+        height = (v + radius) / (2 * radius)
+        return (height >= 0) & (height <= 1) & (np.abs(u) <= height * radius)
+    arm = 0.34 * radius
+    return (np.minimum(np.abs(u), np.abs(v)) <= arm) & (np.maximum(np.abs(u), np.abs(v)) <= radius)
+
+
+@functools.lru_cache(maxsize=256)
+def coverage(shape: str, size: str, row: int, column: int, side: int) -> np.ndarray:
+    """Antialiased share of every pixel that an object covers, float32 [side, side] in [0, 1] (read-only)."""
+    ticks = (np.arange(side * _SUPERSAMPLING) + 0.5) / (side * _SUPERSAMPLING) * 2
+    u, v = np.meshgrid(ticks - column - 0.5, ticks - row - 0.5)
+    inside = _inside(shape, _RADIUS[size], u, v)
+    mask = inside.reshape(side, _SUPERSAMPLING, side, _SUPERSAMPLING).mean((1, 3), dtype=np.float32)
+    mask.flags.writeable = False
+    return mask
+
+
+def draw(scene: Scene, side: int = 32) -> np.ndarray:
+    """Draws a scene: uint8 [side, side, 3] in 0..255, the same picture for the same scene every time.
+
+    Raises:
+      ValueError: `side` below 8.
+    """
+    if side < 8:
+        raise ValueError(f"a scene cannot be drawn {side} pixels wide: use at least 8")
+    background = np.array(BACKGROUNDS[scene.background], np.float32)
+    picture = np.broadcast_to(background, (side, side, 3)).copy()
+    for item in scene.objects:
+        mask = coverage(item.shape, item.size, item.row, item.column, side)
+        picture += mask[..., None] * (np.array(COLOURS[item.colour], np.float32) - background)
+    return np.rint(picture).astype(np.uint8)
+
+
+def sample_scene(rng: np.random.Generator) -> Scene:
+    """Draws a random scene: one to four objects in distinct cells, every attribute uniform.
+
+    In one scene of four all objects have the same shape, so that high counts are not rare.
+    """
+    count = int(rng.integers(1, MAX_OBJECTS + 1))
+    cells = rng.permutation(4)[:count]
+    shapes = rng.integers(len(SHAPES), size=count)
+    if rng.random() < 0.25:
+        shapes[:] = shapes[0]
+    colours = rng.integers(len(COLOURS), size=count)
+    sizes = rng.integers(len(SIZES), size=count)
+    names = tuple(COLOURS)
+    objects = tuple(SceneObject(int(cell) // 2, int(cell) % 2, SHAPES[shape], names[colour], SIZES[size])
+                    for cell, shape, colour, size in zip(cells, shapes, colours, sizes))
+    return Scene(tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))], objects)
+
+
+def split_of(scene: Scene) -> str:
+    """The split a scene belongs to, by a stable hash of its facts: one scene in ten is "test", the others "train"."""
+    digest = hashlib.blake2b(repr(facts(scene)).encode(), digest_size=8).digest()
+    return "test" if int.from_bytes(digest, "little") % 10 == 0 else "train"
+
+
+def scene_at(split: str, index: int, seed: int = 0) -> Scene:
+    """Scene number `index` >= 0 of an endless stream; a pure function of its arguments.
+
+    Raises:
+      ValueError: unknown split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"scenes have no split {split!r}: expected one of {SPLITS}")
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    while True:
+        scene = sample_scene(rng)
+        if split_of(scene) == split:
+            return scene

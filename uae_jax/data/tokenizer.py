@@ -1,0 +1,161 @@
+"""Tokenizers and chat templates, read from files: Qwen2.5's, or the word-level one of the built-in scenes.
+
+The chat format is Qwen2.5-VL's: turns between <|im_start|> and <|im_end|>, an image as one <|image_pad|> between
+<|vision_start|> and <|vision_end|>. Token ids are always found by their strings, so that any vocabulary works.
+"""
+import json
+import pathlib
+from collections.abc import Sequence
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+                  "<|video_pad|>", "<|unknown|>")
+ROLES = ("user", "assistant", "generate")
+END_OF_TURN, END_OF_TEXT, IMAGE_PAD = "<|im_end|>", "<|endoftext|>", "<|image_pad|>"
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+_SENTINEL = "sentinel0caption"
+
+# The template of the built-in model: Qwen's without the system turn and the newlines, to keep sequences short.
+_SCENE_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }} "
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}")
+
+
+def load_tokenizer(folder: str | pathlib.Path):
+    """Reads a transformers tokenizer with its chat template from a local folder; never touches the network.
+
+    Raises:
+      FileNotFoundError: no such folder, or no tokenizer files in it.
+      ValueError: the files hold no chat template, or cannot be read.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"tokenizer folder {folder} does not exist: give the folder that holds tokenizer.json")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise FileNotFoundError(f"no tokenizer in {folder}: expected one of {', '.join(_TOKENIZER_FILES)}")
+    from transformers import AutoTokenizer  # slow import, needed only here
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): copy its files again") from error
+    if not tokenizer.chat_template:
+        # Older Qwen2.5-VL folders keep the template in a file of the processor.
+        path = folder / "chat_template.json"
+        if not path.is_file():
+            raise ValueError(f"the tokenizer in {folder} has no chat template: add chat_template.json")
+        tokenizer.chat_template = json.loads(path.read_text())["chat_template"]
+    return tokenizer
+
+
+def token_id(tokenizer, token: str) -> int:
+    """Id of a token given by its string.
+
+    Raises:
+      ValueError: the vocabulary lacks the token.
+    """
+    index = tokenizer.get_vocab().get(token)
+    if index is None:
+        raise ValueError(f"the tokenizer has no token {token!r}: a Qwen2.5-VL chat vocabulary is needed")
+    return int(index)
+
+
+def stop_ids(tokenizer) -> tuple[int, ...]:
+    """Ids that end a caption: <|im_end|>, then <|endoftext|>."""
+    return token_id(tokenizer, END_OF_TURN), token_id(tokenizer, END_OF_TEXT)
+
+
+def _encode(tokenizer, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _chat_text(tokenizer, role: str, content: str | Sequence[dict]) -> str:
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    return tokenizer.apply_chat_template([{"role": role, "content": parts}], tokenize=False, add_generation_prompt=True)
+
+
+def chat_ids(tokenizer, role: str, content: str | Sequence[dict]) -> list[int]:
+    """One turn of a chat and the header of the answer: token ids [T].
+
+    Args:
+      role: "user", or "generate" for the decoder's condition (the release's name).
+      content: text, or parts {"type": "text", "text": ...} and {"type": "image"}; an image stays one <|image_pad|>.
+    """
+    return _encode(tokenizer, _chat_text(tokenizer, role, content))
+
+
+def caption_prompt_ids(tokenizer, prompt: str, image_tokens: Sequence[int]) -> list[int]:
+    """The captioner's prompt, text before images as in the release, every image expanded: token ids [T].
+
+    Args:
+      image_tokens: number of merged patches of each image, in order.
+
+    Raises:
+      ValueError: the prompt text itself holds an image token.
+    """
+    if IMAGE_PAD in prompt:
+        raise ValueError(f"the caption prompt must not contain {IMAGE_PAD}: images are added after the text")
+    text = _chat_text(tokenizer, "user", [{"type": "text", "text": prompt}, *({"type": "image"} for _ in image_tokens)])
+    head, *tails = text.split(IMAGE_PAD)
+    return _encode(tokenizer, head + "".join(IMAGE_PAD * n + tail for n, tail in zip(image_tokens, tails, strict=True)))
+
+
+def condition_template(tokenizer) -> tuple[list[int], list[int]]:
+    """Ids before and after a caption in a turn of the role "generate", the decoder's condition (demo.py of the release).
+
+    `prefix + encode(caption) + suffix` equals tokenising the templated whole when the caption neither begins nor ends
+    with white space.
+    """
+    before, after = _chat_text(tokenizer, "generate", _SENTINEL).split(_SENTINEL)
+    return _encode(tokenizer, before), _encode(tokenizer, after)
+
+
+def encode_caption(tokenizer, text: str) -> list[int]:
+    """A caption as the captioner should write it: its ids, then <|im_end|>; [T]. White space around it is dropped."""
+    return [*_encode(tokenizer, text.strip()), token_id(tokenizer, END_OF_TURN)]
+
+
+def decode_caption(tokenizer, ids: Sequence[int]) -> str:
+    """Text of generated ids [T] up to the first stop token, special tokens dropped."""
+    stops = set(stop_ids(tokenizer))
+    kept: list[int] = []
+    for index in map(int, ids):
+        if index in stops:
+            break
+        kept.append(index)
+    return tokenizer.decode(kept, skip_special_tokens=True).strip()
+
+
+def write_scene_tokenizer(folder: str | pathlib.Path, words: Sequence[str], patch_size: int = 4,
+                          min_pixels: int = 64, max_pixels: int = 1024) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and preprocessor_config.json of the built-in model.
+
+    Word level: lower-cased, split at white space and punctuation; unknown words become <|unknown|>. Ids: the special
+    tokens, the roles, then `words` in order.
+
+    Args:
+      folder: created when missing.
+      patch_size: side of a vision patch in pixels; two of them merge into one image token along each axis.
+      min_pixels, max_pixels: area limits of the resized image.
+    """
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = list(dict.fromkeys([*SPECIAL_TOKENS, *ROLES, *words]))
+    model = models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<|unknown|>")
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=4096, clean_up_tokenization_spaces=False,
+                  eos_token=END_OF_TURN, pad_token=END_OF_TEXT, unk_token="<|unknown|>", chat_template=_SCENE_TEMPLATE)
+    images = dict(
+        image_processor_type="Qwen2VLImageProcessor", do_convert_rgb=True, do_resize=True, do_rescale=True,
+        do_normalize=True, image_mean=[0.48145466, 0.4578275, 0.40821073],
+        image_std=[0.26862954, 0.26130258, 0.27577711], rescale_factor=1 / 255, resample=3, merge_size=2,
+        temporal_patch_size=2, patch_size=patch_size, min_pixels=min_pixels, max_pixels=max_pixels,
+        size=dict(shortest_edge=min_pixels, longest_edge=max_pixels))
+    for name, content in (("tokenizer_config.json", config), ("preprocessor_config.json", images)):
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n")

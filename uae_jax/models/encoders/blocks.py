@@ -1,0 +1,85 @@
+"""What the encoders' layers share: patches, activations, self-attention, scanning over layers."""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+from jax import Array
+
+from uae_jax.nn.attention import attention
+from uae_jax.nn.linear import Dense
+from uae_jax.nn.rope import apply_rope
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The activation that a `config.json` names.
+
+    Raises:
+      ValueError: the name is not known.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"hidden_act {name!r} is not supported; known: {', '.join(sorted(ACTIVATIONS))}")
+    return ACTIVATIONS[name]
+
+
+def image_patches(pixels: Array, patch: int) -> Array:
+    """Cuts images into patches in reading order.
+
+    Args:
+      pixels: `[B, H, W, C]`; H and W are multiples of `patch` (what is left over is cut off, as a convolution would).
+      patch: side of a patch in pixels.
+
+    Returns:
+      `[B, P, C * patch * patch]`, channel first inside a patch: the order of a flattened torch convolution kernel.
+    """
+    batch, height, width, channels = pixels.shape
+    rows, columns = height // patch, width // patch
+    x = pixels[:, :rows * patch, :columns * patch].reshape(batch, rows, patch, columns, patch, channels)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, rows * columns, channels * patch * patch)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, optionally with rotary positions (arXiv 1706.03762, section 3.2).
+
+    Attributes:
+      heads: number of heads; divides the width.
+      biases: whether the query, key, value and output maps have a bias.
+    """
+
+    heads: int
+    biases: tuple[bool, bool, bool, bool] = (True, True, True, True)
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None = None, angles: Array | None = None) -> Array:
+        """`[B, T, D]` to `[B, T, D]`; `mask` broadcastable to `[B, 1, T, T]`; `angles` `[T, K / 2]` in radians."""
+        batch, length, width = x.shape
+        shape = (batch, length, self.heads, width // self.heads)
+        query, key, value = (
+            Dense(width, use_bias=bias, name=name)(x).reshape(shape)
+            for name, bias in zip(("query", "key", "value"), self.biases))
+        if angles is not None:
+            query, key = apply_rope(query, angles), apply_rope(key, angles)
+        mixed = attention(query, key, value, mask).reshape(batch, length, width)
+        return Dense(width, use_bias=self.biases[3], name="out")(mixed)
+
+
+def scan_layers(layer: type[nn.Module], length: int, remat: bool) -> type[nn.Module]:
+    """A layer class repeated over stacked parameters `[L, ...]`.
+
+    Args:
+      layer: its call takes the carried `[B, T, D]` and one more argument that all layers share, and returns
+        (carry, None).
+      length: number of layers.
+      remat: whether the backward pass computes each layer again instead of storing its activations.
+    """
+    body = nn.remat(layer, prevent_cse=False) if remat else layer
+    return nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=length)

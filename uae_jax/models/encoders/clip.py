@@ -1,0 +1,169 @@
+"""CLIP's image and text towers (arXiv 2103.00020), as in transformers' CLIPModel."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from uae_jax import trees
+from uae_jax.models.encoders.blocks import SelfAttention, activation, image_patches, scan_layers
+from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from uae_jax.nn.linear import Dense
+from uae_jax.nn.norms import LayerNorm
+
+LEGACY_EOS = 2  # published configs with this wrong id mean "pool where the id is largest"
+
+AnyCLIPConfig = CLIPConfig | CLIPVisionConfig | CLIPTextConfig
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward with residuals."""
+
+    config: CLIPVisionConfig | CLIPTextConfig
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None) -> tuple[Array, None]:
+        """`[B, T, D]` and a mask broadcastable to `[B, 1, T, T]`, to (`[B, T, D]`, None)."""
+        config = self.config
+        y = LayerNorm(config.layer_norm_eps, name="norm1")(x)
+        x = x + SelfAttention(config.num_attention_heads, name="attention")(y, mask)
+        y = LayerNorm(config.layer_norm_eps, name="norm2")(x)
+        y = activation(config.hidden_act)(Dense(config.intermediate_size, name="fc1")(y))
+        return x + Dense(config.hidden_size, name="fc2")(y), None
+
+
+class VisionTower(nn.Module):
+    """The image tower: class token and patches, projection of the class token (arXiv 2103.00020, section 2.4)."""
+
+    config: CLIPVisionConfig
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, pixels: Array) -> Array:
+        """Normalised images `[B, S, S, C]` of the config's size to features `[B, P]`, not normalised.
+
+        Raises:
+          ValueError: the images have another size than the config's `image_size`.
+        """
+        config, width = self.config, self.config.hidden_size
+        size = (config.image_size, config.image_size, config.num_channels)
+        if pixels.shape[1:] != size:
+            raise ValueError(f"CLIP takes images of shape {size}, not {pixels.shape[1:]}; preprocess them first")
+        patches = Dense(width, use_bias=False, name="patch_embedding")(image_patches(pixels, config.patch_size))
+        first = self.param("class_embedding", nn.initializers.normal(width**-0.5), (width,), jnp.float32)
+        table = self.param(
+            "position_embedding", nn.initializers.normal(0.02), (config.grid**2 + 1, width), jnp.float32)
+        first = jnp.broadcast_to(first.astype(patches.dtype), (len(patches), 1, width))
+        x = jnp.concatenate([first, patches], axis=1) + table.astype(patches.dtype)
+        x = LayerNorm(config.layer_norm_eps, name="pre_norm")(x)
+        x, _ = scan_layers(Block, config.num_hidden_layers, self.remat)(config, name="layers")(x, None)
+        x = LayerNorm(config.layer_norm_eps, name="post_norm")(x[:, 0])
+        return Dense(config.projection_dim, use_bias=False, name="projection")(x)
+
+
+class TextTower(nn.Module):
+    """The causal text tower, pooled at the end token (arXiv 2103.00020, section 2.4)."""
+
+    config: CLIPTextConfig
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:
+        """Token ids `[B, T]`, T at most `max_position_embeddings`, to features `[B, P]`, not normalised.
+
+        Padding after the end token changes nothing, because attention is causal.
+
+        Raises:
+          ValueError: more tokens than positions.
+        """
+        config, width, length = self.config, self.config.hidden_size, ids.shape[1]
+        if length > config.max_position_embeddings:
+            raise ValueError(f"CLIP takes at most {config.max_position_embeddings} tokens, not {length}; cut the text")
+        normal = nn.initializers.normal(0.02)
+        tokens = self.param("token_embedding", normal, (config.vocab_size, width), jnp.float32)
+        table = self.param("position_embedding", normal, (config.max_position_embeddings, width), jnp.float32)
+        x = (tokens[ids] + table[:length]).astype(self.dtype)
+        mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        x, _ = scan_layers(Block, config.num_hidden_layers, self.remat)(config, name="layers")(x, mask)
+        x = LayerNorm(config.layer_norm_eps, name="final_norm")(x)
+        pooled = x[jnp.arange(len(x)), pooling_position(config, ids)]
+        return Dense(config.projection_dim, use_bias=False, name="projection")(pooled)
+
+
+def pooling_position(config: CLIPTextConfig, ids: Array) -> Array:
+    """Where the text feature is read: the first end token, or the largest id for published configs with end id 2.
+
+    Args:
+      config: of the text tower.
+      ids: `[B, T]`.
+
+    Returns:
+      int32 `[B]`; 0 where a text has no end token (as in transformers).
+    """
+    marks = ids if config.eos_token_id == LEGACY_EOS else (ids == config.eos_token_id).astype(jnp.int32)
+    return jnp.argmax(marks, axis=-1)
+
+
+def image_features(config: CLIPConfig | CLIPVisionConfig, params: trees.Tree, pixels: Array, *, remat: bool = False) -> Array:
+    """Projected image features, not normalised, in the precision of `pixels`.
+
+    Args:
+      config: of both towers or of the image tower.
+      params: tree with `vision`.
+      pixels: `[B, S, S, C]`, already preprocessed.
+      remat: recompute layers in the backward pass.
+
+    Returns:
+      `[B, P]`.
+    """
+    vision = config.vision if isinstance(config, CLIPConfig) else config
+    return VisionTower(vision, remat).apply({"params": params["vision"]}, pixels)
+
+
+def text_features(
+    config: CLIPConfig | CLIPTextConfig, params: trees.Tree, ids: Array, *, remat: bool = False,
+    dtype: jnp.dtype = jnp.float32) -> Array:
+    """Projected text features, not normalised, in the precision `dtype`.
+
+    Args:
+      config: of both towers or of the text tower.
+      params: tree with `text`.
+      ids: `[B, T]` token ids; whatever follows the end token is ignored.
+      remat: recompute layers in the backward pass.
+      dtype: precision of the computation.
+
+    Returns:
+      `[B, P]`.
+    """
+    text = config.text if isinstance(config, CLIPConfig) else config
+    return TextTower(text, remat, dtype).apply({"params": params["text"]}, ids)
+
+
+def init_params(config: AnyCLIPConfig, key: Array) -> dict:
+    """New random parameters, float32.
+
+    Args:
+      config: of both towers, or of one.
+      key: random key.
+
+    Returns:
+      A tree with `vision`, `text` and `logit_scale` (a scalar), or with the one tower of the config.
+    """
+    vision = config.vision if isinstance(config, CLIPConfig) else config
+    text = config.text if isinstance(config, CLIPConfig) else config
+    params: dict = {}
+    if isinstance(vision, CLIPVisionConfig):
+        blank = jnp.zeros((1, vision.image_size, vision.image_size, vision.num_channels))
+        params["vision"] = VisionTower(vision).init(trees.name_key(key, "vision"), blank)["params"]
+    if isinstance(text, CLIPTextConfig):
+        ids = jnp.zeros((1, 2), jnp.int32)
+        params["text"] = TextTower(text).init(trees.name_key(key, "text"), ids)["params"]
+    if isinstance(config, CLIPConfig):
+        params["logit_scale"] = jnp.asarray(config.logit_scale_init_value, jnp.float32)
+    return params
+
+
+def abstract_params(config: AnyCLIPConfig) -> dict:
+    """The shapes of `init_params`, without allocating anything."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

@@ -1,0 +1,261 @@
+"""Sizes of Qwen2.5-VL (arXiv 2502.13923), read from and written to the published `config.json`."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+REMAT_POLICIES = ("none", "full", "dots")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The image encoder.
+
+    Attributes:
+      depth: number of blocks.
+      width: width of the blocks.
+      heads: attention heads.
+      mlp_width: inner width of the gated MLP.
+      out_width: width of the image embeddings, that of the language model.
+      patch_size: side of a patch in pixels.
+      temporal_patch_size: frames in a patch (a still image is repeated).
+      channels: colour channels.
+      merge_size: patches merged along each side into one embedding.
+      window_size: side of an attention window in pixels; used by the data side, which numbers the windows.
+      full_attention_blocks: indices of the blocks that attend to the whole image.
+      dtype: precision of activations, `float32` or `bfloat16`.
+      remat: what the backward pass recomputes: `none`, `full`, or `dots` (all but matrix products).
+    """
+
+    depth: int = 32
+    width: int = 1280
+    heads: int = 16
+    mlp_width: int = 3420
+    out_width: int = 2048
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    channels: int = 3
+    merge_size: int = 2
+    window_size: int = 112
+    full_attention_blocks: tuple[int, ...] = (7, 15, 23, 31)
+    dtype: str = "float32"
+    remat: str = "none"
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers in one flattened patch."""
+        return self.channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The language model.
+
+    Attributes:
+      vocab_size: rows of the embedding table.
+      width: width of the residual stream.
+      layers: number of decoder layers.
+      heads: query heads.
+      key_heads: key and value heads; divides `heads`.
+      mlp_width: inner width of the gated MLP.
+      rope_theta: base of the rotary frequencies.
+      mrope_section: rotary frequencies that turn with time, row and column; sums to half the head width.
+      norm_epsilon: epsilon of the RMS norms.
+      tied: whether the head is the transposed embedding table.
+      lora_alpha: numerator of the adapters' scale.
+      dtype: precision of activations, `float32` or `bfloat16`.
+      remat: what the backward pass recomputes: `none`, `full`, or `dots` (all but matrix products).
+    """
+
+    vocab_size: int = 151936
+    width: int = 2048
+    layers: int = 36
+    heads: int = 16
+    key_heads: int = 2
+    mlp_width: int = 11008
+    rope_theta: float = 1e6
+    mrope_section: tuple[int, int, int] = (16, 24, 24)
+    norm_epsilon: float = 1e-6
+    tied: bool = True
+    lora_alpha: float = 64.0
+    dtype: str = "float32"
+    remat: str = "none"
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2_5VLConfig:
+    """The whole model; the defaults are the published 3B size.
+
+    Attributes:
+      vision: the image encoder.
+      text: the language model.
+      image_token_id: token whose embeddings are replaced by those of the images.
+      video_token_id, vision_start_token_id, vision_end_token_id: other special tokens of the published vocabulary.
+      pad_token_id: token written after the end of a completion; masks never depend on it.
+      stop_token_ids: tokens that end a completion.
+    """
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    pad_token_id: int = 151643
+    stop_token_ids: tuple[int, ...] = (151645, 151643)
+
+    def __post_init__(self):
+        """Raises ValueError when sizes do not fit each other."""
+        text, vision = self.text, self.vision
+        if text.width % text.heads or text.heads % text.key_heads:
+            raise ValueError("hidden_size must be a multiple of num_attention_heads, and that of num_key_value_heads")
+        if sum(text.mrope_section) * 2 != text.head_width:
+            raise ValueError(f"mrope_section {text.mrope_section} must sum to half the head width, {text.head_width // 2}")
+        if vision.width % (4 * vision.heads):
+            raise ValueError("vision_config.hidden_size must be a multiple of 4 * num_heads")
+        if vision.out_width != text.width:
+            raise ValueError(f"vision_config.out_hidden_size is {vision.out_width}, hidden_size is {text.width}")
+        for name, value, known in (("remat", text.remat, REMAT_POLICIES), ("remat", vision.remat, REMAT_POLICIES),
+                                   ("dtype", text.dtype, DTYPES), ("dtype", vision.dtype, DTYPES)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; use one of {', '.join(known)}")
+
+    def using(self, *, dtype: str | None = None, remat: str | None = None, lora_alpha: float | None = None) -> "Qwen2_5VLConfig":
+        """The same sizes with other precision, recomputation or adapter scale; None keeps a setting.
+
+        Raises:
+          ValueError: unknown `dtype` or `remat`.
+        """
+        both = {name: value for name, value in (("dtype", dtype), ("remat", remat)) if value is not None}
+        scale = {} if lora_alpha is None else {"lora_alpha": float(lora_alpha)}
+        return dataclasses.replace(
+            self, vision=dataclasses.replace(self.vision, **both), text=dataclasses.replace(self.text, **both, **scale))
+
+
+def from_folder(
+    path: str | pathlib.Path, *, dtype: str = "float32", remat: str = "none", lora_alpha: float = 64.0) -> Qwen2_5VLConfig:
+    """Reads `config.json` (and the stop tokens of `generation_config.json`) of either generation of the layout.
+
+    Args:
+      path: the model's folder.
+      dtype: precision of activations.
+      remat: recomputation policy.
+      lora_alpha: numerator of the adapters' scale, which the model's own files do not hold.
+
+    Raises:
+      FileNotFoundError: there is no `config.json`.
+      ValueError: the file is not JSON, or a setting is not supported; the field is named.
+    """
+    file = pathlib.Path(path) / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"model not found: {file} does not exist")
+    try:
+        data = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON ({error}); copy it again") from None
+    generation = pathlib.Path(path) / "generation_config.json"
+    stops = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
+    try:
+        return from_json(data, stops).using(dtype=dtype, remat=remat, lora_alpha=lora_alpha)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def from_json(data: Mapping[str, Any], stop_token_ids: Any = None) -> Qwen2_5VLConfig:
+    """The config from the contents of `config.json`.
+
+    Text settings stand flat beside `rope_scaling` (as published) or in `text_config` with `rope_parameters`.
+
+    Args:
+      data: the parsed file.
+      stop_token_ids: an int or ints to use in place of the file's `eos_token_id`.
+
+    Raises:
+      ValueError: a setting is missing or not supported; the field is named.
+    """
+    if data.get("model_type") not in ("qwen2_5_vl", None):
+        raise ValueError(f"model_type is {data['model_type']!r}; qwen2_5_vl is supported")
+    text = data.get("text_config") or data
+    stops = stop_token_ids if stop_token_ids is not None else text.get("eos_token_id", data.get("eos_token_id", 151645))
+    pad = text.get("pad_token_id", data.get("pad_token_id"))
+    return Qwen2_5VLConfig(
+        vision=_vision(_need(data, "vision_config")),
+        text=_text(text, bool(data.get("tie_word_embeddings") or text.get("tie_word_embeddings"))),
+        image_token_id=data.get("image_token_id", 151655),
+        video_token_id=data.get("video_token_id", 151656),
+        vision_start_token_id=data.get("vision_start_token_id", 151652),
+        vision_end_token_id=data.get("vision_end_token_id", 151653),
+        pad_token_id=text.get("bos_token_id", 151643) if pad is None else pad,
+        stop_token_ids=(stops,) if isinstance(stops, int) else tuple(stops or ()))
+
+
+def _need(data: Mapping[str, Any], field: str) -> Any:
+    if data.get(field) is None:
+        raise ValueError(f"{field} is missing")
+    return data[field]
+
+
+def _only(data: Mapping[str, Any], field: str, supported: tuple) -> None:
+    if data.get(field, supported[0]) not in supported:
+        raise ValueError(f"{field} is {data[field]!r}; only {supported[0]!r} is supported")
+
+
+def _vision(data: Mapping[str, Any]) -> VisionConfig:
+    _only(data, "hidden_act", ("silu",))
+    _only(data.get("rope_parameters") or {}, "rope_type", ("axial", "default"))
+    _only(data.get("rope_parameters") or {}, "rope_theta", (10000.0,))
+    return VisionConfig(
+        depth=_need(data, "depth"), width=_need(data, "hidden_size"), heads=_need(data, "num_heads"),
+        mlp_width=_need(data, "intermediate_size"), out_width=_need(data, "out_hidden_size"),
+        patch_size=data.get("patch_size", 14), temporal_patch_size=data.get("temporal_patch_size", 2),
+        channels=data.get("in_channels", data.get("in_chans", 3)), merge_size=data.get("spatial_merge_size", 2),
+        window_size=data.get("window_size", 112),
+        full_attention_blocks=tuple(data.get("fullatt_block_indexes", (7, 15, 23, 31))))
+
+
+def _text(data: Mapping[str, Any], tied: bool) -> TextConfig:
+    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        raise ValueError(f"rope_type is {kind!r}; only 'default' (or 'mrope') is supported")
+    _only(data, "hidden_act", ("silu",))
+    _only(data, "use_sliding_window", (False, None))
+    if set(data.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError("layer_types has other than 'full_attention', which alone is supported")
+    heads = _need(data, "num_attention_heads")
+    return TextConfig(
+        vocab_size=_need(data, "vocab_size"), width=_need(data, "hidden_size"), layers=_need(data, "num_hidden_layers"),
+        heads=heads, key_heads=data.get("num_key_value_heads") or heads, mlp_width=_need(data, "intermediate_size"),
+        rope_theta=float(rope.get("rope_theta", data.get("rope_theta", 1e6))),
+        mrope_section=tuple(_need(rope, "mrope_section")), norm_epsilon=float(data.get("rms_norm_eps", 1e-6)), tied=tied)
+
+
+def to_json(config: Qwen2_5VLConfig) -> dict[str, Any]:
+    """The contents of `config.json` in the published (flat) layout; the inverse of `from_json`."""
+    text, vision = config.text, config.vision
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
+        "vocab_size": text.vocab_size, "hidden_size": text.width, "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads, "num_key_value_heads": text.key_heads, "intermediate_size": text.mlp_width,
+        "hidden_act": "silu", "rms_norm_eps": text.norm_epsilon, "rope_theta": text.rope_theta,
+        "rope_scaling": {"type": "mrope", "mrope_section": list(text.mrope_section)},
+        "tie_word_embeddings": text.tied, "use_sliding_window": False, "max_position_embeddings": 128000,
+        "bos_token_id": config.pad_token_id, "pad_token_id": config.pad_token_id,
+        "eos_token_id": config.stop_token_ids[0] if config.stop_token_ids else None,
+        "image_token_id": config.image_token_id, "video_token_id": config.video_token_id,
+        "vision_start_token_id": config.vision_start_token_id, "vision_end_token_id": config.vision_end_token_id,
+        "torch_dtype": "float32",
+        "vision_config": {
+            "model_type": "qwen2_5_vl", "depth": vision.depth, "hidden_size": vision.width, "hidden_act": "silu",
+            "num_heads": vision.heads, "intermediate_size": vision.mlp_width, "out_hidden_size": vision.out_width,
+            "patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size,
+            "in_channels": vision.channels, "spatial_merge_size": vision.merge_size, "window_size": vision.window_size,
+            "fullatt_block_indexes": list(vision.full_attention_blocks)}}

@@ -1,0 +1,111 @@
+"""Caption sampling as one loop inside the compiled step: key-value cache as loop state, early end, per-row keys."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from uae_jax.models.qwen2_5_vl import model
+from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
+from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig, sample_tokens, truncate
+from uae_jax.models.qwen2_5_vl.text import KV, Memory
+
+
+class Completion(NamedTuple):
+    """Sampled tokens of N rows.
+
+    Attributes:
+      tokens: int32 `[N, T]`, `pad_token_id` after the end.
+      mask: bool `[N, T]`, true up to and including the first stop token.
+      log_probs: float32 `[N, T]`, log-probability of each token under the distribution it was drawn from; 0 where masked.
+        With temperature 0 or truncation: under the full distribution at temperature 1 or the given one.
+      finished: bool `[N]`, whether a stop token was drawn.
+    """
+
+    tokens: Array
+    mask: Array
+    log_probs: Array
+    finished: Array
+
+
+class _State(NamedTuple):
+    step: Array
+    completion: Completion
+    cache: KV
+    hidden: Array
+
+
+def generate(
+    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, prefix: model.Prefix, keys: Array, *,
+    max_new_tokens: int, stop_ids: tuple[int, ...], sampling: SamplingConfig = SamplingConfig(), group: int = 1) -> Completion:
+    """Samples `group` completions of each prompt; ends as soon as all rows have ended.
+
+    Args:
+      config: sizes.
+      params: parameters.
+      adapter: adapter of the language model, or None.
+      prefix: prompts of B images, from the same adapter.
+      keys: typed random keys `[N]`, N = B * group, rows of a group together; step t folds in t.
+      max_new_tokens: T.
+      stop_ids: tokens that end a row; empty samples T tokens for every row.
+      sampling: temperature and truncation.
+      group: completions of each prompt.
+
+    Raises:
+      ValueError: the number of keys is not B * group.
+    """
+    rows = prefix.next_position.shape[0] * group
+    if keys.shape != (rows,):
+        raise ValueError(f"{rows} completions need as many random keys, not {keys.shape}")
+    start = jnp.repeat(prefix.next_position, group)
+
+    def body(state: _State) -> _State:
+        step, done = state.step, state.completion.finished
+        token, log_prob = _draw(config, params, state.hidden, keys, step, sampling)
+        token = jnp.where(done, config.pad_token_id, token)
+        completion = Completion(
+            tokens=state.completion.tokens.at[:, step].set(token),
+            mask=state.completion.mask.at[:, step].set(~done),
+            log_probs=state.completion.log_probs.at[:, step].set(jnp.where(done, 0.0, log_prob)),
+            finished=done | _is_stop(token, stop_ids))
+        earlier = jnp.broadcast_to(jnp.arange(max_new_tokens) < step, (rows, max_new_tokens))
+        hidden, kv = model.hidden_states_and_kv(
+            config, params, adapter, model.embed_tokens(config, params, token[:, None]),
+            model.text_positions(start + step, 1), jnp.ones((rows, 1), bool), (prefix.memory, Memory(state.cache, earlier)))
+        cache = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, step, axis=2), state.cache, kv)
+        return _State(step + 1, completion, cache, hidden[:, 0])
+
+    def unfinished(state: _State) -> Array:
+        return (state.step < max_new_tokens) & ~jnp.all(state.completion.finished)
+
+    return lax.while_loop(unfinished, body, _initial(config, prefix, rows, max_new_tokens, group)).completion
+
+
+def _initial(config: Qwen2_5VLConfig, prefix: model.Prefix, rows: int, length: int, group: int) -> _State:
+    def empty(prompt: Array) -> Array:
+        layers, _, _, heads, width = prompt.shape
+        return jnp.zeros((layers, rows, length, heads, width), prompt.dtype)
+
+    completion = Completion(
+        tokens=jnp.full((rows, length), config.pad_token_id, jnp.int32), mask=jnp.zeros((rows, length), bool),
+        log_probs=jnp.zeros((rows, length), jnp.float32), finished=jnp.zeros(rows, bool))
+    hidden = jnp.repeat(prefix.last_hidden, group, axis=0)
+    return _State(jnp.zeros((), jnp.int32), completion, jax.tree.map(empty, prefix.memory.kv), hidden)
+
+
+def _draw(
+    config: Qwen2_5VLConfig, params: Mapping, hidden: Array, keys: Array, step: Array,
+    sampling: SamplingConfig) -> tuple[Array, Array]:
+    logits = model.logits(config, params, hidden)
+    uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
+    token = sample_tokens(truncate(logits, sampling), uniforms, sampling.temperature)
+    log_probs = jax.nn.log_softmax(logits / (sampling.temperature or 1.0), axis=-1)
+    return token, jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
+
+
+def _is_stop(token: Array, stop_ids: tuple[int, ...]) -> Array:
+    if not stop_ids:
+        return jnp.zeros(token.shape, bool)
+    return jnp.any(token[:, None] == jnp.asarray(stop_ids), axis=-1)

@@ -1,0 +1,240 @@
+"""The language model of Qwen2.5-VL (arXiv 2502.13923; 2407.10671 for the decoder): scanned layers, M-RoPE, grouped queries.
+
+One forward pass serves every use. Keys and values computed earlier are given as `Memory`; a memory with fewer rows than
+the batch is shared by groups of consecutive rows, so that the completions of one image read one copy of its prompt.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from uae_jax.models.qwen2_5_vl.config import TextConfig
+from uae_jax.nn.attention import MASKED, attention
+from uae_jax.nn.linear import Dense
+from uae_jax.nn.norms import RMSNorm
+from uae_jax.nn.rope import apply_rope
+
+
+class KV(NamedTuple):
+    """Keys (rotated) and values of all layers, `[L, N, T, H', K]` each."""
+
+    key: Array
+    value: Array
+
+
+class Memory(NamedTuple):
+    """Keys and values `[L, M, S, H', K]` that precede the tokens of a forward pass, and which of them count `[M, S]`.
+
+    M divides the rows N of the batch; rows `i * N/M` to `(i + 1) * N/M - 1` read entry i.
+    """
+
+    kv: KV
+    mask: Array
+
+
+def remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
+    """The module with its backward pass recomputed as `policy` says (`none`, `full`, `dots`)."""
+    if policy == "none":
+        return module
+    saved = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims if policy == "dots" else None
+    return nn.remat(module, policy=saved, prevent_cse=False)
+
+
+def mrope_angles(config: TextConfig, positions: Array) -> Array:
+    """Rotation angles `[N, T, K/2]` from positions `[N, T, 3]` (time, row, column): sections of the frequencies follow
+    one axis each (arXiv 2409.12191, section 2.1)."""
+    width = config.head_width
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
+    axes = np.repeat(np.arange(3), config.mrope_section)
+    return positions[..., axes].astype(jnp.float32) * frequencies
+
+
+def attention_with_memory(
+    query: Array, key: Array, value: Array, mask: Array, memories: tuple[tuple[Array, Array, Array], ...]) -> Array:
+    """Attention to earlier keys and to the batch's own, under one float32 softmax.
+
+    The rows that share a memory are folded into its query axis, so that its keys are never repeated.
+
+    Args:
+      query: `[N, T, H, K]`.
+      key: `[N, T, H', K]`.
+      value: `[N, T, H', K]`.
+      mask: bool `[N, T, T]` for the own keys.
+      memories: (key `[M, S, H', K]`, value, mask `[M, S]`) each; M divides N.
+
+    Returns:
+      `[N, T, H, K]`.
+    """
+    if not memories:
+        return attention(query, key, value, mask[:, None])
+    rows, length, heads, width = query.shape
+    parts = [*memories, (key, value, mask)]
+    logits, allowed = [], []
+    for keys, _, valid in parts:
+        entries, size, key_heads, _ = keys.shape
+        grouped = query.reshape(entries, rows // entries, length, key_heads, heads // key_heads, width)
+        part = jnp.einsum("mgthrk,mshk->mghrts", grouped, keys.astype(query.dtype), preferred_element_type=jnp.float32)
+        logits.append(part.reshape(rows, key_heads, -1, length, size))
+        valid = valid if valid.ndim == 3 else jnp.repeat(valid[:, None], rows // entries, axis=0)
+        allowed.append(jnp.broadcast_to(valid, (rows, length, size)))
+    joint = jnp.where(jnp.concatenate(allowed, -1)[:, None, None], jnp.concatenate(logits, -1) * width**-0.5, MASKED)
+    weights = jax.nn.softmax(joint, axis=-1).astype(query.dtype)
+    mixed, start = jnp.zeros((), query.dtype), 0
+    for _, values, _ in parts:
+        entries, size, key_heads, _ = values.shape
+        part = weights[..., start:start + size].reshape(entries, rows // entries, key_heads, -1, length, size)
+        out = jnp.einsum("mghrts,mshk->mgthrk", part, values.astype(query.dtype))
+        mixed, start = mixed + out.reshape(query.shape), start + size
+    return mixed
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries and biases on query, key and value."""
+
+    config: TextConfig
+
+    @nn.compact
+    def __call__(self, x: Array, angles: Array, mask: Array, memories: tuple) -> tuple[Array, KV]:
+        """`[N, T, D]` to `[N, T, D]`, and the keys and values `[N, T, H', K]`."""
+        c = self.config
+        rows, length, _ = x.shape
+
+        def project(name: str, heads: int) -> Array:
+            y = Dense(heads * c.head_width, lora_alpha=c.lora_alpha, name=name)(x)
+            return y.reshape(rows, length, heads, c.head_width)
+
+        query = apply_rope(project("query", c.heads), angles)
+        key = apply_rope(project("key", c.key_heads), angles)
+        value = project("value", c.key_heads)
+        mixed = attention_with_memory(query, key, value, mask, memories).reshape(rows, length, -1)
+        return Dense(c.width, use_bias=False, lora_alpha=c.lora_alpha, name="output")(mixed), KV(key, value)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    inner: int
+    use_bias: bool = False
+    lora_alpha: float = 64.0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[..., D]` to `[..., D]`."""
+
+        def dense(name: str, features: int) -> Dense:
+            return Dense(features, use_bias=self.use_bias, lora_alpha=self.lora_alpha, name=name)
+
+        gated = nn.silu(dense("gate", self.inner)(x)) * dense("up", self.inner)(x)
+        return dense("down", x.shape[-1])(gated)
+
+
+class Layer(nn.Module):
+    """One pre-norm decoder layer, in the form that a scan over layers needs."""
+
+    config: TextConfig
+    return_kv: bool
+
+    @nn.compact
+    def __call__(self, x: Array, stored: tuple, angles: Array, mask: Array, stored_masks: tuple) -> tuple[Array, KV | None]:
+        """Maps `[N, T, D]`; `stored` holds this layer's keys and values of each memory."""
+        c = self.config
+        x = nn.with_logical_constraint(x, ("act_batch", "act_len", "act_emb"))
+        memories = tuple((kv.key, kv.value, valid) for kv, valid in zip(stored, stored_masks))
+        normed = RMSNorm(c.norm_epsilon, name="attention_norm")(x)
+        mixed, kv = Attention(c, name="attention")(normed, angles, mask, memories)
+        x = x + mixed
+        normed = RMSNorm(c.norm_epsilon, name="mlp_norm")(x)
+        x = x + GatedMLP(c.mlp_width, lora_alpha=c.lora_alpha, name="mlp")(normed)
+        return x, kv if self.return_kv else None
+
+
+class Embedding(nn.Module):
+    """The token table `[V, D]`, which is also the head when tied."""
+
+    vocab_size: int
+    width: int
+
+    def setup(self):
+        self.table = self.param("table", nn.initializers.normal(0.02), (self.vocab_size, self.width), jnp.float32)
+
+    def __call__(self, ids: Array) -> Array:
+        """Token ids `[...]` to `[..., D]`."""
+        return jnp.take(self.table, ids, axis=0)
+
+    def attend(self, hidden: Array) -> Array:
+        """Float32 logits `[..., V]` of hidden states `[..., D]`."""
+        return jnp.einsum("...d,vd->...v", hidden, self.table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+class Head(nn.Module):
+    """The untied output matrix `[D, V]`."""
+
+    vocab_size: int
+
+    @nn.compact
+    def __call__(self, hidden: Array) -> Array:
+        """Float32 logits `[..., V]` of hidden states `[..., D]`."""
+        shape = (hidden.shape[-1], self.vocab_size)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        return jnp.einsum("...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+class LanguageModel(nn.Module):
+    """The decoder.
+
+    Attributes:
+      config: sizes.
+      return_kv: whether a forward pass also returns its keys and values.
+    """
+
+    config: TextConfig
+    return_kv: bool = False
+
+    def setup(self):
+        c = self.config
+        self.embedding = Embedding(c.vocab_size, c.width)
+        scanned = nn.scan(
+            remat(Layer, c.remat), variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), length=c.layers)
+        self.layers = scanned(c, self.return_kv)
+        self.final_norm = RMSNorm(c.norm_epsilon)
+        if not c.tied:
+            self.head = Head(c.vocab_size)
+
+    def embed(self, ids: Array) -> Array:
+        """Token ids `[...]` to embeddings `[..., D]` in the config's precision."""
+        return self.embedding(ids).astype(self.config.dtype)
+
+    def logits(self, hidden: Array) -> Array:
+        """Float32 logits `[..., V]` of final hidden states `[..., D]`."""
+        return self.embedding.attend(hidden) if self.config.tied else self.head(hidden)
+
+    def __call__(
+        self, embeds: Array, positions: Array, mask: Array, memories: tuple[Memory, ...] = ()) -> tuple[Array, KV | None]:
+        """Runs tokens that see each other causally and all valid entries of the memories.
+
+        Args:
+          embeds: `[N, T, D]`.
+          positions: int `[N, T, 3]`, M-RoPE positions (time, row, column).
+          mask: bool `[N, T]`, False for padding.
+          memories: keys and values that precede these tokens.
+
+        Returns:
+          Hidden states after the final norm `[N, T, D]`, and the keys and values if `return_kv`.
+        """
+        length = embeds.shape[1]
+        causal = jnp.tril(jnp.ones((length, length), bool))[None] & mask[:, None, :]
+        stored, stored_masks = tuple(m.kv for m in memories), tuple(m.mask for m in memories)
+        x = embeds.astype(self.config.dtype)
+        x, kv = self.layers(x, stored, mrope_angles(self.config, positions), causal, stored_masks)
+        return self.final_norm(x), kv
+
+    def initialise(self, ids: Array) -> Array:
+        """Touches every parameter, for `init`: ids `[N, T]` to logits `[N, T, V]`."""
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None, :, None], (*ids.shape, 3))
+        return self.logits(self(self.embed(ids), positions, jnp.ones(ids.shape, bool))[0])

@@ -1,0 +1,153 @@
+"""The blocks of the SD3 transformer: two token streams with joint attention (arXiv 2403.03206, section 4, figure 2)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from uae_jax.models.sd3.config import TransformerConfig
+from uae_jax.nn.attention import attention
+from uae_jax.nn.linear import Dense
+from uae_jax.nn.norms import LayerNorm, RMSNorm
+
+EPSILON = 1e-6
+
+
+def modulated_norm(x: Array, scale: Array, shift: Array) -> Array:
+    """Layer norm without parameters, then `x * (1 + scale) + shift`, in float32 (arXiv 2212.09748, section 3.2).
+
+    Args:
+      x: `[B, T, D]`.
+      scale: `[B, 1, D]`.
+      shift: `[B, 1, D]`.
+
+    Returns:
+      `[B, T, D]` in the precision of `x`.
+    """
+    y = LayerNorm(EPSILON, affine=False)(x.astype(jnp.float32))
+    return (y * (1.0 + scale) + shift).astype(x.dtype)
+
+
+def gated_sum(x: Array, gate: Array, update: Array) -> Array:
+    """`x + gate * update` in float32; `[B, T, D]`, gate `[B, 1, D]`; in the precision of `x`."""
+    return (x.astype(jnp.float32) + gate * update.astype(jnp.float32)).astype(x.dtype)
+
+
+class Modulation(nn.Module):
+    """`parts` vectors of width D from the conditioning vector, in float32."""
+
+    config: TransformerConfig
+    parts: int
+
+    @nn.compact
+    def __call__(self, conditioning: Array) -> list[Array]:
+        """`[B, D]` to `parts` arrays `[B, 1, D]`."""
+        config = self.config
+        y = Dense(self.parts * config.width, lora_alpha=config.lora_alpha, name="linear")(conditioning)
+        return jnp.split(y[:, None].astype(jnp.float32), self.parts, axis=-1)
+
+
+class FeedForward(nn.Module):
+    """Linear map to 4 D, GELU (tanh form), linear map back."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[B, T, D]` to `[B, T, D]`."""
+        width, alpha = self.config.width, self.config.lora_alpha
+        y = nn.gelu(Dense(4 * width, lora_alpha=alpha, name="up")(x), approximate=True)
+        return Dense(width, lora_alpha=alpha, name="down")(y)
+
+
+class JointAttention(nn.Module):
+    """Attention over image tokens, or over image and context tokens together, each with its own projections.
+
+    Attributes:
+      config: sizes.
+      context_output: whether the context's result is projected and returned.
+    """
+
+    config: TransformerConfig
+    context_output: bool = True
+
+    def _heads(self, x: Array, prefix: str) -> tuple[Array, Array, Array]:
+        """Query, key and value `[B, T, H, K]` of one stream."""
+        config = self.config
+        heads = (*x.shape[:2], config.num_attention_heads, config.attention_head_dim)
+        query, key, value = (
+            Dense(config.width, lora_alpha=config.lora_alpha, name=f"{prefix}{name}")(x).reshape(heads)
+            for name in ("query", "key", "value"))
+        if config.qk_norm is not None:
+            query = RMSNorm(EPSILON, name=f"{prefix}query_norm")(query)
+            key = RMSNorm(EPSILON, name=f"{prefix}key_norm")(key)
+        return query, key, value
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array | None = None, mask: Array | None = None) -> tuple[Array, Array | None]:
+        """Mixes the tokens.
+
+        Args:
+          x: image tokens `[B, P, D]`.
+          context: context tokens `[B, T, D]`, or None for attention over image tokens only.
+          mask: bool `[B, 1, 1, P + T]`, False for tokens that nobody may attend to; None allows all.
+
+        Returns:
+          `[B, P, D]` and `[B, T, D]`, the second None without context or without `context_output`.
+        """
+        config = self.config
+        parts = self._heads(x, "")
+        if context is not None:
+            parts = tuple(jnp.concatenate(pair, axis=1) for pair in zip(parts, self._heads(context, "context_")))
+        mixed = attention(*parts, mask)
+        mixed = mixed.reshape(*mixed.shape[:2], config.width)
+        patches = x.shape[1]
+        x = Dense(config.width, lora_alpha=config.lora_alpha, name="output")(mixed[:, :patches])
+        if context is None or not self.context_output:
+            return x, None
+        return x, Dense(config.width, lora_alpha=config.lora_alpha, name="context_output")(mixed[:, patches:])
+
+
+class Block(nn.Module):
+    """One transformer block with adaptive layer norms (arXiv 2403.03206, figure 2b).
+
+    Attributes:
+      config: sizes.
+      dual: whether image tokens have a second attention of their own (SD3.5 medium).
+      last: whether the context is only read; it is then dropped.
+    """
+
+    config: TransformerConfig
+    dual: bool = False
+    last: bool = False
+
+    @nn.compact
+    def __call__(self, streams: tuple[Array, Array], conditioning: Array, mask: Array | None) -> tuple[tuple, None]:
+        """Updates both streams.
+
+        Args:
+          streams: image tokens `[B, P, D]` and context tokens `[B, T, D]`.
+          conditioning: `[B, D]`, already through SiLU.
+          mask: see `JointAttention`.
+
+        Returns:
+          The new streams (the context None after the last block), and None (what a scan collects).
+        """
+        config, (x, context) = self.config, streams
+        shift, scale, gate, ff_shift, ff_scale, ff_gate, *second = Modulation(
+            config, 9 if self.dual else 6, name="modulation")(conditioning)
+        context_parts = Modulation(config, 2 if self.last else 6, name="context_modulation")(conditioning)
+        # the published last block keeps (scale, shift) in this order, the others (shift, scale, ...)
+        context_scale, context_shift = context_parts if self.last else (context_parts[1], context_parts[0])
+        update, context_update = JointAttention(config, context_output=not self.last, name="attention")(
+            modulated_norm(x, scale, shift), modulated_norm(context, context_scale, context_shift), mask)
+        second_input = modulated_norm(x, second[1], second[0]) if self.dual else None
+        x = gated_sum(x, gate, update)
+        if self.dual:
+            x = gated_sum(x, second[2], JointAttention(config, name="image_attention")(second_input)[0])
+        x = gated_sum(x, ff_gate, FeedForward(config, name="feed_forward")(modulated_norm(x, ff_scale, ff_shift)))
+        if self.last:
+            return (x, None), None
+        _, _, gate, ff_shift, ff_scale, ff_gate = context_parts
+        context = gated_sum(context, gate, context_update)
+        update = FeedForward(config, name="context_feed_forward")(modulated_norm(context, ff_scale, ff_shift))
+        return (x, gated_sum(context, ff_gate, update)), None

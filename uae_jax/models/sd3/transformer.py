@@ -1,0 +1,202 @@
+"""The diffusion transformer of SD3 and SD3.5 (arXiv 2403.03206, section 4), channels last."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from uae_jax import trees
+from uae_jax.models.sd3.blocks import Block, Modulation, modulated_norm
+from uae_jax.models.sd3.config import TransformerConfig
+from uae_jax.nn.linear import Dense
+
+TIMESTEP_CHANNELS = 256
+# The modules that the release adapts (attn.{to_q, to_k, to_v, to_out.0, add_q_proj, add_k_proj, add_v_proj, to_add_out});
+# the second attention of dual blocks is not among them. For `nn.lora.init_lora`.
+ATTENTION_ADAPTER = r"(blocks_\d+|last_block)/attention/(context_)?(query|key|value|output)"
+# Stored and loaded with the parameters, but a constant: optimisers and weight decay must leave it out.
+BUFFERS = r"pos_embed/table"
+
+
+def position_table(config: TransformerConfig) -> Array:
+    """The two-dimensional sine-cosine table (arXiv 2010.11929 form; diffusers' `get_2d_sincos_pos_embed`).
+
+    Returns:
+      `[1, M * M, D]` in float32, row-major over a square of M = `pos_embed_max_size` patches; the first half of D
+      encodes the column, the second the row, in units in which the training grid has `sample_size / patch_size` steps.
+    """
+    side, width = config.pos_embed_max_size, config.width
+    positions = np.arange(side, dtype=np.float32) / np.float32(side / (config.sample_size // config.patch_size))
+    frequencies = 1.0 / 10000 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
+    angles = np.outer(positions.astype(np.float64), frequencies)
+    line = jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
+    columns = jnp.broadcast_to(line[None], (side, side, width // 2))
+    rows = jnp.broadcast_to(line[:, None], (side, side, width // 2))
+    return jnp.concatenate([columns, rows], axis=-1).reshape(1, side * side, width)
+
+
+def timestep_embedding(timestep: Array) -> Array:
+    """Cosines, then sines, of the timestep at 128 frequencies from 1 to nearly 1/10000 (arXiv 2006.11239, appendix B).
+
+    Args:
+      timestep: `[B]`, 1000 * sigma.
+
+    Returns:
+      `[B, 256]` in float32.
+    """
+    half = TIMESTEP_CHANNELS // 2
+    frequencies = jnp.exp(-np.log(10000.0) / half * jnp.arange(half, dtype=jnp.float32))
+    angles = timestep.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class PositionTable(nn.Module):
+    """The stored position table; a buffer, so no gradient reaches it."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, rows: int, columns: int) -> Array:
+        """The centre `rows` x `columns` of the table, `[1, rows * columns, D]`."""
+        side, width = self.config.pos_embed_max_size, self.config.width
+        if max(rows, columns) > side:
+            raise ValueError(f"{rows}x{columns} patches do not fit the position table; pos_embed_max_size is {side}")
+        table = self.param("table", lambda key: position_table(self.config))
+        top, left = (side - rows) // 2, (side - columns) // 2
+        crop = table.reshape(side, side, width)[top:top + rows, left:left + columns]
+        return jax.lax.stop_gradient(crop.reshape(1, rows * columns, width))
+
+
+class Embedder(nn.Module):
+    """Linear map, SiLU, linear map: timestep features or pooled text to the model's width."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[B, in]` to `[B, D]`."""
+        width, alpha = self.config.width, self.config.lora_alpha
+        return Dense(width, lora_alpha=alpha, name="linear_2")(nn.silu(Dense(width, lora_alpha=alpha, name="linear_1")(x)))
+
+
+def _rematerialised(config: TransformerConfig, in_scan: bool) -> type[nn.Module]:
+    if config.remat == "none":
+        return Block
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+    return nn.remat(Block, prevent_cse=not in_scan, policy=policy)
+
+
+class Transformer(nn.Module):
+    """Velocity of noisy latents given text (SD3Transformer2DModel).
+
+    Parameters of equal neighbouring blocks are stacked, `blocks_0`, `blocks_1`, ... in the order of
+    `TransformerConfig.runs`; the block that ends the context is `last_block`. The leaf `pos_embed/table` is a buffer.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, latents: Array, timestep: Array, context: Array, pooled: Array, context_mask: Array | None = None) -> Array:
+        """Predicts the velocity.
+
+        Args:
+          latents: `[B, h, w, C]` in the scale of the diffusion model; h and w are multiples of the patch size.
+          timestep: `[B]`, 1000 * sigma with sigma in [0, 1].
+          context: `[B, T, Dc]` text tokens.
+          pooled: `[B, Dp]` pooled text.
+          context_mask: bool `[B, T]`, False for padding, which nobody then attends to; None attends to all tokens, as
+            the official code does.
+
+        Returns:
+          `[B, h, w, C]`, the velocity noise - data, in float32.
+
+        Raises:
+          ValueError: the latents do not divide into patches, or have more patches a side than the position table.
+        """
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        alpha = config.lora_alpha
+        patches = patchify(latents, config.patch_size).astype(dtype)
+        rows, columns = (side // config.patch_size for side in latents.shape[1:3])
+        x = Dense(config.width, lora_alpha=alpha, name="patch_embed")(patches)
+        x = (x + PositionTable(config, name="pos_embed")(rows, columns)).astype(dtype)
+        conditioning = Embedder(config, name="timestep_embedder")(timestep_embedding(timestep).astype(dtype))
+        conditioning += Embedder(config, name="pooled_embedder")(pooled.astype(dtype))
+        conditioning = nn.silu(conditioning)
+        context = Dense(config.width, lora_alpha=alpha, name="context_embedder")(context.astype(dtype))
+        mask = None
+        if context_mask is not None:
+            mask = jnp.pad(context_mask, ((0, 0), (x.shape[1], 0)), constant_values=True)[:, None, None]
+        x = self._blocks(x, context, conditioning, mask)
+        scale, shift = Modulation(config, 2, name="norm_out")(conditioning)
+        y = Dense(config.patch_size**2 * config.out_channels, lora_alpha=alpha, name="proj_out")(modulated_norm(x, scale, shift))
+        return unpatchify(y.astype(jnp.float32), rows, columns, config.patch_size)
+
+    def _blocks(self, x: Array, context: Array, conditioning: Array, mask: Array | None) -> Array:
+        config, streams = self.config, (x, context)
+        for name, layers, dual in config.runs:
+            scanned = nn.scan(
+                _rematerialised(config, in_scan=True), variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True},
+                in_axes=nn.broadcast, length=len(layers))
+            streams, _ = scanned(config, dual=dual, name=name)(streams, conditioning, mask)
+        last_dual = config.num_layers - 1 in config.dual_attention_layers
+        last = _rematerialised(config, in_scan=False)(config, dual=last_dual, last=True, name="last_block")
+        (x, _), _ = last(streams, conditioning, mask)
+        return x
+
+
+def patchify(latents: Array, patch_size: int) -> Array:
+    """`[B, h, w, C]` to `[B, P, C * patch_size**2]`, patches row by row, each flattened as (channel, row, column).
+
+    Raises:
+      ValueError: h or w is not a multiple of the patch size.
+    """
+    batch, height, width, channels = latents.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"latents of {height}x{width} do not divide into patches; both must be multiples of {patch_size}")
+    rows, columns = height // patch_size, width // patch_size
+    x = latents.reshape(batch, rows, patch_size, columns, patch_size, channels).transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(batch, rows * columns, channels * patch_size**2)
+
+
+def unpatchify(x: Array, rows: int, columns: int, patch_size: int) -> Array:
+    """`[B, rows * columns, patch_size**2 * C]`, flattened as (row, column, channel), to `[B, h, w, C]`."""
+    x = x.reshape(x.shape[0], rows, columns, patch_size, patch_size, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(x.shape[0], rows * patch_size, columns * patch_size, -1)
+
+
+def abstract_params(config: TransformerConfig) -> dict:
+    """The shapes of the parameters, without computing anything."""
+    shapes = ((1, config.patch_size, config.patch_size, config.in_channels), (1,), (1, 1, config.joint_attention_dim),
+              (1, config.pooled_projection_dim))
+    inputs = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    return jax.eval_shape(Transformer(config).init, jax.random.key(0), *inputs)["params"]
+
+
+def init_params(config: TransformerConfig, key: Array) -> dict:
+    """New parameters to train from nothing (arXiv 2212.09748, section 3.2, adaLN-Zero).
+
+    Modulations and the last linear map start at zero, so that every block is the identity and the velocity is zero;
+    the timestep and pooled embedders are normal with standard deviation 0.02; other kernels are Xavier-uniform; biases
+    are zero and norm scales one. Each leaf depends only on `key` and its own name.
+
+    Returns:
+      The structure of `abstract_params`, float32.
+    """
+    def start(name: str, leaf: jax.ShapeDtypeStruct) -> Array:
+        if name == BUFFERS:
+            return position_table(config)
+        if name.endswith("/scale"):
+            return jnp.ones(leaf.shape, jnp.float32)
+        if name.endswith("/bias") or re.search(r"(modulation|norm_out)/linear/|^proj_out/", name):
+            return jnp.zeros(leaf.shape, jnp.float32)
+        leaf_key = trees.name_key(key, name)
+        if re.match(r"(timestep|pooled)_embedder/", name):
+            return 0.02 * jax.random.normal(leaf_key, leaf.shape, jnp.float32)
+        limit = (6.0 / (leaf.shape[-2] + leaf.shape[-1])) ** 0.5
+        return jax.random.uniform(leaf_key, leaf.shape, jnp.float32, -limit, limit)
+
+    return trees.map_with_name(start, abstract_params(config))

@@ -1,0 +1,205 @@
+"""The 16-channel auto-encoder of SD3 (AutoencoderKL; arXiv 2112.10752, section 3.1, and 2403.03206, section 2.1).
+
+Channels are last everywhere; all arithmetic is float32.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from uae_jax import trees
+from uae_jax.models.sd3.config import VAEConfig
+from uae_jax.nn.attention import attention
+from uae_jax.nn.linear import Conv, Dense
+from uae_jax.nn.norms import GroupNorm
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions after group norm and SiLU, with a 1x1 shortcut where the width changes."""
+
+    features: int
+    groups: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[B, H, W, C]` to `[B, H, W, features]`."""
+        y = Conv(self.features, name="conv1")(nn.silu(GroupNorm(self.groups, name="norm1")(x)))
+        y = Conv(self.features, name="conv2")(nn.silu(GroupNorm(self.groups, name="norm2")(y)))
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, kernel_size=1, padding=((0, 0), (0, 0)), name="conv_shortcut")(x)
+        return x + y
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over all positions, with a residual connection."""
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        batch, height, width, channels = x.shape
+        y = GroupNorm(self.groups, name="group_norm")(x).reshape(batch, height * width, channels)
+        query, key, value = (Dense(channels, name=name)(y)[:, :, None] for name in ("query", "key", "value"))
+        y = Dense(channels, name="output")(attention(query, key, value)[:, :, 0])
+        return x + y.reshape(x.shape)
+
+
+class MiddleBlock(nn.Module):
+    """Residual block, attention, residual block, at the lowest resolution."""
+
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[B, h, w, C]` to `[B, h, w, C]`."""
+        groups = self.config.norm_num_groups
+        x = ResidualBlock(x.shape[-1], groups, name="resnets_0")(x)
+        if self.config.mid_block_add_attention:
+            x = SpatialAttention(groups, name="attention")(x)
+        return ResidualBlock(x.shape[-1], groups, name="resnets_1")(x)
+
+
+class Encoder(nn.Module):
+    """Picture to the mean and log-variance of its latents, joined along channels."""
+
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[B, H, W, 3]` to `[B, h, w, 2 C]`."""
+        config = self.config
+        x = Conv(config.block_out_channels[0], name="conv_in")(x)
+        for level, features in enumerate(config.block_out_channels):
+            for layer in range(config.layers_per_block):
+                x = ResidualBlock(features, config.norm_num_groups, name=f"down_blocks_{level}_resnets_{layer}")(x)
+            if level < len(config.block_out_channels) - 1:
+                # the published weights expect padding at the bottom and right only
+                x = Conv(features, stride=2, padding=((0, 1), (0, 1)), name=f"down_blocks_{level}_downsampler")(x)
+        x = MiddleBlock(config, name="mid_block")(x)
+        x = nn.silu(GroupNorm(config.norm_num_groups, name="conv_norm_out")(x))
+        return Conv(2 * config.latent_channels, name="conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """Latents to picture."""
+
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, z: Array) -> Array:
+        """`[B, h, w, C]` to `[B, H, W, 3]`."""
+        config = self.config
+        x = Conv(config.block_out_channels[-1], name="conv_in")(z)
+        x = MiddleBlock(config, name="mid_block")(x)
+        for level, features in enumerate(reversed(config.block_out_channels)):
+            for layer in range(config.layers_per_block + 1):
+                x = ResidualBlock(features, config.norm_num_groups, name=f"up_blocks_{level}_resnets_{layer}")(x)
+            if level < len(config.block_out_channels) - 1:
+                x = Conv(features, name=f"up_blocks_{level}_upsampler")(_double(x))
+        x = nn.silu(GroupNorm(config.norm_num_groups, name="conv_norm_out")(x))
+        return Conv(config.out_channels, name="conv_out")(x)
+
+
+def _double(x: Array) -> Array:
+    """Nearest-neighbour enlargement, `[B, H, W, C]` to `[B, 2H, 2W, C]`."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def encode(config: VAEConfig, params: trees.Tree, pixels: Array) -> tuple[Array, Array]:
+    """The distribution of the latents of pictures.
+
+    Args:
+      config: sizes.
+      params: parameters of the auto-encoder; only `encoder` is read.
+      pixels: `[B, H, W, 3]` in [-1, 1]; H and W are multiples of `config.downsampling`.
+
+    Returns:
+      Mean and log-variance (clipped to [-30, 20], as published), each `[B, h, w, C]` in float32.
+
+    Raises:
+      ValueError: height or width is not such a multiple.
+    """
+    height, width = pixels.shape[1:3]
+    if height % config.downsampling or width % config.downsampling:
+        raise ValueError(f"a picture of {height}x{width} does not divide into latents; both must be multiples of {config.downsampling}")
+    moments = Encoder(config).apply({"params": params["encoder"]}, pixels.astype(jnp.float32))
+    mean, log_variance = jnp.split(moments, 2, axis=-1)
+    return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+
+def sample_latents(key: Array, mean: Array, log_variance: Array) -> Array:
+    """One draw from the Gaussian of `encode`; `[B, h, w, C]` each (arXiv 1312.6114, eq. 10)."""
+    return mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape, mean.dtype)
+
+
+def to_model_latents(config: VAEConfig, latents: Array) -> Array:
+    """Latents of the auto-encoder in the scale of the diffusion model, `(z - shift) * scale`, `[B, h, w, C]`."""
+    return (latents - config.shift_factor) * config.scaling_factor
+
+
+def from_model_latents(config: VAEConfig, model_latents: Array) -> Array:
+    """The inverse of `to_model_latents`, `[B, h, w, C]`."""
+    return model_latents / config.scaling_factor + config.shift_factor
+
+
+def decode(config: VAEConfig, params: trees.Tree, latents: Array) -> Array:
+    """Pictures of the auto-encoder's latents.
+
+    Args:
+      config: sizes.
+      params: parameters of the auto-encoder; only `decoder` is read.
+      latents: `[B, h, w, C]` in the scale of `encode`.
+
+    Returns:
+      `[B, H, W, 3]` in float32, about [-1, 1], not clipped.
+    """
+    return Decoder(config).apply({"params": params["decoder"]}, latents.astype(jnp.float32))
+
+
+def decode_latents(config: VAEConfig, params: trees.Tree, model_latents: Array, chunk: int | None = None) -> Array:
+    """Pictures of the diffusion model's latents, some at a time when memory is short.
+
+    Each chunk takes every (B / chunk)-th row, so that a batch that is split over devices stays where it is when their
+    number divides `chunk`. The activations of a chunk are computed again in the backward pass.
+
+    Args:
+      config: sizes.
+      params: parameters of the auto-encoder.
+      model_latents: `[B, h, w, C]` in the scale of the diffusion model.
+      chunk: pictures decoded at once; None, or B and more, decodes all at once.
+
+    Returns:
+      `[B, H, W, 3]` in float32, about [-1, 1], not clipped.
+
+    Raises:
+      ValueError: `chunk` does not divide B.
+    """
+    latents = from_model_latents(config, model_latents.astype(jnp.float32))
+    batch = latents.shape[0]
+    if chunk is None or chunk >= batch:
+        return decode(config, params, latents)
+    if chunk < 1 or batch % chunk:
+        raise ValueError(f"a batch of {batch} latents cannot be decoded in chunks of {chunk}; take a divisor of {batch}")
+    parts = latents.reshape(chunk, batch // chunk, *latents.shape[1:]).swapaxes(0, 1)
+    pixels = jax.lax.map(jax.checkpoint(lambda part: decode(config, params, part)), parts)
+    return pixels.swapaxes(0, 1).reshape(batch, *pixels.shape[2:])
+
+
+def init_params(config: VAEConfig, key: Array) -> dict:
+    """New parameters `{"encoder", "decoder"}` in float32; kernels have variance 1 / fan-in, biases are zero."""
+    encoder_key, decoder_key = jax.random.split(key)
+    side = config.downsampling
+    pixels = jnp.zeros((1, side, side, config.in_channels), jnp.float32)
+    latents = jnp.zeros((1, 1, 1, config.latent_channels), jnp.float32)
+    return {
+        "encoder": Encoder(config).init(encoder_key, pixels)["params"],
+        "decoder": Decoder(config).init(decoder_key, latents)["params"]}
+
+
+def abstract_params(config: VAEConfig) -> dict:
+    """The shapes of `init_params`, without computing anything."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

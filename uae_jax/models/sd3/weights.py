@@ -1,0 +1,204 @@
+"""Which published tensor is which parameter, for the transformer, its adapter and the auto-encoder (diffusers, peft)."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from uae_jax.hf.rules import Rule, load_params
+from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.models.sd3 import vae
+from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
+from uae_jax.models.sd3.transformer import ATTENTION_ADAPTER, abstract_params
+from uae_jax.nn.lora import init_lora
+
+
+def _affine(ours: str, theirs: str, layout: str, layers: tuple[int, ...] | None = None) -> list[Rule]:
+    """Kernel and bias of a linear map or convolution."""
+    return [Rule(f"{ours}/kernel", f"{theirs}.weight", layout, layers), Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers)]
+
+
+def _group_norm(ours: str, theirs: str) -> list[Rule]:
+    return [Rule(f"{ours}/scale", f"{theirs}.weight"), Rule(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def _residual_block(ours: str, theirs: str, shortcut: bool) -> list[Rule]:
+    rules = []
+    for part in ("1", "2"):
+        rules += _group_norm(f"{ours}/norm{part}", f"{theirs}.norm{part}")
+        rules += _affine(f"{ours}/conv{part}", f"{theirs}.conv{part}", "conv")
+    return rules + (_affine(f"{ours}/conv_shortcut", f"{theirs}.conv_shortcut", "conv") if shortcut else [])
+
+
+def _ends(part: str, config: VAEConfig) -> list[Rule]:
+    """What encoder and decoder have in common: first and last convolution, middle block."""
+    rules = _affine(f"{part}/conv_in", f"{part}.conv_in", "conv")
+    for number in (0, 1):
+        rules += _residual_block(f"{part}/mid_block/resnets_{number}", f"{part}.mid_block.resnets.{number}", False)
+    if config.mid_block_add_attention:
+        ours, theirs = f"{part}/mid_block/attention", f"{part}.mid_block.attentions.0"
+        rules += _group_norm(f"{ours}/group_norm", f"{theirs}.group_norm")
+        for name, published in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("output", "to_out.0")):
+            rules += _affine(f"{ours}/{name}", f"{theirs}.{published}", "dense")
+    rules += _group_norm(f"{part}/conv_norm_out", f"{part}.conv_norm_out")
+    return rules + _affine(f"{part}/conv_out", f"{part}.conv_out", "conv")
+
+
+def vae_rules(config: VAEConfig) -> list[Rule]:
+    """The table of the auto-encoder, for `hf.rules.load_params` and `published_tensors`."""
+    rules = _ends("encoder", config) + _ends("decoder", config)
+    last = len(config.block_out_channels) - 1
+    for part, block, sample, widths, layers in (
+            ("encoder", "down_blocks", "downsampler", config.block_out_channels, config.layers_per_block),
+            ("decoder", "up_blocks", "upsampler", config.block_out_channels[::-1], config.layers_per_block + 1)):
+        before = widths[0]
+        for level, width in enumerate(widths):
+            for layer in range(layers):
+                ours = f"{part}/{block}_{level}_resnets_{layer}"
+                rules += _residual_block(ours, f"{part}.{block}.{level}.resnets.{layer}", layer == 0 and before != width)
+            if level < last:
+                rules += _affine(f"{part}/{block}_{level}_{sample}", f"{part}.{block}.{level}.{sample}s.0.conv", "conv")
+            before = width
+    return rules
+
+
+# Names of older files: diffusers before 0.15 wrote the middle attention with these.
+VAE_ALIASES = (
+    (r"\.mid_block\.attentions\.0\.query\.", ".mid_block.attentions.0.to_q."),
+    (r"\.mid_block\.attentions\.0\.key\.", ".mid_block.attentions.0.to_k."),
+    (r"\.mid_block\.attentions\.0\.value\.", ".mid_block.attentions.0.to_v."),
+    (r"\.mid_block\.attentions\.0\.proj_attn\.", ".mid_block.attentions.0.to_out.0."))
+
+
+_JOINT = {
+    "query": "to_q", "key": "to_k", "value": "to_v", "output": "to_out.0", "context_query": "add_q_proj",
+    "context_key": "add_k_proj", "context_value": "add_v_proj", "context_output": "to_add_out"}
+_JOINT_NORMS = {
+    "query_norm": "norm_q", "key_norm": "norm_k", "context_query_norm": "norm_added_q", "context_key_norm": "norm_added_k"}
+
+
+def _groups(config: TransformerConfig) -> list[tuple[str, str, tuple[int, ...] | None, bool, bool]]:
+    """Every group of blocks: (our name, published prefix, layers, dual, last)."""
+    groups = [(name, "transformer_blocks.{}", layers, dual, False) for name, layers, dual in config.runs]
+    last = config.num_layers - 1
+    return groups + [("last_block", f"transformer_blocks.{last}", None, last in config.dual_attention_layers, True)]
+
+
+def _block(config: TransformerConfig, ours: str, theirs: str, layers: tuple[int, ...] | None, dual: bool, last: bool) -> list[Rule]:
+    maps = {"modulation/linear": "norm1.linear", "context_modulation/linear": "norm1_context.linear",
+            "feed_forward/up": "ff.net.0.proj", "feed_forward/down": "ff.net.2"}
+    maps |= {f"attention/{name}": f"attn.{published}" for name, published in _JOINT.items() if not (last and name == "context_output")}
+    norms = {f"attention/{name}": f"attn.{published}" for name, published in _JOINT_NORMS.items()}
+    if not last:
+        maps |= {"context_feed_forward/up": "ff_context.net.0.proj", "context_feed_forward/down": "ff_context.net.2"}
+    if dual:
+        maps |= {f"image_attention/{name}": f"attn2.{_JOINT[name]}" for name in ("query", "key", "value", "output")}
+        norms |= {f"image_attention/{name}": f"attn2.{_JOINT_NORMS[name]}" for name in ("query_norm", "key_norm")}
+    rules = []
+    for name, published in maps.items():
+        rules += _affine(f"{ours}/{name}", f"{theirs}.{published}", "dense", layers)
+    if config.qk_norm is not None:
+        rules += [Rule(f"{ours}/{name}/scale", f"{theirs}.{published}.weight", layers=layers) for name, published in norms.items()]
+    return rules
+
+
+def transformer_rules(config: TransformerConfig) -> list[Rule]:
+    """The table of the transformer, for `hf.rules.load_params` and `published_tensors`."""
+    patch = (config.width, config.in_channels, config.patch_size, config.patch_size)
+    rules = [
+        Rule("pos_embed/table", "pos_embed.pos_embed"),
+        Rule("patch_embed/kernel", "pos_embed.proj.weight", "patch", torch_shape=patch),
+        Rule("patch_embed/bias", "pos_embed.proj.bias")]
+    for ours, theirs in (("timestep_embedder", "timestep_embedder"), ("pooled_embedder", "text_embedder")):
+        for part in ("linear_1", "linear_2"):
+            rules += _affine(f"{ours}/{part}", f"time_text_embed.{theirs}.{part}", "dense")
+    rules += _affine("context_embedder", "context_embedder", "dense")
+    for group in _groups(config):
+        rules += _block(config, *group)
+    return rules + _affine("norm_out/linear", "norm_out.linear", "dense") + _affine("proj_out", "proj_out", "dense")
+
+
+def adapter_rules(config: TransformerConfig) -> list[Rule]:
+    """The table of a peft adapter of the modules of `transformer.ATTENTION_ADAPTER`."""
+    rules = []
+    for ours, theirs, layers, _, last in _groups(config):
+        for name, published in _JOINT.items():
+            if not (last and name == "context_output"):
+                module = f"base_model.model.{theirs}.attn.{published}"
+                rules += [Rule(f"{ours}/attention/{name}/{part}", f"{module}.lora_{part.upper()}.weight", "dense", layers)
+                          for part in ("a", "b")]
+    return rules
+
+
+# diffusers' own adapter files have another prefix, and peft's in-memory names carry the adapter's name.
+ADAPTER_ALIASES = ((r"^transformer\.(?=transformer_blocks\.)", "base_model.model."), (r"\.lora_([AB])\.default\.", r".lora_\1."))
+
+
+def read_adapter_config(path: str | pathlib.Path) -> tuple[int, float]:
+    """Rank and alpha of a peft folder's `adapter_config.json`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: a kind of adapter other than plain LoRA; the message names the field.
+    """
+    file = pathlib.Path(path) / "adapter_config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"adapter configuration not found: {file} does not exist")
+    stored = json.loads(file.read_text())
+    plain = {"peft_type": ("LORA",), "use_rslora": (False, None), "use_dora": (False, None), "bias": ("none", None),
+             "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "modules_to_save": ([], None)}
+    for field, supported in plain.items():
+        value = stored.get(field, supported[-1])
+        if value not in supported:
+            raise ValueError(f"{file}: {field}={value!r} is not supported; only plain LoRA adapters are")
+    return int(stored["r"]), float(stored["lora_alpha"])
+
+
+def abstract_adapter(config: TransformerConfig, rank: int) -> dict:
+    """The shapes of the adapter that `adapter_rules` describes."""
+    return jax.eval_shape(lambda: init_lora(jax.random.key(0), abstract_params(config), ATTENTION_ADAPTER, rank))
+
+
+def load_vae(path: str | pathlib.Path) -> tuple[VAEConfig, dict]:
+    """An auto-encoder folder as published: its config and float32 parameters (numpy).
+
+    Raises:
+      FileNotFoundError: config or weights are absent.
+      ValueError: the config is not supported, or the tensors do not fit it.
+    """
+    config = VAEConfig.from_folder(path)
+    params = load_params(
+        TensorFolder(path), vae_rules(config), vae.abstract_params(config), aliases=VAE_ALIASES, dtype=np.float32)
+    return config, params
+
+
+def load_transformer(
+    path: str | pathlib.Path, *, params_dtype: np.dtype | None = None, **overrides) -> tuple[TransformerConfig, dict]:
+    """A transformer folder as published: its config and parameters (numpy).
+
+    Args:
+      path: the folder with `config.json` and safetensors files.
+      params_dtype: precision of the parameters; None keeps what is stored.
+      **overrides: config fields that the file does not have: `dtype` (of the products), `remat`, `lora_alpha`.
+
+    Raises:
+      FileNotFoundError: config or weights are absent.
+      ValueError: the config is not supported, or the tensors do not fit it.
+    """
+    config = TransformerConfig.from_folder(path, **overrides)
+    return config, load_params(TensorFolder(path), transformer_rules(config), abstract_params(config), dtype=params_dtype)
+
+
+def load_adapter(path: str | pathlib.Path, config: TransformerConfig) -> tuple[TransformerConfig, dict]:
+    """A peft adapter folder: the config with the adapter's alpha, and the adapter tree in float32 (numpy).
+
+    Raises:
+      FileNotFoundError: config or weights are absent.
+      ValueError: not a plain LoRA adapter of exactly the modules of `ATTENTION_ADAPTER`.
+    """
+    rank, alpha = read_adapter_config(path)
+    adapter = load_params(
+        TensorFolder(path), adapter_rules(config), abstract_adapter(config, rank), aliases=ADAPTER_ALIASES, dtype=np.float32)
+    return dataclasses.replace(config, lora_alpha=alpha), adapter

@@ -1,0 +1,59 @@
+"""Normalisations; statistics are always float32, the result has the precision of the input."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned scale (arXiv 1910.07467, eq. 4)."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[..., D]` to `[..., D]`."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x32 = x.astype(jnp.float32)
+        y = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.epsilon)
+        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm (arXiv 1607.06450); `affine=False` has no parameters."""
+
+    epsilon: float = 1e-5
+    affine: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[..., D]` to `[..., D]`."""
+        x32 = x.astype(jnp.float32)
+        mean = jnp.mean(x32, -1, keepdims=True)
+        variance = jnp.mean(jnp.square(x32 - mean), -1, keepdims=True)
+        y = (x32 - mean) * lax.rsqrt(variance + self.epsilon)
+        if self.affine:
+            scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+            y = y * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Group norm over space and channel groups (arXiv 1803.08494)."""
+
+    groups: int
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        *batch, height, width, channels = x.shape
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        x32 = x.astype(jnp.float32).reshape(*batch, height, width, self.groups, channels // self.groups)
+        axes = (-4, -3, -1)
+        mean = jnp.mean(x32, axes, keepdims=True)
+        variance = jnp.mean(jnp.square(x32 - mean), axes, keepdims=True)
+        y = ((x32 - mean) * lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)

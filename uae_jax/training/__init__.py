@@ -1,0 +1,1 @@
+"""Training: step, optimizer, checkpoints, host loop, metrics and report. Knows no model."""

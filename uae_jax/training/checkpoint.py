@@ -1,0 +1,144 @@
+"""Checkpoints of (state, data position, meta) at `workdir/checkpoints/<stage>/<step>`, through Orbax.
+
+A save is written to a temporary folder and renamed when it is whole, so a kill never leaves an unusable newest checkpoint.
+Frozen weights are never saved.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from uae_jax import trees
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held.
+
+    Attributes:
+      step: train steps done when it was written.
+      state: like the target given to `restore`, on its devices.
+      data: position of the data iterator, for its `set_state`.
+      meta: seconds so far, stage, config digest and the like.
+    """
+
+    step: int
+    state: PyTree
+    data: dict[str, Any]
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one stage. Use as a context manager: leaving it waits for a save under way.
+
+    Args:
+      folder: `workdir/checkpoints/<stage>`; made when missing.
+      keep: newest checkpoints to keep, >= 1.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        if keep < 1:
+            raise ValueError(f"checkpoints to keep is {keep}; keep at least 1")
+        self.folder = Path(folder).absolute()
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True),
+            item_handlers=handlers,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def latest_step(self) -> int | None:
+        """Step of the newest whole checkpoint, None without one."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: PyTree, data: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Starts writing a checkpoint, unless this step is saved already. The arrays may be donated as soon as this returns.
+
+        Args:
+          step: train steps done.
+          state: pytree of arrays (no typed keys).
+          data: JSON-able position of the data iterator after the batch of step `step`.
+          meta: JSON-able.
+        """
+        if step in self._manager.all_steps():
+            return
+        items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data), "meta": ocp.args.JsonSave(meta)}
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def restore(self, target: PyTree, step: int | None = None) -> Restored | None:
+        """Reads the checkpoint of `step` (default: the newest). None when there is none.
+
+        Args:
+          target: the state as arrays or as `jax.ShapeDtypeStruct` with shardings; only structure, shapes, types and
+            placement are used.
+          step: train step to read.
+
+        Raises:
+          FileNotFoundError: no checkpoint of that step.
+          ValueError: the folder is damaged, or holds other arrays than `target`; names the first one and the remedy.
+        """
+        self.wait()
+        found = self._manager.all_steps()
+        if step is None and not found:
+            return None
+        if step is not None and step not in found:
+            raise FileNotFoundError(f"{self.folder} has no checkpoint of step {step}; it has {sorted(found)}")
+        step = max(found) if step is None else step
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+        self._check(step, abstract)
+        items = {"state": ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore(), "meta": ocp.args.JsonRestore()}
+        try:
+            read = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        return Restored(step, read["state"], read["data"], read["meta"])
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the machines are about to be taken away; all processes get the same answer at the same step."""
+        return self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Blocks until the save under way is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the save under way and frees the manager."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _check(self, step: int, abstract: PyTree) -> None:
+        """Compares names, shapes and types with the stored ones; Orbax alone would say where it stumbled, not what to do."""
+        try:
+            stored = trees.flatten(self._manager.item_metadata(step)["state"].tree)
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        wanted = trees.flatten(abstract)
+        # Parameters first: an optimizer moment that differs is only their echo.
+        for name in sorted([*wanted, *stored], key=lambda name: not name.startswith("params/")):
+            ours, theirs = (_describe(tree.get(name)) for tree in (wanted, stored))
+            if ours != theirs:
+                raise ValueError(
+                    f"checkpoint {self.folder / str(step)} does not fit this configuration: {name} is {theirs} in the checkpoint "
+                    f"and {ours} in the configuration; continue with the configuration of that run, or use a new --workdir"
+                )
+
+    def _damaged(self, step: int, error: Exception) -> ValueError:
+        others = sorted(s for s in self._manager.all_steps() if s != step)
+        then = f"to continue from step {others[-1]}" if others else "to start the stage again"
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        return ValueError(f"checkpoint {self.folder / str(step)} cannot be read ({reason}); delete that folder {then}")
+
+
+def _describe(leaf: Any) -> str:
+    return "absent" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"

@@ -1,0 +1,289 @@
+"""The host loop of a stage, in a fixed order: evaluate -> save -> next batch -> step -> log. The only place that blocks."""
+
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import tqdm
+
+from uae_jax.training.checkpoint import Checkpoints
+from uae_jax.training.metrics import Clock, MetricWriter, write_json
+from uae_jax.training.signals import StopFlag, StopTraining, stop_on_signals
+from uae_jax.training.step import TrainState
+
+PyTree = Any
+Scores = dict[str, Any]
+
+
+class DataIterator(Protocol):
+    """A Grain iterator, or anything with its three methods. The state is JSON-able and names the next batch."""
+
+    def __next__(self) -> PyTree: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """Durations in train steps.
+
+    Attributes:
+      steps: length of the stage.
+      log_every: a metrics line each so many steps, and after the first and the last.
+      save_every: a checkpoint each so many steps; 0 = only at the end and when stopped.
+      eval_every: `evaluate` each so many steps; 0 = never.
+      keep: newest checkpoints to keep.
+      headline: the metric beside the progress bar; `loss` where the stage has no such metric.
+    """
+
+    steps: int
+    log_every: int = 1
+    save_every: int = 50
+    eval_every: int = 0
+    keep: int = 2
+    headline: str = "reward"
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.log_every < 1 or self.save_every < 0 or self.eval_every < 0:
+            raise ValueError("loop: steps, save_every and eval_every must be 0 or more, log_every 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What a stage does around its steps; each may be None. None of them is timed as training.
+
+    Attributes:
+      before: `(state) -> scores`, before the first step; not repeated after a restart from a checkpoint.
+      after: `(state) -> scores`, after the last step.
+      evaluate: `(state, step) -> {name: number}`, logged as `eval/name`.
+      on_step: `(step)`, after step number `step` (1, 2, ...) was started.
+    """
+
+    before: Callable[[TrainState], Scores] | None = None
+    after: Callable[[TrainState], Scores] | None = None
+    evaluate: Callable[[TrainState, int], Mapping[str, float]] | None = None
+    on_step: Callable[[int], None] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StageResult:
+    """A finished stage. `seconds` is training, `wall_seconds` includes evaluation; both go on over restarts."""
+
+    name: str
+    state: TrainState
+    steps: int
+    seconds: float
+    wall_seconds: float
+    before: Scores
+    after: Scores
+
+    def record(self) -> dict[str, Any]:
+        """The JSON-able part, one entry of `stages` in summary.json."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "state"}
+
+
+def run_stage(
+    name: str,
+    step: Callable[[TrainState, PyTree, PyTree, jax.Array], tuple[TrainState, dict[str, jax.Array]]],
+    *,
+    state: TrainState,
+    frozen: PyTree,
+    data: DataIterator,
+    key: jax.Array,
+    workdir: Path,
+    config: LoopConfig,
+    writer: MetricWriter,
+    put: Callable[[PyTree], PyTree] = lambda batch: batch,
+    hooks: Hooks | None = None,
+    digest: str = "",
+) -> StageResult:
+    """Runs a stage to its end, from its newest checkpoint when there is one; returns at once when it is finished.
+
+    Interrupting and repeating the call gives bit-equal parameters and the same metrics lines (but for `seconds`).
+
+    Args:
+      name: stage name; files are `checkpoints/<name>/`, metrics carry it.
+      step: the jitted train step, `state` donated.
+      state: state at step 0; it is donated, use the result's instead.
+      frozen: what the step reads and does not change.
+      data: batch iterator at its beginning.
+      key: root key of the stage, the same in every run.
+      workdir: the training folder.
+      config: durations.
+      writer: metrics.
+      put: host batch -> device batch.
+      hooks: evaluation around the steps.
+      digest: of the configuration; a checkpoint with another one is refused. "" = not checked.
+
+    Raises:
+      StopTraining: SIGINT, SIGTERM or a preemption; the checkpoint is on disk.
+      FloatingPointError: the loss is not finite; nothing was saved over the last good checkpoint.
+      ValueError: damaged or unfitting checkpoint.
+      RuntimeError: the data ended early.
+    """
+    folder = Path(workdir) / "checkpoints" / name
+    with Checkpoints(folder, keep=config.keep) as checkpoints:
+        restored = checkpoints.restore(state)
+        if restored is not None and digest and restored.meta["digest"] not in ("", digest):
+            raise ValueError(
+                f"{folder} was written with another configuration (digest {restored.meta['digest']}, now {digest}); use the "
+                f"configuration in {Path(workdir) / 'config.json'}, or a new --workdir"
+            )
+        finished = folder / "finished.json"
+        if restored is not None and finished.exists():
+            return StageResult(state=restored.state, **json.loads(finished.read_text(encoding="utf-8")))
+        loop = _Loop(name, config, checkpoints, writer, hooks or Hooks(), data, digest)
+        if restored is not None:
+            state = restored.state
+            data.set_state(restored.data)
+            loop.clock = Clock(restored.meta["seconds"], restored.meta["wall_seconds"])
+            loop.before = restored.meta["before"]
+        with stop_on_signals(_caught()) as flag:
+            result = loop.run(state, restored.step if restored else None, step, frozen, key, put, flag)
+        if jax.process_index() == 0:
+            write_json(finished, result.record())
+        if flag.signum:  # it came while the `after` hook ran
+            raise StopTraining(name, config.steps, flag.signum)
+        return result
+
+
+def _caught() -> tuple[int, ...]:
+    # With several processes jax itself listens for SIGTERM, so that all of them stop at one step (reached_preemption).
+    return (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,)
+
+
+class _Loop:
+    """Host-side bookkeeping of `run_stage`; the training state is passed through, never kept."""
+
+    def __init__(
+        self, name: str, config: LoopConfig, checkpoints: Checkpoints, writer: MetricWriter, hooks: Hooks, data: DataIterator, digest: str
+    ) -> None:
+        self.name, self.config, self.checkpoints, self.writer = name, config, checkpoints, writer
+        self.hooks, self.data, self.digest = hooks, data, digest
+        self.clock = Clock()
+        self.before: Scores = {}
+        self.losses: list[tuple[int, jax.Array]] = []  # of the steps not looked at yet
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None  # the logged step not written yet
+        self.bar: tqdm.tqdm | None = None
+
+    def run(self, state, restored, step_fn, frozen, key, put, flag: StopFlag) -> StageResult:
+        """From `restored` steps (None: from nothing) to the end; see `run_stage`."""
+        config, start = self.config, restored or 0
+        self.writer.begin(self.name, start)
+        if restored is None and self.hooks.before is not None:
+            with self.clock.paused():
+                self.before = self.hooks.before(state)
+        self.bar = tqdm.tqdm(total=config.steps, initial=start, desc=self.name, file=sys.stderr, disable=not _on_terminal())
+        with self.bar:
+            for number in range(start, config.steps):
+                if number != restored:
+                    self.evaluate(state, number)
+                    self.save_if_due(state, number, flag)
+                batch = put(self.next_batch(number))
+                state, metrics = step_fn(state, frozen, batch, key)
+                self.log(number + 1, metrics)
+                if self.hooks.on_step is not None:
+                    self.hooks.on_step(number + 1)
+            self.flush(config.steps)
+            if config.steps > start:
+                self.save(state, config.steps)
+            self.leave_if_asked(config.steps, flag)
+        after: Scores = {}
+        if self.hooks.after is not None:
+            with self.clock.paused():
+                after = self.hooks.after(state)
+        times = round(self.clock.seconds, 3), round(self.clock.wall_seconds, 3)
+        return StageResult(self.name, state, config.steps, *times, self.before, after)
+
+    def evaluate(self, state: TrainState, number: int) -> None:
+        every = self.config.eval_every
+        if self.hooks.evaluate is None or not every or not number or number % every:
+            return
+        self.flush(number)
+        with self.clock.paused():
+            scores = self.hooks.evaluate(state, number)
+        self.writer.write(self.name, number, self.clock.seconds, {f"eval/{name}": value for name, value in scores.items()})
+
+    def save_if_due(self, state: TrainState, number: int, flag: StopFlag) -> None:
+        every = self.config.save_every
+        preempted = jax.process_count() > 1 and self.checkpoints.reached_preemption(number)
+        if flag.signum or preempted or (every and number and number % every == 0):
+            self.flush(number)
+            self.save(state, number)
+        if preempted and not flag.signum:
+            flag.signum = signal.SIGTERM
+        self.leave_if_asked(number, flag)
+
+    def save(self, state: TrainState, number: int) -> None:
+        meta = {
+            "stage": self.name,
+            "digest": self.digest,
+            "seconds": round(self.clock.seconds, 3),
+            "wall_seconds": round(self.clock.wall_seconds, 3),
+            "before": self.before,
+        }
+        self.checkpoints.save(number, state, self.data.get_state(), meta)
+
+    def leave_if_asked(self, number: int, flag: StopFlag) -> None:
+        if flag.signum:
+            self.checkpoints.wait()
+            raise StopTraining(self.name, number, flag.signum)
+
+    def next_batch(self, number: int) -> PyTree:
+        try:
+            return next(self.data)
+        except StopIteration as error:
+            raise RuntimeError(f"{self.name}: the data ended at step {number} of {self.config.steps}; let the data set repeat") from error
+
+    def log(self, number: int, metrics: dict[str, jax.Array]) -> None:
+        """Called when step `number` runs on the device: writes the logged step before it, which is done by now."""
+        self.write_pending()
+        self.losses.append((number, metrics["loss"]))
+        if number % self.config.log_every == 0 or number in (1, self.config.steps):
+            self.pending = number, metrics
+        self.bar.update(1)
+
+    def flush(self, number: int) -> None:
+        """Waits for all steps up to `number`; nothing is saved or evaluated on a broken state."""
+        self.write_pending()
+        self.check_finite()
+
+    def write_pending(self) -> None:
+        if self.pending is None:
+            return
+        number, metrics = self.pending
+        self.pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.writer.write(self.name, number, self.clock.seconds, values)
+        self.check_finite(number)
+        shown = self.config.headline if self.config.headline in values else "loss"
+        if self.bar.disable:
+            line = f"{self.name} step {number}/{self.config.steps} {shown} {values[shown]:.4f} loss {values['loss']:.4f}"
+            print(f"{line} {self.clock.seconds:.1f} s", file=sys.stderr, flush=True)
+        else:
+            self.bar.set_postfix_str(f"{shown} {values[shown]:.4f}")
+
+    def check_finite(self, number: int | None = None) -> None:
+        """Looks at the losses up to step `number` (None: all)."""
+        known = [entry for entry in self.losses if number is None or entry[0] <= number]
+        self.losses = self.losses[len(known) :]
+        losses = np.array(jax.device_get([loss for _, loss in known]))
+        if losses.size and not np.isfinite(losses).all():
+            bad = [step for (step, _), fine in zip(known, np.isfinite(losses), strict=True) if not fine]
+            good = self.checkpoints.latest_step()
+            raise FloatingPointError(
+                f"{self.name}: the loss is not finite at step {bad[0]} (steps {known[0][0]} to {known[-1][0]} were checked); the last "
+                f"checkpoint is of step {good or 0}; lower the learning rate or look at the data of that step"
+            )
+
+
+def _on_terminal() -> bool:
+    return jax.process_index() == 0 and sys.stderr.isatty()

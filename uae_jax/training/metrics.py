@@ -1,0 +1,161 @@
+"""Where numbers go: JSON lines, TensorBoard files, optionally W&B. And the clock that survives restarts."""
+
+import contextlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+
+
+class Clock:
+    """Seconds of work, continued from earlier runs.
+
+    Attributes:
+      seconds: without the time inside `paused()` blocks (evaluation, sample pictures).
+      wall_seconds: with it.
+    """
+
+    def __init__(self, seconds: float = 0.0, wall_seconds: float = 0.0) -> None:
+        self._start = time.monotonic()
+        self._seconds, self._wall, self._paused = seconds, wall_seconds, 0.0
+
+    @property
+    def wall_seconds(self) -> float:
+        return self._wall + time.monotonic() - self._start
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds + time.monotonic() - self._start - self._paused
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in the block does not count as `seconds`. Blocks do not nest."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - begin
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON through a temporary file, so that a kill leaves the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, [] without one. A last line cut off by a kill is dropped.
+
+    Raises:
+      ValueError: another line is not JSON; the message has its number.
+    """
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path} line {number} is not JSON ({error.msg}); delete that line to continue") from error
+    return found
+
+
+class MetricWriter:
+    """Writes `metrics.jsonl`, `tensorboard/<stage>/` and, with a project name, W&B. Only process 0 writes.
+
+    Args:
+      workdir: the training folder.
+      tensorboard: write event files (one TensorBoard run a stage).
+      wandb_project: W&B project; "" = off. The run's id is kept in `workdir/wandb_id`, a restart continues the same run.
+      config: shown by W&B.
+
+    Raises:
+      ImportError: a project is named and wandb is not installed.
+    """
+
+    def __init__(self, workdir: Path, *, tensorboard: bool = True, wandb_project: str = "", config: Mapping | None = None) -> None:
+        self.workdir = Path(workdir)
+        self.path = self.workdir / "metrics.jsonl"
+        self.active = jax.process_index() == 0
+        self._tensorboard, self._board, self._wandb = tensorboard, None, None
+        if self.active and wandb_project:
+            self._wandb = _start_wandb(self.workdir, wandb_project, config)
+
+    def begin(self, stage: str, step: int) -> None:
+        """Starts a stage, or continues it after `step` steps: numbers of later steps, written before a kill, are dropped."""
+        if not self.active:
+            return
+        lines = read_lines(self.path)
+        kept = [line for line in lines if line["stage"] != stage or line["step"] <= step]
+        temporary = self.path.with_name(".metrics.jsonl.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+        if self._tensorboard:
+            self._close_board()
+            folder = self.workdir / "tensorboard" / stage
+            # Purged events stay in their file, and the suffix keeps a restart in the same second from overwriting it.
+            purge = step + 1 if folder.exists() else None
+            self._board = tensorboardX.SummaryWriter(str(folder), purge_step=purge, filename_suffix=f".{step}")
+
+    def write(self, stage: str, step: int, seconds: float, numbers: Mapping[str, float]) -> None:
+        """One logged step. Numbers that are not finite are written as null, which is what JSON has for them."""
+        if not self.active:
+            return
+        values = {name: float(value) for name, value in numbers.items()}
+        line = {"stage": stage, "step": step, "seconds": round(seconds, 3)}
+        line |= {name: value if np.isfinite(value) else None for name, value in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log({f"{stage}/step": step} | {f"{stage}/{name}": value for name, value in values.items()})
+
+    def image(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """A picture for TensorBoard: uint8 [H, W, 3]."""
+        if self._board is not None:
+            self._board.add_image(name, np.asarray(pixels), step, dataformats="HWC")
+
+    def text(self, name: str, step: int, text: str) -> None:
+        """A text for TensorBoard."""
+        if self._board is not None:
+            self._board.add_text(name, text, step)
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        self._close_board()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def _close_board(self) -> None:
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+
+def _start_wandb(workdir: Path, project: str, config: Mapping | None) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(f"wandb project {project!r} is set but wandb is not installed; pip install 'uae_jax[wandb]'") from error
+    path = workdir / "wandb_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+    return wandb.init(
+        project=project, id=path.read_text(encoding="utf-8").strip(), resume="allow", dir=str(workdir), config=dict(config or {})
+    )

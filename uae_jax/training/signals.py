@@ -1,0 +1,47 @@
+"""Ctrl-C and SIGTERM as a flag: the loop finishes its step, saves and leaves."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+
+class StopTraining(Exception):  # noqa: N818 - a normal exit, not an error
+    """Training was asked to stop, and everything needed to continue is saved.
+
+    Attributes:
+      exit_code: 128 + signal number, the shell's convention: 130 after Ctrl-C, 143 after SIGTERM or a preemption.
+    """
+
+    def __init__(self, stage: str, step: int, signum: int = signal.SIGTERM) -> None:
+        super().__init__(f"stopped at {stage} step {step}; the same command continues")
+        self.stage, self.step, self.exit_code = stage, step, 128 + int(signum)
+
+
+class StopFlag:
+    """`signum` is the first signal received, 0 before that."""
+
+    signum: int = 0
+
+
+@contextlib.contextmanager
+def stop_on_signals(signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)) -> Iterator[StopFlag]:
+    """Collects `signals` in a flag while the block runs; the second one gets its usual effect and aborts at once.
+
+    Must be entered on the main thread. Several processes under `jax.distributed` must leave SIGTERM out: jax listens for it to
+    agree on one step for all processes.
+    """
+    flag = StopFlag()
+    previous = {number: signal.getsignal(number) for number in signals}
+
+    def receive(number: int, frame: object) -> None:
+        flag.signum = number
+        for each in signals:
+            signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
+
+    for number in signals:
+        signal.signal(number, receive)
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,76 @@
+"""Names of the leaves of parameter trees, and ways to split and merge trees by name.
+
+A name is the path of a leaf joined by slashes, for example `layers/attention/query/kernel`.
+"""
+
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tree = Any
+
+
+def leaf_name(path: tuple) -> str:
+    """The slash-joined name of a `jax.tree_util` key path."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """All leaves by name, in tree order."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict:
+    """Nested dictionaries from leaves by name; the inverse of `flatten` for trees of dictionaries."""
+    tree: dict = {}
+    for name, leaf in leaves.items():
+        node = tree
+        *parents, last = name.split("/")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def map_with_name(function: Callable[[str, Any], Any], tree: Tree) -> Tree:
+    """Applies `function(name, leaf)` to each leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(leaf_name(path), leaf), tree)
+
+
+def select(tree: Tree, pattern: str) -> dict:
+    """The sub-tree of the leaves whose whole name matches the regular expression `pattern`."""
+    return unflatten({name: leaf for name, leaf in flatten(tree).items() if re.fullmatch(pattern, name)})
+
+
+def merge(base: Tree, update: Mapping) -> Tree:
+    """`base` with the leaves of `update` in place of its own.
+
+    Raises:
+      KeyError: a leaf of `update` is not in `base`.
+    """
+    if not isinstance(update, Mapping):
+        return update
+    unknown = set(update) - set(base)
+    if unknown:
+        raise KeyError(f"not in the tree to update: {sorted(unknown)}")
+    return {key: merge(value, update[key]) if key in update else value for key, value in base.items()}
+
+
+def parameter_count(tree: Tree) -> int:
+    """The number of scalars in all leaves."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def name_key(key: jax.Array, name: str) -> jax.Array:
+    """Folds a name into a random key by a hash that is the same in every process (CRC-32)."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def cast_floating(tree: Tree, dtype: Any) -> Tree:
+    """The tree with its floating-point leaves in another precision."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
