@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from uae_jax.models.qwen2_5_vl import model as qwen
+from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def place_in_template(template: ConditionTemplate, tokens: Array, lengths: Array
     return ids, position < end + after
 
 
-def encode_ids(config: qwen.Qwen2_5VLConfig, params: dict, adapter: dict | None, template: ConditionTemplate, ids: Array, mask: Array) -> tuple[Array, Array]:
+def encode_ids(config: Qwen2_5VLConfig, params: dict, adapter: dict | None, template: ConditionTemplate, ids: Array, mask: Array) -> tuple[Array, Array]:
     """Hidden states of templated captions under the language model, projected to the decoder's context.
 
     Args:
@@ -76,17 +77,17 @@ def encode_ids(config: qwen.Qwen2_5VLConfig, params: dict, adapter: dict | None,
       context `[N, S, C]` and its mask bool `[N, S]`.
     """
     hidden = qwen.text_hidden_states(config, params, adapter, ids, mask)
-    context = qwen.project(config, params, hidden)
+    context = qwen.project(params["projector"], hidden)
     return context, jnp.ones_like(mask) if template.attend_padding else mask
 
 
-def encode_captions(config: qwen.Qwen2_5VLConfig, params: dict, adapter: dict | None, template: ConditionTemplate, tokens: Array, lengths: Array) -> tuple[Array, Array]:
+def encode_captions(config: Qwen2_5VLConfig, params: dict, adapter: dict | None, template: ConditionTemplate, tokens: Array, lengths: Array) -> tuple[Array, Array]:
     """`place_in_template` and `encode_ids`: `[N, T]` captions to context `[N, S, C]` and mask `[N, S]`."""
     ids, mask = place_in_template(template, tokens, lengths)
     return encode_ids(config, params, adapter, template, ids, mask)
 
 
-def encode_negative(config: qwen.Qwen2_5VLConfig, params: dict, adapter: dict | None, template: ConditionTemplate, caption_tokens: int) -> tuple[Array, Array]:
+def encode_negative(config: Qwen2_5VLConfig, params: dict, adapter: dict | None, template: ConditionTemplate, caption_tokens: int) -> tuple[Array, Array]:
     """Context `[1, S, C]` and mask `[1, S]` of the negative prompt, of the length that captions of T tokens have."""
     width = max(caption_tokens, len(template.negative))
     tokens = np.full((1, width), template.pad, np.int32)

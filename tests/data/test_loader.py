@@ -1,0 +1,141 @@
+import json
+
+import numpy as np
+import pytest
+
+from uae_jax.data import loader as ld
+from uae_jax.data import qwen_inputs, scene_captions, scene_checker, sources
+from uae_jax.data import tokenizer as tok
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tok.write_scene_tokenizer(folder, scene_captions.WORDS)
+    tokenizer = tok.load_tokenizer(folder)
+    processor = qwen_inputs.load_image_processor(folder, window_size=16)
+    spec = ld.batch_spec(tokenizer, processor, 32, scene_captions.CAPTION_PROMPT, 32, multiple=8)
+    return tokenizer, processor, spec, ld.RowBuilder(tokenizer, processor, spec, scene_captions.CAPTION_PROMPT)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_shapes_are_fixed_and_announced(parts):
+    _, processor, spec, rows = parts
+    assert spec == ld.BatchSpec(32, 64, 32, 32)
+    batch = next(ld.make_loader(sources.SceneSource(), rows, 4))
+    announced = ld.batch_shapes(spec, 4, processor)
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == announced
+
+
+def test_fields_agree_with_the_source(parts):
+    tokenizer, processor, spec, rows = parts
+    source = sources.SceneSource(captions="full")
+    batch = next(ld.make_loader(source, rows, 6, shuffle=False))
+    np.testing.assert_array_equal(batch["sample_id"], range(6))
+    pad = tok.token_id(tokenizer, "<|image_pad|>")
+    assert ((batch["prompt_ids"] == pad).sum(1) == 16).all()
+    assert (batch["prompt_mask"].sum(1) == 24).all() and not batch["prompt_ids"][:, 24:].any()
+    for i in range(6):
+        example = source[i]
+        assert scene_checker.read_picture(ld.from_signed(batch["pixels"][i])) == example.scene
+        np.testing.assert_array_equal(batch["patches"][i], processor(example.image)[0])
+        ids = batch["caption_ids"][i][batch["caption_mask"][i]]
+        assert tok.decode_caption(tokenizer, ids) == example.caption
+        assert ids[-1] == tok.stop_ids(tokenizer)[0]
+
+
+def test_long_captions_are_cut_marked_and_keep_their_end(parts):
+    tokenizer, processor, _, _ = parts
+    rows = ld.RowBuilder(tokenizer, processor, ld.BatchSpec(32, 64, 24, 5), "describe")
+    fields = rows.caption_fields("red circle , blue square , green cross")
+    assert fields["caption_truncated"] and fields["caption_mask"].all()
+    assert tok.decode_caption(tokenizer, fields["caption_ids"]) == "red circle , blue"
+    assert fields["caption_ids"][-1] == tok.stop_ids(tokenizer)[0]
+    assert not rows.caption_fields("red circle , blue")["caption_truncated"]
+
+
+def test_shapes_that_are_too_small_fail_at_once(parts):
+    tokenizer, processor, _, _ = parts
+    with pytest.raises(ValueError, match="64 patches, max_patches is 63"):
+        ld.RowBuilder(tokenizer, processor, ld.BatchSpec(32, 63, 24, 5), "describe")
+    with pytest.raises(ValueError, match="24 tokens, max_prompt is 23"):
+        ld.RowBuilder(tokenizer, processor, ld.BatchSpec(32, 64, 23, 5), "describe")
+
+
+def test_same_global_batches_for_any_number_of_processes(parts):
+    rows = parts[-1]
+    source = sources.SceneSource(length=10)
+    whole = take(ld.make_loader(source, rows, 8, seed=5), 4)
+    for count in (2, 4):
+        slices = [take(ld.make_loader(source, rows, 8, seed=5, process_index=p, process_count=count), 4)
+                  for p in range(count)]
+        for step, batch in enumerate(whole):
+            joined = {k: np.concatenate([s[step][k] for s in slices]) for k in batch}
+            assert_equal(joined, batch)
+    np.testing.assert_array_equal(np.concatenate([b["sample_id"] for b in whole]), range(32))
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 5])
+def test_resume_is_exact_and_the_state_is_json(parts, consumed):
+    rows = parts[-1]
+    source = sources.SceneSource(length=7, captions="mixed")
+    first = ld.make_loader(source, rows, 3, seed=2)
+    take(first, consumed)
+    state = json.loads(json.dumps(first.get_state()))
+    expected = take(first, 4)
+    second = ld.make_loader(source, rows, 3, seed=2, threads=4, prefetch=8)
+    second.set_state(state)
+    for ours, theirs in zip(take(second, 4), expected):
+        assert_equal(ours, theirs)
+
+
+def test_every_epoch_holds_every_example_in_another_order(parts):
+    rows = parts[-1]
+    source = sources.SceneSource(length=12)
+    batches = take(ld.make_loader(source, rows, 12, seed=1), 2)
+    images = [sorted(map(bytes, b["pixels"])) for b in batches]
+    assert images[0] == images[1]
+    assert (batches[0]["pixels"] != batches[1]["pixels"]).any()
+
+
+def test_reading_once_in_order_ends(parts):
+    rows = parts[-1]
+    batches = list(ld.make_loader(sources.SceneSource(length=11), rows, 4, shuffle=False, repeat=False))
+    assert np.concatenate([b["sample_id"] for b in batches]).tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(batch_size=5, process_count=2), "does not divide"),
+    (dict(batch_size=4, process_index=2, process_count=2), "does not divide"),
+    (dict(batch_size=8, repeat=False), "fewer than one batch"),
+])
+def test_impossible_loaders_are_refused(parts, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ld.make_loader(sources.SceneSource(length=6), parts[-1], **arguments)
+    with pytest.raises(ValueError, match="empty"):
+        ld.make_loader(sources.SceneSource(length=0), parts[-1], 2)
+
+
+def test_square_image_crops_the_centre():
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 200
+    np.testing.assert_array_equal(ld.square_image(wide, 10), np.full((10, 10, 3), 200, np.uint8))
+    assert ld.square_image(np.zeros((1, 500, 3), np.uint8), 16).shape == (16, 16, 3)
+    values = np.arange(256, dtype=np.uint8)
+    assert ld.to_signed(values)[[0, -1]].tolist() == [-1, 1]
+    np.testing.assert_array_equal(ld.from_signed(ld.to_signed(values)), values)
+
+
+def test_a_bad_example_is_named(parts):
+    bad = sources.Example(np.zeros((4, 4, 2), np.uint8), "red circle", "photo 17")
+    with pytest.raises(ValueError, match="example photo 17: an image must be uint8"):
+        parts[-1](0, bad)

@@ -1,0 +1,162 @@
+"""From a source to batches of fixed shapes: a Grain pipeline whose position is a small dict.
+
+The stream of samples is global: sample i is the same whatever the number of processes, global batch s holds samples
+s * B to (s + 1) * B - 1, and process p of n gets the p-th of its n equal slices. So a run may go on with another number
+of processes, and random keys folded from `sample_id` do not depend on it either.
+"""
+import dataclasses
+
+import grain
+import numpy as np
+from PIL import Image
+
+from uae_jax.data import tokenizer as tokenizers
+from uae_jax.data.qwen_inputs import ImageProcessor, pad_to, prompt_fields, to_rgb
+from uae_jax.data.sources import Example, Source
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSpec:
+    """Fixed shapes of a batch: square `image_size` in pixels, `max_patches` P, `max_prompt` Tp, `max_caption` Tc."""
+
+    image_size: int
+    max_patches: int
+    max_prompt: int
+    max_caption: int
+
+
+def batch_spec(tokenizer, processor: ImageProcessor, image_size: int, prompt: str, max_caption: int,
+               multiple: int = 1) -> BatchSpec:
+    """The smallest spec for one square image a row; the prompt's length is rounded up to `multiple`.
+
+    Raises:
+      ValueError: `max_caption` below 2 (one word and the end), or `image_size` below 8.
+    """
+    if max_caption < 2 or image_size < 8:
+        raise ValueError(f"need max_caption >= 2 and image_size >= 8, got {max_caption} and {image_size}")
+    grid = processor.grid_of(image_size, image_size)
+    length = len(tokenizers.caption_prompt_ids(tokenizer, prompt, [processor.image_tokens(grid)]))
+    return BatchSpec(image_size, grid[0] * grid[1], -(-length // multiple) * multiple, max_caption)
+
+
+def batch_shapes(spec: BatchSpec, batch_size: int, processor: ImageProcessor) -> dict[str, tuple[tuple, np.dtype]]:
+    """Shape and dtype of every field of a batch of `batch_size` rows, for compiling without data."""
+    patches, prompt, side = spec.max_patches, spec.max_prompt, spec.image_size
+    rows = {
+        "sample_id": ((), np.int32), "pixels": ((side, side, 3), np.float32),
+        "patches": ((patches, processor.patch_width), np.float32), "patch_positions": ((patches, 2), np.int32),
+        "patch_windows": ((patches,), np.int32), "patch_images": ((patches,), np.int32),
+        "prompt_ids": ((prompt,), np.int32), "prompt_mask": ((prompt,), np.bool_),
+        "prompt_positions": ((prompt, 3), np.int32), "prompt_next": ((), np.int32),
+        "caption_ids": ((spec.max_caption,), np.int32), "caption_mask": ((spec.max_caption,), np.bool_),
+        "caption_truncated": ((), np.bool_),
+    }
+    return {name: ((batch_size, *shape), np.dtype(dtype)) for name, (shape, dtype) in rows.items()}
+
+
+def square_image(image: Image.Image | np.ndarray, side: int) -> np.ndarray:
+    """Resizes the shorter side to `side` (PIL bicubic) and crops the centre: uint8 [side, side, 3].
+
+    Raises:
+      ValueError: an image without content, see `qwen_inputs.to_rgb`.
+    """
+    image = to_rgb(image)
+    width, height = image.size
+    if min(width, height) < 1:
+        raise ValueError(f"the image is {width} x {height} pixels: it has no content")
+    if (width, height) != (side, side):
+        scale = side / min(width, height)
+        width, height = max(round(width * scale), side), max(round(height * scale), side)
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+    return np.array(image)
+
+
+def to_signed(image: np.ndarray) -> np.ndarray:
+    """uint8 0..255 to float32 in [-1, 1], what the VAE sees."""
+    return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def from_signed(pixels: np.ndarray) -> np.ndarray:
+    """float in [-1, 1], clipped, to uint8 0..255; the inverse of `to_signed`."""
+    return np.rint((np.clip(np.asarray(pixels, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+class RowBuilder:
+    """Turns an example into the fields of one row (see `batch_shapes`).
+
+    The captioner sees the same square crop that the VAE encodes and the reward compares. A caption longer than
+    `max_caption` is cut, keeps its end token, and is marked in "caption_truncated".
+
+    Args:
+      tokenizer: of `tokenizer.load_tokenizer`; `prompt`: the caption prompt's text.
+    """
+
+    def __init__(self, tokenizer, processor: ImageProcessor, spec: BatchSpec, prompt: str):
+        self.tokenizer, self.processor, self.spec = tokenizer, processor, spec
+        grid = processor.grid_of(spec.image_size, spec.image_size)
+        self.prompt_ids = tokenizers.caption_prompt_ids(tokenizer, prompt, [processor.image_tokens(grid)])
+        self.image_pad = tokenizers.token_id(tokenizer, tokenizers.IMAGE_PAD)
+        # Fails here, and not in the first batch, when the shapes are too small.
+        self.image_fields(np.zeros((spec.image_size, spec.image_size, 3), np.uint8))
+
+    def image_fields(self, image: Image.Image | np.ndarray) -> dict[str, np.ndarray]:
+        """Pixels, patches and prompt of one image, without a caption."""
+        square = square_image(image, self.spec.image_size)
+        fields = prompt_fields(self.prompt_ids, [self.processor(square)], self.processor, self.image_pad,
+                               self.spec.max_patches, self.spec.max_prompt)
+        return {"pixels": to_signed(square), **fields}
+
+    def caption_fields(self, text: str) -> dict[str, np.ndarray]:
+        """A caption's ids [Tc] ending with <|im_end|>, mask [Tc], and whether it was cut."""
+        ids, limit = tokenizers.encode_caption(self.tokenizer, text), self.spec.max_caption
+        kept = ids if len(ids) <= limit else [*ids[:limit - 1], ids[-1]]
+        return {"caption_ids": pad_to(np.array(kept, np.int32), limit), "caption_mask": np.arange(limit) < len(kept),
+                "caption_truncated": np.bool_(len(ids) > limit)}
+
+    def __call__(self, sample_id: int, example: Example) -> dict[str, np.ndarray]:
+        """All fields of one row; a bad example is an error that names it."""
+        try:
+            return {"sample_id": np.int32(sample_id % 2**31), **self.image_fields(example.image),
+                    **self.caption_fields(example.caption)}
+        except ValueError as error:
+            raise ValueError(f"example {example.id}: {error}") from error
+
+
+def make_loader(source: Source, rows: RowBuilder, batch_size: int, seed: int = 0, *, process_index: int = 0,
+                process_count: int = 1, shuffle: bool = True, repeat: bool = True, threads: int = 2,
+                prefetch: int = 4) -> grain.DatasetIterator:
+    """An iterator over this process's slices of the global batches, dicts of numpy arrays.
+
+    Its position is `get_state()`, a dict for JSON (or Orbax, through `grain.checkpoint.CheckpointSave`), and
+    `set_state()` continues exactly there; read-ahead does not count.
+
+    Args:
+      source: see `sources`.
+      batch_size: rows of the global batch B; each process gets B / process_count.
+      seed: of the shuffle, which differs between epochs.
+      shuffle, repeat: switch both off to read a source once, in order; the last incomplete batch is dropped.
+      threads, prefetch: reader threads, and batches read ahead.
+
+    Raises:
+      ValueError: an empty source, a batch that does not divide among the processes, or one larger than the source when
+        it is not repeated.
+    """
+    if len(source) == 0:
+        raise ValueError("the data source is empty: there is nothing to load")
+    if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count:
+        raise ValueError(f"a global batch of {batch_size} does not divide among {process_count} processes "
+                         f"(this is number {process_index}): choose a multiple")
+    if not repeat and len(source) < batch_size:
+        raise ValueError(f"the source has {len(source)} examples, fewer than one batch of {batch_size}")
+    data = grain.MapDataset.source(source)
+    if shuffle:
+        data = data.shuffle(seed=seed)
+    if repeat:
+        data = data.repeat()
+    else:
+        # Every process must see the same number of batches.
+        data = data[:len(source) // batch_size * batch_size]
+    data = data.map_with_index(rows).batch(batch_size // process_count, drop_remainder=True)
+    data = data[process_index::process_count]
+    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))

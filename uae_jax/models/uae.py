@@ -1,0 +1,100 @@
+"""UAE as one description and one dictionary of parameters: captioner, projector, decoder (arXiv 2509.09666, section 3).
+
+The parts of the dictionary:
+  vision, language   Qwen2.5-VL; `language` is also the text encoder and the reference policy
+  language_lora      adapter of the captioner, or `language_policy`, a whole second copy when it is trained in full
+  projector          language width to context width
+  transformer        SD3 / SD3.5; `transformer_lora` or `transformer_policy` as for the language model
+  vae                encoder and decoder of the latents
+  pooled             `[Dp]`, the pooled embedding of the empty prompt, both branches of guidance
+  encoders           {name: parameters} of the image encoders
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from uae_jax.models.condition import ConditionTemplate
+from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
+from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
+from uae_jax.models.sd3.transformer import Transformer
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class UAE:
+    """What does not change while a model trains; hashable, so that it can be closed over by compiled functions.
+
+    Attributes:
+      captioner: Qwen2.5-VL's sizes.
+      transformer: the diffusion transformer's sizes.
+      vae: the auto-encoder's sizes and latent scale.
+      template: ids around a caption in the decoder's condition.
+      image_size: side of the pictures in pixels.
+    """
+
+    captioner: Qwen2_5VLConfig
+    transformer: TransformerConfig
+    vae: VAEConfig
+    template: ConditionTemplate
+    image_size: int
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, C) of the pictures' latents."""
+        side = self.image_size // self.vae.downsampling
+        return side, side, self.vae.latent_channels
+
+
+def captioner_weights(parts: Mapping, *, policy: bool) -> tuple[dict, dict | None]:
+    """Parameters `{"vision", "language", "projector"}` and adapter of the captioner.
+
+    Args:
+      parts: the model's dictionary.
+      policy: the trained captioner, or the reference (adapter off), which is also the text encoder.
+    """
+    params = {name: parts[name] for name in ("vision", "language", "projector")}
+    if not policy:
+        return params, None
+    if "language_policy" in parts:
+        return params | {"language": parts["language_policy"]}, None
+    return params, parts.get("language_lora")
+
+
+def transformer_weights(parts: Mapping, *, policy: bool) -> dict:
+    """Flax variables of the transformer: the trained one, or the reference (adapter off)."""
+    if not policy:
+        return {"params": parts["transformer"]}
+    if "transformer_policy" in parts:
+        return {"params": parts["transformer_policy"]}
+    variables = {"params": parts["transformer"]}
+    return variables | {"lora": parts["transformer_lora"]} if "transformer_lora" in parts else variables
+
+
+def velocity(model: UAE, parts: Mapping, latents: Array, sigma: Array, context: tuple[Array, Array], *, policy: bool = True) -> Array:
+    """The transformer's velocity.
+
+    Args:
+      model: sizes.
+      parts: the model's dictionary.
+      latents: `[B, h, w, C]`.
+      sigma: `[B]` in [0, 1].
+      context: `[B, S, Dc]` and its mask `[B, S]`.
+      policy: see `transformer_weights`.
+
+    Returns:
+      float32 `[B, h, w, C]`.
+    """
+    pooled = jnp.broadcast_to(parts["pooled"], (latents.shape[0], parts["pooled"].shape[-1]))
+    states, mask = context
+    variables = transformer_weights(parts, policy=policy)
+    return Transformer(model.transformer).apply(variables, latents, NUM_TRAIN_TIMESTEPS * sigma, states, pooled, mask)
+
+
+def initial_noise(model: UAE, keys: Array) -> Array:
+    """Unit Gaussian latents `[B, h, w, C]`, one typed key `[B]` each."""
+    return jax.vmap(lambda key: jax.random.normal(key, model.latent_shape, jnp.float32))(keys)

@@ -1,0 +1,219 @@
+"""The objective: similarity of reconstruction and original under frozen image encoders (arXiv 2509.09666, section 3)."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from uae_jax import trees
+from uae_jax.models.encoders import clip, dino, weights
+from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config, read_json
+from uae_jax.models.encoders.preprocess import Preprocess, apply
+
+CLAMPS = ("hard", "straight_through", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A frozen image encoder with its own image processing; parameters are passed beside it.
+
+    Attributes:
+      name: under which its parameters and metrics are kept.
+      kind: `clip`, `dinov2` or `dinov3`.
+      config: of the model.
+      preprocess: how it wants its images.
+      remat: recompute layers in the backward pass (for rewards that are differentiated).
+      dtype: precision of the computation; image processing and features are float32.
+    """
+
+    name: str
+    kind: str
+    config: CLIPConfig | CLIPVisionConfig | Dinov2Config | Dinov3Config
+    preprocess: Preprocess
+    remat: bool = False
+    dtype: str = "float32"
+
+    def features(self, params: trees.Tree, pixels: Array) -> Array:
+        """Features of length 1.
+
+        Args:
+          params: of the encoder.
+          pixels: `[B, H, W, 3]` in [-1, 1], of any size.
+
+        Returns:
+          float32 `[B, D]`.
+        """
+        images = apply(self.preprocess, (pixels.astype(jnp.float32) + 1) / 2).astype(self.dtype)
+        model = clip.image_features if self.kind == "clip" else dino.cls_features
+        features = model(self.config, params, images, remat=self.remat).astype(jnp.float32)
+        return features * jax.lax.rsqrt(jnp.sum(jnp.square(features), -1, keepdims=True) + 1e-12)
+
+
+def load_encoder(
+    folder: str | pathlib.Path, name: str | None = None, *, variant: str = "published", remat: bool = False,
+    dtype: str = "float32") -> tuple[Encoder, dict]:
+    """An encoder and its parameters from a CLIP, DINOv2 or DINOv3 folder.
+
+    Args:
+      folder: with `config.json`, `preprocessor_config.json` and safetensors.
+      name: the encoder's name; None takes its kind.
+      variant: image processing: `published`, or `uae` (see `Preprocess.from_folder`).
+      remat: see `Encoder`.
+      dtype: see `Encoder`.
+
+    Returns:
+      The encoder, and float32 numpy parameters; of CLIP the image tower only.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: the folder holds another model, or its tensors do not fit.
+    """
+    kind = {"clip": "clip", "clip_vision_model": "clip", "dinov2": "dinov2", "dinov3_vit": "dinov3"}.get(
+        read_json(folder).get("model_type"))
+    if kind is None:
+        raise ValueError(f"{folder} does not hold an image encoder; use a CLIP, DINOv2 or DINOv3 folder")
+    preprocess = Preprocess.from_folder(folder, variant)
+    config, params = weights.load_clip(folder) if kind == "clip" else weights.load_dino(folder)
+    if isinstance(config, CLIPConfig):
+        config, params = config.vision, {"vision": params["vision"]}
+    return Encoder(name or kind, kind, config, preprocess, remat, dtype), params
+
+
+def clamp_image(pixels: Array, clamp: str = "hard") -> Array:
+    """Cuts images to [-1, 1].
+
+    Args:
+      pixels: any shape.
+      clamp: `hard` has no gradient outside of the range; `straight_through` passes the gradient as if it had not
+        cut; `none` leaves the values.
+
+    Raises:
+      ValueError: another word.
+    """
+    if clamp not in CLAMPS:
+        raise ValueError(f"clamp {clamp!r} is not known; use one of {', '.join(CLAMPS)}")
+    if clamp == "none":
+        return pixels
+    cut = jnp.clip(pixels, -1.0, 1.0)
+    return cut if clamp == "hard" else pixels + jax.lax.stop_gradient(cut - pixels)
+
+
+def _groups(original: Array, reconstruction: Array, group: int) -> None:
+    if len(reconstruction) != len(original) * group:
+        raise ValueError(
+            f"{len(reconstruction)} reconstructions are not groups of {group} for {len(original)} originals")
+
+
+def cosine_reward(
+    encoder: Encoder, params: trees.Tree, original: Array, reconstruction: Array, group: int, *,
+    clamp: str = "hard") -> Array:
+    """Cosine of the features of each reconstruction and its original (arXiv 2509.09666, eq. 1).
+
+    Args:
+      encoder: frozen image encoder.
+      params: its parameters.
+      original: `[B, H, W, 3]` in [-1, 1]; its features are computed once an image.
+      reconstruction: `[B * G, H', W', 3]`; the G reconstructions of an original follow one another.
+      group: G.
+      clamp: see `clamp_image`.
+
+    Returns:
+      float32 `[B, G]` in [-1, 1]. Gradients flow to whatever is passed; callers stop them where they want none.
+
+    Raises:
+      ValueError: there are not G reconstructions for each original.
+    """
+    _groups(original, reconstruction, group)
+    target = encoder.features(params, original)
+    features = encoder.features(params, clamp_image(reconstruction, clamp)).reshape(len(original), group, -1)
+    return jnp.sum(features * target[:, None], axis=-1)
+
+
+def pixel_reward(original: Array, reconstruction: Array, group: int, *, clamp: str = "hard") -> Array:
+    """One minus the mean absolute difference over half the image range: 1 for equal images, 0 for black and white.
+
+    Args:
+      original: `[B, H, W, 3]` in [-1, 1].
+      reconstruction: `[B * G, H, W, 3]`.
+      group: G.
+      clamp: see `clamp_image`.
+
+    Returns:
+      float32 `[B, G]` in [0, 1] (unless `clamp` is `none`).
+
+    Raises:
+      ValueError: not G reconstructions for each original, or images of different sizes.
+    """
+    _groups(original, reconstruction, group)
+    if original.shape[1:] != reconstruction.shape[1:]:
+        raise ValueError(f"the pixel reward compares images of one size, not {original.shape[1:3]} and {reconstruction.shape[1:3]}")
+    images = clamp_image(reconstruction, clamp).reshape(len(original), group, *original.shape[1:])
+    gap = jnp.abs(images.astype(jnp.float32) - original[:, None].astype(jnp.float32))
+    return 1.0 - gap.mean((-3, -2, -1)) / 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """A weighted sum of encoder similarities and, optionally, pixel similarity.
+
+    Attributes:
+      names: of the encoders.
+      weights: one for each encoder.
+      pixel_weight: of `pixel_reward`; 0 leaves it out.
+      clamp: see `clamp_image`.
+
+    Raises:
+      ValueError: names and weights do not go together, or there is no term at all.
+    """
+
+    names: tuple[str, ...] = ("clip",)
+    weights: tuple[float, ...] = (1.0,)
+    pixel_weight: float = 0.0
+    clamp: str = "hard"
+
+    def __post_init__(self):
+        if len(self.names) != len(self.weights) or len(set(self.names)) != len(self.names):
+            raise ValueError(f"reward names {self.names} need one weight each and no repetition; weights: {self.weights}")
+        if not self.names and not self.pixel_weight:
+            raise ValueError("the reward has no term; name an encoder or give a pixel weight")
+        if not all(math.isfinite(weight) for weight in (*self.weights, self.pixel_weight)):
+            raise ValueError(f"reward weights must be finite, not {(*self.weights, self.pixel_weight)}")
+        if self.clamp not in CLAMPS:
+            raise ValueError(f"clamp {self.clamp!r} is not known; use one of {', '.join(CLAMPS)}")
+
+
+def mixed_reward(
+    config: RewardConfig, encoders: Sequence[Encoder], params: Mapping[str, trees.Tree], original: Array,
+    reconstruction: Array, group: int) -> tuple[Array, dict[str, Array]]:
+    """The weighted sum of the configured similarities.
+
+    Args:
+      config: which terms, with which weights.
+      encoders: at least those that the config names.
+      params: encoder name to parameters.
+      original: `[B, H, W, 3]` in [-1, 1].
+      reconstruction: `[B * G, H, W, 3]`, grouped by original.
+      group: G.
+
+    Returns:
+      The reward, float32 `[B, G]`, and each term without its weight by name (`pixel` for the pixel term).
+
+    Raises:
+      ValueError: an encoder of the config is not given.
+    """
+    known = {encoder.name: encoder for encoder in encoders}
+    missing = [name for name in config.names if name not in known or name not in params]
+    if missing:
+        raise ValueError(f"reward encoder {missing[0]!r} is not loaded; loaded: {', '.join(sorted(known)) or 'none'}")
+    terms = {
+        name: cosine_reward(known[name], params[name], original, reconstruction, group, clamp=config.clamp)
+        for name in config.names}
+    pairs = list(zip(terms.values(), config.weights))
+    if config.pixel_weight:
+        terms["pixel"] = pixel_reward(original, reconstruction, group, clamp=config.clamp)
+        pairs.append((terms["pixel"], config.pixel_weight))
+    return sum(weight * term for term, weight in pairs), terms

@@ -1,0 +1,84 @@
+"""Phase 3 of the bootstrap: a captioner that is right about what it says, and says little of what it sees.
+
+Cross-entropy of captions given the picture, and of full captions given nothing, inside the template that the decoder reads
+them in: the language model is also the text encoder.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from uae_jax.data import scenes
+from uae_jax.data.qwen_inputs import ImageProcessor, prompt_fields
+from uae_jax.data.scene_captions import CAPTION_PROMPT, caption, mixed_caption
+from uae_jax.data.tokenizer import IMAGE_PAD, caption_prompt_ids, encode_caption, token_id
+from uae_jax.models.condition import ConditionTemplate, place_in_template
+from uae_jax.models.qwen2_5_vl import model as qwen
+from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, to_json
+from uae_jax.stages.bootstrap import scene_stream
+from uae_jax.training.step import Algorithm, supervised
+
+
+def low_detail_caption(scene: scenes.Scene, rng: np.random.Generator, low: float, high: float) -> str:
+    """A true caption in raster order, each fact said with a probability that is uniform in [low, high]."""
+    return caption(scene, rng, float(rng.uniform(low, high)))
+
+
+def stream(
+    tokenizer, processor: ImageProcessor, *, seed: int, batch_size: int, side: int, length: int, pad: int, max_prompt: int,
+    detail: tuple[float, float]):
+    """Batches of the captioner's inputs with `caption_ids`, `caption_mask` and text-only `text_ids`, `text_mask` `[B, T]`."""
+    image_pad = token_id(tokenizer, IMAGE_PAD)
+    grid = processor.grid_of(side, side)
+    prompt = caption_prompt_ids(tokenizer, CAPTION_PROMPT, [processor.image_tokens(grid)])
+
+    def example(index: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([seed, 12, index])
+        scene = scenes.scene_at("train", index, seed + 2)
+        fields = prompt_fields(prompt, [processor(scenes.draw(scene, side))], processor, image_pad, grid[0] * grid[1], max_prompt)
+        said = encode_caption(tokenizer, low_detail_caption(scene, rng, *detail))
+        read = encode_caption(tokenizer, mixed_caption(scene, rng) if rng.random() < 0.3 else scene_stream.full_caption(scene, rng))
+        caption_ids, caption_mask = scene_stream.pad_ids(said, length, pad)
+        text_ids, text_mask = scene_stream.pad_ids(read, length, pad)
+        return fields | {"caption_ids": caption_ids, "caption_mask": caption_mask, "text_ids": text_ids, "text_mask": text_mask}
+
+    return scene_stream.stream(example, batch_size)
+
+
+def algorithm(config: Qwen2_5VLConfig, template: ConditionTemplate, text_weight: float) -> Algorithm:
+    """Cross-entropy per token of both kinds of captions, the second weighted by `text_weight`."""
+
+    def loss(params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
+        del frozen, key
+        batch = rollout["samples"]
+        prefix = qwen.prompt_prefix(config, params, None, batch)
+        said = qwen.completion_log_probs(config, params, None, prefix, batch["caption_ids"], batch["caption_mask"]).log_probs
+        count = jnp.sum(batch["caption_mask"], dtype=jnp.float32)
+        read, tokens = _text_log_probs(config, params, template, batch["text_ids"], batch["text_mask"])
+        rows = jnp.float32(len(said))
+        total = -rows * (jnp.sum(said) / count + text_weight * jnp.sum(read) / tokens)
+        return total, rows, {"caption_loss": (-jnp.sum(said), count), "text_loss": (-jnp.sum(read), tokens)}
+
+    return supervised(loss)
+
+
+def _text_log_probs(config: Qwen2_5VLConfig, params: Mapping, template: ConditionTemplate, ids: Array, mask: Array) -> tuple[Array, Array]:
+    lengths = jnp.sum(mask, -1, dtype=jnp.int32) - 1
+    templated, valid = place_in_template(template, ids, lengths)
+    hidden = qwen.text_hidden_states(config, params, None, templated, valid)
+    scores = qwen.score_tokens(config, params, hidden[:, :-1], templated[:, 1:]).log_probs
+    position = jnp.arange(1, templated.shape[1])[None]
+    before = len(template.prefix)
+    inside = (position >= before) & (position < before + lengths[:, None])
+    return jnp.where(inside, scores, 0.0), jnp.sum(inside, dtype=jnp.float32)
+
+
+def write_config(folder: pathlib.Path, config: Qwen2_5VLConfig, stops: tuple[int, ...]) -> None:
+    """`config.json` and `generation_config.json` in the published layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(stops)}, indent=1) + "\n")
