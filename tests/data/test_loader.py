@@ -14,7 +14,7 @@ def parts(tmp_path_factory):
     tok.write_scene_tokenizer(folder, scene_captions.WORDS)
     tokenizer = tok.load_tokenizer(folder)
     processor = qwen_inputs.load_image_processor(folder, window_size=16)
-    spec = ld.batch_spec(tokenizer, processor, 32, scene_captions.CAPTION_PROMPT, 32, multiple=8)
+    spec = ld.batch_spec(tokenizer, processor, 32, scene_captions.CAPTION_PROMPT, 32, multiple=16)
     return tokenizer, processor, spec, ld.RowBuilder(tokenizer, processor, spec, scene_captions.CAPTION_PROMPT)
 
 

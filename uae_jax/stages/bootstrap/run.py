@@ -15,17 +15,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from uae_jax.data.scene_captions import WORDS
-from uae_jax.data.tokenizer import load_tokenizer, token_id, write_scene_tokenizer
+from uae_jax.data.qwen_inputs import load_image_processor
+from uae_jax.data.tokenizer import (
+    END_OF_TEXT, IMAGE_PAD, condition_template, load_tokenizer, stop_ids, token_id, write_scene_tokenizer)
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import write_tensors
+from uae_jax.models.condition import ConditionTemplate
 from uae_jax.models.encoders import clip
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config
 from uae_jax.models.encoders.preprocess import Preprocess, clip_preprocessor
-from uae_jax.models.encoders.weights import dinov2_rules, save_clip
+from uae_jax.models.encoders.weights import dinov2_rules, pooled_empty_prompt, save_clip
+from uae_jax.models.qwen2_5_vl import model as qwen
+from uae_jax.models.qwen2_5_vl import weights as qwen_weights
+from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig
+from uae_jax.models.sd3 import transformer
 from uae_jax.models.sd3 import vae as sd3_vae
-from uae_jax.models.sd3.config import VAEConfig
-from uae_jax.models.sd3.weights import vae_rules
-from uae_jax.stages.bootstrap import encoders, vae
+from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
+from uae_jax.models.sd3.weights import load_vae, transformer_rules, vae_rules
+from uae_jax.models.uae import UAE
+from uae_jax.stages import pretrain
+from uae_jax.stages.bootstrap import captioner, decoder, encoders, vae
+from uae_jax.stages.pretrain import PretrainConfig
 from uae_jax.stages.settings import frozen
 from uae_jax.training.loop import LoopConfig, run_stage
 from uae_jax.training.metrics import MetricWriter
@@ -53,7 +63,12 @@ class Run:
 
     def pad(self) -> int:
         """Id that fills rows."""
-        return token_id(self.tokenizer, "<|endoftext|>")
+        return token_id(self.tokenizer, END_OF_TEXT)
+
+    def template(self) -> ConditionTemplate:
+        """The decoder's condition around a caption; the negative prompt is empty."""
+        prefix, suffix = condition_template(self.tokenizer)
+        return ConditionTemplate(tuple(prefix), tuple(suffix), (), self.pad())
 
 
 def train(
@@ -121,10 +136,72 @@ def dinov2_phase(run: Run) -> None:
     write_json(folder, "preprocessor_config.json", processor)
 
 
+def captioner_phase(run: Run) -> None:
+    """Writes `llm`, without projector until the decoder has one."""
+    phase, config = run.config.captioner, run.config
+    stops = stop_ids(run.tokenizer)
+    model = Qwen2_5VLConfig(
+        vision=frozen(VisionConfig, phase.vision), text=TextConfig(**phase.text, vocab_size=len(run.tokenizer)),
+        image_token_id=token_id(run.tokenizer, IMAGE_PAD), video_token_id=token_id(run.tokenizer, "<|video_pad|>"),
+        vision_start_token_id=token_id(run.tokenizer, "<|vision_start|>"),
+        vision_end_token_id=token_id(run.tokenizer, "<|vision_end|>"), pad_token_id=run.pad(), stop_token_ids=stops)
+    processor = load_image_processor(run.model / "llm_processor", model.vision.window_size)
+    data = captioner.stream(
+        run.tokenizer, processor, seed=config.seed, batch_size=phase.batch_size, side=config.side, length=config.caption_tokens,
+        pad=run.pad(), max_prompt=phase.max_prompt, detail=(phase.detail_low, phase.detail_high))
+    params = qwen.init_params(model, jax.random.fold_in(run.key, 40))
+    algorithm = captioner.algorithm(model, run.template(), phase.text_weight)
+    state = train(run, "captioner", algorithm, params, {}, data, steps=phase.steps)
+    captioner.write_config(run.model / "llm", model, stops)
+    write_tensors(run.model / "llm", qwen_weights.tensors(model, state.params, STORED))
+
+
+def decoder_phase(run: Run) -> None:
+    """Writes `SD3` (scheduler, text encoders), `dit`, and the projector into `llm`."""
+    phase, config = run.config.decoder, run.config
+    write_text_encoders(run)
+    model = frozen(TransformerConfig, phase.model, "config.decoder.model")
+    language, parts = qwen_weights.load(run.model / "llm", dtype=np.float32)
+    vae_config, parts["vae"] = load_vae(run.model / "SD3" / "vae")
+    parts["pooled"] = pooled_empty_prompt([run.model / "SD3" / name for name in ("text_encoder", "text_encoder_2")])
+    parts = jax.tree.map(jnp.asarray, parts)
+    params = {
+        "projector": qwen.init_projector(
+            jax.random.fold_in(run.key, 50), language.text.width, phase.projector_width, model.joint_attention_dim),
+        "transformer": transformer.init_params(model, jax.random.fold_in(run.key, 51))}
+    data = decoder.stream(
+        run.tokenizer, seed=config.seed, batch_size=phase.batch_size, side=config.side, length=config.caption_tokens,
+        pad=run.pad(), full_fraction=phase.full_fraction)
+    settings = PretrainConfig(
+        steps=phase.steps, batch_size=phase.batch_size, optimizer=OptimizerConfig(), time_shift=phase.time_shift,
+        condition_dropout=phase.condition_dropout)
+    described = UAE(language, model, vae_config, run.template(), config.side)
+    state = train(run, "decoder", pretrain.algorithm(described, settings), params, parts, data, steps=phase.steps, ema_decay=phase.ema_decay)
+    write_tensors(
+        run.model / "dit", published_tensors(state.ema["transformer"], transformer_rules(model), STORED), stem="diffusion_pytorch_model")
+    write_tensors(run.model / "llm", qwen_weights.tensors(language, {**parts, "projector": state.ema["projector"]}, STORED))
+    write_json(run.model / "dit", "config.json", model.published())
+
+
+def write_text_encoders(run: Run) -> None:
+    """Two small random CLIP text towers: the pooled condition is one constant vector, which any tower gives."""
+    for number, name in enumerate(("text_encoder", "text_encoder_2")):
+        end = token_id(run.tokenizer, "<|im_end|>")
+        model = CLIPTextConfig(
+            hidden_size=16, intermediate_size=32, projection_dim=16, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=len(run.tokenizer), bos_token_id=end - 1, eos_token_id=end, pad_token_id=end)
+        params = clip.init_params(model, jax.random.fold_in(run.key, 60 + number))
+        save_clip(run.model / "SD3" / name, model, jax.tree.map(np.asarray, params))
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": run.config.decoder.time_shift}
+    write_json(run.model / "SD3" / "scheduler", "scheduler_config.json", scheduler)
+
+
 PHASES: dict[str, tuple[str, Callable[[Run], None]]] = {
     "vae": ("SD3/vae/config.json", vae_phase),
     "clip": ("clip/preprocessor_config.json", clip_phase),
     "dinov2": ("dinov2/preprocessor_config.json", dinov2_phase),
+    "captioner": ("llm/model.safetensors", captioner_phase),
+    "decoder": ("dit/config.json", decoder_phase),
 }
 
 
