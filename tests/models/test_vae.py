@@ -11,11 +11,11 @@ import torch
 from diffusers import AutoencoderKL
 
 from uae_jax import trees
-from uae_jax.hf.rules import load_params, published_tensors
+from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import TensorFolder, write_tensors
 from uae_jax.models.sd3 import vae
 from uae_jax.models.sd3.config import VAEConfig
-from uae_jax.models.sd3.weights import vae_rules
+from uae_jax.models.sd3.weights import load_vae, vae_rules
 
 SIZES = {
     "two_levels": dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4),
@@ -51,8 +51,7 @@ def pair(request, tmp_path_factory):
     model = torch_vae(SIZES[request.param])
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
-    config = VAEConfig.from_folder(folder)
-    return model, folder, config, load_params(TensorFolder(folder), vae_rules(config), vae.abstract_params(config))
+    return model, folder, *load_vae(folder)
 
 
 def test_encode_equals_diffusers(pair):

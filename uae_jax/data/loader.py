@@ -90,22 +90,24 @@ class RowBuilder:
 
     Args:
       tokenizer: of `tokenizer.load_tokenizer`; `prompt`: the caption prompt's text.
+
+    Raises:
+      ValueError: the spec is too small for an image or the prompt.
     """
 
     def __init__(self, tokenizer, processor: ImageProcessor, spec: BatchSpec, prompt: str):
         self.tokenizer, self.processor, self.spec = tokenizer, processor, spec
-        grid = processor.grid_of(spec.image_size, spec.image_size)
-        self.prompt_ids = tokenizers.caption_prompt_ids(tokenizer, prompt, [processor.image_tokens(grid)])
-        self.image_pad = tokenizers.token_id(tokenizer, tokenizers.IMAGE_PAD)
-        # Fails here, and not in the first batch, when the shapes are too small.
-        self.image_fields(np.zeros((spec.image_size, spec.image_size, 3), np.uint8))
+        image = processor(np.zeros((spec.image_size, spec.image_size, 3), np.uint8))
+        ids = tokenizers.caption_prompt_ids(tokenizer, prompt, [processor.image_tokens(image[1])])
+        image_pad = tokenizers.token_id(tokenizer, tokenizers.IMAGE_PAD)
+        # Every image is a square of one size, so all fields but the patches are the same in every row.
+        self.constant = prompt_fields(ids, [image], processor, image_pad, spec.max_patches, spec.max_prompt)
 
     def image_fields(self, image: Image.Image | np.ndarray) -> dict[str, np.ndarray]:
         """Pixels, patches and prompt of one image, without a caption."""
         square = square_image(image, self.spec.image_size)
-        fields = prompt_fields(self.prompt_ids, [self.processor(square)], self.processor, self.image_pad,
-                               self.spec.max_patches, self.spec.max_prompt)
-        return {"pixels": to_signed(square), **fields}
+        patches, _ = self.processor(square)
+        return {"pixels": to_signed(square), **self.constant, "patches": pad_to(patches, self.spec.max_patches)}
 
     def caption_fields(self, text: str) -> dict[str, np.ndarray]:
         """A caption's ids [Tc] ending with <|im_end|>, mask [Tc], and whether it was cut."""

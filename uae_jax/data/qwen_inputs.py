@@ -229,7 +229,9 @@ def pad_to(values: Sequence | np.ndarray, length: int, fill: float = 0) -> np.nd
     values = np.asarray(values)
     if len(values) > length:
         raise ValueError(f"{len(values)} values do not fit in {length}")
-    return np.pad(values, [(0, length - len(values))] + [(0, 0)] * (values.ndim - 1), constant_values=fill)
+    padded = np.full((length, *values.shape[1:]), fill, values.dtype)
+    padded[:len(values)] = values
+    return padded
 
 
 def prompt_fields(ids: Sequence[int], images: Sequence[tuple[np.ndarray, Grid]], processor: ImageProcessor,
@@ -260,7 +262,7 @@ def prompt_fields(ids: Sequence[int], images: Sequence[tuple[np.ndarray, Grid]],
     layout = (np.zeros((0, 2), np.int32), np.zeros(0, np.int32), np.zeros(0, np.int32)) if not grids else patch_layout(
         grids, processor.merge_size, processor.window_size, processor.patch_size)
     return {
-        "patches": pad_to(patches.astype(np.float32), max_patches),
+        "patches": pad_to(patches.astype(np.float32, copy=False), max_patches),
         "patch_positions": pad_to(layout[0], max_patches),
         "patch_windows": pad_to(layout[1], max_patches, -1),
         "patch_images": pad_to(layout[2], max_patches, -1),

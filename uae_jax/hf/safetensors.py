@@ -98,7 +98,7 @@ def write_tensors(
         if shards[-1] and sizes[-1] + tensor.nbytes > max_shard_bytes:
             shards.append({})
             sizes.append(0)
-        shards[-1][name] = np.ascontiguousarray(tensor)
+        shards[-1][name] = np.asarray(tensor, order="C")  # keeps scalars scalar
         sizes[-1] += tensor.nbytes
     total = len(shards)
     names = [f"{stem}.safetensors"] if total == 1 else [

@@ -1,0 +1,162 @@
+"""Generation for understanding: the captioner learns what the decoder can rebuild (arXiv 2509.09666, section 3; GRPO, 2402.03300).
+
+For each of B images, G captions are sampled; the frozen decoder draws each of them; the reward is the similarity of drawing
+and image. The decoder is part of the environment: no gradient passes through it. Shape letters: T caption tokens.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from uae_jax import trees
+from uae_jax.models import condition, uae
+from uae_jax.models.qwen2_5_vl import model as qwen
+from uae_jax.models.qwen2_5_vl.generate import Completion, generate
+from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.rl.advantages import check_group_size, group_advantages
+from uae_jax.rl.losses import token_grpo_loss
+from uae_jax.rl.reconstruction import Denoising, draw, sample_keys
+from uae_jax.rl.rewards import Encoder, RewardConfig, mixed_reward
+
+IMAGE_FIELDS = ("patches", "patch_positions", "patch_windows", "patch_images")
+PROMPT_FIELDS = ("prompt_ids", "prompt_mask", "prompt_positions", "prompt_next")
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionPolicy:
+    """Everything of the stage that is not an array.
+
+    Attributes:
+      model: the description of UAE.
+      denoising: how the decoder draws during rollouts.
+      encoders: the reward's image encoders.
+      reward: which of them, with which weights.
+      stops: ids that end a caption.
+      group_size: G, at least 2.
+      temperature: of sampling and of scoring.
+      max_new_tokens: T.
+      shared_noise: one noise for the whole group, so that the advantage measures the caption alone.
+      advantage_scale: `group`, `batch` or `none`.
+      aggregation, clip_low, clip_high, kl_weight: see `losses.token_grpo_loss`.
+      replay: score the rollout again for the old log-probabilities; not needed when each rollout has one update.
+
+    Raises:
+      ValueError: a group of one, or a temperature of 0.
+    """
+
+    model: uae.UAE
+    denoising: Denoising
+    encoders: tuple[Encoder, ...]
+    reward: RewardConfig
+    stops: tuple[int, ...]
+    group_size: int
+    temperature: float
+    max_new_tokens: int
+    shared_noise: bool = True
+    advantage_scale: str = "group"
+    aggregation: str = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_weight: float = 0.0
+    replay: bool = False
+
+    def __post_init__(self):
+        check_group_size(self.group_size)
+        SamplingConfig(self.temperature).for_training()
+
+
+def write_captions(policy: CaptionPolicy, parts: Mapping, batch: Mapping, image_embeds: Array, key: Array) -> Completion:
+    """G sampled captions of each image, rows of a group together: `[B * G, T]`; keys by global sample id."""
+    params, adapter = uae.captioner_weights(parts, policy=True)
+    prefix = qwen.prompt_prefix(policy.model.captioner, params, adapter, batch, image_embeds)
+    keys = sample_keys(trees.name_key(key, "caption"), batch["sample_id"], policy.group_size)
+    return generate(
+        policy.model.captioner, params, adapter, prefix, keys, max_new_tokens=policy.max_new_tokens, stop_ids=policy.stops,
+        sampling=SamplingConfig(policy.temperature), group=policy.group_size)
+
+
+def draw_captions(policy: CaptionPolicy, parts: Mapping, completion: Completion, sample_ids: Array, key: Array) -> Array:
+    """The decoder's pictures `[B * G, H, W, 3]` of sampled captions."""
+    noise_key, group = trees.name_key(key, "noise"), policy.group_size
+    if policy.shared_noise:
+        noise = jnp.repeat(uae.initial_noise(policy.model, sample_keys(noise_key, sample_ids)), group, axis=0)
+    else:
+        noise = uae.initial_noise(policy.model, sample_keys(noise_key, sample_ids, group))
+    lengths = condition.caption_lengths(completion.mask, completion.finished)
+    return draw(policy.model, parts, policy.denoising, completion.tokens, lengths, noise)
+
+
+def score_captions(policy: CaptionPolicy, parts: Mapping, samples: Mapping, *, trained: bool) -> qwen.TokenScores:
+    """Log-probabilities `[B, G, T]` of a rollout's captions under the policy or the reference."""
+    params, adapter = uae.captioner_weights(parts, policy=trained)
+    prefix = qwen.prompt_prefix(policy.model.captioner, params, adapter, samples, samples["image_embeds"])
+    return qwen.completion_log_probs(
+        policy.model.captioner, params, adapter, prefix, samples["tokens"], samples["mask"], temperature=policy.temperature,
+        with_entropy=trained)
+
+
+def rollout(policy: CaptionPolicy, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
+    """Captions, pictures, rewards, advantages, and reference log-probabilities.
+
+    Args:
+      policy: the stage.
+      params: trainable parts of the model.
+      frozen: the other parts.
+      batch: B images with prompts (`data.loader`).
+      key: of this step.
+
+    Returns:
+      `samples` with leading axis B, and `metrics`.
+    """
+    parts, group = {**frozen, **params}, policy.group_size
+    images = qwen.encode_images(policy.model.captioner, parts, *(batch[name] for name in IMAGE_FIELDS))
+    completion = write_captions(policy, parts, batch, images, key)
+    pixels = draw_captions(policy, parts, completion, batch["sample_id"], key)
+    reward, terms = mixed_reward(policy.reward, policy.encoders, parts["encoders"], batch["pixels"], pixels, group)
+    advantage, metrics = group_advantages(reward, scale=policy.advantage_scale)
+    samples = {
+        **{name: batch[name] for name in PROMPT_FIELDS}, "image_embeds": images, "advantage": advantage,
+        "tokens": completion.tokens.reshape(len(images), group, -1), "mask": completion.mask.reshape(len(images), group, -1)}
+    sampled = completion.log_probs.reshape(samples["tokens"].shape)
+    if policy.kl_weight:
+        samples["reference"] = score_captions(policy, parts, samples, trained=False).log_probs
+    if policy.replay:
+        samples["old"] = score_captions(policy, parts, samples, trained=True).log_probs
+        gap = jnp.abs(samples["old"] - sampled)
+        metrics["log_prob_gap"] = (jnp.sum(gap), jnp.sum(samples["mask"]))
+    metrics |= {f"reward_{name}": jnp.mean(term) for name, term in terms.items()}
+    metrics["reward"] = metrics.pop("reward_mean")
+    return {"samples": samples, "metrics": metrics | caption_metrics(completion, group)}
+
+
+def caption_metrics(completion: Completion, group: int) -> dict[str, tuple[Array, Array]]:
+    """Length, truncation and variety of sampled captions, as (sum, count) pairs."""
+    tokens, rows = jnp.where(completion.mask, completion.tokens, -1), jnp.float32(len(completion.tokens))
+    grouped = tokens.reshape(-1, group, tokens.shape[-1])
+    same = jnp.all(grouped[:, :, None] == grouped[:, None], axis=-1)
+    repeats = (tokens[:, 2:] == tokens[:, :-2]) & (tokens[:, 1:-1] == tokens[:, :-2]) & completion.mask[:, 2:]
+    lengths = condition.caption_lengths(completion.mask, completion.finished)
+    return {
+        "caption_tokens": (jnp.sum(lengths, dtype=jnp.float32), rows),
+        "truncated_fraction": (jnp.sum(~completion.finished, dtype=jnp.float32), rows),
+        "unique_fraction": (jnp.sum(1.0 / jnp.sum(same, -1)), rows),
+        "repeated_fraction": (jnp.sum(repeats, dtype=jnp.float32), jnp.sum(completion.mask, dtype=jnp.float32))}
+
+
+def loss(policy: CaptionPolicy, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
+    """The clipped token loss of a rollout; sum, count and metrics as `losses.token_grpo_loss`."""
+    del key
+    samples = rollout["samples"]
+    scores = score_captions(policy, {**frozen, **params}, samples, trained=True)
+
+    def flat(name: str) -> Array | None:
+        return samples[name].reshape(-1, samples[name].shape[-1]) if name in samples else None
+
+    mask = flat("mask")
+    return token_grpo_loss(
+        scores.log_probs.reshape(mask.shape), flat("old"), flat("reference"), samples["advantage"].reshape(-1), mask,
+        clip_low=policy.clip_low, clip_high=policy.clip_high, kl_weight=policy.kl_weight, aggregation=policy.aggregation,
+        max_tokens=policy.max_new_tokens, entropy=jax.lax.stop_gradient(scores.entropy).reshape(mask.shape))

@@ -1,0 +1,176 @@
+"""Understanding for generation: the transformer learns to draw captions by Flow-GRPO (arXiv 2509.09666, section 3; 2505.05470).
+
+The captioner, frozen, writes one caption of each of B images; the transformer draws it G times with stochastic steps inside a
+window; the reward is the similarity of drawing and image. Shape letters: W steps of the window.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from uae_jax import trees
+from uae_jax.diffusion.sampler import Replay, replay_window, sample_window, window_start
+from uae_jax.diffusion.steps import CpsStep, DanceStep, SdeStep, gaussian_kl
+from uae_jax.models import condition, uae
+from uae_jax.models.qwen2_5_vl import model as qwen
+from uae_jax.models.qwen2_5_vl.generate import Completion, generate
+from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.rl.advantages import check_group_size, group_advantages
+from uae_jax.rl.caption_policy import IMAGE_FIELDS, caption_metrics
+from uae_jax.rl.losses import flow_grpo_loss
+from uae_jax.rl.reconstruction import Denoising, decode, encode_condition, predictor, sample_keys
+from uae_jax.rl.rewards import Encoder, RewardConfig, mixed_reward
+
+STEP_RULES = {"sde": SdeStep, "dance": DanceStep, "cps": CpsStep}
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowPolicy:
+    """Everything of the stage that is not an array.
+
+    Attributes:
+      model, denoising, encoders, reward, stops, group_size, advantage_scale: as in `caption_policy.CaptionPolicy`.
+      temperature, max_new_tokens: of the frozen captioner; temperature 0 is greedy.
+      step_rule, noise_level: stochastic step (`sde`, `dance`, `cps`) and its strength.
+      window, window_low, window_high: W stochastic steps, beginning in [low, high - W] of the schedule.
+      clip_range, kl_weight, guard: see `losses.flow_grpo_loss`.
+      kl_kind: `gaussian`, `gaussian_nodt` or `velocity`.
+
+    Raises:
+      ValueError: a group of one, an unknown step rule, or a window that does not fit.
+    """
+
+    model: uae.UAE
+    denoising: Denoising
+    encoders: tuple[Encoder, ...]
+    reward: RewardConfig
+    stops: tuple[int, ...]
+    group_size: int
+    temperature: float
+    max_new_tokens: int
+    step_rule: str = "sde"
+    noise_level: float = 0.7
+    window: int = 2
+    window_low: int = 0
+    window_high: int = 5
+    advantage_scale: str = "batch"
+    clip_range: float = 1e-4
+    kl_weight: float = 0.0
+    kl_kind: str = "gaussian_nodt"
+    guard: bool = False
+
+    def __post_init__(self):
+        check_group_size(self.group_size)
+        if self.step_rule not in STEP_RULES:
+            raise ValueError(f"step_rule is {self.step_rule!r}; choose one of {', '.join(STEP_RULES)}")
+        if self.guard and self.step_rule == "cps":
+            raise ValueError("guard needs the Gaussian log-probability of step_rule 'sde' or 'dance', not 'cps'")
+        last = len(self.denoising.sigmas) - 2
+        if not 0 <= self.window_low <= self.window_high - self.window or self.window_high > last or self.window < 1:
+            raise ValueError(
+                f"a window of {self.window} steps in [{self.window_low}, {self.window_high}] does not fit into the first {last} of "
+                f"{last + 1} steps; the last step is never trained")
+
+    @property
+    def rule(self) -> SdeStep | DanceStep | CpsStep:
+        """The stochastic step."""
+        return STEP_RULES[self.step_rule](self.noise_level)
+
+
+def write_captions(policy: FlowPolicy, parts: Mapping, batch: Mapping, key: Array) -> Completion:
+    """One caption of each image by the frozen captioner, `[B, T]`."""
+    params, adapter = uae.captioner_weights(parts, policy=True)
+    images = qwen.encode_images(policy.model.captioner, parts, *(batch[name] for name in IMAGE_FIELDS))
+    prefix = qwen.prompt_prefix(policy.model.captioner, params, adapter, batch, images)
+    keys = sample_keys(trees.name_key(key, "caption"), batch["sample_id"])
+    return generate(
+        policy.model.captioner, params, adapter, prefix, keys, max_new_tokens=policy.max_new_tokens, stop_ids=policy.stops,
+        sampling=SamplingConfig(policy.temperature))
+
+
+def rollout(policy: FlowPolicy, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
+    """Captions, stochastic trajectories, rewards, advantages, and what the reference policy would have done.
+
+    Args:
+      policy: the stage.
+      params: trainable parts of the model.
+      frozen: the other parts.
+      batch: B images with prompts (`data.loader`).
+      key: of this step.
+
+    Returns:
+      `samples` with leading axis B * G, `shared` (step numbers of the window, negative context), and `metrics`.
+    """
+    parts, group, how = {**frozen, **params}, policy.group_size, policy.denoising
+    completion = write_captions(policy, parts, batch, key)
+    positive, negative = encode_condition(
+        policy.model, parts, how, completion.tokens, condition.caption_lengths(completion.mask, completion.finished))
+    positive = jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), positive)
+    noise = uae.initial_noise(policy.model, sample_keys(trees.name_key(key, "noise"), batch["sample_id"], group))
+    start = window_start(trees.name_key(key, "window"), policy.window_low, policy.window_high, policy.window)
+    trajectory = sample_window(
+        predictor(policy.model, parts, how, positive, negative), noise, jnp.asarray(how.sigmas), policy.rule, start, policy.window,
+        sample_keys(trees.name_key(key, "steps"), batch["sample_id"], group))
+    pixels = decode(policy.model, parts, how, trajectory.final)
+    reward, terms = mixed_reward(policy.reward, policy.encoders, parts["encoders"], batch["pixels"], pixels, group)
+    advantage, metrics = group_advantages(reward, scale=policy.advantage_scale)
+    samples = {
+        "latents": trajectory.latents.swapaxes(0, 1), "next_latents": trajectory.next_latents.swapaxes(0, 1),
+        "context": positive[0], "context_mask": positive[1], "advantage": advantage.reshape(-1)}
+    shared = {"sigma_indices": trajectory.sigma_indices, "negative": negative}
+    samples |= _replays(policy, parts, samples, shared)
+    gap = jnp.abs(samples["old_log_prob"] - trajectory.log_probs.T)
+    metrics |= {f"reward_{name}": jnp.mean(term) for name, term in terms.items()}
+    metrics |= {"reward": metrics.pop("reward_mean"), "log_prob_gap": jnp.mean(gap)}
+    return {"samples": samples, "shared": shared, "metrics": metrics | caption_metrics(completion, 1)}
+
+
+def replay(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping, *, trained: bool, remat: bool = False) -> Replay:
+    """The window's steps scored by the policy or the reference: log-probabilities `[W, N]`, means `[W, N, h, w, C]`."""
+    predict = predictor(
+        policy.model, parts, policy.denoising, (samples["context"], samples["context_mask"]), shared["negative"], policy=trained,
+        stop_negative_gradient=True)
+    return replay_window(
+        predict, samples["latents"].swapaxes(0, 1), samples["next_latents"].swapaxes(0, 1), shared["sigma_indices"],
+        jnp.asarray(policy.denoising.sigmas), policy.rule, remat)
+
+
+def _replays(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping) -> dict[str, Array]:
+    """Old log-probabilities by the function that the loss uses, and the reference's steps for the KL."""
+    old = replay(policy, parts, samples, shared, trained=True)
+    found = {"old_log_prob": old.log_probs.T}
+    if policy.guard:
+        found["old_means"] = old.means.swapaxes(0, 1)
+    if policy.kl_weight:
+        reference = replay(policy, parts, samples, shared, trained=False)
+        found["reference"] = (reference.velocities if policy.kl_kind == "velocity" else reference.means).swapaxes(0, 1)
+    return found
+
+
+def _kl(policy: FlowPolicy, now: Replay, reference: Array) -> Array:
+    """KL of each step `[N, W]`; `reference` is `[N, W, h, w, C]`."""
+
+    def one(mean: Array, velocity: Array, std: Array, dt: Array, other: Array) -> Array:
+        if policy.kl_kind == "velocity":
+            return gaussian_kl(mean, mean, std, "velocity", velocity=velocity, velocity_ref=other)
+        return gaussian_kl(mean, other, std, policy.kl_kind, dt=dt)
+
+    return jax.vmap(one)(now.means, now.velocities, now.stds, now.dts, reference.swapaxes(0, 1)).T
+
+
+def loss(policy: FlowPolicy, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
+    """The clipped loss of a window's steps; sum, count and metrics as `losses.flow_grpo_loss`."""
+    del key
+    samples = rollout["samples"]
+    now = replay(policy, {**frozen, **params}, samples, rollout["shared"], trained=True, remat=True)
+    kl = _kl(policy, now, samples["reference"]) if policy.kl_weight else None
+    guard = {}
+    if policy.guard:
+        shift = jnp.mean(jnp.square(now.means.swapaxes(0, 1) - samples["old_means"]), axis=(2, 3, 4))
+        guard = {"guard": True, "mean_shift": shift, "std": now.stds, "dt": now.dts}
+    return flow_grpo_loss(
+        now.log_probs.T, samples["old_log_prob"], samples["advantage"], clip_range=policy.clip_range, kl=kl,
+        kl_weight=policy.kl_weight, **guard)

@@ -1,0 +1,118 @@
+"""Generation for understanding: settings and the compiled step; the method is `rl.caption_policy`."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import optax
+from jax import Array
+
+from uae_jax import trees
+from uae_jax.models.qwen2_5_vl.model import ADAPTER_PATTERN
+from uae_jax.nn.lora import init_lora
+from uae_jax.rl import caption_policy
+from uae_jax.rl.caption_policy import CaptionPolicy
+from uae_jax.rl.rewards import RewardConfig
+from uae_jax.training.optimizer import OptimizerConfig
+from uae_jax.training.step import Algorithm, make_train_step
+
+TRAIN = ("lora", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenForUndConfig:
+    """Settings of the stage.
+
+    Attributes:
+      steps, batch_size: train steps, and images in each.
+      micro_batches, updates_per_rollout: see `training.step`; with several updates the old log-probabilities are replayed.
+      group_size: captions of an image, at least 2.
+      temperature, max_new_tokens: of caption sampling.
+      sampler_steps, guidance_scale: of the drawings.
+      shared_noise: one noise for the drawings of a group.
+      condition_model: `reference` encodes captions with the adapter off; `policy` with it on, as the release does.
+      aggregation, clip_low, clip_high, kl_weight: see `rl.losses.token_grpo_loss`.
+      advantage_scale: `group`, `batch` or `none`.
+      vae_chunk: pictures decoded at once; 0 for all.
+      train: `lora` or `full`; lora_rank: rank of a new adapter.
+      reward: the similarity.
+      optimizer: see `training.optimizer`.
+      ema_decay: ceiling of the moving average, which replaces the weights at the end; 0 for none.
+
+    Raises:
+      ValueError: an unknown choice.
+    """
+
+    steps: int
+    batch_size: int
+    optimizer: OptimizerConfig
+    micro_batches: int = 1
+    updates_per_rollout: int = 1
+    group_size: int = 8
+    temperature: float = 1.0
+    max_new_tokens: int = 512
+    sampler_steps: int = 10
+    guidance_scale: float = 5.0
+    shared_noise: bool = True
+    condition_model: str = "reference"
+    aggregation: str = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_weight: float = 0.02
+    advantage_scale: str = "group"
+    vae_chunk: int = 0
+    train: str = "lora"
+    lora_rank: int = 32
+    reward: RewardConfig = RewardConfig()
+    ema_decay: float = 0.0
+
+    def __post_init__(self):
+        check_choices("gen_for_und", self.train, self.condition_model)
+
+
+def check_choices(stage: str, train: str, condition_model: str) -> None:
+    """Checks what the two RL stages share.
+
+    Raises:
+      ValueError: `train` is not `lora` or `full`, or `condition_model` not `reference` or `policy`.
+    """
+    if train not in TRAIN:
+        raise ValueError(f"{stage}.train is {train!r}; choose lora or full")
+    if condition_model not in ("reference", "policy"):
+        raise ValueError(f"{stage}.condition_model is {condition_model!r}; choose reference or policy")
+
+
+def trainable_copy(parts: Mapping, name: str, train: str, rank: int, pattern: str, key: Array) -> dict:
+    """The adapter or full copy that an RL stage trains: the one there is, or a new one equal to the base.
+
+    Args:
+      parts: the model's dictionary.
+      name: `language` or `transformer`.
+      train: `lora` or `full`.
+      rank, pattern, key: of a new adapter.
+    """
+    part = f"{name}_{'lora' if train == 'lora' else 'policy'}"
+    if part in parts:
+        return {part: parts[part]}
+    if train == "full":
+        return {part: parts[name]}
+    return {part: init_lora(trees.name_key(key, part), parts[name], pattern, rank)}
+
+
+def trainable(parts: Mapping, config: GenForUndConfig, key: Array) -> dict:
+    """The captioner's adapter (or a whole copy of its language model)."""
+    return trainable_copy(parts, "language", config.train, config.lora_rank, ADAPTER_PATTERN, key)
+
+
+def algorithm(policy: CaptionPolicy) -> Algorithm:
+    """Rollout and loss of `rl.caption_policy`."""
+    return Algorithm(functools.partial(caption_policy.rollout, policy), functools.partial(caption_policy.loss, policy))
+
+
+def make_step(policy: CaptionPolicy, config: GenForUndConfig, optimizer: optax.GradientTransformation, shardings=None):
+    """The compiled `train_step(state, frozen, batch, key)` of this stage."""
+    step = make_train_step(
+        algorithm(policy), optimizer, updates_per_rollout=config.updates_per_rollout, micro_batches=config.micro_batches,
+        ema_decay=config.ema_decay or None)
+    return jax.jit(step, donate_argnames="state", out_shardings=shardings)

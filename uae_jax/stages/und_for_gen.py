@@ -1,0 +1,90 @@
+"""Understanding for generation: settings and the compiled step; the method is `rl.flow_policy`."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import optax
+from jax import Array
+
+from uae_jax.models.sd3.transformer import ATTENTION_ADAPTER
+from uae_jax.rl import flow_policy
+from uae_jax.rl.flow_policy import FlowPolicy
+from uae_jax.rl.rewards import RewardConfig
+from uae_jax.stages.gen_for_und import check_choices, trainable_copy
+from uae_jax.training.optimizer import OptimizerConfig
+from uae_jax.training.step import Algorithm, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class UndForGenConfig:
+    """Settings of the stage.
+
+    Attributes:
+      steps, batch_size: train steps, and images in each.
+      micro_batches, updates_per_rollout: see `training.step`.
+      group_size: drawings of a caption, at least 2.
+      temperature, max_new_tokens: of the frozen captioner.
+      sampler_steps, guidance_scale: of the rollouts.
+      step_rule, noise_level, window, window_low, window_high: see `rl.flow_policy.FlowPolicy`.
+      clip_range, kl_weight, kl_kind, guard: see `rl.losses.flow_grpo_loss`.
+      advantage_scale: `group`, `batch` or `none`.
+      condition_model: `reference` encodes captions with the adapter off; `policy` with it on, as the release does.
+      vae_chunk: pictures decoded at once; 0 for all.
+      train: `lora` or `full`; lora_rank: rank of a new adapter.
+      reward: the similarity.
+      optimizer: see `training.optimizer`.
+      ema_decay: ceiling of the moving average, which replaces the weights at the end; 0 for none.
+
+    Raises:
+      ValueError: an unknown choice.
+    """
+
+    steps: int
+    batch_size: int
+    optimizer: OptimizerConfig
+    micro_batches: int = 1
+    updates_per_rollout: int = 2
+    group_size: int = 24
+    temperature: float = 0.7
+    max_new_tokens: int = 512
+    sampler_steps: int = 10
+    guidance_scale: float = 1.0
+    step_rule: str = "sde"
+    noise_level: float = 0.7
+    window: int = 3
+    window_low: int = 0
+    window_high: int = 5
+    clip_range: float = 1e-5
+    kl_weight: float = 0.04
+    kl_kind: str = "gaussian_nodt"
+    guard: bool = False
+    advantage_scale: str = "batch"
+    condition_model: str = "reference"
+    vae_chunk: int = 0
+    train: str = "lora"
+    lora_rank: int = 32
+    reward: RewardConfig = RewardConfig()
+    ema_decay: float = 0.9
+
+    def __post_init__(self):
+        check_choices("und_for_gen", self.train, self.condition_model)
+
+
+def trainable(parts: Mapping, config: UndForGenConfig, key: Array) -> dict:
+    """The transformer's adapter (or a whole copy of it)."""
+    return trainable_copy(parts, "transformer", config.train, config.lora_rank, ATTENTION_ADAPTER, key)
+
+
+def algorithm(policy: FlowPolicy) -> Algorithm:
+    """Rollout and loss of `rl.flow_policy`."""
+    return Algorithm(functools.partial(flow_policy.rollout, policy), functools.partial(flow_policy.loss, policy))
+
+
+def make_step(policy: FlowPolicy, config: UndForGenConfig, optimizer: optax.GradientTransformation, shardings=None):
+    """The compiled `train_step(state, frozen, batch, key)` of this stage."""
+    step = make_train_step(
+        algorithm(policy), optimizer, updates_per_rollout=config.updates_per_rollout, micro_batches=config.micro_batches,
+        group_size=config.group_size, ema_decay=config.ema_decay or None)
+    return jax.jit(step, donate_argnames="state", out_shardings=shardings)
