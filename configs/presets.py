@@ -16,12 +16,12 @@ NEGATIVE_PROMPT = "Generate a random, low quality, ugly, blur, bad and anime, ca
 def _optimizer(learning_rate: float, **changes) -> dict:
     # AdamW .9/.999, weight decay 1e-4 and clip-norm 1 are flow_grpo's (config/base.py)
     return dict(
-        learning_rate=learning_rate, schedule="constant", warmup_steps=0, b1=0.9, b2=0.999, epsilon=1e-8,
+        learning_rate=learning_rate, schedule="constant", warmup_steps=0, b1=0.9, b2=0.999, eps=1e-8,
         weight_decay=1e-4, max_grad_norm=1.0) | changes
 
 
 def _reward() -> dict:
-    return dict(encoders=("clip",), weights=(1.0,))
+    return dict(names=("clip",), weights=(1.0,))
 
 
 def _stages() -> dict:

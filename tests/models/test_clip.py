@@ -18,6 +18,8 @@ VISION = dict(image_size=28, patch_size=7, **TOWER)
 VOCABULARY = dict(vocab_size=60, bos_token_id=58, eos_token_id=59, max_position_embeddings=12)
 TEXT = {**TOWER, **VOCABULARY}
 TOLERANCE = 1e-4
+image_features = jax.jit(clip.image_features, static_argnums=0, static_argnames="remat")
+text_features = jax.jit(clip.text_features, static_argnums=0)
 
 
 def shaken(model: torch.nn.Module) -> torch.nn.Module:
@@ -67,7 +69,7 @@ def gelu_model(tmp_path_factory):
 def test_image_features_equal_transformers(name, request):
     published, _, config, params = request.getfixturevalue(name)
     pixels = random_pixels(3, 28)
-    ours = clip.image_features(config, params, jnp.asarray(pixels))
+    ours = image_features(config, params, jnp.asarray(pixels))
     theirs = tensor_of(published.get_image_features(pixel_values=channels_first(pixels)))
     assert ours.shape == (3, 20)
     assert relative_error(ours, theirs) < TOLERANCE
@@ -82,7 +84,7 @@ def test_text_features_equal_transformers_by_both_pooling_rules(name, eos, reque
     theirs = tensor_of(published.get_text_features(input_ids=torch.tensor(ids)))
     published.text_model.eos_token_id = 59
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, eos_token_id=eos))
-    assert relative_error(clip.text_features(config, params, jnp.asarray(ids)), theirs) < TOLERANCE
+    assert relative_error(text_features(config, params, jnp.asarray(ids)), theirs) < TOLERANCE
 
 
 def test_pooling_rules_differ_where_padding_has_a_larger_id():
@@ -104,7 +106,7 @@ def test_single_towers_with_projection(tmp_path):
     pixels = random_pixels(2, 28)
     theirs = vision(pixel_values=channels_first(pixels)).image_embeds
     assert isinstance(config, CLIPVisionConfig) and set(params) == {"vision"}
-    assert relative_error(clip.image_features(config, params, jnp.asarray(pixels)), theirs) < TOLERANCE
+    assert relative_error(image_features(config, params, jnp.asarray(pixels)), theirs) < TOLERANCE
 
 
 def test_openai_names_give_the_same_image_tower():
@@ -122,7 +124,7 @@ def test_openai_names_give_the_same_image_tower():
     config, params = openai.vision_from_openai(state, head_width=8)
     pixels = random_pixels(2, 28)
     theirs = published(pixel_values=channels_first(pixels)).image_embeds
-    assert relative_error(clip.image_features(config, params, jnp.asarray(pixels)), theirs) < TOLERANCE
+    assert relative_error(image_features(config, params, jnp.asarray(pixels)), theirs) < TOLERANCE
     with pytest.raises(ValueError, match="visual.proj is missing"):
         openai.vision_from_openai({name: tensor for name, tensor in state.items() if name != "visual.proj"})
     with pytest.raises(ValueError, match="unknown: visual.other"):
@@ -190,7 +192,7 @@ def test_rematerialised_gradients_are_the_same(model):
     pixels = jnp.asarray(random_pixels(1, 28))
 
     def loss(x, remat):
-        return jnp.sum(clip.image_features(config, params, x, remat=remat) ** 2)
+        return jnp.sum(image_features(config, params, x, remat=remat) ** 2)
 
     plain, again = (jax.grad(loss)(pixels, remat) for remat in (False, True))
     np.testing.assert_allclose(plain, again, rtol=1e-5, atol=1e-6)
@@ -199,9 +201,9 @@ def test_rematerialised_gradients_are_the_same(model):
 def test_wrong_input_is_named(model, tmp_path):
     _, _, config, params = model
     with pytest.raises(ValueError, match="images of shape"):
-        clip.image_features(config, params, jnp.zeros((1, 14, 14, 3)))
+        image_features(config, params, jnp.zeros((1, 14, 14, 3)))
     with pytest.raises(ValueError, match="at most 12 tokens"):
-        clip.text_features(config, params, jnp.zeros((1, 13), jnp.int32))
+        text_features(config, params, jnp.zeros((1, 13), jnp.int32))
     with pytest.raises(FileNotFoundError, match="config.json"):
         weights.load_clip(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')

@@ -239,7 +239,7 @@ def test_bad_requests_are_named():
 def _flow_arrays(count=6, steps=3):
     old, shift, advantage = jax.random.split(jax.random.key(0), 3)
     old = jax.random.normal(old, (count, steps))
-    log_prob = old + 1e-4 * jax.random.normal(shift, (count, steps))
+    log_prob = old + 4e-4 * jax.random.normal(shift, (count, steps))
     return log_prob, old, jax.random.normal(advantage, (count,))
 
 

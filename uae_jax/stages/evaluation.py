@@ -1,0 +1,213 @@
+"""Held-out pictures: caption them, draw the captions, and score both with what was and what was not the reward."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from PIL import Image
+
+from uae_jax import trees
+from uae_jax.data.loader import RowBuilder, from_signed
+from uae_jax.data.scene_checker import caption_score, picture_scores
+from uae_jax.data.scene_prompts import check_prompt, scene_prompts
+from uae_jax.data.sources import Example
+from uae_jax.data.tokenizer import decode_caption
+from uae_jax.models import condition, uae
+from uae_jax.models.qwen2_5_vl import model as qwen
+from uae_jax.models.qwen2_5_vl.generate import generate
+from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.rl.caption_policy import IMAGE_FIELDS
+from uae_jax.rl.reconstruction import Denoising, draw, sample_keys
+from uae_jax.rl.rewards import cosine_reward
+from uae_jax.stages.weights import System
+from uae_jax.training.summary import intervals
+
+SAMPLE_SIDE = 128  # small pictures are enlarged to this side, pixel by pixel, to be seen
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Settings of the held-out scores.
+
+    Attributes:
+      images: pictures scored.
+      batch_size: pictures in one compiled call.
+      sampler_steps, guidance_scale: of the deterministic sampler.
+      temperature: of the captions; 0 is greedy.
+      encoders: image encoders whose mean cosine is `unified_score`.
+      heldout_encoder: one that is never a reward; empty for none.
+      geneval_per_tag: prompts of each tag, on the built-in scenes; 0 for none.
+      samples: pictures kept as samples.
+    """
+
+    images: int = 100
+    batch_size: int = 4
+    sampler_steps: int = 40
+    guidance_scale: float = 5.0
+    temperature: float = 0.0
+    encoders: tuple[str, ...] = ("clip",)
+    heldout_encoder: str = "dinov2"
+    geneval_per_tag: int = 0
+    samples: int = 8
+
+
+def caption_images(
+    system: System, parts: Mapping, batch: Mapping, key: Array, *, max_new_tokens: int, sampling: SamplingConfig) -> tuple[Array, Array]:
+    """Captions of B pictures by the trained captioner.
+
+    Args:
+      system: the model.
+      parts: its parameters.
+      batch: image fields of `data.loader.RowBuilder` and `sample_id`.
+      key: random key, folded by sample id.
+      max_new_tokens: T.
+      sampling: temperature and truncation.
+
+    Returns:
+      tokens int32 `[B, T]` and lengths int32 `[B]` without the stop token.
+    """
+    config = system.model.captioner
+    params, adapter = uae.captioner_weights(parts, policy=True)
+    images = qwen.encode_images(config, params, *(batch[name] for name in IMAGE_FIELDS))
+    prefix = qwen.prompt_prefix(config, params, adapter, batch, images)
+    keys = sample_keys(trees.name_key(key, "caption"), batch["sample_id"])
+    completion = generate(
+        config, params, adapter, prefix, keys, max_new_tokens=max_new_tokens, stop_ids=system.stops, sampling=sampling)
+    return completion.tokens, condition.caption_lengths(completion.mask, completion.finished)
+
+
+class Evaluator:
+    """Scores a model's parameters on fixed held-out pictures; compiled once for all stages of a run.
+
+    Args:
+      system: the model.
+      config: settings.
+      denoising: how pictures are drawn.
+      examples: held-out pictures.
+      rows: turns them into inputs.
+      max_new_tokens: longest caption.
+      seed: of noise and captions.
+    """
+
+    def __init__(
+        self, system: System, config: EvaluationConfig, denoising: Denoising, examples: Sequence[Example], rows: RowBuilder,
+        max_new_tokens: int, seed: int):
+        self.system, self.config, self.examples, self.rows = system, config, list(examples), rows
+        self.key, self.width = jax.random.key(seed), max_new_tokens
+        names = {name for name in (*config.encoders, config.heldout_encoder) if name in system.encoders}
+        self.encoders = {name: system.encoders[name] for name in sorted(names)}
+        sampling = SamplingConfig(config.temperature)
+
+        def write(parts: Mapping, batch: Mapping) -> tuple[Array, Array]:
+            return caption_images(system, parts, batch, self.key, max_new_tokens=max_new_tokens, sampling=sampling)
+
+        def picture(parts: Mapping, tokens: Array, lengths: Array, sample_ids: Array) -> Array:
+            noise = uae.initial_noise(system.model, sample_keys(trees.name_key(self.key, "noise"), sample_ids))
+            return jnp.clip(draw(system.model, parts, denoising, tokens, lengths, noise), -1, 1)
+
+        def compare(params: Mapping, original: Array, drawn: Array) -> dict[str, Array]:
+            return {name: cosine_reward(encoder, params[name], original, drawn, 1)[:, 0] for name, encoder in self.encoders.items()}
+
+        self._write, self._picture, self._compare = jax.jit(write), jax.jit(picture), jax.jit(compare)
+
+    def draw_texts(self, parts: Mapping, texts: Sequence[str]) -> np.ndarray:
+        """Pictures of texts, uint8 `[n, H, W, 3]`; text i has the noise of picture i. Longer texts than fit are cut."""
+        rows = [self.rows.caption_fields(text) for text in texts]
+        tokens, mask = (np.stack([row[name] for row in rows]) for name in ("caption_ids", "caption_mask"))
+        return from_signed(self._in_batches(
+            lambda t, n, i: self._picture(parts, t, n, i), tokens, mask.sum(-1, dtype=np.int32) - 1, np.arange(len(texts), dtype=np.int32)))
+
+    def _in_batches(self, function: Any, *arrays: Any) -> Any:
+        """Applies a compiled function batch by batch; the last batch is filled with its first row and cut again."""
+        count, size, found = len(jax.tree.leaves(arrays)[0]), self.config.batch_size, []
+        for start in range(0, count, size):
+            def part(leaf: np.ndarray) -> np.ndarray:
+                chunk = leaf[start:start + size]
+                return np.concatenate([chunk, np.repeat(chunk[:1], size - len(chunk), axis=0)])
+
+            result = jax.device_get(function(*jax.tree.map(part, arrays)))
+            found.append(jax.tree.map(lambda leaf: leaf[: min(size, count - start)], result))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+
+    def __call__(self, parts: Mapping, folder: pathlib.Path | None = None) -> dict[str, dict]:
+        """Held-out scores with 95 % intervals: {score: {"value", "n", "low", "high"}}; samples go to `folder`.
+
+        Args:
+          parts: parameters.
+          folder: where sample pictures and `samples.json` are written, or None.
+        """
+        fields = [self.rows.image_fields(example.image) for example in self.examples]
+        batch = {name: np.stack([row[name] for row in fields]) for name in fields[0]}
+        batch["sample_id"] = np.arange(len(fields), dtype=np.int32)
+        tokens, lengths = self._in_batches(lambda rows: self._write(parts, rows), batch)
+        captions = [decode_caption(self.system.tokenizer, row[:n]) for row, n in zip(tokens, lengths)]
+        drawn = self._in_batches(lambda t, n, i: self._picture(parts, t, n, i), tokens, lengths, batch["sample_id"])
+        cosines = self._in_batches(lambda a, b: self._compare(parts["encoders"], a, b), batch["pixels"], drawn)
+        scores = self._similarity(cosines) | {"caption_tokens": lengths.astype(np.float64)}
+        scores |= self._facts(captions, drawn) | self._with_true_captions(parts, batch["pixels"]) | self._geneval(parts)
+        if folder is not None:
+            write_samples(folder, batch["pixels"], captions, drawn, cosines, self.config.samples)
+        return intervals(scores)
+
+    def _similarity(self, cosines: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        chosen = [cosines[name] for name in self.config.encoders if name in cosines]
+        scores = {"reward": chosen[0], "unified_score": np.mean(list(cosines.values()), axis=0)}
+        if self.config.heldout_encoder in cosines:
+            scores["heldout_score"] = cosines[self.config.heldout_encoder]
+        return scores
+
+    def _facts(self, captions: Sequence[str], drawn: np.ndarray) -> dict[str, np.ndarray]:
+        scenes = [example.scene for example in self.examples]
+        if None in scenes:
+            return {}
+        said = [caption_score(scene, text) for scene, text in zip(scenes, captions)]
+        return {"fact_recall": np.array([score.fact_recall for score in said]),
+                "fact_precision": np.array([score.fact_precision for score in said]),
+                "scene_accuracy": picture_scores(scenes, from_signed(drawn))}
+
+    def _with_true_captions(self, parts: Mapping, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """The decoder alone: the data set's own captions drawn."""
+        drawn = self.draw_texts(parts, [example.caption for example in self.examples])
+        signed = drawn.astype(np.float32) / 127.5 - 1
+        cosines = self._in_batches(lambda a, b: self._compare(parts["encoders"], a, b), pixels, signed)
+        scores = {"true_caption_reward": cosines[self.config.encoders[0]]}
+        scenes = [example.scene for example in self.examples]
+        return scores if None in scenes else scores | {"true_caption_scene_accuracy": picture_scores(scenes, drawn)}
+
+    def _geneval(self, parts: Mapping) -> dict[str, np.ndarray]:
+        if not self.config.geneval_per_tag or self.examples[0].scene is None:
+            return {}
+        prompts = scene_prompts(self.config.geneval_per_tag)
+        drawn = self.draw_texts(parts, [prompt["prompt"] for prompt in prompts])
+        right = np.array([check_prompt(prompt, picture) for prompt, picture in zip(prompts, drawn)], np.float64)
+        tags = np.array([prompt["tag"] for prompt in prompts])
+        # every tag has the same number of prompts, so the mean over prompts is the mean of the tags
+        return {"geneval": right} | {f"geneval_{tag}": right[tags == tag] for tag in dict.fromkeys(tags)}
+
+
+def picture_png(pixels: np.ndarray, path: pathlib.Path) -> None:
+    """Writes one picture, uint8 `[H, W, 3]`, enlarged pixel by pixel when it is small."""
+    image = Image.fromarray(pixels)
+    scale = max(1, -(-SAMPLE_SIDE // min(image.size)))
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+def write_samples(
+    folder: pathlib.Path, originals: np.ndarray, captions: Sequence[str], drawn: np.ndarray, cosines: Mapping[str, np.ndarray],
+    count: int) -> None:
+    """Writes originals and drawings (`[n, H, W, 3]` in [-1, 1]) as PNG and `samples.json` with captions and similarities."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = []
+    for index in range(min(count, len(captions))):
+        names = f"{index:03d}_original.png", f"{index:03d}_reconstruction.png"
+        for name, picture in zip(names, (originals[index], drawn[index])):
+            picture_png(from_signed(picture), folder / name)
+        scores = {name: round(float(values[index]), 4) for name, values in cosines.items()}
+        listed.append({"original": names[0], "caption": captions[index], "reconstruction": names[1], "scores": scores})
+    (folder / "samples.json").write_text(json.dumps(listed, indent=1) + "\n")

@@ -1,0 +1,330 @@
+"""A whole run: reads the model and the data once, runs the stages in order, and leaves summary, report, samples and export.
+
+Every stage starts from what the stages before it left. The same workdir continues where it stopped: finished stages are
+read back, the stage that was interrupted goes on from its newest checkpoint.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from uae_jax import sharding, trees
+from uae_jax.data.loader import RowBuilder, batch_spec, make_loader
+from uae_jax.data.sources import Example, FolderSource, SceneSource, Source, TfdsSource
+from uae_jax.diffusion.schedule import sigma_schedule
+from uae_jax.rl.caption_policy import CaptionPolicy
+from uae_jax.rl.flow_policy import FlowPolicy
+from uae_jax.rl.reconstruction import Denoising
+from uae_jax.rl.rewards import Encoder
+from uae_jax.sharding import MeshConfig
+from uae_jax.stages import cold_start, gen_for_und, pretrain, und_for_gen
+from uae_jax.stages.evaluation import EvaluationConfig, Evaluator
+from uae_jax.stages.settings import frozen
+from uae_jax.stages.weights import ModelConfig, System, export_system, load_system
+from uae_jax.training.loop import Hooks, LoopConfig, StageResult, run_stage
+from uae_jax.training.metrics import MetricWriter, write_json
+from uae_jax.training.optimizer import make_optimizer
+from uae_jax.training.report import write_report
+from uae_jax.training.step import TrainState, init_state
+from uae_jax.training.summary import write_summary
+
+STAGES = {
+    "pretrain": (pretrain.PretrainConfig, pretrain.trainable), "cold_start": (cold_start.ColdStartConfig, cold_start.trainable),
+    "gen_for_und": (gen_for_und.GenForUndConfig, gen_for_und.trainable),
+    "und_for_gen": (und_for_gen.UndForGenConfig, und_for_gen.trainable)}
+RL_STAGES = ("gen_for_und", "und_for_gen")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where pictures come from, and fixed shapes.
+
+    Attributes:
+      source: `scenes` (built in), `folder` or `tfds`.
+      folder: of `captions.jsonl` and images; heldout_folder: the same for scores, or empty to hold out the last rows.
+      name, split, data_dir, image_key, caption_key: of a TFDS data set; heldout_split: for scores.
+      image_size: side of the square pictures in pixels.
+      max_prompt: room for the caption prompt with its image tokens; 0 for what it needs.
+      max_caption: room for a caption with its stop token.
+      detail: captions of the built-in scenes: `full`, `detail` or `mixed`.
+      caption_prompt, negative_prompt: texts.
+    """
+
+    source: str = "scenes"
+    folder: str = ""
+    name: str = ""
+    split: str = "train"
+    data_dir: str = ""
+    image_key: str = "image"
+    caption_key: str = "caption"
+    heldout_folder: str = ""
+    heldout_split: str = "test"
+    image_size: int = 512
+    max_prompt: int = 0
+    max_caption: int = 512
+    detail: str = "full"
+    caption_prompt: str = ""
+    negative_prompt: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """Noise levels of every sampler: static shift and kind of schedule (`diffusion.schedule`)."""
+
+    shift: float = 3.0
+    schedule: str = "diffusers"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """How often things are written: in steps; `keep` newest checkpoints."""
+
+    log_every: int = 1
+    save_every: int = 50
+    keep: int = 2
+    wandb_project: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole configuration file, frozen."""
+
+    preset: str
+    seed: int
+    stages: tuple[str, ...]
+    rounds: int
+    model: ModelConfig
+    data: DataConfig
+    sampler: SamplerConfig
+    mesh: MeshConfig
+    evaluation: EvaluationConfig
+    loop: LoopSettings
+    pretrain: pretrain.PretrainConfig
+    cold_start: cold_start.ColdStartConfig
+    gen_for_und: gen_for_und.GenForUndConfig
+    und_for_gen: und_for_gen.UndForGenConfig
+
+    def __post_init__(self):
+        """Raises ValueError for a stage that does not exist or fewer than one round."""
+        for name in self.stages:
+            if name not in STAGES:
+                raise ValueError(f"config.stages names {name!r}; the stages are {', '.join(STAGES)}")
+        if self.rounds < 1:
+            raise ValueError(f"config.rounds is {self.rounds}; it must be at least 1")
+
+    def order(self) -> list[tuple[str, str]]:
+        """(run name, stage) in order; the RL stages repeat for every round, with the round's number from 2 on."""
+        listed = [(stage, stage) for stage in self.stages]
+        again = [stage for stage in self.stages if stage in RL_STAGES]
+        return listed + [(f"{stage}_{number}", stage) for number in range(2, self.rounds + 1) for stage in again]
+
+
+def open_sources(config: DataConfig, seed: int, heldout: int) -> tuple[Source, list[Example]]:
+    """The training source, and `heldout` pictures that it does not contain.
+
+    Raises:
+      ValueError, FileNotFoundError: an unknown source, or one that cannot be read; see `data.sources`.
+    """
+    if config.source == "scenes":
+        train = SceneSource("train", seed, config.image_size, config.detail)
+        test = SceneSource("test", 0, config.image_size, "full")
+        return train, [test[index] for index in range(heldout)]
+    if config.source == "folder":
+        if not config.folder:
+            raise ValueError("config.data.folder is empty; give a folder with images and captions.jsonl, or data.source='scenes'")
+        train = FolderSource(config.folder)
+        if config.heldout_folder:
+            test = FolderSource(config.heldout_folder)
+            return train, [test[index] for index in range(min(heldout, len(test)))]
+        kept = min(heldout, max(1, len(train) // 10))
+        examples = [train[index] for index in range(len(train) - kept, len(train))]
+        train.rows = train.rows[: len(train.rows) - kept]
+        return train, examples
+    if config.source == "tfds":
+        keys = dict(image_key=config.image_key, caption_key=config.caption_key)
+        train = TfdsSource(config.name, config.split, config.data_dir or None, **keys)
+        test = TfdsSource(config.name, config.heldout_split, config.data_dir or None, **keys)
+        return train, [test[index] for index in range(min(heldout, len(test)))]
+    raise ValueError(f"config.data.source is {config.source!r}; choose scenes, folder or tfds")
+
+
+class Run:
+    """What all stages of one run share, and the model's parts as the stages leave them.
+
+    Args:
+      config: the frozen configuration.
+      workdir: where everything is written; its parent exists.
+    """
+
+    def __init__(self, config: RunConfig, workdir: pathlib.Path):
+        self.config, self.workdir = config, workdir
+        self.mesh = sharding.make_mesh(config.mesh)
+        self.key = jax.random.key(config.seed)
+        self.system = load_system(config.model, image_size=config.data.image_size, negative_prompt=config.data.negative_prompt)
+        self._check_encoders()
+        self.source, heldout = open_sources(config.data, config.seed, config.evaluation.images)
+        spec = batch_spec(
+            self.system.tokenizer, self.system.processor, config.data.image_size, config.data.caption_prompt, config.data.max_caption)
+        if config.data.max_prompt:
+            spec = dataclasses.replace(spec, max_prompt=config.data.max_prompt)
+        self.rows = RowBuilder(self.system.tokenizer, self.system.processor, spec, config.data.caption_prompt)
+        self.parts = self._with_adapters(self.system.parts)
+        self.parts = sharding.shard_tree(self.parts, self.mesh)
+        self.evaluator = Evaluator(
+            self.system, config.evaluation, self.denoising(config.evaluation.sampler_steps, config.evaluation.guidance_scale),
+            heldout, self.rows, config.data.max_caption, config.seed)
+
+    def _check_encoders(self) -> None:
+        wanted = {name for stage in ("cold_start", *RL_STAGES) for name in getattr(self.config, stage).reward.names}
+        wanted |= set(self.config.evaluation.encoders)
+        missing = sorted(wanted - set(self.system.encoders))
+        if missing:
+            raise FileNotFoundError(f"the reward needs the image encoder {missing[0]!r}; put it at {self.system.folder / missing[0]}")
+
+    def _with_adapters(self, parts: Mapping) -> dict:
+        """Adapters that are zero, for the stages that will train one: all stages then share their compiled programs."""
+        whole = dict(parts)
+        for _, stage in self.config.order():
+            if stage in RL_STAGES:
+                whole |= STAGES[stage][1](whole, getattr(self.config, stage), self.key)
+        return jax.tree.map(jnp.asarray, whole)
+
+    def denoising(self, steps: int, guidance_scale: float, *, policy_condition: bool = False, vae_chunk: int = 0) -> Denoising:
+        """The sampler of a stage."""
+        sigmas = sigma_schedule(steps, self.config.sampler.shift, self.config.sampler.schedule)
+        return Denoising(tuple(float(sigma) for sigma in sigmas), guidance_scale, policy_condition, vae_chunk)
+
+    def step(self, stage: str, state: TrainState, optimizer: Any) -> Callable:
+        """The compiled train step of a stage."""
+        config, model = getattr(self.config, stage), self.system.model
+        shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(self.mesh, PartitionSpec()))
+        if stage == "pretrain":
+            return pretrain.make_step(model, config, optimizer, shardings)
+        policy_condition = getattr(config, "condition_model", "reference") == "policy"
+        denoising = self.denoising(
+            config.sampler_steps, config.guidance_scale, policy_condition=policy_condition, vae_chunk=config.vae_chunk)
+        encoders = tuple(self.system.encoders[name] for name in config.reward.names)
+        if stage == "cold_start":
+            return cold_start.make_step(model, config, denoising, encoders, optimizer, shardings)
+        if stage == "gen_for_und":
+            return gen_for_und.make_step(self.caption_policy(config, denoising, encoders), config, optimizer, shardings)
+        return und_for_gen.make_step(self.flow_policy(config, denoising, encoders), config, optimizer, shardings)
+
+    def caption_policy(self, config: gen_for_und.GenForUndConfig, denoising: Denoising, encoders: tuple[Encoder, ...]) -> CaptionPolicy:
+        """The description of gen_for_und."""
+        shared = {field.name for field in dataclasses.fields(CaptionPolicy)} & {field.name for field in dataclasses.fields(config)}
+        return CaptionPolicy(
+            model=self.system.model, denoising=denoising, encoders=encoders, stops=self.system.stops,
+            replay=config.updates_per_rollout > 1, **{name: getattr(config, name) for name in shared})
+
+    def flow_policy(self, config: und_for_gen.UndForGenConfig, denoising: Denoising, encoders: tuple[Encoder, ...]) -> FlowPolicy:
+        """The description of und_for_gen."""
+        shared = {field.name for field in dataclasses.fields(FlowPolicy)} & {field.name for field in dataclasses.fields(config)}
+        return FlowPolicy(
+            model=self.system.model, denoising=denoising, encoders=encoders, stops=self.system.stops,
+            **{name: getattr(config, name) for name in shared})
+
+    def run_stage(self, name: str, stage: str, writer: MetricWriter, before: Mapping | None) -> StageResult:
+        """Runs one stage to its end and takes over what it trained.
+
+        Args:
+          name: of its files; stage: its kind.
+          writer: of metrics.
+          before: scores of the model as it is, when they are known already.
+        """
+        config = getattr(self.config, stage)
+        total = config.steps * config.updates_per_rollout
+        optimizer = make_optimizer(config.optimizer, total)
+        start = STAGES[stage][1](self.parts, config, trees.name_key(self.key, name))
+        with jax.set_mesh(self.mesh):
+            state = init_state(start, optimizer, ema=bool(config.ema_decay))
+            state = sharding.shard_tree(state, self.mesh)
+        frozen_parts = {key: value for key, value in self.parts.items() if key not in start}
+        data = make_loader(
+            self.source, self.rows, config.batch_size, self.config.seed, process_index=jax.process_index(),
+            process_count=jax.process_count())
+        loop = LoopConfig(steps=config.steps, log_every=self.config.loop.log_every, save_every=self.config.loop.save_every, keep=self.config.loop.keep)
+        result = run_stage(
+            name, self.step(stage, state, optimizer), state=state, frozen=frozen_parts, data=data, key=trees.name_key(self.key, name),
+            workdir=self.workdir, config=loop, writer=writer, put=lambda batch: sharding.shard_batch(batch, self.mesh),
+            hooks=Hooks(before=lambda state: dict(before) if before else self.score(state, name, "before"),
+                        after=lambda state: self.score(state, name, "after")), digest=self.digest())
+        self.parts = self.trained(result.state)
+        if before:
+            _reuse_samples(self.workdir / "samples", name)
+        return result
+
+    def trained(self, state: TrainState) -> dict:
+        """All parts with those of a stage in place, its moving average where it keeps one."""
+        new = state.params if state.ema is None else state.ema
+        return {**self.parts, **jax.tree.map(jnp.copy, new)}
+
+    def score(self, state: TrainState, name: str, when: str) -> dict:
+        """Held-out scores of a stage's state; samples go to `samples/<name>_<when>`."""
+        return self.evaluator(self.trained(state), self.workdir / "samples" / f"{name}_{when}")
+
+    def digest(self) -> str:
+        """Of everything in the configuration that changes numbers; a checkpoint of another one is refused."""
+        values = dataclasses.asdict(self.config)
+        for name in ("loop", "evaluation", "mesh", "stages"):
+            del values[name]
+        return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _reuse_samples(folder: pathlib.Path, name: str) -> None:
+    """Samples before a stage are those after the one before it."""
+    after = sorted(folder.glob("*_after"), key=lambda path: path.stat().st_mtime)
+    earlier = [path for path in after if path.name != f"{name}_after"]
+    target = folder / f"{name}_before"
+    if earlier and not target.exists():
+        target.mkdir()
+        for file in earlier[-1].iterdir():
+            (target / file.name).write_bytes(file.read_bytes())
+
+
+def run(config: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
+    """Runs all stages of a configuration and returns the contents of `summary.json`.
+
+    Args:
+      config: of a file in `configs/`.
+      workdir: made if absent; continued if it holds the same configuration.
+
+    Raises:
+      ValueError, FileNotFoundError: something in config, model, data or workdir does not fit; nothing was overwritten.
+      StopTraining: asked to stop; the same call continues.
+    """
+    settings = frozen(RunConfig, config)
+    whole = Run(settings, workdir)
+    workdir.mkdir(exist_ok=True)
+    if jax.process_index() == 0:
+        write_json(workdir / "config.json", dataclasses.asdict(settings))
+    writer = MetricWriter(workdir, wandb_project=settings.loop.wandb_project, config=dataclasses.asdict(settings))
+    results: list[StageResult] = []
+    for name, stage in settings.order():
+        before = results[-1].after if results else None
+        results.append(whole.run_stage(name, stage, writer, before))
+        _write_outputs(whole, results)
+    if not results:
+        scores = whole.evaluator(whole.parts, workdir / "samples" / "evaluate_after")
+        results.append(StageResult("evaluate", None, 0, 0.0, 0.0, {}, scores))
+    summary = _write_outputs(whole, results)
+    writer.close()
+    return summary
+
+
+def _write_outputs(whole: Run, results: list[StageResult]) -> dict[str, Any]:
+    if jax.process_index() == 0 and whole.config.stages:
+        export_system(whole.system, whole.parts, whole.workdir / "export", np.float32)
+    summary = write_summary(
+        whole.workdir, preset=whole.config.preset, seed=whole.config.seed, stages=[result.record() for result in results])
+    if jax.process_index() == 0:
+        write_report(whole.workdir)
+    return summary
