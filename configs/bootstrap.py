@@ -35,7 +35,7 @@ def get_config(preset: str | None = None):
         dinov2=dict(steps=600, batch_size=64, optimizer=_optimizer(1e-3),
                     model=dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, mlp_ratio=3, image_size=32, patch_size=4)),
         captioner=dict(
-            steps=2000, batch_size=48, optimizer=_optimizer(1.5e-3, 100), text_weight=0.5,
+            steps=2000, batch_size=40, optimizer=_optimizer(1.5e-3, 100), text_weight=0.5,
             # detail of the captions it learns to write: most facts left out, now and then nearly all of them said
             detail_low=0.1, detail_high=0.9, max_prompt=40,
             text=dict(width=128, layers=4, heads=4, key_heads=2, mlp_width=384, mrope_section=(4, 6, 6)),

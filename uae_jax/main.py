@@ -11,7 +11,7 @@ import os
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/unified_grpo.py[:PRESET].", lock_config=True)
@@ -45,6 +45,8 @@ def main(argv: list[str]) -> None:
     """Runs the configuration; every expected error is one line and exit code 1, a stop by signal 130 or 143."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; options start with --")
+    if logging.get_verbosity() == logging.INFO and not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.ERROR)  # checkpointing alone writes twenty lines a save
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value).absolute()
     from uae_jax.training.signals import StopTraining
 

@@ -1,7 +1,8 @@
 """Phase 3 of the bootstrap: a captioner that is right about what it says, and says little of what it sees.
 
 Cross-entropy of captions given the picture, and of full captions given nothing, inside the template that the decoder reads
-them in: the language model is also the text encoder.
+them in: the language model is also the text encoder. From captions alone the image encoder stays unused for long (the loss
+rests where words are guessed from words), so linear readouts of the image embeddings, dropped at the end, name each cell.
 """
 
 import json
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
 from uae_jax.data import scenes
@@ -19,8 +21,15 @@ from uae_jax.data.tokenizer import IMAGE_PAD, caption_prompt_ids, encode_caption
 from uae_jax.models.condition import ConditionTemplate, place_in_template
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, to_json
+from uae_jax.nn.linear import Dense
+from uae_jax.rl.caption_policy import IMAGE_FIELDS
 from uae_jax.stages.bootstrap import scene_stream
 from uae_jax.training.step import Algorithm, supervised
+
+
+_READOUTS = (1 + len(scenes.SHAPES), len(scenes.COLOURS), len(scenes.SIZES), len(scenes.BACKGROUNDS))
+READOUT_WIDTH = sum(_READOUTS)
+READOUT_SPLITS = tuple(int(position) for position in np.cumsum(_READOUTS[:-1]))
 
 
 def low_detail_caption(scene: scenes.Scene, rng: np.random.Generator, low: float, high: float) -> str:
@@ -44,24 +53,28 @@ def stream(
         read = encode_caption(tokenizer, mixed_caption(scene, rng) if rng.random() < 0.3 else scene_stream.full_caption(scene, rng))
         caption_ids, caption_mask = scene_stream.pad_ids(said, length, pad)
         text_ids, text_mask = scene_stream.pad_ids(read, length, pad)
-        return fields | {"caption_ids": caption_ids, "caption_mask": caption_mask, "text_ids": text_ids, "text_mask": text_mask}
+        seen = scene_stream.cell_attributes(scene)
+        return fields | seen | {"caption_ids": caption_ids, "caption_mask": caption_mask, "text_ids": text_ids, "text_mask": text_mask}
 
     return scene_stream.stream(example, batch_size)
 
 
 def algorithm(config: Qwen2_5VLConfig, template: ConditionTemplate, text_weight: float) -> Algorithm:
-    """Cross-entropy per token of both kinds of captions, the second weighted by `text_weight`."""
+    """Cross-entropy per token of both kinds of captions, the second weighted by `text_weight`, and of the readouts."""
 
     def loss(params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
         del frozen, key
         batch = rollout["samples"]
-        prefix = qwen.prompt_prefix(config, params, None, batch)
+        images = qwen.encode_images(config, params, *(batch[name] for name in IMAGE_FIELDS))
+        prefix = qwen.prompt_prefix(config, params, None, batch, images)
         said = qwen.completion_log_probs(config, params, None, prefix, batch["caption_ids"], batch["caption_mask"]).log_probs
         count = jnp.sum(batch["caption_mask"], dtype=jnp.float32)
         read, tokens = _text_log_probs(config, params, template, batch["text_ids"], batch["text_mask"])
         rows = jnp.float32(len(said))
-        total = -rows * (jnp.sum(said) / count + text_weight * jnp.sum(read) / tokens)
-        return total, rows, {"caption_loss": (-jnp.sum(said), count), "text_loss": (-jnp.sum(read), tokens)}
+        named = _readout_loss(params["readout"], images, batch)
+        total = -rows * (jnp.sum(said) / count + text_weight * jnp.sum(read) / tokens) + jnp.sum(named)
+        metrics = {"caption_loss": (-jnp.sum(said), count), "text_loss": (-jnp.sum(read), tokens), "readout_loss": (jnp.sum(named), rows)}
+        return total, rows, metrics
 
     return supervised(loss)
 
@@ -75,6 +88,24 @@ def _text_log_probs(config: Qwen2_5VLConfig, params: Mapping, template: Conditio
     before = len(template.prefix)
     inside = (position >= before) & (position < before + lengths[:, None])
     return jnp.where(inside, scores, 0.0), jnp.sum(inside, dtype=jnp.float32)
+
+
+def init_readout(width: int, key: Array) -> dict:
+    """Linear readouts of an image embedding: what stands in a cell, its colour and size, and the background."""
+    return Dense(READOUT_WIDTH).init(key, jnp.zeros((1, width)))["params"]
+
+
+def _readout_loss(params: Mapping, images: Array, batch: Mapping) -> Array:
+    """Cross-entropies `[B]` of each cell's contents, read from the mean embedding `[B, P / 4, D]` of its patches."""
+    side = round(images.shape[1] ** 0.5)
+    grid = images.reshape(len(images), 2, side // 2, 2, side // 2, -1).mean((2, 4)).reshape(len(images), scene_stream.CELLS, -1)
+    logits = jnp.split(Dense(READOUT_WIDTH).apply({"params": params}, grid), READOUT_SPLITS, axis=-1)
+    cross = optax.softmax_cross_entropy_with_integer_labels
+    there = batch["cell_shape"] > 0
+    shape = cross(logits[0], batch["cell_shape"])
+    details = cross(logits[1], batch["cell_colour"]) + cross(logits[2], batch["cell_size"])
+    background = cross(logits[3].mean(1), batch["background"])
+    return jnp.mean(shape + jnp.where(there, details, 0.0), axis=1) + background
 
 
 def write_config(folder: pathlib.Path, config: Qwen2_5VLConfig, stops: tuple[int, ...]) -> None:

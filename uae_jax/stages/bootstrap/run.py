@@ -150,6 +150,7 @@ def captioner_phase(run: Run) -> None:
         run.tokenizer, processor, seed=config.seed, batch_size=phase.batch_size, side=config.side, length=config.caption_tokens,
         pad=run.pad(), max_prompt=phase.max_prompt, detail=(phase.detail_low, phase.detail_high))
     params = qwen.init_params(model, jax.random.fold_in(run.key, 40))
+    params["readout"] = captioner.init_readout(model.text.width, jax.random.fold_in(run.key, 41))
     algorithm = captioner.algorithm(model, run.template(), phase.text_weight)
     state = train(run, "captioner", algorithm, params, {}, data, steps=phase.steps)
     captioner.write_config(run.model / "llm", model, stops)

@@ -61,3 +61,14 @@ def cell_classes(scene: scenes.Scene) -> np.ndarray:
         classes[2 * item.row + item.column] = 1 + (shape * len(scenes.COLOURS) + colour) * len(scenes.SIZES) + size
     classes[CELLS] = list(scenes.BACKGROUNDS).index(scene.background)
     return classes
+
+
+def cell_attributes(scene: scenes.Scene) -> dict[str, np.ndarray]:
+    """`cell_shape` (0 = nothing), `cell_colour`, `cell_size` int32 `[4]` in raster order, and `background` int32 `[]`."""
+    shape, colour, size = (np.zeros(CELLS, np.int32) for _ in range(3))
+    for item in scene.objects:
+        cell = 2 * item.row + item.column
+        shape[cell] = 1 + scenes.SHAPES.index(item.shape)
+        colour[cell], size[cell] = list(scenes.COLOURS).index(item.colour), scenes.SIZES.index(item.size)
+    background = np.int32(list(scenes.BACKGROUNDS).index(scene.background))
+    return {"cell_shape": shape, "cell_colour": colour, "cell_size": size, "background": background}
