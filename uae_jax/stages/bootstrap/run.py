@@ -171,7 +171,7 @@ def decoder_phase(run: Run) -> None:
             jax.random.fold_in(run.key, 50), language.text.width, phase.projector_width, model.joint_attention_dim),
         "transformer": transformer.init_params(model, jax.random.fold_in(run.key, 51))}
     data = decoder.stream(
-        run.tokenizer, seed=config.seed, batch_size=phase.batch_size, side=config.side, length=config.caption_tokens,
+        run.tokenizer, seed=config.seed, batch_size=phase.batch_size, side=config.side, length=phase.caption_tokens,
         pad=run.pad(), full_fraction=phase.full_fraction)
     settings = PretrainConfig(
         steps=phase.steps, batch_size=phase.batch_size, optimizer=OptimizerConfig(), time_shift=phase.time_shift,
