@@ -38,7 +38,8 @@ def params():
 @pytest.fixture(scope="module")
 def adapter(params):
     zero = init_lora(jax.random.key(1), params["language"], model.ADAPTER_PATTERN, rank=2)
-    return jax.tree.map(lambda leaf: leaf + 0.1, zero)
+    return trees.map_with_name(
+        lambda name, leaf: leaf + 0.01 * jax.random.normal(trees.name_key(jax.random.key(2), name), leaf.shape), zero)
 
 
 def prompts(width: int = 9) -> dict:
@@ -119,9 +120,9 @@ def test_tokens_after_the_end_change_nothing(params, adapter, rollout):
 
 
 def test_a_later_token_does_not_move_earlier_scores_and_a_token_moves_its_own(params, adapter, rollout):
-    full = jnp.ones_like(rollout.mask)
-    before = score(params, adapter, prompts(), rollout.tokens, full).log_probs
-    changed = rollout.tokens.at[:, 4].set((rollout.tokens[:, 4] + 5) % 60)
+    full, tokens = jnp.ones_like(rollout.mask), jax.random.randint(jax.random.key(5), rollout.tokens.shape, 12, 50)
+    before = score(params, adapter, prompts(), tokens, full).log_probs
+    changed = tokens.at[:, 4].add(5)
     after = score(params, adapter, prompts(), changed, full).log_probs
     np.testing.assert_array_equal(after[:, :4], before[:, :4])
     assert (jnp.abs(after[:, 4:] - before[:, 4:]) > 1e-6).all()

@@ -1,8 +1,9 @@
 """Phase 2 of the bootstrap: the reward encoder, a CLIP of scenes, and the held-out one, a DINOv2 that knows each cell.
 
 The reward encoder learns from captions (arXiv 2103.00020, figure 3), with scenes that differ in one fact as hard negatives:
-a reward that does not see a fact cannot teach it. The held-out encoder learns another way, from the contents of each cell,
-so that what pleases one by accident need not please the other.
+a reward that does not see a fact cannot teach it. A linear readout of the cells, dropped at the end, starts its image tower,
+as in the captioner's phase. The held-out encoder has another architecture, other scenes and another task, the joint class of
+each cell, so that what pleases one by accident need not please the other.
 """
 
 import jax
@@ -21,33 +22,40 @@ from uae_jax.stages.bootstrap import scene_stream
 from uae_jax.training.step import Algorithm, supervised
 
 
+READOUT_WIDTH = scene_stream.CELLS * scene_stream.OBJECT_CLASSES + len(scenes.BACKGROUNDS)
+
+
 def clip_stream(tokenizer, *, seed: int, batch_size: int, side: int, length: int, pad: int):
-    """Batches of `pixels` `[B, 2, S, S, 3]` and `ids` `[B, 2, T]`: a scene and the same scene with one fact changed."""
+    """Batches of `pixels` `[B, 2, S, S, 3]`, `ids` `[B, 2, T]`, `classes` `[B, 2, 5]`: a scene, and it with one fact changed."""
 
     def example(index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([seed, 11, index])
         scene = scenes.scene_at("train", index, seed)
         pair = (scene, scene_stream.edited(scene, rng))
         ids = [scene_stream.pad_ids(encode_caption(tokenizer, scene_stream.full_caption(one, rng)), length, pad)[0] for one in pair]
-        return {"pixels": np.stack([scene_stream.pixels_of(one, side) for one in pair]), "ids": np.stack(ids)}
+        return {
+            "pixels": np.stack([scene_stream.pixels_of(one, side) for one in pair]), "ids": np.stack(ids),
+            "classes": np.stack([scene_stream.cell_classes(one) for one in pair])}
 
     return scene_stream.stream(example, batch_size)
 
 
 def clip_algorithm(config: CLIPConfig, preprocess: Preprocess) -> Algorithm:
-    """The symmetric contrastive loss over the 2 B pairs of a batch."""
+    """The symmetric contrastive loss over the 2 B pairs of a batch, and the readout's."""
 
     def loss(params: dict, frozen: dict, rollout: dict, key: Array) -> tuple[Array, Array, dict]:
         del frozen, key
-        pixels, ids = (rollout["samples"][name].reshape(-1, *rollout["samples"][name].shape[2:]) for name in ("pixels", "ids"))
-        images = _unit(clip.image_features(config, params, apply(preprocess, (pixels + 1) / 2)))
-        texts = _unit(clip.text_features(config, params, ids))
+        samples = {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in rollout["samples"].items()}
+        images = clip.image_features(config, params, apply(preprocess, (samples["pixels"] + 1) / 2))
+        named, right = readout(params["heads"], images, samples["classes"])
+        images, texts = _unit(images), _unit(clip.text_features(config, params, samples["ids"]))
         logits = images @ texts.T * jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))
         labels = jnp.arange(len(logits))
         cross = optax.softmax_cross_entropy_with_integer_labels
         total = jnp.sum(cross(logits, labels) + cross(logits.T, labels)) / 2
         count = jnp.float32(len(logits))
-        return total, count, {"accuracy": (jnp.sum(jnp.argmax(logits, -1) == labels), count)}
+        metrics = {"contrastive_loss": (total, count), "accuracy": (jnp.sum(jnp.argmax(logits, -1) == labels), count)}
+        return total + jnp.sum(named) / scene_stream.CELLS, count, metrics | {"readout_accuracy": (right, count * scene_stream.CELLS)}
 
     return supervised(loss)
 
@@ -62,29 +70,31 @@ def dino_stream(*, seed: int, batch_size: int, side: int):
     return scene_stream.stream(example, batch_size)
 
 
-def init_dino(config: Dinov2Config, key: Array) -> dict:
-    """`{"encoder", "heads"}`: the encoder, and linear readouts of its feature that are dropped after training."""
-    width = scene_stream.CELLS * scene_stream.OBJECT_CLASSES + len(scenes.BACKGROUNDS)
-    head_key, encoder_key = jax.random.split(key)
-    heads = Dense(width).init(head_key, jnp.zeros((1, config.hidden_size)))["params"]
-    return {"encoder": dino.init_params(config, encoder_key), "heads": heads}
+def init_heads(width: int, key: Array) -> dict:
+    """Linear readouts of an image feature: the joint class of each cell, and the background."""
+    return Dense(READOUT_WIDTH).init(key, jnp.zeros((1, width)))["params"]
+
+
+def readout(heads: dict, features: Array, classes: Array) -> tuple[Array, Array]:
+    """Cross-entropies `[B]` of cells and background read from features `[B, D]`, and the number of cells read right `[]`."""
+    logits = Dense(READOUT_WIDTH).apply({"params": heads}, features)
+    cells, of_cell = scene_stream.CELLS, scene_stream.OBJECT_CLASSES
+    of_cells, of_background = logits[:, : cells * of_cell].reshape(-1, cells, of_cell), logits[:, cells * of_cell :]
+    cross = optax.softmax_cross_entropy_with_integer_labels
+    losses = jnp.sum(cross(of_cells, classes[:, :cells]), axis=1) + cross(of_background, classes[:, cells])
+    return losses, jnp.sum(jnp.argmax(of_cells, -1) == classes[:, :cells])
 
 
 def dino_algorithm(config: Dinov2Config, preprocess: Preprocess) -> Algorithm:
     """Cross-entropy of every cell's contents and of the background, read linearly from the class token."""
-    cells, classes = scene_stream.CELLS, scene_stream.OBJECT_CLASSES
 
     def loss(params: dict, frozen: dict, rollout: dict, key: Array) -> tuple[Array, Array, dict]:
         del frozen, key
-        pixels, wanted = rollout["samples"]["pixels"], rollout["samples"]["classes"]
+        pixels = rollout["samples"]["pixels"]
         features = dino.cls_features(config, params["encoder"], apply(preprocess, (pixels + 1) / 2))
-        logits = Dense(cells * classes + len(scenes.BACKGROUNDS)).apply({"params": params["heads"]}, features)
-        of_cells = logits[:, : cells * classes].reshape(-1, cells, classes)
-        cross = optax.softmax_cross_entropy_with_integer_labels
-        total = jnp.sum(cross(of_cells, wanted[:, :cells])) + jnp.sum(cross(logits[:, cells * classes :], wanted[:, cells]))
-        right = jnp.sum(jnp.argmax(of_cells, -1) == wanted[:, :cells])
+        losses, right = readout(params["heads"], features, rollout["samples"]["classes"])
         count = jnp.float32(len(pixels))
-        return total, count, {"accuracy": (right, count * cells)}
+        return jnp.sum(losses), count, {"accuracy": (right, count * scene_stream.CELLS)}
 
     return supervised(loss)
 

@@ -21,7 +21,7 @@ from uae_jax.data.tokenizer import (
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import write_tensors
 from uae_jax.models.condition import ConditionTemplate
-from uae_jax.models.encoders import clip
+from uae_jax.models.encoders import clip, dino
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config
 from uae_jax.models.encoders.preprocess import Preprocess, clip_preprocessor
 from uae_jax.models.encoders.weights import dinov2_rules, pooled_empty_prompt, save_clip
@@ -115,9 +115,11 @@ def clip_phase(run: Run) -> None:
     data = encoders.clip_stream(
         run.tokenizer, seed=run.config.seed, batch_size=phase.batch_size, side=side, length=text.max_position_embeddings, pad=run.pad())
     params = clip.init_params(model, jax.random.fold_in(run.key, 20))
+    params["heads"] = encoders.init_heads(model.vision.projection_dim, jax.random.fold_in(run.key, 21))
     state = train(run, "clip", encoders.clip_algorithm(model, preprocess), params, {}, data, steps=phase.steps)
     folder = run.model / "clip"
-    save_clip(folder, model, jax.tree.map(lambda leaf: np.asarray(leaf, STORED), state.params))
+    towers = {name: leaf for name, leaf in state.params.items() if name != "heads"}
+    save_clip(folder, model, jax.tree.map(lambda leaf: np.asarray(leaf, STORED), towers))
     write_json(folder, "preprocessor_config.json", clip_preprocessor(side))
 
 
@@ -127,7 +129,9 @@ def dinov2_phase(run: Run) -> None:
     model = Dinov2Config(**phase.model)
     processor = clip_preprocessor(side) | {"image_processor_type": "BitImageProcessor"}
     data = encoders.dino_stream(seed=run.config.seed, batch_size=phase.batch_size, side=side)
-    params = encoders.init_dino(model, jax.random.fold_in(run.key, 30))
+    params = {
+        "encoder": dino.init_params(model, jax.random.fold_in(run.key, 30)),
+        "heads": encoders.init_heads(model.hidden_size, jax.random.fold_in(run.key, 31))}
     algorithm = encoders.dino_algorithm(model, Preprocess.from_dict(processor))
     state = train(run, "dinov2", algorithm, params, {}, data, steps=phase.steps)
     folder = run.model / "dinov2"
@@ -154,7 +158,7 @@ def captioner_phase(run: Run) -> None:
     algorithm = captioner.algorithm(model, run.template(), phase.text_weight)
     state = train(run, "captioner", algorithm, params, {}, data, steps=phase.steps)
     captioner.write_config(run.model / "llm", model, stops)
-    write_tensors(run.model / "llm", qwen_weights.tensors(model, state.params, STORED))
+    write_tensors(run.model / "llm", qwen_weights.tensors(model, state.params, STORED))  # without the readout
 
 
 def decoder_phase(run: Run) -> None:
