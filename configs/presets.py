@@ -76,7 +76,9 @@ def _tiny() -> dict:
                            negative_prompt="")
     # layout and colours of a small picture are decided at high noise, hence the larger shift
     config["sampler"] |= dict(shift=4.0, schedule="single")
-    config["evaluation"] |= dict(images=128, batch_size=64, sampler_steps=20, guidance_scale=1.0, geneval_per_tag=16)
+    # captions are sampled as they are in training: the most probable caption would hide how much is left out
+    config["evaluation"] |= dict(
+        images=128, batch_size=64, sampler_steps=16, guidance_scale=1.0, temperature=1.0, geneval_per_tag=16)
     config["loop"] |= dict(save_every=20)
     config["pretrain"] |= dict(steps=60, batch_size=64, time_shift=4.0, optimizer=_optimizer(2e-4, warmup_steps=10))
     config["cold_start"] |= dict(steps=20, batch_size=16, sampler_steps=6, guidance_scale=1.0, optimizer=_optimizer(2e-5))

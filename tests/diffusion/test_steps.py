@@ -168,8 +168,8 @@ def test_ratio_statistics(dimensions):
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.7, 1.0])
 def test_sde_keeps_the_marginals_of_gaussian_data(noise_level):
-    data_std, count, total = 0.4, 20000, 200
-    sigmas = jnp.asarray(sigma_schedule(total))
+    data_std, count, total = 0.4, 50000, 200
+    sigmas = jnp.asarray(sigma_schedule(total, shift=1.0))
     rule = steps.SdeStep(noise_level)
 
     def step(x, inputs):

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,10 @@ def _mean_loss(log_prob, arrays, **options):
     return total / count
 
 
+def _gradient(options):
+    return jax.jit(jax.grad(functools.partial(_mean_loss, **options)))
+
+
 def _value(pair):
     return float(pair[0]) / float(pair[1])
 
@@ -48,7 +54,8 @@ def test_gradient_vanishes_in_exactly_two_corners(advantage, ratio):
         )
         return total, metrics
 
-    (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.log(jnp.full((1, 1), ratio)))
+    differentiate = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, metrics), gradient = differentiate(jnp.log(jnp.full((1, 1), ratio)))
     clipped = (advantage > 0 and ratio > 1.2) or (advantage < 0 and ratio < 0.8)
     assert (gradient[0, 0] == 0) == clipped
     if not clipped:
@@ -102,14 +109,11 @@ def test_far_tokens_stay_finite_and_keep_their_gradient():
 def test_kl_raises_the_loss_away_from_the_reference():
     log_prob, arrays = _tokens()
     arrays |= {"advantage": jnp.zeros(8), "old_log_prob": None}
-
-    def loss(log_prob):
-        return _mean_loss(log_prob, arrays | {"ref_log_prob": ref})
-
-    ref = log_prob
-    assert loss(log_prob) == 0 and not jax.grad(loss)(log_prob).any()
-    ref = log_prob - 0.5
-    assert loss(log_prob) > 0 and (jax.grad(loss)(log_prob)[arrays["mask"]] > 0).all()
+    differentiate = jax.jit(jax.value_and_grad(_mean_loss))
+    value, gradient = differentiate(log_prob, arrays | {"ref_log_prob": log_prob})
+    assert value == 0 and not np.any(gradient)
+    value, gradient = differentiate(log_prob, arrays | {"ref_log_prob": log_prob - 0.5})
+    assert value > 0 and (np.asarray(gradient)[np.asarray(arrays["mask"])] > 0).all()
 
 
 def test_aggregations_against_their_formulas():
@@ -133,7 +137,7 @@ def test_aggregations_against_their_formulas():
         "gspo": ((m * sequence).sum(1) / lengths).mean(),
     }
     for options in AGGREGATIONS:
-        loss = _mean_loss(log_prob, arrays, **options)
+        loss = jax.jit(functools.partial(_mean_loss, **options))(log_prob, arrays)
         np.testing.assert_allclose(loss, expected[options["aggregation"]], rtol=1e-5)
 
 
@@ -146,7 +150,7 @@ def test_gspo_gradient_weighs_all_tokens_of_a_sequence_alike():
             log_prob, **arrays, aggregation="gspo", clip_low=9.0, clip_high=9.0
         )[0]
 
-    gradient, mask = np.asarray(jax.grad(loss)(log_prob)), np.asarray(arrays["mask"])
+    gradient, mask = np.asarray(jax.jit(jax.grad(loss))(log_prob)), np.asarray(arrays["mask"])
     for row in range(8):
         inside = gradient[row][mask[row]]
         np.testing.assert_allclose(inside, inside[0], rtol=1e-5)
@@ -156,19 +160,21 @@ def test_gspo_gradient_weighs_all_tokens_of_a_sequence_alike():
 @pytest.mark.parametrize("options", AGGREGATIONS, ids=lambda o: o["aggregation"])
 def test_gradient_does_not_depend_on_micro_batches(options):
     log_prob, arrays = _tokens()
-    whole = jax.grad(_mean_loss)(log_prob, arrays, **options)
+    whole = _gradient(options)(log_prob, arrays)
     assert np.abs(whole).max() > 1e-3
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def part_gradient(x, part):
+        return losses.token_grpo_loss(x, **part, kl_weight=0.1, **options)[:2]
+
+    host, host_log_prob = jax.device_get(arrays), jax.device_get(log_prob)
     for parts in (2, 4, 8):
         size, gradients, counts = 8 // parts, [], 0.0
         for i in range(parts):
             rows = slice(i * size, (i + 1) * size)
-            part = {k: v[rows] for k, v in arrays.items()}
-
-            def total(x):
-                s, c, _ = losses.token_grpo_loss(x, **part, kl_weight=0.1, **options)
-                return s, c
-
-            gradient, count = jax.grad(total, has_aux=True)(log_prob[rows])
+            part = {k: v[rows] for k, v in host.items()}
+            gradient, count = part_gradient(host_log_prob[rows], part)
             gradients.append(gradient)
             counts += count
         np.testing.assert_allclose(np.concatenate(gradients) / counts, whole, rtol=1e-5, atol=1e-8)
@@ -177,11 +183,11 @@ def test_gradient_does_not_depend_on_micro_batches(options):
 @pytest.mark.parametrize("options", AGGREGATIONS, ids=lambda o: o["aggregation"])
 def test_gradient_does_not_depend_on_devices_or_padding(options):
     log_prob, arrays = _tokens()
-    whole = jax.grad(_mean_loss)(log_prob, arrays, **options)
+    whole = _gradient(options)(log_prob, arrays)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     placed = jax.device_put((log_prob, arrays), spec)
-    sharded = jax.jit(jax.grad(lambda x, a: _mean_loss(x, a, **options)))(*placed)
+    sharded = _gradient(options)(*placed)
     np.testing.assert_allclose(sharded, whole, rtol=1e-5, atol=1e-8)
 
     def widen(x, fill):
@@ -189,7 +195,7 @@ def test_gradient_does_not_depend_on_devices_or_padding(options):
 
     wide = {k: v if k == "advantage" else widen(v, 0) for k, v in arrays.items()}
     # Whatever a model computes for padding, infinities included, stays out.
-    padded = jax.grad(_mean_loss)(widen(log_prob, -np.inf), wide, **options)
+    padded = _gradient(options)(widen(log_prob, -np.inf), wide)
     np.testing.assert_allclose(padded[:, :6], whole, rtol=1e-5, atol=1e-8)
     assert not padded[:, 6:].any()
 
@@ -207,7 +213,7 @@ def test_on_policy_identity():
             total, count, metrics = losses.token_grpo_loss(x, **arrays | {"old_log_prob": old})
             return total / count, metrics
 
-        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(log_prob)
+        (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(log_prob)
         assert abs(value) < 1e-6 and metrics["ratio_deviation_max"][0] == 0
         np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
@@ -260,14 +266,16 @@ def test_flow_loss_formula_clip_sides_and_kl():
 
 
 def test_flow_gradient_is_the_policy_gradient_and_splits_into_micro_batches():
-    log_prob, _, advantage = _flow_arrays()
+    log_prob, _, advantage = jax.device_get(_flow_arrays())
 
-    def loss(x, rows=slice(None)):
-        return losses.flow_grpo_loss(x, None, advantage[rows], clip_range=1e-4)[0]
+    @jax.jit
+    @jax.grad
+    def differentiate(x, advantage):
+        return losses.flow_grpo_loss(x, None, advantage, clip_range=1e-4)[0]
 
-    gradient = jax.grad(loss)(log_prob)
-    np.testing.assert_allclose(gradient, -jnp.repeat(advantage[:, None], 3, 1), rtol=1e-5)
-    halves = [jax.grad(loss)(log_prob[r], r) for r in (slice(0, 3), slice(3, 6))]
+    gradient = differentiate(log_prob, advantage)
+    np.testing.assert_allclose(gradient, -np.repeat(advantage[:, None], 3, 1), rtol=1e-5)
+    halves = [differentiate(log_prob[r], advantage[r]) for r in (slice(0, 3), slice(3, 6))]
     np.testing.assert_allclose(np.concatenate(halves), gradient, rtol=1e-6)
 
 
@@ -280,7 +288,7 @@ def test_flow_mask_leaves_failed_samples_out():
         total, count, _ = losses.flow_grpo_loss(x, old, advantage, clip_range=1e-4, mask=keep)
         return total / count
 
-    value, gradient = jax.value_and_grad(loss)(broken)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(broken)
     total, count, _ = losses.flow_grpo_loss(log_prob[1:], old[1:], advantage[1:], clip_range=1e-4)
     np.testing.assert_allclose(value, total / count, rtol=1e-6)
     assert np.isfinite(gradient).all() and not gradient[0].any()

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ from uae_jax.sharding import MeshConfig
 from uae_jax.stages import cold_start, gen_for_und, pretrain, und_for_gen
 from uae_jax.stages.evaluation import EvaluationConfig, Evaluator
 from uae_jax.stages.settings import frozen
-from uae_jax.stages.weights import ModelConfig, System, export_system, load_system
+from uae_jax.stages.weights import ModelConfig, export_system, load_system
 from uae_jax.training.loop import Hooks, LoopConfig, StageResult, run_stage
 from uae_jax.training.metrics import MetricWriter, write_json
 from uae_jax.training.optimizer import make_optimizer
@@ -170,6 +171,7 @@ class Run:
         self.key = jax.random.key(config.seed)
         self.system = load_system(config.model, image_size=config.data.image_size, negative_prompt=config.data.negative_prompt)
         self._check_encoders()
+        self._check_stages()
         self.source, heldout = open_sources(config.data, config.seed, config.evaluation.images)
         spec = batch_spec(
             self.system.tokenizer, self.system.processor, config.data.image_size, config.data.caption_prompt, config.data.max_caption)
@@ -188,6 +190,19 @@ class Run:
         missing = sorted(wanted - set(self.system.encoders))
         if missing:
             raise FileNotFoundError(f"the reward needs the image encoder {missing[0]!r}; put it at {self.system.folder / missing[0]}")
+
+    def _check_stages(self) -> None:
+        """Builds every stage's description now, so that a setting of the last stage does not fail after the first ones ran."""
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        for _, stage in self.config.order():
+            config = getattr(self.config, stage)
+            parts = config.updates_per_rollout * config.micro_batches
+            if config.batch_size % ways or config.batch_size % parts:
+                raise ValueError(
+                    f"config.{stage}.batch_size is {config.batch_size}; it must be a multiple of the {ways} devices that share the "
+                    f"batch and of updates_per_rollout * micro_batches = {parts}")
+            if stage in RL_STAGES:
+                self.policy(stage)
 
     def _with_adapters(self, parts: Mapping) -> dict:
         """Adapters that are zero, for the stages that will train one: all stages then share their compiled programs."""
@@ -208,64 +223,66 @@ class Run:
         shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(self.mesh, PartitionSpec()))
         if stage == "pretrain":
             return pretrain.make_step(model, config, optimizer, shardings)
-        policy_condition = getattr(config, "condition_model", "reference") == "policy"
-        denoising = self.denoising(
-            config.sampler_steps, config.guidance_scale, policy_condition=policy_condition, vae_chunk=config.vae_chunk)
-        encoders = tuple(self.system.encoders[name] for name in config.reward.names)
         if stage == "cold_start":
-            return cold_start.make_step(model, config, denoising, encoders, optimizer, shardings)
-        if stage == "gen_for_und":
-            return gen_for_und.make_step(self.caption_policy(config, denoising, encoders), config, optimizer, shardings)
-        return und_for_gen.make_step(self.flow_policy(config, denoising, encoders), config, optimizer, shardings)
+            denoising = self.denoising(config.sampler_steps, config.guidance_scale, vae_chunk=config.vae_chunk)
+            return cold_start.make_step(model, config, denoising, self.encoders(config), optimizer, shardings)
+        module = gen_for_und if stage == "gen_for_und" else und_for_gen
+        return module.make_step(self.policy(stage), config, optimizer, shardings)
 
-    def caption_policy(self, config: gen_for_und.GenForUndConfig, denoising: Denoising, encoders: tuple[Encoder, ...]) -> CaptionPolicy:
-        """The description of gen_for_und."""
-        shared = {field.name for field in dataclasses.fields(CaptionPolicy)} & {field.name for field in dataclasses.fields(config)}
-        return CaptionPolicy(
-            model=self.system.model, denoising=denoising, encoders=encoders, stops=self.system.stops,
-            replay=config.updates_per_rollout > 1, **{name: getattr(config, name) for name in shared})
+    def encoders(self, config: Any) -> tuple[Encoder, ...]:
+        """The image encoders of a stage's reward."""
+        return tuple(self.system.encoders[name] for name in config.reward.names)
 
-    def flow_policy(self, config: und_for_gen.UndForGenConfig, denoising: Denoising, encoders: tuple[Encoder, ...]) -> FlowPolicy:
-        """The description of und_for_gen."""
-        shared = {field.name for field in dataclasses.fields(FlowPolicy)} & {field.name for field in dataclasses.fields(config)}
-        return FlowPolicy(
-            model=self.system.model, denoising=denoising, encoders=encoders, stops=self.system.stops,
+    def policy(self, stage: str) -> CaptionPolicy | FlowPolicy:
+        """The description of an RL stage: the model and the stage's settings of the same names."""
+        config = getattr(self.config, stage)
+        kind, more = (CaptionPolicy, {"replay": config.updates_per_rollout > 1}) if stage == "gen_for_und" else (FlowPolicy, {})
+        denoising = self.denoising(
+            config.sampler_steps, config.guidance_scale, policy_condition=config.condition_model == "policy", vae_chunk=config.vae_chunk)
+        shared = {field.name for field in dataclasses.fields(kind)} & {field.name for field in dataclasses.fields(config)}
+        return kind(
+            model=self.system.model, denoising=denoising, encoders=self.encoders(config), stops=self.system.stops, **more,
             **{name: getattr(config, name) for name in shared})
 
-    def run_stage(self, name: str, stage: str, writer: MetricWriter, before: Mapping | None) -> StageResult:
+    def run_stage(self, name: str, stage: str, writer: MetricWriter, previous: StageResult | None) -> StageResult:
         """Runs one stage to its end and takes over what it trained.
 
         Args:
           name: of its files; stage: its kind.
           writer: of metrics.
-          before: scores of the model as it is, when they are known already.
+          previous: the stage before; its scores after are this one's before.
         """
         config = getattr(self.config, stage)
         total = config.steps * config.updates_per_rollout
         optimizer = make_optimizer(config.optimizer, total)
         start = STAGES[stage][1](self.parts, config, trees.name_key(self.key, name))
-        with jax.set_mesh(self.mesh):
-            state = init_state(start, optimizer, ema=bool(config.ema_decay))
-            state = sharding.shard_tree(state, self.mesh)
-        frozen_parts = {key: value for key, value in self.parts.items() if key not in start}
+        state = sharding.shard_tree(init_state(start, optimizer, ema=bool(config.ema_decay)), self.mesh)
+        # from here on the trained parts live in the state alone: a second copy of 8 B weights would not fit
+        self.parts = {key: value for key, value in self.parts.items() if key not in start}
+        del start
         data = make_loader(
             self.source, self.rows, config.batch_size, self.config.seed, process_index=jax.process_index(),
             process_count=jax.process_count())
         loop = LoopConfig(steps=config.steps, log_every=self.config.loop.log_every, save_every=self.config.loop.save_every, keep=self.config.loop.keep)
         result = run_stage(
-            name, self.step(stage, state, optimizer), state=state, frozen=frozen_parts, data=data, key=trees.name_key(self.key, name),
+            name, self.step(stage, state, optimizer), state=state, frozen=self.parts, data=data, key=trees.name_key(self.key, name),
             workdir=self.workdir, config=loop, writer=writer, put=lambda batch: sharding.shard_batch(batch, self.mesh),
-            hooks=Hooks(before=lambda state: dict(before) if before else self.score(state, name, "before"),
-                        after=lambda state: self.score(state, name, "after")), digest=self.digest())
+            hooks=Hooks(before=lambda state: self.score_before(state, name, previous), after=lambda state: self.score(state, name, "after")),
+            digest=self.digest())
         self.parts = self.trained(result.state)
-        if before:
-            _reuse_samples(self.workdir / "samples", name)
         return result
+
+    def score_before(self, state: TrainState, name: str, previous: StageResult | None) -> dict:
+        """Scores before a stage: those after the previous one, with its samples, or new ones for the first."""
+        if previous is None:
+            return self.score(state, name, "before")
+        samples = self.workdir / "samples"
+        shutil.copytree(samples / f"{previous.name}_after", samples / f"{name}_before", dirs_exist_ok=True)
+        return dict(previous.after)
 
     def trained(self, state: TrainState) -> dict:
         """All parts with those of a stage in place, its moving average where it keeps one."""
-        new = state.params if state.ema is None else state.ema
-        return {**self.parts, **jax.tree.map(jnp.copy, new)}
+        return {**self.parts, **(state.params if state.ema is None else state.ema)}
 
     def score(self, state: TrainState, name: str, when: str) -> dict:
         """Held-out scores of a stage's state; samples go to `samples/<name>_<when>`."""
@@ -277,17 +294,6 @@ class Run:
         for name in ("loop", "evaluation", "mesh", "stages"):
             del values[name]
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _reuse_samples(folder: pathlib.Path, name: str) -> None:
-    """Samples before a stage are those after the one before it."""
-    after = sorted(folder.glob("*_after"), key=lambda path: path.stat().st_mtime)
-    earlier = [path for path in after if path.name != f"{name}_after"]
-    target = folder / f"{name}_before"
-    if earlier and not target.exists():
-        target.mkdir()
-        for file in earlier[-1].iterdir():
-            (target / file.name).write_bytes(file.read_bytes())
 
 
 def run(config: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
@@ -309,8 +315,7 @@ def run(config: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
     writer = MetricWriter(workdir, wandb_project=settings.loop.wandb_project, config=dataclasses.asdict(settings))
     results: list[StageResult] = []
     for name, stage in settings.order():
-        before = results[-1].after if results else None
-        results.append(whole.run_stage(name, stage, writer, before))
+        results.append(whole.run_stage(name, stage, writer, results[-1] if results else None))
         _write_outputs(whole, results)
     if not results:
         scores = whole.evaluator(whole.parts, workdir / "samples" / "evaluate_after")

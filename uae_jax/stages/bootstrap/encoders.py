@@ -6,7 +6,6 @@ as in the captioner's phase. The held-out encoder has another architecture, othe
 each cell, so that what pleases one by accident need not please the other.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
