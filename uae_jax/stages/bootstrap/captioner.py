@@ -3,6 +3,9 @@
 Cross-entropy of captions given the picture, and of full captions given nothing, inside the template that the decoder reads
 them in: the language model is also the text encoder. From captions alone the image encoder stays unused for long (the loss
 rests where words are guessed from words), so linear readouts of the image embeddings, dropped at the end, name each cell.
+The decoder has no positions of its own for text: what belongs to what must stand in the hidden states. A large language
+model's states carry it; a small one forgets each word that does not help to guess the next, so that readouts, dropped too,
+ask every state for the last words.
 """
 
 import json
@@ -27,6 +30,8 @@ from uae_jax.stages.bootstrap import scene_stream
 from uae_jax.training.step import Algorithm, supervised
 
 
+# words that each state is asked for: a whole phrase, such as "top left small red circle"
+MEMORY = 5
 _READOUTS = (1 + len(scenes.SHAPES), len(scenes.COLOURS), len(scenes.SIZES), len(scenes.BACKGROUNDS))
 READOUT_WIDTH = sum(_READOUTS)
 READOUT_SPLITS = tuple(int(position) for position in np.cumsum(_READOUTS[:-1]))
@@ -69,17 +74,21 @@ def algorithm(config: Qwen2_5VLConfig, template: ConditionTemplate, text_weight:
         prefix = qwen.prompt_prefix(config, params, None, batch, images)
         said = qwen.completion_log_probs(config, params, None, prefix, batch["caption_ids"], batch["caption_mask"]).log_probs
         count = jnp.sum(batch["caption_mask"], dtype=jnp.float32)
-        read, tokens = _text_log_probs(config, params, template, batch["text_ids"], batch["text_mask"])
+        read, remembered, tokens = _text_losses(config, params, template, batch["text_ids"], batch["text_mask"])
         rows = jnp.float32(len(said))
         named = _readout_loss(params["readout"], images, batch)
-        total = -rows * (jnp.sum(said) / count + text_weight * jnp.sum(read) / tokens) + jnp.sum(named)
-        metrics = {"caption_loss": (-jnp.sum(said), count), "text_loss": (-jnp.sum(read), tokens), "readout_loss": (jnp.sum(named), rows)}
+        text = jnp.sum(remembered) - jnp.sum(read)
+        total = rows * (text_weight * text / tokens - jnp.sum(said) / count) + jnp.sum(named)
+        metrics = {
+            "caption_loss": (-jnp.sum(said), count), "text_loss": (-jnp.sum(read), tokens), "readout_loss": (jnp.sum(named), rows),
+            "memory_loss": (jnp.sum(remembered), tokens)}
         return total, rows, metrics
 
     return supervised(loss)
 
 
-def _text_log_probs(config: Qwen2_5VLConfig, params: Mapping, template: ConditionTemplate, ids: Array, mask: Array) -> tuple[Array, Array]:
+def _text_losses(config: Qwen2_5VLConfig, params: Mapping, template: ConditionTemplate, ids: Array, mask: Array) -> tuple[Array, Array, Array]:
+    """Log-probabilities of caption tokens, memory losses of their states (both `[B, S - 1]`, 0 outside), and their number."""
     lengths = jnp.sum(mask, -1, dtype=jnp.int32) - 1
     templated, valid = place_in_template(template, ids, lengths)
     hidden = qwen.text_hidden_states(config, params, None, templated, valid)
@@ -87,7 +96,16 @@ def _text_log_probs(config: Qwen2_5VLConfig, params: Mapping, template: Conditio
     position = jnp.arange(1, templated.shape[1])[None]
     before = len(template.prefix)
     inside = (position >= before) & (position < before + lengths[:, None])
-    return jnp.where(inside, scores, 0.0), jnp.sum(inside, dtype=jnp.float32)
+    vocabulary = config.text.vocab_size
+    logits = Dense(MEMORY * vocabulary).apply({"params": params["memory"]}, hidden).reshape(*hidden.shape[:2], MEMORY, vocabulary)
+    wanted = jnp.stack([jnp.pad(templated, ((0, 0), (lag, 0)))[:, : templated.shape[1]] for lag in range(MEMORY)], axis=-1)
+    memory = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, wanted), axis=-1)[:, 1:]
+    return jnp.where(inside, scores, 0.0), jnp.where(inside, memory, 0.0), jnp.sum(inside, dtype=jnp.float32)
+
+
+def init_memory(config: Qwen2_5VLConfig, key: Array) -> dict:
+    """Linear readouts of a hidden state: the word it stands at, and the ones before it."""
+    return Dense(MEMORY * config.text.vocab_size).init(key, jnp.zeros((1, config.text.width)))["params"]
 
 
 def init_readout(width: int, key: Array) -> dict:

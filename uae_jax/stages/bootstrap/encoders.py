@@ -6,6 +6,7 @@ as in the captioner's phase. The held-out encoder has another architecture, othe
 each cell, so that what pleases one by accident need not please the other.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -21,11 +22,13 @@ from uae_jax.stages.bootstrap import scene_stream
 from uae_jax.training.step import Algorithm, supervised
 
 
+CELL_ATTRIBUTES = (1 + len(scenes.SHAPES), len(scenes.COLOURS), len(scenes.SIZES))
+ATTRIBUTE_WIDTH = scene_stream.CELLS * sum(CELL_ATTRIBUTES) + len(scenes.BACKGROUNDS)
 READOUT_WIDTH = scene_stream.CELLS * scene_stream.OBJECT_CLASSES + len(scenes.BACKGROUNDS)
 
 
 def clip_stream(tokenizer, *, seed: int, batch_size: int, side: int, length: int, pad: int):
-    """Batches of `pixels` `[B, 2, S, S, 3]`, `ids` `[B, 2, T]`, `classes` `[B, 2, 5]`: a scene, and it with one fact changed."""
+    """Batches of `pixels` `[B, 2, S, S, 3]`, `ids` `[B, 2, T]` and cell attributes: a scene, and it with one fact changed."""
 
     def example(index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([seed, 11, index])
@@ -34,7 +37,7 @@ def clip_stream(tokenizer, *, seed: int, batch_size: int, side: int, length: int
         ids = [scene_stream.pad_ids(encode_caption(tokenizer, scene_stream.full_caption(one, rng)), length, pad)[0] for one in pair]
         return {
             "pixels": np.stack([scene_stream.pixels_of(one, side) for one in pair]), "ids": np.stack(ids),
-            "classes": np.stack([scene_stream.cell_classes(one) for one in pair])}
+            **jax.tree.map(lambda *leaves: np.stack(leaves), *(scene_stream.cell_attributes(one) for one in pair))}
 
     return scene_stream.stream(example, batch_size)
 
@@ -46,7 +49,7 @@ def clip_algorithm(config: CLIPConfig, preprocess: Preprocess) -> Algorithm:
         del frozen, key
         samples = {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in rollout["samples"].items()}
         images = clip.image_features(config, params, apply(preprocess, (samples["pixels"] + 1) / 2))
-        named, right = readout(params["heads"], images, samples["classes"])
+        named, right = attribute_readout(params["heads"], images, samples)
         images, texts = _unit(images), _unit(clip.text_features(config, params, samples["ids"]))
         logits = images @ texts.T * jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))
         labels = jnp.arange(len(logits))
@@ -69,9 +72,21 @@ def dino_stream(*, seed: int, batch_size: int, side: int):
     return scene_stream.stream(example, batch_size)
 
 
-def init_heads(width: int, key: Array) -> dict:
-    """Linear readouts of an image feature: the joint class of each cell, and the background."""
-    return Dense(READOUT_WIDTH).init(key, jnp.zeros((1, width)))["params"]
+def init_heads(width: int, outputs: int, key: Array) -> dict:
+    """Linear readouts of an image feature `[B, width]`."""
+    return Dense(outputs).init(key, jnp.zeros((1, width)))["params"]
+
+
+def attribute_readout(heads: dict, features: Array, samples: dict) -> tuple[Array, Array]:
+    """Cross-entropies `[B]` of each cell's shape, colour and size and of the background, and the shapes read right `[]`."""
+    logits = Dense(ATTRIBUTE_WIDTH).apply({"params": heads}, features)
+    cells = logits[:, : scene_stream.CELLS * sum(CELL_ATTRIBUTES)].reshape(len(logits), scene_stream.CELLS, -1)
+    shape, colour, size = jnp.split(cells, (CELL_ATTRIBUTES[0], sum(CELL_ATTRIBUTES[:2])), axis=-1)
+    cross = optax.softmax_cross_entropy_with_integer_labels
+    details = cross(colour, samples["cell_colour"]) + cross(size, samples["cell_size"])
+    of_cells = cross(shape, samples["cell_shape"]) + jnp.where(samples["cell_shape"] > 0, details, 0.0)
+    losses = jnp.sum(of_cells, axis=1) + cross(logits[:, -len(scenes.BACKGROUNDS) :], samples["background"])
+    return losses, jnp.sum(jnp.argmax(shape, -1) == samples["cell_shape"])
 
 
 def readout(heads: dict, features: Array, classes: Array) -> tuple[Array, Array]:

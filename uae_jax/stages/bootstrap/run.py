@@ -115,7 +115,7 @@ def clip_phase(run: Run) -> None:
     data = encoders.clip_stream(
         run.tokenizer, seed=run.config.seed, batch_size=phase.batch_size, side=side, length=text.max_position_embeddings, pad=run.pad())
     params = clip.init_params(model, jax.random.fold_in(run.key, 20))
-    params["heads"] = encoders.init_heads(model.vision.projection_dim, jax.random.fold_in(run.key, 21))
+    params["heads"] = encoders.init_heads(model.vision.projection_dim, encoders.ATTRIBUTE_WIDTH, jax.random.fold_in(run.key, 21))
     state = train(run, "clip", encoders.clip_algorithm(model, preprocess), params, {}, data, steps=phase.steps)
     folder = run.model / "clip"
     towers = {name: leaf for name, leaf in state.params.items() if name != "heads"}
@@ -131,7 +131,7 @@ def dinov2_phase(run: Run) -> None:
     data = encoders.dino_stream(seed=run.config.seed, batch_size=phase.batch_size, side=side)
     params = {
         "encoder": dino.init_params(model, jax.random.fold_in(run.key, 30)),
-        "heads": encoders.init_heads(model.hidden_size, jax.random.fold_in(run.key, 31))}
+        "heads": encoders.init_heads(model.hidden_size, encoders.READOUT_WIDTH, jax.random.fold_in(run.key, 31))}
     algorithm = encoders.dino_algorithm(model, Preprocess.from_dict(processor))
     state = train(run, "dinov2", algorithm, params, {}, data, steps=phase.steps)
     folder = run.model / "dinov2"
@@ -154,11 +154,12 @@ def captioner_phase(run: Run) -> None:
         run.tokenizer, processor, seed=config.seed, batch_size=phase.batch_size, side=config.side, length=config.caption_tokens,
         pad=run.pad(), max_prompt=phase.max_prompt, detail=(phase.detail_low, phase.detail_high))
     params = qwen.init_params(model, jax.random.fold_in(run.key, 40))
+    params["memory"] = captioner.init_memory(model, jax.random.fold_in(run.key, 42))
     params["readout"] = captioner.init_readout(model.text.width, jax.random.fold_in(run.key, 41))
     algorithm = captioner.algorithm(model, run.template(), phase.text_weight)
     state = train(run, "captioner", algorithm, params, {}, data, steps=phase.steps)
     captioner.write_config(run.model / "llm", model, stops)
-    write_tensors(run.model / "llm", qwen_weights.tensors(model, state.params, STORED))  # without the readout
+    write_tensors(run.model / "llm", qwen_weights.tensors(model, state.params, STORED))  # without the readouts
 
 
 def decoder_phase(run: Run) -> None:
