@@ -125,7 +125,8 @@ def test_a_later_token_does_not_move_earlier_scores_and_a_token_moves_its_own(pa
     changed = tokens.at[:, 4].add(5)
     after = score(params, adapter, prompts(), changed, full).log_probs
     np.testing.assert_array_equal(after[:, :4], before[:, :4])
-    assert (jnp.abs(after[:, 4:] - before[:, 4:]) > 1e-6).all()
+    moved = jnp.abs(after - before)
+    assert (moved[:, 4] > 1e-3).all() and (moved[:, 5:].max(1) > 1e-3).all()
 
 
 def test_padding_of_the_prompt_changes_neither_scores_nor_gradient(params, adapter, rollout):
@@ -267,12 +268,14 @@ def test_scores_are_float32_over_a_large_vocabulary_with_bfloat16_activations():
     np.testing.assert_allclose(scores.log_probs[0], exact[np.arange(4), tokens[0]], atol=1e-4)
 
 
-def test_bfloat16_stays_near_float32(params, adapter, rollout):
-    arguments = (params, adapter, prompts(), rollout.tokens, rollout.mask)
+def test_bfloat16_stays_near_float32(rollout):
+    # Parameters as initialised: in the shaken model, rounding the weights alone already moves scores by half a nat.
+    params = jax.jit(lambda key: model.init_params(CONFIG, key))(jax.random.key(0))
+    arguments = (params, None, prompts(), rollout.tokens, jnp.ones_like(rollout.mask))
     half = score(*arguments, config=CONFIG.using(dtype="bfloat16")).log_probs
     assert half.dtype == jnp.float32
     difference = np.abs(half - score(*arguments).log_probs)
-    assert 0 < difference.max() < 0.5 and difference.mean() < 0.05
+    assert 0 < difference.max() < 0.03 and difference.mean() < 0.01
 
 
 def test_number_of_keys_and_sizes_are_checked(params):

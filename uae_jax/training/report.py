@@ -31,8 +31,10 @@ MEANINGS = {
     "caption_tokens": "length of the caption; longer is not better by itself",
     "fact_recall": "share of the scene's facts that the caption states",
     "fact_precision": "share of the stated facts that are true",
-    "scene_accuracy": "share of objects found again in the reconstruction",
-    "geneval": "compositional prompts drawn correctly",
+    "scene_accuracy": "share of the scene's facts found again in the reconstruction",
+    "true_caption_reward": "the decoder alone: the same cosine when it is given the data set's own captions",
+    "true_caption_scene_accuracy": "the decoder alone: facts found again when it is given the full true captions",
+    "geneval": "compositional prompts drawn correctly (mean of the tags below)",
 }
 
 
