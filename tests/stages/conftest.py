@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import types
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +51,8 @@ def compilation_cache(tmp_path_factory):
 def shaken(params, seed: int):
     """No bias or last map at zero, no norm at one: nothing is true by accident of the initialisation."""
     def shake(name, leaf):
-        noise = jax.random.normal(trees.name_key(jax.random.key(seed), name), leaf.shape)
-        return np.asarray(leaf * 1.5 + 0.08 * noise, np.float32)
+        noise = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(leaf.shape)
+        return (1.5 * np.asarray(leaf) + 0.08 * noise).astype(np.float32)
     return trees.map_with_name(shake, params)
 
 
@@ -72,7 +73,7 @@ def _write_captioner(root, tokenizer):
     params["projector"] = qwen.init_projector(jax.random.key(2), 32, 24, 16)
     params = shaken(params, 3)
     # logits a few units wide, so that captions of one group differ and some of them end
-    params["language"]["embedding"]["embedding"] = 4 * params["language"]["embedding"]["embedding"]
+    params["language"]["embedding"]["table"] *= 4
     _json(root / "llm", "config.json", to_json(config))
     _json(root / "llm", "generation_config.json", {"eos_token_id": list(stops)})
     write_tensors(root / "llm", qwen_weights.tensors(config, params, np.float32))
@@ -177,8 +178,10 @@ def stage_of(run: run_module.Run, stage: str, **changes) -> types.SimpleNamespac
 
 def nudged(adapter, seed: int = 0, size: float = 0.02):
     """An adapter that is not zero any more."""
-    return trees.map_with_name(
-        lambda name, leaf: leaf + size * jax.random.normal(trees.name_key(jax.random.key(seed), name), leaf.shape), adapter)
+    def move(name, leaf):
+        noise = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(leaf.shape)
+        return jnp.asarray(leaf + size * noise, jnp.float32)
+    return trees.map_with_name(move, adapter)
 
 
 def largest_gap(a, b) -> float:

@@ -4,6 +4,7 @@ The chat format is Qwen2.5-VL's: turns between <|im_start|> and <|im_end|>, an i
 <|vision_start|> and <|vision_end|>. Token ids are always found by their strings, so that any vocabulary works.
 """
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -35,6 +36,7 @@ def load_tokenizer(folder: str | pathlib.Path):
         raise FileNotFoundError(f"tokenizer folder {folder} does not exist: give the folder that holds tokenizer.json")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise FileNotFoundError(f"no tokenizer in {folder}: expected one of {', '.join(_TOKENIZER_FILES)}")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
     from transformers import AutoTokenizer  # slow import, needed only here
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

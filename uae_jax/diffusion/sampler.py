@@ -164,7 +164,9 @@ def _check_window(steps, start, window):
             "the last step, to sigma 0, is never stochastic"
         )
     if not isinstance(start, jax.core.Tracer) and not 0 <= int(start) <= steps - 1 - window:
-        raise ValueError(f"a window of {window} steps from step {int(start)} passes step {steps - 1}")
+        raise ValueError(
+            f"a window of {window} steps from step {int(start)} does not end by step {steps - 1}"
+        )
 
 
 def sample_window(predict, noise, sigmas, rule, window_start, window_size: int, keys):

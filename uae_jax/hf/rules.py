@@ -135,7 +135,7 @@ def _read(folder: TensorFolder, rule: Rule, published: dict[str, str], like: jax
         return tensor if dtype is None else tensor.astype(dtype)
 
     if rule.layers is None:
-        return np.ascontiguousarray(one(rule.theirs))
+        return np.asarray(one(rule.theirs), order="C")
     stacked = None
     for index, source in enumerate(rule.sources()):
         tensor = one(source)
