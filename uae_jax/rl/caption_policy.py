@@ -14,14 +14,14 @@ from jax import Array
 from uae_jax import trees
 from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl import model as qwen
-from uae_jax.models.qwen2_5_vl.generate import Completion, generate
+from uae_jax.models.qwen2_5_vl.generate import Completion
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
-from uae_jax.rl.advantages import check_group_size, group_advantages
+from uae_jax.rl.advantages import check_group_size
+from uae_jax.rl.captioning import caption_metrics, encode_batch_images, sample_captions
 from uae_jax.rl.losses import token_grpo_loss
 from uae_jax.rl.reconstruction import Denoising, draw, sample_keys
-from uae_jax.rl.rewards import Encoder, RewardConfig, mixed_reward
+from uae_jax.rl.rewards import Encoder, RewardConfig, reward_advantages
 
-IMAGE_FIELDS = ("patches", "patch_positions", "patch_windows", "patch_images")
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask", "prompt_positions", "prompt_next")
 
 
@@ -70,11 +70,8 @@ class CaptionPolicy:
 
 def write_captions(policy: CaptionPolicy, parts: Mapping, batch: Mapping, image_embeds: Array, key: Array) -> Completion:
     """G sampled captions of each image, rows of a group together: `[B * G, T]`; keys by global sample id."""
-    params, adapter = uae.captioner_weights(parts, policy=True)
-    prefix = qwen.prompt_prefix(policy.model.captioner, params, adapter, batch, image_embeds)
-    keys = sample_keys(trees.name_key(key, "caption"), batch["sample_id"], policy.group_size)
-    return generate(
-        policy.model.captioner, params, adapter, prefix, keys, max_new_tokens=policy.max_new_tokens, stop_ids=policy.stops,
+    return sample_captions(
+        policy.model, parts, batch, key, image_embeds, max_new_tokens=policy.max_new_tokens, stops=policy.stops,
         sampling=SamplingConfig(policy.temperature), group=policy.group_size)
 
 
@@ -112,11 +109,11 @@ def rollout(policy: CaptionPolicy, params: Mapping, frozen: Mapping, batch: Mapp
       `samples` with leading axis B, and `metrics`.
     """
     parts, group = {**frozen, **params}, policy.group_size
-    images = qwen.encode_images(policy.model.captioner, parts, *(batch[name] for name in IMAGE_FIELDS))
+    images = encode_batch_images(policy.model, parts, batch)
     completion = write_captions(policy, parts, batch, images, key)
     pixels = draw_captions(policy, parts, completion, batch["sample_id"], key)
-    reward, terms = mixed_reward(policy.reward, policy.encoders, parts["encoders"], batch["pixels"], pixels, group)
-    advantage, metrics = group_advantages(reward, scale=policy.advantage_scale)
+    advantage, metrics = reward_advantages(
+        policy.reward, policy.encoders, parts["encoders"], batch["pixels"], pixels, group, policy.advantage_scale)
     samples = {
         **{name: batch[name] for name in PROMPT_FIELDS}, "image_embeds": images, "advantage": advantage,
         "tokens": completion.tokens.reshape(len(images), group, -1), "mask": completion.mask.reshape(len(images), group, -1)}
@@ -127,23 +124,7 @@ def rollout(policy: CaptionPolicy, params: Mapping, frozen: Mapping, batch: Mapp
         samples["old"] = score_captions(policy, parts, samples, trained=True).log_probs
         gap = jnp.abs(samples["old"] - sampled)
         metrics["log_prob_gap"] = (jnp.sum(gap), jnp.sum(samples["mask"]))
-    metrics |= {f"reward_{name}": jnp.mean(term) for name, term in terms.items()}
-    metrics["reward"] = metrics.pop("reward_mean")
     return {"samples": samples, "metrics": metrics | caption_metrics(completion, group)}
-
-
-def caption_metrics(completion: Completion, group: int) -> dict[str, tuple[Array, Array]]:
-    """Length, truncation and variety of sampled captions, as (sum, count) pairs."""
-    tokens, rows = jnp.where(completion.mask, completion.tokens, -1), jnp.float32(len(completion.tokens))
-    grouped = tokens.reshape(-1, group, tokens.shape[-1])
-    same = jnp.all(grouped[:, :, None] == grouped[:, None], axis=-1)
-    repeats = (tokens[:, 2:] == tokens[:, :-2]) & (tokens[:, 1:-1] == tokens[:, :-2]) & completion.mask[:, 2:]
-    lengths = condition.caption_lengths(completion.mask, completion.finished)
-    return {
-        "caption_tokens": (jnp.sum(lengths, dtype=jnp.float32), rows),
-        "truncated_fraction": (jnp.sum(~completion.finished, dtype=jnp.float32), rows),
-        "unique_fraction": (jnp.sum(1.0 / jnp.sum(same, -1)), rows),
-        "repeated_fraction": (jnp.sum(repeats, dtype=jnp.float32), jnp.sum(completion.mask, dtype=jnp.float32))}
 
 
 def loss(policy: CaptionPolicy, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:

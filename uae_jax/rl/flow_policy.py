@@ -15,14 +15,12 @@ from uae_jax import trees
 from uae_jax.diffusion.sampler import Replay, replay_window, sample_window, window_start
 from uae_jax.diffusion.steps import CpsStep, DanceStep, SdeStep, gaussian_kl
 from uae_jax.models import condition, uae
-from uae_jax.models.qwen2_5_vl import model as qwen
-from uae_jax.models.qwen2_5_vl.generate import Completion, generate
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
-from uae_jax.rl.advantages import check_group_size, group_advantages
-from uae_jax.rl.caption_policy import IMAGE_FIELDS, caption_metrics
+from uae_jax.rl.advantages import check_group_size
+from uae_jax.rl.captioning import caption_metrics, sample_captions
 from uae_jax.rl.losses import flow_grpo_loss
 from uae_jax.rl.reconstruction import Denoising, decode, encode_condition, predictor, sample_keys
-from uae_jax.rl.rewards import Encoder, RewardConfig, mixed_reward
+from uae_jax.rl.rewards import Encoder, RewardConfig, reward_advantages
 
 STEP_RULES = {"sde": SdeStep, "dance": DanceStep, "cps": CpsStep}
 
@@ -80,17 +78,6 @@ class FlowPolicy:
         return STEP_RULES[self.step_rule](self.noise_level)
 
 
-def write_captions(policy: FlowPolicy, parts: Mapping, batch: Mapping, key: Array) -> Completion:
-    """One caption of each image by the frozen captioner, `[B, T]`."""
-    params, adapter = uae.captioner_weights(parts, policy=True)
-    images = qwen.encode_images(policy.model.captioner, parts, *(batch[name] for name in IMAGE_FIELDS))
-    prefix = qwen.prompt_prefix(policy.model.captioner, params, adapter, batch, images)
-    keys = sample_keys(trees.name_key(key, "caption"), batch["sample_id"])
-    return generate(
-        policy.model.captioner, params, adapter, prefix, keys, max_new_tokens=policy.max_new_tokens, stop_ids=policy.stops,
-        sampling=SamplingConfig(policy.temperature))
-
-
 def rollout(policy: FlowPolicy, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
     """Captions, stochastic trajectories, rewards, advantages, and what the reference policy would have done.
 
@@ -105,7 +92,9 @@ def rollout(policy: FlowPolicy, params: Mapping, frozen: Mapping, batch: Mapping
       `samples` with leading axis B * G, `shared` (step numbers of the window, negative context), and `metrics`.
     """
     parts, group, how = {**frozen, **params}, policy.group_size, policy.denoising
-    completion = write_captions(policy, parts, batch, key)
+    completion = sample_captions(
+        policy.model, parts, batch, key, max_new_tokens=policy.max_new_tokens, stops=policy.stops,
+        sampling=SamplingConfig(policy.temperature))
     positive, negative = encode_condition(
         policy.model, parts, how, completion.tokens, condition.caption_lengths(completion.mask, completion.finished))
     positive = jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), positive)
@@ -115,17 +104,16 @@ def rollout(policy: FlowPolicy, params: Mapping, frozen: Mapping, batch: Mapping
         predictor(policy.model, parts, how, positive, negative), noise, jnp.asarray(how.sigmas), policy.rule, start, policy.window,
         sample_keys(trees.name_key(key, "steps"), batch["sample_id"], group))
     pixels = decode(policy.model, parts, how, trajectory.final)
-    reward, terms = mixed_reward(policy.reward, policy.encoders, parts["encoders"], batch["pixels"], pixels, group)
-    advantage, metrics = group_advantages(reward, scale=policy.advantage_scale)
+    advantage, metrics = reward_advantages(
+        policy.reward, policy.encoders, parts["encoders"], batch["pixels"], pixels, group, policy.advantage_scale)
     samples = {
         "latents": trajectory.latents.swapaxes(0, 1), "next_latents": trajectory.next_latents.swapaxes(0, 1),
         "context": positive[0], "context_mask": positive[1], "advantage": advantage.reshape(-1)}
     shared = {"sigma_indices": trajectory.sigma_indices, "negative": negative}
     samples |= _replays(policy, parts, samples, shared)
     gap = jnp.abs(samples["old_log_prob"] - trajectory.log_probs.T)
-    metrics |= {f"reward_{name}": jnp.mean(term) for name, term in terms.items()}
-    metrics |= {"reward": metrics.pop("reward_mean"), "log_prob_gap": jnp.mean(gap)}
-    return {"samples": samples, "shared": shared, "metrics": metrics | caption_metrics(completion, 1)}
+    metrics |= {"log_prob_gap": jnp.mean(gap)} | caption_metrics(completion, 1)
+    return {"samples": samples, "shared": shared, "metrics": metrics}
 
 
 def replay(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping, *, trained: bool, remat: bool = False) -> Replay:

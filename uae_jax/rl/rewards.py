@@ -13,6 +13,7 @@ from uae_jax import trees
 from uae_jax.models.encoders import clip, dino, weights
 from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config, read_json
 from uae_jax.models.encoders.preprocess import Preprocess, apply
+from uae_jax.rl.advantages import group_advantages
 
 CLAMPS = ("hard", "straight_through", "none")
 
@@ -217,3 +218,21 @@ def mixed_reward(
         terms["pixel"] = pixel_reward(original, reconstruction, group, clamp=config.clamp)
         pairs.append((terms["pixel"], config.pixel_weight))
     return sum(weight * term for term, weight in pairs), terms
+
+
+def reward_advantages(
+    config: RewardConfig, encoders: Sequence[Encoder], params: Mapping[str, trees.Tree], original: Array, reconstruction: Array,
+    group: int, scale: str) -> tuple[Array, dict]:
+    """Rewards of groups of reconstructions, and each one's advantage over its group.
+
+    Args:
+      config, encoders, params, original, reconstruction, group: see `mixed_reward`.
+      scale: see `advantages.group_advantages`.
+
+    Returns:
+      Advantages `[B, G]`, and metrics: `reward`, each term as `reward_<name>`, spread and degenerate groups.
+    """
+    reward, terms = mixed_reward(config, encoders, params, original, reconstruction, group)
+    advantage, metrics = group_advantages(reward, scale=scale)
+    metrics["reward"] = metrics.pop("reward_mean")
+    return advantage, metrics | {f"reward_{name}": jnp.mean(term) for name, term in terms.items()}

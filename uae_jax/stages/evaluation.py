@@ -19,10 +19,8 @@ from uae_jax.data.scene_prompts import check_prompt, scene_prompts
 from uae_jax.data.sources import Example
 from uae_jax.data.tokenizer import decode_caption
 from uae_jax.models import condition, uae
-from uae_jax.models.qwen2_5_vl import model as qwen
-from uae_jax.models.qwen2_5_vl.generate import generate
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
-from uae_jax.rl.caption_policy import IMAGE_FIELDS
+from uae_jax.rl.captioning import sample_captions
 from uae_jax.rl.reconstruction import Denoising, draw, sample_keys
 from uae_jax.rl.rewards import cosine_reward
 from uae_jax.stages.weights import System
@@ -57,31 +55,6 @@ class EvaluationConfig:
     samples: int = 8
 
 
-def caption_images(
-    system: System, parts: Mapping, batch: Mapping, key: Array, *, max_new_tokens: int, sampling: SamplingConfig) -> tuple[Array, Array]:
-    """Captions of B pictures by the trained captioner.
-
-    Args:
-      system: the model.
-      parts: its parameters.
-      batch: image fields of `data.loader.RowBuilder` and `sample_id`.
-      key: random key, folded by sample id.
-      max_new_tokens: T.
-      sampling: temperature and truncation.
-
-    Returns:
-      tokens int32 `[B, T]` and lengths int32 `[B]` without the stop token.
-    """
-    config = system.model.captioner
-    params, adapter = uae.captioner_weights(parts, policy=True)
-    images = qwen.encode_images(config, params, *(batch[name] for name in IMAGE_FIELDS))
-    prefix = qwen.prompt_prefix(config, params, adapter, batch, images)
-    keys = sample_keys(trees.name_key(key, "caption"), batch["sample_id"])
-    completion = generate(
-        config, params, adapter, prefix, keys, max_new_tokens=max_new_tokens, stop_ids=system.stops, sampling=sampling)
-    return completion.tokens, condition.caption_lengths(completion.mask, completion.finished)
-
-
 class Evaluator:
     """Scores a model's parameters on fixed held-out pictures; compiled once for all stages of a run.
 
@@ -105,7 +78,9 @@ class Evaluator:
         sampling = SamplingConfig(config.temperature)
 
         def write(parts: Mapping, batch: Mapping) -> tuple[Array, Array]:
-            return caption_images(system, parts, batch, self.key, max_new_tokens=max_new_tokens, sampling=sampling)
+            said = sample_captions(
+                system.model, parts, batch, self.key, max_new_tokens=max_new_tokens, stops=system.stops, sampling=sampling)
+            return said.tokens, condition.caption_lengths(said.mask, said.finished)
 
         def picture(parts: Mapping, tokens: Array, lengths: Array, sample_ids: Array) -> Array:
             noise = uae.initial_noise(system.model, sample_keys(trees.name_key(self.key, "noise"), sample_ids))

@@ -14,10 +14,10 @@ from uae_jax.data.loader import RowBuilder, batch_spec, from_signed
 from uae_jax.data.qwen_inputs import prompt_fields
 from uae_jax.data.tokenizer import decode_caption
 from uae_jax.diffusion.schedule import sigma_schedule
-from uae_jax.models import uae
+from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.rl.captioning import sample_captions
 from uae_jax.rl.reconstruction import Denoising, draw, sample_keys
-from uae_jax.stages.evaluation import caption_images
 from uae_jax.stages.weights import ModelConfig, System, load_system
 
 
@@ -74,7 +74,10 @@ class Inference:
         sampling = SamplingConfig(config.temperature, 0, config.top_p)
 
         def write(parts: Mapping, batch: Mapping) -> tuple[Array, Array]:
-            return caption_images(self.system, parts, batch, self.key, max_new_tokens=config.max_new_tokens, sampling=sampling)
+            said = sample_captions(
+                self.system.model, parts, batch, self.key, max_new_tokens=config.max_new_tokens, stops=self.system.stops,
+                sampling=sampling)
+            return said.tokens, condition.caption_lengths(said.mask, said.finished)
 
         def picture(parts: Mapping, ids: Array, lengths: Array, sample_ids: Array) -> Array:
             noise = uae.initial_noise(self.system.model, sample_keys(trees.name_key(self.key, "noise"), sample_ids))

@@ -1,0 +1,60 @@
+"""Captions of pictures by the trained captioner: for rollouts of both RL stages, for scores and for inference."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jax import Array
+
+from uae_jax import trees
+from uae_jax.models import condition, uae
+from uae_jax.models.qwen2_5_vl import model as qwen
+from uae_jax.models.qwen2_5_vl.generate import Completion, generate
+from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.rl.reconstruction import sample_keys
+
+IMAGE_FIELDS = ("patches", "patch_positions", "patch_windows", "patch_images")
+
+
+def encode_batch_images(model: uae.UAE, parts: Mapping, batch: Mapping) -> Array:
+    """Image embeddings `[B, P / 4, D]` of a batch (`data.loader`)."""
+    return qwen.encode_images(model.captioner, parts, *(batch[name] for name in IMAGE_FIELDS))
+
+
+def sample_captions(
+    model: uae.UAE, parts: Mapping, batch: Mapping, key: Array, image_embeds: Array | None = None, *, max_new_tokens: int,
+    stops: tuple[int, ...], sampling: SamplingConfig, group: int = 1) -> Completion:
+    """Captions by the policy; the random keys are those of the global sample ids, whatever the batch.
+
+    Args:
+      model, parts: the model.
+      batch: B images with prompts and `sample_id` (`data.loader`).
+      key: of the step.
+      image_embeds: of `encode_batch_images`, to share them; None computes them.
+      max_new_tokens: T.
+      stops: ids that end a caption.
+      sampling: temperature and truncation.
+      group: captions of an image.
+
+    Returns:
+      `[B * group, T]`, rows of a group together.
+    """
+    params, adapter = uae.captioner_weights(parts, policy=True)
+    images = encode_batch_images(model, parts, batch) if image_embeds is None else image_embeds
+    prefix = qwen.prompt_prefix(model.captioner, params, adapter, batch, images)
+    keys = sample_keys(trees.name_key(key, "caption"), batch["sample_id"], group)
+    return generate(
+        model.captioner, params, adapter, prefix, keys, max_new_tokens=max_new_tokens, stop_ids=stops, sampling=sampling, group=group)
+
+
+def caption_metrics(completion: Completion, group: int) -> dict[str, tuple[Array, Array]]:
+    """Length, truncation, variety and repetition of sampled captions, as (sum, count) pairs."""
+    tokens, rows = jnp.where(completion.mask, completion.tokens, -1), jnp.float32(len(completion.tokens))
+    grouped = tokens.reshape(-1, group, tokens.shape[-1])
+    same = jnp.all(grouped[:, :, None] == grouped[:, None], axis=-1)
+    repeats = (tokens[:, 2:] == tokens[:, :-2]) & (tokens[:, 1:-1] == tokens[:, :-2]) & completion.mask[:, 2:]
+    lengths = condition.caption_lengths(completion.mask, completion.finished)
+    return {
+        "caption_tokens": (jnp.sum(lengths, dtype=jnp.float32), rows),
+        "truncated_fraction": (jnp.sum(~completion.finished, dtype=jnp.float32), rows),
+        "unique_fraction": (jnp.sum(1.0 / jnp.sum(same, -1)), rows),
+        "repeated_fraction": (jnp.sum(repeats, dtype=jnp.float32), jnp.sum(completion.mask, dtype=jnp.float32))}
