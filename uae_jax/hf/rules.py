@@ -72,7 +72,7 @@ def load_params(
       Nested dictionaries of numpy arrays with the structure of `abstract`.
 
     Raises:
-      ValueError: a tensor is missing, unknown, or of another shape; all are named, with the folder.
+      ValueError: a tensor is missing, unknown, there twice, or of another shape; all are named, with the folder.
     """
     wanted = trees.flatten(abstract)
     _check_table(rules, wanted)
@@ -95,14 +95,19 @@ def _canonical_names(folder: TensorFolder, aliases: Sequence[tuple[str, str]], i
         canonical = name
         for pattern, replacement in aliases:
             canonical = re.sub(pattern, replacement, canonical)
-        if not (ignore and re.fullmatch(ignore, canonical)):
-            published[canonical] = name
+        if ignore and re.fullmatch(ignore, canonical):
+            continue
+        if canonical in published:
+            both = " and ".join(sorted((name, published[canonical])))
+            raise ValueError(f"weights in {folder.path} hold one tensor under two names, {both}; keep the right one")
+        published[canonical] = name
     return published
 
 
 def _check_names(folder: TensorFolder, rules: Sequence[Rule], published: dict[str, str]) -> None:
     expected = {source for rule in rules for source in rule.sources()}
-    missing, unknown = sorted(expected - set(published)), sorted(set(published) - expected)
+    missing = sorted(expected - set(published))
+    unknown = sorted(published[name] for name in set(published) - expected)
     if missing or unknown:
         parts = [f"{what}: {_listed(names)}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
         raise ValueError(

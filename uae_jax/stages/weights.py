@@ -128,11 +128,19 @@ def load_system(config: ModelConfig, *, image_size: int, negative_prompt: str = 
     parts["encoders"] = {}
     for name in ENCODERS:
         if (folder / name).is_dir():
-            encoders[name], parts["encoders"][name] = load_encoder(folder / name)
+            encoders[name], parts["encoders"][name] = _load_encoder(folder / name, name)
     return System(
         folder, uae.UAE(captioner, transformer, vae, template, image_size), parts, tokenizer,
         load_image_processor(processor_folder, captioner.vision.window_size), tokens.stop_ids(tokenizer),
         ScheduleConfig.from_folder(folder / "SD3"), encoders)
+
+
+def _load_encoder(folder: pathlib.Path, name: str) -> tuple[Encoder, dict]:
+    """The encoder of a folder, of the kind that the folder's name says."""
+    encoder, params = load_encoder(folder)
+    if encoder.kind != {"longclip": "clip"}.get(name, name):
+        raise ValueError(f"{folder} holds a {encoder.kind} model, not the {name} that its name promises; copy the right model there")
+    return encoder, params
 
 
 def _load_language_adapter(folder: pathlib.Path, captioner: qwen_config.Qwen2_5VLConfig) -> tuple[qwen_config.Qwen2_5VLConfig, dict]:
