@@ -9,6 +9,7 @@ The same workdir continues where it stopped.
 
 import os
 import pathlib
+import re
 import sys
 
 from absl import app, flags, logging
@@ -71,16 +72,24 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 
+def _parse(arguments: list[str]) -> list[str]:
+    """Parses the flags; an unknown preset, field or flag is one line, without the trace of where it was noticed."""
+    try:
+        return flags.FLAGS(arguments)
+    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+        lines = str(error).replace("\\n", "\n").splitlines()
+        told = [line.strip() for line in lines if line.strip()]
+        message = told[-1] if "Traceback" in str(error) else " ".join(told)
+        sys.exit(f"error: {re.sub(r'^[A-Za-z]*Error: ', '', message)}")
+
+
 def command() -> None:
     """The console script."""
     file = _config_file()
     if file:  # a config imports its neighbours, wherever the command is started
         sys.path.insert(0, str(pathlib.Path(file).absolute().parents[1]))
     flags.mark_flags_as_required(["config", "workdir"])
-    try:
-        app.run(main)
-    except ValueError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    app.run(main, flags_parser=_parse)
 
 
 if __name__ == "__main__":

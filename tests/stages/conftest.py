@@ -1,9 +1,7 @@
 """A random model of a few thousand parameters in the official layout, and runs on it with settings to match."""
 
-import copy
 import dataclasses
 import json
-import types
 import zlib
 
 import jax
@@ -11,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from configs import presets
+from stage_pieces import changed, largest_gap, make_run, nudged, stage_of  # noqa: F401
 
-from uae_jax import sharding, trees
+from uae_jax import trees
 from uae_jax.data.scene_captions import WORDS
 from uae_jax.data.tokenizer import END_OF_TEXT, IMAGE_PAD, load_tokenizer, stop_ids, token_id, write_scene_tokenizer
 from uae_jax.hf.rules import published_tensors
@@ -27,10 +26,6 @@ from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, Vision
 from uae_jax.models.sd3 import transformer, vae
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.models.sd3.weights import transformer_rules, vae_rules
-from uae_jax.stages import run as run_module
-from uae_jax.stages.settings import frozen
-from uae_jax.training.optimizer import make_optimizer
-from uae_jax.training.step import init_state
 
 SIDE = 16
 STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
@@ -38,8 +33,14 @@ STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Programs that were compiled once in this session are read back: most tests here build the same ones again."""
-    names = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")), "jax_persistent_cache_min_compile_time_secs": 0.5}
+    """Programs that were compiled once are read back: most tests here build the same ones again.
+
+    A folder that JAX_COMPILATION_CACHE_DIR names is used instead, also by later sessions.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    names = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")), "jax_persistent_cache_min_compile_time_secs": 0.2}
     before = {name: getattr(jax.config, name) for name in names}
     for name, value in names.items():
         jax.config.update(name, value)
@@ -48,12 +49,22 @@ def compilation_cache(tmp_path_factory):
         jax.config.update(name, value)
 
 
-def shaken(params, seed: int):
-    """No bias or last map at zero, no norm at one: nothing is true by accident of the initialisation."""
-    def shake(name, leaf):
+@pytest.fixture
+def quick_compilation():
+    """Compiles without most optimisations, in half the time, where a test is not about the production program."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def random_params(abstract, seed: int):
+    """Numbers for a tree of shapes: no bias at zero, no norm at one, no last map at zero, nothing true by its initialisation."""
+    def draw(name, leaf):
         noise = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(leaf.shape)
-        return (1.5 * np.asarray(leaf) + 0.08 * noise).astype(np.float32)
-    return trees.map_with_name(shake, params)
+        if name.endswith("kernel"):
+            return (noise / np.sqrt(leaf.shape[-2])).astype(np.float32)
+        return (name.endswith("scale") + 0.15 * noise).astype(np.float32)
+    return trees.map_with_name(draw, abstract)
 
 
 def _json(folder, name, content):
@@ -69,11 +80,11 @@ def _write_captioner(root, tokenizer):
         image_token_id=token_id(tokenizer, IMAGE_PAD), video_token_id=token_id(tokenizer, "<|video_pad|>"),
         vision_start_token_id=token_id(tokenizer, "<|vision_start|>"), vision_end_token_id=token_id(tokenizer, "<|vision_end|>"),
         pad_token_id=pad, stop_token_ids=stops)
-    params = jax.jit(lambda key: qwen.init_params(config, key))(jax.random.key(1))
-    params["projector"] = qwen.init_projector(jax.random.key(2), 32, 24, 16)
-    params = shaken(params, 3)
+    projector = jax.eval_shape(lambda: qwen.init_projector(jax.random.key(0), 32, 24, 16))
+    params = random_params(qwen.abstract_params(config) | {"projector": projector}, 1)
     # logits a few units wide, so that captions of one group differ and some of them end
-    params["language"]["embedding"]["table"] *= 4
+    params["language"]["embedding"]["table"] *= 3
+    params["projector"]["second"]["kernel"] *= 4  # drawings depend on their captions
     _json(root / "llm", "config.json", to_json(config))
     _json(root / "llm", "generation_config.json", {"eos_token_id": list(stops)})
     write_tensors(root / "llm", qwen_weights.tensors(config, params, np.float32))
@@ -83,11 +94,12 @@ def _write_decoder(root, tokenizer):
     config = TransformerConfig(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=16, pooled_projection_dim=16, pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm")
-    params = shaken(jax.jit(lambda key: transformer.init_params(config, key))(jax.random.key(4)), 5)
+    params = random_params(transformer.abstract_params(config), 2)
+    params["pos_embed"]["table"] = transformer.position_table(config)
     _json(root / "dit", "config.json", config.published())
     write_tensors(root / "dit", published_tensors(params, transformer_rules(config)), stem="diffusion_pytorch_model")
     config = VAEConfig(latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, sample_size=SIDE)
-    params = shaken(jax.jit(lambda key: vae.init_params(config, key))(jax.random.key(6)), 7)
+    params = random_params(vae.abstract_params(config), 3)
     _json(root / "SD3" / "vae", "config.json", config.published())
     write_tensors(root / "SD3" / "vae", published_tensors(params, vae_rules(config)), stem="diffusion_pytorch_model")
     _json(root / "SD3" / "scheduler", "scheduler_config.json", {
@@ -97,16 +109,16 @@ def _write_decoder(root, tokenizer):
         hidden_size=8, intermediate_size=16, projection_dim=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=len(tokenizer),
         max_position_embeddings=8, bos_token_id=end - 1, eos_token_id=end, pad_token_id=end)
     for number, name in enumerate(("text_encoder", "text_encoder_2")):
-        save_clip(root / "SD3" / name, text, shaken(clip.init_params(text, jax.random.key(8 + number)), 9))
+        save_clip(root / "SD3" / name, text, random_params(clip.abstract_params(text), 4 + number))
     return text
 
 
 def _write_encoders(root, text):
     small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=SIDE, patch_size=8)
     both = CLIPConfig(CLIPVisionConfig(**small, intermediate_size=32, projection_dim=8), text)
-    save_clip(root / "clip", both, shaken(clip.init_params(both, jax.random.key(10)), 11))
+    save_clip(root / "clip", both, random_params(clip.abstract_params(both), 6))
     config = Dinov2Config(**small, mlp_ratio=2)
-    params = shaken(dino.init_params(config, jax.random.key(12)), 13)
+    params = random_params(dino.abstract_params(config), 7)
     write_tensors(root / "dinov2", published_tensors(params, dinov2_rules(config)))
     _json(root / "dinov2", "config.json", {"model_type": "dinov2", **dataclasses.asdict(config)})
     _json(root / "dinov2", "preprocessor_config.json", clip_preprocessor(SIDE) | {"image_processor_type": "BitImageProcessor"})
@@ -139,57 +151,6 @@ def config(model_folder):
         steps=2, batch_size=8, group_size=2, max_new_tokens=6, sampler_steps=3, window=1, window_high=2, lora_rank=4,
         clip_range=0.5, optimizer=optimizer)
     return values
-
-
-def changed(config: dict, **sections) -> dict:
-    """A copy with the given values in its sections: `changed(config, gen_for_und=dict(group_size=1), seed=1)`."""
-    values = copy.deepcopy(config)
-    for name, value in sections.items():
-        if isinstance(value, dict):
-            values[name] |= value
-        else:
-            values[name] = value
-    return values
-
-
-def make_run(config: dict, workdir, devices: int = 1) -> run_module.Run:
-    """A `Run` on the first so many of the faked devices."""
-    make_mesh = sharding.make_mesh
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:devices]))
-        return run_module.Run(frozen(run_module.RunConfig, config), workdir)
-
-
-def stage_of(run: run_module.Run, stage: str, **changes) -> types.SimpleNamespace:
-    """A stage's pieces, ready to call: config, policy, state, frozen, batch, key, and `step()` (state is donated)."""
-    config = dataclasses.replace(getattr(run.config, stage), **changes)
-    run.config = dataclasses.replace(run.config, **{stage: config})
-    start = run_module.STAGES[stage][1](run.parts, config, jax.random.key(5))
-    optimizer = make_optimizer(config.optimizer, 10)
-    rows = [run.rows(index, run.source[index]) for index in range(config.batch_size)]
-    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return types.SimpleNamespace(
-        config=config, policy=run.policy(stage) if stage in run_module.RL_STAGES else None, trained=start,
-        frozen={name: value for name, value in run.parts.items() if name not in start},
-        batch=sharding.shard_batch(batch, run.mesh), key=jax.random.key(7),
-        state=lambda params=start: sharding.shard_tree(init_state(params, optimizer, ema=bool(config.ema_decay)), run.mesh),
-        step=lambda state: run.step(stage, state, optimizer))
-
-
-def nudged(adapter, seed: int = 0, size: float = 0.02):
-    """An adapter that is not zero any more."""
-    def move(name, leaf):
-        noise = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(leaf.shape)
-        return jnp.asarray(leaf + size * noise, jnp.float32)
-    return trees.map_with_name(move, adapter)
-
-
-def largest_gap(a, b) -> float:
-    """Largest difference between two trees, relative to the largest number of its leaf."""
-    def gap(x, y):
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        return np.max(np.abs(x - y)) / max(np.max(np.abs(x)), 1e-12)
-    return max(jax.tree.leaves(jax.tree.map(gap, a, b)))
 
 
 @pytest.fixture(scope="session")

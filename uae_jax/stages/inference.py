@@ -66,7 +66,8 @@ class Inference:
         self.config = config
         self.system: System = load_system(model, image_size=config.size, negative_prompt=config.negative_prompt)
         self.parts = jax.tree.map(jnp.asarray, self.system.parts)
-        spec = batch_spec(self.system.tokenizer, self.system.processor, config.size, config.prompt, config.max_new_tokens)
+        # a caption that was cut at the limit has no stop token; as a text to draw it gets one
+        spec = batch_spec(self.system.tokenizer, self.system.processor, config.size, config.prompt, config.max_new_tokens + 1)
         self.rows = RowBuilder(self.system.tokenizer, self.system.processor, spec, config.prompt)
         self.key = jax.random.key(config.seed)
         sigmas = sigma_schedule(config.steps, config.shift, config.schedule)
@@ -118,12 +119,13 @@ class Inference:
         Raises:
           ValueError: a text is longer than `max_new_tokens`.
         """
-        rows = []
-        for text in texts:
-            row = self.rows.caption_fields(text)
+        rows = [self.rows.caption_fields(text) for text in texts]
+        for text, row in zip(texts, rows):
             if row["caption_truncated"]:
                 raise ValueError(f"the text {text[:40]!r}... is longer than {self.config.max_new_tokens} tokens; shorten it or raise --max_new_tokens")
-            rows.append(row)
+        yield from self._draw(rows)
+
+    def _draw(self, rows: Sequence[Mapping[str, np.ndarray]]) -> Iterator[np.ndarray]:
         for numbers in self._batches(len(rows)):
             ids, mask = (np.stack([rows[row][name] for row in numbers]) for name in ("caption_ids", "caption_mask"))
             lengths = mask.sum(-1, dtype=np.int32) - 1
@@ -131,9 +133,9 @@ class Inference:
             yield from pixels[: len(set(numbers.tolist()))]
 
     def reconstruct(self, images: Sequence[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-        """Caption and drawing of each picture."""
+        """Caption and drawing of each picture. A caption whose text has more tokens than were sampled is drawn without its tail."""
         captions = list(self.caption(images))
-        yield from zip(captions, self.generate(captions))
+        yield from zip(captions, self._draw([self.rows.caption_fields(caption) for caption in captions]))
 
 
 def _padded(row: Mapping[str, np.ndarray], name: str, longest: Mapping[str, int]) -> np.ndarray:

@@ -1,0 +1,71 @@
+"""What a person types: errors are one line and a code other than 0; pictures go in and come out."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from uae_jax import infer
+from uae_jax.data import scenes
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--config=configs/unified_grpo.py", "--workdir=/no/such/parent/run"), "does not exist; make it first"),
+    (("--config=configs/unified_grpo.py:huge", "--workdir=/tmp/never"), "unknown preset 'huge'"),
+    (("--config=configs/unified_grpo.py", "--workdir=/tmp/never", "--config.gen_for_und.group_sise=4"), "group_sise")])
+def test_main_ends_with_one_line(arguments, message):
+    done = command("uae_jax.main", *arguments)
+    assert done.returncode != 0 and message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index, suffix in enumerate(("png", "jpg", "png")):
+        Image.fromarray(scenes.draw(scenes.scene_at("test", index), 32 + 8 * index)).save(folder / f"scene_{index}.{suffix}")
+    return folder
+
+
+FAST = ["--size", "16", "--steps", "2", "--max_new_tokens", "8", "--prompt", "describe", "--guidance_scale", "1", "--batch_size", "2"]
+
+
+def test_reconstruct_writes_a_strip_for_every_picture_of_a_folder(model_folder, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    infer.main(["reconstruct", str(pictures), "--checkpoint", str(model_folder), "--out", str(out), "--json", *FAST])
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(records) == 3
+    for index, record in enumerate(records):
+        strip = Image.open(out / f"scene_{index}_strip.png")
+        assert strip.text["caption"] == record["caption"] and strip.width > 2 * strip.height
+        assert Image.open(record["reconstruction"]).size == (16, 16)
+
+
+def test_generate_draws_each_text_with_its_own_noise(model_folder, tmp_path, capsys):
+    infer.main(["generate", "red circle", "red circle", "--checkpoint", str(model_folder), "--out", str(tmp_path), *FAST])
+    first, second = (Image.open(tmp_path / f"{number:04d}.png") for number in (0, 1))
+    assert first.text["caption"] == "red circle" and first.tobytes() != second.tobytes()
+    infer.main(["generate", "red circle", "--checkpoint", str(model_folder), "--out", str(tmp_path / "again"), *FAST])
+    assert Image.open(tmp_path / "again" / "0000.png").tobytes() == first.tobytes()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("content, message", [(b"not a picture", "not a readable image"), (None, "does not exist")])
+def test_bad_pictures_are_named(model_folder, tmp_path, content, message):
+    path = tmp_path / "broken.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit, match=f"error: .*broken.png.*{message}"):
+        infer.main(["caption", str(path), "--checkpoint", str(model_folder), *FAST])
+
+
+def test_a_missing_checkpoint_is_named(pictures):
+    with pytest.raises(SystemExit, match="error: model folder /no/checkpoint does not exist"):
+        infer.main(["caption", str(pictures), "--checkpoint", "/no/checkpoint"])

@@ -1,0 +1,129 @@
+"""The RL policies in pieces: conditions, windows, guidance, micro-batches, and what carries a gradient."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from stage_pieces import largest_gap, nudged, stage_of
+
+from uae_jax.rl import caption_policy, flow_policy
+from uae_jax.rl.reconstruction import encode_condition
+from uae_jax.stages import gen_for_und, und_for_gen
+from uae_jax.training.step import accumulate_gradients
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def caption_stage(whole):
+    """gen_for_und with a trained adapter that also encodes captions, and one rollout with its replay."""
+    stage = stage_of(whole, "gen_for_und", condition_model="policy", updates_per_rollout=2)
+    stage.adapter = {"language_lora": nudged(stage.trained["language_lora"], size=0.05)}
+    rollout = jax.jit(lambda params: caption_policy.rollout(stage.policy, params, stage.frozen, stage.batch, stage.key))
+    return stage, rollout, rollout(stage.adapter)
+
+
+@pytest.fixture(scope="module")
+def flow_stage(whole):
+    """und_for_gen with guidance, guard and the velocity KL, a trained adapter, and its rollout as a function of the key."""
+    stage = stage_of(whole, "und_for_gen", guidance_scale=3.0, guard=True, kl_kind="velocity", updates_per_rollout=1)
+    stage.adapter = {"transformer_lora": nudged(stage.trained["transformer_lora"], size=0.05)}
+    rollout = jax.jit(lambda params, key: flow_policy.rollout(stage.policy, params, stage.frozen, stage.batch, key))
+    return stage, rollout, rollout(stage.adapter, stage.key)
+
+
+def _gradients(algorithm, stage, rollout, micro_batches):
+    def gradients(params):
+        return accumulate_gradients(algorithm, params, stage.frozen, {"shared": {}, **rollout}, stage.key, micro_batches)
+    return jax.jit(gradients)(stage.adapter)
+
+
+def test_conditions_of_policy_and_reference_differ_only_with_a_trained_adapter(caption_stage):
+    stage, _, rollout = caption_stage
+    tokens = rollout["samples"]["tokens"][:, 0]
+    lengths = jnp.full(len(tokens), 3, jnp.int32)
+
+    @jax.jit
+    def contexts(adapter):
+        parts = {**stage.frozen, **adapter}
+        return [
+            encode_condition(stage.policy.model, parts, dataclasses.replace(stage.policy.denoising, policy_condition=on), tokens, lengths)[0][0]
+            for on in (False, True)]
+
+    fresh, trained = contexts(stage.trained), contexts(stage.adapter)
+    np.testing.assert_array_equal(fresh[0], fresh[1])
+    np.testing.assert_array_equal(fresh[0], trained[0])
+    assert np.abs(np.asarray(trained[1] - trained[0])).max() > 1e-2
+
+
+def test_replayed_log_probs_are_those_of_sampling(caption_stage):
+    _, _, rollout = caption_stage
+    total, count = rollout["metrics"]["log_prob_gap"]
+    assert float(count) > 0 and float(total) / float(count) < 1e-4
+    assert np.abs(np.asarray(rollout["samples"]["old"] - rollout["samples"]["reference"])).max() > 1e-2
+
+
+def test_no_gradient_passes_through_the_reward(caption_stage):
+    stage, _, _ = caption_stage
+
+    def advantage(params):
+        return caption_policy.rollout(stage.policy, params, stage.frozen, stage.batch, stage.key)["samples"]["advantage"]
+
+    direction = nudged(jax.tree.map(jnp.zeros_like, stage.adapter), seed=4, size=1.0)
+    value, slope = jax.jit(lambda params: jax.jvp(advantage, (params,), (direction,)))(stage.adapter)
+    assert np.abs(np.asarray(value)).max() > 0.1
+    np.testing.assert_array_equal(slope, np.zeros_like(slope))
+
+
+def test_caption_gradient_does_not_depend_on_micro_batches(caption_stage):
+    stage, _, rollout = caption_stage
+    algorithm = gen_for_und.algorithm(stage.policy)
+    one, two = (_gradients(algorithm, stage, {"samples": rollout["samples"]}, parts) for parts in (1, 2))
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(one[0])) > 1e-3
+    assert largest_gap(one[0], two[0]) < 1e-4
+    assert float(one[2]) == float(two[2]) == stage.config.batch_size * stage.config.group_size
+
+
+def test_flow_gradient_does_not_depend_on_micro_batches(flow_stage):
+    stage, _, rollout = flow_stage
+    algorithm = und_for_gen.algorithm(stage.policy)
+    pieces = {name: rollout[name] for name in ("samples", "shared")}
+    one, two = (_gradients(algorithm, stage, pieces, parts) for parts in (1, 2))
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(one[0])) > 1e-6
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(one[0]))
+    assert largest_gap(one[0], two[0]) < 1e-3
+    for name in ("ratio_deviation_max", "kl"):
+        assert all(np.isfinite(float(number)) for number in one[3][name])
+    assert float(one[3]["ratio_deviation_max"][0]) < 1e-6 and float(one[3]["kl"][0]) > 0
+
+
+def test_the_window_comes_from_the_key_and_is_shared(flow_stage):
+    stage, rollout, first = flow_stage
+    starts = set()
+    for number in range(8):
+        found = rollout(stage.adapter, jax.random.key(number))
+        indices = np.asarray(found["shared"]["sigma_indices"])
+        assert indices.shape == (stage.config.window,)
+        starts.add(int(indices[0]))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found["samples"]))
+    assert starts == {0, 1}
+    again = rollout(stage.adapter, stage.key)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+def test_guidance_has_a_negative_context_and_replays_exactly(flow_stage):
+    stage, _, rollout = flow_stage
+    states, mask = rollout["shared"]["negative"]
+    assert states.shape[0] == 1 and int(mask.sum()) == len(stage.policy.model.template.prefix) + 2 + len(stage.policy.model.template.suffix)
+    assert float(rollout["metrics"]["log_prob_gap"]) < 1e-5
+
+
+def test_members_of_a_group_draw_the_same_caption_with_their_own_noise(flow_stage):
+    stage, _, rollout = flow_stage
+    group = stage.config.group_size
+    context = np.asarray(rollout["samples"]["context"]).reshape(stage.config.batch_size, group, -1)
+    np.testing.assert_array_equal(context, np.broadcast_to(context[:, :1], context.shape))
+    latents = np.asarray(rollout["samples"]["latents"]).reshape(stage.config.batch_size * group, -1)
+    assert len(np.unique(latents[:, 0])) == len(latents)

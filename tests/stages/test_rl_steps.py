@@ -1,0 +1,126 @@
+"""What must hold of the two RL steps whatever the weights are."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from stage_pieces import changed, largest_gap, make_run, nudged, stage_of
+
+from uae_jax.models.qwen2_5_vl.generate import Completion
+from uae_jax.rl import caption_policy
+from uae_jax.rl.captioning import encode_batch_images
+
+
+@pytest.fixture(scope="module")
+def captioner(whole):
+    """gen_for_und: two steps of one compiled program."""
+    stage = stage_of(whole, "gen_for_und")
+    step, first = stage.step(stage.state()), stage.state()
+    second, metrics = step(first, stage.frozen, stage.batch, stage.key)
+    moved = jax.tree.map(np.asarray, second.params)
+    third, again = step(second, stage.frozen, stage.batch, stage.key)
+    return stage, step, moved, {name: float(value) for name, value in metrics.items()}, {name: float(value) for name, value in again.items()}
+
+
+def test_first_ratio_is_exactly_one_and_kl_exactly_zero(captioner):
+    *_, metrics, again = captioner
+    assert metrics["ratio_deviation_max"] == 0.0 and metrics["kl"] == 0.0
+    assert metrics["clip_fraction_low"] == metrics["clip_fraction_high"] == 0.0
+    assert metrics["grad_norm"] > 0 and metrics["reward_std"] > 0
+    assert again["kl"] > 0  # the rollout of the second step is scored against a reference that did not move
+
+
+def test_only_the_adapter_is_trained_and_it_moves(captioner):
+    stage, _, moved, *_ = captioner
+    assert set(stage.trained) == set(moved) == {"language_lora"}
+    assert largest_gap(stage.trained["language_lora"], moved["language_lora"]) > 0
+
+
+def test_the_step_was_compiled_once(captioner):
+    _, step, *_ = captioner
+    assert step._cache_size() == 1
+
+
+def _rollout_rewards(stage, completion):
+    parts = {**stage.frozen, **stage.trained}
+    pixels = caption_policy.draw_captions(stage.policy, parts, completion, stage.batch["sample_id"], stage.key)
+    return np.asarray(pixels).reshape(len(stage.batch["pixels"]), stage.policy.group_size, -1)
+
+
+def test_shared_noise_gives_equal_captions_equal_drawings(captioner):
+    stage = captioner[0]
+    rows = len(stage.batch["pixels"]) * stage.policy.group_size
+    tokens = jnp.full((rows, stage.policy.max_new_tokens), 20, jnp.int32)
+    same = Completion(tokens, jnp.ones(tokens.shape, bool), jnp.zeros(tokens.shape), jnp.zeros(rows, bool))
+    shared = _rollout_rewards(stage, same)
+    np.testing.assert_array_equal(shared, np.broadcast_to(shared[:, :1], shared.shape))
+    stage.policy = dataclasses.replace(stage.policy, shared_noise=False)
+    apart = _rollout_rewards(stage, same)
+    assert np.abs(apart - apart[:, :1]).max() > 1e-3
+
+
+def test_captions_follow_from_sample_ids_and_not_from_the_batch(captioner):
+    stage = captioner[0]
+    parts = {**stage.frozen, **stage.trained}
+    images = encode_batch_images(stage.policy.model, parts, stage.batch)
+    whole = caption_policy.write_captions(stage.policy, parts, stage.batch, images, stage.key).tokens
+    order = np.arange(len(images))[::-1]
+    turned = {name: value[order] for name, value in stage.batch.items()}
+    other = caption_policy.write_captions(stage.policy, parts, turned, images[order], stage.key).tokens
+    group = stage.policy.group_size
+    np.testing.assert_array_equal(np.asarray(whole).reshape(len(order), group, -1)[order], np.asarray(other).reshape(len(order), group, -1))
+
+
+def test_a_trained_adapter_reaches_the_rollout_and_leaves_the_reference(captioner):
+    stage = captioner[0]
+    parts = {**stage.frozen, "language_lora": nudged(stage.trained["language_lora"], size=0.3)}
+    images = encode_batch_images(stage.policy.model, parts, stage.batch)
+    new = caption_policy.write_captions(stage.policy, parts, stage.batch, images, stage.key)
+    old = caption_policy.write_captions(stage.policy, {**stage.frozen, **stage.trained}, stage.batch, images, stage.key)
+    assert np.any(np.asarray(new.tokens) != np.asarray(old.tokens))
+    samples = {name: stage.batch[name] for name in caption_policy.PROMPT_FIELDS} | {
+        "image_embeds": images, "tokens": new.tokens.reshape(len(images), stage.policy.group_size, -1),
+        "mask": new.mask.reshape(len(images), stage.policy.group_size, -1)}
+    score = caption_policy.score_captions
+    base = score(stage.policy, {**stage.frozen, **stage.trained}, samples, trained=False).log_probs
+    np.testing.assert_array_equal(base, score(stage.policy, parts, samples, trained=False).log_probs)
+    np.testing.assert_array_equal(base, score(stage.policy, {**stage.frozen, **stage.trained}, samples, trained=True).log_probs)
+    sampled = np.asarray(new.log_probs).reshape(base.shape)
+    np.testing.assert_allclose(score(stage.policy, parts, samples, trained=True).log_probs, sampled, atol=1e-4)
+
+
+@pytest.mark.parametrize("setting, message", [
+    (dict(group_size=1), "at least 2 samples"), (dict(temperature=0.0), "temperature > 0")])
+def test_settings_that_cannot_work_fail_before_anything_runs(config, tmp_path, setting, message):
+    with pytest.raises(ValueError, match=message):
+        make_run(changed(config, gen_for_und=setting), tmp_path)
+
+
+def test_two_updates_of_a_rollout_move_the_ratio(whole):
+    stage = stage_of(whole, "und_for_gen", updates_per_rollout=2)
+    first = stage.state()
+    step = stage.step(first)
+    state, metrics = step(first, stage.frozen, stage.batch, stage.key)
+    metrics = {name: float(value) for name, value in metrics.items()}
+    assert metrics["log_prob_gap"] == 0.0
+    assert metrics["ratio_deviation"] > 1e-6  # of the second update: old and new parameters are not the same buffers
+    assert set(state.params) == {"transformer_lora"} and int(state.updates) == 2
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_flow_ratio_is_one_before_the_update(whole):
+    stage = stage_of(whole, "und_for_gen", updates_per_rollout=1)
+    first = stage.state()
+    _, metrics = stage.step(first)(first, stage.frozen, stage.batch, stage.key)
+    assert float(metrics["log_prob_gap"]) == 0.0 and float(metrics["ratio_deviation_max"]) < 1e-6
+    assert float(metrics["kl"]) < 1e-10 and float(metrics["grad_norm"]) > 0
+
+
+@pytest.mark.parametrize("setting, message", [
+    (dict(group_size=1), "at least 2 samples"), (dict(step_rule="euler"), "step_rule"),
+    (dict(step_rule="cps", guard=True), "guard"), (dict(window_high=9), "does not fit")])
+def test_flow_settings_that_cannot_work_fail_before_anything_runs(config, tmp_path, setting, message):
+    with pytest.raises(ValueError, match=message):
+        make_run(changed(config, und_for_gen=setting), tmp_path)

@@ -1,0 +1,108 @@
+"""Pretraining and cold start: what their losses and gradients must be, on a random model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from stage_pieces import largest_gap, stage_of
+
+from uae_jax.models import uae
+from uae_jax.stages import cold_start, pretrain
+from uae_jax.training.step import step_key
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def drawn(whole):
+    """The pieces of pretraining with half of the captions dropped, and one rollout."""
+    stage = stage_of(whole, "pretrain", condition_dropout=0.5)
+    algorithm = pretrain.algorithm(whole.system.model, stage.config)
+    key = step_key(stage.key, "rollout", 0)
+    return stage, algorithm, jax.jit(algorithm.rollout)(stage.trained, stage.frozen, stage.batch, key)["samples"]
+
+
+def test_dropped_captions_are_the_negative_prompt(whole, drawn):
+    stage, _, samples = drawn
+    template = whole.system.model.template
+    around = len(template.prefix) + len(template.suffix)
+    assert len(template.negative) == 2
+    lengths = np.asarray(samples["mask"]).sum(-1) - around
+    full = np.asarray(stage.batch["caption_mask"]).sum(-1) - 1
+    dropped = lengths != full
+    assert 0 < dropped.sum() < len(dropped) and set(lengths[dropped]) == {2}
+    rows = np.asarray(samples["hidden"])[dropped][:, : 2 + around]
+    np.testing.assert_allclose(rows, np.broadcast_to(rows[:1], rows.shape), atol=1e-5)
+    kept = np.asarray(samples["hidden"])[~dropped][0, : 2 + around]
+    assert np.abs(kept - rows[0]).max() > 1e-2
+
+
+def test_a_perfect_predictor_has_no_loss(drawn, monkeypatch):
+    stage, algorithm, samples = drawn
+
+    def exact(model, parts, latents, sigma, context, *, policy):
+        del model, parts, context, policy
+        return (latents - samples["latents"]) / sigma[:, None, None, None]
+
+    def loss() -> float:
+        total, count, _ = algorithm.loss(stage.trained, stage.frozen, {"samples": samples}, stage.key)
+        return float(total / count)
+
+    monkeypatch.setattr(uae, "velocity", exact)
+    assert loss() < 1e-9
+    monkeypatch.setattr(uae, "velocity", lambda *args, **named: exact(*args, **named) + 0.5)
+    assert loss() == pytest.approx(0.25, rel=1e-4)
+
+
+def _value_and_gradient(whole, model=None, **changes):
+    """Mean loss and gradient of cold start as a function of the trained parts alone."""
+    stage = stage_of(whole, "cold_start", clamp="none", **changes)
+    denoising = whole.denoising(stage.config.sampler_steps, stage.config.guidance_scale)
+    algorithm = cold_start.algorithm(model or whole.system.model, stage.config, denoising, whole.encoders(stage.config))
+
+    def mean(params):
+        total, count, _ = algorithm.loss(params, stage.frozen, {"samples": stage.batch}, stage.key)
+        return total / count
+
+    return stage.trained, jax.jit(jax.value_and_grad(mean))
+
+
+@pytest.fixture(scope="module")
+def cold(whole):
+    trained, function = _value_and_gradient(whole, guidance_scale=2.0)
+    return trained, function, *function(trained)
+
+
+def test_cold_start_gradient_is_the_slope_of_its_loss(cold):
+    trained, function, _, gradient = cold
+    slope = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(gradient)))
+    for name in trained:
+        assert any(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient[name])), name
+    rng = np.random.default_rng(0)
+    # half along the gradient, half at random: along a random direction alone float32 drowns the slope
+    direction = jax.tree.map(lambda g: g / slope + rng.standard_normal(g.shape).astype(np.float32) / 300, gradient)
+    size = 2e-2
+    ends = [function(jax.tree.map(lambda p, d: p + sign * size * d, trained, direction))[0] for sign in (1, -1)]
+    expected = sum(float(jnp.vdot(g, d)) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction)))
+    assert (float(ends[0]) - float(ends[1])) / (2 * size) == pytest.approx(expected, rel=0.03)
+
+
+def test_recomputing_layers_changes_no_gradient(whole, cold):
+    trained, _, value, gradient = cold
+    model = whole.system.model
+    again = dataclasses.replace(
+        model, captioner=model.captioner.using(remat="full"), transformer=dataclasses.replace(model.transformer, remat="full"))
+    other_value, other = _value_and_gradient(whole, again, guidance_scale=2.0)[1](trained)
+    assert float(other_value) == pytest.approx(float(value), rel=1e-5)
+    assert largest_gap(gradient, other) < 1e-4
+
+
+def test_answer_states_are_another_condition_and_train_too(whole, cold):
+    trained, _, value, gradient = cold
+    other_value, other = _value_and_gradient(whole, guidance_scale=2.0, condition="answer_states")[1](trained)
+    assert abs(float(other_value) - float(value)) > 1e-5
+    leaves = jax.tree.leaves(other)
+    assert all(np.isfinite(leaf).all() for leaf in leaves) and largest_gap(gradient, other) > 1e-2
+    assert any(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(other["projector"]))

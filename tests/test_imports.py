@@ -1,0 +1,56 @@
+"""Imports go one way, from the building blocks up; the tree has no catch-all modules and no long files."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "uae_jax"
+# folder or module -> what it may import; everything may import itself
+ALLOWED = {
+    "__init__": set(), "trees": set(), "nn": {"trees"}, "diffusion": {"trees"}, "hf": {"trees"}, "data": {"trees"},
+    "sharding": {"trees"}, "models": {"nn", "hf", "trees"}, "training": {"sharding", "trees"},
+    "rl": {"models", "diffusion", "trees"},
+    "stages": {"trees", "nn", "hf", "data", "sharding", "diffusion", "models", "training", "rl"},
+    "main": {"stages", "training"}, "infer": {"stages", "data"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part(path: pathlib.Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported(path: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        if isinstance(node, ast.ImportFrom) and node.module == "uae_jax":
+            names = [f"uae_jax.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("uae_jax.")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_up_only(path):
+    wrong = imported(path) - ALLOWED[part(path)] - {part(path)}
+    assert not wrong, f"{path.name} is in {part(path)}, which must not import {sorted(wrong)}"
+
+
+def test_no_two_parts_import_each_other():
+    edges = {(part(path), name) for path in FILES for name in imported(path) if name != part(path)}
+    assert not {(a, b) for a, b in edges if (b, a) in edges}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_are_short_and_named_for_what_they_hold(path):
+    assert len(path.read_text().splitlines()) <= 500
+    assert path.stem not in ("utils", "util", "common", "helpers", "misc")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "cold_start", "gen_for_und", "und_for_gen"])
+def test_a_stage_compiles_exactly_one_train_step(stage):
+    assert (PACKAGE / "stages" / f"{stage}.py").read_text().count("jax.jit(") == 1
