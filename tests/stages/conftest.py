@@ -49,7 +49,7 @@ def compilation_cache(tmp_path_factory):
         jax.config.update(name, value)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quick_compilation():
     """Compiles without most optimisations, in half the time, where a test is not about the production program."""
     jax.config.update("jax_disable_most_optimizations", True)

@@ -17,10 +17,26 @@ STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
 SCORES = ("reward", "unified_score", "heldout_score", "caption_tokens", "fact_recall", "fact_precision", "scene_accuracy", "geneval")
 
 
+COMPILED = {}
+
+
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return run_module.run(config, workdir), workdir
+    step = run_module.Run.step
+
+    def recorded(self, stage, state, optimizer):
+        COMPILED[stage] = step(self, stage, state, optimizer)
+        return COMPILED[stage]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module.Run, "step", recorded)
+        return run_module.run(config, workdir), workdir
+
+
+@pytest.mark.usefixtures("finished")
+def test_each_stage_compiles_its_step_once_in_a_whole_run():
+    assert {stage: step._cache_size() for stage, step in COMPILED.items()} == dict.fromkeys(STAGES, 1)
 
 
 def test_summary_has_all_stages_with_scores_before_and_after(finished):
