@@ -52,8 +52,8 @@ def build_captioner(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     llm = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer) + 5, hidden_size=LANGUAGE, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=48, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[1, 1, 2]),
+            num_key_value_heads=2, intermediate_size=48,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[1, 1, 2]),
             tie_word_embeddings=True, max_position_embeddings=512, bos_token_id=ids("<|endoftext|>"),
             eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>")),
         vision_config=dict(

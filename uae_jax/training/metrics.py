@@ -28,10 +28,12 @@ class Clock:
 
     @property
     def wall_seconds(self) -> float:
+        """Seconds since the first start, pauses included."""
         return self._wall + time.monotonic() - self._start
 
     @property
     def seconds(self) -> float:
+        """Seconds of work: without the pauses."""
         return self._seconds + time.monotonic() - self._start - self._paused
 
     @contextlib.contextmanager
