@@ -98,7 +98,7 @@ def _mini() -> dict:
     config["data"] |= dict(source="scenes", image_size=256, max_caption=64, caption_prompt="Describe this image in detail.")
     config["evaluation"] |= dict(images=8, batch_size=2, sampler_steps=6)
     for name in ("pretrain", "cold_start", "gen_for_und", "und_for_gen"):
-        config[name] |= dict(steps=2, batch_size=2)
+        config[name] |= dict(steps=2, batch_size=2, optimizer=config[name]["optimizer"] | dict(warmup_steps=0, schedule="constant"))
     config["gen_for_und"] |= dict(group_size=4, max_new_tokens=64, sampler_steps=6)
     config["und_for_gen"] |= dict(group_size=4, max_new_tokens=64, sampler_steps=6, updates_per_rollout=1)
     return config

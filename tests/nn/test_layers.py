@@ -1,0 +1,131 @@
+"""Attention, norms, rotation and adapted linear maps against their formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uae_jax import trees
+from uae_jax.nn.attention import attention
+from uae_jax.nn.linear import Dense
+from uae_jax.nn.lora import init_lora, merge_lora
+from uae_jax.nn.norms import GroupNorm, LayerNorm, RMSNorm
+from uae_jax.nn.rope import apply_rope
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_attention_with_grouped_queries_is_the_plain_formula():
+    query, key, value = normal(0, 2, 5, 4, 8), normal(1, 2, 7, 2, 8), normal(2, 2, 7, 2, 8)
+    mask = np.random.default_rng(3).random((2, 1, 5, 7)) < 0.7
+    mask[..., 0] = True
+    expected = np.zeros_like(query)
+    for batch in range(2):
+        for head in range(4):
+            logits = query[batch, :, head] @ key[batch, :, head // 2].T / np.sqrt(8)
+            weights = np.where(mask[batch, 0], np.exp(logits - logits.max(-1, keepdims=True)), 0)
+            expected[batch, :, head] = weights / weights.sum(-1, keepdims=True) @ value[batch, :, head // 2]
+    np.testing.assert_allclose(attention(query, key, value, mask), expected, atol=1e-5)
+
+
+def test_forbidden_keys_change_nothing_and_a_row_without_keys_is_finite():
+    query, key, value = normal(0, 1, 3, 2, 4), normal(1, 1, 4, 2, 4), normal(2, 1, 4, 2, 4)
+    mask = np.ones((1, 1, 3, 4), bool)
+    mask[..., 3] = False
+    mask[0, 0, 2] = False
+    other = key.copy(), value.copy()
+    other[0][:, 3], other[1][:, 3] = 100.0, -100.0
+    mine, theirs = attention(query, key, value, mask), attention(query, *other, mask)
+    np.testing.assert_array_equal(mine[:, :2], theirs[:, :2])
+    gradient = jax.grad(lambda q: attention(q, key, value, mask).sum())(query)
+    assert np.isfinite(mine).all() and np.isfinite(gradient).all()
+
+
+def test_softmax_is_float32_for_half_precision_inputs():
+    query, key, value = (normal(seed, 1, 2, 1, 4).astype(jnp.bfloat16) for seed in range(3))
+    text = str(jax.make_jaxpr(attention)(query, key, value))
+    assert "exp" in text and all("f32[" in line for line in text.splitlines() if " = exp " in line)
+    assert attention(query, key, value).dtype == jnp.bfloat16
+
+
+def test_key_heads_must_divide_query_heads():
+    with pytest.raises(ValueError, match="3 query heads cannot share 2 key heads"):
+        attention(normal(0, 1, 2, 3, 4), normal(1, 1, 2, 2, 4), normal(2, 1, 2, 2, 4))
+
+
+def test_norms_against_numpy():
+    x = normal(0, 2, 3, 4, 8) * 3 + 1
+    found = RMSNorm(1e-6).apply({"params": {"scale": np.full(8, 2.0, np.float32)}}, x)
+    np.testing.assert_allclose(found, 2 * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6), rtol=1e-5)
+    found = LayerNorm(1e-5, affine=False).apply({}, x)
+    np.testing.assert_allclose(found, (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5), atol=1e-5)
+    found = GroupNorm(2).apply({"params": {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}}, x)
+    groups = x.reshape(2, 3, 4, 2, 4)
+    mean, variance = groups.mean((1, 2, 4), keepdims=True), groups.var((1, 2, 4), keepdims=True)
+    np.testing.assert_allclose(found, ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape), atol=1e-5)
+
+
+def test_statistics_are_float32_for_half_precision_inputs():
+    x = (normal(0, 1, 4096) + 100).astype(jnp.bfloat16)  # in bfloat16 the mean of squares would lose the spread
+    exact = np.asarray(x, np.float64)
+    found = np.asarray(LayerNorm(affine=False).apply({}, x), np.float64)
+    np.testing.assert_allclose(found, (exact - exact.mean()) / exact.std(), atol=0.02)
+
+
+def test_rotation_keeps_lengths_and_sees_only_distances():
+    x, y = normal(0, 6, 1, 8), normal(1, 6, 1, 8)
+    frequencies = 1.0 / 100 ** (np.arange(4) / 4)
+
+    def scores(start):
+        angles = (start + np.arange(6))[:, None] * frequencies
+        turned = [np.asarray(apply_rope(z, angles))[:, 0] for z in (x, y)]
+        np.testing.assert_allclose(np.linalg.norm(turned[0], axis=-1), np.linalg.norm(x[:, 0], axis=-1), rtol=1e-5)
+        return turned[0] @ turned[1].T
+
+    np.testing.assert_allclose(scores(0.0), scores(11.0), atol=1e-4)
+    assert np.abs(scores(0.0) - x[:, 0] @ y[:, 0].T).max() > 0.1
+
+
+@pytest.fixture
+def layers():
+    """Kernels of two stacked maps and one alone, with a new adapter of the first."""
+    base = {"layers": {"up": {"kernel": normal(0, 2, 6, 5)}}, "head": {"kernel": normal(1, 5, 3)}}
+    return base, init_lora(jax.random.key(0), base, r"layers/.*", 2)
+
+
+def test_new_adapters_change_nothing_and_trained_ones_equal_the_merged_kernel(layers):
+    base, adapter = layers
+    assert adapter["layers"]["up"]["a"].shape == (2, 6, 2) and adapter["layers"]["up"]["b"].shape == (2, 2, 5)
+    x, dense = normal(3, 4, 6), Dense(5, use_bias=False, lora_alpha=8.0)
+
+    def apply(kernels, lora, layer):
+        variables = {"params": {"kernel": kernels["layers"]["up"]["kernel"][layer]}}
+        return dense.apply(variables | ({"lora": jax.tree.map(lambda z: z[layer], lora["layers"]["up"])} if lora else {}), x)
+
+    np.testing.assert_array_equal(apply(base, adapter, 1), apply(base, None, 1))
+    trained = jax.tree.map(lambda leaf: leaf + 0.3, adapter)
+    merged = merge_lora(base, trained, 8.0)
+    assert np.abs(apply(base, trained, 1) - apply(base, None, 1)).max() > 0.1
+    np.testing.assert_allclose(apply(base, trained, 1), apply(merged, None, 1), atol=1e-4)
+    np.testing.assert_array_equal(merged["head"]["kernel"], base["head"]["kernel"])
+
+
+def test_adapters_depend_on_names_and_must_match_something(layers):
+    base, adapter = layers
+    alone = init_lora(jax.random.key(0), {**base, "other": base["head"]}, r"layers/.*", 2)
+    jax.tree.map(np.testing.assert_array_equal, adapter, alone)
+    with pytest.raises(ValueError, match="no linear layer matches the adapter pattern 'blocks/"):
+        init_lora(jax.random.key(0), base, r"blocks/.*", 2)
+    with pytest.raises(KeyError):
+        merge_lora(base, {"absent": {"a": normal(0, 2, 1), "b": normal(0, 1, 2)}}, 1.0)
+
+
+def test_names_and_trees_are_inverses():
+    tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    assert trees.flatten(tree) == {"a/b": 1, "a/c/d": 2, "e": 3} and trees.unflatten(trees.flatten(tree)) == tree
+    assert trees.select(tree, r"a/.*") == {"a": {"b": 1, "c": {"d": 2}}}
+    assert trees.merge(tree, {"a": {"b": 5}}) == {"a": {"b": 5, "c": {"d": 2}}, "e": 3}
+    with pytest.raises(KeyError, match="absent"):
+        trees.merge(tree, {"absent": 1})
