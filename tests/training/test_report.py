@@ -85,3 +85,12 @@ def test_change_is_clear_only_when_intervals_do_not_touch():
     rows = score_rows({"reward": one, "geneval": one}, {"reward": {**one, "value": 0.7, "low": 0.61, "high": 0.8}, "geneval": one})
     assert [(r["name"], r["clear"]) for r in rows] == [("reward", True), ("geneval", False)]
     assert rows[0]["change"] == pytest.approx(0.2)
+
+
+def test_page_colours_only_changes_whose_intervals_do_not_touch(tmp_path):
+    one = {"value": 0.5, "n": 9, "low": 0.4, "high": 0.6}
+    after = {"reward": {**one, "value": 0.7, "low": 0.61, "high": 0.8}, "geneval": {**one, "value": 0.45}}
+    stage = {"name": "gen_for_und", "steps": 1, "seconds": 1.0, "wall_seconds": 1.0, "before": {"reward": one, "geneval": one}, "after": after}
+    write_summary(tmp_path, preset="tiny", seed=0, stages=[stage])
+    page = write_report(tmp_path).read_text()
+    assert '<td class="up">+0.200</td>' in page and '<td class="meaning">-0.050</td>' in page
