@@ -98,8 +98,3 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
 
     return jax.tree.map(put, batch)
-
-
-def replicate(tree: trees.Tree, mesh: Mesh) -> trees.Tree:
-    """Puts a whole copy of every leaf on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

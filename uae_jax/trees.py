@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 Tree = Any
@@ -69,8 +68,3 @@ def parameter_count(tree: Tree) -> int:
 def name_key(key: jax.Array, name: str) -> jax.Array:
     """Folds a name into a random key by a hash that is the same in every process (CRC-32)."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
-
-
-def cast_floating(tree: Tree, dtype: Any) -> Tree:
-    """The tree with its floating-point leaves in another precision."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
