@@ -44,11 +44,13 @@ def _contents(folder):
 
 def _in_process(*arguments):
     """`main` with these arguments, without the start of another interpreter."""
-    main._parse(["main", "--config=configs/unified_grpo.py", *arguments])
-    try:
-        main.main(["main"])
-    finally:
-        flags.FLAGS.unparse_flags()
+    arguments = ["main", "--config=configs/unified_grpo.py", *arguments]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)  # where overrides of the configuration are looked up
+        try:
+            main.main(main._parse(arguments))
+        finally:
+            flags.FLAGS.unparse_flags()
 
 
 def test_a_broken_line_of_captions_is_named_by_number(workdir, broken_captions):
