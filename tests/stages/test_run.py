@@ -83,7 +83,7 @@ def _assert_equal(ours, theirs):
 def test_export_reads_back_bit_for_bit(watched):
     system = load_system(ModelConfig(folder=str(watched.workdir)), image_size=16)
     _assert_equal(system.parts, watched.run.parts)
-    assert system.model.captioner.lora_alpha == watched.run.system.model.captioner.lora_alpha
+    assert system.model.captioner.text.lora_alpha == watched.run.system.model.captioner.text.lora_alpha
     assert system.model.transformer.lora_alpha == watched.run.system.model.transformer.lora_alpha
     start = load_system(ModelConfig(folder=watched.run.config.model.folder), image_size=16).parts
     untrained = start.keys() - {"projector", "transformer"}
