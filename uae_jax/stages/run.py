@@ -28,8 +28,9 @@ from uae_jax.rl.rewards import Encoder
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages import cold_start, gen_for_und, pretrain, und_for_gen
 from uae_jax.stages.evaluation import EvaluationConfig, Evaluator
+from uae_jax.stages.export import export_system
 from uae_jax.stages.settings import frozen
-from uae_jax.stages.weights import ModelConfig, export_system, load_system
+from uae_jax.stages.weights import ModelConfig, load_system
 from uae_jax.training.loop import Hooks, LoopConfig, StageResult, check_configuration, run_stage
 from uae_jax.training.metrics import MetricWriter, write_json
 from uae_jax.training.optimizer import make_optimizer

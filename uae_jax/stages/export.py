@@ -1,0 +1,69 @@
+"""A model in memory, written as a folder in the official layout (`stages.weights` reads it back)."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from uae_jax.hf.rules import published_tensors
+from uae_jax.hf.safetensors import write_tensors
+from uae_jax.models.qwen2_5_vl import weights as qwen_weights
+from uae_jax.models.sd3 import weights as sd3_weights
+from uae_jax.stages.weights import ENCODERS, System
+
+# the joint attention's projections, as flow_grpo adapts them (scripts/train_sd3.py)
+DIT_TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
+               "attn.to_add_out")
+
+
+def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: np.dtype = np.float32) -> None:
+    """Writes a model in the official layout; parts that do not train are copied from where the system was read.
+
+    Args:
+      system: the description, and the folder of the unchanged parts.
+      parts: parameters to write.
+      folder: replaced as a whole, only once everything is written.
+      dtype: stored precision of the trained parts.
+    """
+    fresh = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    captioner, parts = system.model.captioner, jax.device_get(dict(parts))
+    language = parts.get("language_policy", parts["language"])
+    whole = {"vision": parts["vision"], "language": language, "projector": parts["projector"]}
+    write_tensors(fresh / "llm", qwen_weights.tensors(captioner, whole, dtype))
+    for name in ("config.json", "generation_config.json"):
+        if (system.folder / "llm" / name).exists():
+            shutil.copy2(system.folder / "llm" / name, fresh / "llm" / name)
+    if "language_lora" in parts:
+        write_tensors(fresh / "llm_lora", qwen_weights.adapter_tensors(captioner, parts["language_lora"], dtype=dtype), stem="adapter_model")
+        _write_json(fresh / "llm_lora" / "adapter_config.json", qwen_weights.adapter_config(captioner, parts["language_lora"]))
+    _export_transformer(system, parts, fresh, dtype)
+    for name in ("llm_processor", "SD3", *ENCODERS):
+        if (system.folder / name).is_dir():
+            skip = shutil.ignore_patterns("transformer")
+            shutil.copytree(system.folder / name, fresh / name, ignore=skip)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def _export_transformer(system: System, parts: Mapping, folder: pathlib.Path, dtype: np.dtype) -> None:
+    config, stem = system.model.transformer, "diffusion_pytorch_model"
+    weights = parts.get("transformer_policy", parts["transformer"])
+    write_tensors(folder / "dit", published_tensors(weights, sd3_weights.transformer_rules(config), dtype), stem=stem)
+    _write_json(folder / "dit" / "config.json", config.published())
+    if "transformer_lora" in parts:
+        adapter = parts["transformer_lora"]
+        write_tensors(folder / "dit_lora", published_tensors(adapter, sd3_weights.adapter_rules(config), dtype), stem="adapter_model")
+        rank = int(adapter["last_block"]["attention"]["query"]["a"].shape[-1])
+        _write_json(folder / "dit_lora" / "adapter_config.json", {
+            "peft_type": "LORA", "r": rank, "lora_alpha": config.lora_alpha, "target_modules": list(DIT_TARGETS),
+            "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "task_type": None,
+            "base_model_name_or_path": None})
+
+
+def _write_json(path: pathlib.Path, content: Mapping) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
