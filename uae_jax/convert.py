@@ -1,0 +1,127 @@
+"""Checks model folders, writes them in other layouts, and builds them from published models.
+
+    python -m uae_jax.convert check /weights/UAE
+    python -m uae_jax.convert export runs/medium medium_hub --layout hub --dtype bfloat16
+    python -m uae_jax.convert import --llm Qwen2.5-VL-3B-Instruct --sd3 stable-diffusion-3.5-medium --clip clip-vit-large-patch14 UAE_new
+
+check reads every tensor of an official UAE folder, a training workdir, a diffusers SD3 pipeline, or the folder of one model
+(Qwen2.5-VL, SD3 transformer, VAE, CLIP, DINO, peft adapter); its exit code is 1 when a part is not whole.
+export writes the official layout, or folders that transformers, diffusers and peft open (`--layout hub`).
+import builds the official folder that `uae_jax.main` and `uae_jax.infer` take.
+Nothing is written unless everything that is read is whole.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# nothing here computes more than a random projector: an accelerator would only be occupied
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+IMPORTED = {
+    "llm": "Qwen2.5-VL folder, with or without UAE's projector", "sd3": "SD3 or SD3.5 pipeline folder",
+    "llm_processor": "tokenizer and image processor (default: those in --llm)",
+    "projector": "UAE's projector as `export --layout hub` writes it (default: a new one when --llm has none)",
+    "dit": "transformer (default: the pipeline's)", "llm_lora": "adapter of the captioner", "dit_lora": "adapter of the transformer",
+    "clip": "CLIP folder", "longclip": "Long-CLIP folder", "dinov2": "DINOv2 folder", "dinov3": "DINOv3 folder"}
+
+
+def _parser() -> argparse.ArgumentParser:
+    style = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m uae_jax.convert", description=__doc__, **style)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="check|export|import")
+    check = commands.add_parser("check", help="is every tensor there, of the right shape, and a number")
+    check.add_argument("folder", metavar="FOLDER")
+    check.add_argument("--fast", action="store_true", help="read names and shapes only, not the numbers")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+    export = commands.add_parser("export", help="write a model in another layout or precision")
+    export.add_argument("source", metavar="SOURCE", help="official UAE folder or training workdir")
+    export.add_argument("out", metavar="OUT", help="a new folder")
+    export.add_argument("--layout", choices=("official", "hub"), default="official", help="(default: %(default)s)")
+    export.add_argument("--dtype", choices=("keep", "float32", "bfloat16", "float16"), default="keep", help="of the weights (default: as stored)")
+    export.add_argument("--merge-adapters", action="store_true", help="add the adapters to their models")
+    export.add_argument("--llm-lora", choices=("peft", "wrapped"), default="peft", help="adapter folder, or the release's whole state in three files")
+    export.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="size limit of one file (default: %(default)s)")
+    export.add_argument("--parts", nargs="+", default=(), metavar="PART", help="write these parts only, such as llm SD3/vae dit_lora")
+    build = commands.add_parser("import", help="build an official folder from published models")
+    for name, text in IMPORTED.items():
+        build.add_argument(f"--{name}", default="", metavar="DIR", required=name in ("llm", "sd3"), help=text)
+    build.add_argument("out", metavar="OUT", help="a new folder")
+    build.add_argument("--seed", type=int, default=0, help="of a new projector (default: %(default)s)")
+    build.add_argument("--link", action="store_true", help="hard links instead of copies, where both folders are on one disk")
+    build.add_argument("--fast", action="store_true", help="check names and shapes only, not the numbers")
+    for command in (export, build):
+        command.add_argument("--overwrite", action="store_true", help="replace the model folder OUT")
+    return parser
+
+
+def _bar(text: str, total: int | None = None):
+    """A progress bar in bytes on a terminal, nothing elsewhere."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=text, unit="B", unit_scale=True, file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
+
+
+def _check(options: argparse.Namespace) -> int:
+    from uae_jax.stages.folders.check import as_json, check_folder, table_text, weight_bytes
+    from uae_jax.stages.folders.parts import find_parts
+
+    folder = find_parts(options.folder)
+    with _bar("reading", weight_bytes(folder)) as bar:
+        rows = check_folder(folder, fast=options.fast, progress=bar.update)
+    print(as_json(folder, rows) if options.json else table_text(folder, rows))
+    return int(any(row.problems for row in rows))
+
+
+def _export(options: argparse.Namespace) -> int:
+    from uae_jax.stages.folders.check import readable
+    from uae_jax.stages.folders.export import ExportConfig, export_folder
+
+    config = ExportConfig(
+        options.layout, options.dtype, options.merge_adapters, options.llm_lora, options.max_shard_gb, tuple(options.parts))
+    with _bar("writing") as bar:
+        def progress(count: int, total: int) -> None:
+            bar.total = total
+            bar.update(count)
+
+        outputs = export_folder(options.source, options.out, config, overwrite=options.overwrite, progress=progress)
+    for output in outputs:
+        if output.items:
+            dtypes = ", ".join(sorted({item.dtype.name for item in output.items}))
+            note = f"  {output.note}" if output.note else ""
+            print(f"{output.name:<20} {len(output.items):>5} tensors  {readable(output.nbytes):>8}B  {dtypes}{note}")
+    print(f"written to {options.out}")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from uae_jax.stages.folders.assemble import Sources, import_folder
+
+    sources = Sources(**{name: getattr(options, name) for name in IMPORTED})
+    with _bar("checking") as bar:
+        rows, notes = import_folder(
+            sources, options.out, seed=options.seed, link=options.link, overwrite=options.overwrite, fast=options.fast,
+            progress=bar.update)
+    for row in rows:
+        print(f"{row.part:<20} {row.folder}")
+    for note in notes:
+        print(note)
+    print(f"written to {options.out}; use it as --checkpoint {options.out} or --config.model.folder={pathlib.Path(options.out).absolute()}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; every expected error is one line and exit code 1."""
+    options = _parser().parse_args(arguments)
+    try:
+        code = {"check": _check, "export": _export, "import": _import}[options.command](options)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

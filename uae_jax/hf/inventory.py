@@ -1,0 +1,125 @@
+"""What a folder of weights holds, beside what a model needs: names, shapes, and numbers that are none."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from uae_jax import trees
+from uae_jax.hf.rules import Rule
+from uae_jax.hf.safetensors import TensorFolder
+
+# the bits that are all set in an infinity or NaN, by precision; testing bits takes a fifth of the time of np.isfinite
+_EXPONENT = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000),
+             "float64": (np.uint64, 0x7FF0000000000000)}
+_PIECE = 1 << 22  # numbers looked at in one go, which bounds the memory of the comparison
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "U8": "uint8",
+          "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How the tensors of a folder fit a model.
+
+    Attributes:
+      published: the model's tensors that are there: canonical name to the name in the files.
+      expected: number of tensors that the model has.
+      missing, unknown: canonical names that the folder lacks; names in the files that the model has not.
+      misshapen: one sentence for each tensor of another shape.
+    """
+
+    published: dict[str, str]
+    expected: int
+    missing: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    misshapen: tuple[str, ...] = ()
+
+    @property
+    def matched(self) -> int:
+        """Tensors that fit."""
+        return self.expected - len(self.missing) - len(self.misshapen)
+
+
+def compare(
+    folder: TensorFolder, rules: Sequence[Rule], abstract: trees.Tree, *, aliases: Sequence[tuple[str, str]] = (), ignore: str = ""
+) -> Fit:
+    """The tensors of a folder beside a model's table; the arguments are those of `hf.rules.load_params`.
+
+    Only headers are read, and nothing is raised: everything that does not fit is in the result.
+    """
+    wanted = trees.flatten(abstract)
+    published, unknown = {}, []
+    for name in sorted(folder.names()):
+        canonical = canonical_name(name, aliases)
+        if ignore and re.fullmatch(ignore, canonical):
+            continue
+        if canonical in published:
+            unknown.append(f"{name} (the same tensor as {published[canonical]})")
+        else:
+            published[canonical] = name
+    table = {source: rule for rule in rules for source in rule.sources()}
+    misshapen = []
+    for source, rule in table.items():
+        if source not in published:
+            continue
+        target = tuple(wanted[rule.ours].shape)[0 if rule.layers is None else 1:]
+        stored = folder.shape(published[source])
+        if _our_shape(rule, stored) != target:
+            misshapen.append(f"{published[source]} is {list(stored)}, which does not fit {list(target)} that config.json asks for")
+    unknown += [name for canonical, name in published.items() if canonical not in table]
+    return Fit(
+        {source: published[source] for source in table if source in published}, len(table),
+        tuple(sorted(set(table) - set(published))), tuple(unknown), tuple(misshapen))
+
+
+def _our_shape(rule: Rule, stored: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape in our layout, or None for another number of dimensions."""
+    try:
+        return rule.to_ours(np.broadcast_to(np.zeros((), np.int8), stored)).shape
+    except ValueError:
+        return None
+
+
+def canonical_name(name: str, aliases: Sequence[tuple[str, str]]) -> str:
+    """A tensor's name in the published files, by (regular expression, replacement) pairs."""
+    for pattern, replacement in aliases:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def count_non_finite(tensor: np.ndarray) -> int:
+    """How many numbers of a tensor of any float type are NaN or infinite; integers have none."""
+    if tensor.dtype.name not in _EXPONENT:
+        return 0
+    bits, exponent = _EXPONENT[tensor.dtype.name]
+    flat = np.ascontiguousarray(tensor).reshape(-1).view(bits)
+    pieces = (flat[start:start + _PIECE] for start in range(0, flat.size, _PIECE))
+    return sum(int(np.count_nonzero((piece & bits(exponent)) == exponent)) for piece in pieces)
+
+
+def dtype_name(stored: str) -> str:
+    """The name of a precision in numpy's words (`bfloat16`) from safetensors' (`BF16`)."""
+    return DTYPES.get(stored, stored.lower())
+
+
+def cut_short(path: str | pathlib.Path) -> str | None:
+    """What is lost of a safetensors file, or of the first such file of a folder, that is not complete; None if all are whole."""
+    path = pathlib.Path(path)
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            text = stream.read(length) if size >= 8 and length < size else b""
+        try:
+            header = json.loads(text)
+            ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"{file} has no readable header; it is cut short or not a safetensors file, copy it again"
+        lost = sorted((name for name in ends if ends[name] > size), key=ends.get)
+        if lost:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            return f"{file} is cut short: {size:,} of {max(ends.values()):,} bytes, without the end of {lost[0]}{more}; copy it again"
+    return None

@@ -1,0 +1,178 @@
+"""An official folder built from the folders in which the single models are published."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from uae_jax.hf.inventory import dtype_name
+from uae_jax.hf.rules import published_tensors
+from uae_jax.hf.safetensors import TensorFolder, write_tensors
+from uae_jax.models.qwen2_5_vl import model as qwen
+from uae_jax.models.qwen2_5_vl import weights as qwen_weights
+from uae_jax.stages.folders.check import Row, check_folder
+from uae_jax.stages.folders.files import check_target, copy_file, replaced, small_files, used_files
+from uae_jax.stages.folders.parts import (
+    ENCODERS, KINDS, Folder, Part, find_parts, has_projector, has_tokenizer, identify, part_config)
+
+PROJECTOR_FACTOR = 4  # inner width over the language model's, as in the release: 2048, 8192, 4096
+_COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "scheduler")
+_MODEL_FILES = ("config.json", "generation_config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Where the parts come from; each is the folder of one model as published.
+
+    Attributes:
+      llm: Qwen2.5-VL, with or without UAE's projector.
+      sd3: an SD3 or SD3.5 pipeline folder.
+      llm_processor: tokenizer and image processor; empty where they are in `llm`.
+      projector: UAE's projector, as `export --layout hub` writes it.
+      dit: a transformer to use in place of the pipeline's.
+      llm_lora, dit_lora: adapters.
+      clip, longclip, dinov2, dinov3: image encoders.
+    """
+
+    llm: str
+    sd3: str
+    llm_processor: str = ""
+    projector: str = ""
+    dit: str = ""
+    llm_lora: str = ""
+    dit_lora: str = ""
+    clip: str = ""
+    longclip: str = ""
+    dinov2: str = ""
+    dinov3: str = ""
+
+
+def import_folder(
+    sources: Sources, out: str | pathlib.Path, *, seed: int = 0, link: bool = False, overwrite: bool = False, fast: bool = False,
+    progress: Callable[[int], None] = lambda count: None) -> tuple[list[Row], list[str]]:
+    """Builds an official folder at `out`, after checking every part and that they fit each other.
+
+    Args:
+      sources: the folders.
+      out: a new or empty folder.
+      seed: of a new projector, which is made when there is none.
+      link: hard links instead of copies.
+      overwrite: replace a model folder at `out`.
+      fast: check the headers only, not the numbers.
+      progress: called with the bytes of each tensor that was checked.
+
+    Returns:
+      The rows of the check, and one sentence for each thing that was decided.
+
+    Raises:
+      FileNotFoundError, ValueError: a part is absent, of another model, broken, or does not fit; nothing is written.
+    """
+    folder = gather(sources)
+    read = [pathlib.Path(getattr(sources, field.name)) for field in dataclasses.fields(sources) if getattr(sources, field.name)]
+    check_target(pathlib.Path(out).absolute(), overwrite=overwrite, sources=read)
+    rows = check_folder(folder, fast=fast, progress=progress)
+    problems = [problem for row in rows for problem in row.problems]
+    if problems:
+        raise ValueError(f"{problems[0]}{f' (and {len(problems) - 1} more problems; see `convert check`)' if len(problems) > 1 else ''}")
+    with replaced(out, overwrite=overwrite, sources=read) as fresh:
+        notes = _build(folder, sources, fresh, seed, link)
+    return rows, notes
+
+
+def gather(sources: Sources) -> Folder:
+    """The parts where they are, under the names that they will have.
+
+    Raises:
+      FileNotFoundError, ValueError: a folder is absent, or does not hold the model that it was named for.
+    """
+    pipeline = find_parts(sources.sd3)
+    if pipeline.layout != "pipeline":
+        raise ValueError(f"--sd3 {sources.sd3} is no SD3 pipeline folder; give one with vae, scheduler, text_encoder and text_encoder_2")
+    parts = {"llm": _expect("llm", sources.llm)}
+    parts |= {name: _expect(name, getattr(sources, name)) for name in (
+        "projector", "llm_lora", "dit_lora", "dit", *ENCODERS) if getattr(sources, name)}
+    for name in _COMPONENTS:
+        parts[f"SD3/{name}"] = pipeline.part(f"SD3/{name}")
+        if parts[f"SD3/{name}"] is None:
+            raise FileNotFoundError(f"--sd3 {sources.sd3} has no {name} folder; download the whole pipeline")
+    if not sources.dit:
+        own = pipeline.part("SD3/transformer")
+        if own is None:
+            raise FileNotFoundError(f"--sd3 {sources.sd3} has no transformer folder; download it too, or give a transformer with --dit")
+        parts["dit"] = Part("dit", own.folder)
+    processor = pathlib.Path(sources.llm_processor or sources.llm)
+    if not has_tokenizer(processor):
+        raise FileNotFoundError(f"{processor} has no tokenizer_config.json; give the folder of tokenizer and image processor with --llm_processor")
+    parts["llm_processor"] = Part("llm_processor", processor)
+    return Folder(pathlib.Path(sources.llm).parent, "sources", tuple(parts[name] for name in KINDS if name in parts))
+
+
+def _expect(name: str, path: str) -> Part:
+    """A part, when its folder holds that kind of model."""
+    folder = pathlib.Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--{name} {folder} is not a folder")
+    found = identify(folder)
+    same = {"longclip": "clip"}.get(name, name)
+    if found not in (name, same):
+        raise ValueError(f"--{name} {folder} holds {f'the part {found}' if found else 'no model that is known'}, not {name}; give the folder of that model")
+    return Part(name, folder)
+
+
+def _build(folder: Folder, sources: Sources, fresh: pathlib.Path, seed: int, link: bool) -> list[str]:
+    notes = []
+    for part in folder.parts:
+        if part.kind not in ("processor", "projector"):
+            for file in used_files(part.folder) if part.kind != "scheduler" else small_files(part.folder):
+                copy_file(file, fresh / part.name, link=link)
+    for file in small_files(folder.part("llm_processor").folder):
+        if file.name not in _MODEL_FILES and not file.name.lower().startswith(("readme", "licen")):
+            copy_file(file, fresh / "llm_processor", link=link)
+    root = pathlib.Path(sources.sd3)
+    for file in small_files(root):
+        if file.name != "model_index.json":
+            copy_file(file, fresh / "SD3", link=link)
+    for inner in ("tokenizer", "tokenizer_2"):
+        if (root / inner).is_dir():
+            for file in small_files(root / inner):
+                copy_file(file, fresh / "SD3" / inner, link=link)
+    if (root / "text_encoder_3").is_dir():
+        notes.append("text_encoder_3 (T5) is left out: the captioner takes its place")
+    if not sources.dit:
+        notes.append(f"dit is the pipeline's own transformer, {folder.part('dit').folder}")
+    notes += _add_projector(folder, fresh, seed)
+    if not any(folder.part(name) for name in ENCODERS):
+        notes.append("no image encoder was given: inference works, training needs --clip for its reward")
+    return notes
+
+
+def _add_projector(folder: Folder, fresh: pathlib.Path, seed: int) -> list[str]:
+    """Puts the given projector, or a new one, into the captioner's folder when it has none."""
+    part, own = folder.part("llm"), folder.part("projector")
+    stored = TensorFolder(part.folder)
+    if has_projector(stored):
+        return [f"the projector of {part.folder} is kept"] + ([f"{own.folder} is not used"] if own else [])
+    width, features = part_config(part).text.width, part_config(folder.part("dit")).joint_attention_dim
+    if own:
+        given = TensorFolder(own.folder)
+        tensors = {name: given.read(name) for name in sorted(given.names())}
+        note = f"the projector is that of {own.folder}"
+    else:
+        hidden = PROJECTOR_FACTOR * width
+        params = qwen.init_projector(jax.random.key(seed), width, hidden, features)
+        dtype = np.dtype(dtype_name(stored.dtype(next(iter(sorted(stored.names()))))))
+        tensors = dict(published_tensors({"projector": params}, qwen_weights.projector_rules(), dtype))
+        note = (f"{part.folder} has no projector: a new one of {width} -> {hidden} -> {features} was made from seed {seed} ({dtype.name}); "
+                "it is random, run the stage pretrain first")
+    file = write_tensors(fresh / "llm", tensors, stem="projector")[0]
+    for index in (fresh / "llm").glob("*.safetensors.index.json"):
+        content = json.loads(index.read_text())
+        content["weight_map"] |= {name: file.name for name in tensors}
+        content.setdefault("metadata", {})["total_size"] = (
+            content.get("metadata", {}).get("total_size", 0) + sum(tensor.nbytes for tensor in tensors.values()))
+        index.unlink()  # a hard link must not change the source
+        index.write_text(json.dumps(content, indent=2) + "\n")
+    return [note]

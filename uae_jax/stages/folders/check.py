@@ -1,0 +1,324 @@
+"""Whether the parts of a model folder are whole: names, shapes and numbers of every tensor, and that the parts fit each other."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from uae_jax.data import tokenizer as tokens
+from uae_jax.data.qwen_inputs import load_image_processor
+from uae_jax.diffusion.schedule import ScheduleConfig
+from uae_jax.hf.inventory import Fit, canonical_name, compare, count_non_finite, cut_short, dtype_name
+from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.models.encoders.preprocess import Preprocess
+from uae_jax.models.qwen2_5_vl import weights as qwen_weights
+from uae_jax.stages.folders.adapters import Adapter, check_plain, is_wrapped, read_adapter
+from uae_jax.stages.folders.parts import ADAPTERS, ENCODERS, Folder, Part, has_projector, part_config, part_table
+
+NEEDED = ("llm", "llm_processor", "SD3/vae", "SD3/text_encoder", "SD3/text_encoder_2", "SD3/scheduler")
+_LISTED = 4  # names in a message; all are in the JSON
+
+
+@dataclasses.dataclass
+class Row:
+    """What was found of one part.
+
+    Attributes:
+      part: its name.
+      folder: its place.
+      files: weight files that are read.
+      matched, expected: tensors; both 0 for parts without weights.
+      dtypes: stored precision to number of tensors.
+      parameters: numbers in all matched tensors.
+      missing, unknown: names.
+      problems: one sentence each: what is wrong, where, and what to do.
+      notes: remarks that are no problem.
+      licence: file name, or `README: NAME` of its front matter; None if there is neither.
+      config: of `part_config`, for the checks between parts.
+    """
+
+    part: str
+    folder: pathlib.Path
+    files: int = 0
+    matched: int = 0
+    expected: int = 0
+    dtypes: dict[str, int] = dataclasses.field(default_factory=dict)
+    parameters: int = 0
+    missing: list[str] = dataclasses.field(default_factory=list)
+    unknown: list[str] = dataclasses.field(default_factory=list)
+    problems: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    licence: str | None = None
+    config: Any = None
+
+    def record(self) -> dict[str, Any]:
+        """The row as JSON."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "config"}
+        return values | {"folder": str(self.folder), "ok": not self.problems}
+
+
+def check_folder(folder: Folder, *, fast: bool = False, progress: Callable[[int], None] = lambda count: None) -> list[Row]:
+    """A row for every part, and for every part that an official folder lacks.
+
+    Args:
+      folder: of `find_parts`.
+      fast: read the headers only, not the numbers.
+      progress: called with the bytes of each tensor that was read.
+    """
+    rows = [check_part(part, folder, fast=fast, progress=progress) for part in folder.parts]
+    if folder.layout == "official":
+        rows += [
+            Row(name, folder.path / name, problems=[f"{folder.path / name} is not there; copy it there, or build the folder with `convert import`"])
+            for name in NEEDED if folder.part(name) is None]
+        if folder.transformer is None:
+            rows.append(Row("dit", folder.path / "dit", problems=[
+                f"neither {folder.path / 'dit'} nor {folder.path / 'SD3' / 'transformer'} is there; copy one of them there"]))
+    found = {row.part: row for row in rows}
+    check_fit(found, folder)
+    if "dit" in found and "SD3/transformer" in found:
+        found["SD3/transformer"].notes.append("not used beside dit")
+    return rows
+
+
+def weight_bytes(folder: Folder) -> int:
+    """Bytes of all weight files, for a progress bar."""
+    return sum(file.stat().st_size for part in folder.parts for file in part.folder.glob("*.safetensors"))
+
+
+def check_part(part: Part, folder: Folder, *, fast: bool = False, progress: Callable[[int], None] = lambda count: None) -> Row:
+    """One part; nothing is raised, what is wrong is in the row's problems."""
+    row = Row(part.name, part.folder, licence=find_licence(part.folder, folder.path))
+    try:
+        if part.kind == "processor":
+            _check_processor(row)
+        elif part.kind == "scheduler":
+            ScheduleConfig.from_folder(part.folder)
+        else:
+            _check_weights(row, part, folder, fast, progress)
+    except (ValueError, FileNotFoundError) as error:
+        row.problems.insert(0, cut_short(part.folder) or " ".join(str(error).split()))
+    return row
+
+
+def _check_processor(row: Row) -> None:
+    tokenizer = tokens.load_tokenizer(row.folder)
+    tokens.stop_ids(tokenizer)
+    tokens.condition_template(tokenizer)
+    row.config = (len(tokenizer), load_image_processor(row.folder, 1 << 20))
+    row.files = sum(1 for file in row.folder.iterdir() if file.is_file())
+    row.notes.append(f"{len(tokenizer):,} tokens")
+
+
+def _check_weights(row: Row, part: Part, folder: Folder, fast: bool, progress: Callable[[int], None]) -> None:
+    row.config = part_config(part)
+    if part.kind == "image encoder":
+        Preprocess.from_folder(part.folder)
+    stored = TensorFolder(part.folder)
+    row.files = len(set(stored.files.values()))
+    if part.name in ADAPTERS:
+        fit = _compare_adapter(row, part, folder)
+    else:
+        table = part_table(part, row.config, stored)
+        fit = compare(stored, table.rules, table.abstract, aliases=table.aliases, ignore=table.ignore)
+    row.matched, row.expected = fit.matched, fit.expected
+    row.missing, row.unknown = list(fit.missing), list(fit.unknown)
+    names = fit.published.values()
+    row.dtypes = dict(Counter(dtype_name(stored.dtype(name)) for name in names).most_common())
+    row.parameters = sum(_size(stored.shape(name)) for name in names)
+    for what, found in (("misses", row.missing), ("has unknown tensors", row.unknown)):
+        if found:
+            row.problems.append(f"{part.folder} {what} {_listed(found)}; copy the folder again, with the config.json that belongs to it")
+    row.problems += [f"{part.folder}: {sentence}; copy the config.json and weights of one model" for sentence in fit.misshapen[:_LISTED]]
+    if not fast:
+        row.problems += _bad_numbers(stored, progress)
+
+
+def _bad_numbers(stored: TensorFolder, progress: Callable[[int], None]) -> list[str]:
+    problems = []
+    for name in sorted(stored.names(), key=lambda name: (stored.files[name], name)):
+        tensor = stored.read(name)
+        count = count_non_finite(tensor)
+        if count:
+            problems.append(f"{stored.files[name]}: {name} has {count:,} of {tensor.size:,} numbers that are NaN or infinite; copy the file again")
+        progress(tensor.nbytes)
+    return problems[:_LISTED] + ([f"and {len(problems) - _LISTED} more tensors with such numbers"] if len(problems) > _LISTED else [])
+
+
+def _compare_adapter(row: Row, part: Part, folder: Folder) -> Fit:
+    """An adapter beside itself (every layer has what one has, in pairs) and, where the base is there, beside the base."""
+    adapter = read_adapter(part)
+    check_plain(part, adapter)
+    if part.name == "dit_lora" and not adapter.config:
+        row.problems.append(f"{part.folder / 'adapter_config.json'} is not there; it holds the adapter's scale, copy it there")
+    base, names = _base_shapes(part, folder), set(adapter.folder.names())
+    stem, kinds = ADAPTERS[part.name], {re.sub(r"^\w+\.\d+\.", "", module) for module in adapter.modules}
+    layers = {int(module.split(".")[1]) for module in (base or adapter.modules) if module.startswith(f"{stem}.")}
+    known = set(base or adapter.modules)
+    wanted = {f"{stem}.{layer}.{kind}" for layer in layers for kind in kinds} & known
+    missing = [f"{module}.lora_{side}.weight" for module in sorted(wanted) for side in "AB" if side not in adapter.modules.get(module, {})]
+    used = {name for module in wanted for name in adapter.modules.get(module, {}).values()}
+    unknown = names - used
+    if is_wrapped(part.folder):
+        captioner = _canonical_captioner(folder)
+        unknown = {name for name in unknown if captioner and canonical_name(name, qwen_weights.ALIASES) not in captioner}
+        row.notes.append(f"the release's wrapped layout: the base model's {len(names) - len(used)} tensors are stored beside the adapter")
+    row.notes.append(f"rank {adapter.rank}, alpha {adapter.alpha:g}{'' if adapter.config else ' (twice the rank: no adapter_config.json)'}")
+    wrong = _adapter_shapes(adapter, wanted, base)
+    published = {f"{module}.lora_{side}": name for module in wanted for side, name in adapter.modules.get(module, {}).items()}
+    return Fit(published, 2 * len(wanted), tuple(missing), tuple(sorted(unknown)), tuple(wrong))
+
+
+def _base_shapes(part: Part, folder: Folder) -> dict[str, tuple[int, ...]]:
+    """Module to weight shape of the model that an adapter belongs to; empty where it is not in the folder or not readable."""
+    base = folder.part("llm") if part.name == "llm_lora" else folder.transformer
+    try:
+        if base is None:
+            return {}
+        stored = TensorFolder(base.folder)
+        table = part_table(base, part_config(base), stored)
+        fit = compare(stored, table.rules, table.abstract, aliases=table.aliases, ignore=table.ignore)
+    except (ValueError, FileNotFoundError):
+        return {}  # the base's own row says why
+    shapes = {name.removesuffix(".weight"): stored.shape(file) for name, file in fit.published.items() if name.endswith(".weight")}
+    return {re.sub(r"^model\.", "", module): shape for module, shape in shapes.items() if len(shape) == 2}
+
+
+def _canonical_captioner(folder: Folder) -> set[str]:
+    part = folder.part("llm")
+    if part is None:
+        return set()
+    try:
+        stored = TensorFolder(part.folder)
+        table = part_table(part, part_config(part), stored)
+    except (ValueError, FileNotFoundError):
+        return set()
+    return {source for rule in table.rules for source in rule.sources()} | {"lm_head.weight"}
+
+
+def _adapter_shapes(adapter: Adapter, wanted: set[str], base: dict[str, tuple[int, ...]]) -> list[str]:
+    wrong, rank = [], int(adapter.config.get("r", adapter.rank))
+    for module in sorted(wanted):
+        for side, name in adapter.modules.get(module, {}).items():
+            shape = adapter.folder.shape(name)
+            outer, inner = base.get(module, (shape[0], shape[-1]))
+            target = (rank, inner) if side == "A" else (outer, rank)
+            if shape != target:
+                wrong.append(f"{name} is {list(shape)}, {list(target)} is needed")
+    return wrong
+
+
+def check_fit(rows: dict[str, Row], folder: Folder) -> None:
+    """Adds a problem to a row whose part does not fit another part."""
+    def config(name: str) -> Any:
+        return rows[name].config if name in rows else None
+
+    decoder = rows.get("dit") or rows.get("SD3/transformer")
+    captioner, sizes = rows.get("llm"), decoder.config if decoder else None
+    if captioner and captioner.config:
+        features = _projector_features(captioner.folder, rows.get("projector"))
+        if features is None and folder.layout != "official":
+            captioner.notes.append("no projector: plain Qwen2.5-VL")
+        elif features is None:
+            captioner.problems.append(
+                f"{captioner.folder} has no projector.0 and projector.2 tensors; UAE's own llm folder has them, `convert import` makes new ones")
+        elif sizes and features != sizes.joint_attention_dim:
+            captioner.problems.append(
+                f"{captioner.folder}: the projector gives {features} features, {decoder.folder} needs joint_attention_dim {sizes.joint_attention_dim}; "
+                "use the projector and transformer of one model")
+    if sizes and config("SD3/vae") and config("SD3/vae").latent_channels != sizes.in_channels:
+        rows["SD3/vae"].problems.append(
+            f"{rows['SD3/vae'].folder} has {config('SD3/vae').latent_channels} latent channels, {decoder.folder} needs {sizes.in_channels}")
+    texts = [config(f"SD3/{name}") for name in ("text_encoder", "text_encoder_2")]
+    if sizes and all(texts) and sum(text.projection_dim for text in texts) != sizes.pooled_projection_dim:
+        rows["SD3/text_encoder"].problems.append(
+            f"the text encoders give {' + '.join(str(text.projection_dim) for text in texts)} features, {decoder.folder} needs "
+            f"pooled_projection_dim {sizes.pooled_projection_dim}; copy both encoders of its own model")
+    if captioner and captioner.config and config("llm_processor") and config("llm_processor")[0] > captioner.config.text.vocab_size:
+        rows["llm_processor"].problems.append(
+            f"{rows['llm_processor'].folder} has {config('llm_processor')[0]:,} tokens, {captioner.folder} embeds "
+            f"{captioner.config.text.vocab_size:,}; copy the tokenizer of this model")
+
+
+def _projector_features(folder: pathlib.Path, own: Row | None) -> int | None:
+    try:
+        stored = TensorFolder(own.folder if own else folder)
+    except (ValueError, FileNotFoundError):
+        return None
+    return stored.shape("projector.2.weight")[0] if has_projector(stored) else None
+
+
+def find_licence(folder: pathlib.Path, root: pathlib.Path) -> str | None:
+    """The licence file nearest to a part, up to the model's folder: its name, or `README: NAME` of a front matter."""
+    places = [folder, *(place for place in folder.parents if place == root or root in place.parents)]
+    for place in places:
+        files = sorted(file.name for file in place.iterdir() if re.match(r"licen[sc]e", file.name, re.IGNORECASE)) if place.is_dir() else []
+        if files:
+            return files[0]
+        match = re.match(r"---\n.*?^license:\s*(\S+)", _readme(place), re.DOTALL | re.MULTILINE)
+        if match:
+            return f"README: {match.group(1)}"
+    return None
+
+
+def _readme(place: pathlib.Path) -> str:
+    file = place / "README.md"
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    return text[: text.find("\n---", 3) + 1] if text.startswith("---\n") else ""
+
+
+def _size(shape: Sequence[int]) -> int:
+    total = 1
+    for side in shape:
+        total *= side
+    return total
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def table_text(folder: Folder, rows: Sequence[Row]) -> str:
+    """The rows as aligned text, with what is wrong under each row and a last line that counts."""
+    titles = ("part", "files", "tensors", "stored as", "parameters", "licence", "result")
+    lines = [titles, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
+    text = [f"{folder.path}: {dict(official='official layout', pipeline='diffusers pipeline', part='one part alone')[folder.layout]}"]
+    for line, row in zip(lines, (None, *rows)):
+        text.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+        for sentence in row.problems if row else ():
+            text.append(f"    {sentence}")
+    broken = sum(bool(row.problems) for row in rows)
+    count = f"{len(rows)} part{'s' * (len(rows) != 1)}"
+    text.append(f"{broken} of {count} cannot be used" if broken else f"{count}, all whole")
+    if folder.layout == "official" and not broken and not any(row.part in ENCODERS for row in rows):
+        text.append(f"no image encoder is there: inference works, training needs {folder.path / 'clip'} for its reward")
+    return "\n".join(text)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    if not row.expected and row.parameters == 0:
+        middle = ("-", "-", "-")
+    else:
+        dtypes = ", ".join(row.dtypes) if len(row.dtypes) == 1 else ", ".join(f"{name} ({count})" for name, count in row.dtypes.items())
+        middle = (f"{row.matched} of {row.expected}", dtypes or "-", readable(row.parameters))
+    result = f"{len(row.problems)} problem{'s' * (len(row.problems) > 1)}" if row.problems else "; ".join(("ok", *row.notes))
+    return (row.part, str(row.files or "-"), *middle, row.licence or "-", result)
+
+
+def readable(count: int) -> str:
+    """A count with its unit: `3.755 B`, `83.8 M`, `512`."""
+    for limit, unit, digits in ((1e9, "B", 3), (1e6, "M", 1), (1e3, "k", 1)):
+        if count >= limit:
+            return f"{count / limit:.{digits}f} {unit}"
+    return str(count)
+
+
+def as_json(folder: Folder, rows: Sequence[Row]) -> str:
+    """The rows as one JSON object."""
+    return json.dumps({
+        "folder": str(folder.path), "layout": folder.layout, "ok": not any(row.problems for row in rows),
+        "parts": [row.record() for row in rows]}, indent=1)

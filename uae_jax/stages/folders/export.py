@@ -1,0 +1,279 @@
+"""An official folder or training workdir as another folder: official again, or what transformers, diffusers and peft open.
+
+Tensors go from file to file one at a time, under their published names; in their stored precision they stay equal bit for bit.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
+import numpy as np
+
+from uae_jax.hf.inventory import compare
+from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.hf.sharded import Item, cast, stored_items, write_items
+from uae_jax.models.encoders.config import read_json
+from uae_jax.stages.folders import adapters
+from uae_jax.stages.folders.check import check_folder
+from uae_jax.stages.folders.files import check_target, copy_file, replaced, small_files
+from uae_jax.stages.folders.parts import KINDS, PROJECTOR, Folder, Part, find_parts, part_config, part_table, write_json
+
+LAYOUTS = ("official", "hub")
+DTYPES = ("keep", "float32", "bfloat16", "float16")
+LLM_LORA = ("peft", "wrapped")
+WRAPPED_SHARDS = 3  # as in the release
+STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+_PIPELINE = {
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"), "transformer": ("diffusers", "SD3Transformer2DModel"),
+    "vae": ("diffusers", "AutoencoderKL"), "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"), "text_encoder_3": ("transformers", "T5EncoderModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"), "tokenizer_2": ("transformers", "CLIPTokenizer"),
+    "tokenizer_3": ("transformers", "T5TokenizerFast"), "image_encoder": (None, None), "feature_extractor": (None, None)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """How a model is written.
+
+    Attributes:
+      layout: `official`, or `hub`: folders for transformers, diffusers and peft.
+      dtype: of all weights, or `keep`.
+      merge_adapters: add the adapters to their models instead of writing them beside.
+      llm_lora: in the official layout: `peft`, an adapter folder, or `wrapped`, the release's whole state in three files.
+      max_shard_gb: size limit of one file in 10^9 bytes.
+      parts: names of the parts to write (`SD3` stands for all of its folders); empty for all.
+
+    Raises:
+      ValueError: a word or number that is not among the choices.
+    """
+
+    layout: str = "official"
+    dtype: str = "keep"
+    merge_adapters: bool = False
+    llm_lora: str = "peft"
+    max_shard_gb: float = 5.0
+    parts: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name, choices in (("layout", LAYOUTS), ("dtype", DTYPES), ("llm_lora", LLM_LORA)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose {', '.join(choices)}")
+        if self.max_shard_gb <= 0:
+            raise ValueError(f"max_shard_gb is {self.max_shard_gb}; it must be above 0")
+        if self.layout == "hub" and self.llm_lora == "wrapped":
+            raise ValueError("llm_lora 'wrapped' is the release's own layout; it goes with layout 'official'")
+        unknown = sorted(set(self.parts) - {*KINDS, "SD3"})
+        if unknown:
+            raise ValueError(f"there is no part {unknown[0]!r}; the parts are {', '.join((*KINDS, 'SD3'))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One folder to write.
+
+    Attributes:
+      name: below the new folder.
+      items: tensors, with the files' `stem` and, where it is fixed, their number.
+      copies: files that are taken over.
+      contents: file name to what goes into it as JSON.
+      note: for the person who exports.
+    """
+
+    name: str
+    items: tuple[Item, ...] = ()
+    stem: str = "model"
+    shards: int = 0
+    copies: tuple[pathlib.Path, ...] = ()
+    contents: dict[str, Any] = dataclasses.field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(item.nbytes for item in self.items)
+
+
+def export_folder(
+    source: str | pathlib.Path, out: str | pathlib.Path, config: ExportConfig, *, overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda count, total: None) -> list[Output]:
+    """Writes a model in another layout or precision; the new folder appears only when it is complete.
+
+    Args:
+      source: official folder, or training workdir whose `export/` is taken.
+      out: a new or empty folder.
+      config: how.
+      overwrite: replace a model folder at `out`.
+      progress: called with the bytes of each tensor written and of all.
+
+    Returns:
+      What was written.
+
+    Raises:
+      FileNotFoundError, ValueError: something in `source` is absent, broken or NaN, or `out` is not free; nothing is written.
+    """
+    folder = find_parts(source)
+    if folder.layout != "official":
+        raise ValueError(f"{source} is no official UAE folder or training workdir; build one with `convert import`")
+    check_target(pathlib.Path(out).absolute(), overwrite=overwrite, sources=[folder.path])
+    chosen = [row for row in check_folder(folder, fast=True) if not config.parts or _chosen(row.part, config.parts)]
+    problems = [problem for row in chosen for problem in row.problems]
+    if problems:
+        raise ValueError(f"{problems[0]}{f' (and {len(problems) - 1} more problems; see `convert check`)' if len(problems) > 1 else ''}")
+    outputs = [output for output in plan(folder, config) if not config.parts or _chosen(output.name, config.parts)]
+    if not any(output.items or output.copies for output in outputs):
+        raise ValueError(f"{folder.path} holds none of the parts {', '.join(config.parts)}")
+    total = sum(output.nbytes for output in outputs)
+    with replaced(out, overwrite=overwrite, sources=[folder.path]) as fresh:
+        for output in outputs:
+            _write(output, fresh / output.name, config.max_shard_gb * 1e9, lambda count: progress(count, total))
+    return outputs
+
+
+def _chosen(name: str, parts: tuple[str, ...]) -> bool:
+    return name in parts or name == "projector" and "llm" in parts or "SD3" in parts and name.startswith("SD3")
+
+
+def _write(output: Output, folder: pathlib.Path, limit: float, report: Callable[[int], None]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in output.copies:
+        copy_file(file, folder)
+    for name, content in output.contents.items():
+        write_json(folder / name, content)
+    if output.items:
+        write_items(folder, output.items, stem=output.stem, max_shard_bytes=limit, shards=output.shards, report=report)
+
+
+def plan(folder: Folder, config: ExportConfig) -> list[Output]:
+    """Every folder that an export writes, in the order of `KINDS`; tensors are read when they are written."""
+    dtype = None if config.dtype == "keep" else np.dtype(config.dtype)
+    return [
+        Output("", copies=tuple(file for file in small_files(folder.path) if file.name.lower().startswith(("licen", "notice", "readme")))),
+        *_captioner(folder, config, dtype), *_decoder(folder, config, dtype),
+        *(_plain(part, part.name, dtype) for part in folder.parts if part.kind == "image encoder")]
+
+
+def part_items(part: Part) -> list[Item]:
+    """A part's tensors under their published names."""
+    stored = TensorFolder(part.folder)
+    table = part_table(part, part_config(part), stored)
+    fit = compare(stored, table.rules, table.abstract, aliases=table.aliases, ignore=table.ignore)
+    return stored_items(stored, fit.published.items())
+
+
+def _plain(part: Part, name: str, dtype: np.dtype | None, items: Iterable[Item] | None = None) -> Output:
+    """A part with its files, and its config.json with the precision that is written."""
+    items = cast(part_items(part) if items is None else items, dtype)
+    copies = tuple(file for file in small_files(part.folder) if file.name != "config.json")
+    return Output(name, tuple(items), STEMS.get(part.kind, "model"), copies=copies, contents={"config.json": stored_config(part, items)})
+
+
+def stored_config(part: Part, items: Iterable[Item]) -> dict[str, Any]:
+    """A part's config.json, with the precision of its tensors where it says one (transformers loads in the one it says)."""
+    content = read_json(part.folder)
+    dtypes = {item.dtype.name for item in items}
+    if len(dtypes) == 1 and part.kind not in ("transformer", "vae"):
+        field = "torch_dtype" if "torch_dtype" in content else "dtype"
+        content |= {field: next(iter(dtypes))}
+        for name, inner in content.items():
+            if isinstance(inner, dict) and {"dtype", "torch_dtype"} & set(inner):
+                content[name] = inner | {key: content[field] for key in ("dtype", "torch_dtype") if key in inner}
+    return content
+
+
+def _captioner(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> list[Output]:
+    part, own = folder.part("llm"), folder.part("projector")
+    processor, adapted = folder.part("llm_processor"), folder.part("llm_lora")
+    if part is None:
+        return []
+    base = [*part_items(part), *(part_items(own) if own else ())]
+    adapter = adapters.read_adapter(adapted) if adapted else None
+    items = adapters.merged(base, adapter, "model.", dtype) if adapter and config.merge_adapters else base
+    if config.layout == "hub":
+        outputs = _hub_captioner(part, items, dtype, processor)
+    else:
+        outputs = [_plain(part, "llm", dtype, items)]
+        if processor:
+            names = {file.name for file in outputs[0].copies} if processor.folder == part.folder else set()
+            copies = tuple(file for file in small_files(processor.folder) if file.name not in names)
+            outputs += [Output("llm_processor", copies=copies)] if copies else []
+    if adapter and not config.merge_adapters:
+        outputs.append(_language_adapter(folder, adapted, adapter, base, config, dtype))
+    return outputs
+
+
+def _hub_captioner(part: Part, items: list[Item], dtype: np.dtype | None, processor: Part | None) -> list[Output]:
+    """The model without the projector, with its tokenizer; the projector in a folder of its own."""
+    model = _plain(part, "llm", dtype, [item for item in items if not item.name.startswith("projector.")])
+    beside = tuple(
+        file for file in small_files(processor.folder) if file.name not in (
+            "config.json", "generation_config.json", *(copy.name for copy in model.copies))) if processor else ()
+    projector = cast([item for item in items if item.name.startswith("projector.")], dtype)
+    shapes = {item.name: item.shape for item in projector}
+    content = {
+        "model_type": PROJECTOR, "in_features": shapes["projector.0.weight"][1], "hidden_features": shapes["projector.0.weight"][0],
+        "out_features": shapes["projector.2.weight"][0], "hidden_act": "gelu"}
+    return [
+        dataclasses.replace(model, copies=model.copies + beside),
+        Output("projector", tuple(projector), contents={"config.json": content}, note=(
+            "UAE's two-layer projector, which transformers does not know: projector.0, GELU, projector.2 on the last hidden states"))]
+
+
+def _language_adapter(
+    folder: Folder, part: Part, adapter: adapters.Adapter, base: list[Item], config: ExportConfig, dtype: np.dtype | None) -> Output:
+    copies = tuple(file for file in small_files(part.folder) if not file.name.endswith("config.json"))
+    if config.llm_lora == "wrapped":
+        tied = part_config(folder.part("llm")).text.tied
+        contents = {"adapter_config.json": adapters.peft_config(adapter, "text", "llm")} if adapter.config else {}
+        return Output(
+            "llm_lora", tuple(cast(adapters.wrapped_items(base, adapter, tied), dtype)), shards=WRAPPED_SHARDS, copies=copies,
+            contents=contents, note="the whole captioner with its text model wrapped by peft, as released")
+    prefix, layout, model = (adapters.WHOLE_MODEL, "whole", "Qwen2_5_VLForConditionalGeneration") if config.layout == "hub" else (
+        adapters.TEXT_MODEL, "text", "its text model (model.model.language_model)")
+    return Output(
+        "llm_lora", tuple(cast(adapters.adapter_items(adapter, prefix), dtype)), "adapter_model", copies=copies,
+        contents={"adapter_config.json": adapters.peft_config(adapter, layout, "llm")}, note=f"peft adapter around {model}")
+
+
+def _decoder(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> list[Output]:
+    outputs = _pipeline_folders(folder, dtype)
+    part, adapted = folder.transformer, folder.part("dit_lora")
+    name = "SD3/transformer" if config.layout == "hub" else part.name if part else ""
+    if part:
+        items, adapter = part_items(part), adapters.read_adapter(adapted) if adapted else None
+        outputs.append(_plain(part, name, dtype, adapters.merged(items, adapter, dtype=dtype) if adapter and config.merge_adapters else items))
+        if adapter and not config.merge_adapters:
+            outputs.append(Output(
+                "dit_lora", tuple(cast(adapters.adapter_items(adapter, adapters.TRANSFORMER), dtype)), "adapter_model",
+                copies=tuple(file for file in small_files(adapted.folder) if not file.name.endswith("config.json")),
+                contents={"adapter_config.json": adapters.peft_config(adapter, "transformer", name)},
+                note="peft adapter around SD3Transformer2DModel"))
+    if config.layout == "hub":
+        outputs.append(Output("SD3", contents={"model_index.json": _model_index(folder, {output.name for output in outputs})}))
+    return outputs
+
+
+def _pipeline_folders(folder: Folder, dtype: np.dtype | None) -> list[Output]:
+    """The folders of SD3 but its transformer: known weights in the chosen precision, all others as they are."""
+    root = folder.path / "SD3"
+    if not root.is_dir():
+        return []
+    outputs = [Output("SD3", copies=tuple(small_files(root)))]
+    for inner in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".") and path.name != "transformer"):
+        part = folder.part(f"SD3/{inner.name}")
+        if part and part.kind in ("vae", "text encoder"):
+            outputs.append(_plain(part, part.name, dtype))
+        else:
+            outputs.append(Output(f"SD3/{inner.name}", copies=tuple(file for file in sorted(inner.iterdir()) if file.is_file())))
+    return outputs
+
+
+def _model_index(folder: Folder, written: set[str]) -> dict[str, Any]:
+    """model_index.json of the pipeline: the source's, or a new one, without the components that are not there."""
+    file = folder.path / "SD3" / "model_index.json"
+    index = json.loads(file.read_text()) if file.is_file() else {"_class_name": "StableDiffusion3Pipeline"}
+    for name, classes in _PIPELINE.items():
+        index[name] = list(index.get(name) or classes) if f"SD3/{name}" in written else [None, None]
+    return index

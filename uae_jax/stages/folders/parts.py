@@ -1,0 +1,219 @@
+"""The parts of a model folder, found by name in the official layout and by content elsewhere, and the table of each."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from uae_jax import trees
+from uae_jax.hf.rules import Rule
+from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.models.encoders import clip, dino
+from uae_jax.models.encoders import weights as encoder_weights
+from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config, read_json
+from uae_jax.models.qwen2_5_vl import config as qwen_config
+from uae_jax.models.qwen2_5_vl import model as qwen
+from uae_jax.models.qwen2_5_vl import weights as qwen_weights
+from uae_jax.models.sd3 import transformer, vae
+from uae_jax.models.sd3 import weights as sd3_weights
+from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
+
+# part -> what it holds, in the order of tables and files
+KINDS = {
+    "llm": "captioner", "projector": "projector", "llm_lora": "language adapter", "llm_processor": "processor",
+    "SD3/transformer": "transformer", "SD3/vae": "vae", "SD3/text_encoder": "text encoder", "SD3/text_encoder_2": "text encoder",
+    "SD3/scheduler": "scheduler", "dit": "transformer", "dit_lora": "transformer adapter", "clip": "image encoder",
+    "longclip": "image encoder", "dinov2": "image encoder", "dinov3": "image encoder"}
+ADAPTERS = {"llm_lora": "layers", "dit_lora": "transformer_blocks"}
+ENCODERS = ("clip", "longclip", "dinov2", "dinov3")
+_MODEL_TYPES = {
+    "qwen2_5_vl": "llm", "clip": "clip", "clip_vision_model": "clip", "clip_text_model": "SD3/text_encoder", "dinov2": "dinov2",
+    "dinov3_vit": "dinov3"}
+_CLASSES = {"SD3Transformer2DModel": "dit", "AutoencoderKL": "SD3/vae", "FlowMatchEulerDiscreteScheduler": "SD3/scheduler"}
+PROJECTOR = "uae_projector"  # model_type of the projector's own folder, which transformers does not know
+_LORA_LAYER = r"(?:.*\.)?(transformer_blocks|layers)\.\d+\..*\.lora_[AB](?:\.\w+)?\.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part of a model: its name in the official layout (a key of `KINDS`) and its folder."""
+
+    name: str
+    folder: pathlib.Path
+
+    @property
+    def kind(self) -> str:
+        """What it holds."""
+        return KINDS[self.name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A folder and its parts.
+
+    Attributes:
+      path: where the parts are (`export/` of a training workdir).
+      layout: `official`; `pipeline`, a diffusers SD3 folder; `part`, one part alone.
+      parts: those that are there, in the order of `KINDS`.
+    """
+
+    path: pathlib.Path
+    layout: str
+    parts: tuple[Part, ...]
+
+    def part(self, name: str) -> Part | None:
+        """A part by its name, or None."""
+        return next((part for part in self.parts if part.name == name), None)
+
+    @property
+    def transformer(self) -> Part | None:
+        """The transformer that the model uses: `dit`, else the pipeline's."""
+        return self.part("dit") or self.part("SD3/transformer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What a part's folder must hold: the arguments of `hf.rules.load_params`."""
+
+    rules: Sequence[Rule]
+    abstract: trees.Tree
+    aliases: Sequence[tuple[str, str]] = ()
+    ignore: str = ""
+
+
+def find_parts(path: str | pathlib.Path) -> Folder:
+    """The parts of an official folder, a training workdir, a diffusers pipeline, or a folder of one part alone.
+
+    Raises:
+      FileNotFoundError: no such folder.
+      ValueError: it holds nothing that is known; the message says what was looked for.
+    """
+    root = pathlib.Path(path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder; give an official UAE folder, a training workdir, or the folder of one model")
+    for candidate in (root, root / "export", root / "model"):
+        names = [name for name in KINDS if (candidate / name).is_dir()]
+        if any(name in names for name in ("llm", "dit", *ADAPTERS)):
+            parts = [Part(name, candidate / name) for name in names]
+            if "llm" in names and "llm_processor" not in names and has_tokenizer(candidate / "llm"):
+                parts.append(Part("llm_processor", candidate / "llm"))
+            return Folder(candidate, "official", tuple(sorted(parts, key=lambda part: list(KINDS).index(part.name))))
+    inner = [name for name in KINDS if name.startswith("SD3/") and (root / name.removeprefix("SD3/")).is_dir()]
+    if (root / "model_index.json").is_file() or len(inner) > 1:
+        return Folder(root, "pipeline", tuple(Part(name, root / name.removeprefix("SD3/")) for name in inner))
+    name = identify(root)
+    if name is None:
+        raise ValueError(
+            f"{root} holds no part of a model; looked for folders named {', '.join(list(KINDS)[:4])}, ..., for model_index.json, "
+            "and for config.json, adapter_config.json or scheduler_config.json with weights")
+    beside = (Part("llm_processor", root),) if name == "llm" and has_tokenizer(root) else ()
+    return Folder(root, "part", (Part(name, root), *beside))
+
+
+def has_tokenizer(folder: pathlib.Path) -> bool:
+    """Whether a captioner's folder holds its tokenizer, as on the hub."""
+    return (folder / "tokenizer_config.json").is_file()
+
+
+def identify(folder: pathlib.Path) -> str | None:
+    """The part that a folder holds by its configuration, else by the names of its tensors; None if it is none.
+
+    Raises:
+      ValueError: config.json is not JSON, or is of a model that has no place here.
+    """
+    for file in ("config.json", "scheduler_config.json"):
+        if (folder / file).is_file():
+            stored = read_json(folder, file)
+            name = _MODEL_TYPES.get(stored.get("model_type")) or _CLASSES.get(stored.get("_class_name"))
+            if name is None and stored.get("model_type") == PROJECTOR:
+                name = "projector"
+            if name is None:
+                found = stored.get("model_type") or stored.get("_class_name")
+                known = ", ".join((*_MODEL_TYPES, *_CLASSES))
+                raise ValueError(f"{folder / file} is of {found!r}, which is no part of UAE; the parts are {known}")
+            return name
+    if not any(folder.glob("*.safetensors")):
+        return None
+    names = TensorFolder(folder).names()
+    layers = {match.group(1) for match in (re.fullmatch(_LORA_LAYER, name) for name in names) if match}
+    for part, stem in ADAPTERS.items():
+        if stem in layers:
+            return part
+    return "longclip" if "visual.proj" in names else None
+
+
+def part_config(part: Part) -> Any:
+    """The configuration of a part with weights of its own model; None for adapters and the projector.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no config.json, or it is of another model or not supported.
+    """
+    if part.kind == "captioner":
+        return qwen_config.from_folder(part.folder)
+    if part.kind == "transformer":
+        return TransformerConfig.from_folder(part.folder)
+    if part.kind == "vae":
+        return VAEConfig.from_folder(part.folder)
+    if part.kind == "text encoder":
+        return CLIPTextConfig.from_folder(part.folder)
+    if part.kind == "image encoder":
+        return _encoder_config(part)
+    return None
+
+
+def _encoder_config(part: Part) -> Any:
+    kind = read_json(part.folder).get("model_type")
+    wanted = {"dinov2": {"dinov2": Dinov2Config}, "dinov3": {"dinov3_vit": Dinov3Config}}
+    classes = wanted.get(part.name, {"clip": CLIPConfig, "clip_vision_model": CLIPVisionConfig})
+    if kind not in classes:
+        raise ValueError(f"{part.folder / 'config.json'} has model_type {kind!r}, {part.name} needs {' or '.join(classes)}; copy the right model there")
+    return classes[kind].from_folder(part.folder)
+
+
+def part_table(part: Part, config: Any, folder: TensorFolder) -> Table:
+    """The table of a part's tensors.
+
+    Args:
+      part: any but an adapter, a processor or a scheduler.
+      config: of `part_config`.
+      folder: its tensors; of the captioner they say whether there is a projector, and its sizes.
+    """
+    if part.kind == "projector":
+        return Table(qwen_weights.projector_rules(), {"projector": abstract_projector(folder, folder.shape("projector.0.weight")[1])})
+    if part.kind == "captioner":
+        abstract, ignore = qwen.abstract_params(config), [qwen_weights.BUFFERS, qwen_weights.ADAPTER_TENSOR]
+        with_projector = has_projector(folder)
+        if with_projector:
+            abstract = {**abstract, "projector": abstract_projector(folder, config.text.width)}
+        if config.text.tied:
+            ignore.append(r"lm_head\.weight")
+        return Table(qwen_weights.rules(config, with_projector), abstract, qwen_weights.ALIASES, "|".join(ignore))
+    if part.kind == "transformer":
+        return Table(sd3_weights.transformer_rules(config), transformer.abstract_params(config))
+    if part.kind == "vae":
+        return Table(sd3_weights.vae_rules(config), vae.abstract_params(config), sd3_weights.VAE_ALIASES)
+    if isinstance(config, Dinov2Config):
+        return Table(encoder_weights.dinov2_rules(config), dino.abstract_params(config), encoder_weights.DINOV2_ALIASES)
+    if isinstance(config, Dinov3Config):
+        return Table(encoder_weights.dinov3_rules(config), dino.abstract_params(config), encoder_weights.DINOV3_ALIASES)
+    return Table(encoder_weights.clip_rules(config), clip.abstract_params(config), (), encoder_weights.POSITION_BUFFERS)
+
+
+def has_projector(folder: TensorFolder) -> bool:
+    """Whether a captioner's folder holds UAE's projector."""
+    return {"projector.0.weight", "projector.2.weight"} <= folder.names()
+
+
+def abstract_projector(folder: TensorFolder, width: int) -> dict:
+    """The projector's shapes, with inner and outer width as stored."""
+    hidden, features = (folder.shape(f"projector.{index}.weight")[0] for index in (0, 2))
+    return jax.eval_shape(lambda: qwen.init_projector(jax.random.key(0), width, hidden, features))
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """One JSON file, indented."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
