@@ -12,7 +12,7 @@ ALLOWED = {
     "sharding": {"trees"}, "models": {"nn", "hf", "trees"}, "training": {"sharding", "trees"},
     "rl": {"models", "diffusion", "trees"},
     "stages": {"trees", "nn", "hf", "data", "sharding", "diffusion", "models", "training", "rl"},
-    "main": {"stages", "training"}, "infer": {"stages", "data"},
+    "main": {"stages", "training"}, "infer": {"stages", "data"}, "convert": {"stages"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

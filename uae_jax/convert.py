@@ -17,8 +17,6 @@ import pathlib
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# nothing here computes more than a random projector: an accelerator would only be occupied
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 IMPORTED = {
     "llm": "Qwen2.5-VL folder, with or without UAE's projector", "sd3": "SD3 or SD3.5 pipeline folder",
@@ -115,6 +113,8 @@ def _import(options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """The command line; every expected error is one line and exit code 1."""
     options = _parser().parse_args(arguments)
+    # nothing here computes more than a random projector: an accelerator would only be occupied
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         code = {"check": _check, "export": _export, "import": _import}[options.command](options)
     except (ValueError, FileNotFoundError) as error:

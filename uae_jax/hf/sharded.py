@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
@@ -86,7 +87,8 @@ def write_items(
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     groups = _groups(items, max_shard_bytes, shards)
-    total = len(groups)
+    total, mask = len(groups), os.umask(0)
+    os.umask(mask)
     names = [f"{stem}.safetensors"] if total == 1 else [f"{stem}-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
     for file, group in zip(names, groups):
         tensors = {}
@@ -97,6 +99,7 @@ def write_items(
                 raise ValueError(f"{item.source} has {bad:,} numbers that are NaN or infinite; copy the file again or train from an older checkpoint")
             report(item.nbytes)
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o666 & ~mask)  # save_file lets only its user read it
     if total > 1:
         weight_map = {item.name: file for file, group in zip(names, groups) for item in group}
         index = {"metadata": {"total_size": sum(item.nbytes for item in items)}, "weight_map": weight_map}

@@ -188,7 +188,7 @@ def _captioner(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> 
     processor, adapted = folder.part("llm_processor"), folder.part("llm_lora")
     if part is None:
         return []
-    base = [*part_items(part), *(part_items(own) if own else ())]
+    base = [*_base_items(part, adapted), *(part_items(own) if own else ())]
     adapter = adapters.read_adapter(adapted) if adapted else None
     items = adapters.merged(base, adapter, "model.", dtype) if adapter and config.merge_adapters else base
     if config.layout == "hub":
@@ -202,6 +202,18 @@ def _captioner(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> 
     if adapter and not config.merge_adapters:
         outputs.append(_language_adapter(folder, adapted, adapter, base, config, dtype))
     return outputs
+
+
+def _base_items(part: Part, adapted: Part | None) -> list[Item]:
+    """The captioner's own weights: those in `llm_lora` where it holds the whole model, since the release loads it over `llm`."""
+    items = part_items(part)
+    if adapted is None or not adapters.is_wrapped(adapted.folder):
+        return items
+    stored = TensorFolder(adapted.folder)
+    table = part_table(part, part_config(part), stored)
+    fit = compare(stored, table.rules, table.abstract, aliases=table.aliases, ignore=table.ignore)
+    newer = {item.name: item for item in stored_items(stored, fit.published.items())}
+    return [newer.get(item.name, item) for item in items]
 
 
 def _hub_captioner(part: Part, items: list[Item], dtype: np.dtype | None, processor: Part | None) -> list[Output]:
