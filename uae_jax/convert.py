@@ -90,6 +90,8 @@ def _export(options: argparse.Namespace) -> int:
             dtypes = ", ".join(sorted({item.dtype.name for item in output.items}))
             note = f"  {output.note}" if output.note else ""
             print(f"{output.name:<20} {len(output.items):>5} tensors  {readable(output.nbytes):>8}B  {dtypes}{note}")
+        elif output.note:
+            print(f"{output.name:<20} {output.note}")
     print(f"written to {options.out}")
     return 0
 

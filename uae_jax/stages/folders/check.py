@@ -128,9 +128,12 @@ def _check_weights(row: Row, part: Part, folder: Folder, fast: bool, progress: C
     names = fit.published.values()
     row.dtypes = dict(Counter(dtype_name(stored.dtype(name)) for name in names).most_common())
     row.parameters = sum(_size(stored.shape(name)) for name in names)
-    for what, found in (("misses", row.missing), ("has unknown tensors", row.unknown)):
-        if found:
-            row.problems.append(f"{part.folder} {what} {_listed(found)}; copy the folder again, with the config.json that belongs to it")
+    wrong = [f"{part.folder} misses {_listed(row.missing)}"] if row.missing else []
+    if row.unknown:
+        file = stored.files[row.unknown[0].split(" ")[0]]
+        wrong.append(f"{file} has {_listed(row.unknown)}, which this model has not")
+    if wrong:
+        row.problems.append(f"{'; '.join(wrong)}; copy weights and config.json again from one place")
     row.problems += [f"{part.folder}: {sentence}; copy the config.json and weights of one model" for sentence in fit.misshapen[:_LISTED]]
     if not fast:
         row.problems += _bad_numbers(stored, progress)

@@ -263,7 +263,10 @@ def _decoder(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> li
                 contents={"adapter_config.json": adapters.peft_config(adapter, "transformer", name)},
                 note="peft adapter around SD3Transformer2DModel"))
     if config.layout == "hub":
-        outputs.append(Output("SD3", contents={"model_index.json": _model_index(folder, {output.name for output in outputs})}))
+        index = _model_index(folder, {output.name for output in outputs})
+        absent = [name for name, (library, _) in _PIPELINE.items() if library and index[name] == [None, None]]
+        note = f"StableDiffusion3Pipeline.from_pretrained(..., {', '.join(f'{name}=None' for name in absent)})" if absent else ""
+        outputs.append(Output("SD3", contents={"model_index.json": index}, note=note and f"without {len(absent)} components, opens as {note}"))
     return outputs
 
 
