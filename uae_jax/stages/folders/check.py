@@ -220,7 +220,7 @@ def check_fit(rows: dict[str, Row], folder: Folder) -> None:
 
     decoder = rows.get("dit") or rows.get("SD3/transformer")
     captioner, sizes = rows.get("llm"), decoder.config if decoder else None
-    if captioner and captioner.config:
+    if captioner and captioner.config and not captioner.problems:
         features = _projector_features(captioner.folder, rows.get("projector"))
         if features is None and folder.layout != "official":
             captioner.notes.append("no projector: plain Qwen2.5-VL")
