@@ -137,7 +137,7 @@ def load_system(config: ModelConfig, *, image_size: int, negative_prompt: str = 
 
 def _load_encoder(folder: pathlib.Path, name: str) -> tuple[Encoder, dict]:
     """The encoder of a folder, of the kind that the folder's name says."""
-    encoder, params = load_encoder(folder)
+    encoder, params = load_encoder(folder, name)
     if encoder.kind != {"longclip": "clip"}.get(name, name):
         raise ValueError(f"{folder} holds a {encoder.kind} model, not the {name} that its name promises; copy the right model there")
     return encoder, params

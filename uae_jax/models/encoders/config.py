@@ -121,6 +121,18 @@ class CLIPTextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LongCLIPTextConfig(CLIPTextConfig):
+    """The text tower of Long-CLIP, with two tables of positions (arXiv 2403.15378, section 3.1).
+
+    Attributes:
+      kept_positions: how many positions are CLIP's own, from the first table; the others are of the second.
+    """
+
+    max_position_embeddings: int = 248
+    kept_positions: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
 class CLIPConfig:
     """Both towers and the initial logarithm of the logit scale (arXiv 2103.00020, section 2.5)."""
 
