@@ -208,7 +208,7 @@ def test_files_that_are_no_states_are_refused_in_one_line(long, tmp_path):
         weights.load_clip(tmp_path)
     torch.save(long.state_dict(), whole)
     file.write_bytes(whole.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="longclip-L.pt (is not a complete|holds objects)"):
+    with pytest.raises(ValueError, match="longclip-L.pt is not a complete PyTorch file"):
         weights.load_clip(file)
     with pytest.raises(ValueError, match="longclip-L.pt and whole.pt; give the path"):
         weights.load_clip(tmp_path)

@@ -88,6 +88,9 @@ def _torch():
 def _load(path: pathlib.Path) -> dict:
     torch = _torch()
     zipped = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        if not zipped and file.read(2) == b"PK":  # begins as a zip archive, without its end
+            raise ValueError(f"{path} is not a complete PyTorch file; copy it again")
     if zipped and any(name.partition("/")[2].startswith("code/") for name in zipfile.ZipFile(path).namelist()):
         raise ValueError(f"{path} is a TorchScript program, which is not run; {REMEDY}")
     try:
