@@ -147,7 +147,8 @@ def test_half_precision_states_become_float32(tmp_path, stored):
 
 def test_original_clip_state_has_one_table_of_positions(tmp_path):
     model = reference(long=False)
-    sizes = {"input_resolution": torch.tensor(28), "context_length": torch.tensor(POSITIONS), "vocab_size": torch.tensor(VOCABULARY)}
+    sizes = dict(input_resolution=28, context_length=POSITIONS, vocab_size=VOCABULARY)
+    sizes = {name: torch.tensor(value) for name, value in sizes.items()}
     torch.save(model.state_dict() | sizes, tmp_path / "ViT-L-14.pt")
     config, params = weights.load_clip(tmp_path)
     assert type(config.text) is CLIPTextConfig and weights.open_encoder(tmp_path).kind == "clip"
@@ -174,6 +175,9 @@ def test_the_reward_reads_the_folder_with_its_own_image_processing(long, tmp_pat
     features = encoder.features(params, jnp.zeros((1, 40, 30, 3)))
     assert features.shape == (1, 20) and abs(float(jnp.linalg.norm(features)) - 1) < 1e-4
     assert load_encoder(tmp_path, variant="uae")[0].preprocess.size == (28, 28)
+    torch.save({**long.state_dict(), "other": torch.zeros(1)}, tmp_path / "longclip-L.pt")
+    with pytest.raises(ValueError, match="unknown: other"):
+        load_encoder(tmp_path)
 
 
 class Payload:

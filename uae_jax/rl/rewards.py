@@ -11,7 +11,7 @@ from jax import Array
 
 from uae_jax import trees
 from uae_jax.models.encoders import clip, dino, weights
-from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
+from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
 from uae_jax.models.encoders.preprocess import Preprocess, apply
 from uae_jax.rl.advantages import group_advantages
 
@@ -73,16 +73,9 @@ def load_encoder(
       FileNotFoundError: a file is missing.
       ValueError: the folder holds another model, or its tensors do not fit.
     """
-    source = weights.open_encoder(folder)
-    config = source.config
-    if isinstance(config, CLIPTextConfig):
-        raise ValueError(f"{folder} holds the text tower of CLIP alone, not an image encoder; give the folder of both towers")
-    preprocess = source.preprocess(variant)
-    params = source.load()
-    if isinstance(config, CLIPConfig):
-        config, params = config.vision, {"vision": params["vision"]}
+    source = weights.open_encoder(folder).image_tower()
     kind = "clip" if source.kind == "longclip" else source.kind
-    return Encoder(name or source.kind, kind, config, preprocess, remat, dtype), params
+    return Encoder(name or source.kind, kind, source.config, source.preprocess(variant), remat, dtype), source.load()
 
 
 def clamp_image(pixels: Array, clamp: str = "hard") -> Array:

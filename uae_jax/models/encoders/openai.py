@@ -65,7 +65,8 @@ def config_of(tensors: TensorFolder | TorchFile | SplitTensors) -> CLIPConfig:
     """
     def size(name: str, axis: int) -> int:
         if name not in names or len(tensors.shape(name)) <= axis:
-            raise ValueError(f"{tensors.path} is not the state of a CLIP vision transformer: {name} is missing or has no axis {axis}")
+            raise ValueError(
+                f"{tensors.path} is not the state of a CLIP vision transformer: {name} is missing or has no axis {axis}")
         return tensors.shape(name)[axis]
 
     def layers(prefix: str) -> int:

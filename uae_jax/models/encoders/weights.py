@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 
 import jax
@@ -59,6 +60,20 @@ class EncoderFolder:
         """
         return load_params(self.tensors, self.rules, self.abstract(), aliases=self.aliases, ignore=self.ignore, dtype=dtype)
 
+    def image_tower(self) -> "EncoderFolder":
+        """Of CLIP with both towers the image tower, so that the text tower is not read; other encoders as they are.
+
+        Raises:
+          ValueError: it is the text tower of CLIP alone.
+        """
+        if isinstance(self.config, CLIPTextConfig):
+            raise ValueError(f"{self.path} holds the text tower of CLIP alone, not an image encoder; give the folder of both towers")
+        if not isinstance(self.config, CLIPConfig):
+            return self
+        rules = [rule for rule in self.rules if rule.ours.startswith("vision/")]
+        others = [re.escape(source) for rule in self.rules if rule not in rules for source in rule.sources()]
+        return dataclasses.replace(self, config=self.config.vision, rules=rules, ignore="|".join((self.ignore, *others)))
+
     def preprocess(self, variant: str = "published") -> Preprocess:
         """The image processing of `preprocessor_config.json`; Long-CLIP's own for states with OpenAI's names.
 
@@ -70,7 +85,8 @@ class EncoderFolder:
           ValueError: a setting or the variant is not supported.
         """
         if isinstance(self.tensors, openai.SplitTensors):
-            return Preprocess.longclip(self.config.vision.image_size).as_variant(variant)
+            vision = self.config.vision if isinstance(self.config, CLIPConfig) else self.config
+            return Preprocess.longclip(vision.image_size).as_variant(variant)
         return Preprocess.from_folder(self.path, variant)
 
 
