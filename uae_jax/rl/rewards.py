@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ class Encoder:
 
 def load_encoder(
     folder: str | pathlib.Path, name: str | None = None, *, variant: str = "published", remat: bool = False,
-    dtype: str = "float32") -> tuple[Encoder, dict]:
+    dtype: str = "float32", placement: Callable[[trees.Tree], trees.Tree] | None = None) -> tuple[Encoder, dict]:
     """An encoder and its parameters from a CLIP, DINOv2 or DINOv3 folder.
 
     Args:
@@ -65,22 +65,25 @@ def load_encoder(
       variant: image processing: `published`, or `uae` (see `Preprocess.from_folder`).
       remat: see `Encoder`.
       dtype: see `Encoder`.
+      placement: where the parameters go, see `hf.rules.load_params`.
 
     Returns:
-      The encoder, and float32 numpy parameters; of CLIP the image tower only.
+      The encoder, and float32 parameters; of CLIP the image tower only.
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: the folder holds another model, or its tensors do not fit.
     """
-    kind = {"clip": "clip", "clip_vision_model": "clip", "dinov2": "dinov2", "dinov3_vit": "dinov3"}.get(
-        read_json(folder).get("model_type"))
+    raw = read_json(folder)
+    found = raw.get("model_type", raw.get("_class_name"))
+    kind = {"clip": "clip", "clip_vision_model": "clip", "dinov2": "dinov2", "dinov3_vit": "dinov3"}.get(found)
     if kind is None:
-        raise ValueError(f"{folder} does not hold an image encoder; use a CLIP, DINOv2 or DINOv3 folder")
+        raise ValueError(f"{folder} holds a {found!r} model, which is not an image encoder; use a CLIP, DINOv2 or DINOv3 folder")
     preprocess = Preprocess.from_folder(folder, variant)
-    config, params = weights.load_clip(folder) if kind == "clip" else weights.load_dino(folder)
-    if isinstance(config, CLIPConfig):
-        config, params = config.vision, {"vision": params["vision"]}
+    if kind == "clip":
+        config, params = weights.load_clip(folder, placement=placement, image_only=True)
+    else:
+        config, params = weights.load_dino(folder, placement=placement)
     return Encoder(name or kind, kind, config, preprocess, remat, dtype), params
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from uae_jax.hf.rules import load_params
+from uae_jax.hf.safetensors import TensorDict
 from uae_jax.models.encoders import clip
 from uae_jax.models.encoders.config import CLIPVisionConfig
 from uae_jax.models.encoders.weights import clip_vision_rules
@@ -20,24 +21,6 @@ RENAMED_IN_BLOCK = {
     "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2"}
 BLOCK = "visual.transformer.resblocks."
-
-
-class _TensorDict:
-    """Tensors in memory, with the interface of a folder."""
-
-    path = "the OpenAI-style state"
-
-    def __init__(self, tensors: Mapping[str, np.ndarray]):
-        self._tensors = tensors
-
-    def names(self) -> set[str]:
-        return set(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors[name].shape
-
-    def read(self, name: str) -> np.ndarray:
-        return self._tensors[name]
 
 
 def vision_from_openai(
@@ -63,7 +46,7 @@ def vision_from_openai(
     for name, tensor in visual.items():
         tensors.update(_renamed(name, tensor))
     config = _config(visual, head_width)
-    return config, load_params(_TensorDict(tensors), clip_vision_rules(config), clip.abstract_params(config), dtype=dtype)
+    return config, load_params(TensorDict("the OpenAI-style state", tensors), clip_vision_rules(config), clip.abstract_params(config), dtype=dtype)
 
 
 def _renamed(name: str, tensor: np.ndarray) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from uae_jax import trees
-from uae_jax.hf.rules import Rule, load_params, published_tensors
+from uae_jax.hf.rules import Placement, Rule, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.models.encoders import clip, dino
 from uae_jax.models.encoders.config import (
@@ -18,6 +18,7 @@ from uae_jax.models.encoders.config import (
 from uae_jax.models.encoders.preprocess import clip_preprocessor
 
 POSITION_BUFFERS = r".*\.position_ids"
+TEXT_TOWER = r"text_model\..*|text_projection\.weight|logit_scale"
 
 
 def _norm(ours: str, theirs: str, layers: tuple[int, ...] | None = None) -> list[Rule]:
@@ -130,15 +131,17 @@ def _residual_rules(block: str, layers: tuple[int, ...]) -> list[Rule]:
     return rules
 
 
-def load_dino(folder: str | pathlib.Path, *, dtype: np.dtype = np.float32) -> tuple[dino.AnyDinoConfig, dict]:
+def load_dino(
+    folder: str | pathlib.Path, *, dtype: np.dtype = np.float32, placement: Placement | None = None) -> tuple[dino.AnyDinoConfig, dict]:
     """Config and parameters of a Dinov2Model or DINOv3ViTModel folder, in the file or the in-memory names.
 
     Args:
       folder: with `config.json` and safetensors.
       dtype: precision of the parameters.
+      placement: where they go, see `hf.rules.load_params`.
 
     Returns:
-      The config, and numpy parameters as of `dino.init_params`.
+      The config, and parameters as of `dino.init_params`.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -151,35 +154,37 @@ def load_dino(folder: str | pathlib.Path, *, dtype: np.dtype = np.float32) -> tu
         config = Dinov2Config.from_folder(folder)
         rules, aliases = dinov2_rules(config), DINOV2_ALIASES
     return config, load_params(
-        TensorFolder(folder), rules, dino.abstract_params(config), aliases=aliases, dtype=dtype)
+        TensorFolder(folder), rules, dino.abstract_params(config), aliases=aliases, dtype=dtype, placement=placement)
 
 
-def _shaped(params: trees.Tree, abstract: trees.Tree) -> dict:
-    return jax.tree.map(lambda leaf, like: np.reshape(leaf, like.shape), params, abstract)
-
-
-def load_clip(folder: str | pathlib.Path, *, dtype: np.dtype = np.float32) -> tuple[clip.AnyCLIPConfig, dict]:
+def load_clip(
+    folder: str | pathlib.Path, *, dtype: np.dtype = np.float32, placement: Placement | None = None,
+    image_only: bool = False) -> tuple[clip.AnyCLIPConfig, dict]:
     """Config and parameters of a CLIPModel, CLIPVisionModelWithProjection or CLIPTextModelWithProjection folder.
 
     Args:
       folder: with `config.json` and safetensors.
       dtype: precision of the parameters.
+      placement: where they go, see `hf.rules.load_params`.
+      image_only: of both towers read the one for images.
 
     Returns:
-      The config of the class that the folder holds, and numpy parameters as of `clip.init_params`.
+      The config of the class that the folder holds, or of its image tower, and parameters as of `clip.init_params`.
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: the folder holds another model, or its tensors do not fit.
     """
     classes = {"clip": CLIPConfig, "clip_vision_model": CLIPVisionConfig, "clip_text_model": CLIPTextConfig}
-    kind = read_json(folder).get("model_type")
+    raw = read_json(folder)
+    kind = raw.get("model_type", raw.get("_class_name"))
     if kind not in classes:
-        raise ValueError(f"{folder} holds a model of type {kind!r}; CLIP folders have one of {', '.join(classes)}")
-    config = classes[kind].from_folder(folder)
-    abstract = clip.abstract_params(config)
-    params = load_params(TensorFolder(folder), clip_rules(config), abstract, ignore=POSITION_BUFFERS, dtype=dtype)
-    return config, _shaped(params, abstract)
+        raise ValueError(f"{folder} holds a {kind!r} model, expected one of {', '.join(map(repr, classes))}; give the folder of a CLIP model")
+    config, ignore = classes[kind].from_folder(folder), POSITION_BUFFERS
+    if image_only and isinstance(config, CLIPConfig):
+        config, ignore = config.vision, f"{POSITION_BUFFERS}|{TEXT_TOWER}"
+    return config, load_params(
+        TensorFolder(folder), clip_rules(config), clip.abstract_params(config), ignore=ignore, dtype=dtype, placement=placement)
 
 
 def save_clip(folder: str | pathlib.Path, config: clip.AnyCLIPConfig, params: trees.Tree) -> None:
