@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -224,6 +223,9 @@ def empty_prompt_ids(config: CLIPTextConfig) -> np.ndarray:
     return np.array([[start, end]], np.int32)
 
 
+_text_features = jax.jit(clip.text_features, static_argnums=0)
+
+
 def pooled_empty_prompt(folders: Sequence[str | pathlib.Path]) -> np.ndarray:
     """The transformer's pooled condition: features of the empty prompt, concatenated (arXiv 2403.03206, section 4).
 
@@ -244,5 +246,5 @@ def pooled_empty_prompt(folders: Sequence[str | pathlib.Path]) -> np.ndarray:
             raise ValueError(f"{folder} holds an image tower; the pooled condition needs CLIP text towers")
         text = config.text if isinstance(config, CLIPConfig) else config
         with jax.default_matmul_precision("highest"):
-            parts.append(clip.text_features(config, params, jnp.asarray(empty_prompt_ids(text)))[0])
+            parts.append(_text_features(config, params, empty_prompt_ids(text))[0])
     return np.concatenate([np.asarray(part, np.float32) for part in parts])
