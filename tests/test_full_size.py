@@ -20,6 +20,7 @@ from torch import nn
 
 from uae_jax import trees
 from uae_jax.hf.rules import Rule, published_tensors
+from uae_jax.hf.safetensors import TensorDict
 from uae_jax.models.encoders import clip, dino, openai, tables
 from uae_jax.models.encoders.config import (
     CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config, LongCLIPTextConfig)
@@ -258,31 +259,17 @@ def longclip_l() -> Shapes:
     return state
 
 
-class ShapesAlone:
-    """What a weight file says of itself before a tensor is read."""
-
-    path = "longclip-L.pt"
-
-    def __init__(self, shapes: Shapes):
-        self._shapes, self.files = shapes, dict.fromkeys(shapes, self.path)
-
-    def names(self) -> set[str]:
-        return set(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-
 def test_longclip_l():
     state = longclip_l()
-    seen = openai.SplitTensors(ShapesAlone(state))
+    whole = {name: np.broadcast_to(np.float16(0), shape) for name, shape in state.items()}
+    seen = openai.SplitTensors(TensorDict("longclip-L.pt", whole))
     config = openai.config_of(seen)
     text = {**CLIP_TEXT, "max_position_embeddings": 248, "bos_token_id": 49406}
     assert config == CLIPConfig(CLIPVisionConfig(**CLIP_VISION), LongCLIPTextConfig(**text))
     # query, key and value are thirds of one tensor, in this order: each third has one parameter
     published = {name: seen.shape(name) for name in seen.names()}
-    whole = Counter(re.sub(r"\[(query|key|value)\]$", "", name) for name in published)
-    assert set(whole) == set(state) and {whole[name] for name in state if "in_proj" in name} == {3}
+    thirds = Counter(re.sub(r"\[(query|key|value)\]$", "", name) for name in published)
+    assert set(thirds) == set(state) and {thirds[name] for name in state if "in_proj" in name} == {3}
     for name, (rows, *rest) in ((name, shape) for name, shape in state.items() if "in_proj" in name):
         assert {published[f"{name}[{part}]"] for part in ("query", "key", "value")} == {(rows // 3, *rest)}
     abstract = clip.abstract_params(config)

@@ -203,10 +203,12 @@ def test_files_that_are_no_states_are_refused_in_one_line(long, tmp_path):
     whole, file = tmp_path / "whole.pt", tmp_path / "longclip-L.pt"
     for content, message in (
             ({"epoch": 3, **long.state_dict()}, "'epoch', which is not a tensor"), ([torch.zeros(2)], "holds a list"),
-            ({"a.weight": torch.zeros(2)}, "tensors such as a.weight, not an image encoder")):
+            ({"a.weight": torch.zeros(2)}, "tensors such as a.weight, not a CLIP state")):
         torch.save(content, file)
         with pytest.raises(ValueError, match=message):
-            weights.load_clip(tmp_path)
+            weights.load_clip(file)
+    with pytest.raises(FileNotFoundError, match="config.json not found, and tensors such as a.weight are not Long-CLIP's"):
+        weights.load_clip(tmp_path)
     torch.jit.script(nn.Linear(2, 2)).save(str(file))
     with pytest.raises(ValueError, match="TorchScript program, which is not run"):
         weights.load_clip(tmp_path)
@@ -230,7 +232,8 @@ def test_a_state_with_a_wrong_tensor_names_it(long, tmp_path):
     refuse({name: tensor for name, tensor in state.items() if name != "text_projection"}, "text_projection is missing")
     refuse({name: tensor for name, tensor in state.items() if name != fused}, r"missing: .*resblocks.1.attn.in_proj_weight\[key\]")
     refuse(state | {"visual.other": torch.zeros(1)}, "unknown: visual.other")
-    refuse(state | {fused: torch.zeros(385, 128)}, r"in_proj_weight\[key\] is \[385, 128\]")
+    refuse(state | {"visual.proj": torch.full((128, 20), torch.nan)}, "longclip-L.pt: visual.proj holds NaN")
+    refuse(state | {fused: torch.zeros(385, 128)}, r"in_proj_weight\[query\] in .* is \[385, 128\]")
 
 
 def test_without_pytorch_the_remedy_is_said(long, tmp_path, monkeypatch):

@@ -40,6 +40,10 @@ class TorchFile:
         """All tensor names."""
         return set(self.files)
 
+    def file(self, name: str) -> pathlib.Path:
+        """The file that holds a tensor."""
+        return self.files[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
         return tuple(self._tensors[name].shape)

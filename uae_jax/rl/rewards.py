@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ class Encoder:
 
 def load_encoder(
     folder: str | pathlib.Path, name: str | None = None, *, variant: str = "published", remat: bool = False,
-    dtype: str = "float32") -> tuple[Encoder, dict]:
+    dtype: str = "float32", placement: Callable[[trees.Tree], trees.Tree] | None = None) -> tuple[Encoder, dict]:
     """An encoder and its parameters from a CLIP, Long-CLIP, DINOv2 or DINOv3 folder.
 
     Args:
@@ -65,9 +65,10 @@ def load_encoder(
       variant: image processing: `published`, or `uae` (see `Preprocess.from_folder`).
       remat: see `Encoder`.
       dtype: see `Encoder`.
+      placement: where the parameters go, see `hf.rules.load_params`.
 
     Returns:
-      The encoder, and float32 numpy parameters; of CLIP the image tower only.
+      The encoder, and float32 parameters; of CLIP the image tower only.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -75,7 +76,8 @@ def load_encoder(
     """
     source = weights.open_encoder(folder).image_tower()
     kind = "clip" if source.kind == "longclip" else source.kind
-    return Encoder(name or source.kind, kind, source.config, source.preprocess(variant), remat, dtype), source.load()
+    encoder = Encoder(name or source.kind, kind, source.config, source.preprocess(variant), remat, dtype)
+    return encoder, source.load(placement=placement)
 
 
 def clamp_image(pixels: Array, clamp: str = "hard") -> Array:

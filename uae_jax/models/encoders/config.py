@@ -15,7 +15,7 @@ def read_json(folder: str | pathlib.Path, name: str = "config.json") -> dict[str
     """
     path = pathlib.Path(folder) / name
     if not path.is_file():
-        raise FileNotFoundError(f"{path} not found; give the folder of a model saved by transformers")
+        raise FileNotFoundError(f"{path} not found; give the folder of a model saved by transformers, with its {name}")
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -35,8 +35,10 @@ def _known_fields(cls: type, raw: dict[str, Any]) -> dict[str, Any]:
 
 def _expect_model_type(folder: str | pathlib.Path, raw: dict[str, Any], *expected: str) -> None:
     if raw.get("model_type") not in expected:
+        found = raw.get("model_type", raw.get("_class_name"))
         raise ValueError(
-            f"{pathlib.Path(folder) / 'config.json'} has model_type {raw.get('model_type')!r}, needed: {' or '.join(expected)}")
+            f"{pathlib.Path(folder) / 'config.json'}: the folder holds a {found!r} model, expected "
+            f"{' or '.join(map(repr, expected))}; give the folder of that model")
 
 
 @dataclasses.dataclass(frozen=True)

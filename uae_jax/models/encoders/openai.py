@@ -4,6 +4,8 @@ They have no config: sizes are read off the shapes, and what no shape says is th
 value are one fused tensor, which `SplitTensors` shows as three, so that each parameter has one source.
 """
 
+import pathlib
+
 import numpy as np
 
 from uae_jax.hf.rules import Rule
@@ -34,11 +36,15 @@ class SplitTensors:
         for name in source.names():
             pieces = {f"{name}[{part}]": (name, index) for index, part in enumerate(PARTS)}
             self._stored |= pieces if ".attn.in_proj_" in name else {name: (name, None)}
-        self.files = {name: source.files[stored] for name, (stored, _) in self._stored.items()}
+        self.files = {name: source.file(stored) for name, (stored, _) in self._stored.items()}
 
     def names(self) -> set[str]:
         """All tensor names, those of the pieces in place of the fused ones."""
         return set(self._stored)
+
+    def file(self, name: str) -> pathlib.Path:
+        """The file that holds a tensor."""
+        return self.files[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor; the whole fused one's where it does not divide by three."""

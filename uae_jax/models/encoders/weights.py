@@ -7,12 +7,11 @@ import re
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from uae_jax import trees
-from uae_jax.hf.rules import Rule, load_params, published_tensors
+from uae_jax.hf.rules import Placement, Rule, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.hf.torch_file import TorchFile, open_tensors
 from uae_jax.models.encoders import clip, dino, openai
@@ -52,13 +51,17 @@ class EncoderFolder:
         """The shapes of the parameters."""
         return (dino if self.kind.startswith("dino") else clip).abstract_params(self.config)
 
-    def load(self, dtype: np.dtype | None = np.float32) -> dict:
-        """The parameters (numpy), as of `init_params` of `clip` or `dino`.
+    def load(self, dtype: np.dtype | None = np.float32, placement: Placement | None = None) -> dict:
+        """The parameters, as of `init_params` of `clip` or `dino`.
+
+        Args:
+          dtype, placement: see `load_params`.
 
         Raises:
-          ValueError: the tensors do not fit the config.
+          ValueError: the tensors do not fit the config, or are not finite.
         """
-        return load_params(self.tensors, self.rules, self.abstract(), aliases=self.aliases, ignore=self.ignore, dtype=dtype)
+        return load_params(
+            self.tensors, self.rules, self.abstract(), aliases=self.aliases, ignore=self.ignore, dtype=dtype, placement=placement)
 
     def image_tower(self) -> "EncoderFolder":
         """Of CLIP with both towers the image tower, so that the text tower is not read; other encoders as they are.
@@ -118,23 +121,24 @@ def _open_openai(path: pathlib.Path) -> EncoderFolder:
         raise FileNotFoundError(f"image encoder not found: {path} does not exist")
     if any((path / name).is_file() for name in ("model_index.json", "adapter_config.json")):
         raise _another_model(path)
+    remedy = "give the folder of a CLIP, DINOv2 or DINOv3 model with its config.json, or a Long-CLIP file"
     try:
         tensors = openai.SplitTensors(open_tensors(path))
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} holds neither config.json nor a Long-CLIP file; give a CLIP, Long-CLIP, DINOv2 or DINOv3 folder") from None
+        raise FileNotFoundError(f"{path} holds neither config.json nor weights; {remedy}") from None
     if not any(mark in tensors.names() for mark in openai.MARKS):
-        raise _another_model(path, tensors.names())
+        found = ", ".join(sorted(tensors.names())[:3])
+        if path.is_file():
+            raise ValueError(f"{path} holds tensors such as {found}, not a CLIP state in OpenAI's names; {remedy}")
+        raise FileNotFoundError(f"{path / 'config.json'} not found, and tensors such as {found} are not Long-CLIP's; {remedy}")
     config = openai.config_of(tensors)
     kind = "longclip" if isinstance(config.text, LongCLIPTextConfig) else "clip"
     return EncoderFolder(path, kind, config, tensors, openai.rules(config), ignore=openai.IGNORED)
 
 
-def _another_model(path: pathlib.Path, names: set[str] = frozenset()) -> ValueError:
+def _another_model(path: pathlib.Path) -> ValueError:
     """The error that says what a folder holds instead of an encoder."""
-    what = f"tensors such as {', '.join(sorted(names)[:3])}" if names else "no tensors"
-    if (path / "adapter_config.json").is_file():
-        what = "a peft adapter"
+    what = "a peft adapter"
     for file in ("config.json", "model_index.json"):
         if (path / file).is_file():
             raw = read_json(path, file)
@@ -149,40 +153,44 @@ def _only(source: EncoderFolder, *kinds: str) -> EncoderFolder:
     return source
 
 
-def load_dino(folder: str | pathlib.Path, *, dtype: np.dtype = np.float32) -> tuple[dino.AnyDinoConfig, dict]:
+def load_dino(
+    folder: str | pathlib.Path, *, dtype: np.dtype = np.float32, placement: Placement | None = None) -> tuple[dino.AnyDinoConfig, dict]:
     """Config and parameters of a Dinov2Model or DINOv3ViTModel folder, in the file or the in-memory names.
 
     Args:
       folder: with `config.json` and weights.
       dtype: precision of the parameters.
+      placement: where they go, see `hf.rules.load_params`.
 
     Returns:
-      The config, and numpy parameters as of `dino.init_params`.
+      The config, and parameters as of `dino.init_params`.
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: the folder holds another model, or its tensors do not fit.
     """
     source = _only(open_encoder(folder), "dinov2", "dinov3")
-    return source.config, source.load(dtype)
+    return source.config, source.load(dtype, placement)
 
 
-def load_clip(folder: str | pathlib.Path, *, dtype: np.dtype = np.float32) -> tuple[clip.AnyCLIPConfig, dict]:
+def load_clip(
+    folder: str | pathlib.Path, *, dtype: np.dtype = np.float32, placement: Placement | None = None) -> tuple[clip.AnyCLIPConfig, dict]:
     """Config and parameters of a CLIPModel, CLIPVisionModelWithProjection, CLIPTextModelWithProjection or Long-CLIP folder.
 
     Args:
       folder: with `config.json` and weights, or what `open_encoder` takes for Long-CLIP.
       dtype: precision of the parameters.
+      placement: where they go, see `hf.rules.load_params`.
 
     Returns:
-      The config of the class that the folder holds, and numpy parameters as of `clip.init_params`.
+      The config of the class that the folder holds, and parameters as of `clip.init_params`.
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: the folder holds another model, or its tensors do not fit.
     """
     source = _only(open_encoder(folder), "clip", "longclip")
-    return source.config, source.load(dtype)
+    return source.config, source.load(dtype, placement)
 
 
 def save_clip(folder: str | pathlib.Path, config: clip.AnyCLIPConfig, params: trees.Tree) -> None:
@@ -225,6 +233,9 @@ def empty_prompt_ids(config: CLIPTextConfig) -> np.ndarray:
     return np.array([[start, end]], np.int32)
 
 
+_text_features = jax.jit(clip.text_features, static_argnums=0)
+
+
 def pooled_empty_prompt(folders: Sequence[str | pathlib.Path]) -> np.ndarray:
     """The transformer's pooled condition: features of the empty prompt, concatenated (arXiv 2403.03206, section 4).
 
@@ -245,5 +256,5 @@ def pooled_empty_prompt(folders: Sequence[str | pathlib.Path]) -> np.ndarray:
             raise ValueError(f"{folder} holds an image tower; the pooled condition needs CLIP text towers")
         text = config.text if isinstance(config, CLIPConfig) else config
         with jax.default_matmul_precision("highest"):
-            parts.append(clip.text_features(config, params, jnp.asarray(empty_prompt_ids(text)))[0])
+            parts.append(_text_features(config, params, empty_prompt_ids(text))[0])
     return np.concatenate([np.asarray(part, np.float32) for part in parts])
