@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import sys
 
 import jax
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.torch import save_file
 from torch import nn
 
+from uae_jax import trees
 from uae_jax.hf.torch_file import TorchFile
 from uae_jax.models.encoders import clip, weights
 from uae_jax.models.encoders.config import CLIPTextConfig, LongCLIPTextConfig
@@ -178,6 +182,19 @@ def test_the_reward_reads_the_folder_with_its_own_image_processing(long, tmp_pat
     torch.save({**long.state_dict(), "other": torch.zeros(1)}, tmp_path / "longclip-L.pt")
     with pytest.raises(ValueError, match="unknown: other"):
         load_encoder(tmp_path)
+
+
+def test_pieces_of_fused_tensors_go_to_their_shards(long, tmp_path):
+    torch.save(long.state_dict(), tmp_path / "longclip-L.pt")
+    mesh = jax.make_mesh((2,), ("tensor",))
+    split, whole = NamedSharding(mesh, P(None, None, "tensor")), NamedSharding(mesh, P())
+
+    def placement(tree):
+        return trees.map_with_name(lambda name, _: split if re.search("attention/.*kernel", name) else whole, tree)
+
+    _, placed = weights.load_clip(tmp_path, placement=placement)
+    assert placed["text"]["layers"]["attention"]["key"]["kernel"].sharding == split
+    jax.tree.map(np.testing.assert_array_equal, placed, weights.load_clip(tmp_path)[1])
 
 
 class Payload:
