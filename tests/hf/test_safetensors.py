@@ -1,6 +1,7 @@
 """Folders of safetensors: one file, shards, and what is wrong with them."""
 
 import json
+import weakref
 
 import jax
 import ml_dtypes
@@ -53,6 +54,82 @@ def test_missing_folders_and_files(tmp_path):
         TensorFolder(tmp_path)
 
 
+@pytest.mark.parametrize("content, message", [
+    ("{", "not an index of safetensors"), ("[]", "not an index of safetensors"), ('{"weight_map": 3}', "not an index of safetensors")])
+def test_an_index_that_cannot_be_read_is_named(tmp_path, content, message):
+    write_tensors(tmp_path, TENSORS, max_shard_bytes=300)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=f"model.safetensors.index.json is {message}.*copy it again"):
+        TensorFolder(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda shards: shards.update({"scalar": shards["layers.0.weight"]}), "says that scalar is in model-00001-of-00003.*but it is in model-00003"),
+    (lambda shards: shards.update({"absent": shards["scalar"]}), "says that absent is in model-00003.*but no shard holds it"),
+    (lambda shards: shards.pop("half"), "model-00003-of-00003.safetensors holds half, which model.safetensors.index.json does not list")])
+def test_an_index_that_disagrees_with_its_shards_is_named(tmp_path, change, message):
+    write_tensors(tmp_path, TENSORS, max_shard_bytes=300)
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    change(content["weight_map"])
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        TensorFolder(tmp_path)
+
+
+def test_a_pointer_in_place_of_the_weights_is_named(tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(ValueError, match="model.safetensors is a Git LFS pointer.*git lfs pull"):
+        TensorFolder(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_named_and_a_variant_is_left_alone(tmp_path):
+    write_tensors(tmp_path, TENSORS)
+    write_tensors(tmp_path, {"half": np.zeros(4, np.float16)}, stem="model.fp16")
+    assert TensorFolder(tmp_path).dtype("half") == "BF16"
+    write_tensors(tmp_path, {"half": np.zeros(4, np.float16)}, stem="other")
+    with pytest.raises(ValueError, match="model.safetensors and .*other.safetensors both hold half"):
+        TensorFolder(tmp_path)
+
+
+def test_one_shard_at_a_time_is_held_in_memory(tmp_path):
+    alive, most = set(), 0
+
+    def stream():
+        nonlocal most
+        for number in range(12):
+            tensor = np.full(100, number, np.float32)
+            alive.add(number)
+            weakref.finalize(tensor, alive.discard, number)
+            most = max(most, len(alive))
+            yield f"tensor.{number}", tensor
+
+    files = write_tensors(tmp_path, stream(), max_shard_bytes=3 * 400)
+    assert [file.name for file in files] == [f"model-{number:05d}-of-00004.safetensors" for number in range(1, 5)]
+    assert most <= 3 + 2  # a shard, the tensor after it, and the one that is being made
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    files = write_tensors(tmp_path, TENSORS, max_shard_bytes=300)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def stream():
+        yield from TENSORS.items()
+        raise OSError("no more")
+
+    for folder in (tmp_path, tmp_path / "new"):
+        with pytest.raises(OSError, match="no more"):
+            write_tensors(folder, stream(), max_shard_bytes=300)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before and files[0].exists()
+
+
+def test_older_files_of_the_same_stem_are_replaced(tmp_path):
+    write_tensors(tmp_path, {"kept": np.zeros(2, np.float32)}, stem="adapter_model")
+    write_tensors(tmp_path, TENSORS, max_shard_bytes=300)
+    write_tensors(tmp_path, {"only": np.zeros(2, np.float32)})
+    assert {file.name for file in tmp_path.iterdir()} == {"model.safetensors", "adapter_model.safetensors"}
+
+
 RULES = [Rule("layers/kernel", "layers.{}.weight", "dense", (0, 1, 2)), Rule("conv/kernel", "conv.weight", "conv"),
          Rule("patch/kernel", "patch.weight", "patch", torch_shape=(6, 3, 2, 2))]
 ABSTRACT = {
@@ -75,7 +152,7 @@ def test_layouts_go_there_and_back(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (lambda t: t.pop("conv.weight"), "missing: conv.weight"), (lambda t: t.update(extra=np.zeros(2)), "unknown: extra"),
-    (lambda t: t.update({"layers.2.weight": np.zeros((4, 9), np.float32)}), r"layers.2.weight is \[4, 9\], the model needs \[8, 4\]")])
+    (lambda t: t.update({"layers.2.weight": np.zeros((4, 9), np.float32)}), r"layers.2.weight in .*model.safetensors is \[4, 9\], the model needs \[4, 8\]")])
 def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
     tensors = dict(published_tensors(params(), RULES))
     change(tensors)
@@ -88,3 +165,61 @@ def test_a_table_that_does_not_fit_the_model_is_refused(tmp_path):
     write_tensors(tmp_path, dict(published_tensors(params(), RULES)))
     with pytest.raises(ValueError, match="disagree on the parameters .*'patch/kernel'"):
         load_params(TensorFolder(tmp_path), RULES[:2], ABSTRACT)
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64, ml_dtypes.float8_e4m3fn])
+@pytest.mark.parametrize("wanted", [None, np.float32, ml_dtypes.bfloat16])
+def test_every_precision_is_read(tmp_path, stored, wanted):
+    write_tensors(tmp_path, dict(published_tensors(params(), RULES, stored)))
+    read = load_params(TensorFolder(tmp_path), RULES, ABSTRACT, dtype=wanted)
+    expected = jax.tree.map(lambda leaf: leaf.astype(stored).astype(wanted or stored), params())
+    jax.tree.map(np.testing.assert_array_equal, read, expected)
+    assert {leaf.dtype for leaf in jax.tree.leaves(read)} == {np.dtype(wanted or stored)}
+
+
+def test_layers_of_several_precisions_are_stacked_in_the_widest(tmp_path):
+    tensors = dict(published_tensors(params(), RULES))
+    tensors["layers.1.weight"] = tensors["layers.1.weight"].astype(ml_dtypes.bfloat16)
+    tensors["layers.2.weight"] = tensors["layers.2.weight"].astype(np.float16)
+    write_tensors(tmp_path, tensors)
+    kernel = load_params(TensorFolder(tmp_path), RULES, ABSTRACT)["layers"]["kernel"]
+    assert kernel.dtype == np.float32
+    np.testing.assert_array_equal(kernel[0], params()["layers"]["kernel"][0])
+    np.testing.assert_array_equal(kernel[1], params()["layers"]["kernel"][1].astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["layers.2.weight", "conv.weight", "patch.weight"])
+def test_a_number_that_is_not_finite_is_named_with_its_file(tmp_path, stored, value, name):
+    tensors = dict(published_tensors(params(), RULES, stored))
+    tensors[name] = tensors[name].copy()
+    tensors[name].flat[-1] = value
+    write_tensors(tmp_path, tensors, max_shard_bytes=300)
+    folder = TensorFolder(tmp_path)
+    with pytest.raises(ValueError, match=f"{folder.file(name)}: {name} holds NaN or infinity; copy the file again"):
+        load_params(folder, RULES, ABSTRACT, dtype=np.float32)
+
+
+def test_a_number_past_the_wanted_precision_is_named(tmp_path):
+    tensors = dict(published_tensors(params(), RULES))
+    tensors["conv.weight"] = tensors["conv.weight"] + 1e6
+    write_tensors(tmp_path, tensors)
+    with np.errstate(over="ignore"), pytest.raises(ValueError, match="conv.weight passes the range of float16"):
+        load_params(TensorFolder(tmp_path), RULES, ABSTRACT, dtype=np.float16)
+
+
+def test_a_quantised_tensor_is_named(tmp_path):
+    tensors = dict(published_tensors(params(), RULES))
+    tensors["layers.1.weight"] = np.zeros((4, 8), np.int8)
+    write_tensors(tmp_path, tensors)
+    with pytest.raises(ValueError, match="model.safetensors stores layers.1.weight as int8, so the model is quantised"):
+        load_params(TensorFolder(tmp_path), RULES, ABSTRACT)
+
+
+def test_a_renamed_tensor_is_recognised(tmp_path):
+    tensors = dict(published_tensors(params(), RULES))
+    tensors["layer.1.weight"] = tensors.pop("layers.1.weight")
+    write_tensors(tmp_path, tensors)
+    with pytest.raises(ValueError, match="missing: layers.1.weight; unknown: layer.1.weight in .*model.safetensors. If layer.1.weight is layers.1.weight"):
+        load_params(TensorFolder(tmp_path), RULES, ABSTRACT)

@@ -1,8 +1,10 @@
-"""A folder with a tensor too few, too many or misnamed, a file cut short, or another model in it ends with one clear line."""
+"""A folder with a tensor too few, too many, misnamed or not finite, a file cut short, or another model in it: one clear line."""
 
+import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 from reference_folder import load
 
@@ -67,7 +69,9 @@ def test_a_renamed_tensor_is_named_both_ways(reference, folder, part):
 
     rewrite(folder / part, reference.folder / part, rename)
     text = message(folder)
-    assert str(folder / part) in text and f"missing: {TENSORS[part]}; unknown: {TENSORS[part]}_old." in text
+    name = TENSORS[part]
+    file = next(file for file in (folder / part).glob("*.safetensors"))
+    assert f"missing: {name}; unknown: {name}_old in {file}." in text and f"If {name}_old is {name}, give it that name" in text
 
 
 @pytest.mark.parametrize("part", ["SD3/vae", "dit_lora"])
@@ -75,7 +79,7 @@ def test_an_extra_tensor_is_named(reference, folder, part):
     extra = TENSORS[part].replace("1", "9").replace("3", "9")
     rewrite(folder / part, reference.folder / part, lambda tensors: tensors.update({extra: tensors[TENSORS[part]]}))
     text = message(folder)
-    assert str(folder / part) in text and f"unknown: {extra}." in text and "missing" not in text
+    assert f"unknown: {extra} in {folder / part}" in text and "missing" not in text
 
 
 def test_a_tensor_that_is_there_under_two_names_is_named(reference, folder):
@@ -94,8 +98,84 @@ def test_a_truncated_file_is_named(reference, folder, part):
     assert f"{file} is not a complete safetensors file" in message(folder)
 
 
-@pytest.mark.parametrize(("part", "other"), [
-    ("llm", "clip"), ("dit", "SD3/vae"), ("SD3/vae", "dit"), ("SD3/text_encoder", "dinov2"), ("clip", "dinov2")])
-def test_another_model_in_the_place_of_a_part_is_named(reference, folder, part, other):
+@pytest.mark.parametrize(("part", "value"), [
+    ("llm", np.nan), ("dit", np.inf), ("SD3/vae", np.nan), ("SD3/text_encoder_2", -np.inf), ("dit_lora", np.nan), ("dinov3", np.nan)])
+def test_a_number_that_is_not_finite_is_named(reference, folder, part, value):
+    def spoil(tensors):
+        tensors[TENSORS[part]] = tensors[TENSORS[part]].copy()
+        tensors[TENSORS[part]].flat[-1] = value
+
+    rewrite(folder / part, reference.folder / part, spoil)
+    (file,) = (folder / part).glob("*.safetensors")
+    assert f"{file}: {TENSORS[part]} holds NaN or infinity; copy the file again" in message(folder)
+
+
+@pytest.fixture
+def sharded(reference, folder):
+    """The folder with a transformer in several files, and the index of these."""
+    def again(change=lambda weight_map: None):
+        replace(folder / "dit", reference.folder / "dit")
+        stored = TensorFolder(reference.folder / "dit")
+        tensors = {name: stored.read(name) for name in sorted(stored.names())}
+        write_tensors(folder / "dit", tensors, stem="diffusion_pytorch_model", max_shard_bytes=100_000)
+        (index,) = (folder / "dit").glob("*.index.json")
+        content = json.loads(index.read_text())
+        change(content["weight_map"])
+        index.write_text(json.dumps(content))
+        return index, content["weight_map"]
+    return again
+
+
+def test_an_index_that_names_an_absent_shard_is_named(sharded, folder):
+    index, shards = sharded()
+    (folder / "dit" / shards[TENSORS["dit"]]).unlink()
+    assert f"{index} names {shards[TENSORS['dit']]}, which is not in the folder; copy it there" in message(folder)
+
+
+def test_an_index_that_disagrees_with_its_shards_is_named(sharded, folder):
+    name = TENSORS["dit"]
+    other = next(shard for shard in sharded()[1].values() if shard != sharded()[1][name])
+    index, _ = sharded(lambda shards: shards.update({name: other}))
+    assert f"{index} says that {name} is in {other}, but it is in " in message(folder)
+    index, _ = sharded(lambda shards: shards.update({"another.weight": other}))
+    assert f"{index} says that another.weight is in {other}, but no shard holds it" in message(folder)
+    index, shards = sharded(lambda shards: shards.pop(name))
+    assert f"holds {name}, which {index.name} does not list" in message(folder)
+
+
+@pytest.mark.parametrize("part", ["llm", "dit", "SD3/vae", "SD3/text_encoder", "clip"])
+def test_a_folder_without_its_config_is_named(folder, part):
+    (folder / part / "config.json").unlink()
+    text = message(folder)
+    assert str(folder / part / "config.json") in text and ("copy it from" in text or "with its config.json" in text)
+
+
+@pytest.mark.parametrize(("part", "other", "held", "expected"), [
+    ("llm", "clip", "clip", "qwen2_5_vl"), ("llm", "dit", "SD3Transformer2DModel", "qwen2_5_vl"),
+    ("dit", "SD3/vae", "AutoencoderKL", "SD3Transformer2DModel"), ("SD3/vae", "dit", "SD3Transformer2DModel", "AutoencoderKL"),
+    ("SD3/vae", "llm", "qwen2_5_vl", "AutoencoderKL"), ("SD3/text_encoder", "dinov2", "dinov2", "clip"),
+    ("clip", "dinov2", "dinov2", "clip"), ("clip", "SD3/vae", "AutoencoderKL", "CLIP")])
+def test_another_model_in_the_place_of_a_part_is_named(reference, folder, part, other, held, expected):
     replace(folder / part, reference.folder / other)
-    assert str(folder / part) in message(folder)
+    text = message(folder)
+    assert str(folder / part) in text and held in text.replace(str(folder / part), "") and expected in text.replace(str(folder), "")
+
+
+def test_weights_of_another_size_than_their_config_are_named(reference, folder):
+    replace(folder / "dit", reference.folder / "dit")
+    file = folder / "dit" / "config.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps(stored | {"pooled_projection_dim": stored["pooled_projection_dim"] + 1}))
+    text = message(folder)
+    name, width = "time_text_embed.text_embedder.linear_1.weight", stored["pooled_projection_dim"]
+    assert f"{name} in {folder / 'dit'}" in text and f"is [32, {width}], the model needs [32, {width + 1}]" in text
+
+
+def test_parts_of_different_models_are_named(reference, folder):
+    def widen(tensors):
+        for name in ("projector.2.weight", "projector.2.bias"):
+            tensors[name] = np.concatenate([tensors[name]] * 2)
+
+    rewrite(folder / "llm", reference.folder / "llm", widen)
+    text = message(folder)
+    assert str(folder / "llm") in text and str(folder / "dit" / "config.json") in text and "joint_attention_dim" in text

@@ -1,14 +1,20 @@
 """Tables that say which published tensor is which parameter of ours, and the loader that checks them both ways."""
 
 import dataclasses
+import difflib
+import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from uae_jax import trees
-from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.hf.safetensors import TensorDict, TensorFolder
+
+# from a tree of shapes to a tree of shardings
+Placement = Callable[[trees.Tree], trees.Tree]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +62,12 @@ class Rule:
 
 
 def load_params(
-    folder: TensorFolder, rules: Sequence[Rule], abstract: trees.Tree, *, aliases: Sequence[tuple[str, str]] = (),
-    ignore: str = "", dtype: np.dtype | None = None) -> dict:
+    folder: TensorFolder | TensorDict, rules: Sequence[Rule], abstract: trees.Tree, *, aliases: Sequence[tuple[str, str]] = (),
+    ignore: str = "", dtype: np.dtype | None = None, placement: Placement | None = None) -> dict:
     """Reads every parameter of a model, after checking that names and shapes agree both ways.
+
+    Parameters are read one after the other, and of each only what this process's devices hold: with a placement, host
+    memory never holds more than one parameter and the pages of one of its tensors.
 
     Args:
       folder: where the tensors are.
@@ -67,19 +76,26 @@ def load_params(
       aliases: (regular expression, replacement) pairs that turn other published names into those of the rules.
       ignore: regular expression of published names that are not parameters (buffers, tied copies, other parts).
       dtype: precision to cast floating tensors to; None keeps what is stored.
+      placement: where the parameters go: a function from the tree of shapes to a tree of shardings. None leaves them on
+        the host.
 
     Returns:
-      Nested dictionaries of numpy arrays with the structure of `abstract`.
+      Nested dictionaries with the structure of `abstract`, of jax arrays laid out as `placement` says, or of numpy arrays.
 
     Raises:
-      ValueError: a tensor is missing, unknown, there twice, or of another shape; all are named, with the folder.
+      ValueError: a tensor is missing, unknown, there twice, of another shape, or not finite; it is named, with its file.
     """
     wanted = trees.flatten(abstract)
     _check_table(rules, wanted)
     published = _canonical_names(folder, aliases, ignore)
     _check_names(folder, rules, published)
     _check_shapes(folder, rules, published, wanted)
-    return trees.unflatten({rule.ours: _read(folder, rule, published, wanted[rule.ours], dtype) for rule in rules})
+    shardings = None if placement is None else trees.flatten(placement(abstract))
+    leaves = {}
+    for rule in rules:
+        stored = _Stored(folder, rule, [published[source] for source in rule.sources()], tuple(wanted[rule.ours].shape), dtype)
+        leaves[rule.ours] = stored.read() if shardings is None else stored.place(shardings[rule.ours])
+    return trees.unflatten(leaves)
 
 
 def _check_table(rules: Sequence[Rule], wanted: dict) -> None:
@@ -89,7 +105,7 @@ def _check_table(rules: Sequence[Rule], wanted: dict) -> None:
         raise ValueError(f"rule table and model disagree on the parameters {sorted(wrong)}")
 
 
-def _canonical_names(folder: TensorFolder, aliases: Sequence[tuple[str, str]], ignore: str) -> dict[str, str]:
+def _canonical_names(folder: TensorFolder | TensorDict, aliases: Sequence[tuple[str, str]], ignore: str) -> dict[str, str]:
     published = {}
     for name in folder.names():
         canonical = name
@@ -104,15 +120,22 @@ def _canonical_names(folder: TensorFolder, aliases: Sequence[tuple[str, str]], i
     return published
 
 
-def _check_names(folder: TensorFolder, rules: Sequence[Rule], published: dict[str, str]) -> None:
+def _check_names(folder: TensorFolder | TensorDict, rules: Sequence[Rule], published: dict[str, str]) -> None:
     expected = {source for rule in rules for source in rule.sources()}
     missing = sorted(expected - set(published))
     unknown = sorted(published[name] for name in set(published) - expected)
-    if missing or unknown:
-        parts = [f"{what}: {_listed(names)}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
-        raise ValueError(
-            f"weights in {folder.path} do not fit the model; {'; '.join(parts)}. "
-            "Check that the folder holds this model and that its config.json belongs to it")
+    if not (missing or unknown):
+        return
+    parts = [f"missing: {_listed(missing)}"] if missing else []
+    if unknown:
+        others = " and other files" if len({folder.file(name) for name in unknown}) > 1 else ""
+        parts.append(f"unknown: {_listed(unknown)} in {folder.file(unknown[0])}{others}")
+    remedy = "Check that the folder holds this model and that its config.json belongs to it"
+    # a file of another model has many names that look alike, a renamed tensor is one of few
+    near = difflib.get_close_matches(missing[0], unknown, 1, 0.8) if missing and len(missing) + len(unknown) <= 16 else []
+    if near:
+        remedy = f"If {near[0]} is {missing[0]}, give it that name; if not, check that folder and config.json are of this model"
+    raise ValueError(f"weights in {folder.path} do not fit the model; {'; '.join(parts)}. {remedy}")
 
 
 def _listed(names: list[str], most: int = 8) -> str:
@@ -120,34 +143,110 @@ def _listed(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _check_shapes(folder: TensorFolder, rules: Sequence[Rule], published: dict[str, str], wanted: dict) -> None:
+def _check_shapes(folder: TensorFolder | TensorDict, rules: Sequence[Rule], published: dict[str, str], wanted: dict) -> None:
     wrong = []
     for rule in rules:
         target = tuple(wanted[rule.ours].shape)
         target = target if rule.layers is None else target[1:]
         for source in rule.sources():
             stored = folder.shape(published[source])
-            blank = np.broadcast_to(np.zeros((), np.int8), stored)
-            if rule.to_ours(blank).shape != target:
-                wrong.append(f"{source} is {list(stored)}, the model needs {list(target)} for {rule.ours}")
+            # layouts other than ours have another number of axes
+            fits = len(stored) == 4 if rule.layout == "conv" else len(stored) > 0 if rule.layout == "patch" else True
+            if not fits or rule.to_ours(_blank(stored)).shape != target:
+                needed = rule.torch_shape or rule.to_theirs(_blank(target)).shape
+                wrong.append(f"{published[source]} in {folder.file(published[source])} is {list(stored)}, the model needs {list(needed)}")
     if wrong:
-        raise ValueError(f"shapes in {folder.path} do not fit config.json: {'; '.join(wrong[:8])}")
+        more = f"; and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"shapes in {folder.path} do not fit its config.json: {wrong[0]}{more}. Copy config.json and weights of one model there")
 
 
-def _read(folder: TensorFolder, rule: Rule, published: dict[str, str], like: jax.ShapeDtypeStruct, dtype) -> np.ndarray:
-    def one(source: str) -> np.ndarray:
-        tensor = rule.to_ours(folder.read(published[source]))
-        return tensor if dtype is None else tensor.astype(dtype)
+def _blank(shape: tuple[int, ...]) -> np.ndarray:
+    return np.broadcast_to(np.zeros((), np.int8), shape)
 
-    if rule.layers is None:
-        return np.asarray(one(rule.theirs), order="C")
-    stacked = None
-    for index, source in enumerate(rule.sources()):
-        tensor = one(source)
-        if stacked is None:
-            stacked = np.empty(like.shape, tensor.dtype)
-        stacked[index] = tensor
-    return stacked
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """One parameter of ours where it is stored.
+
+    Attributes:
+      folder: that holds it.
+      rule: its layout.
+      sources: names of its tensors in the folder, in stacking order.
+      shape: ours.
+      dtype: wanted precision, or None for the stored one.
+    """
+
+    folder: TensorFolder | TensorDict
+    rule: Rule
+    sources: list[str]
+    shape: tuple[int, ...]
+    dtype: np.dtype | None
+
+    def place(self, sharding: jax.sharding.Sharding) -> jax.Array:
+        """The parameter on its devices; what several devices hold is read once."""
+        dtype, blocks = self._dtype(), {}
+
+        def block(index: tuple[slice, ...]) -> np.ndarray:
+            key = tuple(part.indices(size) for part, size in zip(index, self.shape))
+            if key not in blocks:
+                blocks[key] = self._block(index, dtype)
+            return blocks[key]
+
+        array = jax.make_array_from_callback(self.shape, sharding, block, dtype=dtype)
+        # the copy on the host may go only when the devices have theirs, and must be gone before the next is read
+        return jax.block_until_ready(array)
+
+    def read(self) -> np.ndarray:
+        """The whole parameter on the host."""
+        return self._block((slice(None),) * len(self.shape), self._dtype())
+
+    def _dtype(self) -> np.dtype:
+        stored = {self.folder.read(source).dtype for source in self.sources}
+        for dtype in stored:
+            if not jnp.issubdtype(dtype, np.floating):
+                source = next(name for name in self.sources if self.folder.read(name).dtype == dtype)
+                raise ValueError(
+                    f"{self.folder.file(source)} stores {source} as {dtype}, so the model is quantised; give weights in float32, "
+                    "float16 or bfloat16")
+        return np.dtype(functools.reduce(jnp.promote_types, stored)) if self.dtype is None else np.dtype(self.dtype)
+
+    def _block(self, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        block = np.empty([len(range(*part.indices(size))) for part, size in zip(index, self.shape)], dtype)
+        if self.rule.layers is None:
+            self._fill(block, self.sources[0], index)
+            return block
+        for row, layer in enumerate(range(*index[0].indices(self.shape[0]))):
+            self._fill(block[row, ...], self.sources[layer], index[1:])
+        return block
+
+    def _fill(self, block: np.ndarray, source: str, index: tuple[slice, ...]) -> None:
+        """Copies a part of one tensor to its place, in our layout and precision."""
+        tensor = self.rule.to_ours(self.folder.read(source))[index]
+        _copy(tensor, block)
+        if _is_finite(block):
+            return
+        if _is_finite(tensor):
+            raise ValueError(f"{self.folder.file(source)}: {source} passes the range of {block.dtype}; read it as float32 or bfloat16")
+        raise ValueError(
+            f"{self.folder.file(source)}: {source} holds NaN or infinity; copy the file again, or, if its source is the same, convert "
+            "the weights again")
+
+
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    """Copies and casts; a transposed source in strips of one cache line of the target, several times faster than at once."""
+    if source.ndim < 2 or source.strides[-1] <= min(source.strides) or source.size < 2**14:
+        target[...] = source
+        return
+    strip = max(1, 64 // target.itemsize)
+    for start in range(0, source.shape[-1], strip):
+        target[..., start:start + strip] = source[..., start:start + strip]
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite, found piece by piece: a mask of the whole would be as large as a tensor."""
+    flat, piece = array.reshape(-1), 2**16
+    return all(np.isfinite(flat[start:start + piece]).all() for start in range(0, flat.size, piece))
 
 
 def published_tensors(params: trees.Tree, rules: Sequence[Rule], dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:

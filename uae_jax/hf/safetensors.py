@@ -2,12 +2,20 @@
 
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+# safetensors' words for precisions that parameters may be stored in, and those of buffers
+DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
+    "BOOL": np.bool_}
+LFS_POINTER = b"version https://git-lfs"
 
 
 class TensorFolder:
@@ -21,64 +29,161 @@ class TensorFolder:
     def __init__(self, path: str | pathlib.Path):
         """Opens the folder's index, or its only file, or all shards when there is no index.
 
+        Of a file and its variant in another precision (`model.safetensors`, `model.fp16.safetensors`) the first is read.
+
         Raises:
           FileNotFoundError: there is no such folder, no safetensors file in it, or a shard of the index is missing.
-          ValueError: a file is not readable as safetensors (cut short, or of another format).
+          ValueError: a file is not readable as safetensors (cut short, or of another format), or index and shards disagree.
         """
         self.path = pathlib.Path(path)
         if not self.path.exists():
             raise FileNotFoundError(f"weights not found: {self.path} does not exist")
-        self._open: dict[pathlib.Path, safe_open] = {}
         self.files: dict[str, pathlib.Path] = {}
-        for file in _weight_files(self.path):
-            for name in self._handle(file).keys():
-                self.files[name] = file
-
-    def _handle(self, file: pathlib.Path):
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(file, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} is not a complete safetensors file ({error}); copy it again") from None
-        return self._open[file]
+        self._entries: dict[str, dict] = {}
+        index = _index(self.path)
+        for file in _weight_files(self.path) if index is None else _shards(index, self.path):
+            entries = _header(file)
+            again = sorted(set(entries) & set(self.files))
+            if again:
+                raise ValueError(f"{self.files[again[0]]} and {file} both hold {again[0]}; keep the right file")
+            self.files |= dict.fromkeys(entries, file)
+            self._entries |= entries
+        if index is not None:
+            _check_index(index, self.files, self.path)
 
     def names(self) -> set[str]:
         """All tensor names."""
         return set(self.files)
 
+    def file(self, name: str) -> pathlib.Path:
+        """The file that holds a tensor."""
+        return self.files[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
-        return tuple(self._handle(self.files[name]).get_slice(name).get_shape())
+        return tuple(self._entries[name]["shape"])
 
     def dtype(self, name: str) -> str:
         """The stored precision of a tensor in safetensors' words (`F32`, `BF16`, ...), without reading it."""
-        return self._handle(self.files[name]).get_slice(name).get_dtype()
+        return self._entries[name]["dtype"]
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored precision."""
-        return self._handle(self.files[name]).get_tensor(name)
+        """One tensor in its stored precision: a read-only view of the file, which holds memory only while the view lives.
+
+        Raises:
+          ValueError: a precision that this package does not know.
+        """
+        shape, dtype = self.shape(name), DTYPES.get(self.dtype(name))
+        if dtype is None:
+            raise ValueError(
+                f"{self.file(name)} stores {name} as {self.dtype(name)}; save it again in one of {', '.join(DTYPES)}")
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        # a mapping of its own for each tensor: pages of one that lasts for the whole file would all stay in memory
+        return np.asarray(np.memmap(self.file(name), dtype, "r", self._entries[name]["start"], shape))
+
+
+class TensorDict:
+    """Tensors in memory, with the interface of `TensorFolder`.
+
+    Args:
+      path: what to call them in messages.
+      tensors: name to array.
+    """
+
+    def __init__(self, path: str, tensors: Mapping[str, np.ndarray]):
+        self.path, self._tensors = path, tensors
+
+    def names(self) -> set[str]:
+        """All tensor names."""
+        return set(self._tensors)
+
+    def file(self, name: str) -> str:
+        """What to call the place of a tensor in messages."""
+        return self.path
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return self._tensors[name].shape
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+        return self._tensors[name]
+
+
+def _index(path: pathlib.Path) -> pathlib.Path | None:
+    indexes = sorted(path.glob("*.safetensors.index.json")) if path.is_dir() else []
+    return indexes[0] if indexes else None
+
+
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {str(name): str(shard) for name, shard in weight_map.items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} is not an index of safetensors (JSON with a weight_map); copy it again") from None
+
+
+def _shards(index: pathlib.Path, path: pathlib.Path) -> list[pathlib.Path]:
+    shards = sorted(set(_weight_map(index).values()))
+    missing = [shard for shard in shards if not (path / shard).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} names {missing[0]}, which is not in the folder; copy it there")
+    return [path / shard for shard in shards]
 
 
 def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
     if path.is_file():
         return [path]
-    indexes = sorted(path.glob("*.safetensors.index.json"))
-    if indexes:
-        shards = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
-        missing = [shard for shard in shards if not (path / shard).exists()]
-        if missing:
-            raise FileNotFoundError(f"{indexes[0]} names {missing[0]}, which is not in the folder; copy it there")
-        return [path / shard for shard in shards]
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"no safetensors file in {path}")
-    return files
+        raise FileNotFoundError(f"no safetensors file in {path}; give the folder that holds the weights")
+    names = {file.name for file in files}
+
+    def is_variant(file: pathlib.Path) -> bool:
+        stem, *variant = file.name.removesuffix(".safetensors").split(".")
+        return bool(variant) and f"{stem}.safetensors" in names
+
+    return [file for file in files if not is_variant(file)]
+
+
+def _check_index(index: pathlib.Path, files: Mapping[str, pathlib.Path], path: pathlib.Path) -> None:
+    """Every tensor is in the shard that the index says, and no shard holds one that the index does not list."""
+    said = _weight_map(index)
+    for name, shard in said.items():
+        if files.get(name) != path / shard:
+            found = f"it is in {files[name].name}" if name in files else "no shard holds it"
+            raise ValueError(f"{index} says that {name} is in {shard}, but {found}; copy index and shards again from one place")
+    unlisted = sorted(set(files) - set(said))
+    if unlisted:
+        raise ValueError(
+            f"{files[unlisted[0]]} holds {unlisted[0]}, which {index.name} does not list; copy index and shards again from one place")
+
+
+def _header(file: pathlib.Path) -> dict[str, dict]:
+    """Shape, dtype and first byte of each tensor of a file, whose layout is checked."""
+    try:
+        with file.open("rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError(f"{file} is a Git LFS pointer in place of the weights; run `git lfs pull` in its repository")
+            with safe_open(file, framework="numpy"):
+                pass  # checks that the tensors fill the file
+            stream.seek(0)
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a complete safetensors file ({error}); copy it again") from None
+    return {name: {"shape": entry["shape"], "dtype": entry["dtype"], "start": 8 + length + entry["data_offsets"][0]}
+            for name, entry in header.items() if name != "__metadata__"}
 
 
 def write_tensors(
     folder: str | pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]] | Mapping[str, np.ndarray], *,
     stem: str = "model", max_shard_bytes: int = 5 * 10**9) -> list[pathlib.Path]:
     """Writes tensors as `stem.safetensors`, or as numbered shards with an index when they pass the size limit.
+
+    No more than one shard, and the tensor after it, is held in memory. Files get their names once all are written; older
+    files of the same stem are then gone. After an error nothing of the new files is left, and the older ones are as they were.
 
     Args:
       folder: made if absent.
@@ -90,23 +195,64 @@ def write_tensors(
       The files written.
     """
     folder = pathlib.Path(folder)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    items = tensors.items() if isinstance(tensors, Mapping) else tensors
-    shards: list[dict[str, np.ndarray]] = [{}]
-    sizes = [0]
-    for name, tensor in items:
-        if shards[-1] and sizes[-1] + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            sizes.append(0)
-        shards[-1][name] = np.asarray(tensor, order="C")  # keeps scalars scalar
-        sizes[-1] += tensor.nbytes
-    total = len(shards)
-    names = [f"{stem}.safetensors"] if total == 1 else [
-        f"{stem}-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
-    for file, shard in zip(names, shards):
-        save_file(shard, folder / file, metadata={"format": "pt"})
-    if total > 1:
-        weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    return [folder / file for file in names]
+    writer = _ShardWriter(folder, stem)
+    try:
+        for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
+            if writer.shard and writer.shard_bytes + tensor.nbytes > max_shard_bytes:
+                writer.flush()
+            writer.add(name, tensor)
+        writer.flush()
+        return writer.publish()
+    except BaseException:
+        writer.discard()
+        if made:
+            folder.rmdir()
+        raise
+
+
+class _ShardWriter:
+    """Shards under temporary names: how many there are, and so what they are called, is known after the last."""
+
+    def __init__(self, folder: pathlib.Path, stem: str):
+        self.folder, self.stem = folder, stem
+        self.shard: dict[str, np.ndarray] = {}
+        self.shard_bytes = self.total_bytes = 0
+        self.written: list[tuple[pathlib.Path, list[str]]] = []
+
+    def add(self, name: str, tensor: np.ndarray) -> None:
+        self.shard[name] = np.asarray(tensor, order="C")  # keeps scalars scalar
+        self.shard_bytes += tensor.nbytes
+
+    def flush(self) -> None:
+        file = self.folder / f".{self.stem}-{len(self.written):05d}.tmp"
+        self.written.append((file, list(self.shard)))
+        save_file(self.shard, file, metadata={"format": "pt"})
+        self.total_bytes += self.shard_bytes
+        self.shard, self.shard_bytes = {}, 0
+
+    def publish(self) -> list[pathlib.Path]:
+        total = len(self.written)
+        names = [f"{self.stem}.safetensors"] if total == 1 else [
+            f"{self.stem}-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+        index = self.folder / f"{self.stem}.safetensors.index.json"
+        fresh = set(names)
+        if total > 1:
+            weight_map = {name: file for file, (_, held) in zip(names, self.written) for name in held}
+            content = json.dumps({"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}, indent=2)
+            draft = self.folder / f".{self.stem}.index.tmp"
+            self.written.append((draft, []))
+            draft.write_text(content)
+            fresh.add(index.name)
+        for name, (file, _) in zip([*names, index.name], self.written):
+            file.rename(self.folder / name)
+        pattern = rf"{re.escape(self.stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?"
+        for file in self.folder.iterdir():
+            if re.fullmatch(pattern, file.name) and file.name not in fresh:
+                file.unlink()
+        return [self.folder / name for name in names]
+
+    def discard(self) -> None:
+        for file, _ in self.written:
+            file.unlink(missing_ok=True)

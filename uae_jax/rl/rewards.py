@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax import Array
 
 from uae_jax import trees
 from uae_jax.models.encoders import clip, dino, weights
-from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config, read_json
+from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
 from uae_jax.models.encoders.preprocess import Preprocess, apply
 from uae_jax.rl.advantages import group_advantages
 
@@ -56,32 +56,28 @@ class Encoder:
 
 def load_encoder(
     folder: str | pathlib.Path, name: str | None = None, *, variant: str = "published", remat: bool = False,
-    dtype: str = "float32") -> tuple[Encoder, dict]:
-    """An encoder and its parameters from a CLIP, DINOv2 or DINOv3 folder.
+    dtype: str = "float32", placement: Callable[[trees.Tree], trees.Tree] | None = None) -> tuple[Encoder, dict]:
+    """An encoder and its parameters from a CLIP, Long-CLIP, DINOv2 or DINOv3 folder.
 
     Args:
-      folder: with `config.json`, `preprocessor_config.json` and safetensors.
-      name: the encoder's name; None takes its kind.
+      folder: see `weights.open_encoder`.
+      name: the encoder's name; None takes `clip`, `longclip`, `dinov2` or `dinov3`.
       variant: image processing: `published`, or `uae` (see `Preprocess.from_folder`).
       remat: see `Encoder`.
       dtype: see `Encoder`.
+      placement: where the parameters go, see `hf.rules.load_params`.
 
     Returns:
-      The encoder, and float32 numpy parameters; of CLIP the image tower only.
+      The encoder, and float32 parameters; of CLIP the image tower only.
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: the folder holds another model, or its tensors do not fit.
     """
-    kind = {"clip": "clip", "clip_vision_model": "clip", "dinov2": "dinov2", "dinov3_vit": "dinov3"}.get(
-        read_json(folder).get("model_type"))
-    if kind is None:
-        raise ValueError(f"{folder} does not hold an image encoder; use a CLIP, DINOv2 or DINOv3 folder")
-    preprocess = Preprocess.from_folder(folder, variant)
-    config, params = weights.load_clip(folder) if kind == "clip" else weights.load_dino(folder)
-    if isinstance(config, CLIPConfig):
-        config, params = config.vision, {"vision": params["vision"]}
-    return Encoder(name or kind, kind, config, preprocess, remat, dtype), params
+    source = weights.open_encoder(folder).image_tower()
+    kind = "clip" if source.kind == "longclip" else source.kind
+    encoder = Encoder(name or source.kind, kind, source.config, source.preprocess(variant), remat, dtype)
+    return encoder, source.load(placement=placement)
 
 
 def clamp_image(pixels: Array, clamp: str = "hard") -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from uae_jax import trees
+from uae_jax import sharding, trees
 from uae_jax.data import tokenizer as tokens
 from uae_jax.data.loader import RowBuilder, batch_spec, from_signed
 from uae_jax.data.qwen_inputs import prompt_fields
@@ -18,6 +18,7 @@ from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.rl.captioning import sample_captions
 from uae_jax.rl.reconstruction import Denoising, draw, sample_keys
+from uae_jax.sharding import MeshConfig
 from uae_jax.stages.weights import ModelConfig, System, load_system
 
 
@@ -60,12 +61,15 @@ class Inference:
     Args:
       model: which folder.
       config: settings.
+      devices: over which the parameters are cut; None takes the first one.
     """
 
-    def __init__(self, model: ModelConfig, config: InferenceConfig):
+    def __init__(self, model: ModelConfig, config: InferenceConfig, devices: Sequence[jax.Device] | None = None):
         self.config = config
-        self.system: System = load_system(model, image_size=config.size, negative_prompt=config.negative_prompt)
-        self.parts = jax.tree.map(jnp.asarray, self.system.parts)
+        devices = jax.local_devices()[:1] if devices is None else list(devices)
+        mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=len(devices)), devices)
+        self.system: System = load_system(model, image_size=config.size, negative_prompt=config.negative_prompt, mesh=mesh)
+        self.parts = self.system.parts
         # a caption that was cut at the limit has no stop token; as a text to draw it gets one
         spec = batch_spec(self.system.tokenizer, self.system.processor, config.size, config.prompt, config.max_new_tokens + 1)
         self.rows = RowBuilder(self.system.tokenizer, self.system.processor, spec, config.prompt)

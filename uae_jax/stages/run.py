@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -170,7 +169,10 @@ class Run:
         self.config, self.workdir = config, workdir
         self.mesh = sharding.make_mesh(config.mesh)
         self.key = jax.random.key(config.seed)
-        self.system = load_system(config.model, image_size=config.data.image_size, negative_prompt=config.data.negative_prompt)
+        system = load_system(
+            config.model, image_size=config.data.image_size, negative_prompt=config.data.negative_prompt, mesh=self.mesh)
+        # the stages replace and donate parameters: no second name may keep the first ones alive
+        self.system = dataclasses.replace(system, parts={})
         self._check_encoders()
         self._check_stages()
         self.source, heldout = open_sources(config.data, config.seed, config.evaluation.images)
@@ -179,8 +181,7 @@ class Run:
         if config.data.max_prompt:
             spec = dataclasses.replace(spec, max_prompt=config.data.max_prompt)
         self.rows = RowBuilder(self.system.tokenizer, self.system.processor, spec, config.data.caption_prompt)
-        self.parts = self._with_adapters(self.system.parts)
-        self.parts = sharding.shard_tree(self.parts, self.mesh)
+        self.parts = sharding.shard_tree(self._with_adapters(system.parts), self.mesh)
         self.evaluator = Evaluator(
             self.system, config.evaluation, self.denoising(config.evaluation.sampler_steps, config.evaluation.guidance_scale),
             heldout, self.rows, config.data.max_caption, config.seed)
@@ -211,7 +212,7 @@ class Run:
         for _, stage in self.config.order():
             if stage in RL_STAGES:
                 whole |= STAGES[stage][1](whole, getattr(self.config, stage), self.key)
-        return jax.tree.map(jnp.asarray, whole)
+        return whole
 
     def denoising(self, steps: int, guidance_scale: float, *, policy_condition: bool = False, vae_chunk: int = 0) -> Denoising:
         """The sampler of a stage."""

@@ -9,19 +9,24 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
+from uae_jax import sharding
 from uae_jax.data import tokenizer as tokens
 from uae_jax.data.qwen_inputs import ImageProcessor, load_image_processor
 from uae_jax.diffusion.schedule import ScheduleConfig
+from uae_jax.hf.rules import Placement
 from uae_jax.models import uae
 from uae_jax.models.condition import ConditionTemplate
 from uae_jax.models.encoders.weights import pooled_empty_prompt
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import weights as sd3_weights
+from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.rl.rewards import Encoder, load_encoder
 
 BUILTIN = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
@@ -85,14 +90,20 @@ def model_folder(path: str | pathlib.Path) -> pathlib.Path:
     raise FileNotFoundError(f"{folder} holds no `llm` folder; give an official UAE folder, or a workdir whose run has finished a stage")
 
 
-def load_system(config: ModelConfig, *, image_size: int, negative_prompt: str = "", attend_padding: bool = False) -> System:
-    """Reads every part of a folder, with both-way checks of names and shapes; parameters stay on the host, in float32.
+def load_system(
+    config: ModelConfig, *, image_size: int, negative_prompt: str = "", attend_padding: bool = False,
+    mesh: Mesh | None = None) -> System:
+    """Reads every part of a folder in float32, with both-way checks of names and shapes.
+
+    With a mesh each parameter goes from its file to its shards on the devices, one after the other: the host holds no
+    more than one besides (`hf.rules.load_params`).
 
     Args:
       config: which folder.
       image_size: side of the pictures.
       negative_prompt: text for guidance.
       attend_padding: see `ConditionTemplate`.
+      mesh: where the parameters lie, by the rules of `sharding`; None leaves them on the host as numpy arrays.
 
     Raises:
       FileNotFoundError, ValueError: a part is absent or does not fit; the message names file, tensor and remedy.
@@ -100,19 +111,7 @@ def load_system(config: ModelConfig, *, image_size: int, negative_prompt: str = 
     folder = model_folder(config.folder)
     processor_folder = folder / "llm_processor" if (folder / "llm_processor").is_dir() else folder / "llm"
     tokenizer = tokens.load_tokenizer(processor_folder)
-    overrides = dict(dtype=config.dtype, remat=config.remat, lora_alpha=config.lora_alpha)
-    captioner = qwen_config.from_folder(folder / "llm", **overrides)
-    _, parts = qwen_weights.load(folder / "llm", captioner, np.float32)
-    transformer_folder = folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer"
-    transformer, parts["transformer"] = sd3_weights.load_transformer(transformer_folder, params_dtype=np.float32, **overrides)
-    vae, parts["vae"] = sd3_weights.load_vae(folder / "SD3" / "vae")
-    parts["pooled"] = pooled_empty_prompt([folder / "SD3" / name for name in ("text_encoder", "text_encoder_2")])
-    if "projector" not in parts:
-        raise ValueError(f"{folder / 'llm'} has no projector.0 and projector.2 tensors; UAE's own llm folder has them")
-    if (folder / "llm_lora").is_dir():
-        captioner, parts["language_lora"] = _load_language_adapter(folder / "llm_lora", captioner)
-    if (folder / "dit_lora").is_dir():
-        transformer, parts["transformer_lora"] = sd3_weights.load_adapter(folder / "dit_lora", transformer)
+    captioner, transformer, vae, parts = _load_models(folder, config, mesh)
     prefix, suffix = tokens.condition_template(tokenizer)
     negative = tokens.encode_caption(tokenizer, negative_prompt)[:-1]
     template = ConditionTemplate(tuple(prefix), tuple(suffix), tuple(negative), captioner.pad_token_id, attend_padding)
@@ -120,27 +119,79 @@ def load_system(config: ModelConfig, *, image_size: int, negative_prompt: str = 
     parts["encoders"] = {}
     for name in ENCODERS:
         if (folder / name).is_dir():
-            encoders[name], parts["encoders"][name] = _load_encoder(folder / name, name)
+            encoders[name], parts["encoders"][name] = _load_encoder(folder / name, name, _placement(mesh, f"encoders/{name}"))
     return System(
         folder, uae.UAE(captioner, transformer, vae, template, image_size), parts, tokenizer,
         load_image_processor(processor_folder, captioner.vision.window_size), tokens.stop_ids(tokenizer),
         ScheduleConfig.from_folder(folder / "SD3"), encoders)
 
 
-def _load_encoder(folder: pathlib.Path, name: str) -> tuple[Encoder, dict]:
+def _load_models(
+    folder: pathlib.Path, config: ModelConfig, mesh: Mesh | None
+) -> tuple[qwen_config.Qwen2_5VLConfig, TransformerConfig, VAEConfig, dict]:
+    """Captioner, transformer and auto-encoder with their adapters: descriptions and the dictionary of parameters."""
+    # its two text towers are on the host only until the vector is known, so they come before all that stays
+    pooled = pooled_empty_prompt([folder / "SD3" / name for name in ("text_encoder", "text_encoder_2")])
+    overrides = dict(dtype=config.dtype, remat=config.remat, lora_alpha=config.lora_alpha)
+    captioner = qwen_config.from_folder(folder / "llm", **overrides)
+    _, parts = qwen_weights.load(folder / "llm", captioner, np.float32, _placement(mesh))
+    if "projector" not in parts:
+        raise ValueError(f"{folder / 'llm'} has no projector.0 and projector.2 tensors; UAE's own llm folder has them")
+    transformer_folder = folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer"
+    transformer, parts["transformer"] = sd3_weights.load_transformer(
+        transformer_folder, params_dtype=np.float32, placement=_placement(mesh, "transformer"), **overrides)
+    vae, parts["vae"] = sd3_weights.load_vae(folder / "SD3" / "vae", placement=_placement(mesh, "vae"))
+    parts["pooled"] = pooled if mesh is None else sharding.shard_tree({"pooled": pooled}, mesh)["pooled"]
+    _check_widths(folder, transformer_folder, parts, transformer, vae)
+    if (folder / "llm_lora").is_dir():
+        captioner, parts["language_lora"] = _load_language_adapter(
+            folder / "llm_lora", captioner, _placement(mesh, "language_lora"))
+    if (folder / "dit_lora").is_dir():
+        transformer, parts["transformer_lora"] = sd3_weights.load_adapter(
+            folder / "dit_lora", transformer, placement=_placement(mesh, "transformer_lora"))
+    return captioner, transformer, vae, parts
+
+
+def _placement(mesh: Mesh | None, part: str = "") -> Placement | None:
+    """Where the parameters of a part lie, by the names that they have in the whole model."""
+    if mesh is None:
+        return None
+    if not part:
+        return lambda tree: sharding.tree_shardings(tree, mesh)
+    return lambda tree: sharding.tree_shardings({part: tree}, mesh)[part]
+
+
+def _check_widths(
+    folder: pathlib.Path, transformer_folder: pathlib.Path, parts: Mapping, transformer: TransformerConfig, vae: VAEConfig) -> None:
+    """Parts that fit their own configs and not each other are of different models."""
+    pairs = (
+        (folder / "llm", "a projector to width", parts["projector"]["second"]["kernel"].shape[-1], "joint_attention_dim",
+         transformer.joint_attention_dim),
+        (folder / "SD3", "text encoders with pooled width", parts["pooled"].shape[-1], "pooled_projection_dim",
+         transformer.pooled_projection_dim),
+        (folder / "SD3" / "vae", "an auto-encoder with latent channels", vae.latent_channels, "in_channels", transformer.in_channels))
+    for path, what, width, field, needed in pairs:
+        if width != needed:
+            raise ValueError(
+                f"{path} holds {what} {width}, but {transformer_folder / 'config.json'} has {field} {needed}; take both from one model")
+
+
+def _load_encoder(folder: pathlib.Path, name: str, placement: Placement | None) -> tuple[Encoder, dict]:
     """The encoder of a folder, of the kind that the folder's name says."""
-    encoder, params = load_encoder(folder)
+    encoder, params = load_encoder(folder, name, placement=placement)
     if encoder.kind != {"longclip": "clip"}.get(name, name):
         raise ValueError(f"{folder} holds a {encoder.kind} model, not the {name} that its name promises; copy the right model there")
     return encoder, params
 
 
-def _load_language_adapter(folder: pathlib.Path, captioner: qwen_config.Qwen2_5VLConfig) -> tuple[qwen_config.Qwen2_5VLConfig, dict]:
+def _load_language_adapter(
+    folder: pathlib.Path, captioner: qwen_config.Qwen2_5VLConfig, placement: Placement | None
+) -> tuple[qwen_config.Qwen2_5VLConfig, dict]:
     """The adapter, and the configuration with its alpha."""
     file = folder / "adapter_config.json"
     if file.exists():
         captioner = captioner.using(lora_alpha=json.loads(file.read_text())["lora_alpha"])
-    adapter = qwen_weights.load_adapter(folder, captioner, np.float32)
+    adapter = qwen_weights.load_adapter(folder, captioner, np.float32, placement)
     if not file.exists():
         rank = adapter["layers"]["attention"]["query"]["a"].shape[-1]
         captioner = captioner.using(lora_alpha=2.0 * rank)

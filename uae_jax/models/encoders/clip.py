@@ -1,4 +1,6 @@
-"""CLIP's image and text towers (arXiv 2103.00020), as in transformers' CLIPModel."""
+"""CLIP's image and text towers (arXiv 2103.00020), as in transformers' CLIPModel; also those of Long-CLIP."""
+
+import dataclasses
 
 import flax.linen as nn
 import jax
@@ -7,7 +9,7 @@ from jax import Array
 
 from uae_jax import trees
 from uae_jax.models.encoders.blocks import SelfAttention, activation, image_patches, scan_layers
-from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, LongCLIPTextConfig
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.norms import LayerNorm
 
@@ -83,12 +85,37 @@ class TextTower(nn.Module):
         normal = nn.initializers.normal(0.02)
         tokens = self.param("token_embedding", normal, (config.vocab_size, width), jnp.float32)
         table = self.param("position_embedding", normal, (config.max_position_embeddings, width), jnp.float32)
+        if isinstance(config, LongCLIPTextConfig):
+            table = long_positions(config, table, self.param("position_embedding_res", normal, table.shape, jnp.float32))
         x = (tokens[ids] + table[:length]).astype(self.dtype)
         mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
         x, _ = scan_layers(Block, config.num_hidden_layers, self.remat)(config, name="layers")(x, mask)
         x = LayerNorm(config.layer_norm_eps, name="final_norm")(x)
         pooled = x[jnp.arange(len(x)), pooling_position(config, ids)]
         return Dense(config.projection_dim, use_bias=False, name="projection")(pooled)
+
+
+def long_positions(config: LongCLIPTextConfig, first: Array, second: Array) -> Array:
+    """Long-CLIP's positions: the kept ones of the first table, the others of the second (arXiv 2403.15378, section 3.1).
+
+    Args:
+      config: says how many are kept.
+      first, second: `[T, D]`.
+
+    Returns:
+      `[T, D]`.
+    """
+    return jnp.concatenate([first[:config.kept_positions], second[config.kept_positions:]])
+
+
+def as_plain(config: AnyCLIPConfig, params: trees.Tree) -> tuple[AnyCLIPConfig, dict]:
+    """Long-CLIP as a CLIPModel with one table of positions and the same features; other models as they are."""
+    if not isinstance(config, CLIPConfig) or not isinstance(config.text, LongCLIPTextConfig):
+        return config, params
+    text = dict(params["text"])
+    text["position_embedding"] = long_positions(config.text, text["position_embedding"], text.pop("position_embedding_res"))
+    fields = {field.name: getattr(config.text, field.name) for field in dataclasses.fields(CLIPTextConfig)}
+    return dataclasses.replace(config, text=CLIPTextConfig(**fields)), {**params, "text": text}
 
 
 def pooling_position(config: CLIPTextConfig, ids: Array) -> Array:

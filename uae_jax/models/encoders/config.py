@@ -15,7 +15,7 @@ def read_json(folder: str | pathlib.Path, name: str = "config.json") -> dict[str
     """
     path = pathlib.Path(folder) / name
     if not path.is_file():
-        raise FileNotFoundError(f"{path} not found; give the folder of a model saved by transformers")
+        raise FileNotFoundError(f"{path} not found; give the folder of a model saved by transformers, with its {name}")
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -35,8 +35,10 @@ def _known_fields(cls: type, raw: dict[str, Any]) -> dict[str, Any]:
 
 def _expect_model_type(folder: str | pathlib.Path, raw: dict[str, Any], *expected: str) -> None:
     if raw.get("model_type") not in expected:
+        found = raw.get("model_type", raw.get("_class_name"))
         raise ValueError(
-            f"{pathlib.Path(folder) / 'config.json'} has model_type {raw.get('model_type')!r}, needed: {' or '.join(expected)}")
+            f"{pathlib.Path(folder) / 'config.json'}: the folder holds a {found!r} model, expected "
+            f"{' or '.join(map(repr, expected))}; give the folder of that model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +120,18 @@ class CLIPTextConfig:
     def to_dict(self) -> dict[str, Any]:
         """The dictionary that `from_dict` and transformers read."""
         return {"model_type": "clip_text_model", **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class LongCLIPTextConfig(CLIPTextConfig):
+    """The text tower of Long-CLIP, with two tables of positions (arXiv 2403.15378, section 3.1).
+
+    Attributes:
+      kept_positions: how many positions are CLIP's own, from the first table; the others are of the second.
+    """
+
+    max_position_embeddings: int = 248
+    kept_positions: int = 20
 
 
 @dataclasses.dataclass(frozen=True)

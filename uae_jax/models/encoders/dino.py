@@ -66,7 +66,7 @@ class Dinov2(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Array) -> Array:
-        """Normalised images `[B, H, W, C]` to the class token after the final norm, `[B, D]`."""
+        """Normalised images `[B, H, W, C]` to all tokens after the final norm, `[B, T, D]`."""
         config, width, normal = self.config, self.config.hidden_size, nn.initializers.normal(0.02)
         rows, columns = pixels.shape[1] // config.patch_size, pixels.shape[2] // config.patch_size
         patches = Dense(width, name="patch_embedding")(image_patches(pixels, config.patch_size))
@@ -78,7 +78,7 @@ class Dinov2(nn.Module):
         x = jnp.concatenate([first, patches], axis=1)
         x = x + resize_positions(table, config.grid, rows, columns).astype(x.dtype)
         x, _ = scan_layers(Block, config.num_hidden_layers, self.remat)(config, name="layers")(x, None)
-        return LayerNorm(config.layer_norm_eps, name="norm")(x[:, 0])
+        return LayerNorm(config.layer_norm_eps, name="norm")(x)
 
 
 def resize_positions(table: Array, grid: int, rows: int, columns: int) -> Array:
@@ -109,7 +109,7 @@ class Dinov3(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Array) -> Array:
-        """Normalised images `[B, H, W, C]` to the class token after the final norm, `[B, D]`."""
+        """Normalised images `[B, H, W, C]` to all tokens after the final norm, `[B, T, D]`."""
         config, width, normal = self.config, self.config.hidden_size, nn.initializers.normal(0.02)
         rows, columns = pixels.shape[1] // config.patch_size, pixels.shape[2] // config.patch_size
         patches = Dense(width, name="patch_embedding")(image_patches(pixels, config.patch_size))
@@ -120,7 +120,7 @@ class Dinov3(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(prefix, (len(patches), *prefix.shape[1:])), patches], axis=1)
         angles = rotary_angles(config, rows, columns)
         x, _ = scan_layers(Block, config.num_hidden_layers, self.remat)(config, name="layers")(x, angles)
-        return LayerNorm(config.layer_norm_eps, name="norm")(x[:, 0])
+        return LayerNorm(config.layer_norm_eps, name="norm")(x)
 
 
 def rotary_angles(config: Dinov3Config, rows: int, columns: int) -> Array:
@@ -147,6 +147,18 @@ def _module(config: AnyDinoConfig, remat: bool = False) -> nn.Module:
     return Dinov3(config, remat) if isinstance(config, Dinov3Config) else Dinov2(config, remat)
 
 
+def token_features(config: AnyDinoConfig, params: trees.Tree, pixels: Array, *, remat: bool = False) -> Array:
+    """The last hidden state, not normalised, in the precision of `pixels`.
+
+    Args:
+      config, params, pixels, remat: see `cls_features`.
+
+    Returns:
+      `[B, 1 + registers + P, D]`: the class token, DINOv3's register tokens, the patches in reading order.
+    """
+    return _module(config, remat).apply({"params": params}, pixels)
+
+
 def cls_features(config: AnyDinoConfig, params: trees.Tree, pixels: Array, *, remat: bool = False) -> Array:
     """The class token of the last hidden state, not normalised, in the precision of `pixels`.
 
@@ -159,7 +171,7 @@ def cls_features(config: AnyDinoConfig, params: trees.Tree, pixels: Array, *, re
     Returns:
       `[B, D]`.
     """
-    return _module(config, remat).apply({"params": params}, pixels)
+    return token_features(config, params, pixels, remat=remat)[:, 0]
 
 
 def init_params(config: AnyDinoConfig, key: Array) -> dict:

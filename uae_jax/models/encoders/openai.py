@@ -1,92 +1,131 @@
-"""The image tower of CLIP models published with OpenAI's tensor names, such as Long-CLIP (arXiv 2403.15378)."""
+"""CLIP states with OpenAI's tensor names: the original CLIP (arXiv 2103.00020) and Long-CLIP (arXiv 2403.15378).
 
-from collections.abc import Mapping
+They have no config: sizes are read off the shapes, and what no shape says is that of the official code. Query, key and
+value are one fused tensor, which `SplitTensors` shows as three, so that each parameter has one source.
+"""
+
+import pathlib
 
 import numpy as np
 
-from uae_jax.hf.rules import load_params
-from uae_jax.models.encoders import clip
-from uae_jax.models.encoders.config import CLIPVisionConfig
-from uae_jax.models.encoders.weights import clip_vision_rules
+from uae_jax.hf.rules import Rule
+from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.hf.torch_file import TorchFile
+from uae_jax.models.encoders.clip import LEGACY_EOS
+from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, LongCLIPTextConfig
 
 HEAD_WIDTH = 64  # of all published models with these names, which do not store it
-RENAMED = {
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight", "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight", "visual.ln_post.bias": "vision_model.post_layernorm.bias"}
-RENAMED_IN_BLOCK = {
-    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2"}
-BLOCK = "visual.transformer.resblocks."
+IGNORED = r"input_resolution|context_length|vocab_size"  # sizes that the original states hold as tensors
+PARTS = ("query", "key", "value")
+VISION, TEXT = "visual.transformer.resblocks.", "transformer.resblocks."
+MARKS = ("visual.class_embedding", "visual.conv1.weight", "visual.proj")  # tensors that tell these states from others
 
 
-class _TensorDict:
-    """Tensors in memory, with the interface of a folder."""
+class SplitTensors:
+    """A state whose fused `...attn.in_proj_weight` appears as `...attn.in_proj_weight[query]`, `[key]` and `[value]`.
 
-    path = "the OpenAI-style state"
+    Attributes:
+      path: of the state.
+      files: tensor name to file.
+    """
 
-    def __init__(self, tensors: Mapping[str, np.ndarray]):
-        self._tensors = tensors
+    def __init__(self, source: TensorFolder | TorchFile):
+        self.path = source.path
+        self._source = source
+        self._stored: dict[str, tuple[str, int | None]] = {}
+        for name in source.names():
+            pieces = {f"{name}[{part}]": (name, index) for index, part in enumerate(PARTS)}
+            self._stored |= pieces if ".attn.in_proj_" in name else {name: (name, None)}
+        self.files = {name: source.file(stored) for name, (stored, _) in self._stored.items()}
 
     def names(self) -> set[str]:
-        return set(self._tensors)
+        """All tensor names, those of the pieces in place of the fused ones."""
+        return set(self._stored)
+
+    def file(self, name: str) -> pathlib.Path:
+        """The file that holds a tensor."""
+        return self.files[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors[name].shape
+        """The shape of a tensor; the whole fused one's where it does not divide by three."""
+        stored, index = self._stored[name]
+        shape = self._source.shape(stored)
+        return shape if index is None or shape[0] % 3 else (shape[0] // 3, *shape[1:])
+
+    def dtype(self, name: str) -> str:
+        """The stored precision in safetensors' words."""
+        return self._source.dtype(self._stored[name][0])
 
     def read(self, name: str) -> np.ndarray:
-        return self._tensors[name]
+        """One tensor in its stored precision."""
+        stored, index = self._stored[name]
+        tensor = self._source.read(stored)
+        return tensor if index is None else np.split(tensor, 3)[index]
 
 
-def vision_from_openai(
-    state: Mapping[str, np.ndarray], *, head_width: int = HEAD_WIDTH, dtype: np.dtype = np.float32) -> tuple[CLIPVisionConfig, dict]:
-    """The image tower of an OpenAI-style state dictionary; the text tower is left out.
-
-    Args:
-      state: published name to array; only names that start with `visual.` are read.
-      head_width: width of an attention head.
-      dtype: precision of the parameters.
-
-    Returns:
-      The config, read off the shapes, and parameters as of `clip.init_params`.
+def config_of(tensors: TensorFolder | TorchFile | SplitTensors) -> CLIPConfig:
+    """The config that the shapes of a state say; Long-CLIP's where there is a second table of text positions.
 
     Raises:
-      ValueError: a tensor is missing, unknown, or of a wrong shape.
+      ValueError: a tensor that tells a size is missing, or it is not a vision transformer.
     """
-    visual = {name: np.asarray(tensor) for name, tensor in state.items() if name.startswith("visual.")}
-    missing = [name for name in (*RENAMED, "visual.proj") if name not in visual]
-    if missing:
-        raise ValueError(f"not the state of a CLIP vision transformer: {missing[0]} is missing")
-    tensors = {}
-    for name, tensor in visual.items():
-        tensors.update(_renamed(name, tensor))
-    config = _config(visual, head_width)
-    return config, load_params(_TensorDict(tensors), clip_vision_rules(config), clip.abstract_params(config), dtype=dtype)
+    def size(name: str, axis: int) -> int:
+        if name not in names or len(tensors.shape(name)) <= axis:
+            raise ValueError(
+                f"{tensors.path} is not the state of a CLIP vision transformer: {name} is missing or has no axis {axis}")
+        return tensors.shape(name)[axis]
+
+    def layers(prefix: str) -> int:
+        return len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})
+
+    names = tensors.names()
+    width, patch = size("visual.conv1.weight", 0), size("visual.conv1.weight", 3)
+    grid = round((size("visual.positional_embedding", 0) - 1) ** 0.5)
+    vision = CLIPVisionConfig(
+        hidden_size=width, intermediate_size=size(f"{VISION}0.mlp.c_fc.bias", 0), projection_dim=size("visual.proj", 1),
+        num_hidden_layers=layers(VISION), num_attention_heads=max(1, width // HEAD_WIDTH),
+        num_channels=size("visual.conv1.weight", 1), image_size=grid * patch, patch_size=patch)
+    width = size("token_embedding.weight", 1)
+    kind = LongCLIPTextConfig if "positional_embedding_res" in names else CLIPTextConfig
+    text = kind(
+        vocab_size=size("token_embedding.weight", 0), hidden_size=width, intermediate_size=size(f"{TEXT}0.mlp.c_fc.bias", 0),
+        projection_dim=size("text_projection", 1), num_hidden_layers=layers(TEXT),
+        num_attention_heads=max(1, width // HEAD_WIDTH), max_position_embeddings=size("positional_embedding", 0),
+        eos_token_id=LEGACY_EOS)
+    return CLIPConfig(vision, text)
 
 
-def _renamed(name: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
-    """The tensors under transformers' names; the fused query, key and value map gives three."""
-    if name == "visual.proj":
-        return {"visual_projection.weight": tensor.T}
-    if not name.startswith(BLOCK):
-        return {RENAMED.get(name, name): tensor}
-    layer, _, rest = name.removeprefix(BLOCK).partition(".")
-    prefix = f"vision_model.encoder.layers.{layer}."
-    if rest.startswith("attn.in_proj_"):
-        kind = rest.removeprefix("attn.in_proj_")
-        return {f"{prefix}self_attn.{part}_proj.{kind}": piece for part, piece in zip("qkv", np.split(tensor, 3))}
-    module, _, kind = rest.rpartition(".")
-    return {f"{prefix}{RENAMED_IN_BLOCK.get(module, module)}.{kind}": tensor}
+def rules(config: CLIPConfig) -> list[Rule]:
+    """The table of both towers, for tensors seen through `SplitTensors`."""
+    vision, text = config.vision, config.text
+    shape = (vision.hidden_size, vision.num_channels, vision.patch_size, vision.patch_size)
+    table = [
+        Rule("vision/class_embedding", "visual.class_embedding"),
+        Rule("vision/patch_embedding/kernel", "visual.conv1.weight", "patch", torch_shape=shape),
+        Rule("vision/position_embedding", "visual.positional_embedding"),
+        *_norm("vision/pre_norm", "visual.ln_pre"), *_norm("vision/post_norm", "visual.ln_post"),
+        Rule("vision/projection/kernel", "visual.proj"), *_blocks("vision", VISION, vision.num_hidden_layers),
+        Rule("text/token_embedding", "token_embedding.weight"), Rule("text/position_embedding", "positional_embedding"),
+        *_norm("text/final_norm", "ln_final"), Rule("text/projection/kernel", "text_projection"),
+        *_blocks("text", TEXT, text.num_hidden_layers), Rule("logit_scale", "logit_scale")]
+    if isinstance(text, LongCLIPTextConfig):
+        table.append(Rule("text/position_embedding_res", "positional_embedding_res"))
+    return table
 
 
-def _config(visual: Mapping[str, np.ndarray], head_width: int) -> CLIPVisionConfig:
-    width, channels, patch, _ = visual["visual.conv1.weight"].shape
-    grid = round((len(visual["visual.positional_embedding"]) - 1) ** 0.5)
-    inner = visual.get(f"{BLOCK}0.mlp.c_fc.bias", np.zeros(4 * width)).shape[0]
-    layers = {name.removeprefix(BLOCK).partition(".")[0] for name in visual if name.startswith(BLOCK)}
-    return CLIPVisionConfig(
-        hidden_size=width, intermediate_size=inner, projection_dim=visual["visual.proj"].shape[1],
-        num_hidden_layers=len(layers), num_attention_heads=width // head_width, num_channels=channels,
-        image_size=grid * patch, patch_size=patch)
+def _norm(ours: str, theirs: str, layers: tuple[int, ...] | None = None) -> list[Rule]:
+    return [Rule(f"{ours}/scale", f"{theirs}.weight", layers=layers), Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers)]
+
+
+def _blocks(tower: str, prefix: str, count: int) -> list[Rule]:
+    layers, block = tuple(range(count)), f"{prefix}{{}}."
+    maps = {f"attention/{part}": (f"{block}attn.in_proj_weight[{part}]", f"{block}attn.in_proj_bias[{part}]") for part in PARTS}
+    for ours, theirs in (("attention/out", "attn.out_proj"), ("fc1", "mlp.c_fc"), ("fc2", "mlp.c_proj")):
+        maps[ours] = (f"{block}{theirs}.weight", f"{block}{theirs}.bias")
+    table = []
+    for ours, (weight, bias) in maps.items():
+        table.append(Rule(f"{tower}/layers/{ours}/kernel", weight, "dense", layers))
+        table.append(Rule(f"{tower}/layers/{ours}/bias", bias, layers=layers))
+    for number in (1, 2):
+        table += _norm(f"{tower}/layers/norm{number}", f"{block}ln_{number}", layers)
+    return table

@@ -107,14 +107,21 @@ class Preprocess:
           FileNotFoundError: no preprocessor_config.json.
           ValueError: a setting or the variant is not supported.
         """
-        published = cls.from_dict(read_json(folder, "preprocessor_config.json"))
+        return cls.from_dict(read_json(folder, "preprocessor_config.json")).as_variant(variant)
+
+    def as_variant(self, variant: str) -> "Preprocess":
+        """These settings for `published`, the official cold start's for `uae` (see `from_folder`).
+
+        Raises:
+          ValueError: another word.
+        """
         if variant == "published":
-            return published
+            return self
         if variant != "uae":
             raise ValueError(f"preprocessing variant {variant!r} is not known; use published or uae")
-        square = published.crop or published.size
+        square = self.crop or self.size
         return dataclasses.replace(
-            published, size=(square[0], square[-1]), crop=(), method="bicubic", antialias=False, a=TORCH_CUBIC, clip=False)
+            self, size=(square[0], square[-1]), crop=(), method="bicubic", antialias=False, a=TORCH_CUBIC, clip=False)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Preprocess":

@@ -1,195 +1,209 @@
-"""Which published tensor is which parameter of the encoders, and loaders of their folders."""
+"""Folders of the encoders: which one a folder holds, its tensors in the layouts in use, and CLIP's written back."""
 
+import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from uae_jax import trees
-from uae_jax.hf.rules import Rule, load_params, published_tensors
+from uae_jax.hf.rules import Placement, Rule, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
-from uae_jax.models.encoders import clip, dino
+from uae_jax.hf.torch_file import TorchFile, open_tensors
+from uae_jax.models.encoders import clip, dino, openai
 from uae_jax.models.encoders.config import (
-    CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config, read_json)
-from uae_jax.models.encoders.preprocess import clip_preprocessor
+    CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config, LongCLIPTextConfig, read_json)
+from uae_jax.models.encoders.preprocess import Preprocess, clip_preprocessor
+from uae_jax.models.encoders.tables import (
+    DINOV2_ALIASES, DINOV3_ALIASES, POSITION_BUFFERS, clip_rules, dinov2_rules, dinov3_rules)
 
-POSITION_BUFFERS = r".*\.position_ids"
-
-
-def _norm(ours: str, theirs: str, layers: tuple[int, ...] | None = None) -> list[Rule]:
-    return [Rule(f"{ours}/scale", f"{theirs}.weight", layers=layers), Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers)]
-
-
-def _dense(ours: str, theirs: str, layers: tuple[int, ...] | None = None, bias: bool = True) -> list[Rule]:
-    rules = [Rule(f"{ours}/kernel", f"{theirs}.weight", "dense", layers)]
-    return rules + ([Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers)] if bias else [])
+CONFIGS = {
+    "clip": CLIPConfig, "clip_vision_model": CLIPVisionConfig, "clip_text_model": CLIPTextConfig, "dinov2": Dinov2Config,
+    "dinov3_vit": Dinov3Config}
+KINDS = {"dinov2": "dinov2", "dinov3_vit": "dinov3"}  # all others are clip
 
 
-def _clip_blocks(tower: str, prefix: str, count: int) -> list[Rule]:
-    layers = tuple(range(count))
-    names = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("out", "out_proj"))
-    rules = []
-    for ours, theirs in names:
-        rules += _dense(f"{tower}/layers/attention/{ours}", f"{prefix}.encoder.layers.{{}}.self_attn.{theirs}", layers)
-    for name in ("fc1", "fc2"):
-        rules += _dense(f"{tower}/layers/{name}", f"{prefix}.encoder.layers.{{}}.mlp.{name}", layers)
-    for number in (1, 2):
-        rules += _norm(f"{tower}/layers/norm{number}", f"{prefix}.encoder.layers.{{}}.layer_norm{number}", layers)
-    return rules
+@dataclasses.dataclass(frozen=True)
+class EncoderFolder:
+    """An encoder that was recognised but not yet read.
+
+    Attributes:
+      path: the folder, or a file of its own.
+      kind: `clip`, `longclip`, `dinov2` or `dinov3`.
+      config: of the class that the folder holds.
+      tensors: under the names that they are stored with.
+      rules, aliases, ignore: see `load_params`.
+    """
+
+    path: pathlib.Path
+    kind: str
+    config: clip.AnyCLIPConfig | dino.AnyDinoConfig
+    tensors: TensorFolder | TorchFile | openai.SplitTensors
+    rules: Sequence[Rule]
+    aliases: Sequence[tuple[str, str]] = ()
+    ignore: str = ""
+
+    def abstract(self) -> dict:
+        """The shapes of the parameters."""
+        return (dino if self.kind.startswith("dino") else clip).abstract_params(self.config)
+
+    def load(self, dtype: np.dtype | None = np.float32, placement: Placement | None = None) -> dict:
+        """The parameters, as of `init_params` of `clip` or `dino`.
+
+        Args:
+          dtype, placement: see `load_params`.
+
+        Raises:
+          ValueError: the tensors do not fit the config, or are not finite.
+        """
+        return load_params(
+            self.tensors, self.rules, self.abstract(), aliases=self.aliases, ignore=self.ignore, dtype=dtype, placement=placement)
+
+    def image_tower(self) -> "EncoderFolder":
+        """Of CLIP with both towers the image tower, so that the text tower is not read; other encoders as they are.
+
+        Raises:
+          ValueError: it is the text tower of CLIP alone.
+        """
+        if isinstance(self.config, CLIPTextConfig):
+            raise ValueError(f"{self.path} holds the text tower of CLIP alone, not an image encoder; give the folder of both towers")
+        if not isinstance(self.config, CLIPConfig):
+            return self
+        rules = [rule for rule in self.rules if rule.ours.startswith("vision/")]
+        others = [re.escape(source) for rule in self.rules if rule not in rules for source in rule.sources()]
+        return dataclasses.replace(self, config=self.config.vision, rules=rules, ignore="|".join((self.ignore, *others)))
+
+    def preprocess(self, variant: str = "published") -> Preprocess:
+        """The image processing of `preprocessor_config.json`; Long-CLIP's own for states with OpenAI's names.
+
+        Args:
+          variant: see `Preprocess.from_folder`.
+
+        Raises:
+          FileNotFoundError: a folder saved by transformers has no `preprocessor_config.json`.
+          ValueError: a setting or the variant is not supported.
+        """
+        if isinstance(self.tensors, openai.SplitTensors):
+            vision = self.config.vision if isinstance(self.config, CLIPConfig) else self.config
+            return Preprocess.longclip(vision.image_size).as_variant(variant)
+        return Preprocess.from_folder(self.path, variant)
 
 
-def clip_vision_rules(config: CLIPVisionConfig) -> list[Rule]:
-    """The table of CLIPVisionModelWithProjection and of the image tower of CLIPModel."""
-    prefix = "vision_model"
-    shape = (config.hidden_size, config.num_channels, config.patch_size, config.patch_size)
-    return [
-        Rule("vision/class_embedding", f"{prefix}.embeddings.class_embedding"),
-        Rule("vision/patch_embedding/kernel", f"{prefix}.embeddings.patch_embedding.weight", "patch", torch_shape=shape),
-        Rule("vision/position_embedding", f"{prefix}.embeddings.position_embedding.weight"),
-        *_norm("vision/pre_norm", f"{prefix}.pre_layrnorm"),
-        *_clip_blocks("vision", prefix, config.num_hidden_layers),
-        *_norm("vision/post_norm", f"{prefix}.post_layernorm"),
-        *_dense("vision/projection", "visual_projection", bias=False)]
+def open_encoder(path: str | pathlib.Path) -> EncoderFolder:
+    """Recognises the encoder that a folder holds.
+
+    Args:
+      path: a folder of CLIP, DINOv2 or DINOv3 as transformers saves it, in the names of its files or of its memory; or
+        a folder with a Long-CLIP (or CLIP) state in OpenAI's names, safetensors or `.pt`, or the path of that file.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: it is another model, which is named, or a file cannot be read.
+    """
+    path = pathlib.Path(path)
+    if not (path / "config.json").is_file():
+        return _open_openai(path)
+    kind = read_json(path).get("model_type")
+    if kind not in CONFIGS:
+        raise _another_model(path)
+    config = CONFIGS[kind].from_folder(path)
+    tables = {"dinov2": (dinov2_rules, DINOV2_ALIASES, ""), "dinov3_vit": (dinov3_rules, DINOV3_ALIASES, "")}
+    table, aliases, ignore = tables.get(kind, (clip_rules, (), POSITION_BUFFERS))
+    return EncoderFolder(path, KINDS.get(kind, "clip"), config, open_tensors(path), table(config), aliases, ignore)
 
 
-def clip_text_rules(config: CLIPTextConfig) -> list[Rule]:
-    """The table of CLIPTextModelWithProjection and of the text tower of CLIPModel."""
-    prefix = "text_model"
-    return [
-        Rule("text/token_embedding", f"{prefix}.embeddings.token_embedding.weight"),
-        Rule("text/position_embedding", f"{prefix}.embeddings.position_embedding.weight"),
-        *_clip_blocks("text", prefix, config.num_hidden_layers),
-        *_norm("text/final_norm", f"{prefix}.final_layer_norm"),
-        *_dense("text/projection", "text_projection", bias=False)]
+def _open_openai(path: pathlib.Path) -> EncoderFolder:
+    if not path.exists():
+        raise FileNotFoundError(f"image encoder not found: {path} does not exist")
+    if any((path / name).is_file() for name in ("model_index.json", "adapter_config.json")):
+        raise _another_model(path)
+    remedy = "give the folder of a CLIP, DINOv2 or DINOv3 model with its config.json, or a Long-CLIP file"
+    try:
+        tensors = openai.SplitTensors(open_tensors(path))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} holds neither config.json nor weights; {remedy}") from None
+    if not any(mark in tensors.names() for mark in openai.MARKS):
+        found = ", ".join(sorted(tensors.names())[:3])
+        if path.is_file():
+            raise ValueError(f"{path} holds tensors such as {found}, not a CLIP state in OpenAI's names; {remedy}")
+        raise FileNotFoundError(f"{path / 'config.json'} not found, and tensors such as {found} are not Long-CLIP's; {remedy}")
+    config = openai.config_of(tensors)
+    kind = "longclip" if isinstance(config.text, LongCLIPTextConfig) else "clip"
+    return EncoderFolder(path, kind, config, tensors, openai.rules(config), ignore=openai.IGNORED)
 
 
-def clip_rules(config: clip.AnyCLIPConfig) -> list[Rule]:
-    """The table of the published model that the config belongs to."""
-    if isinstance(config, CLIPVisionConfig):
-        return clip_vision_rules(config)
-    if isinstance(config, CLIPTextConfig):
-        return clip_text_rules(config)
-    return [*clip_vision_rules(config.vision), *clip_text_rules(config.text), Rule("logit_scale", "logit_scale")]
+def _another_model(path: pathlib.Path) -> ValueError:
+    """The error that says what a folder holds instead of an encoder."""
+    what = "a peft adapter"
+    for file in ("config.json", "model_index.json"):
+        if (path / file).is_file():
+            raw = read_json(path, file)
+            name = (raw.get("architectures") or [raw.get("_class_name") or "a model"])[0]
+            what = f"{name} (model_type {raw['model_type']!r})" if "model_type" in raw else name
+    return ValueError(f"{path} holds {what}, not an image encoder; give a CLIP, Long-CLIP, DINOv2 or DINOv3 folder")
 
 
-def dinov2_rules(config: Dinov2Config) -> list[Rule]:
-    """The table of Dinov2Model, with the names of published files."""
-    layers, block = tuple(range(config.num_hidden_layers)), "encoder.layer.{}"
-    shape = (config.hidden_size, config.num_channels, config.patch_size, config.patch_size)
-    rules = [
-        Rule("cls_token", "embeddings.cls_token"),
-        Rule("position_embedding", "embeddings.position_embeddings"),
-        Rule("patch_embedding/kernel", "embeddings.patch_embeddings.projection.weight", "patch", torch_shape=shape),
-        Rule("patch_embedding/bias", "embeddings.patch_embeddings.projection.bias"),
-        *_norm("norm", "layernorm")]
-    if config.use_mask_token:
-        rules.append(Rule("mask_token", "embeddings.mask_token"))
-    for name in ("query", "key", "value"):
-        rules += _dense(f"layers/attention/{name}", f"{block}.attention.attention.{name}", layers, config.qkv_bias)
-    rules += _dense("layers/attention/out", f"{block}.attention.output.dense", layers)
-    for name in ("weights_in", "weights_out") if config.use_swiglu_ffn else ("fc1", "fc2"):
-        rules += _dense(f"layers/{name}", f"{block}.mlp.{name}", layers)
-    return rules + _residual_rules(block, layers)
+def _only(source: EncoderFolder, *kinds: str) -> EncoderFolder:
+    if source.kind not in kinds:
+        raise ValueError(f"{source.path} holds a {source.kind} model; needed: {' or '.join(kinds)}")
+    return source
 
 
-# names that transformers 5 has in memory, to those of the published files
-DINOV2_ALIASES = (
-    (r"^dinov2\.", ""), (r"\.attention\.q_proj\.", ".attention.attention.query."),
-    (r"\.attention\.k_proj\.", ".attention.attention.key."), (r"\.attention\.v_proj\.", ".attention.attention.value."),
-    (r"\.attention\.o_proj\.", ".attention.output.dense."))
-DINOV3_ALIASES = ((r"^model\.layer\.", "layer."),)
-
-
-def dinov3_rules(config: Dinov3Config) -> list[Rule]:
-    """The table of DINOv3ViTModel, with the names of published files."""
-    layers, block = tuple(range(config.num_hidden_layers)), "layer.{}"
-    shape = (config.hidden_size, config.num_channels, config.patch_size, config.patch_size)
-    rules = [
-        Rule("cls_token", "embeddings.cls_token"), Rule("mask_token", "embeddings.mask_token"),
-        Rule("register_tokens", "embeddings.register_tokens"),
-        Rule("patch_embedding/kernel", "embeddings.patch_embeddings.weight", "patch", torch_shape=shape),
-        Rule("patch_embedding/bias", "embeddings.patch_embeddings.bias"), *_norm("norm", "norm")]
-    biases = (config.query_bias, config.key_bias, config.value_bias, config.proj_bias)
-    names = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("out", "o_proj"))
-    for (ours, theirs), bias in zip(names, biases):
-        rules += _dense(f"layers/attention/{ours}", f"{block}.attention.{theirs}", layers, bias)
-    for name in ("up", "gate", "down") if config.use_gated_mlp else ("up", "down"):
-        rules += _dense(f"layers/{name}", f"{block}.mlp.{name}_proj", layers, config.mlp_bias)
-    return rules + _residual_rules(block, layers)
-
-
-def _residual_rules(block: str, layers: tuple[int, ...]) -> list[Rule]:
-    rules = []
-    for number in (1, 2):
-        rules += _norm(f"layers/norm{number}", f"{block}.norm{number}", layers)
-        rules.append(Rule(f"layers/scale{number}", f"{block}.layer_scale{number}.lambda1", layers=layers))
-    return rules
-
-
-def load_dino(folder: str | pathlib.Path, *, dtype: np.dtype = np.float32) -> tuple[dino.AnyDinoConfig, dict]:
+def load_dino(
+    folder: str | pathlib.Path, *, dtype: np.dtype = np.float32, placement: Placement | None = None) -> tuple[dino.AnyDinoConfig, dict]:
     """Config and parameters of a Dinov2Model or DINOv3ViTModel folder, in the file or the in-memory names.
 
     Args:
-      folder: with `config.json` and safetensors.
+      folder: with `config.json` and weights.
       dtype: precision of the parameters.
+      placement: where they go, see `hf.rules.load_params`.
 
     Returns:
-      The config, and numpy parameters as of `dino.init_params`.
+      The config, and parameters as of `dino.init_params`.
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: the folder holds another model, or its tensors do not fit.
     """
-    if read_json(folder).get("model_type") == "dinov3_vit":
-        config = Dinov3Config.from_folder(folder)
-        rules, aliases = dinov3_rules(config), DINOV3_ALIASES
-    else:
-        config = Dinov2Config.from_folder(folder)
-        rules, aliases = dinov2_rules(config), DINOV2_ALIASES
-    return config, load_params(
-        TensorFolder(folder), rules, dino.abstract_params(config), aliases=aliases, dtype=dtype)
+    source = _only(open_encoder(folder), "dinov2", "dinov3")
+    return source.config, source.load(dtype, placement)
 
 
-def _shaped(params: trees.Tree, abstract: trees.Tree) -> dict:
-    return jax.tree.map(lambda leaf, like: np.reshape(leaf, like.shape), params, abstract)
-
-
-def load_clip(folder: str | pathlib.Path, *, dtype: np.dtype = np.float32) -> tuple[clip.AnyCLIPConfig, dict]:
-    """Config and parameters of a CLIPModel, CLIPVisionModelWithProjection or CLIPTextModelWithProjection folder.
+def load_clip(
+    folder: str | pathlib.Path, *, dtype: np.dtype = np.float32, placement: Placement | None = None) -> tuple[clip.AnyCLIPConfig, dict]:
+    """Config and parameters of a CLIPModel, CLIPVisionModelWithProjection, CLIPTextModelWithProjection or Long-CLIP folder.
 
     Args:
-      folder: with `config.json` and safetensors.
+      folder: with `config.json` and weights, or what `open_encoder` takes for Long-CLIP.
       dtype: precision of the parameters.
+      placement: where they go, see `hf.rules.load_params`.
 
     Returns:
-      The config of the class that the folder holds, and numpy parameters as of `clip.init_params`.
+      The config of the class that the folder holds, and parameters as of `clip.init_params`.
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: the folder holds another model, or its tensors do not fit.
     """
-    classes = {"clip": CLIPConfig, "clip_vision_model": CLIPVisionConfig, "clip_text_model": CLIPTextConfig}
-    kind = read_json(folder).get("model_type")
-    if kind not in classes:
-        raise ValueError(f"{folder} holds a model of type {kind!r}; CLIP folders have one of {', '.join(classes)}")
-    config = classes[kind].from_folder(folder)
-    abstract = clip.abstract_params(config)
-    params = load_params(TensorFolder(folder), clip_rules(config), abstract, ignore=POSITION_BUFFERS, dtype=dtype)
-    return config, _shaped(params, abstract)
+    source = _only(open_encoder(folder), "clip", "longclip")
+    return source.config, source.load(dtype, placement)
 
 
 def save_clip(folder: str | pathlib.Path, config: clip.AnyCLIPConfig, params: trees.Tree) -> None:
     """Writes a folder that `load_clip` and transformers read, with CLIP's image processing where there is an image tower.
+
+    Long-CLIP becomes a CLIPModel of 248 positions (`clip.as_plain`).
 
     Args:
       folder: made if absent.
       config: of both towers or of one.
       params: as of `clip.init_params`.
     """
+    config, params = clip.as_plain(config, params)
     names = {CLIPConfig: "CLIPModel", CLIPVisionConfig: "CLIPVisionModelWithProjection",
              CLIPTextConfig: "CLIPTextModelWithProjection"}
     folder = pathlib.Path(folder)
@@ -219,6 +233,9 @@ def empty_prompt_ids(config: CLIPTextConfig) -> np.ndarray:
     return np.array([[start, end]], np.int32)
 
 
+_text_features = jax.jit(clip.text_features, static_argnums=0)
+
+
 def pooled_empty_prompt(folders: Sequence[str | pathlib.Path]) -> np.ndarray:
     """The transformer's pooled condition: features of the empty prompt, concatenated (arXiv 2403.03206, section 4).
 
@@ -239,5 +256,5 @@ def pooled_empty_prompt(folders: Sequence[str | pathlib.Path]) -> np.ndarray:
             raise ValueError(f"{folder} holds an image tower; the pooled condition needs CLIP text towers")
         text = config.text if isinstance(config, CLIPConfig) else config
         with jax.default_matmul_precision("highest"):
-            parts.append(clip.text_features(config, params, jnp.asarray(empty_prompt_ids(text)))[0])
+            parts.append(_text_features(config, params, empty_prompt_ids(text))[0])
     return np.concatenate([np.asarray(part, np.float32) for part in parts])

@@ -156,7 +156,7 @@ def from_folder(
     """
     file = pathlib.Path(path) / "config.json"
     if not file.exists():
-        raise FileNotFoundError(f"model not found: {file} does not exist")
+        raise FileNotFoundError(f"model not found: {file} does not exist; copy it from where the weights come from")
     try:
         data = json.loads(file.read_text())
     except json.JSONDecodeError as error:
@@ -181,8 +181,9 @@ def from_json(data: Mapping[str, Any], stop_token_ids: Any = None) -> Qwen2_5VLC
     Raises:
       ValueError: a setting is missing or not supported; the field is named.
     """
-    if data.get("model_type") not in ("qwen2_5_vl", None):
-        raise ValueError(f"model_type is {data['model_type']!r}; qwen2_5_vl is supported")
+    found = data.get("model_type", data.get("_class_name", "qwen2_5_vl"))
+    if found != "qwen2_5_vl":
+        raise ValueError(f"the folder holds a {found!r} model, expected 'qwen2_5_vl'; give the folder of a Qwen2.5-VL model")
     text = data.get("text_config") or data
     stops = stop_token_ids if stop_token_ids is not None else text.get("eos_token_id", data.get("eos_token_id", 151645))
     pad = text.get("pad_token_id", data.get("pad_token_id"))

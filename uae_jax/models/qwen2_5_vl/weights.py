@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uae_jax import trees
-from uae_jax.hf.rules import Rule, load_params, published_tensors
+from uae_jax.hf.rules import Placement, Rule, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.models.qwen2_5_vl import model
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig, from_folder
@@ -82,17 +82,18 @@ def rules(config: Qwen2_5VLConfig, projector: bool) -> list[Rule]:
 
 
 def load(
-    path: str | pathlib.Path, config: Qwen2_5VLConfig | None = None, dtype: np.dtype | None = None
-) -> tuple[Qwen2_5VLConfig, dict]:
+    path: str | pathlib.Path, config: Qwen2_5VLConfig | None = None, dtype: np.dtype | None = None,
+    placement: Placement | None = None) -> tuple[Qwen2_5VLConfig, dict]:
     """Reads a model folder of either generation, or the release's peft-wrapped one (without its adapter).
 
     Args:
       path: folder with safetensors files, and `config.json` unless `config` is given.
       config: sizes, when known.
       dtype: precision to store the parameters in; None keeps that of the files.
+      placement: where the parameters go, see `hf.rules.load_params`.
 
     Returns:
-      The config, and numpy parameters `{"vision", "language"}` with `"projector"` if the folder has one.
+      The config, and parameters `{"vision", "language"}` with `"projector"` if the folder has one.
 
     Raises:
       FileNotFoundError: no such folder, config or weights.
@@ -106,7 +107,7 @@ def load(
         abstract = {**abstract, "projector": projector}
     ignore = "|".join((BUFFERS, ADAPTER_TENSOR, *((r"lm_head\.weight",) if config.text.tied else ())))
     table = rules(config, projector is not None)
-    return config, load_params(folder, table, abstract, aliases=ALIASES, ignore=ignore, dtype=dtype)
+    return config, load_params(folder, table, abstract, aliases=ALIASES, ignore=ignore, dtype=dtype, placement=placement)
 
 
 def _abstract_projector(folder: TensorFolder, config: Qwen2_5VLConfig) -> dict | None:
@@ -135,13 +136,15 @@ def adapter_rules(layers: int, modules: tuple[str, ...] = tuple(MODULES), prefix
             for ours in modules for leaf, theirs in (("a", "lora_A"), ("b", "lora_B"))]
 
 
-def load_adapter(path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.dtype | None = None) -> dict:
+def load_adapter(
+    path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.dtype | None = None, placement: Placement | None = None) -> dict:
     """Reads the language model's adapter from a peft folder, or from the release's `llm_lora` folder.
 
     Args:
       path: folder with safetensors files.
       config: sizes of the base model; its `lora_alpha` must be that of `adapter_config.json`, where there is one.
       dtype: precision to store the adapter in; None keeps that of the files.
+      placement: where the adapter goes, see `hf.rules.load_params`.
 
     Returns:
       The adapter tree; its rank is that of the tensors.
@@ -166,7 +169,7 @@ def load_adapter(path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.dt
         abstract[f"layers/{ours}/b"] = jax.ShapeDtypeStruct((layers, rank, fan_out), jnp.float32)
     others = r"(?!.*\.lora_).*"  # the base model's own tensors in a wrapped folder
     return load_params(folder, adapter_rules(config.text.layers, modules), trees.unflatten(abstract),
-                       aliases=ADAPTER_ALIASES, ignore=others, dtype=dtype)
+                       aliases=ADAPTER_ALIASES, ignore=others, dtype=dtype, placement=placement)
 
 
 def _canonical(name: str) -> str:

@@ -11,14 +11,14 @@ REMAT_POLICIES = ("none", "full", "dots")
 def _read_json(path: str | pathlib.Path, class_name: str) -> dict[str, Any]:
     file = pathlib.Path(path) / "config.json"
     if not file.exists():
-        raise FileNotFoundError(f"model configuration not found: {file} does not exist")
+        raise FileNotFoundError(f"model configuration not found: {file} does not exist; copy it from where the weights come from")
     try:
         stored = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON ({error}); copy it again") from None
-    found = stored.get("_class_name", class_name)
+    found = stored.get("_class_name", stored.get("model_type", class_name))
     if found != class_name:
-        raise ValueError(f"{file}: _class_name is {found!r}, expected {class_name!r}; give the folder of that model")
+        raise ValueError(f"{file}: the folder holds a {found!r} model, expected {class_name!r}; give the folder of that model")
     return stored
 
 

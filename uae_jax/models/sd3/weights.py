@@ -7,7 +7,7 @@ import pathlib
 import jax
 import numpy as np
 
-from uae_jax.hf.rules import Rule, load_params
+from uae_jax.hf.rules import Placement, Rule, load_params
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.models.sd3 import vae
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
@@ -161,8 +161,8 @@ def abstract_adapter(config: TransformerConfig, rank: int) -> dict:
     return jax.eval_shape(lambda: init_lora(jax.random.key(0), abstract_params(config), ATTENTION_ADAPTER, rank))
 
 
-def load_vae(path: str | pathlib.Path) -> tuple[VAEConfig, dict]:
-    """An auto-encoder folder as published: its config and float32 parameters (numpy).
+def load_vae(path: str | pathlib.Path, *, placement: Placement | None = None) -> tuple[VAEConfig, dict]:
+    """An auto-encoder folder as published: its config and float32 parameters, placed as by `hf.rules.load_params`.
 
     Raises:
       FileNotFoundError: config or weights are absent.
@@ -170,17 +170,20 @@ def load_vae(path: str | pathlib.Path) -> tuple[VAEConfig, dict]:
     """
     config = VAEConfig.from_folder(path)
     params = load_params(
-        TensorFolder(path), vae_rules(config), vae.abstract_params(config), aliases=VAE_ALIASES, dtype=np.float32)
+        TensorFolder(path), vae_rules(config), vae.abstract_params(config), aliases=VAE_ALIASES, dtype=np.float32,
+        placement=placement)
     return config, params
 
 
 def load_transformer(
-    path: str | pathlib.Path, *, params_dtype: np.dtype | None = None, **overrides) -> tuple[TransformerConfig, dict]:
-    """A transformer folder as published: its config and parameters (numpy).
+    path: str | pathlib.Path, *, params_dtype: np.dtype | None = None, placement: Placement | None = None,
+    **overrides) -> tuple[TransformerConfig, dict]:
+    """A transformer folder as published: its config and parameters.
 
     Args:
       path: the folder with `config.json` and safetensors files.
       params_dtype: precision of the parameters; None keeps what is stored.
+      placement: where the parameters go, see `hf.rules.load_params`.
       **overrides: config fields that the file does not have: `dtype` (of the products), `remat`, `lora_alpha`.
 
     Raises:
@@ -188,11 +191,13 @@ def load_transformer(
       ValueError: the config is not supported, or the tensors do not fit it.
     """
     config = TransformerConfig.from_folder(path, **overrides)
-    return config, load_params(TensorFolder(path), transformer_rules(config), abstract_params(config), dtype=params_dtype)
+    return config, load_params(
+        TensorFolder(path), transformer_rules(config), abstract_params(config), dtype=params_dtype, placement=placement)
 
 
-def load_adapter(path: str | pathlib.Path, config: TransformerConfig) -> tuple[TransformerConfig, dict]:
-    """A peft adapter folder: the config with the adapter's alpha, and the adapter tree in float32 (numpy).
+def load_adapter(
+    path: str | pathlib.Path, config: TransformerConfig, *, placement: Placement | None = None) -> tuple[TransformerConfig, dict]:
+    """A peft adapter folder: the config with the adapter's alpha, and the float32 adapter, placed as by `hf.rules.load_params`.
 
     Raises:
       FileNotFoundError: config or weights are absent.
@@ -200,5 +205,6 @@ def load_adapter(path: str | pathlib.Path, config: TransformerConfig) -> tuple[T
     """
     rank, alpha = read_adapter_config(path)
     adapter = load_params(
-        TensorFolder(path), adapter_rules(config), abstract_adapter(config, rank), aliases=ADAPTER_ALIASES, dtype=np.float32)
+        TensorFolder(path), adapter_rules(config), abstract_adapter(config, rank), aliases=ADAPTER_ALIASES, dtype=np.float32,
+        placement=placement)
     return dataclasses.replace(config, lora_alpha=alpha), adapter

@@ -24,7 +24,8 @@ from uae_jax.models.condition import ConditionTemplate
 from uae_jax.models.encoders import clip, dino
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config
 from uae_jax.models.encoders.preprocess import Preprocess, clip_preprocessor
-from uae_jax.models.encoders.weights import dinov2_rules, pooled_empty_prompt, save_clip
+from uae_jax.models.encoders.tables import dinov2_rules
+from uae_jax.models.encoders.weights import pooled_empty_prompt, save_clip
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig

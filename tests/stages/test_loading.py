@@ -1,0 +1,47 @@
+"""A model folder goes straight to its mesh; cut over several devices it says and draws the same."""
+
+import jax
+import numpy as np
+import pytest
+from stage_pieces import make_run
+
+from uae_jax import sharding, trees
+from uae_jax.data import scenes
+from uae_jax.sharding import MeshConfig, make_mesh
+from uae_jax.stages.inference import Inference, InferenceConfig
+from uae_jax.stages.weights import ModelConfig, load_system
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_every_part_lies_on_the_mesh_by_the_rules_of_the_whole_model(model_folder, monkeypatch):
+    monkeypatch.setattr(sharding, "SMALL", 256)  # even a tiny model is cut
+    mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
+    host = load_system(ModelConfig(folder=str(model_folder)), image_size=16)
+    placed = load_system(ModelConfig(folder=str(model_folder)), image_size=16, mesh=mesh)
+    assert placed.model == host.model and placed.encoders == host.encoders
+    shardings = trees.flatten(sharding.tree_shardings(host.parts, mesh))
+    leaves = trees.flatten(placed.parts)
+    assert set(leaves) == set(shardings) and any(not leaf.sharding.is_fully_replicated for leaf in leaves.values())
+    for name, leaf in trees.flatten(host.parts).items():
+        assert isinstance(leaf, np.ndarray) and leaves[name].sharding == shardings[name], name
+        np.testing.assert_array_equal(leaves[name], leaf)
+
+
+def test_a_run_holds_its_parameters_once(config, tmp_path):
+    run = make_run(config, tmp_path, devices=2)
+    assert run.system.parts == {} and all(len(leaf.devices()) == 2 for leaf in jax.tree.leaves(run.parts))
+
+
+def test_inference_over_several_devices_says_and_draws_the_same(model_folder, monkeypatch):
+    monkeypatch.setattr(sharding, "SMALL", 256)
+    settings = InferenceConfig(size=16, steps=2, guidance_scale=1.0, temperature=0.0, max_new_tokens=8, prompt="describe", batch_size=2)
+    pictures = [scenes.draw(scenes.scene_at("test", index)) for index in range(2)]
+    found = []
+    for devices in (None, jax.devices()[:4]):
+        inference = Inference(ModelConfig(folder=str(model_folder)), settings, devices)
+        assert {len(leaf.devices()) for leaf in jax.tree.leaves(inference.parts)} == {1 if devices is None else 4}
+        found.append(list(inference.reconstruct(pictures)))
+    for (caption, drawn), (caption_of_four, drawn_of_four) in zip(*found):
+        assert caption == caption_of_four
+        assert np.abs(drawn.astype(int) - drawn_of_four.astype(int)).max() <= 1

@@ -1,0 +1,114 @@
+"""PyTorch's own weight files (`.pt`, `.pth`, `.bin`), read without running what a pickle can hold."""
+
+import pathlib
+import pickle
+import re
+import zipfile
+
+import ml_dtypes
+import numpy as np
+
+from uae_jax.hf.safetensors import TensorFolder
+
+SUFFIXES = (".pt", ".pth", ".bin")
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
+REMEDY = "save the model's state_dict() alone, or as safetensors"
+
+
+class TorchFile:
+    """The tensors of one state dictionary in a PyTorch file, memory-mapped; the interface of `TensorFolder`.
+
+    Attributes:
+      path: the file.
+      files: tensor name to file.
+    """
+
+    def __init__(self, path: str | pathlib.Path):
+        """Opens the file.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: PyTorch is not installed, the file is not complete, or it holds anything but tensors by name.
+        """
+        self.path = pathlib.Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"weights not found: {self.path} does not exist")
+        self._tensors = _load(self.path)
+        self.files = dict.fromkeys(self._tensors, self.path)
+
+    def names(self) -> set[str]:
+        """All tensor names."""
+        return set(self.files)
+
+    def file(self, name: str) -> pathlib.Path:
+        """The file that holds a tensor."""
+        return self.files[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> str:
+        """The stored precision of a tensor in safetensors' words (`F32`, `BF16`, ...), without reading it."""
+        stored = str(self._tensors[name].dtype).removeprefix("torch.")
+        return DTYPES.get(stored, stored)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in its stored precision."""
+        tensor = self._tensors[name]
+        if self.dtype(name) == "BF16":  # which numpy has only through ml_dtypes
+            return tensor.contiguous().view(_torch().int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+
+def open_tensors(path: str | pathlib.Path) -> TensorFolder | TorchFile:
+    """The tensors of a file, or of a folder with safetensors or, where there are none, with a PyTorch file.
+
+    Raises:
+      FileNotFoundError: no such file or folder, or no weights in it.
+      ValueError: several PyTorch files (and none named `pytorch_model.bin`), or one that cannot be read.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir() and not any(path.glob("*.safetensors*")):
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        files = [file for file in files if file.name == "pytorch_model.bin"] or files
+        if len(files) > 1:
+            raise ValueError(f"{path} holds {' and '.join(file.name for file in files)}; give the path of the one to read")
+        if not files:
+            raise FileNotFoundError(f"no weights in {path}: neither safetensors nor a {', '.join(SUFFIXES)} file")
+        path = files[0]
+    return TorchFile(path) if path.suffix in SUFFIXES else TensorFolder(path)
+
+
+def _torch():
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            "PyTorch is needed to read .pt, .pth and .bin files: pip install torch, or give the weights as safetensors") from None
+    return torch
+
+
+def _load(path: pathlib.Path) -> dict:
+    torch = _torch()
+    zipped = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        if not zipped and file.read(2) == b"PK":  # begins as a zip archive, without its end
+            raise ValueError(f"{path} is not a complete PyTorch file; copy it again")
+    if zipped and any(name.partition("/")[2].startswith("code/") for name in zipfile.ZipFile(path).namelist()):
+        raise ValueError(f"{path} is a TorchScript program, which is not run; {REMEDY}")
+    try:
+        # older files, which are not zip archives, cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"code ({found[1].rstrip('.')})" if found else "objects other than tensors"
+        raise ValueError(f"{path} holds {what}, which is not run; {REMEDY}") from None
+    except (RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(f"{path} is not a complete PyTorch file ({str(error).splitlines()[0]}); copy it again") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not tensors by name; {REMEDY}")
+    others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise ValueError(f"{path} holds {others[0]!r}, which is not a tensor; {REMEDY}")
+    return {name: tensor.detach() for name, tensor in state.items()}
