@@ -12,7 +12,10 @@ from stage_pieces import nudged
 
 from uae_jax import convert, infer
 from uae_jax.data import scenes
+from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import TensorFolder, write_tensors
+from uae_jax.models.encoders import clip, openai
+from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, LongCLIPTextConfig
 from uae_jax.stages.export import export_system
 from uae_jax.stages.weights import ModelConfig, load_system
 
@@ -248,7 +251,8 @@ def test_a_file_cut_short_is_named_with_what_is_lost(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("part, other, message", [
-    ("llm", "clip", "model_type"), ("dit", "SD3/vae", "_class_name"), ("clip", "dinov2", "model_type"), ("SD3/vae", "dit", "_class_name")])
+    ("llm", "clip", "holds a 'clip' model"), ("dit", "SD3/vae", "holds a 'AutoencoderKL' model"), ("clip", "dinov2", "dinov2, not clip"),
+    ("SD3/vae", "dit", "holds a 'SD3Transformer2DModel' model")])
 def test_another_model_in_the_place_of_a_part_is_named(folder, tmp_path, capsys, part, other, message):
     shutil.rmtree(folder / part)
     shutil.copytree(folder / other, folder / part)
@@ -282,6 +286,26 @@ def test_import_refuses_what_is_not_that_model(hub, tmp_path):
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*"))
 
 
+def test_long_clip_comes_from_its_published_file(hub, tmp_path, capsys):
+    small = dict(hidden_size=64, intermediate_size=16, projection_dim=8, num_hidden_layers=1, num_attention_heads=1)
+    config = CLIPConfig(
+        CLIPVisionConfig(**small, image_size=16, patch_size=8), LongCLIPTextConfig(**small, vocab_size=9, max_position_embeddings=12))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float16), clip.abstract_params(config))
+    tensors = dict(published_tensors(params, openai.rules(config)))
+    for name in [name for name in tensors if name.endswith("[query]")]:
+        fused = name.removesuffix("[query]")
+        tensors[fused] = np.concatenate([tensors.pop(f"{fused}[{piece}]") for piece in openai.PARTS])
+    torch.save({name: torch.tensor(np.array(tensor)) for name, tensor in tensors.items()}, tmp_path / "longclip-L.pt")
+    code, rows = checked(tmp_path / "longclip-L.pt", capsys)
+    assert code == 0 and rows["longclip"]["dtypes"] == {"float16": rows["longclip"]["expected"]}
+    converted("import", "--llm", hub / "llm", "--sd3", hub / "SD3", "--longclip", tmp_path / "longclip-L.pt", tmp_path / "new")
+    converted("export", tmp_path / "new", tmp_path / "official")
+    capsys.readouterr()
+    assert checked(tmp_path / "official", capsys)[1]["longclip"]["problems"] == []
+    assert_same_bits(tensors, stored(tmp_path / "official" / "longclip"))
+
+
 def test_folders_are_not_overwritten_unless_asked(folder, model_folder, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
@@ -296,6 +320,6 @@ def test_folders_are_not_overwritten_unless_asked(folder, model_folder, tmp_path
 
 def test_a_folder_without_a_model_says_what_was_looked_for(tmp_path):
     assert "holds no part of a model" in refused("check", tmp_path)
-    assert "is not a folder" in refused("check", tmp_path / "absent")
+    assert "does not exist" in refused("check", tmp_path / "absent")
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     assert "'t5', which is no part of UAE" in refused("check", tmp_path)

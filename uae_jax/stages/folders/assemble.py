@@ -34,7 +34,7 @@ class Sources:
       projector: UAE's projector, as `export --layout hub` writes it.
       dit: a transformer to use in place of the pipeline's.
       llm_lora, dit_lora: adapters.
-      clip, longclip, dinov2, dinov3: image encoders.
+      clip, longclip, dinov2, dinov3: image encoders; `longclip` may be the published file.
     """
 
     llm: str
@@ -113,8 +113,8 @@ def gather(sources: Sources) -> Folder:
 def _expect(name: str, path: str) -> Part:
     """A part, when its folder holds that kind of model."""
     folder = pathlib.Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--{name} {folder} is not a folder")
+    if not (folder.is_dir() or name == "longclip" and folder.is_file()):
+        raise FileNotFoundError(f"--{name} {folder} {'does not exist' if not folder.exists() else 'is not a folder'}")
     found = identify(folder)
     same = {"longclip": "clip"}.get(name, name)
     if found not in (name, same):
@@ -126,7 +126,7 @@ def _build(folder: Folder, sources: Sources, fresh: pathlib.Path, seed: int, lin
     notes = []
     for part in folder.parts:
         if part.kind not in ("processor", "projector"):
-            for file in used_files(part.folder) if part.kind != "scheduler" else small_files(part.folder):
+            for file in used_files(part) if part.kind != "scheduler" else small_files(part.folder):
                 copy_file(file, fresh / part.name, link=link)
     for file in small_files(folder.part("llm_processor").folder):
         if file.name not in _MODEL_FILES and not file.name.lower().startswith(("readme", "licen")):

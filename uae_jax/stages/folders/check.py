@@ -13,10 +13,9 @@ from uae_jax.data.qwen_inputs import load_image_processor
 from uae_jax.diffusion.schedule import ScheduleConfig
 from uae_jax.hf.inventory import Fit, canonical_name, compare, count_non_finite, cut_short, dtype_name
 from uae_jax.hf.safetensors import TensorFolder
-from uae_jax.models.encoders.preprocess import Preprocess
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.stages.folders.adapters import Adapter, check_plain, is_wrapped, read_adapter
-from uae_jax.stages.folders.parts import ADAPTERS, ENCODERS, Folder, Part, has_projector, part_config, part_table
+from uae_jax.stages.folders.parts import ADAPTERS, ENCODERS, Folder, Part, has_projector, part_config, part_encoder, part_table, part_tensors
 
 NEEDED = ("llm", "llm_processor", "SD3/vae", "SD3/text_encoder", "SD3/text_encoder_2", "SD3/scheduler")
 _LISTED = 4  # names in a message; all are in the JSON
@@ -115,8 +114,8 @@ def _check_processor(row: Row) -> None:
 def _check_weights(row: Row, part: Part, folder: Folder, fast: bool, progress: Callable[[int], None]) -> None:
     row.config = part_config(part)
     if part.kind == "image encoder":
-        Preprocess.from_folder(part.folder)
-    stored = TensorFolder(part.folder)
+        part_encoder(part).preprocess()
+    stored = part_tensors(part)
     row.files = len(set(stored.files.values()))
     if part.name in ADAPTERS:
         fit = _compare_adapter(row, part, folder)

@@ -9,17 +9,18 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 
 from uae_jax.hf.inventory import compare
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.hf.sharded import Item, cast, stored_items, write_items
+from uae_jax.hf.torch_file import open_tensors
 from uae_jax.models.encoders.config import read_json
 from uae_jax.stages.folders import adapters
 from uae_jax.stages.folders.check import check_folder
 from uae_jax.stages.folders.files import check_target, copy_file, replaced, small_files
-from uae_jax.stages.folders.parts import KINDS, PROJECTOR, Folder, Part, find_parts, part_config, part_table, write_json
+from uae_jax.stages.folders.parts import (
+    KINDS, PROJECTOR, Folder, Part, find_parts, has_openai_names, part_config, part_table, part_tensors, write_json)
 
 LAYOUTS = ("official", "hub")
 DTYPES = ("keep", "float32", "bfloat16", "float16")
@@ -156,8 +157,11 @@ def plan(folder: Folder, config: ExportConfig) -> list[Output]:
 
 
 def part_items(part: Part) -> list[Item]:
-    """A part's tensors under their published names."""
-    stored = TensorFolder(part.folder)
+    """A part's tensors under their published names; a state in OpenAI's names as it is."""
+    if has_openai_names(part):
+        stored = open_tensors(part.folder)
+        return stored_items(stored, ((name, name) for name in sorted(stored.names())))
+    stored = part_tensors(part)
     table = part_table(part, part_config(part), stored)
     fit = compare(stored, table.rules, table.abstract, aliases=table.aliases, ignore=table.ignore)
     return stored_items(stored, fit.published.items())
@@ -167,7 +171,8 @@ def _plain(part: Part, name: str, dtype: np.dtype | None, items: Iterable[Item] 
     """A part with its files, and its config.json with the precision that is written."""
     items = cast(part_items(part) if items is None else items, dtype)
     copies = tuple(file for file in small_files(part.folder) if file.name != "config.json")
-    return Output(name, tuple(items), STEMS.get(part.kind, "model"), copies=copies, contents={"config.json": stored_config(part, items)})
+    contents = {} if has_openai_names(part) else {"config.json": stored_config(part, items)}
+    return Output(name, tuple(items), STEMS.get(part.kind, "model"), copies=copies, contents=contents)
 
 
 def stored_config(part: Part, items: Iterable[Item]) -> dict[str, Any]:

@@ -6,8 +6,7 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
-from uae_jax.hf.safetensors import TensorFolder
-from uae_jax.stages.folders.parts import find_parts
+from uae_jax.stages.folders.parts import Part, find_parts, part_tensors
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".index.json", ".index.fp16.json")
 
@@ -22,11 +21,13 @@ def small_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".") and not is_weight_file(file)]
 
 
-def used_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def used_files(part: Part) -> list[pathlib.Path]:
     """The files of a part that are read: the small ones, and of the weights those that the loader opens, with their index."""
-    weights = sorted(set(TensorFolder(folder).files.values()))
-    indexes = sorted(folder.glob("*.safetensors.index.json"))[:1]
-    return [*small_files(folder), *weights, *indexes]
+    weights = sorted(set(part_tensors(part).files.values()))
+    if part.folder.is_file():
+        return weights
+    indexes = sorted(part.folder.glob("*.safetensors.index.json"))[:1]
+    return [*small_files(part.folder), *weights, *indexes]
 
 
 def copy_file(source: pathlib.Path, folder: pathlib.Path, *, link: bool = False) -> None:

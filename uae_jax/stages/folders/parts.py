@@ -12,9 +12,12 @@ import jax
 from uae_jax import trees
 from uae_jax.hf.rules import Rule
 from uae_jax.hf.safetensors import TensorFolder
-from uae_jax.models.encoders import clip, dino
-from uae_jax.models.encoders import weights as encoder_weights
-from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config, read_json
+from uae_jax.hf.torch_file import TorchFile, open_tensors
+from uae_jax.models.encoders import clip
+from uae_jax.models.encoders.config import CLIPTextConfig, read_json
+from uae_jax.models.encoders.openai import MARKS, SplitTensors
+from uae_jax.models.encoders.tables import POSITION_BUFFERS, clip_rules
+from uae_jax.models.encoders.weights import EncoderFolder, open_encoder
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
@@ -93,8 +96,13 @@ def find_parts(path: str | pathlib.Path) -> Folder:
       ValueError: it holds nothing that is known; the message says what was looked for.
     """
     root = pathlib.Path(path)
+    if root.is_file():
+        name = identify(root)
+        if name is None:
+            raise ValueError(f"{root} is no adapter and no CLIP state; of other models give the folder with config.json and weights")
+        return Folder(root.parent, "part", (Part(name, root),))
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder; give an official UAE folder, a training workdir, or the folder of one model")
+        raise FileNotFoundError(f"{root} does not exist; give an official UAE folder, a training workdir, or the folder of one model")
     for candidate in (root, root / "export", root / "model"):
         names = [name for name in KINDS if (candidate / name).is_dir()]
         if any(name in names for name in ("llm", "dit", *ADAPTERS)):
@@ -120,7 +128,7 @@ def has_tokenizer(folder: pathlib.Path) -> bool:
 
 
 def identify(folder: pathlib.Path) -> str | None:
-    """The part that a folder holds by its configuration, else by the names of its tensors; None if it is none.
+    """The part that a folder, or a file of weights, holds by its configuration, else by the names of its tensors; None if it is none.
 
     Raises:
       ValueError: config.json is not JSON, or is of a model that has no place here.
@@ -136,14 +144,15 @@ def identify(folder: pathlib.Path) -> str | None:
                 known = ", ".join((*_MODEL_TYPES, *_CLASSES))
                 raise ValueError(f"{folder / file} is of {found!r}, which is no part of UAE; the parts are {known}")
             return name
-    if not any(folder.glob("*.safetensors")):
+    try:
+        names = open_tensors(folder).names()
+    except FileNotFoundError:
         return None
-    names = TensorFolder(folder).names()
     layers = {match.group(1) for match in (re.fullmatch(_LORA_LAYER, name) for name in names) if match}
     for part, stem in ADAPTERS.items():
         if stem in layers:
             return part
-    return "longclip" if "visual.proj" in names else None
+    return open_encoder(folder).kind if set(MARKS) & names else None
 
 
 def part_config(part: Part) -> Any:
@@ -161,17 +170,30 @@ def part_config(part: Part) -> Any:
     if part.kind == "text encoder":
         return CLIPTextConfig.from_folder(part.folder)
     if part.kind == "image encoder":
-        return _encoder_config(part)
+        return part_encoder(part).config
     return None
 
 
-def _encoder_config(part: Part) -> Any:
-    kind = read_json(part.folder).get("model_type")
-    wanted = {"dinov2": {"dinov2": Dinov2Config}, "dinov3": {"dinov3_vit": Dinov3Config}}
-    classes = wanted.get(part.name, {"clip": CLIPConfig, "clip_vision_model": CLIPVisionConfig})
-    if kind not in classes:
-        raise ValueError(f"{part.folder / 'config.json'} has model_type {kind!r}, {part.name} needs {' or '.join(classes)}; copy the right model there")
-    return classes[kind].from_folder(part.folder)
+def part_encoder(part: Part) -> EncoderFolder:
+    """The image encoder of a part, recognised.
+
+    Raises:
+      FileNotFoundError, ValueError: it is another model than the part's name says.
+    """
+    encoder = open_encoder(part.folder)
+    if encoder.kind not in (part.name, {"longclip": "clip"}.get(part.name)):
+        raise ValueError(f"{part.folder} holds a model of the type {encoder.kind}, not {part.name}; copy the right model there")
+    return encoder
+
+
+def has_openai_names(part: Part) -> bool:
+    """Whether an image encoder is a state in OpenAI's names, as Long-CLIP is published: without config.json."""
+    return part.kind == "image encoder" and not (part.folder / "config.json").is_file()
+
+
+def part_tensors(part: Part) -> TensorFolder | TorchFile | SplitTensors:
+    """The tensors of a part that has weights."""
+    return part_encoder(part).tensors if part.kind == "image encoder" else TensorFolder(part.folder)
 
 
 def part_table(part: Part, config: Any, folder: TensorFolder) -> Table:
@@ -196,11 +218,10 @@ def part_table(part: Part, config: Any, folder: TensorFolder) -> Table:
         return Table(sd3_weights.transformer_rules(config), transformer.abstract_params(config))
     if part.kind == "vae":
         return Table(sd3_weights.vae_rules(config), vae.abstract_params(config), sd3_weights.VAE_ALIASES)
-    if isinstance(config, Dinov2Config):
-        return Table(encoder_weights.dinov2_rules(config), dino.abstract_params(config), encoder_weights.DINOV2_ALIASES)
-    if isinstance(config, Dinov3Config):
-        return Table(encoder_weights.dinov3_rules(config), dino.abstract_params(config), encoder_weights.DINOV3_ALIASES)
-    return Table(encoder_weights.clip_rules(config), clip.abstract_params(config), (), encoder_weights.POSITION_BUFFERS)
+    if part.kind == "image encoder":
+        encoder = part_encoder(part)
+        return Table(encoder.rules, encoder.abstract(), encoder.aliases, encoder.ignore)
+    return Table(clip_rules(config), clip.abstract_params(config), (), POSITION_BUFFERS)
 
 
 def has_projector(folder: TensorFolder) -> bool:
