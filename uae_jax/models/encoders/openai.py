@@ -46,8 +46,7 @@ def vision_from_openai(
     for name, tensor in visual.items():
         tensors.update(_renamed(name, tensor))
     config = _config(visual, head_width)
-    folder = TensorDict("the OpenAI-style state", tensors)
-    return config, load_params(folder, clip_vision_rules(config), clip.abstract_params(config), dtype=dtype)
+    return config, load_params(TensorDict("the OpenAI-style state", tensors), clip_vision_rules(config), clip.abstract_params(config), dtype=dtype)
 
 
 def _renamed(name: str, tensor: np.ndarray) -> dict[str, np.ndarray]:

@@ -178,8 +178,7 @@ def load_clip(
     raw = read_json(folder)
     kind = raw.get("model_type", raw.get("_class_name"))
     if kind not in classes:
-        expected = ", ".join(map(repr, classes))
-        raise ValueError(f"{folder} holds a {kind!r} model, expected one of {expected}; give the folder of a CLIP model")
+        raise ValueError(f"{folder} holds a {kind!r} model, expected one of {', '.join(map(repr, classes))}; give the folder of a CLIP model")
     config, ignore = classes[kind].from_folder(folder), POSITION_BUFFERS
     if image_only and isinstance(config, CLIPConfig):
         config, ignore = config.vision, f"{POSITION_BUFFERS}|{TEXT_TOWER}"
