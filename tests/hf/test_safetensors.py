@@ -18,6 +18,8 @@ TENSORS = {f"layers.{number}.weight": np.full((4, 8), number, np.float32) for nu
 @pytest.mark.parametrize("limit", [10**9, 300], ids=["one", "shards"])
 def test_what_is_written_is_read(tmp_path, limit):
     files = write_tensors(tmp_path, TENSORS, max_shard_bytes=limit)
+    (tmp_path / "other").touch()
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "other").stat().st_mode}
     assert len(files) == (1 if limit > 1000 else 3) and (tmp_path / "model.safetensors.index.json").exists() == (limit < 1000)
     folder = TensorFolder(tmp_path)
     assert folder.names() == set(TENSORS)

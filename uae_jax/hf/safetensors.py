@@ -228,7 +228,10 @@ class _ShardWriter:
     def flush(self) -> None:
         file = self.folder / f".{self.stem}-{len(self.written):05d}.tmp"
         self.written.append((file, list(self.shard)))
+        file.touch()
+        mode = file.stat().st_mode  # that of any new file; safetensors' own is for the owner alone
         save_file(self.shard, file, metadata={"format": "pt"})
+        file.chmod(mode)
         self.total_bytes += self.shard_bytes
         self.shard, self.shard_bytes = {}, 0
 

@@ -183,7 +183,7 @@ def from_json(data: Mapping[str, Any], stop_token_ids: Any = None) -> Qwen2_5VLC
     """
     found = data.get("model_type", data.get("_class_name", "qwen2_5_vl"))
     if found != "qwen2_5_vl":
-        raise ValueError(f"the folder holds a {found!r} model, expected 'qwen2_5_vl'; give the folder of a Qwen2.5-VL model")
+        raise ValueError(f"the folder holds a model of model_type {found!r}, expected 'qwen2_5_vl'; give the folder of a Qwen2.5-VL model")
     text = data.get("text_config") or data
     stops = stop_token_ids if stop_token_ids is not None else text.get("eos_token_id", data.get("eos_token_id", 151645))
     pad = text.get("pad_token_id", data.get("pad_token_id"))
