@@ -27,6 +27,8 @@ from uae_jax.models.encoders.weights import pooled_empty_prompt
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import weights as sd3_weights
+from uae_jax.models.sd3.config import TransformerConfig
+from uae_jax.nn.lora import merge_adapter
 from uae_jax.rl.rewards import Encoder, load_encoder
 
 BUILTIN = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
@@ -46,12 +48,15 @@ class ModelConfig:
         release's 64 over 32) where no adapter_config.json says it.
       dtype: precision of activations, `float32` or `bfloat16`.
       remat: what the backward pass recomputes: `none`, `full`, `dots`.
+      merge_adapters: add the adapters that are read to the weights, so that the reference model and new adapters start
+        from them; otherwise they are kept apart and train on.
     """
 
     folder: str = ""
     lora_alpha: float = 64.0
     dtype: str = "float32"
     remat: str = "none"
+    merge_adapters: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +91,7 @@ def model_folder(path: str | pathlib.Path) -> pathlib.Path:
     """
     folder = pathlib.Path(path) if str(path) else BUILTIN
     for candidate in (folder, folder / "export", folder / "model"):
-        if (candidate / "llm").is_dir():
+        if (candidate / "llm").is_dir() or (candidate / "llm_lora").is_dir():
             return candidate
     if not folder.exists():
         raise FileNotFoundError(f"model folder {folder} does not exist; give an official UAE folder or a training workdir")
@@ -109,18 +114,19 @@ def load_system(config: ModelConfig, *, image_size: int, negative_prompt: str = 
     processor_folder = folder / "llm_processor" if (folder / "llm_processor").is_dir() else folder / "llm"
     tokenizer = tokens.load_tokenizer(processor_folder)
     overrides = dict(dtype=config.dtype, remat=config.remat, lora_alpha=config.lora_alpha)
-    captioner = qwen_config.from_folder(folder / "llm", **overrides)
-    _, parts = qwen_weights.load(folder / "llm", captioner, np.float32)
+    base = captioner_folder(folder)
+    captioner = qwen_config.from_folder(base if (base / "config.json").exists() else folder / "llm", **overrides)
+    _, parts = qwen_weights.load(base, captioner, np.float32)
     transformer_folder = folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer"
     transformer, parts["transformer"] = sd3_weights.load_transformer(transformer_folder, params_dtype=np.float32, **overrides)
     vae, parts["vae"] = sd3_weights.load_vae(folder / "SD3" / "vae")
     parts["pooled"] = pooled_empty_prompt([folder / "SD3" / name for name in ("text_encoder", "text_encoder_2")])
     if "projector" not in parts:
-        raise ValueError(f"{folder / 'llm'} has no projector.0 and projector.2 tensors; UAE's own llm folder has them")
+        parts["projector"] = _load_projector(folder, captioner)
     if (folder / "llm_lora").is_dir():
-        captioner, parts["language_lora"] = _load_language_adapter(folder / "llm_lora", captioner)
+        captioner = _add_language_adapter(folder / "llm_lora", captioner, parts, config.merge_adapters)
     if (folder / "dit_lora").is_dir():
-        transformer, parts["transformer_lora"] = sd3_weights.load_adapter(folder / "dit_lora", transformer)
+        transformer = _add_transformer_adapter(folder / "dit_lora", transformer, parts, config.merge_adapters)
     prefix, suffix = tokens.condition_template(tokenizer)
     negative = tokens.encode_caption(tokenizer, negative_prompt)[:-1]
     template = ConditionTemplate(tuple(prefix), tuple(suffix), tuple(negative), captioner.pad_token_id, attend_padding)
@@ -143,16 +149,42 @@ def _load_encoder(folder: pathlib.Path, name: str) -> tuple[Encoder, dict]:
     return encoder, params
 
 
-def _load_language_adapter(folder: pathlib.Path, captioner: qwen_config.Qwen2_5VLConfig) -> tuple[qwen_config.Qwen2_5VLConfig, dict]:
-    """The adapter, and the configuration with its alpha."""
-    file = folder / "adapter_config.json"
-    if file.exists():
-        captioner = captioner.using(lora_alpha=json.loads(file.read_text())["lora_alpha"])
-    adapter = qwen_weights.load_adapter(folder, captioner, np.float32)
-    if not file.exists():
-        rank = adapter["layers"]["attention"]["query"]["a"].shape[-1]
-        captioner = captioner.using(lora_alpha=2.0 * rank)
-    return captioner, adapter
+def captioner_folder(folder: pathlib.Path) -> pathlib.Path:
+    """The folder of the captioner's own weights: `llm_lora` where it holds them, as the release's does, else `llm`.
+
+    The release loads `llm` and then `llm_lora` over it, so that the latter wins.
+    """
+    wrapped = folder / "llm_lora"
+    return wrapped if wrapped.is_dir() and qwen_weights.holds_base(wrapped) else folder / "llm"
+
+
+def _load_projector(folder: pathlib.Path, captioner: qwen_config.Qwen2_5VLConfig) -> dict:
+    """The projector of `llm`, where the captioner was read from a folder without one."""
+    projector = qwen_weights.load_projector(folder / "llm", captioner, np.float32) if (folder / "llm").is_dir() else None
+    if projector is None:
+        raise ValueError(f"{captioner_folder(folder)} has no projector.0 and projector.2 tensors; UAE's own llm folder has them")
+    return projector
+
+
+def _add_language_adapter(
+    folder: pathlib.Path, captioner: qwen_config.Qwen2_5VLConfig, parts: dict, merge: bool) -> qwen_config.Qwen2_5VLConfig:
+    """Puts the adapter beside the weights or into them; the configuration has the alpha of one that is beside them."""
+    if merge:
+        adapter = qwen_weights.read_adapters(folder, captioner, np.float32)
+        parts.update({name: merge_adapter(parts[name], tree, adapter.alpha) for name, tree in adapter.tree.items()})
+        return captioner
+    captioner, parts["language_lora"] = qwen_weights.load_adapter(folder, captioner, np.float32)
+    return captioner
+
+
+def _add_transformer_adapter(
+    folder: pathlib.Path, transformer: TransformerConfig, parts: dict, merge: bool) -> TransformerConfig:
+    adapted, adapter = sd3_weights.load_adapter(folder, transformer)
+    if merge:
+        parts["transformer"] = merge_adapter(parts["transformer"], adapter, adapted.lora_alpha)
+        return transformer
+    parts["transformer_lora"] = adapter
+    return adapted
 
 
 def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: np.dtype = np.float32) -> None:
