@@ -11,6 +11,7 @@ from diffusers import SD3Transformer2DModel
 from diffusers.loaders import SD3LoraLoaderMixin
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
 
 from uae_jax import trees
 from uae_jax.hf.safetensors import TensorFolder, write_tensors
@@ -123,7 +124,7 @@ def test_the_file_that_diffusers_pipelines_save(base, tmp_path, said):
         with pytest.warns(UserWarning, match="lora_alpha; 3 is taken, the rank, as diffusers does"):
             adapted, _ = weights.load_adapter(tmp_path, config)
         again = transformer("like_medium")
-        again.load_lora_adapter(tmp_path, prefix="transformer")
+        again.load_lora_adapter(load_file(file), prefix="transformer")
         scales = {module.scaling["default_0"] for module in again.modules() if hasattr(module, "scaling")}
         assert scales == {1.0} and adapted.lora_alpha == 3
         return
