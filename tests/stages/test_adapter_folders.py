@@ -133,3 +133,15 @@ def test_adapters_are_merged(builtin, adapted):
         before, after = trees.flatten(builtin.parts[part]), trees.flatten(merged)
         changed = {name.removesuffix("/kernel") for name in before if np.any(before[name] != after[name])}
         assert changed == {name.removesuffix("/a") for name in trees.flatten(adapter) if name.endswith("/a")}
+
+
+def test_a_damaged_plain_captioner_is_seen_beside_a_wrapped_one(builtin, folder, wrapped):
+    write_tensors(folder / "llm_lora", wrapped[0])
+    tensors = dict(qwen_weights.tensors(builtin.model.captioner, {
+        name: builtin.parts[name] for name in ("vision", "language", "projector")}))
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = np.where(np.arange(tensors[name].shape[1]) == 3, np.nan, tensors[name])
+    (folder / "llm" / "model.safetensors").unlink()
+    write_tensors(folder / "llm", tensors)
+    with pytest.raises(ValueError, match=f"llm/model.safetensors: {name} holds NaN or infinity"):
+        load(folder)

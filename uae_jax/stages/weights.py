@@ -117,6 +117,8 @@ def load_system(config: ModelConfig, *, image_size: int, negative_prompt: str = 
     base = captioner_folder(folder)
     captioner = qwen_config.from_folder(base if (base / "config.json").exists() else folder / "llm", **overrides)
     _, parts = qwen_weights.load(base, captioner, np.float32)
+    if base != folder / "llm" and list((folder / "llm").glob("*.safetensors")):
+        qwen_weights.check(folder / "llm", captioner)  # not used, but a damaged copy should not pass unseen
     transformer_folder = folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer"
     transformer, parts["transformer"] = sd3_weights.load_transformer(transformer_folder, params_dtype=np.float32, **overrides)
     vae, parts["vae"] = sd3_weights.load_vae(folder / "SD3" / "vae")

@@ -14,7 +14,7 @@ import numpy as np
 
 from uae_jax import trees
 from uae_jax.hf.adapters import ALPHA, Adapter, canonical, read_adapter
-from uae_jax.hf.rules import Rule, load_params, published_tensors
+from uae_jax.hf.rules import Rule, check_params, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.models.qwen2_5_vl import model
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig, from_folder
@@ -97,13 +97,29 @@ def load(
     """
     config = from_folder(path) if config is None else config
     folder = TensorFolder(path)
-    abstract = model.abstract_params(config)
-    projector = _abstract_projector(folder, config)
+    table, abstract, ignore = _contents(folder, config)
+    return config, load_params(folder, table, abstract, aliases=ALIASES, ignore=ignore, dtype=dtype)
+
+
+def check(path: str | pathlib.Path, config: Qwen2_5VLConfig) -> None:
+    """The checks of `load`, for a folder whose weights are not used because others stand for them.
+
+    Raises:
+      FileNotFoundError: no such folder or weights.
+      ValueError: config and tensors do not fit, both ways, or a number is not finite; all are named.
+    """
+    folder = TensorFolder(path)
+    table, abstract, ignore = _contents(folder, config)
+    check_params(folder, table, abstract, aliases=ALIASES, ignore=ignore)
+
+
+def _contents(folder: TensorFolder, config: Qwen2_5VLConfig) -> tuple[list[Rule], dict, str]:
+    """Table and shapes of what a folder should hold, with the projector if it has one, and the names to pass over."""
+    abstract, projector = model.abstract_params(config), _abstract_projector(folder, config)
     if projector is not None:
         abstract = {**abstract, "projector": projector}
     ignore = "|".join((BUFFERS, ADAPTER_TENSOR, *((r"lm_head\.weight",) if config.text.tied else ())))
-    table = rules(config, projector is not None)
-    return config, load_params(folder, table, abstract, aliases=ALIASES, ignore=ignore, dtype=dtype)
+    return rules(config, projector is not None), abstract, ignore
 
 
 def _abstract_projector(folder: TensorFolder, config: Qwen2_5VLConfig) -> dict | None:
