@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -151,6 +151,18 @@ def test_peft_folders_equal_peft(saved, llm, tmp_path, part, targets):
     theirs = {name.replace("base_model.model.", ""): value.numpy() for name, value in llm.state_dict().items()}
     for name, value in weights.tensors(config, merged):
         np.testing.assert_allclose(value, theirs[in_memory(name)], rtol=0, atol=1e-6)
+
+
+def test_what_was_read_is_written_for_peft(saved, llm, tmp_path):
+    _, _, config, _ = saved
+    wrapped = wrap(llm, "text", settings(target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 2}))
+    wrapped.save_pretrained(tmp_path / "theirs")
+    adapted, adapter = weights.load_adapter(tmp_path / "theirs", config)
+    write_tensors(tmp_path / "ours", weights.adapter_tensors(adapted, adapter), stem="adapter_model")
+    (tmp_path / "ours" / "adapter_config.json").write_text(json.dumps(weights.adapter_config(adapted, adapter)))
+    again = build(True)
+    again.model.language_model = PeftModel.from_pretrained(again.model.language_model, tmp_path / "ours").eval()
+    assert difference(torch_logits(again), torch_logits(llm)) < 1e-6
 
 
 @pytest.mark.parametrize(("prefix", "middle"), [

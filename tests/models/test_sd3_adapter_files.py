@@ -148,10 +148,12 @@ def test_blocks_without_an_adapter_are_as_the_base(base, tmp_path):
     assert np.any(query["a"][1]) and not np.any(query["a"][0]) and not np.any(query["b"][0])
 
 
-@pytest.mark.parametrize("targets", [ATTENTION, BOTH_ATTENTIONS, EVERYTHING, ["transformer_blocks.2.attn.to_q"]],
-                         ids=["attn", "both", "all", "one"])
-def test_what_was_read_is_written_for_peft(base, tmp_path, targets):
-    wrapped = get_peft_model(transformer("like_medium"), LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False))
+@pytest.mark.parametrize(("targets", "ranks"), [
+    (ATTENTION, {}), (BOTH_ATTENTIONS, {}), (EVERYTHING, {"ff.net.2": 2}), (["transformer_blocks.2.attn.to_q"], {}),
+    (ATTENTION, {"transformer_blocks.2.attn.to_k": 1})], ids=["attn", "both", "all", "one", "ranks"])
+def test_what_was_read_is_written_for_peft(base, tmp_path, targets, ranks):
+    wrapped = get_peft_model(transformer("like_medium"), LoraConfig(
+        r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False, rank_pattern=ranks))
     wrapped.save_pretrained(tmp_path / "theirs")
     config, _ = base("like_medium")
     adapted, adapter = weights.load_adapter(tmp_path / "theirs", config)

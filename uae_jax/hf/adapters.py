@@ -49,6 +49,20 @@ def holds_adapter(folder: TensorFolder) -> bool:
     return any(re.fullmatch(FACTOR, canonical(name, LEAVES)) for name in folder.names())
 
 
+def peft_settings(ranks: Mapping[str, int], alpha: float) -> dict[str, Any]:
+    """The contents of peft's `adapter_config.json`.
+
+    Args:
+      ranks: rank by the ending of the names of the adapted modules.
+      alpha: numerator of the scale.
+    """
+    rank = max(ranks.values())
+    return {
+        "peft_type": "LORA", "r": rank, "rank_pattern": {name: other for name, other in ranks.items() if other != rank},
+        "lora_alpha": alpha, "target_modules": list(ranks), "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "inference_mode": True, "task_type": None, "base_model_name_or_path": None}
+
+
 def canonical(name: str, aliases: Sequence[tuple[str, str]]) -> str:
     """The name after all (regular expression, replacement) pairs in turn."""
     for pattern, replacement in aliases:

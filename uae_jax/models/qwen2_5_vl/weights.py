@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from uae_jax import trees
-from uae_jax.hf.adapters import ALPHA, Adapter, canonical, read_adapter
+from uae_jax.hf.adapters import ALPHA, Adapter, canonical, peft_settings, read_adapter
 from uae_jax.hf.rules import Rule, check_params, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.models.qwen2_5_vl import model
@@ -218,11 +218,9 @@ def adapter_tensors(
 def adapter_config(config: Qwen2_5VLConfig, adapter: Mapping) -> dict:
     """The contents of peft's `adapter_config.json` for an adapter."""
     leaves = trees.flatten(adapter)
-    modules = [ours for ours in MODULES if f"layers/{ours}/a" in leaves]
-    return {
-        "peft_type": "LORA", "r": int(leaves[f"layers/{modules[0]}/a"].shape[-1]), "lora_alpha": config.text.lora_alpha,
-        "target_modules": [MODULES[ours].split(".")[-1] for ours in modules], "lora_dropout": 0.0, "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "task_type": None, "base_model_name_or_path": None}
+    ranks = {theirs.split(".")[-1]: int(leaves[f"layers/{ours}/a"].shape[-1])
+             for ours, theirs in MODULES.items() if f"layers/{ours}/a" in leaves}
+    return peft_settings(ranks, config.text.lora_alpha)
 
 
 def wrapped_tensors(

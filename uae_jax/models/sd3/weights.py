@@ -3,12 +3,12 @@
 import dataclasses
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
 from uae_jax import trees
-from uae_jax.hf.adapters import read_adapter
+from uae_jax.hf.adapters import peft_settings, read_adapter
 from uae_jax.hf.rules import Rule, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.models.sd3 import vae
@@ -145,29 +145,21 @@ def adapter_tensors(
 
 
 def adapter_config(config: TransformerConfig, adapter: trees.Tree) -> dict:
-    """The contents of peft's `adapter_config.json` for an adapter, whatever its modules.
-
-    Raises:
-      ValueError: modules of different ranks.
-    """
-    sources = [source.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-               for rule in adapter_rules(config, adapter) if rule.ours.endswith("/a") for source in rule.sources()]
-    ranks = {leaf.shape[-1] for name, leaf in trees.flatten(adapter).items() if name.endswith("/a")}
-    if len(ranks) > 1:
-        raise ValueError(f"the transformer's adapter has the ranks {sorted(ranks)}; only one rank can be written")
-    return {
-        "peft_type": "LORA", "r": int(max(ranks)), "lora_alpha": config.lora_alpha, "target_modules": _targets(config, sources),
-        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "task_type": None,
-        "base_model_name_or_path": None}
+    """The contents of peft's `adapter_config.json` for an adapter, whatever its modules."""
+    leaves, ranks = trees.flatten(adapter), {}
+    for rule in adapter_rules(config, adapter):
+        if rule.ours.endswith("/a"):
+            names = (source.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for source in rule.sources())
+            ranks |= {name: int(leaves[rule.ours].shape[-1]) for name in names}
+    return peft_settings(_by_ending(config, ranks), config.lora_alpha)
 
 
-def _targets(config: TransformerConfig, sources: Sequence[str]) -> list[str]:
-    """The shortest list of name endings that means exactly these modules."""
-    every = [source.removesuffix(".weight") for rule in transformer_rules(config) if rule.layout == "dense"
-             for source in rule.sources()]
-    endings = sorted({re.sub(r"^transformer_blocks\.\d+\.", "", source) for source in sources})
-    meant = {name for name in every if any(f".{name}".endswith(f".{ending}") for ending in endings)}
-    return endings if meant == set(sources) else sorted(sources)
+def _by_ending(config: TransformerConfig, ranks: dict[str, int]) -> dict[str, int]:
+    """The ranks by endings without the block, where these mean exactly the same modules with the same ranks."""
+    every = [source.removesuffix(".weight") for rule in transformer_rules(config) if rule.layout == "dense" for source in rule.sources()]
+    short = {re.sub(r"^transformer_blocks\.\d+\.", "", name): rank for name, rank in sorted(ranks.items())}
+    meant = {name: rank for name in every for ending, rank in short.items() if f".{name}".endswith(f".{ending}")}
+    return short if meant == ranks else dict(sorted(ranks.items()))
 
 
 def load_vae(path: str | pathlib.Path) -> tuple[VAEConfig, dict]:
