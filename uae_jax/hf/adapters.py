@@ -44,11 +44,6 @@ class Adapter:
     tensors: int
 
 
-def holds_adapter(folder: TensorFolder) -> bool:
-    """Whether any tensor is a factor of an adapter."""
-    return any(re.fullmatch(FACTOR, canonical(name, LEAVES)) for name in folder.names())
-
-
 def peft_settings(ranks: Mapping[str, int], alpha: float) -> dict[str, Any]:
     """The contents of peft's `adapter_config.json`.
 
