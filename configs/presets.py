@@ -55,7 +55,7 @@ def _stages() -> dict:
 def _base(preset: str) -> dict:
     return dict(
         preset=preset, seed=0, stages=("pretrain", "cold_start", "gen_for_und", "und_for_gen"), rounds=1,
-        model=dict(folder="", lora_alpha=64.0, dtype="bfloat16", remat="full"),
+        model=dict(folder="", lora_alpha=64.0, dtype="bfloat16", remat="full", merge_adapters=False),
         data=dict(
             source="folder", folder="", name="", split="train", data_dir="", image_key="image", caption_key="caption",
             heldout_folder="", heldout_split="test", image_size=512, max_prompt=192, max_caption=512, detail="full",

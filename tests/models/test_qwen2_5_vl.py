@@ -13,7 +13,7 @@ from uae_jax.models.qwen2_5_vl import model
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig
 from uae_jax.models.qwen2_5_vl.generate import generate
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig, sample_tokens, truncate
-from uae_jax.nn.lora import init_lora, merge_lora
+from uae_jax.nn.lora import init_lora, merge_adapter
 
 CONFIG = Qwen2_5VLConfig(
     vision=VisionConfig(depth=2, width=16, heads=2, mlp_width=24, out_width=32, patch_size=2, full_attention_blocks=(1,)),
@@ -196,7 +196,7 @@ def test_zero_adapter_is_the_base_bit_for_bit_and_merging_changes_nothing(params
     np.testing.assert_array_equal(score(params, zero, *arguments).log_probs, base)
     adapted = score(params, adapter, *arguments).log_probs
     assert float(jnp.abs(adapted - base).max()) > 1e-2
-    merged = {**params, "language": merge_lora(params["language"], adapter, CONFIG.text.lora_alpha)}
+    merged = {**params, "language": merge_adapter(params["language"], adapter, CONFIG.text.lora_alpha)}
     assert_close(score(merged, None, *arguments).log_probs, adapted, 1e-4)
 
 

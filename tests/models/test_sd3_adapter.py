@@ -17,7 +17,7 @@ from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import TensorFolder, write_tensors
 from uae_jax.models.sd3 import transformer as sd3
 from uae_jax.models.sd3.weights import adapter_rules, load_adapter, load_transformer
-from uae_jax.nn.lora import init_lora, merge_lora
+from uae_jax.nn.lora import init_lora, merge_adapter
 
 TARGETS = ["attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out", "attn.to_k", "attn.to_out.0",
            "attn.to_q", "attn.to_v"]
@@ -74,7 +74,7 @@ def test_adapted_velocity_equals_peft(adapted):
     assert config.lora_alpha == 5
     scale = np.max(np.abs(theirs))
     assert np.max(np.abs(velocity(config, params, adapter) - theirs)) <= 1e-4 * scale
-    assert np.max(np.abs(velocity(config, merge_lora(params, adapter, config.lora_alpha)) - theirs)) <= 1e-4 * scale
+    assert np.max(np.abs(velocity(config, merge_adapter(params, adapter, config.lora_alpha)) - theirs)) <= 1e-4 * scale
     assert np.max(np.abs(velocity(config, params) - theirs)) > 1e-2 * scale
 
 
@@ -103,8 +103,9 @@ def test_other_published_names_are_read(adapted, tmp_path, rename):
 
 
 def test_adapters_other_than_plain_lora_are_refused(adapted, tmp_path):
-    root, _, config, _, _ = adapted
+    root, _, config, _, adapter = adapted
     stored = json.loads((root / "adapter" / "adapter_config.json").read_text())
+    write_tensors(tmp_path, published_tensors(adapter, adapter_rules(config)))
     (tmp_path / "adapter_config.json").write_text(json.dumps({**stored, "use_dora": True}))
     with pytest.raises(ValueError, match="use_dora"):
         load_adapter(tmp_path, config)

@@ -8,7 +8,7 @@ import pytest
 from uae_jax import trees
 from uae_jax.nn.attention import attention
 from uae_jax.nn.linear import Dense
-from uae_jax.nn.lora import init_lora, merge_lora
+from uae_jax.nn.lora import init_lora, merge_adapter
 from uae_jax.nn.norms import GroupNorm, LayerNorm, RMSNorm
 from uae_jax.nn.rope import apply_rope
 
@@ -106,7 +106,7 @@ def test_new_adapters_change_nothing_and_trained_ones_equal_the_merged_kernel(la
 
     np.testing.assert_array_equal(apply(base, adapter, 1), apply(base, None, 1))
     trained = jax.tree.map(lambda leaf: leaf + 0.3, adapter)
-    merged = merge_lora(base, trained, 8.0)
+    merged = merge_adapter(base, trained, 8.0)
     assert np.abs(apply(base, trained, 1) - apply(base, None, 1)).max() > 0.1
     np.testing.assert_allclose(apply(base, trained, 1), apply(merged, None, 1), atol=1e-4)
     np.testing.assert_array_equal(merged["head"]["kernel"], base["head"]["kernel"])
@@ -119,7 +119,7 @@ def test_adapters_depend_on_names_and_must_match_something(layers):
     with pytest.raises(ValueError, match="no linear layer matches the adapter pattern 'blocks/"):
         init_lora(jax.random.key(0), base, r"blocks/.*", 2)
     with pytest.raises(KeyError):
-        merge_lora(base, {"absent": {"a": normal(0, 2, 1), "b": normal(0, 1, 2)}}, 1.0)
+        merge_adapter(base, {"absent": {"a": normal(0, 2, 1), "b": normal(0, 1, 2)}}, 1.0)
 
 
 def test_names_and_trees_are_inverses():

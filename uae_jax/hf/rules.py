@@ -98,6 +98,26 @@ def load_params(
     return trees.unflatten(leaves)
 
 
+def check_params(
+    folder: TensorFolder, rules: Sequence[Rule], abstract: trees.Tree, *, aliases: Sequence[tuple[str, str]] = (),
+    ignore: str = "") -> None:
+    """The checks of `load_params` for weights that others stand for: names, shapes, and that every number is finite.
+
+    Tensors are read one at a time and dropped; the arguments are those of `load_params`.
+
+    Raises:
+      ValueError: a tensor is missing, unknown, there twice, of another shape, or not finite; it is named.
+    """
+    wanted = trees.flatten(abstract)
+    _check_table(rules, wanted)
+    published = _canonical_names(folder, aliases, ignore)
+    _check_names(folder, rules, published)
+    _check_shapes(folder, rules, published, wanted)
+    for name in sorted(published.values()):
+        if not _is_finite(folder.read(name)):
+            raise ValueError(f"{folder.file(name)}: {name} holds NaN or infinity; copy the file again")
+
+
 def _check_table(rules: Sequence[Rule], wanted: dict) -> None:
     names = [rule.ours for rule in rules]
     wrong = set(names) ^ set(wanted)

@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from uae_jax import trees
 
@@ -38,8 +39,16 @@ def init_lora(key: jax.Array, params: trees.Tree, pattern: str, rank: int) -> di
     return trees.unflatten(leaves)
 
 
-def merge_lora(params: trees.Tree, adapter: trees.Tree, alpha: float) -> dict:
-    """The base with `alpha / rank * a @ b` added to each adapted kernel, in float32.
+def merge_adapter(params: trees.Tree, adapter: trees.Tree, alpha: float) -> dict:
+    """The base with `alpha / rank * a @ b` added to each adapted kernel (LoRA, arXiv 2106.09685, section 4.1).
+
+    The arithmetic is float32 and the stored precision is kept. Arrays of the host are merged there, one layer at a
+    time; those of a device keep their sharding.
+
+    Args:
+      params: kernels are `[in, out]`, or `[L, in, out]` when layers are stacked.
+      adapter: `a` `[..., in, rank]` and `b` `[..., rank, out]` for some modules of `params`.
+      alpha: numerator of the scale.
 
     Raises:
       KeyError: the adapter names a module that the base does not have.
@@ -48,9 +57,22 @@ def merge_lora(params: trees.Tree, adapter: trees.Tree, alpha: float) -> dict:
     parts = trees.flatten(adapter)
     for name, a in parts.items():
         module, _, last = name.rpartition("/")
-        if last != "a":
-            continue
-        kernel = merged[f"{module}/kernel"]
-        delta = alpha / a.shape[-1] * jnp.matmul(a, parts[f"{module}/b"], precision="highest")
-        merged[f"{module}/kernel"] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+        if last == "a":
+            kernel, b = merged[f"{module}/kernel"], parts[f"{module}/b"]
+            add = _add_on_device if isinstance(kernel, jax.Array) else _add_on_host
+            merged[f"{module}/kernel"] = add(kernel, a, b, alpha / a.shape[-1])
     return trees.unflatten(merged)
+
+
+def _add_on_device(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    delta = scale * jnp.matmul(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), precision="highest")
+    total = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+    return total if isinstance(kernel, jax.core.Tracer) else jax.device_put(total, kernel.sharding)
+
+
+def _add_on_host(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
+    total, a, b = np.empty(kernel.shape, kernel.dtype), np.asarray(a), np.asarray(b)
+    for layer in np.ndindex(kernel.shape[:-2]):
+        delta = scale * (a[layer].astype(np.float32) @ b[layer].astype(np.float32))
+        total[layer] = kernel[layer].astype(np.float32) + delta
+    return total

@@ -10,14 +10,10 @@ import numpy as np
 
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import write_tensors
+from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.stages.weights import ENCODERS, System
-
-# the joint attention's projections, as flow_grpo adapts them (scripts/train_sd3.py)
-DIT_TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
-               "attn.to_add_out")
-
 
 def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: np.dtype = np.float32) -> None:
     """Writes a model in the official layout; parts that do not train are copied from where the system was read.
@@ -38,6 +34,8 @@ def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: n
     for name in ("config.json", "generation_config.json"):
         if (system.folder / "llm" / name).exists():
             shutil.copy2(system.folder / "llm" / name, fresh / "llm" / name)
+    if not (fresh / "llm" / "config.json").exists():  # the captioner was read from llm_lora alone
+        _write_json(fresh / "llm" / "config.json", qwen_config.to_json(captioner))
     if "language_lora" in parts:
         write_tensors(fresh / "llm_lora", qwen_weights.adapter_tensors(captioner, parts["language_lora"], dtype=dtype), stem="adapter_model")
         _write_json(fresh / "llm_lora" / "adapter_config.json", qwen_weights.adapter_config(captioner, parts["language_lora"]))
@@ -57,12 +55,8 @@ def _export_transformer(system: System, parts: Mapping, folder: pathlib.Path, dt
     _write_json(folder / "dit" / "config.json", config.published())
     if "transformer_lora" in parts:
         adapter = parts["transformer_lora"]
-        write_tensors(folder / "dit_lora", published_tensors(adapter, sd3_weights.adapter_rules(config), dtype), stem="adapter_model")
-        rank = int(adapter["last_block"]["attention"]["query"]["a"].shape[-1])
-        _write_json(folder / "dit_lora" / "adapter_config.json", {
-            "peft_type": "LORA", "r": rank, "lora_alpha": config.lora_alpha, "target_modules": list(DIT_TARGETS),
-            "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "task_type": None,
-            "base_model_name_or_path": None})
+        write_tensors(folder / "dit_lora", sd3_weights.adapter_tensors(config, adapter, dtype), stem="adapter_model")
+        _write_json(folder / "dit_lora" / "adapter_config.json", sd3_weights.adapter_config(config, adapter))
 
 
 def _write_json(path: pathlib.Path, content: Mapping) -> None:

@@ -27,6 +27,7 @@ from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
+from uae_jax.nn.lora import merge_adapter
 from uae_jax.rl.rewards import Encoder, load_encoder
 
 BUILTIN = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
@@ -43,12 +44,15 @@ class ModelConfig:
         release's 64 over 32) where no adapter_config.json says it.
       dtype: precision of activations, `float32` or `bfloat16`.
       remat: what the backward pass recomputes: `none`, `full`, `dots`.
+      merge_adapters: add the adapters that are read to the weights, so that the reference model and new adapters start
+        from them; otherwise they are kept apart and train on.
     """
 
     folder: str = ""
     lora_alpha: float = 64.0
     dtype: str = "float32"
     remat: str = "none"
+    merge_adapters: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +87,7 @@ def model_folder(path: str | pathlib.Path) -> pathlib.Path:
     """
     folder = pathlib.Path(path) if str(path) else BUILTIN
     for candidate in (folder, folder / "export", folder / "model"):
-        if (candidate / "llm").is_dir():
+        if (candidate / "llm").is_dir() or (candidate / "llm_lora").is_dir():
             return candidate
     if not folder.exists():
         raise FileNotFoundError(f"model folder {folder} does not exist; give an official UAE folder or a training workdir")
@@ -133,22 +137,17 @@ def _load_models(
     # its two text towers are on the host only until the vector is known, so they come before all that stays
     pooled = pooled_empty_prompt([folder / "SD3" / name for name in ("text_encoder", "text_encoder_2")])
     overrides = dict(dtype=config.dtype, remat=config.remat, lora_alpha=config.lora_alpha)
-    captioner = qwen_config.from_folder(folder / "llm", **overrides)
-    _, parts = qwen_weights.load(folder / "llm", captioner, np.float32, _placement(mesh))
-    if "projector" not in parts:
-        raise ValueError(f"{folder / 'llm'} has no projector.0 and projector.2 tensors; UAE's own llm folder has them")
+    captioner, parts = _load_captioner(folder, overrides, _placement(mesh))
     transformer_folder = folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer"
     transformer, parts["transformer"] = sd3_weights.load_transformer(
         transformer_folder, params_dtype=np.float32, placement=_placement(mesh, "transformer"), **overrides)
     vae, parts["vae"] = sd3_weights.load_vae(folder / "SD3" / "vae", placement=_placement(mesh, "vae"))
-    parts["pooled"] = pooled if mesh is None else sharding.shard_tree({"pooled": pooled}, mesh)["pooled"]
+    parts["pooled"] = _placed("pooled", pooled, mesh)
     _check_widths(folder, transformer_folder, parts, transformer, vae)
     if (folder / "llm_lora").is_dir():
-        captioner, parts["language_lora"] = _load_language_adapter(
-            folder / "llm_lora", captioner, _placement(mesh, "language_lora"))
+        captioner = _add_language_adapter(folder / "llm_lora", captioner, parts, config.merge_adapters, mesh)
     if (folder / "dit_lora").is_dir():
-        transformer, parts["transformer_lora"] = sd3_weights.load_adapter(
-            folder / "dit_lora", transformer, placement=_placement(mesh, "transformer_lora"))
+        transformer = _add_transformer_adapter(folder / "dit_lora", transformer, parts, config.merge_adapters, mesh)
     return captioner, transformer, vae, parts
 
 
@@ -184,15 +183,56 @@ def _load_encoder(folder: pathlib.Path, name: str, placement: Placement | None) 
     return encoder, params
 
 
-def _load_language_adapter(
-    folder: pathlib.Path, captioner: qwen_config.Qwen2_5VLConfig, placement: Placement | None
-) -> tuple[qwen_config.Qwen2_5VLConfig, dict]:
-    """The adapter, and the configuration with its alpha."""
-    file = folder / "adapter_config.json"
-    if file.exists():
-        captioner = captioner.using(lora_alpha=json.loads(file.read_text())["lora_alpha"])
-    adapter = qwen_weights.load_adapter(folder, captioner, np.float32, placement)
-    if not file.exists():
-        rank = adapter["layers"]["attention"]["query"]["a"].shape[-1]
-        captioner = captioner.using(lora_alpha=2.0 * rank)
-    return captioner, adapter
+def captioner_folder(folder: pathlib.Path) -> pathlib.Path:
+    """The folder of the captioner's own weights: `llm_lora` where it holds them, as the release's does, else `llm`.
+
+    The release loads `llm` and then `llm_lora` over it, so that the latter wins.
+    """
+    wrapped = folder / "llm_lora"
+    return wrapped if wrapped.is_dir() and qwen_weights.holds_base(wrapped) else folder / "llm"
+
+
+def _load_captioner(
+    folder: pathlib.Path, overrides: Mapping, placement: Placement | None) -> tuple[qwen_config.Qwen2_5VLConfig, dict]:
+    """The captioner and its projector, wherever the folder keeps them."""
+    base = captioner_folder(folder)
+    config = qwen_config.from_folder(base if (base / "config.json").exists() else folder / "llm", **overrides)
+    _, parts = qwen_weights.load(base, config, np.float32, placement)
+    if base != folder / "llm" and list((folder / "llm").glob("*.safetensors")):
+        qwen_weights.check(folder / "llm", config)  # not used, but a damaged copy should not pass unseen
+    if "projector" not in parts and (folder / "llm").is_dir():
+        projector = qwen_weights.load_projector(folder / "llm", config, np.float32, placement)
+        parts |= {} if projector is None else {"projector": projector}
+    if "projector" not in parts:
+        raise ValueError(f"{base} has no projector.0 and projector.2 tensors; UAE's own llm folder has them")
+    return config, parts
+
+
+def _add_language_adapter(
+    folder: pathlib.Path, captioner: qwen_config.Qwen2_5VLConfig, parts: dict, merge: bool, mesh: Mesh | None
+) -> qwen_config.Qwen2_5VLConfig:
+    """Puts the adapter beside the weights or into them; the configuration has the alpha of one that is beside them."""
+    if merge:
+        adapter = qwen_weights.read_adapters(folder, captioner, np.float32)
+        for name, tree in adapter.tree.items():
+            parts[name] = merge_adapter(parts[name], _placed(f"{name}_lora", tree, mesh), adapter.alpha)
+        return captioner
+    captioner, adapter = qwen_weights.load_adapter(folder, captioner, np.float32)
+    parts["language_lora"] = _placed("language_lora", adapter, mesh)
+    return captioner
+
+
+def _add_transformer_adapter(
+    folder: pathlib.Path, transformer: TransformerConfig, parts: dict, merge: bool, mesh: Mesh | None) -> TransformerConfig:
+    adapted, adapter = sd3_weights.load_adapter(folder, transformer)
+    adapter = _placed("transformer_lora", adapter, mesh)
+    if merge:
+        parts["transformer"] = merge_adapter(parts["transformer"], adapter, adapted.lora_alpha)
+        return transformer
+    parts["transformer_lora"] = adapter
+    return adapted
+
+
+def _placed(part: str, tree: Any, mesh: Mesh | None) -> Any:
+    """A small part that was read to the host, on the mesh if there is one."""
+    return tree if mesh is None else sharding.shard_tree({part: tree}, mesh)[part]

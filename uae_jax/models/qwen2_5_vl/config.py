@@ -236,7 +236,7 @@ def _text(data: Mapping[str, Any], tied: bool) -> TextConfig:
         vocab_size=_need(data, "vocab_size"), width=_need(data, "hidden_size"), layers=_need(data, "num_hidden_layers"),
         heads=heads, key_heads=data.get("num_key_value_heads") or heads, mlp_width=_need(data, "intermediate_size"),
         rope_theta=float(rope.get("rope_theta", data.get("rope_theta", 1e6))),
-        mrope_section=tuple(_need(rope, "mrope_section")), norm_epsilon=float(data.get("rms_norm_eps", 1e-6)), tied=tied)
+        mrope_section=tuple(_need(rope, "mrope_section")), norm_epsilon=float(data.get("rms_norm_eps", 1e-5)), tied=tied)
 
 
 def to_json(config: Qwen2_5VLConfig) -> dict[str, Any]:

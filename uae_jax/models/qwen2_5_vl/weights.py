@@ -1,20 +1,20 @@
 """Published tensors of Qwen2.5-VL, its projector and its adapters, to and from our parameters.
 
-Canonical names are those of the published files (`model.layers...`, `visual...`); the names that transformers 5 has in
-memory, and those of the release's peft-wrapped `llm_lora` folder, are read through aliases.
+Canonical names are those of the published files (`model.layers...`, `visual...`); the names that transformers 4.52 and
+newer have in memory, and those that peft makes around the text model or the whole model (as in the release's `llm_lora`
+folder), are read through aliases.
 """
 
-import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from uae_jax import trees
-from uae_jax.hf.rules import Placement, Rule, load_params, published_tensors
+from uae_jax.hf.adapters import ALPHA, Adapter, canonical, peft_settings, read_adapter
+from uae_jax.hf.rules import Placement, Rule, check_params, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.models.qwen2_5_vl import model
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig, from_folder
@@ -24,14 +24,11 @@ MODULES = {
     "attention/output": "self_attn.o_proj", "mlp/gate": "mlp.gate_proj", "mlp/up": "mlp.up_proj", "mlp/down": "mlp.down_proj"}
 WITH_BIAS = ("attention/query", "attention/key", "attention/value")
 ALIASES = (
-    (r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual."),
-    (r"^model\.base_model\.model\.", "model."), (r"\.base_layer\.", "."))
+    (r"(?<![^.])base_model\.model\.", ""), (r"\.base_layer\.", "."),
+    (r"^(model\.)?(language_model\.)?(?=(layers|embed_tokens|norm)\.)", "model."), (r"^model\.visual\.", "visual."))
 BUFFERS = r".*\.(rotary_emb|rotary_pos_emb)\..*inv_freq"
-ADAPTER_TENSOR = r".*\.lora_[AB](\.default)?\.weight"
+ADAPTER_TENSOR = rf".*\.lora_[AB](\.[^.]+)?\.weight|{ALPHA}"
 ADAPTER_PREFIX = "base_model.model."  # peft around the text model alone, as in the release
-ADAPTER_ALIASES = (
-    (r"^(model\.)?base_model\.model\.(model\.)?(language_model\.)?layers\.", "base_model.model.layers."),
-    (r"\.(lora_[AB])\.default\.weight$", r".\1.weight"))
 
 
 def language_rules(config: TextConfig) -> list[Rule]:
@@ -101,20 +98,59 @@ def load(
     """
     config = from_folder(path) if config is None else config
     folder = TensorFolder(path)
-    abstract = model.abstract_params(config)
-    projector = _abstract_projector(folder, config)
-    if projector is not None:
-        abstract = {**abstract, "projector": projector}
-    ignore = "|".join((BUFFERS, ADAPTER_TENSOR, *((r"lm_head\.weight",) if config.text.tied else ())))
-    table = rules(config, projector is not None)
+    table, abstract, ignore = _contents(folder, config)
     return config, load_params(folder, table, abstract, aliases=ALIASES, ignore=ignore, dtype=dtype, placement=placement)
 
 
+def check(path: str | pathlib.Path, config: Qwen2_5VLConfig) -> None:
+    """The checks of `load`, for a folder whose weights are not used because others stand for them.
+
+    Raises:
+      FileNotFoundError: no such folder or weights.
+      ValueError: config and tensors do not fit, both ways, or a number is not finite; all are named.
+    """
+    folder = TensorFolder(path)
+    table, abstract, ignore = _contents(folder, config)
+    check_params(folder, table, abstract, aliases=ALIASES, ignore=ignore)
+
+
+def _contents(folder: TensorFolder, config: Qwen2_5VLConfig) -> tuple[list[Rule], dict, str]:
+    """Table and shapes of what a folder should hold, with the projector if it has one, and the names to pass over."""
+    abstract, projector = model.abstract_params(config), _abstract_projector(folder, config)
+    if projector is not None:
+        abstract = {**abstract, "projector": projector}
+    ignore = "|".join((BUFFERS, ADAPTER_TENSOR, *((r"lm_head\.weight",) if config.text.tied else ())))
+    return rules(config, projector is not None), abstract, ignore
+
+
 def _abstract_projector(folder: TensorFolder, config: Qwen2_5VLConfig) -> dict | None:
-    if not {"projector.0.weight", "projector.2.weight"} <= folder.names():
+    stored = {canonical(name, ALIASES): name for name in folder.names()}
+    if not {"projector.0.weight", "projector.2.weight"} <= set(stored):
         return None
-    hidden, features = (folder.shape(f"projector.{index}.weight")[0] for index in (0, 2))
+    hidden, features = (folder.shape(stored[f"projector.{index}.weight"])[0] for index in (0, 2))
     return jax.eval_shape(lambda: model.init_projector(jax.random.key(0), config.text.width, hidden, features))
+
+
+def load_projector(
+    path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.dtype | None = None, placement: Placement | None = None
+) -> dict | None:
+    """Reads the projector alone from a folder that may hold more, placed as by `load`; None if it holds none.
+
+    Raises:
+      FileNotFoundError: no such folder or weights.
+      ValueError: tensors that do not fit.
+    """
+    folder = TensorFolder(path)
+    abstract = _abstract_projector(folder, config)
+    if abstract is None:
+        return None
+    return load_params(folder, projector_rules(), {"projector": abstract}, aliases=ALIASES, ignore=r"(?!projector\.).*",
+                       dtype=dtype, placement=placement)["projector"]
+
+
+def holds_base(path: str | pathlib.Path) -> bool:
+    """Whether a folder holds weights of the model itself beside those of an adapter, as the release's `llm_lora` does."""
+    return any(not re.search(r"\.lora_|\.alpha$", name) for name in TensorFolder(path).names())
 
 
 def tensors(config: Qwen2_5VLConfig, params: Mapping, dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
@@ -136,57 +172,41 @@ def adapter_rules(layers: int, modules: tuple[str, ...] = tuple(MODULES), prefix
             for ours in modules for leaf, theirs in (("a", "lora_A"), ("b", "lora_B"))]
 
 
-def load_adapter(
-    path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.dtype | None = None, placement: Placement | None = None) -> dict:
-    """Reads the language model's adapter from a peft folder, or from the release's `llm_lora` folder.
+def read_adapters(path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.dtype | None = None) -> Adapter:
+    """Reads an adapter of the language model, of the image encoder, or of both.
 
     Args:
-      path: folder with safetensors files.
-      config: sizes of the base model; its `lora_alpha` must be that of `adapter_config.json`, where there is one.
+      path: peft folder around the text model or the whole model of either generation, or the release's `llm_lora`.
+      config: sizes of the base model.
       dtype: precision to store the adapter in; None keeps that of the files.
-      placement: where the adapter goes, see `hf.rules.load_params`.
 
     Returns:
-      The adapter tree; its rank is that of the tensors.
+      The adapter, its tree `{"language"}`, `{"vision"}` or both.
 
     Raises:
       FileNotFoundError: no such folder or weights.
-      ValueError: no adapter tensor, tensors that do not fit the model, or another `lora_alpha`.
+      ValueError: see `hf.adapters.read_adapter`.
     """
-    folder = TensorFolder(path)
-    _check_alpha(pathlib.Path(path) / "adapter_config.json", config.text.lora_alpha)
-    found = {_canonical(name): name for name in folder.names() if re.fullmatch(ADAPTER_TENSOR, name)}
-    first = {ours: found.get(f"{ADAPTER_PREFIX}layers.0.{theirs}.lora_A.weight") for ours, theirs in MODULES.items()}
-    modules = tuple(ours for ours, name in first.items() if name is not None)
-    if not modules:
-        raise ValueError(f"{path} holds no adapter of the language model; give a peft folder or merge it before")
-    kernels = trees.flatten(model.abstract_params(config)["language"])
-    abstract = {}
-    for ours in modules:
-        rank = folder.shape(first[ours])[0]
-        layers, fan_in, fan_out = kernels[f"layers/{ours}/kernel"].shape
-        abstract[f"layers/{ours}/a"] = jax.ShapeDtypeStruct((layers, fan_in, rank), jnp.float32)
-        abstract[f"layers/{ours}/b"] = jax.ShapeDtypeStruct((layers, rank, fan_out), jnp.float32)
-    others = r"(?!.*\.lora_).*"  # the base model's own tensors in a wrapped folder
-    return load_params(folder, adapter_rules(config.text.layers, modules), trees.unflatten(abstract),
-                       aliases=ADAPTER_ALIASES, ignore=others, dtype=dtype, placement=placement)
+    table = vision_rules(config.vision) + language_rules(config.text)
+    return read_adapter(TensorFolder(path), table, model.abstract_params(config), aliases=ALIASES, parts=("vision", "language"),
+                        others=r"(?!.*\.lora_).*", dtype=dtype)
 
 
-def _canonical(name: str) -> str:
-    for pattern, replacement in ADAPTER_ALIASES:
-        name = re.sub(pattern, replacement, name)
-    return name
+def load_adapter(
+    path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.dtype | None = None) -> tuple[Qwen2_5VLConfig, dict]:
+    """Reads an adapter of the language model alone, to be kept apart; see `read_adapters`.
 
+    Returns:
+      The config with the adapter's alpha, and the adapter tree; the rank is that of the tensors.
 
-def _check_alpha(file: pathlib.Path, alpha: float) -> None:
-    if not file.exists():
-        return
-    stored = json.loads(file.read_text())
-    if stored.get("lora_alpha") != alpha:
-        raise ValueError(f"{file} has lora_alpha {stored.get('lora_alpha')}, the model is configured with {alpha}; make them equal")
-    for field in ("use_rslora", "use_dora"):
-        if stored.get(field):
-            raise ValueError(f"{file} has {field}, which is not supported; export the adapter without it")
+    Raises:
+      FileNotFoundError: no such folder or weights.
+      ValueError: see `hf.adapters.read_adapter`; also an adapter of the image encoder or the head.
+    """
+    adapter = read_adapters(path, config, dtype)
+    if set(adapter.tree) != {"language"} or "head" in adapter.tree["language"]:
+        raise ValueError(f"{path} adapts more than the text model's layers; merge it into the base (model.merge_adapters=True)")
+    return config.using(lora_alpha=adapter.alpha), adapter.tree["language"]
 
 
 def adapter_tensors(
@@ -201,11 +221,9 @@ def adapter_tensors(
 def adapter_config(config: Qwen2_5VLConfig, adapter: Mapping) -> dict:
     """The contents of peft's `adapter_config.json` for an adapter."""
     leaves = trees.flatten(adapter)
-    modules = [ours for ours in MODULES if f"layers/{ours}/a" in leaves]
-    return {
-        "peft_type": "LORA", "r": int(leaves[f"layers/{modules[0]}/a"].shape[-1]), "lora_alpha": config.text.lora_alpha,
-        "target_modules": [MODULES[ours].split(".")[-1] for ours in modules], "lora_dropout": 0.0, "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "task_type": None, "base_model_name_or_path": None}
+    ranks = {theirs.split(".")[-1]: int(leaves[f"layers/{ours}/a"].shape[-1])
+             for ours, theirs in MODULES.items() if f"layers/{ours}/a" in leaves}
+    return peft_settings(ranks, config.text.lora_alpha)
 
 
 def wrapped_tensors(

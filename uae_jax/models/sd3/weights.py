@@ -1,18 +1,19 @@
 """Which published tensor is which parameter, for the transformer, its adapter and the auto-encoder (diffusers, peft)."""
 
 import dataclasses
-import json
 import pathlib
+import re
+from collections.abc import Iterator
 
-import jax
 import numpy as np
 
-from uae_jax.hf.rules import Placement, Rule, load_params
+from uae_jax import trees
+from uae_jax.hf.adapters import peft_settings, read_adapter
+from uae_jax.hf.rules import Placement, Rule, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.models.sd3 import vae
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.models.sd3.transformer import ATTENTION_ADAPTER, abstract_params
-from uae_jax.nn.lora import init_lora
 
 
 def _affine(ours: str, theirs: str, layout: str, layers: tuple[int, ...] | None = None) -> list[Rule]:
@@ -120,45 +121,45 @@ def transformer_rules(config: TransformerConfig) -> list[Rule]:
     return rules + _affine("norm_out/linear", "norm_out.linear", "dense") + _affine("proj_out", "proj_out", "dense")
 
 
-def adapter_rules(config: TransformerConfig) -> list[Rule]:
-    """The table of a peft adapter of the modules of `transformer.ATTENTION_ADAPTER`."""
+# peft's prefix, and that of diffusers' own adapter files
+ADAPTER_ALIASES = ((r"^(transformer\.)?(base_model\.model\.)?", ""),)
+
+
+def adapter_rules(config: TransformerConfig, adapter: trees.Tree | None = None) -> list[Rule]:
+    """The table of a peft adapter of the modules that `adapter` has, or of those of `transformer.ATTENTION_ADAPTER`."""
+    leaves = None if adapter is None else trees.flatten(adapter)
     rules = []
-    for ours, theirs, layers, _, last in _groups(config):
-        for name, published in _JOINT.items():
-            if not (last and name == "context_output"):
-                module = f"base_model.model.{theirs}.attn.{published}"
-                rules += [Rule(f"{ours}/attention/{name}/{part}", f"{module}.lora_{part.upper()}.weight", "dense", layers)
-                          for part in ("a", "b")]
+    for rule in transformer_rules(config):
+        module, theirs = rule.ours.removesuffix("/kernel"), rule.theirs.removesuffix(".weight")
+        taken = re.fullmatch(ATTENTION_ADAPTER, module) if leaves is None else f"{module}/a" in leaves
+        if rule.layout == "dense" and taken:
+            rules += [Rule(f"{module}/{part}", f"base_model.model.{theirs}.lora_{part.upper()}.weight", "dense", rule.layers)
+                      for part in ("a", "b")]
     return rules
 
 
-# diffusers' own adapter files have another prefix, and peft's in-memory names carry the adapter's name.
-ADAPTER_ALIASES = ((r"^transformer\.(?=transformer_blocks\.)", "base_model.model."), (r"\.lora_([AB])\.default\.", r".lora_\1."))
+def adapter_tensors(
+    config: TransformerConfig, adapter: trees.Tree, dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and arrays of an adapter as peft saves it; the inverse of `load_adapter`."""
+    return published_tensors(adapter, adapter_rules(config, adapter), dtype)
 
 
-def read_adapter_config(path: str | pathlib.Path) -> tuple[int, float]:
-    """Rank and alpha of a peft folder's `adapter_config.json`.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: a kind of adapter other than plain LoRA; the message names the field.
-    """
-    file = pathlib.Path(path) / "adapter_config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"adapter configuration not found: {file} does not exist")
-    stored = json.loads(file.read_text())
-    plain = {"peft_type": ("LORA",), "use_rslora": (False, None), "use_dora": (False, None), "bias": ("none", None),
-             "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "modules_to_save": ([], None)}
-    for field, supported in plain.items():
-        value = stored.get(field, supported[-1])
-        if value not in supported:
-            raise ValueError(f"{file}: {field}={value!r} is not supported; only plain LoRA adapters are")
-    return int(stored["r"]), float(stored["lora_alpha"])
+def adapter_config(config: TransformerConfig, adapter: trees.Tree) -> dict:
+    """The contents of peft's `adapter_config.json` for an adapter, whatever its modules."""
+    leaves, ranks = trees.flatten(adapter), {}
+    for rule in adapter_rules(config, adapter):
+        if rule.ours.endswith("/a"):
+            names = (source.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for source in rule.sources())
+            ranks |= {name: int(leaves[rule.ours].shape[-1]) for name in names}
+    return peft_settings(_by_ending(config, ranks), config.lora_alpha)
 
 
-def abstract_adapter(config: TransformerConfig, rank: int) -> dict:
-    """The shapes of the adapter that `adapter_rules` describes."""
-    return jax.eval_shape(lambda: init_lora(jax.random.key(0), abstract_params(config), ATTENTION_ADAPTER, rank))
+def _by_ending(config: TransformerConfig, ranks: dict[str, int]) -> dict[str, int]:
+    """The ranks by endings without the block, where these mean exactly the same modules with the same ranks."""
+    every = [source.removesuffix(".weight") for rule in transformer_rules(config) if rule.layout == "dense" for source in rule.sources()]
+    short = {re.sub(r"^transformer_blocks\.\d+\.", "", name): rank for name, rank in sorted(ranks.items())}
+    meant = {name: rank for name in every for ending, rank in short.items() if f".{name}".endswith(f".{ending}")}
+    return short if meant == ranks else dict(sorted(ranks.items()))
 
 
 def load_vae(path: str | pathlib.Path, *, placement: Placement | None = None) -> tuple[VAEConfig, dict]:
@@ -195,16 +196,20 @@ def load_transformer(
         TensorFolder(path), transformer_rules(config), abstract_params(config), dtype=params_dtype, placement=placement)
 
 
-def load_adapter(
-    path: str | pathlib.Path, config: TransformerConfig, *, placement: Placement | None = None) -> tuple[TransformerConfig, dict]:
-    """A peft adapter folder: the config with the adapter's alpha, and the float32 adapter, placed as by `hf.rules.load_params`.
+def load_adapter(path: str | pathlib.Path, config: TransformerConfig) -> tuple[TransformerConfig, dict]:
+    """An adapter of peft or of diffusers (`pytorch_lora_weights.safetensors`) for any of the transformer's linear maps.
+
+    Args:
+      path: folder, or a single file of diffusers.
+      config: sizes of the base model.
+
+    Returns:
+      The config with the adapter's alpha, and the adapter tree in float32 (numpy).
 
     Raises:
-      FileNotFoundError: config or weights are absent.
-      ValueError: not a plain LoRA adapter of exactly the modules of `ATTENTION_ADAPTER`.
+      FileNotFoundError: no such folder or weights.
+      ValueError: see `hf.adapters.read_adapter`.
     """
-    rank, alpha = read_adapter_config(path)
-    adapter = load_params(
-        TensorFolder(path), adapter_rules(config), abstract_adapter(config, rank), aliases=ADAPTER_ALIASES, dtype=np.float32,
-        placement=placement)
-    return dataclasses.replace(config, lora_alpha=alpha), adapter
+    adapter = read_adapter(
+        TensorFolder(path), transformer_rules(config), abstract_params(config), aliases=ADAPTER_ALIASES, dtype=np.float32)
+    return dataclasses.replace(config, lora_alpha=adapter.alpha), adapter.tree
