@@ -1,42 +1,101 @@
 """A whole run of the four stages: what it leaves, and that stopping does not change it."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import signal
+import types
 
+import jax
 import numpy as np
 import pytest
 from stage_pieces import changed
 
+from uae_jax import trees
 from uae_jax.stages import run as run_module
 from uae_jax.stages.weights import ModelConfig, load_system
-from uae_jax.training import loop
+from uae_jax.training.metrics import read_lines
 from uae_jax.training.signals import StopTraining
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
 SCORES = ("reward", "unified_score", "heldout_score", "caption_tokens", "fact_recall", "fact_precision", "scene_accuracy", "geneval")
 
 
-COMPILED = {}
+def _fingerprints(parts):
+    return {name: hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))).digest()
+            for name, tree in parts.items()}
 
 
 @pytest.fixture(scope="module")
-def finished(config, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    step = run_module.Run.step
+def watched(config, tmp_path_factory, quick_compilation):
+    """A whole run: its summary, workdir and `Run`, and of each stage the compiled step, the result and the parts it changed."""
+    seen = types.SimpleNamespace(workdir=tmp_path_factory.mktemp("runs") / "whole", steps={}, results={}, changed={})
 
-    def recorded(self, stage, state, optimizer):
-        COMPILED[stage] = step(self, stage, state, optimizer)
-        return COMPILED[stage]
+    class Watched(run_module.Run):
+        def step(self, stage, state, optimizer):
+            seen.run = self
+            seen.steps[stage] = super().step(stage, state, optimizer)
+            return seen.steps[stage]
+
+        def run_stage(self, name, *arguments):
+            before = _fingerprints(self.parts)
+            seen.results[name] = super().run_stage(name, *arguments)
+            after = _fingerprints(self.parts)
+            assert before.keys() == after.keys()
+            seen.changed[name] = {part for part in after if before[part] != after[part]}
+            return seen.results[name]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module.Run, "step", recorded)
-        return run_module.run(config, workdir), workdir
+        patch.setattr(run_module, "Run", Watched)
+        seen.summary = run_module.run(config, seen.workdir)
+    return seen
 
 
-@pytest.mark.usefixtures("finished")
-def test_each_stage_compiles_its_step_once_in_a_whole_run():
-    assert {stage: step._cache_size() for stage, step in COMPILED.items()} == dict.fromkeys(STAGES, 1)
+@pytest.fixture(scope="module")
+def finished(watched):
+    return watched.summary, watched.workdir
+
+
+def test_each_stage_compiles_its_step_once_in_a_whole_run(watched):
+    assert {stage: step._cache_size() for stage, step in watched.steps.items()} == dict.fromkeys(STAGES, 1)
+
+
+def test_the_scores_of_all_stages_are_compiled_once(watched):
+    evaluator = watched.run.evaluator
+    assert [function._cache_size() for function in (evaluator._write, evaluator._picture, evaluator._compare)] == [1, 1, 1]
+
+
+def test_every_stage_changes_its_own_parts_only(watched):
+    assert watched.changed == {
+        "pretrain": {"projector", "transformer"}, "cold_start": {"projector", "transformer"}, "gen_for_und": {"language_lora"},
+        "und_for_gen": {"transformer_lora"}}
+
+
+def _assert_equal(ours, theirs):
+    ours, theirs = trees.flatten(ours), trees.flatten(theirs)
+    assert ours.keys() == theirs.keys()
+    for name, leaf in theirs.items():
+        np.testing.assert_array_equal(ours[name], leaf, err_msg=name)
+
+
+def test_export_reads_back_bit_for_bit(watched):
+    system = load_system(ModelConfig(folder=str(watched.workdir)), image_size=16)
+    _assert_equal(system.parts, watched.run.parts)
+    assert system.model.captioner.text.lora_alpha == watched.run.system.model.captioner.text.lora_alpha
+    assert system.model.transformer.lora_alpha == watched.run.system.model.transformer.lora_alpha
+    start = load_system(ModelConfig(folder=watched.run.config.model.folder), image_size=16).parts
+    untrained = start.keys() - {"projector", "transformer"}
+    assert untrained == {"vision", "language", "vae", "pooled", "encoders"}
+    _assert_equal({name: system.parts[name] for name in untrained}, {name: start[name] for name in untrained})
+
+
+def test_the_moving_average_is_scored_and_exported(watched):
+    state = watched.results["und_for_gen"].state
+    _assert_equal(watched.run.parts["transformer_lora"], state.ema["transformer_lora"])
+    raw, average = (state_part["transformer_lora"]["last_block"]["attention"]["value"]["b"] for state_part in (state.params, state.ema))
+    assert np.abs(np.asarray(raw) - np.asarray(average)).max() > 0
 
 
 def test_summary_has_all_stages_with_scores_before_and_after(finished):
@@ -61,13 +120,6 @@ def test_workdir_holds_what_the_readme_says(finished):
     assert json.loads((workdir / "samples" / "und_for_gen_after" / "samples.json").read_text())[0]["caption"] is not None
 
 
-def test_export_opens_again_with_the_trained_adapters(finished):
-    _, workdir = finished
-    system = load_system(ModelConfig(folder=str(workdir)), image_size=16)
-    assert np.abs(system.parts["language_lora"]["layers"]["attention"]["query"]["b"]).max() > 0
-    assert np.abs(system.parts["transformer_lora"]["last_block"]["attention"]["value"]["b"]).max() > 0
-
-
 def test_running_again_changes_nothing(finished, config):
     summary, workdir = finished
     before = (workdir / "metrics.jsonl").read_bytes()
@@ -75,34 +127,50 @@ def test_running_again_changes_nothing(finished, config):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("stage", ["gen_for_und", "und_for_gen"])
-def test_stopped_by_sigterm_and_continued_is_bit_equal(finished, config, tmp_path, monkeypatch, stage):
-    _, whole = finished
-    workdir, original = tmp_path / "stopped", loop.Checkpoints.save
+def _stopping(stage):
+    """`run_stage` with a SIGTERM after the first step of one stage."""
     run_stage = run_module.run_stage
 
-    def stop_after_first_step(name, step, **arguments):
+    def stopped(name, step, **arguments):
         if name == stage:
-            hooks = arguments["hooks"]
-            arguments["hooks"] = loop.Hooks(
-                before=hooks.before, after=hooks.after,
-                on_step=lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == 1 else None)
+            arguments["hooks"] = dataclasses.replace(
+                arguments["hooks"], on_step=lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == 1 else None)
         return run_stage(name, step, **arguments)
-
-    monkeypatch.setattr(run_module, "run_stage", stop_after_first_step)
-    with pytest.raises(StopTraining, match=f"stopped at {stage} step 1") as stop:
-        run_module.run(config, workdir)
-    assert stop.value.exit_code == 128 + signal.SIGTERM and loop.Checkpoints.save is original
-    monkeypatch.setattr(run_module, "run_stage", run_stage)
-    run_module.run(config, workdir)
-    for file in sorted((whole / "export").rglob("*.safetensors")):
-        assert file.read_bytes() == (workdir / file.relative_to(whole)).read_bytes(), file.name
+    return stopped
 
 
-def test_another_configuration_is_refused_in_the_same_workdir(finished, config):
+def _scores(summary):
+    return [(stage["name"], stage["steps"], stage["before"], stage["after"]) for stage in summary["stages"]]
+
+
+def _written(workdir):
+    """Contents of all exported weights and configurations and of all samples; metrics but for the clock."""
+    files = [file for folder in ("export", "samples") for file in sorted((workdir / folder).rglob("*")) if file.is_file()]
+    metrics = [{name: value for name, value in line.items() if name != "seconds"} for line in read_lines(workdir / "metrics.jsonl")]
+    return {str(file.relative_to(workdir)): file.read_bytes() for file in files}, metrics
+
+
+def test_stopped_by_sigterm_in_every_stage_and_continued_is_bit_equal(finished, config, tmp_path, monkeypatch):
+    summary, whole = finished
+    for stage in STAGES:
+        with monkeypatch.context() as patch, pytest.raises(StopTraining, match=f"stopped at {stage} step 1") as stop:
+            patch.setattr(run_module, "run_stage", _stopping(stage))
+            run_module.run(config, tmp_path / "stopped")
+        assert stop.value.exit_code == 128 + signal.SIGTERM
+    assert _scores(run_module.run(config, tmp_path / "stopped")) == _scores(summary)
+    (expected, expected_metrics), (files, metrics) = _written(whole), _written(tmp_path / "stopped")
+    assert sum(name.endswith(".safetensors") for name in expected) > 6
+    assert files.keys() == expected.keys()
+    assert [name for name in expected if files[name] != expected[name]] == []
+    assert metrics == expected_metrics
+
+
+def test_another_configuration_is_refused_and_overwrites_nothing(finished, config):
     _, workdir = finished
-    with pytest.raises(ValueError, match="another configuration"):
+    before = {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in workdir.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match="another configuration.*config.json, or a new --workdir"):
         run_module.run(changed(config, seed=1), workdir)
+    assert {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in workdir.rglob("*") if file.is_file()} == before
 
 
 @pytest.mark.parametrize("change, message", [

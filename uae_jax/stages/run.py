@@ -29,7 +29,7 @@ from uae_jax.stages import cold_start, gen_for_und, pretrain, und_for_gen
 from uae_jax.stages.evaluation import EvaluationConfig, Evaluator
 from uae_jax.stages.settings import frozen
 from uae_jax.stages.weights import ModelConfig, export_system, load_system
-from uae_jax.training.loop import Hooks, LoopConfig, StageResult, run_stage
+from uae_jax.training.loop import Hooks, LoopConfig, StageResult, check_configuration, run_stage
 from uae_jax.training.metrics import MetricWriter, write_json
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.report import write_report
@@ -310,6 +310,8 @@ def run(config: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
     """
     settings = frozen(RunConfig, config)
     whole = Run(settings, workdir)
+    for name, _ in settings.order():
+        check_configuration(workdir, name, whole.digest())
     workdir.mkdir(exist_ok=True)
     if jax.process_index() == 0:
         write_json(workdir / "config.json", dataclasses.asdict(settings))

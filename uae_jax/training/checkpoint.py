@@ -104,6 +104,21 @@ class Checkpoints:
             raise self._damaged(step, error) from error
         return Restored(step, read["state"], read["data"], read["meta"])
 
+    def meta(self) -> dict[str, Any] | None:
+        """The meta of the newest checkpoint, without its arrays. None when there is none.
+
+        Raises:
+          ValueError: the folder is damaged; names it and the remedy.
+        """
+        self.wait()
+        step = self.latest_step()
+        if step is None:
+            return None
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
     def reached_preemption(self, step: int) -> bool:
         """Whether the machines are about to be taken away; all processes get the same answer at the same step."""
         return self._manager.reached_preemption(step)

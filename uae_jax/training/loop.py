@@ -136,11 +136,8 @@ def run_stage(
     folder = Path(workdir) / "checkpoints" / name
     with Checkpoints(folder, keep=config.keep) as checkpoints:
         restored = checkpoints.restore(state)
-        if restored is not None and digest and restored.meta["digest"] not in ("", digest):
-            raise ValueError(
-                f"{folder} was written with another configuration (digest {restored.meta['digest']}, now {digest}); use the "
-                f"configuration in {Path(workdir) / 'config.json'}, or a new --workdir"
-            )
+        if restored is not None:
+            _check_digest(folder, restored.meta, digest)
         finished = folder / "finished.json"
         if restored is not None and finished.exists():
             return StageResult(state=restored.state, **json.loads(finished.read_text(encoding="utf-8")))
@@ -157,6 +154,34 @@ def run_stage(
         if flag.signum:  # it came while the `after` hook ran
             raise StopTraining(name, config.steps, flag.signum)
         return result
+
+
+def check_configuration(workdir: Path, name: str, digest: str) -> None:
+    """Refuses a workdir whose stage was trained with another configuration, before a run writes anything there.
+
+    Args:
+      workdir: the training folder; it may not exist yet.
+      name: stage name.
+      digest: of the configuration.
+
+    Raises:
+      ValueError: the stage's newest checkpoint has another digest, or cannot be read.
+    """
+    folder = Path(workdir) / "checkpoints" / name
+    if not folder.is_dir():
+        return
+    with Checkpoints(folder) as checkpoints:
+        meta = checkpoints.meta()
+    if meta is not None:
+        _check_digest(folder, meta, digest)
+
+
+def _check_digest(folder: Path, meta: Mapping[str, Any], digest: str) -> None:
+    if digest and meta["digest"] not in ("", digest):
+        raise ValueError(
+            f"{folder} was written with another configuration (digest {meta['digest']}, now {digest}); use the "
+            f"configuration in {folder.parents[1] / 'config.json'}, or a new --workdir"
+        )
 
 
 def _caught() -> tuple[int, ...]:

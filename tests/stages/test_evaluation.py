@@ -1,0 +1,80 @@
+"""Held-out scores belong to pictures: neither the batch size nor a last batch that is not full moves them."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from uae_jax.data.scene_checker import caption_score
+from uae_jax.stages.evaluation import Evaluator
+from uae_jax.stages.run import open_sources
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+IMAGES = 5
+
+
+@pytest.fixture(scope="module")
+def scored(whole, tmp_path_factory):
+    """Scores, sample folder and evaluator of five pictures, for batches of four (the second holds one picture), five and one."""
+    found = {}
+    for size in (4, 5, 1):
+        settings = dataclasses.replace(whole.config.evaluation, images=IMAGES, batch_size=size, samples=IMAGES)
+        _, examples = open_sources(whole.config.data, whole.config.seed, IMAGES)
+        evaluator = Evaluator(
+            whole.system, settings, whole.denoising(settings.sampler_steps, settings.guidance_scale), examples, whole.rows,
+            whole.config.data.max_caption, whole.config.seed)
+        folder = tmp_path_factory.mktemp(f"batches_of_{size}")
+        found[size] = evaluator(whole.parts, folder), folder, evaluator
+    return found
+
+
+@pytest.mark.parametrize("size", [4, 1])
+def test_a_last_batch_that_is_not_full_is_not_counted_twice(scored, size):
+    expected, scores = scored[5][0], scored[size][0]
+    assert scores.keys() == expected.keys() and scores["reward"]["n"] == IMAGES
+    for name in expected:
+        assert scores[name]["n"] == expected[name]["n"], name
+        for part in ("value", "low", "high"):
+            assert scores[name][part] == pytest.approx(expected[name][part], abs=1e-4), name
+
+
+@pytest.mark.parametrize("size", [4, 1])
+def test_every_picture_keeps_its_caption_and_drawing_in_any_batch(scored, size):
+    expected, samples = (json.loads((scored[number][1] / "samples.json").read_text()) for number in (5, size))
+    assert len({sample["caption"] for sample in expected}) > 1
+    assert [sample["caption"] for sample in samples] == [sample["caption"] for sample in expected]
+    for ours, theirs in zip(samples, expected, strict=True):
+        assert ours["scores"] == pytest.approx(theirs["scores"], abs=2e-4)
+
+
+@pytest.mark.parametrize("size", [4, 5, 1])
+def test_scores_are_compiled_once_and_padding_adds_no_program(scored, size):
+    evaluator = scored[size][2]
+    assert [function._cache_size() for function in (evaluator._write, evaluator._picture, evaluator._compare)] == [1, 1, 1]
+
+
+def test_scores_are_means_over_pictures(scored):
+    scores, folder, evaluator = scored[4]
+    samples = json.loads((folder / "samples.json").read_text())
+    assert scores["reward"]["value"] == pytest.approx(np.mean([sample["scores"]["clip"] for sample in samples]), abs=1e-4)
+    assert scores["heldout_score"]["value"] == pytest.approx(np.mean([sample["scores"]["dinov2"] for sample in samples]), abs=1e-4)
+    assert scores["unified_score"]["value"] == pytest.approx((scores["reward"]["value"] + scores["heldout_score"]["value"]) / 2)
+    said = [caption_score(example.scene, sample["caption"]) for example, sample in zip(evaluator.examples, samples, strict=True)]
+    assert scores["fact_recall"]["value"] == pytest.approx(np.mean([score.fact_recall for score in said]))
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_batches_are_filled_with_their_own_rows_and_cut_again(whole, count):
+    evaluator, sizes = whole.evaluator, []
+
+    def doubled(rows):
+        sizes.append(len(rows["id"]))
+        assert set(rows["id"]) <= set(range(count))
+        return {"twice": 2 * rows["id"], "id": jax.numpy.asarray(rows["id"])}
+
+    found = evaluator._in_batches(doubled, {"id": np.arange(count)})
+    np.testing.assert_array_equal(found["id"], np.arange(count))
+    np.testing.assert_array_equal(found["twice"], 2 * np.arange(count))
+    assert sizes == [4] * -(-count // 4)
