@@ -251,7 +251,7 @@ def test_a_file_cut_short_is_named_with_what_is_lost(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("part, other, message", [
-    ("llm", "clip", "holds a 'clip' model"), ("dit", "SD3/vae", "holds a 'AutoencoderKL' model"), ("clip", "dinov2", "dinov2, not clip"),
+    ("llm", "clip", "'clip'"), ("dit", "SD3/vae", "holds a 'AutoencoderKL' model"), ("clip", "dinov2", "dinov2, not clip"),
     ("SD3/vae", "dit", "holds a 'SD3Transformer2DModel' model")])
 def test_another_model_in_the_place_of_a_part_is_named(folder, tmp_path, capsys, part, other, message):
     shutil.rmtree(folder / part)
