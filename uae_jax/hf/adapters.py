@@ -116,7 +116,7 @@ def _survey(
     if not factors:
         raise ValueError(f"{folder.path} holds no adapter tensor (lora_A, lora_B); give the folder of a LoRA adapter")
     if unknown:
-        raise ValueError(f"{folder.path} holds tensors that are not of a plain LoRA adapter; unknown: {_listed(unknown)}. "
+        raise ValueError(f"{folder.path} holds tensors that are not of a plain LoRA adapter; unknown: {_listed(unknown)} in {folder.file(unknown[0])}. "
                          "Export the adapter without them")
     return factors, alphas
 
@@ -131,7 +131,7 @@ def _ranks(folder: TensorFolder, factors: Mapping[str, Mapping[str, str]], modul
     unknown = [name for module in set(factors) - set(modules) for name in factors[module].values()]
     if unknown:
         raise ValueError(f"{folder.path} adapts modules that this model does not have as linear maps; unknown: "
-                         f"{_listed(unknown)}. Check that the adapter belongs to this model")
+                         f"{_listed(unknown)} in {folder.file(min(unknown))}. Check that the adapter belongs to this model")
     halves = [next(iter(pair.items())) for pair in factors.values() if len(pair) == 1]
     missing = [_other(name, letter) for letter, name in halves]
     if missing:

@@ -7,7 +7,6 @@
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -164,7 +163,7 @@ def _check_widths(
     folder: pathlib.Path, transformer_folder: pathlib.Path, parts: Mapping, transformer: TransformerConfig, vae: VAEConfig) -> None:
     """Parts that fit their own configs and not each other are of different models."""
     pairs = (
-        (folder / "llm", "a projector to width", parts["projector"]["second"]["kernel"].shape[-1], "joint_attention_dim",
+        (captioner_folder(folder), "a projector to width", parts["projector"]["second"]["kernel"].shape[-1], "joint_attention_dim",
          transformer.joint_attention_dim),
         (folder / "SD3", "text encoders with pooled width", parts["pooled"].shape[-1], "pooled_projection_dim",
          transformer.pooled_projection_dim),

@@ -2,7 +2,7 @@
 
 from uae_jax.hf.rules import Rule
 from uae_jax.models.encoders.clip import AnyCLIPConfig
-from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
+from uae_jax.models.encoders.config import CLIPTextConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
 
 POSITION_BUFFERS = r".*\.position_ids"
 # names that transformers 5 has in memory, to those of the published files
