@@ -16,6 +16,7 @@ from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.generate import Completion
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rl.advantages import check_group_size
 from uae_jax.rl.captioning import caption_metrics, encode_batch_images, sample_captions
 from uae_jax.rl.losses import token_grpo_loss
@@ -124,7 +125,7 @@ def rollout(policy: CaptionPolicy, params: Mapping, frozen: Mapping, batch: Mapp
         samples["old"] = score_captions(policy, parts, samples, trained=True).log_probs
         gap = jnp.abs(samples["old"] - sampled)
         metrics["log_prob_gap"] = (jnp.sum(gap), jnp.sum(samples["mask"]))
-    return {"samples": samples, "metrics": metrics | caption_metrics(completion, group)}
+    return {"samples": constrain_rows(samples), "metrics": metrics | caption_metrics(completion, group)}
 
 
 def loss(policy: CaptionPolicy, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:

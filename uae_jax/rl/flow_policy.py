@@ -16,6 +16,7 @@ from uae_jax.diffusion.sampler import Replay, replay_window, sample_window, wind
 from uae_jax.diffusion.steps import CpsStep, DanceStep, SdeStep, gaussian_kl
 from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rl.advantages import check_group_size
 from uae_jax.rl.captioning import caption_metrics, sample_captions
 from uae_jax.rl.losses import flow_grpo_loss
@@ -97,7 +98,7 @@ def rollout(policy: FlowPolicy, params: Mapping, frozen: Mapping, batch: Mapping
         sampling=SamplingConfig(policy.temperature))
     positive, negative = encode_condition(
         policy.model, parts, how, completion.tokens, condition.caption_lengths(completion.mask, completion.finished))
-    positive = jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), positive)
+    positive = constrain_rows(jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), positive))
     noise = uae.initial_noise(policy.model, sample_keys(trees.name_key(key, "noise"), batch["sample_id"], group))
     start = window_start(trees.name_key(key, "window"), policy.window_low, policy.window_high, policy.window)
     trajectory = sample_window(
@@ -113,7 +114,7 @@ def rollout(policy: FlowPolicy, params: Mapping, frozen: Mapping, batch: Mapping
     samples |= _replays(policy, parts, samples, shared)
     gap = jnp.abs(samples["old_log_prob"] - trajectory.log_probs.T)
     metrics |= {"log_prob_gap": jnp.mean(gap)} | caption_metrics(completion, 1)
-    return {"samples": samples, "shared": shared, "metrics": metrics}
+    return {"samples": constrain_rows(samples), "shared": shared, "metrics": metrics}
 
 
 def replay(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping, *, trained: bool, remat: bool = False) -> Replay:

@@ -294,10 +294,10 @@ class _Loop:
         self.writer.write(self.name, number, self.clock.seconds, values)
         self.check_finite(number)
         shown = self.config.headline if self.config.headline in values else "loss"
-        if self.bar.disable:
+        if self.bar.disable and jax.process_index() == 0:
             line = f"{self.name} step {number}/{self.config.steps} {shown} {values[shown]:.4f} loss {values['loss']:.4f}"
             print(f"{line} {self.clock.seconds:.1f} s", file=sys.stderr, flush=True)
-        else:
+        elif not self.bar.disable:
             self.bar.set_postfix_str(f"{shown} {values[shown]:.4f}")
 
     def check_finite(self, number: int | None = None) -> None:
