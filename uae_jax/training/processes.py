@@ -29,6 +29,21 @@ def several(environment: Mapping[str, str] = os.environ) -> bool:
         or any(count.isdigit() and int(count) > 1 for count in counts))
 
 
+def _from_environment(environment: Mapping[str, str]) -> tuple[str | None, int | None, int | None]:
+    """What variables say of coordinator, number of processes and own index; None where JAX finds it by itself.
+
+    Besides JAX_* those that xpk sets on GPU nodes are read.
+    """
+    address, port = environment.get("JAX_COORDINATOR_ADDRESS"), environment.get("JAX_COORDINATOR_PORT")
+    if not address:
+        return None, None, None
+    numbers = []
+    for names in (("JAX_NUM_PROCESSES", "NNODES"), ("JAX_PROCESS_ID", "NODE_RANK")):
+        values = [environment[name] for name in names if environment.get(name, "").isdigit()]
+        numbers.append(int(values[0]) if values else None)
+    return address if ":" in address or not port else f"{address}:{port}", *numbers
+
+
 def join(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
     """Joins the other processes of the run; one process alone needs nothing. Must come before any other use of JAX.
 
@@ -44,8 +59,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process_i
     if all(value is None for value in given):
         if not several():
             return
-        number = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-        processes, process_id = (int(value) if value and value.isdigit() else None for value in number)
+        coordinator, processes, process_id = _from_environment(os.environ)
     elif None in given:
         raise ValueError("--coordinator, --processes and --process_id go together; give all three or none")
     elif not 0 <= process_id < processes:
