@@ -150,6 +150,25 @@ def tree_shardings(tree: trees.Tree, mesh: Mesh) -> trees.Tree:
     return trees.map_with_name(lambda name, leaf: NamedSharding(mesh, parameter_spec(name, tuple(leaf.shape), mesh)), tree)
 
 
+def gather_over_fsdp(tree: trees.Tree, dtype: Any) -> trees.Tree:
+    """Inside a compiled function: matrices in the precision they are used in, cut over `tensor` alone.
+
+    A loop that reads its weights in every pass, such as the sampling of captions, then gathers them once, for the memory of one
+    copy. Without a mesh in use (`in_use`) nothing happens.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+        return tree
+
+    def whole(name: str, leaf: jax.Array) -> jax.Array:
+        if leaf.ndim < 2:
+            return leaf
+        spec = [axis if axis == "tensor" else None for axis in parameter_spec(name, leaf.shape, mesh)]
+        return jax.lax.with_sharding_constraint(leaf.astype(dtype), PartitionSpec(*spec))
+
+    return trees.map_with_name(whole, tree)
+
+
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     """A leaf on the mesh. Every process holds the whole value of a leaf that is not on a mesh of several processes yet."""
     if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from stage_pieces import STAGES, changed, check_same_step, linear, make_run, one_step
 
@@ -30,11 +31,13 @@ def free_port() -> int:
 def start(count: int, devices: int, command, folder: pathlib.Path) -> list[subprocess.Popen]:
     """`command(coordinator, index)` in `count` processes with so many faked devices each; output in `folder/<index>.log`."""
     folder.mkdir(exist_ok=True)
-    coordinator, known = f"localhost:{free_port()}", os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    coordinator = f"localhost:{free_port()}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "SLURM_", "TPU_"))} | {
         "PYTHONPATH": str(HERE.parents[1]), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "HF_HUB_OFFLINE": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "TF_CPP_MIN_LOG_LEVEL": "1"}
-    environment |= {"JAX_COMPILATION_CACHE_DIR": known} if known else {}
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "TF_CPP_MIN_LOG_LEVEL": "1",
+        # what one process compiled is not compiled again by the others
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1"}
     started = []
     for index in range(count):
         with (folder / f"{index}.log").open("w") as log:

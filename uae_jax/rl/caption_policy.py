@@ -42,6 +42,7 @@ class CaptionPolicy:
       shared_noise: one noise for the whole group, so that the advantage measures the caption alone.
       advantage_scale: `group`, `batch` or `none`.
       aggregation, clip_low, clip_high, kl_weight: see `losses.token_grpo_loss`.
+      gather_weights: see `captioning.sample_captions`.
       replay: score the rollout again for the old log-probabilities; not needed when each rollout has one update.
 
     Raises:
@@ -63,6 +64,7 @@ class CaptionPolicy:
     clip_high: float = 0.2
     kl_weight: float = 0.0
     replay: bool = False
+    gather_weights: bool = False
 
     def __post_init__(self):
         check_group_size(self.group_size)
@@ -73,7 +75,7 @@ def write_captions(policy: CaptionPolicy, parts: Mapping, batch: Mapping, image_
     """G sampled captions of each image, rows of a group together: `[B * G, T]`; keys by global sample id."""
     return sample_captions(
         policy.model, parts, batch, key, image_embeds, max_new_tokens=policy.max_new_tokens, stops=policy.stops,
-        sampling=SamplingConfig(policy.temperature), group=policy.group_size)
+        sampling=SamplingConfig(policy.temperature), group=policy.group_size, gather_weights=policy.gather_weights)
 
 
 def draw_captions(policy: CaptionPolicy, parts: Mapping, completion: Completion, sample_ids: Array, key: Array) -> Array:

@@ -37,6 +37,7 @@ class FlowPolicy:
       window, window_low, window_high: W stochastic steps, beginning in [low, high - W] of the schedule.
       clip_range, kl_weight, guard: see `losses.flow_grpo_loss`.
       kl_kind: `gaussian`, `gaussian_nodt` or `velocity`.
+      gather_weights: see `captioning.sample_captions`.
 
     Raises:
       ValueError: a group of one, an unknown step rule, or a window that does not fit.
@@ -60,6 +61,7 @@ class FlowPolicy:
     kl_weight: float = 0.0
     kl_kind: str = "gaussian_nodt"
     guard: bool = False
+    gather_weights: bool = False
 
     def __post_init__(self):
         check_group_size(self.group_size)
@@ -95,7 +97,7 @@ def rollout(policy: FlowPolicy, params: Mapping, frozen: Mapping, batch: Mapping
     parts, group, how = {**frozen, **params}, policy.group_size, policy.denoising
     completion = sample_captions(
         policy.model, parts, batch, key, max_new_tokens=policy.max_new_tokens, stops=policy.stops,
-        sampling=SamplingConfig(policy.temperature))
+        sampling=SamplingConfig(policy.temperature), gather_weights=policy.gather_weights)
     positive, negative = encode_condition(
         policy.model, parts, how, completion.tokens, condition.caption_lengths(completion.mask, completion.finished))
     positive = constrain_rows(jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), positive))
