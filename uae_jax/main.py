@@ -51,6 +51,8 @@ def main(argv: list[str]) -> None:
         if "phases" in config:
             from uae_jax.stages.bootstrap.run import bootstrap
 
+            if not processes.alone():
+                raise ValueError("configs/bootstrap.py makes a tiny model in one process; start it on one host")
             workdir.mkdir(exist_ok=True)
             print(f"the model is in {bootstrap(config, workdir)}")
             return

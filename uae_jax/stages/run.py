@@ -338,4 +338,5 @@ def _write_outputs(whole: Run, results: list[StageResult]) -> dict[str, Any]:
         whole.workdir, preset=whole.config.preset, seed=whole.config.seed, stages=[result.record() for result in results])
     if jax.process_index() == 0:
         write_report(whole.workdir)
+    processes.wait_for_all("outputs written")
     return summary

@@ -88,13 +88,19 @@ def check_shared(folder: Path) -> None:
     mark = folder / f".shared_{int(number)}"
     if jax.process_index() == 0:
         mark.touch()
-    multihost_utils.sync_global_devices("shared folder written")
+    wait_for_all("shared folder written")
     seen = multihost_utils.process_allgather(np.array(mark.exists()))
     if jax.process_index() == 0:
         mark.unlink()
     if not seen.all():
         raise ValueError(
             f"process {int(np.argmin(seen))} does not see {folder} of process 0; put --workdir on a file system that all hosts share")
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when all processes have come to the point `name`; nothing for one process."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def alone() -> bool:
