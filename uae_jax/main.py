@@ -67,7 +67,8 @@ def main(argv: list[str]) -> None:
         processes.leave(f"error: {' '.join(str(error).split())}", 1)
     except Exception as error:
         if processes.lost_process(error):
-            processes.leave(f"error: another process of this run is gone ({str(error).splitlines()[0]}); see what it said last. {CONTINUE}", 1)
+            reason = str(error).splitlines()[0]
+            processes.leave(f"error: another process of this run is gone ({reason}); see what it said last. {CONTINUE}", 1, wait=False)
         if processes.alone():
             raise
         processes.leave(f"{traceback.format_exc()}the other processes end too. {CONTINUE}", 1)

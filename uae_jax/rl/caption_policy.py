@@ -133,7 +133,7 @@ def rollout(policy: CaptionPolicy, params: Mapping, frozen: Mapping, batch: Mapp
 def loss(policy: CaptionPolicy, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
     """The clipped token loss of a rollout; sum, count and metrics as `losses.token_grpo_loss`."""
     del key
-    samples = rollout["samples"]
+    samples = constrain_rows(rollout["samples"])
     scores = score_captions(policy, {**frozen, **params}, samples, trained=True)
 
     def flat(name: str) -> Array | None:

@@ -155,7 +155,7 @@ def _kl(policy: FlowPolicy, now: Replay, reference: Array) -> Array:
 def loss(policy: FlowPolicy, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
     """The clipped loss of a window's steps; sum, count and metrics as `losses.flow_grpo_loss`."""
     del key
-    samples = rollout["samples"]
+    samples = constrain_rows(rollout["samples"])
     now = replay(policy, {**frozen, **params}, samples, rollout["shared"], trained=True, remat=True)
     kl = _kl(policy, now, samples["reference"]) if policy.kl_weight else None
     guard = {}

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 # a process that says nothing for so long is taken for dead, and the others end
-HEARTBEAT_SECONDS = 20
+HEARTBEAT_SECONDS = 40
 GRACE_SECONDS = 2
 # what collectives and the coordination service say when a peer is gone
 LOST = r"(?i)gloo|nccl|connection (closed|reset|refused)|heartbeat|coordination|UNAVAILABLE|DEADLINE_EXCEEDED|preempt"
@@ -67,8 +67,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process_i
     elif ":" not in coordinator:
         raise ValueError(f"--coordinator is {coordinator!r}; it must be host:port, such as localhost:1234")
     try:
-        jax.distributed.initialize(
-            coordinator, processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(coordinator, processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except RuntimeError as error:
         where = coordinator or "the address that the cluster names"
         raise ConnectionError(
@@ -113,12 +112,13 @@ def lost_process(error: Exception) -> bool:
     return not alone() and re.search(LOST, str(error)) is not None
 
 
-def leave(message: str, code: int) -> NoReturn:
+def leave(message: str, code: int, *, wait: bool = True) -> NoReturn:
     """Ends this process with a message. One of several does not wait for the others, which would wait for it in turn."""
     if not alone():
         print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
-        time.sleep(GRACE_SECONDS)  # the same error reaches the others, who say it too
+        if wait:
+            time.sleep(GRACE_SECONDS)  # the same error reaches the others, who say it too
         os._exit(code)
     print(message, file=sys.stderr)
     sys.exit(code)
