@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import distributed
 
 from uae_jax import sharding, trees
 from uae_jax.data.loader import make_loader
@@ -65,8 +66,11 @@ def one_step(run: run_module.Run, stage: str) -> tuple[dict, dict, dict]:
     index, count = sharding.batch_slice(run.mesh)
     rows = next(make_loader(run.source, run.rows, config.batch_size, process_index=index, process_count=count))
     with sharding.in_use(run.mesh):
-        step = run.step(stage, state, optimizer)
-        state, metrics = step(state, frozen_parts, sharding.shard_batch(rows, run.mesh), sharding.replicate_key(key, run.mesh))
+        arguments = (state, frozen_parts, sharding.shard_batch(rows, run.mesh), sharding.replicate_key(key, run.mesh))
+        step = run.step(stage, state, optimizer).lower(*arguments).compile()
+        if jax.process_count() > 1:  # collectives on CPU wait half a minute for a process that still compiles
+            distributed.global_state.client.wait_at_barrier(f"{stage} is compiled", 600_000)
+        state, metrics = step(*arguments)
     after = sharding.host_values(state.params)
     numbers = {name: float(value) for name, value in metrics.items()}
     return after, jax.tree.map(lambda new, old: new - old, after, before), numbers
