@@ -43,9 +43,17 @@ _ADAPTERS = {"gen_for_und": "language_lora", "und_for_gen": "transformer_lora"}
 
 
 def linear(config: dict) -> dict:
-    """Adam with an epsilon so large that its step is the gradient: rounding stays rounding."""
-    values = dict(eps=1e3, learning_rate=1e3, max_grad_norm=0.0, weight_decay=0.0)
-    return changed(config, **{name: dict(optimizer=config[name]["optimizer"] | values, updates_per_rollout=1) for name in STAGES})
+    """Adam with an epsilon so large that its step is the gradient, times 1 or 0.001: rounding stays rounding.
+
+    Rewards a few thousandths apart are normalised to advantages, so the gradient of captions carries their rounding magnified;
+    its step is as small, beside the parameters, as steps are in training.
+    """
+    values = dict(eps=1e3, max_grad_norm=0.0, weight_decay=0.0)
+
+    def optimizer(name: str) -> dict:
+        return config[name]["optimizer"] | values | dict(learning_rate=1.0 if name == "gen_for_und" else 1e3)
+
+    return changed(config, **{name: dict(optimizer=optimizer(name), updates_per_rollout=1) for name in STAGES})
 
 
 def one_step(run: run_module.Run, stage: str) -> tuple[dict, dict, dict]:
