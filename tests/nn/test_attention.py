@@ -150,7 +150,11 @@ def test_the_device_and_the_size_choose():
 
     assert entry.choose("tpu", queries(1), 4096) == entry.choose("gpu", queries(1), 4096) == "plain"
     assert {entry.choose(device, queries(64), 64) for device in ("cpu", "gpu", "tpu")} == {"plain"}
-    assert entry.choose("tpu", queries(512, jnp.float32), 512) == "splash"
+    assert entry.choose("tpu", queries(512), 512) == entry.choose("cpu", queries(512), 512) == "by_query_blocks"
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        assert entry.choose("tpu", queries(512, jnp.float32), 512) == "splash"
+        assert entry.choose("cpu", queries(512), 512) == "by_head"
     assert entry.choose("gpu", queries(512), 512) == "cudnn"
     assert entry.choose("gpu", queries(512, jnp.float32), 512) == entry.choose("gpu", queries(512, width=512), 512) == "by_query_blocks"
     assert not supported(queries(512, width=20))

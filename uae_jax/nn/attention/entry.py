@@ -78,15 +78,16 @@ def attention(
 
 
 def choose(device: str, query: Array, size: int) -> str:
-    """The implementation for a platform (`cpu`, `gpu`, `tpu`), queries `[B, T, H, K]` and S keys."""
+    """The implementation for a platform (`cpu`, `gpu`, `tpu`), queries `[B, T, H, K]` and S keys.
+
+    On several devices without a current mesh, only what the compiler can cut by itself is chosen.
+    """
     if query.shape[1] == 1 or query.shape[1] * size <= SMALL:
         return "plain"
-    if device == "tpu":
-        return "splash"
     if device == "gpu" and supported(query):
         return "cudnn"
-    if device == "cpu" and (_mesh() is not None or jax.device_count() == 1):
-        return "by_head"
+    if device in ("cpu", "tpu") and (_mesh() is not None or jax.device_count() == 1):
+        return {"cpu": "by_head", "tpu": "splash"}[device]
     return "by_query_blocks"
 
 
