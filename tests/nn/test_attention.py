@@ -177,16 +177,18 @@ def test_unknown_names_and_sizes_are_refused():
         attention(query[:, :, :3], key, value)
 
 
-@pytest.mark.parametrize("form", ["splash", "by_head"])
-def test_on_a_mesh_each_device_works_on_its_own_rows_and_heads(form, monkeypatch):
+@pytest.mark.parametrize("form, sizes", [("splash", (2, 2, 2)), ("by_head", (2, 2, 2)), ("by_head", (2, 1, 4))])
+def test_on_a_mesh_each_device_works_on_its_own_rows_and_heads(form, sizes, monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, form, FORMS[form])
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     mask = Mask(valid=lengths_mask(6, 6, 3, 5, 6), causal=True)
     arrays = inputs(6, 6, batch=4)
     spread = jax.NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+    whole_heads = jax.NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    placed = jax.device_put(arrays, (spread, *[spread if sizes[2] <= KEY_HEADS else whole_heads] * 2))
     with jax.set_mesh(mesh), use_attention(form):
-        step = jax.jit(lambda *x: attention(*x, mask)).lower(*jax.device_put(arrays, spread)).compile()
-        found = step(*jax.device_put(arrays, spread))
+        step = jax.jit(lambda *x: attention(*x, mask)).lower(*placed).compile()
+        found = step(*placed)
     table = np.broadcast_to(mask.pairs(6, 6), (4, 6, 6))
     np.testing.assert_allclose(found, formula(*arrays, table), atol=1e-5)
     assert "all-gather" not in step.as_text() and found.sharding.is_equivalent_to(spread, 4)

@@ -122,7 +122,7 @@ def on_each_device(
     """Runs an implementation on each device's rows and heads: a kernel cannot be cut by the compiler.
 
     Rows are cut over those of the current mesh's axes `data` and `fsdp` that divide them, heads over `tensor` where it
-    divides the key heads. Without a mesh, or inside a `shard_map`, the implementation is called as it is.
+    divides the query heads and fits the key heads, which are repeated if they are fewer. Without a mesh, or inside a `shard_map`, the implementation is called as it is.
     """
     mesh = _mesh()
     if mesh is None or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
@@ -131,8 +131,10 @@ def on_each_device(
     for axis in BATCH_AXES:
         if axis in mesh.shape and query.shape[0] % math.prod(mesh.shape[name] for name in (*axes, axis)) == 0:
             axes += (axis,)
-    heads = HEAD_AXIS if HEAD_AXIS in mesh.shape and key.shape[2] % mesh.shape[HEAD_AXIS] == 0 else None
-    rows = axes or None
+    ways, heads, rows = mesh.shape.get(HEAD_AXIS, 1), None, axes or None
+    if query.shape[2] % ways == 0 and (key.shape[2] % ways == 0 or ways % key.shape[2] == 0):
+        heads = HEAD_AXIS if ways > 1 else None
+        key, value = (jnp.repeat(x, max(ways // x.shape[2], 1), axis=2) for x in (key, value))
     spread, flat = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
     per_mask = jax.tree.map(lambda _: flat, mask)
     cut = jax.shard_map(
