@@ -103,7 +103,7 @@ def _mesh() -> AbstractMesh | None:
 
 
 def _joined(key: Array, value: Array, mask: Mask, shared: tuple[SharedKeys, ...]) -> tuple[Array, Array, Mask]:
-    """Memories repeated for the rows that share them, and own keys, as one sequence under a causal mask."""
+    """Shared keys, repeated for the rows that read them, and own keys, as one sequence under a causal mask."""
     rows, length = key.shape[:2]
 
     def every_row(x: Array) -> Array:
@@ -122,7 +122,8 @@ def on_each_device(
     """Runs an implementation on each device's rows and heads: a kernel cannot be cut by the compiler.
 
     Rows are cut over those of the current mesh's axes `data` and `fsdp` that divide them, heads over `tensor` where it
-    divides the query heads and fits the key heads, which are repeated if they are fewer. Without a mesh, or inside a `shard_map`, the implementation is called as it is.
+    divides the query heads and fits the key heads, which are repeated if they are fewer. Without a mesh, or inside a `shard_map`,
+    the implementation is called as it is.
     """
     mesh = _mesh()
     if mesh is None or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
