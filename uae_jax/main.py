@@ -7,7 +7,6 @@
 The same workdir continues where it stopped.
 """
 
-import os
 import pathlib
 import re
 import sys

@@ -37,6 +37,7 @@ class GenForUndConfig:
       vae_chunk: pictures decoded at once; 0 for all.
       gather_weights: with parameters cut over fsdp, gather the language model once a rollout instead of once a token; costs one
         copy of it on every device.
+      score_chunk: caption positions whose logits exist at once.
       train: `lora` or `full`; lora_rank: rank of a new adapter.
       reward: the similarity.
       optimizer: see `training.optimizer`.
@@ -65,6 +66,7 @@ class GenForUndConfig:
     advantage_scale: str = "group"
     vae_chunk: int = 0
     gather_weights: bool = False
+    score_chunk: int = 64
     train: str = "lora"
     lora_rank: int = 32
     reward: RewardConfig = RewardConfig()
