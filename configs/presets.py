@@ -4,6 +4,8 @@ Where the paper gives no value (notes in docs/recipes.md), the published value o
 source beside it. Nothing in this folder imports the package: a config is data.
 """
 
+import functools
+
 import ml_collections
 
 CAPTION_PROMPT = (
@@ -58,7 +60,8 @@ def _stages() -> dict:
 def _base(preset: str) -> dict:
     return dict(
         preset=preset, seed=0, stages=("pretrain", "cold_start", "gen_for_und", "und_for_gen"), rounds=1,
-        model=dict(folder="", lora_alpha=64.0, dtype="bfloat16", remat="full", merge_adapters=False),
+        # what is not trained is held in bfloat16, as flow_grpo holds it (scripts/train_sd3.py: inference_dtype)
+        model=dict(folder="", lora_alpha=64.0, frozen_dtype="bfloat16", dtype="bfloat16", remat="full", merge_adapters=False),
         data=dict(
             source="folder", folder="", name="", split="train", data_dir="", image_key="image", caption_key="caption",
             heldout_folder="", heldout_split="test", image_size=512, max_prompt=192, max_caption=512, detail="full",
@@ -74,7 +77,7 @@ def _base(preset: str) -> dict:
 def _tiny() -> dict:
     """The built-in model on the built-in scenes: all four stages in minutes on two cores."""
     config = _base("tiny")
-    config["model"] |= dict(dtype="float32", remat="none")
+    config["model"] |= dict(frozen_dtype="float32", dtype="float32", remat="none")
     config["data"] |= dict(source="scenes", image_size=32, max_prompt=40, max_caption=32, caption_prompt="describe",
                            negative_prompt="")
     # layout and colours of a small picture are decided at high noise, hence the larger shift
@@ -97,7 +100,7 @@ def _tiny() -> dict:
 def _mini() -> dict:
     """The benchmark size; point `--config.model.folder` at a checkpoint of that size."""
     config = _base("mini")
-    config["model"] |= dict(dtype="float32", remat="none")
+    config["model"] |= dict(frozen_dtype="float32", dtype="float32", remat="none")
     config["data"] |= dict(source="scenes", image_size=256, max_caption=64, caption_prompt="Describe this image in detail.")
     config["evaluation"] |= dict(images=8, batch_size=2, sampler_steps=6)
     for name in ("pretrain", "cold_start", "gen_for_und", "und_for_gen"):
@@ -107,16 +110,54 @@ def _mini() -> dict:
     return config
 
 
-def _full(preset: str) -> dict:
-    return _base(preset)
-
-
-PRESETS = {
-    "tiny": _tiny,
-    "mini": _mini,
-    "qwen2_5_vl_3b_sd3_5_medium": lambda: _full("qwen2_5_vl_3b_sd3_5_medium"),
-    "qwen2_5_vl_3b_sd3_5_large": lambda: _full("qwen2_5_vl_3b_sd3_5_large"),
+# What changes with the machine, for `PRESET@SLICE`; every value is one that `uae_jax.plan` found to fit (docs/scaling.md).
+# A rollout's pictures are decoded `vae_chunk` at a time, one or two a device.
+SLICES = {
+    # 64 chips of 16 GiB
+    "v5e-64": dict(
+        mesh=dict(data=1, fsdp=64), pretrain=dict(micro_batches=4), cold_start=dict(vae_chunk=64), gen_for_und=dict(vae_chunk=64),
+        und_for_gen=dict(vae_chunk=64, micro_batches=12)),
+    # 64 chips of 32 GiB
+    "v6e-64": dict(
+        mesh=dict(data=1, fsdp=64), pretrain=dict(micro_batches=2), cold_start=dict(vae_chunk=64), gen_for_und=dict(vae_chunk=128),
+        und_for_gen=dict(vae_chunk=128, micro_batches=6)),
+    # 64 chips of 95 GiB
+    "v5p-64": dict(
+        mesh=dict(data=1, fsdp=64), pretrain=dict(micro_batches=1), cold_start=dict(vae_chunk=64), gen_for_und=dict(vae_chunk=256),
+        und_for_gen=dict(vae_chunk=256, micro_batches=2)),
+    # 8 cards of 141 GB
+    "8xH200": dict(
+        mesh=dict(data=1, fsdp=8), pretrain=dict(micro_batches=8), cold_start=dict(micro_batches=8, vae_chunk=8),
+        gen_for_und=dict(micro_batches=8, vae_chunk=16), und_for_gen=dict(micro_batches=16, vae_chunk=16)),
+    # one card of 141 GB: adapters alone; fewer pictures a step, each alone in its micro-batch
+    "1xH200": dict(
+        mesh=dict(data=1, fsdp=1), pretrain=dict(micro_batches=64), cold_start=dict(batch_size=16, micro_batches=16, vae_chunk=1),
+        gen_for_und=dict(batch_size=8, micro_batches=8, vae_chunk=4),
+        und_for_gen=dict(batch_size=4, group_size=24, micro_batches=12, vae_chunk=4)),
 }
+# 8.1 B weights with AdamW's moments and a gradient take 130 GB: one card trains the adapters of the large model only
+ADAPTERS_ALONE = ("qwen2_5_vl_3b_sd3_5_large@1xH200",)
+
+
+def _full(preset: str) -> dict:
+    """A full-size preset, such as `qwen2_5_vl_3b_sd3_5_large` or `qwen2_5_vl_3b_sd3_5_large@v6e-64`."""
+    config = _base(preset)
+    # parameters are cut over all devices: whole, the large one's training state alone is 98 GB
+    config["mesh"] = dict(data=1, fsdp=-1, tensor=1)
+    # one picture a device on 64 of them; 16 GiB hold one picture's activations, and one picture in the auto-encoder
+    config["pretrain"] |= dict(micro_batches=4)
+    config["cold_start"] |= dict(batch_size=64, vae_chunk=64)
+    config["gen_for_und"] |= dict(vae_chunk=64)
+    # flow_grpo has 48 groups; 64 give each of 64 devices one
+    config["und_for_gen"] |= dict(batch_size=64, micro_batches=12, vae_chunk=64)
+    for section, values in SLICES.get(preset.partition("@")[2], {}).items():
+        config[section] |= values
+    return config
+
+
+FULL = ("qwen2_5_vl_3b_sd3_5_medium", "qwen2_5_vl_3b_sd3_5_large")
+PRESETS = {"tiny": _tiny, "mini": _mini} | {
+    name: functools.partial(_full, name) for base in FULL for name in (base, *(f"{base}@{machine}" for machine in SLICES))}
 
 
 def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDict:
@@ -129,5 +170,5 @@ def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDi
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     config = ml_collections.ConfigDict(PRESETS[name]())
-    config.stages = stages
+    config.stages = tuple(stage for stage in stages if name not in ADAPTERS_ALONE or stage.endswith(("_for_und", "_for_gen")))
     return config

@@ -8,12 +8,13 @@ The same workdir continues where it stopped.
 """
 
 import pathlib
-import re
 import sys
 import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from uae_jax.command_line import import_configs, parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/unified_grpo.py[:PRESET].", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics, samples, report and export; the same one continues.")
@@ -21,16 +22,6 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0,
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, with --coordinator.")
 CONTINUE = "The same command continues from the newest checkpoint."
-
-
-def _config_file() -> str | None:
-    """The file named by --config on the command line, without its preset."""
-    for index, argument in enumerate(sys.argv):
-        name, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and name == "config":
-            value = value if equals else (sys.argv[index + 1] if index + 1 < len(sys.argv) else "")
-            return value.partition(":")[0]
-    return None
 
 
 def main(argv: list[str]) -> None:
@@ -73,24 +64,11 @@ def main(argv: list[str]) -> None:
         processes.leave(f"{traceback.format_exc()}the other processes end too. {CONTINUE}", 1)
 
 
-def _parse(arguments: list[str]) -> list[str]:
-    """Parses the flags; an unknown preset, field or flag is one line, without the trace of where it was noticed."""
-    try:
-        return flags.FLAGS(arguments)
-    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
-        lines = str(error).replace("\\n", "\n").splitlines()
-        told = [line.strip() for line in lines if line.strip()]
-        message = told[-1] if "Traceback" in str(error) else " ".join(told)
-        sys.exit(f"error: {re.sub(r'^[A-Za-z]*Error: ', '', message)}")
-
-
 def command() -> None:
     """The console script."""
-    file = _config_file()
-    if file:  # a config imports its neighbours, wherever the command is started
-        sys.path.insert(0, str(pathlib.Path(file).absolute().parents[1]))
+    import_configs()
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":
