@@ -55,7 +55,8 @@ def _stages() -> dict:
 def _base(preset: str) -> dict:
     return dict(
         preset=preset, seed=0, stages=("pretrain", "cold_start", "gen_for_und", "und_for_gen"), rounds=1,
-        model=dict(folder="", lora_alpha=64.0, dtype="bfloat16", remat="full"),
+        # what is not trained is held in bfloat16, as flow_grpo holds it (scripts/train_sd3.py: inference_dtype)
+        model=dict(folder="", lora_alpha=64.0, frozen_dtype="bfloat16", dtype="bfloat16", remat="full"),
         data=dict(
             source="folder", folder="", name="", split="train", data_dir="", image_key="image", caption_key="caption",
             heldout_folder="", heldout_split="test", image_size=512, max_prompt=192, max_caption=512, detail="full",
@@ -71,7 +72,7 @@ def _base(preset: str) -> dict:
 def _tiny() -> dict:
     """The built-in model on the built-in scenes: all four stages in minutes on two cores."""
     config = _base("tiny")
-    config["model"] |= dict(dtype="float32", remat="none")
+    config["model"] |= dict(frozen_dtype="float32", dtype="float32", remat="none")
     config["data"] |= dict(source="scenes", image_size=32, max_prompt=40, max_caption=32, caption_prompt="describe",
                            negative_prompt="")
     # layout and colours of a small picture are decided at high noise, hence the larger shift
@@ -94,7 +95,7 @@ def _tiny() -> dict:
 def _mini() -> dict:
     """The benchmark size; point `--config.model.folder` at a checkpoint of that size."""
     config = _base("mini")
-    config["model"] |= dict(dtype="float32", remat="none")
+    config["model"] |= dict(frozen_dtype="float32", dtype="float32", remat="none")
     config["data"] |= dict(source="scenes", image_size=256, max_caption=64, caption_prompt="Describe this image in detail.")
     config["evaluation"] |= dict(images=8, batch_size=2, sampler_steps=6)
     for name in ("pretrain", "cold_start", "gen_for_und", "und_for_gen"):

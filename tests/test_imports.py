@@ -12,7 +12,9 @@ ALLOWED = {
     "sharding": {"trees"}, "models": {"nn", "hf", "trees"}, "training": {"sharding", "trees"},
     "rl": {"models", "diffusion", "trees"},
     "stages": {"trees", "nn", "hf", "data", "sharding", "diffusion", "models", "training", "rl"},
-    "main": {"stages", "training"}, "infer": {"stages", "data"},
+    "planning": {"trees", "nn", "hf", "data", "sharding", "models", "training", "rl", "stages"},
+    "command_line": set(), "main": {"command_line", "stages", "training"}, "plan": {"command_line", "planning"},
+    "infer": {"stages", "data"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -9,24 +9,15 @@ The same workdir continues where it stopped.
 
 import os
 import pathlib
-import re
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from uae_jax.command_line import import_configs, parse_flags
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/unified_grpo.py[:PRESET].", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics, samples, report and export; the same one continues.")
-
-
-def _config_file() -> str | None:
-    """The file named by --config on the command line, without its preset."""
-    for index, argument in enumerate(sys.argv):
-        name, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and name == "config":
-            value = value if equals else (sys.argv[index + 1] if index + 1 < len(sys.argv) else "")
-            return value.partition(":")[0]
-    return None
 
 
 def _start_processes() -> None:
@@ -72,24 +63,11 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 
-def _parse(arguments: list[str]) -> list[str]:
-    """Parses the flags; an unknown preset, field or flag is one line, without the trace of where it was noticed."""
-    try:
-        return flags.FLAGS(arguments)
-    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
-        lines = str(error).replace("\\n", "\n").splitlines()
-        told = [line.strip() for line in lines if line.strip()]
-        message = told[-1] if "Traceback" in str(error) else " ".join(told)
-        sys.exit(f"error: {re.sub(r'^[A-Za-z]*Error: ', '', message)}")
-
-
 def command() -> None:
     """The console script."""
-    file = _config_file()
-    if file:  # a config imports its neighbours, wherever the command is started
-        sys.path.insert(0, str(pathlib.Path(file).absolute().parents[1]))
+    import_configs()
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

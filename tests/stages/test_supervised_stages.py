@@ -10,6 +10,7 @@ from stage_pieces import largest_gap, stage_of
 
 from uae_jax.models import uae
 from uae_jax.stages import cold_start, pretrain
+from uae_jax.stages.steps import make_denoising
 from uae_jax.training.step import step_key
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -59,7 +60,7 @@ def test_a_perfect_predictor_has_no_loss(drawn, monkeypatch):
 def _value_and_gradient(whole, model=None, **changes):
     """Mean loss and gradient of cold start as a function of the trained parts alone."""
     stage = stage_of(whole, "cold_start", clamp="none", **changes)
-    denoising = whole.denoising(stage.config.sampler_steps, stage.config.guidance_scale)
+    denoising = make_denoising(whole.config.sampler, stage.config.sampler_steps, stage.config.guidance_scale)
     algorithm = cold_start.algorithm(model or whole.system.model, stage.config, denoising, whole.encoders(stage.config))
 
     def mean(params):

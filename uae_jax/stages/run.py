@@ -20,15 +20,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from uae_jax import sharding, trees
 from uae_jax.data.loader import RowBuilder, batch_spec, make_loader
 from uae_jax.data.sources import Example, FolderSource, SceneSource, Source, TfdsSource
-from uae_jax.diffusion.schedule import sigma_schedule
 from uae_jax.rl.caption_policy import CaptionPolicy
 from uae_jax.rl.flow_policy import FlowPolicy
-from uae_jax.rl.reconstruction import Denoising
-from uae_jax.rl.rewards import Encoder
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages import cold_start, gen_for_und, pretrain, und_for_gen
 from uae_jax.stages.evaluation import EvaluationConfig, Evaluator
 from uae_jax.stages.settings import frozen
+from uae_jax.stages.steps import RL_STAGES, STAGES, SamplerConfig, held, make_denoising, make_policy, make_step
 from uae_jax.stages.weights import ModelConfig, export_system, load_system
 from uae_jax.training.loop import Hooks, LoopConfig, StageResult, check_configuration, run_stage
 from uae_jax.training.metrics import MetricWriter, write_json
@@ -36,13 +34,6 @@ from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.report import write_report
 from uae_jax.training.step import TrainState, init_state
 from uae_jax.training.summary import write_summary
-
-STAGES = {
-    "pretrain": (pretrain.PretrainConfig, pretrain.trainable), "cold_start": (cold_start.ColdStartConfig, cold_start.trainable),
-    "gen_for_und": (gen_for_und.GenForUndConfig, gen_for_und.trainable),
-    "und_for_gen": (und_for_gen.UndForGenConfig, und_for_gen.trainable)}
-RL_STAGES = ("gen_for_und", "und_for_gen")
-
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -74,14 +65,6 @@ class DataConfig:
     detail: str = "full"
     caption_prompt: str = ""
     negative_prompt: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplerConfig:
-    """Noise levels of every sampler: static shift and kind of schedule (`diffusion.schedule`)."""
-
-    shift: float = 3.0
-    schedule: str = "diffusers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +109,14 @@ class RunConfig:
         listed = [(stage, stage) for stage in self.stages]
         again = [stage for stage in self.stages if stage in RL_STAGES]
         return listed + [(f"{stage}_{number}", stage) for number in range(2, self.rounds + 1) for stage in again]
+
+    def trained_from(self, stage: str) -> set[str]:
+        """Parts that a stage or one after its first turn trains as they are (adapters and copies have names of their own)."""
+        stages = [kind for _, kind in self.order()]
+        later = stages[stages.index(stage):]
+        own = {"pretrain": ("transformer", "projector") if self.pretrain.train_projector else ("transformer",),
+               "cold_start": ("transformer", "projector")}
+        return {name for kind in later for name in own.get(kind, ())}
 
 
 def open_sources(config: DataConfig, seed: int, heldout: int) -> tuple[Source, list[Example]]:
@@ -181,7 +172,8 @@ class Run:
         self.parts = self._with_adapters(self.system.parts)
         self.parts = sharding.shard_tree(self.parts, self.mesh)
         self.evaluator = Evaluator(
-            self.system, config.evaluation, self.denoising(config.evaluation.sampler_steps, config.evaluation.guidance_scale),
+            self.system, config.evaluation,
+            make_denoising(config.sampler, config.evaluation.sampler_steps, config.evaluation.guidance_scale),
             heldout, self.rows, config.data.max_caption, config.seed)
 
     def _check_encoders(self) -> None:
@@ -212,37 +204,14 @@ class Run:
                 whole |= STAGES[stage][1](whole, getattr(self.config, stage), self.key)
         return jax.tree.map(jnp.asarray, whole)
 
-    def denoising(self, steps: int, guidance_scale: float, *, policy_condition: bool = False, vae_chunk: int = 0) -> Denoising:
-        """The sampler of a stage."""
-        sigmas = sigma_schedule(steps, self.config.sampler.shift, self.config.sampler.schedule)
-        return Denoising(tuple(float(sigma) for sigma in sigmas), guidance_scale, policy_condition, vae_chunk)
-
     def step(self, stage: str, state: TrainState, optimizer: Any) -> Callable:
         """The compiled train step of a stage."""
-        config, model = getattr(self.config, stage), self.system.model
         shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(self.mesh, PartitionSpec()))
-        if stage == "pretrain":
-            return pretrain.make_step(model, config, optimizer, shardings)
-        if stage == "cold_start":
-            denoising = self.denoising(config.sampler_steps, config.guidance_scale, vae_chunk=config.vae_chunk)
-            return cold_start.make_step(model, config, denoising, self.encoders(config), optimizer, shardings)
-        module = gen_for_und if stage == "gen_for_und" else und_for_gen
-        return module.make_step(self.policy(stage), config, optimizer, shardings)
-
-    def encoders(self, config: Any) -> tuple[Encoder, ...]:
-        """The image encoders of a stage's reward."""
-        return tuple(self.system.encoders[name] for name in config.reward.names)
+        return make_step(stage, getattr(self.config, stage), self.config.sampler, self.system, optimizer, shardings)
 
     def policy(self, stage: str) -> CaptionPolicy | FlowPolicy:
-        """The description of an RL stage: the model and the stage's settings of the same names."""
-        config = getattr(self.config, stage)
-        kind, more = (CaptionPolicy, {"replay": config.updates_per_rollout > 1}) if stage == "gen_for_und" else (FlowPolicy, {})
-        denoising = self.denoising(
-            config.sampler_steps, config.guidance_scale, policy_condition=config.condition_model == "policy", vae_chunk=config.vae_chunk)
-        shared = {field.name for field in dataclasses.fields(kind)} & {field.name for field in dataclasses.fields(config)}
-        return kind(
-            model=self.system.model, denoising=denoising, encoders=self.encoders(config), stops=self.system.stops, **more,
-            **{name: getattr(config, name) for name in shared})
+        """The description of an RL stage."""
+        return make_policy(stage, getattr(self.config, stage), self.config.sampler, self.system)
 
     def run_stage(self, name: str, stage: str, writer: MetricWriter, previous: StageResult | None) -> StageResult:
         """Runs one stage to its end and takes over what it trained.
@@ -258,7 +227,9 @@ class Run:
         start = STAGES[stage][1](self.parts, config, trees.name_key(self.key, name))
         state = sharding.shard_tree(init_state(start, optimizer, ema=bool(config.ema_decay)), self.mesh)
         # from here on the trained parts live in the state alone: a second copy of 8 B weights would not fit
-        self.parts = {key: value for key, value in self.parts.items() if key not in start}
+        self.parts = held(
+            {key: value for key, value in self.parts.items() if key not in start}, self.config.trained_from(stage),
+            self.config.model.frozen_dtype)
         del start
         data = make_loader(
             self.source, self.rows, config.batch_size, self.config.seed, process_index=jax.process_index(),

@@ -46,10 +46,13 @@ class ModelConfig:
         release's 64 over 32) where no adapter_config.json says it.
       dtype: precision of activations, `float32` or `bfloat16`.
       remat: what the backward pass recomputes: `none`, `full`, `dots`.
+      frozen_dtype: precision in which captioner, projector and transformer are held from the first stage on that no longer
+        trains them (nor does a later one); auto-encoder, image encoders, adapters and all that is trained stay float32.
     """
 
     folder: str = ""
     lora_alpha: float = 64.0
+    frozen_dtype: str = "float32"
     dtype: str = "float32"
     remat: str = "none"
 

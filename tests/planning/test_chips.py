@@ -1,0 +1,23 @@
+"""Names of topologies."""
+
+import pytest
+
+from uae_jax.planning.chips import CHIPS, GIB, parse_topology
+
+
+@pytest.mark.parametrize("name, kind, chip, devices", [
+    ("v6e:8x8", "tpu", "v6e", 64), ("v5e:4x8", "tpu", "v5e", 32), ("v5p:4x4x4", "tpu", "v5p", 64), ("v4:2x2x4", "tpu", "v4", 16),
+    ("7x:2x2x4", "tpu", "7x", 32), ("gpu:8xH200", "gpu", "H200", 8), ("gpu:1xH100", "gpu", "H100", 1), ("cpu:8", "cpu", "cpu", 8)])
+def test_a_topology_is_a_kind_of_chip_and_a_number_of_devices(name, kind, chip, devices):
+    found = parse_topology(name)
+    assert (found.kind, found.chip.name, found.devices) == (kind, chip, devices)
+
+
+@pytest.mark.parametrize("name", ["v6e", "v9:8x8", "v6e:64", "gpu:8xT4", "gpu:H200", "cpu:0", "cpu:x", "H200:2x2", ""])
+def test_other_names_are_refused_with_what_may_be_given(name):
+    with pytest.raises(ValueError, match="v6e:8x8|H100 and H200"):
+        parse_topology(name)
+
+
+def test_a_slice_of_64_chips_holds_what_its_vendor_says():
+    assert [64 * CHIPS[name].memory / GIB for name in ("v5e", "v6e", "v5p")] == [1024, 2048, 6080]

@@ -1,0 +1,194 @@
+"""A stage's step compiled for devices that need not be there, and what the compiler says about its memory."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from uae_jax import sharding
+from uae_jax.planning.chips import GIB, Topology
+from uae_jax.planning.system import AbstractSystem
+from uae_jax.stages.run import RunConfig
+from uae_jax.stages.steps import STAGES, held, make_step
+from uae_jax.training.optimizer import make_optimizer
+from uae_jax.training.step import TrainState, init_state
+
+TYPES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+# instructions that only name what another one made
+NAMING = frozenset(("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "constant", "copy-done",
+                    "all-gather-done", "all-reduce-done", "collective-permute-done", "async-done", "slice-done"))
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\](\{[^}]*\})? ([\w\-]+)\(")
+EXHAUSTED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+LISTED = re.compile(r"Size: ([\d.]+)([KMGT]).*?Shape: (\S+).*?(?:op_name=\"([^\"]*)\"|Allocation type)", re.S)
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A stage's step and the shapes of its arguments.
+
+    Attributes:
+      stage: its name; config: its settings.
+      step: the jitted `train_step`.
+      state, frozen, batch, key: `jax.ShapeDtypeStruct` leaves, with shardings where there is a mesh.
+    """
+
+    stage: str
+    config: Any
+    step: Callable
+    state: TrainState
+    frozen: dict
+    batch: dict
+    key: jax.ShapeDtypeStruct
+
+    @property
+    def arguments(self) -> tuple:
+        """Of `step`, in order."""
+        return self.state, self.frozen, self.batch, self.key
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device, and how long the compiler took.
+
+    Attributes:
+      arguments: everything that stays on the device, whether this stage reads it or not.
+      temporaries: what the step needs beside them.
+      peak: both, and results that do not replace an argument.
+      largest: (bytes, shape, operation) of the largest temporaries.
+      seconds: of lowering and compiling; 0 for an estimate.
+      estimated: whether nothing was compiled.
+    """
+
+    arguments: float
+    temporaries: float
+    peak: float
+    largest: tuple[tuple[float, str, str], ...] = ()
+    seconds: float = 0.0
+    estimated: bool = False
+
+
+def make_program(config: RunConfig, system: AbstractSystem, stage: str, mesh: Mesh | None) -> Program:
+    """The step of a stage as a run builds it, from shapes.
+
+    Args:
+      config: of the run.
+      system: without weights.
+      stage: a name of `STAGES`.
+      mesh: where arguments lie; None leaves them without shardings, for counting.
+    """
+    settings = getattr(config, stage)
+    optimizer = make_optimizer(settings.optimizer, settings.steps * settings.updates_per_rollout)
+    start = jax.eval_shape(lambda parts: STAGES[stage][1](parts, settings, jax.random.key(0)), system.parts)
+    state = jax.eval_shape(lambda parts: init_state(parts, optimizer, ema=bool(settings.ema_decay)), start)
+    frozen = {name: part for name, part in system.parts.items() if name not in start}
+    frozen = jax.eval_shape(lambda parts: held(parts, config.trained_from(stage), config.model.frozen_dtype), frozen)
+    batch, key, shardings = system.batch(settings.batch_size), jax.eval_shape(lambda: jax.random.key(0)), None
+    if mesh is not None:
+        rows, whole = NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), NamedSharding(mesh, PartitionSpec())
+        state, frozen = (_placed(tree, sharding.tree_shardings(tree, mesh)) for tree in (state, frozen))
+        batch = _placed(batch, jax.tree.map(lambda leaf: rows, batch))
+        key = _placed(key, whole)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state), whole
+    step = make_step(stage, settings, config.sampler, system, optimizer, shardings)
+    return Program(stage, settings, step, state, frozen, batch, key)
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), tree, shardings)
+
+
+def resident_bytes(program: Program) -> float:
+    """Bytes of one device's share of all arguments."""
+    def share(leaf: jax.ShapeDtypeStruct) -> float:
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+        size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        total = size
+        for side in shape:
+            total *= side
+        return total
+    return float(sum(share(leaf) for leaf in jax.tree.leaves(program.arguments)))
+
+
+def plan_mesh(config: RunConfig, topology: Topology) -> Mesh:
+    """The configured mesh over a topology's devices: libtpu's description of a slice, or the host's faked devices.
+
+    Raises:
+      ValueError: no such slice, or a mesh that does not divide it.
+      ImportError: libtpu is not installed.
+    """
+    if topology.kind == "cpu":
+        return sharding.make_mesh(config.mesh, jax.devices()[:topology.devices])
+    from jax.experimental import topologies
+
+    try:
+        described = topologies.get_topology_desc(topology.name.replace("7x:", "tpu7x:"), platform="tpu")
+    except RuntimeError as error:
+        if "libtpu" in str(error).lower() and "not" in str(error).lower():
+            raise ImportError("libtpu is not installed; install the extra `tpu` (pip install 'uae_jax[tpu]')") from error
+        raise ValueError(f"libtpu does not know the topology {topology.name!r}: {str(error).splitlines()[0]}") from error
+    return sharding.make_mesh(config.mesh, list(described.devices))
+
+
+def compile_program(program: Program, mesh: Mesh) -> Memory:
+    """Compiles a step for the devices of a mesh; a program that does not fit them is reported, not raised."""
+    begin, resident = time.monotonic(), resident_bytes(program)
+    with jax.set_mesh(mesh):
+        lowered = program.step.lower(*program.arguments)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if not (found := EXHAUSTED.search(str(error))):
+                raise
+            used = float(found[1]) * UNITS[found[2]]
+            return Memory(resident, max(used - resident, 0.0), used, _listed(str(error)), time.monotonic() - begin)
+    seconds, stats = time.monotonic() - begin, compiled.memory_analysis()
+    temporaries = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+    results = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
+    return Memory(
+        resident, temporaries, resident + temporaries + results, largest_results(compiled.as_text()), seconds)
+
+
+def _listed(message: str) -> tuple[tuple[float, str, str], ...]:
+    """The allocations that libtpu lists when a program does not fit."""
+    found = [(float(size) * UNITS[unit], shape, name) for size, unit, shape, name in LISTED.findall(message)]
+    return tuple(dict.fromkeys(found))[:5]
+
+
+def largest_results(text: str, count: int = 5) -> tuple[tuple[float, str, str], ...]:
+    """The largest results of instructions of an optimised module, outside of fusions: (bytes, shape, operation)."""
+    found: dict[tuple[str, str], float] = {}
+    inside = False
+    for line in text.splitlines():
+        if line and not line[0].isspace():
+            inside = "fused" in line.split("(")[0] or "fusion" in line.split("(")[0]
+        match = None if inside else INSTRUCTION.match(line)
+        # memory space 1 is on-chip memory
+        if not match or match[4] in NAMING or match[1] not in TYPES or "S(1)" in (match[3] or ""):
+            continue
+        size = TYPES[match[1]]
+        for side in match[2].split(","):
+            size *= int(side or 1)
+        name = re.search(r'op_name="([^"]*)"', line)
+        found[f"{match[1]}[{match[2]}]", short_name(name[1] if name else match[4])] = float(size)
+    ordered = sorted(((size, shape, name) for (shape, name), size in found.items()), reverse=True)
+    kept: dict[str, tuple[float, str, str]] = {}
+    for entry in ordered:
+        kept.setdefault(entry[1], entry)
+    return tuple(kept.values())[:count]
+
+
+def short_name(name: str) -> str:
+    """The end of an operation's path, without the transformations around it."""
+    parts = [part for part in name.split("/") if part not in ("while", "body", "closed_call", "checkpoint", "cond")]
+    return "/".join(parts[-4:])
+
+
+def gib(size: float) -> float:
+    """Bytes in GiB."""
+    return size / GIB

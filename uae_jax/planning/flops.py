@@ -1,0 +1,157 @@
+"""Counts of a traced step: products of matrices and convolutions, with every loop counted as often as it runs.
+
+XLA's own cost analysis counts the body of a loop once; here scans over layers, denoising steps, micro-batches and updates are
+multiplied out, and a sampling loop runs until the last token. Nothing is computed and nothing is compiled: the step is
+traced, and its jaxpr is walked.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+# they rearrange a weight, and what they return is still that weight
+LAYOUT = frozenset((
+    "convert_element_type", "transpose", "reshape", "squeeze", "slice", "dynamic_slice", "expand_dims", "broadcast_in_dim", "copy",
+    "copy_p", "rev", "pad", "optimization_barrier", "sharding_constraint", "stop_gradient"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Work of a program or of a part of it, over all devices.
+
+    Attributes:
+      flops: of matrix products and convolutions, two for each multiplication and addition.
+      weight_bytes: parameters that these products read, each time they read them.
+      other_bytes: their other operands.
+    """
+
+    flops: float = 0.0
+    weight_bytes: float = 0.0
+    other_bytes: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(*(times * value for value in dataclasses.astuple(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """Attributes:
+      decoding: work inside sampling loops (`while`), where weights are read again for every token.
+      rest: everything else.
+    """
+
+    decoding: Work = Work()
+    rest: Work = Work()
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.decoding + other.decoding, self.rest + other.rest)
+
+    def __mul__(self, times: float) -> "Count":
+        return Count(self.decoding * times, self.rest * times)
+
+    @property
+    def flops(self) -> float:
+        """Of the whole program."""
+        return self.decoding.flops + self.rest.flops
+
+
+def count_work(function: Callable, arguments: Sequence[Any], weights: Sequence[int], *, trips: int = 1) -> Count:
+    """Traces a function and counts its work.
+
+    Args:
+      function: of jax arrays.
+      arguments: trees of arrays or `jax.ShapeDtypeStruct`.
+      weights: positions of the arguments that hold parameters.
+      trips: how often the body of a `while` runs.
+    """
+    closed = jax.make_jaxpr(function)(*arguments)
+    marks = [index in weights for index, argument in enumerate(arguments) for _ in jax.tree.leaves(argument)]
+    return _walk(closed.jaxpr, marks, trips, [True] * len(closed.jaxpr.outvars))[0]
+
+
+def _needed(jaxpr: Any, wanted: Sequence[bool]) -> list[Any]:
+    """The equations that the wanted results depend on, in order; the compiler drops the others."""
+    live = {id(variable) for variable, want in zip(jaxpr.outvars, wanted, strict=True) if want}
+    kept = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or any(id(variable) in live for variable in equation.outvars):
+            kept.append((equation, [id(variable) in live for variable in equation.outvars]))
+            live |= {id(variable) for variable in equation.invars}
+    return kept[::-1]
+
+
+def _walk(jaxpr: Any, marks: Sequence[bool], trips: int, wanted: Sequence[bool]) -> tuple[Count, list[bool]]:
+    """Work of one jaxpr, and which of its results are weights as they came in."""
+    known = dict(zip(jaxpr.invars, marks, strict=True))
+    total = Count()
+
+    def is_weight(variable: Any) -> bool:
+        return not hasattr(variable, "val") and known.get(variable, False)
+
+    for equation, used in _needed(jaxpr, wanted):
+        given = [is_weight(variable) for variable in equation.invars]
+        work, returned = _equation(equation, given, trips, used)
+        total += work
+        known.update(zip(equation.outvars, returned))
+    return total, [is_weight(variable) for variable in jaxpr.outvars]
+
+
+def _equation(equation: Any, given: list[bool], trips: int, used: list[bool]) -> tuple[Count, list[bool]]:
+    name, parameters, results = equation.primitive.name, equation.params, len(equation.outvars)
+    nothing = [False] * results
+    if name in ("dot_general", "conv_general_dilated"):
+        flops = _product_flops(equation) if name == "dot_general" else _convolution_flops(equation)
+        sizes = [_bytes(variable.aval) for variable in equation.invars]
+        weights = sum(size for size, weight in zip(sizes, given) if weight)
+        return Count(rest=Work(flops, weights, sum(sizes) - weights)), nothing
+    if name == "scan":
+        # a carried weight, as in the scan over updates, changes and is still a weight
+        carried = parameters["num_carry"]
+        count, returned = _walk(parameters["jaxpr"].jaxpr, given, trips, [True] * carried + used[carried:])
+        return count * parameters["length"], returned
+    if name == "while":
+        inside, _ = _walk(parameters["body_jaxpr"].jaxpr, given[parameters["cond_nconsts"]:], trips, [True] * results)
+        return Count(decoding=(inside.decoding + inside.rest) * trips), nothing
+    if name == "cond":
+        branches = [_walk(branch.jaxpr, given[1:], trips, used) for branch in parameters["branches"]]
+        return max((count for count, _ in branches), key=lambda count: count.flops), nothing
+    inner = next((parameters[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in parameters), None)
+    if inner is not None:
+        return _walk(getattr(inner, "jaxpr", inner), given, trips, used)
+    if name in LAYOUT:
+        return Count(), (given if name == "optimization_barrier" else given[:1] + nothing[1:])
+    return Count(), nothing
+
+
+def _bytes(shaped: Any) -> float:
+    return math.prod(shaped.shape) * shaped.dtype.itemsize
+
+
+def _product_flops(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+def _convolution_flops(equation: Any) -> float:
+    """Two for each pair of a weight and a number that is there; padding and the holes of a dilation are not."""
+    parameters = equation.params
+    numbers = parameters["dimension_numbers"]
+    picture, kernel, result = (variable.aval.shape for variable in (*equation.invars, *equation.outvars))
+    pairs = 1.0
+    for index, (at, kernel_at, result_at) in enumerate(zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:])):
+        dilation = parameters["lhs_dilation"][index]
+        position = (np.arange(result[result_at])[:, None] * parameters["window_strides"][index]
+                    + np.arange(kernel[kernel_at])[None] * parameters["rhs_dilation"][index] - parameters["padding"][index][0])
+        last = (picture[at] - 1) * dilation
+        pairs *= np.sum((position >= 0) & (position <= last) & (position % dilation == 0))
+    channels = kernel[numbers.rhs_spec[1]]  # of one group
+    batch = picture[numbers.lhs_spec[0]] // parameters["batch_group_count"]
+    return 2.0 * batch * kernel[numbers.rhs_spec[0]] * channels * pairs

@@ -1,0 +1,101 @@
+"""All stages of a configuration on a topology: counted, compiled or estimated, one after the other."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from uae_jax import trees
+from uae_jax.planning.chips import Topology, parse_topology
+from uae_jax.planning.compile import compile_program, make_program, plan_mesh
+from uae_jax.planning.estimate import estimate_memory
+from uae_jax.planning.flops import Count, count_work
+from uae_jax.planning.roofline import MeshSizes, roofline
+from uae_jax.planning.system import AbstractSystem, abstract_system
+from uae_jax.planning.table import StagePlan
+from uae_jax.stages.run import RunConfig
+from uae_jax.stages.settings import frozen
+from uae_jax.stages.steps import STAGES
+
+
+def mesh_sizes(config: RunConfig, devices: int) -> MeshSizes:
+    """The sizes of the mesh's axes, -1 filled in.
+
+    Raises:
+      ValueError: they do not multiply to the number of devices.
+    """
+    sizes = dataclasses.asdict(config.mesh)
+    known = 1
+    for size in sizes.values():
+        known *= size if size != -1 else 1
+    filled = {name: devices // known if size == -1 else size for name, size in sizes.items()}
+    found = MeshSizes(**filled)
+    if found.batch * found.tensor != devices:
+        raise ValueError(f"mesh {sizes} does not fit {devices} devices; change config.mesh")
+    return found
+
+
+def check_batch(config: RunConfig, stage: str, sizes: MeshSizes) -> None:
+    """Raises ValueError for a batch that does not divide over the mesh or into updates and micro-batches."""
+    settings = getattr(config, stage)
+    parts = settings.updates_per_rollout * settings.micro_batches
+    if settings.batch_size % sizes.batch or settings.batch_size % parts:
+        raise ValueError(
+            f"config.{stage}.batch_size is {settings.batch_size}; it must be a multiple of the {sizes.batch} devices that share the "
+            f"batch and of updates_per_rollout * micro_batches = {parts}")
+
+
+def step_work(config: RunConfig, system: AbstractSystem, stage: str) -> Count:
+    """Work of one step of a stage; sampling loops run to the last token."""
+    program = make_program(config, system, stage, None)
+    return count_work(program.step, program.arguments, (0, 1), trips=getattr(program.config, "max_new_tokens", 1))
+
+
+def without_recomputation(config: RunConfig) -> RunConfig:
+    """The configuration whose count is that of the model alone."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
+
+
+def plan_stage(
+    config: RunConfig, system: AbstractSystem, stage: str, topology: Topology, mesh: Mesh | None, sizes: MeshSizes) -> StagePlan:
+    """Counts a stage and finds its memory: compiled for a mesh, estimated without one."""
+    program = make_program(config, system, stage, mesh)
+    memory = estimate_memory(program, config, sizes, system.model) if mesh is None else compile_program(program, mesh)
+    count = step_work(config, system, stage)
+    plain = without_recomputation(config)
+    model_flops = step_work(plain, abstract_system(plain), stage).flops
+    return StagePlan(
+        stage, program.config.batch_size, trees.parameter_count(program.state.params), trees.parameter_count(program.frozen),
+        memory, count.flops, model_flops, roofline(count, model_flops, topology, sizes))
+
+
+def make_plan(
+    config: Mapping[str, Any], topology: str, stages: tuple[str, ...] = (), report: Callable[[StagePlan], None] = lambda plan: None,
+) -> tuple[list[StagePlan], Topology, MeshSizes]:
+    """Plans the stages of a configuration.
+
+    Args:
+      config: of a file in `configs/`.
+      topology: see `chips.parse_topology`.
+      stages: which; empty for those of the configuration.
+      report: called with each stage's plan as soon as it is there.
+
+    Raises:
+      ValueError: an unknown topology or stage, or a mesh or batch that does not divide.
+      ImportError: libtpu is needed and absent.
+    """
+    settings, chips = frozen(RunConfig, config), parse_topology(topology)
+    for stage in stages:
+        if stage not in STAGES:
+            raise ValueError(f"--stages names {stage!r}; the stages are {', '.join(STAGES)}")
+    sizes, plans = mesh_sizes(settings, chips.devices), []
+    wanted = stages or tuple(dict.fromkeys(stage for _, stage in settings.order()))
+    for stage in wanted:
+        check_batch(settings, stage, sizes)
+    mesh = None if chips.kind == "gpu" else plan_mesh(settings, chips)
+    system = abstract_system(settings)
+    for stage in wanted:
+        plans.append(plan_stage(settings, system, stage, chips, mesh, sizes))
+        report(plans[-1])
+    return plans, chips, sizes

@@ -1,0 +1,60 @@
+"""Sizes of the published models, so that a full-size run can be planned before a single weight is downloaded.
+
+Each value is that of the `config.json` in the repository named beside it; what stands in our config classes as a default is
+published too and is not repeated. Token counts are those of Qwen2.5-VL-3B-Instruct's tokenizer and chat template.
+"""
+
+import dataclasses
+
+from uae_jax.data.qwen_inputs import ImageProcessor
+from uae_jax.models.condition import ConditionTemplate
+from uae_jax.models.encoders.config import CLIPVisionConfig, Dinov2Config
+from uae_jax.models.encoders.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
+from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
+from uae_jax.rl.rewards import Encoder
+
+# Qwen/Qwen2.5-VL-3B-Instruct: the defaults of Qwen2_5VLConfig
+CAPTIONER = Qwen2_5VLConfig()
+# PKU-YuanGroup/UAE, llm/config.json: the projector's inner width, Linear 2048 to 8192 and 8192 to 4096
+PROJECTOR_WIDTH = 8192
+# stabilityai/stable-diffusion-3.5-medium and -large, transformer/config.json
+TRANSFORMERS = {
+    "sd3_5_medium": TransformerConfig(),
+    "sd3_5_large": TransformerConfig(num_layers=38, num_attention_heads=38, pos_embed_max_size=192, dual_attention_layers=())}
+# stabilityai/stable-diffusion-3.5-large, vae/config.json: the defaults of VAEConfig
+VAE = VAEConfig()
+# openai/clip-vit-large-patch14 (the reward) and facebook/dinov2-large (the held-out score)
+ENCODERS = {
+    "clip": Encoder("clip", "clip", CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, projection_dim=768, num_hidden_layers=24, num_attention_heads=16, patch_size=14),
+        Preprocess()),
+    "dinov2": Encoder("dinov2", "dinov2", Dinov2Config(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518),
+        Preprocess(size=(256,), mean=IMAGENET_MEAN, std=IMAGENET_STD))}
+# the release's demo.py lowers the image processor's max_pixels to 65536
+PROCESSOR = ImageProcessor(max_pixels=65536)
+# the chat template around a turn of the role `generate`: system turn and header before it, answer header after it
+TEMPLATE_PREFIX = (151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198, 151644, 19366, 198)
+TEMPLATE_SUFFIX = (151645, 198, 151644, 77091, 198)
+# "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."
+NEGATIVE_PROMPT = (31115, 264, 4194, 11, 3347, 4271, 11, 27261, 11, 28513, 11, 3873, 323, 22809, 11, 30349, 2168, 13)
+# the caption prompt in its chat template without the image's tokens; a 512-pixel picture adds 81
+CAPTION_PROMPT_TOKENS = 80
+
+
+def template() -> ConditionTemplate:
+    """The ids around a caption in the decoder's condition."""
+    return ConditionTemplate(TEMPLATE_PREFIX, TEMPLATE_SUFFIX, NEGATIVE_PROMPT, CAPTIONER.pad_token_id)
+
+
+def transformer_of(preset: str) -> TransformerConfig | None:
+    """The decoder of a full-size preset such as `qwen2_5_vl_3b_sd3_5_large@v5e-64`; None for other presets."""
+    captioner, _, decoder = preset.partition("@")[0].partition("_sd3_5_")
+    return TRANSFORMERS.get(f"sd3_5_{decoder}") if captioner == "qwen2_5_vl_3b" else None
+
+
+def using(transformer: TransformerConfig, *, dtype: str, remat: str, lora_alpha: float) -> tuple[Qwen2_5VLConfig, TransformerConfig]:
+    """Captioner and decoder with a run's precision, recomputation and adapter scale."""
+    captioner = CAPTIONER.using(dtype=dtype, remat=remat, lora_alpha=lora_alpha)
+    return captioner, dataclasses.replace(transformer, dtype=dtype, remat=remat, lora_alpha=lora_alpha)
