@@ -10,7 +10,7 @@ from stage_pieces import largest_gap, stage_of
 
 from uae_jax.models import uae
 from uae_jax.stages import cold_start, pretrain
-from uae_jax.stages.steps import make_denoising
+from uae_jax.stages.steps import make_denoising, reward_encoders
 from uae_jax.training.step import step_key
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -61,7 +61,7 @@ def _value_and_gradient(whole, model=None, **changes):
     """Mean loss and gradient of cold start as a function of the trained parts alone."""
     stage = stage_of(whole, "cold_start", clamp="none", **changes)
     denoising = make_denoising(whole.config.sampler, stage.config.sampler_steps, stage.config.guidance_scale)
-    algorithm = cold_start.algorithm(model or whole.system.model, stage.config, denoising, whole.encoders(stage.config))
+    algorithm = cold_start.algorithm(model or whole.system.model, stage.config, denoising, reward_encoders(whole.system, stage.config))
 
     def mean(params):
         total, count, _ = algorithm.loss(params, stage.frozen, {"samples": stage.batch}, stage.key)

@@ -68,7 +68,8 @@ def make_denoising(
     return Denoising(tuple(float(sigma) for sigma in sigmas), guidance_scale, policy_condition, vae_chunk)
 
 
-def _encoders(system: Described, config: Any) -> tuple[Encoder, ...]:
+def reward_encoders(system: Described, config: Any) -> tuple[Encoder, ...]:
+    """The image encoders of a stage's reward."""
     return tuple(system.encoders[name] for name in config.reward.names)
 
 
@@ -80,7 +81,7 @@ def make_policy(stage: str, config: Any, sampler: SamplerConfig, system: Describ
         vae_chunk=config.vae_chunk)
     shared = {field.name for field in dataclasses.fields(kind)} & {field.name for field in dataclasses.fields(config)}
     return kind(
-        model=system.model, denoising=denoising, encoders=_encoders(system, config), stops=system.stops, **more,
+        model=system.model, denoising=denoising, encoders=reward_encoders(system, config), stops=system.stops, **more,
         **{name: getattr(config, name) for name in shared})
 
 
@@ -100,6 +101,6 @@ def make_step(
         return pretrain.make_step(system.model, config, optimizer, shardings)
     if stage == "cold_start":
         denoising = make_denoising(sampler, config.sampler_steps, config.guidance_scale, vae_chunk=config.vae_chunk)
-        return cold_start.make_step(system.model, config, denoising, _encoders(system, config), optimizer, shardings)
+        return cold_start.make_step(system.model, config, denoising, reward_encoders(system, config), optimizer, shardings)
     module = gen_for_und if stage == "gen_for_und" else und_for_gen
     return module.make_step(make_policy(stage, config, sampler, system), config, optimizer, shardings)
