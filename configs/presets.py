@@ -4,6 +4,8 @@ Where the paper gives no value (notes in docs/recipes.md), the published value o
 source beside it. Nothing in this folder imports the package: a config is data.
 """
 
+import functools
+
 import ml_collections
 
 CAPTION_PROMPT = (
@@ -36,19 +38,19 @@ def _stages() -> dict:
             steps=500, batch_size=32, micro_batches=1, updates_per_rollout=1,
             # the released code: 10 Euler steps, guidance 5
             sampler_steps=10, guidance_scale=5.0, gradient_steps=0, condition="reencoded_caption", clamp="straight_through",
-            optimizer=_optimizer(1e-5, warmup_steps=20), ema_decay=0.0),
+            vae_chunk=0, optimizer=_optimizer(1e-5, warmup_steps=20), ema_decay=0.0),
         gen_for_und=dict(
             # TRL: learning rate 1e-6 full, 1e-5 with adapters; groups of 8, temperature 1
             steps=1_000, batch_size=64, micro_batches=1, updates_per_rollout=1, group_size=8, temperature=1.0,
             max_new_tokens=512, sampler_steps=10, guidance_scale=5.0, shared_noise=True, condition_model="reference",
-            aggregation="grpo", clip_low=0.2, clip_high=0.2, kl_weight=0.02, advantage_scale="group",
+            aggregation="grpo", clip_low=0.2, clip_high=0.2, kl_weight=0.02, advantage_scale="group", vae_chunk=0,
             train="lora", lora_rank=32, reward=_reward(), optimizer=_optimizer(1e-5, warmup_steps=10), ema_decay=0.0),
         und_for_gen=dict(
             # flow_grpo: 48 groups of 24, noise .7, 10 steps, learning rate 3e-4, clip 1e-4, two updates a rollout
             steps=1_000, batch_size=48, micro_batches=1, updates_per_rollout=2, group_size=24, temperature=0.7,
             max_new_tokens=512, sampler_steps=10, guidance_scale=1.0, step_rule="sde", noise_level=0.7, window=3,
             window_low=0, window_high=5, clip_range=1e-5, kl_weight=0.04, kl_kind="gaussian_nodt", guard=False,
-            advantage_scale="batch", condition_model="reference", train="lora", lora_rank=32, reward=_reward(),
+            advantage_scale="batch", vae_chunk=0, condition_model="reference", train="lora", lora_rank=32, reward=_reward(),
             optimizer=_optimizer(3e-4), ema_decay=0.9))
 
 
@@ -105,16 +107,54 @@ def _mini() -> dict:
     return config
 
 
-def _full(preset: str) -> dict:
-    return _base(preset)
-
-
-PRESETS = {
-    "tiny": _tiny,
-    "mini": _mini,
-    "qwen2_5_vl_3b_sd3_5_medium": lambda: _full("qwen2_5_vl_3b_sd3_5_medium"),
-    "qwen2_5_vl_3b_sd3_5_large": lambda: _full("qwen2_5_vl_3b_sd3_5_large"),
+# What changes with the machine, for `PRESET@SLICE`; every value is one that `uae_jax.plan` found to fit (docs/scaling.md).
+# A rollout's pictures are decoded `vae_chunk` at a time, one or two a device.
+SLICES = {
+    # 64 chips of 16 GiB
+    "v5e-64": dict(
+        mesh=dict(data=1, fsdp=64), pretrain=dict(micro_batches=4), cold_start=dict(vae_chunk=64), gen_for_und=dict(vae_chunk=64),
+        und_for_gen=dict(vae_chunk=64, micro_batches=12)),
+    # 64 chips of 32 GiB
+    "v6e-64": dict(
+        mesh=dict(data=1, fsdp=64), pretrain=dict(micro_batches=2), cold_start=dict(vae_chunk=64), gen_for_und=dict(vae_chunk=128),
+        und_for_gen=dict(vae_chunk=128, micro_batches=6)),
+    # 64 chips of 95 GiB
+    "v5p-64": dict(
+        mesh=dict(data=1, fsdp=64), pretrain=dict(micro_batches=1), cold_start=dict(vae_chunk=64), gen_for_und=dict(vae_chunk=256),
+        und_for_gen=dict(vae_chunk=256, micro_batches=2)),
+    # 8 cards of 141 GB
+    "8xH200": dict(
+        mesh=dict(data=1, fsdp=8), pretrain=dict(micro_batches=8), cold_start=dict(micro_batches=8, vae_chunk=8),
+        gen_for_und=dict(micro_batches=8, vae_chunk=16), und_for_gen=dict(micro_batches=16, vae_chunk=16)),
+    # one card of 141 GB: adapters alone; fewer pictures a step, each alone in its micro-batch
+    "1xH200": dict(
+        mesh=dict(data=1, fsdp=1), pretrain=dict(micro_batches=64), cold_start=dict(batch_size=16, micro_batches=16, vae_chunk=1),
+        gen_for_und=dict(batch_size=8, micro_batches=8, vae_chunk=4),
+        und_for_gen=dict(batch_size=4, group_size=24, micro_batches=12, vae_chunk=4)),
 }
+# 8.1 B weights with AdamW's moments and a gradient take 130 GB: one card trains the adapters of the large model only
+ADAPTERS_ALONE = ("qwen2_5_vl_3b_sd3_5_large@1xH200",)
+
+
+def _full(preset: str) -> dict:
+    """A full-size preset, such as `qwen2_5_vl_3b_sd3_5_large` or `qwen2_5_vl_3b_sd3_5_large@v6e-64`."""
+    config = _base(preset)
+    # parameters are cut over all devices: whole, the large one's training state alone is 98 GB
+    config["mesh"] = dict(data=1, fsdp=-1, tensor=1)
+    # one picture a device on 64 of them; 16 GiB hold one picture's activations, and one picture in the auto-encoder
+    config["pretrain"] |= dict(micro_batches=4)
+    config["cold_start"] |= dict(batch_size=64, vae_chunk=64)
+    config["gen_for_und"] |= dict(vae_chunk=64)
+    # flow_grpo has 48 groups; 64 give each of 64 devices one
+    config["und_for_gen"] |= dict(batch_size=64, micro_batches=12, vae_chunk=64)
+    for section, values in SLICES.get(preset.partition("@")[2], {}).items():
+        config[section] |= values
+    return config
+
+
+FULL = ("qwen2_5_vl_3b_sd3_5_medium", "qwen2_5_vl_3b_sd3_5_large")
+PRESETS = {"tiny": _tiny, "mini": _mini} | {
+    name: functools.partial(_full, name) for base in FULL for name in (base, *(f"{base}@{machine}" for machine in SLICES))}
 
 
 def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDict:
@@ -127,5 +167,5 @@ def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDi
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     config = ml_collections.ConfigDict(PRESETS[name]())
-    config.stages = stages
+    config.stages = tuple(stage for stage in stages if name not in ADAPTERS_ALONE or stage.endswith(("_for_und", "_for_gen")))
     return config
