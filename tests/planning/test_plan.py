@@ -1,0 +1,194 @@
+"""Plans of whole stages: compiled for faked devices, estimated for cards, and the command's answers."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from configs import presets
+
+from uae_jax import trees
+from uae_jax.planning import published
+from uae_jax.planning.chips import GIB, parse_topology
+from uae_jax.planning.compile import Memory, largest_results, make_program, plan_mesh, resident_bytes
+from uae_jax.planning.flops import Count, Work
+from uae_jax.planning.plan import make_plan
+from uae_jax.planning.roofline import MeshSizes, roofline
+from uae_jax.planning.system import abstract_system
+from uae_jax.planning.table import StagePlan, as_json, text_table
+from uae_jax.stages.run import RunConfig
+from uae_jax.stages.settings import frozen
+from uae_jax.stages.weights import load_system
+
+ROOT = pathlib.Path(__file__).parents[2]
+STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
+MEDIUM, LARGE = "qwen2_5_vl_3b_sd3_5_medium", "qwen2_5_vl_3b_sd3_5_large"
+
+
+def settings(preset: str, **sections) -> dict:
+    values = presets.preset(preset, STAGES).to_dict()
+    for name, changes in sections.items():
+        values[name] |= changes
+    return values
+
+
+def test_the_shapes_of_a_folder_are_those_of_its_weights():
+    config = frozen(RunConfig, settings("tiny"))
+    abstract, real = abstract_system(config), load_system(config.model, image_size=32)
+    shapes = {name: tuple(leaf.shape) for name, leaf in trees.flatten(abstract.parts).items() if "_lora/" not in name}
+    assert shapes == {name: tuple(np.shape(leaf)) for name, leaf in trees.flatten(real.parts).items()}
+    assert abstract.model == real.model and abstract.stops == real.stops and abstract.processor == real.processor
+
+
+@pytest.mark.parametrize("preset, billions", [(MEDIUM, 2.47), (LARGE, 8.15)])
+def test_published_sizes_have_the_published_numbers_of_parameters(preset, billions):
+    system = abstract_system(frozen(RunConfig, settings(preset)))
+    # the published files hold the position table too
+    assert trees.parameter_count(system.parts["transformer"]) / 1e9 == pytest.approx(billions, abs=0.01)
+    captioner = sum(trees.parameter_count(system.parts[name]) for name in ("vision", "language"))
+    assert captioner / 1e9 == pytest.approx(3.75, abs=0.01)
+    assert trees.parameter_count(system.parts["vae"]) / 1e6 == pytest.approx(83.8, abs=0.1)
+    assert system.spec.max_patches == 18 * 18 and system.spec.max_prompt == 192
+
+
+def test_a_prompt_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="need 161 tokens"):
+        abstract_system(frozen(RunConfig, settings(LARGE, data=dict(max_prompt=128))))
+
+
+def test_frozen_parts_are_held_in_bfloat16_once_nothing_trains_them():
+    config = frozen(RunConfig, settings(LARGE))
+    system = abstract_system(config)
+    kinds = {}
+    for stage in ("pretrain", "gen_for_und"):
+        program = make_program(config, system, stage, None)
+        kinds[stage] = {name: {leaf.dtype.name for leaf in jax.tree.leaves(part)} for name, part in program.frozen.items()}
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(program.state.params)} == {"float32"}
+    assert kinds["pretrain"]["language"] == kinds["gen_for_und"]["transformer"] == {"bfloat16"}
+    assert kinds["gen_for_und"]["vae"] == kinds["gen_for_und"]["transformer_lora"] == {"float32"}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The cheapest stage of the tiny preset on eight faked devices, whole and with parameters cut."""
+    found = {}
+    for name, mesh in (("whole", dict(data=8, fsdp=1)), ("cut", dict(data=1, fsdp=8))):
+        found[name] = make_plan(settings("tiny", mesh=mesh), "cpu:8", ("pretrain",))
+    return found
+
+
+def test_faked_devices_get_a_compiled_plan(compiled):
+    (plan,), topology, sizes = compiled["whole"]
+    assert not plan.memory.estimated and plan.memory.seconds > 0 and plan.memory.temporaries > 0 and plan.fits(topology)
+    assert plan.memory.peak >= plan.memory.arguments + plan.memory.temporaries and len(plan.memory.largest) == 5
+    assert sizes == MeshSizes(8, 1, 1)
+    text = text_table([plan], topology, sizes, "tiny")
+    assert "| pretrain" in text and "largest temporaries" in text and "does not fit" not in text
+
+
+def test_cutting_parameters_makes_the_arguments_of_a_device_smaller(compiled):
+    whole, cut = (compiled[name][0][0].memory.arguments for name in ("whole", "cut"))
+    assert cut < 0.5 * whole
+
+
+def test_resident_bytes_are_those_of_the_shards():
+    config = frozen(RunConfig, settings("tiny", mesh=dict(data=1, fsdp=8)))
+    topology = parse_topology("cpu:8")
+    program = make_program(config, abstract_system(config), "pretrain", plan_mesh(config, topology))
+    real = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), (program.state, program.frozen, program.batch))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(real))
+    assert resident_bytes(program) == held + 8  # and the random key
+
+
+def test_cards_are_estimated_and_the_large_model_needs_more_than_one():
+    values = settings(LARGE, mesh=dict(data=1, fsdp=-1), pretrain=dict(micro_batches=64))
+    one, eight = (make_plan(values, f"gpu:{count}xH200", ("pretrain",)) for count in (1, 8))
+    assert one[0][0].memory.estimated and not one[0][0].fits(one[1]) and eight[0][0].fits(eight[1])
+    state = 3 * 4 * one[0][0].trainable  # weights and two moments
+    assert one[0][0].memory.arguments > state and eight[0][0].memory.arguments == pytest.approx(one[0][0].memory.arguments / 8, rel=0.1)
+    assert "does not fit" in text_table(*one, "large")
+
+
+@pytest.mark.parametrize("topology, sections, message", [
+    ("v9:8x8", {}, "v6e:8x8"), ("gpu:6xH200", dict(mesh=dict(data=4, fsdp=1)), "does not fit 6 devices"),
+    ("gpu:5xH200", dict(mesh=dict(data=5, fsdp=1)), "must be a multiple of the 5 devices")])
+def test_what_cannot_be_planned_is_refused(topology, sections, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(settings("tiny", **sections), topology)
+
+
+def test_unknown_stages_are_refused():
+    with pytest.raises(ValueError, match="the stages are pretrain"):
+        make_plan(settings("tiny"), "gpu:4xH200", ("train",))
+
+
+def test_the_roofline_is_bound_by_the_slowest_of_its_terms():
+    topology, sizes = parse_topology("v6e:2x2"), MeshSizes(1, 4, 1)
+    chip = topology.chip
+    second = Count(rest=Work(flops=4 * chip.flops))  # one second of products on four chips
+    found = roofline(second, 2 * chip.flops, topology, sizes)
+    assert (found.seconds, found.utilisation, found.decoding) == (1.0, 0.5, 0.0)
+    decoding = Count(decoding=Work(weight_bytes=3 * chip.memory_bandwidth))  # read whole by every chip
+    found = roofline(decoding, 0.0, topology, sizes)
+    assert found.memory == 3.0 and found.links == pytest.approx(0.75 * 3 * chip.memory_bandwidth / chip.link_bandwidth)
+    assert found.seconds == max(found.memory, found.links)
+    assert roofline(second + decoding, 0.0, topology, sizes).seconds == 1 + found.seconds  # sampling and the rest follow each other
+    assert roofline(decoding, 0.0, topology, MeshSizes(1, 1, 4)).seconds == 0.75  # cut by tensor, read in quarters, never gathered
+
+
+HLO = """HloModule jit_step
+
+%fused_computation (p: f32[8,1024]) -> f32[8,1024] {
+  ROOT %huge = f32[4096,4096]{1,0} add(%p, %p), metadata={op_name="jit(step)/inside"}
+}
+
+ENTRY %main (a: f32[64]) -> f32[64] {
+  %a = f32[8,8,8]{2,1,0} parameter(0)
+  %x = bf16[256,1024]{1,0:T(8,128)(2,1)} fusion(%a), kind=kLoop, calls=%fused_computation, metadata={op_name="jit(step)/while/body/block/mul"}
+  %y = f32[16,1024]{1,0:T(8,128)S(1)} add(%x, %x), metadata={op_name="jit(step)/on_chip"}
+  ROOT %z = f32[64]{0} add(%x, %x)
+}
+"""
+
+
+def test_largest_results_are_those_in_memory():
+    assert largest_results(HLO) == ((256 * 1024 * 2, "bf16[256,1024]", "jit(step)/block/mul"), (256, "f32[64]", "add"))
+
+
+def test_json_has_every_figure_and_no_infinity():
+    topology, sizes = parse_topology("cpu:2"), MeshSizes(2, 1, 1)
+    plan = StagePlan("pretrain", 4, 10, 20, Memory(1.0, 2.0, 3.0), 5.0, 4.0, roofline(Count(), 4.0, topology, sizes))
+    stored = json.loads(as_json([plan], topology, sizes, "tiny"))
+    assert stored["stages"][0]["memory"]["peak"] == 3.0 and stored["stages"][0]["fits"] and stored["chip"]["memory"] is None
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "uae_jax.plan", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_prints_a_table_writes_json_and_fails_where_a_stage_does_not_fit(tmp_path):
+    done = command(f"--config=configs/unified_grpo.py:{LARGE}", "--topology=gpu:1xH100", "--stages=pretrain", f"--json={tmp_path}/plan.json",
+                   "--config.pretrain.micro_batches=256")
+    assert done.returncode == 1 and "pretrain does not fit" in done.stdout, done.stderr
+    stored = json.loads((tmp_path / "plan.json").read_text())
+    assert stored["stages"][0]["memory"]["peak"] > 80 * GIB and stored["preset"] == LARGE
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--config=configs/unified_grpo.py", "--topology=v7:8x8"), "topology is 'v7:8x8'"),
+    (("--config=configs/unified_grpo.py:huge", "--topology=cpu:2"), "unknown preset 'huge'"),
+    (("--config=configs/bootstrap.py", "--topology=cpu:2"), "no stages to plan")])
+def test_wrong_arguments_are_one_line(arguments, message):
+    done = command(*arguments)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_published_template_is_that_of_the_tokenizer():
+    template = published.template()
+    assert len(template.prefix) == 14 and len(template.suffix) == 5 and template.length(512) == 531
