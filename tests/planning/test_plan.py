@@ -136,6 +136,8 @@ def test_the_roofline_is_bound_by_the_slowest_of_its_terms():
     found = roofline(decoding, 0.0, topology, sizes)
     assert found.memory == 3.0 and found.links == pytest.approx(0.75 * 3 * chip.memory_bandwidth / chip.link_bandwidth)
     assert found.seconds == max(found.memory, found.links)
+    once = roofline(decoding, 0.0, topology, sizes, gathers=1 / 512)
+    assert once.links == pytest.approx(found.links / 512) and once.seconds == once.memory == 3.0
     assert roofline(second + decoding, 0.0, topology, sizes).seconds == 1 + found.seconds  # sampling and the rest follow each other
     assert roofline(decoding, 0.0, topology, MeshSizes(1, 1, 4)).seconds == 0.75  # cut by tensor, read in quarters, never gathered
 
