@@ -1,5 +1,6 @@
 """Plans of whole stages: compiled for faked devices, estimated for cards, and the command's answers."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -159,6 +160,18 @@ ENTRY %main (a: f32[64]) -> f32[64] {
 
 def test_largest_results_are_those_in_memory():
     assert largest_results(HLO) == ((256 * 1024 * 2, "bf16[256,1024]", "jit(step)/block/mul"), (256, "f32[64]", "add"))
+
+
+def test_slices_are_libtpu_s_or_say_what_to_install():
+    config = frozen(RunConfig, settings("tiny", mesh=dict(data=1, fsdp=-1)))
+    for name in ("v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:2x4", "7x:2x2x1"):
+        topology = parse_topology(name)
+        if importlib.util.find_spec("libtpu") is None:
+            with pytest.raises(ImportError, match="extra `tpu`"):
+                plan_mesh(config, topology)
+        else:
+            mesh = plan_mesh(config, topology)
+            assert mesh.size == topology.devices and mesh.devices.flat[0].device_kind == topology.chip.device_kind
 
 
 REFUSALS = {

@@ -131,10 +131,12 @@ def plan_mesh(config: RunConfig, topology: Topology) -> Mesh:
         return sharding.make_mesh(config.mesh, jax.devices()[:topology.devices])
     from jax.experimental import topologies
 
+    # v4's two cores are one device in the configuration that its slices run in, and two in libtpu's default
+    more = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
     try:
-        described = topologies.get_topology_desc(topology.name.replace("7x:", "tpu7x:"), platform="tpu")
+        described = topologies.get_topology_desc(topology.name.replace("7x:", "tpu7x:"), platform="tpu", **more)
     except RuntimeError as error:
-        if "libtpu" in str(error).lower() and "not" in str(error).lower():
+        if "not installed" in str(error):
             raise ImportError("libtpu is not installed; install the extra `tpu` (pip install 'uae_jax[tpu]')") from error
         raise ValueError(f"libtpu does not know the topology {topology.name!r}: {str(error).splitlines()[0]}") from error
     return sharding.make_mesh(config.mesh, list(described.devices))
