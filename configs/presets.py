@@ -115,11 +115,11 @@ def _mini() -> dict:
 SLICES = {
     # 64 chips of 16 GiB
     "v5e-64": dict(
-        mesh=dict(data=1, fsdp=64), pretrain=dict(micro_batches=4), cold_start=dict(vae_chunk=64), gen_for_und=dict(vae_chunk=64),
-        und_for_gen=dict(vae_chunk=64, micro_batches=12)),
+        mesh=dict(data=1, fsdp=64), pretrain=dict(micro_batches=1), cold_start=dict(vae_chunk=64), gen_for_und=dict(vae_chunk=64),
+        und_for_gen=dict(vae_chunk=64, micro_batches=6)),
     # 64 chips of 32 GiB
     "v6e-64": dict(
-        mesh=dict(data=1, fsdp=64), pretrain=dict(micro_batches=2), cold_start=dict(vae_chunk=64), gen_for_und=dict(vae_chunk=128),
+        mesh=dict(data=1, fsdp=64), pretrain=dict(micro_batches=1), cold_start=dict(vae_chunk=64), gen_for_und=dict(vae_chunk=128),
         und_for_gen=dict(vae_chunk=128, micro_batches=6)),
     # 64 chips of 95 GiB
     "v5p-64": dict(
@@ -149,7 +149,7 @@ def _full(preset: str) -> dict:
     config["cold_start"] |= dict(batch_size=64, vae_chunk=64)
     config["gen_for_und"] |= dict(vae_chunk=64)
     # flow_grpo has 48 groups; 64 give each of 64 devices one
-    config["und_for_gen"] |= dict(batch_size=64, micro_batches=12, vae_chunk=64)
+    config["und_for_gen"] |= dict(batch_size=64, micro_batches=6, vae_chunk=64)
     for section, values in SLICES.get(preset.partition("@")[2], {}).items():
         config[section] |= values
     return config

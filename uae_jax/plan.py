@@ -30,9 +30,10 @@ def prepare_environment(topology: str) -> None:
     if kind == "cpu" and count.isdigit():
         others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
         os.environ["XLA_FLAGS"] = " ".join([*others, f"--xla_force_host_platform_device_count={count}"])
-    # libtpu otherwise asks a metadata server that is not there, and refuses to be loaded twice
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"), ("TPU_STDERR_LOG_LEVEL", "3"),
-                        ("TPU_MIN_LOG_LEVEL", "3")):
+    # libtpu otherwise looks for the host that it runs on, at length, and refuses to be loaded by two processes
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v6e-8", "TPU_WORKER_HOSTNAMES": "localhost",
+             "TPU_WORKER_ID": "0"}
+    for name, value in quiet.items():
         os.environ.setdefault(name, value)
 
 

@@ -1,5 +1,6 @@
 """Plans of whole stages: compiled for faked devices, estimated for cards, and the command's answers."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ from configs import presets
 from uae_jax import trees
 from uae_jax.planning import published
 from uae_jax.planning.chips import GIB, parse_topology
-from uae_jax.planning.compile import Memory, largest_results, make_program, plan_mesh, resident_bytes
+from uae_jax.planning.compile import Memory, _too_large, largest_results, make_program, plan_mesh, resident_bytes
 from uae_jax.planning.flops import Count, Work
 from uae_jax.planning.plan import make_plan
 from uae_jax.planning.roofline import MeshSizes, roofline
@@ -136,6 +137,8 @@ def test_the_roofline_is_bound_by_the_slowest_of_its_terms():
     found = roofline(decoding, 0.0, topology, sizes)
     assert found.memory == 3.0 and found.links == pytest.approx(0.75 * 3 * chip.memory_bandwidth / chip.link_bandwidth)
     assert found.seconds == max(found.memory, found.links)
+    once = roofline(decoding, 0.0, topology, sizes, gathers=1 / 512)
+    assert once.links == pytest.approx(found.links / 512) and once.seconds == once.memory == 3.0
     assert roofline(second + decoding, 0.0, topology, sizes).seconds == 1 + found.seconds  # sampling and the rest follow each other
     assert roofline(decoding, 0.0, topology, MeshSizes(1, 1, 4)).seconds == 0.75  # cut by tensor, read in quarters, never gathered
 
@@ -157,6 +160,44 @@ ENTRY %main (a: f32[64]) -> f32[64] {
 
 def test_largest_results_are_those_in_memory():
     assert largest_results(HLO) == ((256 * 1024 * 2, "bf16[256,1024]", "jit(step)/block/mul"), (256, "f32[64]", "add"))
+
+
+def test_slices_are_libtpu_s_or_say_what_to_install():
+    config = frozen(RunConfig, settings("tiny", mesh=dict(data=1, fsdp=-1)))
+    for name in ("v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:2x4", "7x:2x2x1"):
+        topology = parse_topology(name)
+        if importlib.util.find_spec("libtpu") is None:
+            with pytest.raises(ImportError, match="extra `tpu`"):
+                plan_mesh(config, topology)
+        else:
+            mesh = plan_mesh(config, topology)
+            assert mesh.size == topology.devices and mesh.devices.flat[0].device_kind == topology.chip.device_kind
+
+
+REFUSALS = {
+    "total": """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.
+
+Largest program allocations in hbm:
+
+  1. Size: 6.00G
+     Operator: op_name="jit(step)/attention"
+     Shape: f32[16,38,1555,1555]{3,2,1,0:T(8,128)}
+     Unpadded size: 5.70G
+""",
+    "temporaries": "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (42.00G) exceeds available HBM (15.75G)."}
+
+
+@pytest.mark.parametrize("kind, temporaries", [("total", 18.5), ("temporaries", 42)])
+def test_a_program_that_does_not_fit_is_reported_as_libtpu_says_it(kind, temporaries):
+    memory = _too_large(REFUSALS[kind], 2 * GIB, 1.0)
+    assert (memory.temporaries / GIB, memory.peak / GIB) == (temporaries, temporaries + 2)
+    if kind == "total":
+        assert memory.largest == ((6 * GIB, "f32[16,38,1555,1555]{3,2,1,0:T(8,128)}", "jit(step)/attention"),)
+
+
+def test_other_refusals_are_one_clear_error():
+    with pytest.raises(ValueError, match="compiler refused the step: INTERNAL: something"):
+        _too_large("INTERNAL: something\nmore", 0.0, 1.0)
 
 
 def test_json_has_every_figure_and_no_infinity():

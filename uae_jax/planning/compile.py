@@ -23,8 +23,10 @@ TYPES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "
 NAMING = frozenset(("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "constant", "copy-done",
                     "all-gather-done", "all-reduce-done", "collective-permute-done", "async-done", "slice-done"))
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\](\{[^}]*\})? ([\w\-]+)\(")
-EXHAUSTED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
-LISTED = re.compile(r"Size: ([\d.]+)([KMGT]).*?Shape: (\S+).*?(?:op_name=\"([^\"]*)\"|Allocation type)", re.S)
+# the two ways in which libtpu says that a program does not fit: by its total, or by its temporaries alone
+TOTAL = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
+TEMPORARIES = re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT])\)")
+LISTED = re.compile(r'Size: ([\d.]+)([KMGT])\s+Operator: op_name="([^"]*)"\s+Shape: (\S+)')
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # libtpu schedules the instructions of one 3x3 convolution of the auto-encoder for 7 to 37 seconds by default, and for less than
 # one with the least effort; its temporaries are then not smaller, since fewer of them stay on the chip
@@ -129,10 +131,12 @@ def plan_mesh(config: RunConfig, topology: Topology) -> Mesh:
         return sharding.make_mesh(config.mesh, jax.devices()[:topology.devices])
     from jax.experimental import topologies
 
+    # v4's two cores are one device in the configuration that its slices run in, and two in libtpu's default
+    more = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
     try:
-        described = topologies.get_topology_desc(topology.name.replace("7x:", "tpu7x:"), platform="tpu")
+        described = topologies.get_topology_desc(topology.name.replace("7x:", "tpu7x:"), platform="tpu", **more)
     except RuntimeError as error:
-        if "libtpu" in str(error).lower() and "not" in str(error).lower():
+        if "not installed" in str(error):
             raise ImportError("libtpu is not installed; install the extra `tpu` (pip install 'uae_jax[tpu]')") from error
         raise ValueError(f"libtpu does not know the topology {topology.name!r}: {str(error).splitlines()[0]}") from error
     return sharding.make_mesh(config.mesh, list(described.devices))
@@ -153,10 +157,7 @@ def compile_program(program: Program, mesh: Mesh, effort: float = QUICK) -> Memo
         try:
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
-            if not (found := EXHAUSTED.search(str(error))):
-                raise
-            used = float(found[1]) * UNITS[found[2]]
-            return Memory(resident, max(used - resident, 0.0), used, _listed(str(error)), time.monotonic() - begin)
+            return _too_large(str(error), resident, time.monotonic() - begin)
     seconds, stats = time.monotonic() - begin, compiled.memory_analysis()
     temporaries = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
     results = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
@@ -164,9 +165,27 @@ def compile_program(program: Program, mesh: Mesh, effort: float = QUICK) -> Memo
         resident, temporaries, resident + temporaries + results, largest_results(compiled.as_text()), seconds)
 
 
+def _too_large(message: str, resident: float, seconds: float) -> Memory:
+    """What libtpu says of a program that does not fit.
+
+    Raises:
+      ValueError: the compiler failed for another reason.
+    """
+    def size(found: re.Match) -> float:
+        return float(found[1]) * UNITS[found[2]]
+
+    if found := TOTAL.search(message):
+        temporaries = max(size(found) - resident, 0.0)
+    elif found := TEMPORARIES.search(message):
+        temporaries = size(found)
+    else:
+        raise ValueError(f"the compiler refused the step: {message.splitlines()[0]}")
+    return Memory(resident, temporaries, resident + temporaries, _listed(message), seconds)
+
+
 def _listed(message: str) -> tuple[tuple[float, str, str], ...]:
     """The allocations that libtpu lists when a program does not fit."""
-    found = [(float(size) * UNITS[unit], shape, name) for size, unit, shape, name in LISTED.findall(message)]
+    found = [(float(size) * UNITS[unit], shape, short_name(name)) for size, unit, name, shape in LISTED.findall(message)]
     return tuple(dict.fromkeys(found))[:5]
 
 

@@ -85,8 +85,8 @@ def _gradient(shapes: Shapes, rows: float, *, language: bool, length: int) -> fl
     return rows * s.tokens * s.width * s.layers * s.activation + 2 * _transformer_layer(s, rows)
 
 
-def _stage_activations(stage: str, settings: Any, s: Shapes, rows: float, length: int) -> float:
-    """The largest phase of a stage; `rows` pictures of a batch on one device."""
+def _stage_activations(stage: str, settings: Any, s: Shapes, rows: float, length: int, gathered: float) -> float:
+    """The largest phase of a stage; `rows` pictures of a batch and `gathered` bytes of sampling weights on one device."""
     parts = settings.micro_batches * settings.updates_per_rollout
     small = max(rows / parts, 1)
     if stage == "pretrain":
@@ -99,11 +99,11 @@ def _stage_activations(stage: str, settings: Any, s: Shapes, rows: float, length
     chunk = settings.vae_chunk
     drawing = _drawing(s, rows * settings.group_size, settings.guidance_scale, chunk)
     if stage == "gen_for_und":
-        writing = _writing(s, rows * settings.group_size, rows, length)
+        writing = gathered + _writing(s, rows * settings.group_size, rows, length)
         return max(writing, drawing, _gradient(s, small * settings.group_size, language=True, length=length))
     window = 3 * settings.window * rows * settings.group_size * s.pixels / 64 * 16 * FLOAT
     gradient = _gradient(s, small * settings.group_size * guided, language=False, length=length)
-    return window + max(_writing(s, rows, rows, length), drawing, gradient)
+    return window + max(gathered + _writing(s, rows, rows, length), drawing, gradient)
 
 
 def _share(tree: Any, sizes: MeshSizes) -> float:
@@ -141,10 +141,12 @@ def estimate_memory(program: Program, config: RunConfig, sizes: MeshSizes, model
     resident = _share(program.state, sizes) + _share(program.frozen, sizes) + batch
     gradients = 2 * _share(program.state.params, sizes)  # their sum, and those of a micro-batch
     layers = _largest_layer(program, sizes)
-    rows = settings.batch_size / sizes.batch
+    rows, gathered = settings.batch_size / sizes.batch, 0.0
+    if getattr(settings, "gather_weights", False) and sizes.fsdp > 1:
+        gathered = trees.parameter_count(program.frozen["language"]) * shapes.activation / sizes.tensor
     entries = (
         (gradients, "float32", "gradients"), (layers, config.model.dtype, "gathered weights of two layers"),
-        (_stage_activations(program.stage, settings, shapes, rows, length), config.model.dtype, "activations"))
+        (_stage_activations(program.stage, settings, shapes, rows, length, gathered), config.model.dtype, "activations"))
     temporaries = sum(size for size, _, _ in entries)
     return Memory(resident, temporaries, resident + temporaries, tuple(sorted(entries, reverse=True)), estimated=True)
 

@@ -16,7 +16,7 @@ from uae_jax.planning.system import AbstractSystem, abstract_system
 from uae_jax.planning.table import StagePlan
 from uae_jax.stages.run import RunConfig
 from uae_jax.stages.settings import frozen
-from uae_jax.stages.steps import STAGES
+from uae_jax.stages.steps import STAGES, check_batch
 
 
 def mesh_sizes(config: RunConfig, devices: int) -> MeshSizes:
@@ -36,20 +36,15 @@ def mesh_sizes(config: RunConfig, devices: int) -> MeshSizes:
     return found
 
 
-def check_batch(config: RunConfig, stage: str, sizes: MeshSizes) -> None:
-    """Raises ValueError for a batch that does not divide over the mesh or into updates and micro-batches."""
-    settings = getattr(config, stage)
-    parts = settings.updates_per_rollout * settings.micro_batches
-    if settings.batch_size % sizes.batch or settings.batch_size % parts:
-        raise ValueError(
-            f"config.{stage}.batch_size is {settings.batch_size}; it must be a multiple of the {sizes.batch} devices that share the "
-            f"batch and of updates_per_rollout * micro_batches = {parts}")
-
-
 def step_work(config: RunConfig, system: AbstractSystem, stage: str) -> Count:
     """Work of one step of a stage; sampling loops run to the last token."""
     program = make_program(config, system, stage, None)
     return count_work(program.step, program.arguments, (0, 1), trips=getattr(program.config, "max_new_tokens", 1))
+
+
+def _gathers(settings: Any) -> float:
+    """How often a rollout gathers the weights that sampling reads, as a share of the tokens."""
+    return 1 / settings.max_new_tokens if getattr(settings, "gather_weights", False) else 1.0
 
 
 def without_recomputation(config: RunConfig) -> RunConfig:
@@ -67,7 +62,7 @@ def plan_stage(
     model_flops = step_work(plain, abstract_system(plain), stage).flops
     return StagePlan(
         stage, program.config.batch_size, trees.parameter_count(program.state.params), trees.parameter_count(program.frozen),
-        memory, count.flops, model_flops, roofline(count, model_flops, topology, sizes))
+        memory, count.flops, model_flops, roofline(count, model_flops, topology, sizes, _gathers(program.config)))
 
 
 def make_plan(
@@ -92,7 +87,7 @@ def make_plan(
     sizes, plans = mesh_sizes(settings, chips.devices), []
     wanted = stages or tuple(dict.fromkeys(stage for _, stage in settings.order()))
     for stage in wanted:
-        check_batch(settings, stage, sizes)
+        check_batch(stage, getattr(settings, stage), sizes.batch)
     mesh = None if chips.kind == "gpu" else plan_mesh(settings, chips)
     system = abstract_system(settings)
     for stage in wanted:

@@ -49,7 +49,7 @@ def _terms(work: Work, topology: Topology, sizes: MeshSizes, other: bool) -> tup
     return work.flops / topology.devices / chip.flops, read / chip.memory_bandwidth, gathered / chip.link_bandwidth
 
 
-def roofline(count: Count, model_flops: float, topology: Topology, sizes: MeshSizes) -> Roofline:
+def roofline(count: Count, model_flops: float, topology: Topology, sizes: MeshSizes, gathers: float = 1.0) -> Roofline:
     """The bound of a step.
 
     Args:
@@ -57,8 +57,10 @@ def roofline(count: Count, model_flops: float, topology: Topology, sizes: MeshSi
       model_flops: of the step without recomputation.
       topology: the chips; those of a `cpu` topology have no peak, and the result is not a number.
       sizes: of the mesh.
+      gathers: for one token sampled, how often its weights are gathered: 1, or 1 / T when they are gathered once a rollout.
     """
-    decoding = _terms(count.decoding, topology, sizes, other=True)
+    compute, memory, links = _terms(count.decoding, topology, sizes, other=True)
+    decoding = compute, memory, links * gathers
     rest = _terms(count.rest, topology, sizes, other=False)
     seconds = max(decoding) + max(rest)
     compute, memory, links = (a + b for a, b in zip(decoding, rest))

@@ -26,7 +26,7 @@ from uae_jax.stages import cold_start, gen_for_und, pretrain, und_for_gen
 from uae_jax.stages.evaluation import EvaluationConfig, Evaluator
 from uae_jax.stages.export import export_system
 from uae_jax.stages.settings import frozen
-from uae_jax.stages.steps import RL_STAGES, STAGES, SamplerConfig, held, make_denoising, make_policy, make_step
+from uae_jax.stages.steps import RL_STAGES, STAGES, SamplerConfig, check_batch, held, make_denoising, make_policy, make_step
 from uae_jax.stages.weights import ModelConfig, load_system
 from uae_jax.training import processes
 from uae_jax.training.loop import Hooks, LoopConfig, StageResult, check_configuration, run_stage
@@ -193,12 +193,7 @@ class Run:
         """Builds every stage's description now, so that a setting of the last stage does not fail after the first ones ran."""
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         for _, stage in self.config.order():
-            config = getattr(self.config, stage)
-            parts = config.updates_per_rollout * config.micro_batches
-            if config.batch_size % ways or config.batch_size % parts:
-                raise ValueError(
-                    f"config.{stage}.batch_size is {config.batch_size}; it must be a multiple of the {ways} devices that share the "
-                    f"batch and of updates_per_rollout * micro_batches = {parts}")
+            check_batch(stage, getattr(self.config, stage), ways)
             if stage in RL_STAGES:
                 self.policy(stage)
 

@@ -61,6 +61,24 @@ def held(parts: Mapping, trained: Collection[str], dtype: str) -> dict:
         for name, part in parts.items()}
 
 
+def check_batch(stage: str, config: Any, ways: int) -> None:
+    """Checks that a stage's batch can be cut as its settings say.
+
+    Args:
+      stage: a name of `STAGES`; config: its settings.
+      ways: devices that share the batch.
+
+    Raises:
+      ValueError: pictures do not divide over the devices, or samples (drawings in und_for_gen) into updates and micro-batches.
+    """
+    parts = config.updates_per_rollout * config.micro_batches
+    samples = config.batch_size * (config.group_size if stage == "und_for_gen" else 1)
+    if config.batch_size % ways or samples % parts:
+        raise ValueError(
+            f"config.{stage}.batch_size is {config.batch_size}; it must be a multiple of the {ways} devices that share the "
+            f"batch, and its {samples} samples one of updates_per_rollout * micro_batches = {parts}")
+
+
 def make_denoising(
     sampler: SamplerConfig, steps: int, guidance_scale: float, *, policy_condition: bool = False, vae_chunk: int = 0) -> Denoising:
     """The sampler of a stage, or of an evaluation."""
