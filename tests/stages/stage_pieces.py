@@ -62,6 +62,8 @@ def one_step(run: run_module.Run, stage: str) -> tuple[dict, dict, dict]:
     Returns:
       Updated parameters, their changes (numpy), and metrics (numbers).
     """
+    run = copy.copy(run)  # other stages keep their adapters
+    run.parts = dict(run.parts)
     if stage in _ADAPTERS:  # an adapter that is not zero: gradients reach both of its factors
         adapter = sharding.host_values(run.parts[_ADAPTERS[stage]])
         run.parts[_ADAPTERS[stage]] = sharding.shard_tree(jax.tree.map(np.asarray, nudged(adapter)), run.mesh)
