@@ -59,7 +59,7 @@ class AdapterFiles:
       settings: of `read_settings`.
       alpha: numerator of the scale, which is `alpha / rank` in every module.
       assumed: whether nothing in the files says alpha.
-      missing, unknown: names of factors or modules that are absent, and of tensors that have no place.
+      missing, unknown: names of factors that are absent, and of tensors that have no place.
       problems: what of this, or of the settings, makes the adapter unusable; one sentence each.
     """
 
@@ -143,7 +143,8 @@ def survey_adapter(
     absent = _absent(known, candidates, settings, allow_subset=by_diffusers)
     problems = _problems(folder, special, foreign, halves, absent, bool(settings))
     files = AdapterFiles(
-        folder, known, modules, abstract, aliases, settings, 0.0, False, (*sorted(halves), *absent), (*special, *foreign), ())
+        folder, known, modules, abstract, aliases, settings, 0.0, False,
+        (*sorted(halves), *(f"{module}.lora_{letter}.weight" for module in absent for letter in "AB")), (*special, *foreign), ())
     try:
         alpha, assumed = _alpha(folder, settings, alphas, set(files.ranks.values()) or {1}, by_diffusers)
     except ValueError as error:

@@ -216,7 +216,8 @@ def load_adapter(
     """
     adapter = read_adapters(path, config, dtype)
     if set(adapter.tree) != {"language"} or "head" in adapter.tree["language"]:
-        raise ValueError(f"{path} adapts more than the text model's layers; merge it into the base (model.merge_adapters=True)")
+        raise ValueError(f"{path} adapts more than the text model's layers; merge it into the base (model.merge_adapters=True, or "
+                         "`convert export --merge-adapters`)")
     return config.using(lora_alpha=adapter.alpha), adapter.tree["language"]
 
 
