@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from uae_jax import trees
 from uae_jax.hf.safetensors import TensorFolder, write_tensors
 from uae_jax.models.qwen2_5_vl import config as configs
 from uae_jax.models.qwen2_5_vl import model, weights
@@ -273,13 +272,3 @@ def test_unsupported_settings_are_named(saved, tmp_path, part, field, value):
     (tmp_path / "config.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match="rope_type" if field == "rope_scaling" else field):
         configs.from_folder(tmp_path)
-
-
-def test_published_size_has_one_source_tensor_for_each_parameter():
-    config = configs.Qwen2_5VLConfig()
-    abstract = model.abstract_params(config)
-    table = weights.rules(config, projector=False)
-    sources = [source for rule in table for source in rule.sources()]
-    assert trees.parameter_count(abstract) == 3_754_622_976
-    assert len(sources) == len(set(sources)) == 824
-    assert {rule.ours for rule in table} == set(trees.flatten(abstract))

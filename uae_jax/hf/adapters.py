@@ -13,7 +13,7 @@ from absl import logging
 from safetensors import safe_open
 
 from uae_jax import trees
-from uae_jax.hf.rules import Rule, load_params
+from uae_jax.hf.rules import Rule, canonical, load_params
 from uae_jax.hf.safetensors import TensorFolder
 
 # the adapter's name that peft has in memory, and diffusers' older words for the two factors
@@ -25,6 +25,8 @@ ALPHA = r"(.+)\.alpha"
 SPECIAL = r".*(\.lora_|lora_magnitude_vector|\.dora_scale).*"  # factors of other kinds of adapter
 HEADER = "lora_adapter_metadata"  # key of the safetensors header in which diffusers keeps the settings
 DIFFUSERS_PREFIX = "transformer."
+NOT_A_FACTOR = r"(?!.*\.lora_[AB]\.weight$).*"
+LAYER = r"^(.*\.)?(layers|blocks|transformer_blocks)\.\d+\."  # what stands before the name of a module in its layer
 PLAIN = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices",
          "fan_in_fan_out")
 
@@ -44,6 +46,42 @@ class Adapter:
     tensors: int
 
 
+@dataclasses.dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter in its files, understood but not read.
+
+    Attributes:
+      folder: its tensors.
+      pairs: adapted module, by the base model's names, to the names in the files of its factors `A` `[r, in]` and `B` `[out, r]`.
+      modules: the base model's linear maps and their rules; only those of `pairs` where the base is not known.
+      abstract: shapes of the base model, or those that the factors say.
+      aliases: pairs that turn the names in the files into those of the table.
+      settings: of `read_settings`.
+      alpha: numerator of the scale, which is `alpha / rank` in every module.
+      assumed: whether nothing in the files says alpha.
+      missing, unknown: names of factors that are absent, and of tensors that have no place.
+      problems: what of this, or of the settings, makes the adapter unusable; one sentence each.
+    """
+
+    folder: TensorFolder
+    pairs: dict[str, dict[str, str]]
+    modules: dict[str, Rule]
+    abstract: trees.Tree
+    aliases: tuple[tuple[str, str], ...]
+    settings: dict[str, Any]
+    alpha: float
+    assumed: bool
+    missing: tuple[str, ...]
+    unknown: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each adapted module, from whichever factor is there."""
+        return {module: self.folder.shape(pair["A"])[0] if "A" in pair else self.folder.shape(pair["B"])[-1]
+                for module, pair in self.pairs.items()}
+
+
 def peft_settings(ranks: Mapping[str, int], alpha: float) -> dict[str, Any]:
     """The contents of peft's `adapter_config.json`.
 
@@ -58,85 +96,174 @@ def peft_settings(ranks: Mapping[str, int], alpha: float) -> dict[str, Any]:
         "inference_mode": True, "task_type": None, "base_model_name_or_path": None}
 
 
-def canonical(name: str, aliases: Sequence[tuple[str, str]]) -> str:
-    """The name after all (regular expression, replacement) pairs in turn."""
-    for pattern, replacement in aliases:
-        name = re.sub(pattern, replacement, name)
-    return name
+def by_ending(ranks: Mapping[str, int], modules: Iterable[str]) -> dict[str, int]:
+    """The ranks by endings without the layer, where these mean exactly the same modules with the same ranks.
+
+    Args:
+      ranks: rank by the name of the adapted module.
+      modules: all names that an ending may mean.
+    """
+    short = {re.sub(LAYER, "", name): rank for name, rank in sorted(ranks.items())}
+    meant = {name: rank for name in modules for ending, rank in short.items() if f".{name}".endswith(f".{ending}")}
+    return short if meant == ranks else dict(sorted(ranks.items()))
 
 
-def read_adapter(
-    folder: TensorFolder, rules: Sequence[Rule], abstract: trees.Tree, *, aliases: Sequence[tuple[str, str]] = (),
-    parts: tuple[str, ...] = (), others: str = "", dtype: np.dtype | None = None) -> Adapter:
-    """Reads an adapter of any of a model's linear maps.
+def survey_adapter(
+    folder: TensorFolder, rules: Sequence[Rule] | None, abstract: trees.Tree, *, aliases: Sequence[tuple[str, str]] = (),
+    parts: tuple[str, ...] = (), others: str = "") -> AdapterFiles:
+    """Finds out what an adapter of any of a model's linear maps holds, from names, shapes and settings alone.
 
     The scale comes from `adapter_config.json`, from the header that diffusers writes, or from `alpha` tensors. Without
     any, alpha is the rank in diffusers' files, as diffusers reads them, and otherwise twice the rank, as in the UAE
-    release; a warning says so. Layers that an adapter leaves out of a stack have zero factors.
+    release.
 
     Args:
       folder: a peft folder, a folder or file of diffusers, or a whole wrapped model.
-      rules: the table of the base model; its `dense` kernels can be adapted.
+      rules: the table of the base model; its `dense` kernels can be adapted. None where the base is not known.
       abstract: shapes of the base model.
       aliases: pairs that turn other names into those of the table.
       parts: first names of ours that an adapter may leave out as a whole, such as `vision`.
       others: regular expression of names that may stand beside the adapter.
+
+    Raises:
+      ValueError: no adapter tensor at all, settings that cannot be read or of another kind of adapter. What else is wrong
+        is in `problems`.
+    """
+    aliases = (*aliases, *LEAVES)
+    pairs, alphas, special = _survey(folder, aliases, others)
+    if rules is None:
+        rules, abstract = _own_table(folder, pairs)
+    modules = {source.removesuffix(".weight"): rule for rule in rules if rule.layout == "dense" for source in rule.sources()}
+    settings, by_diffusers = read_settings(folder), _is_diffusers(folder)
+    known = {module: pair for module, pair in pairs.items() if module in modules}
+    foreign = sorted(name for module in set(pairs) - set(modules) for name in pairs[module].values())
+    halves = [_other(name, letter) for pair in known.values() if len(pair) == 1 for letter, name in pair.items()]
+    whole = {rule.ours.split("/")[0] for rule in rules} - set(parts) | {modules[module].ours.split("/")[0] for module in known}
+    candidates = {module: rule for module, rule in modules.items() if rule.ours.split("/")[0] in whole}
+    absent = _absent(known, candidates, settings, allow_subset=by_diffusers)
+    problems = _problems(folder, special, foreign, halves, absent, bool(settings))
+    files = AdapterFiles(
+        folder, known, modules, abstract, aliases, settings, 0.0, False,
+        (*sorted(halves), *(f"{module}.lora_{letter}.weight" for module in absent for letter in "AB")), (*special, *foreign), ())
+    try:
+        alpha, assumed = _alpha(folder, settings, alphas, set(files.ranks.values()) or {1}, by_diffusers)
+    except ValueError as error:
+        alpha, assumed, problems = 0.0, False, [*problems, str(error)]
+    return dataclasses.replace(files, alpha=alpha, assumed=assumed, problems=tuple(problems))
+
+
+def read_adapter(files: AdapterFiles, dtype: np.dtype | None = None) -> Adapter:
+    """Reads an adapter that was surveyed; layers that it leaves out of a stack have zero factors.
+
+    A scale that nothing in the files says is told by a warning.
+
+    Args:
+      files: of `survey_adapter`, with the base model's table.
       dtype: precision to store the factors in; None keeps that of the files.
 
     Raises:
-      ValueError: no adapter tensor; one without its pair, of another model, or of another kind of adapter; modules
-        that the settings name and the files lack; scales that differ between modules.
+      ValueError: a tensor without its pair, of another model, or of another kind of adapter; modules that the settings
+        name and the files lack; scales that differ between modules.
     """
-    aliases = (*aliases, *LEAVES)
-    modules = {source.removesuffix(".weight"): rule for rule in rules if rule.layout == "dense" for source in rule.sources()}
-    factors, alphas = _survey(folder, aliases, others)
-    ranks = _ranks(folder, factors, modules)
-    settings, by_diffusers = read_settings(folder), _is_diffusers(folder)
-    whole = {rule.ours.split("/")[0] for rule in rules} - set(parts) | {modules[module].ours.split("/")[0] for module in ranks}
-    candidates = {module: rule for module, rule in modules.items() if rule.ours.split("/")[0] in whole}
-    _check_complete(folder, ranks, candidates, settings, allow_subset=by_diffusers)
-    alpha = _alpha(folder, settings, alphas, set(ranks.values()), by_diffusers)
-    logging.info("adapter %s: %d of %d linear maps, %d tensors, alpha %g", folder.path, len(ranks), len(modules), 2 * len(ranks), alpha)
-    return Adapter(_load(folder, ranks, modules, abstract, aliases, dtype), alpha, 2 * len(ranks))
+    if files.problems:
+        raise ValueError(files.problems[0])
+    if files.assumed:
+        warnings.warn(
+            f"{files.folder.path} does not say its lora_alpha; {files.alpha:g} is taken, "
+            f"{'the rank, as diffusers does' if _is_diffusers(files.folder) else 'twice the rank, as in the UAE release'}; "
+            "put an adapter_config.json beside it if that is wrong", stacklevel=2)
+    count = 2 * len(files.pairs)
+    logging.info("adapter %s: %d of %d linear maps, %d tensors, alpha %g", files.folder.path, len(files.pairs), len(files.modules), count, files.alpha)
+    rules, shapes, partial = adapter_table(files)
+    tree = load_params(files.folder, rules, shapes, aliases=files.aliases, ignore=NOT_A_FACTOR, dtype=dtype)
+    tree = trees.map_with_name(lambda name, leaf: _fill(leaf, *partial[name]) if name in partial else leaf, tree)
+    return Adapter(tree, files.alpha, count)
+
+
+def adapter_table(files: AdapterFiles) -> tuple[list[Rule], dict, dict[str, tuple[int, list[int]]]]:
+    """The table of an adapter's factors, stacked as the kernels are, with their shapes.
+
+    Returns:
+      Rules and shapes for `hf.rules.load_params`, and by leaf the layers of the whole stack and those that are adapted,
+      where these are not all.
+
+    Raises:
+      ValueError: ranks differ within a stack.
+    """
+    kernels, ranks, rules, shapes, partial = trees.flatten(files.abstract), files.ranks, [], {}, {}
+    for rule in {files.modules[module].ours: files.modules[module] for module in ranks}.values():
+        ours = rule.ours.removesuffix("/kernel")
+        adapted = [source.removesuffix(".weight") in ranks for source in rule.sources()]
+        numbers = rule.layers and tuple(number for number, there in zip(rule.layers, adapted) if there)
+        found = {ranks[source.removesuffix(".weight")] for source, there in zip(rule.sources(), adapted) if there}
+        _check_one(files.folder, f"ranks in the layers of {rule.theirs}", found)
+        *_, fan_in, fan_out = kernels[rule.ours].shape
+        for leaf, shape in (("a", (fan_in, max(found))), ("b", (max(found), fan_out))):
+            theirs = f"{rule.theirs.removesuffix('.weight')}.lora_{leaf.upper()}.weight"
+            rules.append(Rule(f"{ours}/{leaf}", theirs, "dense", numbers))
+            stack = () if numbers is None else (len(numbers),)
+            shapes[f"{ours}/{leaf}"] = jax.ShapeDtypeStruct((*stack, *shape), np.float32)
+            if numbers != rule.layers:
+                partial[f"{ours}/{leaf}"] = (len(rule.layers), [rule.layers.index(number) for number in numbers])
+    return rules, trees.unflatten(shapes), partial
+
+
+def _fill(leaf: np.ndarray, layers: int, places: list[int]) -> np.ndarray:
+    """The stack of all layers, zero where the adapter has none."""
+    whole = np.zeros((layers, *leaf.shape[1:]), leaf.dtype)
+    whole[places] = leaf
+    return whole
 
 
 def _survey(
-    folder: TensorFolder, aliases: Sequence[tuple[str, str]], others: str) -> tuple[dict[str, dict[str, str]], dict[str, float]]:
-    """The published names of the factors of each adapted module, and alpha where a tensor holds it, by the table's names."""
-    factors: dict[str, dict[str, str]] = {}
+    folder: TensorFolder, aliases: Sequence[tuple[str, str]], others: str
+) -> tuple[dict[str, dict[str, str]], dict[str, float], list[str]]:
+    """The names of the factors of each adapted module, alpha where a tensor holds it, and names of no plain adapter."""
+    pairs: dict[str, dict[str, str]] = {}
     alphas, unknown = {}, []
     for name in sorted(folder.names()):
         known = canonical(name, aliases)
         if match := re.fullmatch(FACTOR, known):
-            factors.setdefault(match[1], {})[match[2]] = name
+            pairs.setdefault(match[1], {})[match[2]] = name
         elif match := re.fullmatch(ALPHA, known):
             alphas[match[1]] = float(np.asarray(folder.read(name)).reshape(-1)[0])
         elif re.fullmatch(SPECIAL, known) or not (others and re.fullmatch(others, known)):
             unknown.append(name)
-    if not factors:
+    if not pairs:
         raise ValueError(f"{folder.path} holds no adapter tensor (lora_A, lora_B); give the folder of a LoRA adapter")
-    if unknown:
-        raise ValueError(f"{folder.path} holds tensors that are not of a plain LoRA adapter; unknown: {_listed(unknown)} in {folder.file(unknown[0])}. "
-                         "Export the adapter without them")
-    return factors, alphas
+    return pairs, alphas, unknown
+
+
+def _own_table(folder: TensorFolder, pairs: Mapping[str, Mapping[str, str]]) -> tuple[list[Rule], dict]:
+    """The linear maps that an adapter itself tells of, where its base model is not known."""
+    rules = [Rule(f"{module}/kernel", f"{module}.weight", "dense") for module in pairs]
+    shapes = {
+        f"{module}/kernel": jax.ShapeDtypeStruct((folder.shape(pair["A"])[-1], folder.shape(pair["B"])[0]), np.float32)
+        for module, pair in pairs.items() if len(pair) == 2}
+    return rules, trees.unflatten(shapes)
+
+
+def _problems(
+    folder: TensorFolder, special: list[str], foreign: list[str], halves: list[str], absent: list[str], told: bool) -> list[str]:
+    """A sentence for each kind of tensors that are too many or too few."""
+    path, problems = folder.path, []
+    if special:
+        problems.append(f"{path} holds tensors that are not of a plain LoRA adapter; unknown: {_listed(special)} in "
+                        f"{folder.file(special[0])}. Export the adapter without them")
+    if foreign:
+        problems.append(f"{path} adapts modules that this model does not have as linear maps; unknown: {_listed(foreign)} in "
+                        f"{folder.file(foreign[0])}. Check that the adapter belongs to this model")
+    if halves:
+        problems.append(f"{path} holds half of an adapter; missing: {_listed(halves)}. Copy the folder again")
+    if absent:
+        problems.append(f"{path} lacks modules that {'target_modules names' if told else 'it has in other layers'}; "
+                        f"missing: {_listed(absent)}. Copy the folder again")
+    return problems
 
 
 def _listed(names: Iterable[str], most: int = 8) -> str:
     names = sorted(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _ranks(folder: TensorFolder, factors: Mapping[str, Mapping[str, str]], modules: Mapping[str, Rule]) -> dict[str, int]:
-    """The rank of each adapted module, once each is known and has both factors."""
-    unknown = [name for module in set(factors) - set(modules) for name in factors[module].values()]
-    if unknown:
-        raise ValueError(f"{folder.path} adapts modules that this model does not have as linear maps; unknown: "
-                         f"{_listed(unknown)} in {folder.file(min(unknown))}. Check that the adapter belongs to this model")
-    halves = [next(iter(pair.items())) for pair in factors.values() if len(pair) == 1]
-    missing = [_other(name, letter) for letter, name in halves]
-    if missing:
-        raise ValueError(f"{folder.path} holds half of an adapter; missing: {_listed(missing)}. Copy the folder again")
-    return {module: folder.shape(pair["A"])[0] for module, pair in factors.items()}
 
 
 def _other(name: str, letter: str) -> str:
@@ -179,12 +306,11 @@ def read_settings(folder: TensorFolder) -> dict[str, Any]:
     return settings
 
 
-def _check_complete(
-    folder: TensorFolder, ranks: Mapping[str, int], modules: Mapping[str, Rule], settings: Mapping[str, Any], *,
-    allow_subset: bool) -> None:
-    """All modules that the settings name are there; without settings, an adapted module is so in all layers."""
+def _absent(
+    pairs: Mapping[str, Any], modules: Mapping[str, Rule], settings: Mapping[str, Any], *, allow_subset: bool) -> list[str]:
+    """Modules that the settings name and the files lack; without settings, an adapted module is so in all layers."""
     if not settings:
-        rules = set() if allow_subset else {modules[module].ours for module in ranks}
+        rules = set() if allow_subset else {modules[module].ours for module in pairs}
         expected = {module for module, rule in modules.items() if rule.ours in rules}
     elif settings.get("exclude_modules") or settings.get("layers_to_transform") is not None:
         expected = set()
@@ -193,65 +319,26 @@ def _check_complete(
         # a regular expression is about the names in a model that is not here
         targets = () if isinstance(targets, str) else tuple(targets)
         expected = {module for module in modules if any(f".{module}".endswith(f".{target}") for target in targets)}
-    missing = expected - set(ranks)
-    if missing:
-        raise ValueError(
-            f"{folder.path} lacks modules that {'target_modules names' if settings else 'it has in other layers'}; "
-            f"missing: {_listed(missing)}. Copy the folder again")
+    return sorted(expected - set(pairs))
 
 
 def _alpha(
-    folder: TensorFolder, settings: Mapping[str, Any], alphas: Mapping[str, float], ranks: set[int], by_diffusers: bool) -> float:
-    """The one numerator of the scale of all modules."""
+    folder: TensorFolder, settings: Mapping[str, Any], alphas: Mapping[str, float], ranks: set[int], by_diffusers: bool
+) -> tuple[float, bool]:
+    """The one numerator of the scale of all modules, and whether nothing in the files says it."""
     if settings.get("lora_alpha") is not None:
         alpha = float(settings["lora_alpha"])
         if not settings.get("use_rslora"):
-            return alpha
+            return alpha, False
         _check_one(folder, "ranks under use_rslora", ranks)  # arXiv 2312.03732: alpha / sqrt(rank)
-        return alpha * max(ranks) ** 0.5
+        return alpha * max(ranks) ** 0.5, False
     if alphas:
         _check_one(folder, "alpha tensors", set(alphas.values()))
-        return max(alphas.values())
+        return max(alphas.values()), False
     _check_one(folder, "ranks without lora_alpha", ranks)
-    alpha = float(max(ranks) * (1 if by_diffusers else 2))
-    warnings.warn(
-        f"{folder.path} does not say its lora_alpha; {alpha:g} is taken, "
-        f"{'the rank, as diffusers does' if by_diffusers else 'twice the rank, as in the UAE release'}; "
-        "put an adapter_config.json beside it if that is wrong", stacklevel=2)
-    return alpha
+    return float(max(ranks) * (1 if by_diffusers else 2)), True
 
 
 def _check_one(folder: TensorFolder, what: str, values: set) -> None:
     if len(values) > 1:
         raise ValueError(f"{folder.path} has different {what} {sorted(values)}; only one scale for all modules is supported")
-
-
-def _load(
-    folder: TensorFolder, ranks: Mapping[str, int], modules: Mapping[str, Rule], abstract: trees.Tree,
-    aliases: Sequence[tuple[str, str]], dtype: np.dtype | None) -> dict:
-    """The factors, stacked as the kernels are."""
-    kernels, rules, shapes, partial = trees.flatten(abstract), [], {}, {}
-    for rule in {modules[module].ours: modules[module] for module in ranks}.values():
-        ours = rule.ours.removesuffix("/kernel")
-        numbers = rule.layers if rule.layers is None else tuple(
-            number for number, source in zip(rule.layers, rule.sources()) if source.removesuffix(".weight") in ranks)
-        found = {ranks[source.removesuffix(".weight")] for source in rule.sources() if source.removesuffix(".weight") in ranks}
-        _check_one(folder, f"ranks in the layers of {rule.theirs}", found)
-        *_, fan_in, fan_out = kernels[rule.ours].shape
-        for leaf, shape in (("a", (fan_in, max(found))), ("b", (max(found), fan_out))):
-            theirs = f"{rule.theirs.removesuffix('.weight')}.lora_{leaf.upper()}.weight"
-            rules.append(Rule(f"{ours}/{leaf}", theirs, "dense", numbers))
-            stack = () if numbers is None else (len(numbers),)
-            shapes[f"{ours}/{leaf}"] = jax.ShapeDtypeStruct((*stack, *shape), np.float32)
-            if numbers != rule.layers:
-                partial[f"{ours}/{leaf}"] = (len(rule.layers), [rule.layers.index(number) for number in numbers])
-    tree = load_params(folder, rules, trees.unflatten(shapes), aliases=aliases,
-                       ignore=r"(?!.*\.lora_[AB]\.weight$).*", dtype=dtype)
-    return trees.map_with_name(lambda name, leaf: _fill(leaf, *partial[name]) if name in partial else leaf, tree)
-
-
-def _fill(leaf: np.ndarray, layers: int, places: list[int]) -> np.ndarray:
-    """The stack of all layers, zero where the adapter has none."""
-    whole = np.zeros((layers, *leaf.shape[1:]), leaf.dtype)
-    whole[places] = leaf
-    return whole

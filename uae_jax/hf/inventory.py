@@ -1,4 +1,4 @@
-"""What a folder of weights holds, beside what a model needs: names, shapes, and numbers that are none."""
+"""What a folder of weights holds, beside what a model needs: names and shapes."""
 
 import dataclasses
 import json
@@ -9,15 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from uae_jax import trees
-from uae_jax.hf.rules import Rule
+from uae_jax.hf.rules import Rule, canonical
 from uae_jax.hf.safetensors import TensorFolder
-
-# the bits that are all set in an infinity or NaN, by precision; testing bits takes a fifth of the time of np.isfinite
-_EXPONENT = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000),
-             "float64": (np.uint64, 0x7FF0000000000000)}
-_PIECE = 1 << 22  # numbers looked at in one go, which bounds the memory of the comparison
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "U8": "uint8",
-          "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +46,13 @@ def compare(
     wanted = trees.flatten(abstract)
     published, unknown = {}, []
     for name in sorted(folder.names()):
-        canonical = canonical_name(name, aliases)
-        if ignore and re.fullmatch(ignore, canonical):
+        known = canonical(name, aliases)
+        if ignore and re.fullmatch(ignore, known):
             continue
-        if canonical in published:
-            unknown.append(f"{name} (the same tensor as {published[canonical]})")
+        if known in published:
+            unknown.append(f"{name} (the same tensor as {published[known]})")
         else:
-            published[canonical] = name
+            published[known] = name
     table = {source: rule for rule in rules for source in rule.sources()}
     misshapen = []
     for source, rule in table.items():
@@ -69,7 +62,7 @@ def compare(
         stored = folder.shape(published[source])
         if _our_shape(rule, stored) != target:
             misshapen.append(f"{published[source]} is {list(stored)}, which does not fit {list(target)} that config.json asks for")
-    unknown += [name for canonical, name in published.items() if canonical not in table]
+    unknown += [name for known, name in published.items() if known not in table]
     return Fit(
         {source: published[source] for source in table if source in published}, len(table),
         tuple(sorted(set(table) - set(published))), tuple(unknown), tuple(misshapen))
@@ -81,28 +74,6 @@ def _our_shape(rule: Rule, stored: tuple[int, ...]) -> tuple[int, ...] | None:
         return rule.to_ours(np.broadcast_to(np.zeros((), np.int8), stored)).shape
     except ValueError:
         return None
-
-
-def canonical_name(name: str, aliases: Sequence[tuple[str, str]]) -> str:
-    """A tensor's name in the published files, by (regular expression, replacement) pairs."""
-    for pattern, replacement in aliases:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def count_non_finite(tensor: np.ndarray) -> int:
-    """How many numbers of a tensor of any float type are NaN or infinite; integers have none."""
-    if tensor.dtype.name not in _EXPONENT:
-        return 0
-    bits, exponent = _EXPONENT[tensor.dtype.name]
-    flat = np.ascontiguousarray(tensor).reshape(-1).view(bits)
-    pieces = (flat[start:start + _PIECE] for start in range(0, flat.size, _PIECE))
-    return sum(int(np.count_nonzero((piece & bits(exponent)) == exponent)) for piece in pieces)
-
-
-def dtype_name(stored: str) -> str:
-    """The name of a precision in numpy's words (`bfloat16`) from safetensors' (`BF16`)."""
-    return DTYPES.get(stored, stored.lower())
 
 
 def cut_short(path: str | pathlib.Path) -> str | None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uae_jax import trees
+from uae_jax.hf.finite import count_non_finite
 from uae_jax.hf.safetensors import TensorDict, TensorFolder
 
 # from a tree of shapes to a tree of shardings
@@ -59,6 +60,13 @@ class Rule:
         if self.layout == "patch":
             return tensor.T.reshape(self.torch_shape)
         return tensor
+
+
+def canonical(name: str, aliases: Sequence[tuple[str, str]]) -> str:
+    """The name after all (regular expression, replacement) pairs in turn."""
+    for pattern, replacement in aliases:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def load_params(
@@ -114,7 +122,7 @@ def check_params(
     _check_names(folder, rules, published)
     _check_shapes(folder, rules, published, wanted)
     for name in sorted(published.values()):
-        if not _is_finite(folder.read(name)):
+        if count_non_finite(folder.read(name)):
             raise ValueError(f"{folder.file(name)}: {name} holds NaN or infinity; copy the file again")
 
 
@@ -128,15 +136,13 @@ def _check_table(rules: Sequence[Rule], wanted: dict) -> None:
 def _canonical_names(folder: TensorFolder | TensorDict, aliases: Sequence[tuple[str, str]], ignore: str) -> dict[str, str]:
     published = {}
     for name in folder.names():
-        canonical = name
-        for pattern, replacement in aliases:
-            canonical = re.sub(pattern, replacement, canonical)
-        if ignore and re.fullmatch(ignore, canonical):
+        known = canonical(name, aliases)
+        if ignore and re.fullmatch(ignore, known):
             continue
-        if canonical in published:
-            both = " and ".join(sorted((name, published[canonical])))
+        if known in published:
+            both = " and ".join(sorted((name, published[known])))
             raise ValueError(f"weights in {folder.path} hold one tensor under two names, {both}; keep the right one")
-        published[canonical] = name
+        published[known] = name
     return published
 
 
@@ -244,9 +250,9 @@ class _Stored:
         """Copies a part of one tensor to its place, in our layout and precision."""
         tensor = self.rule.to_ours(self.folder.read(source))[index]
         _copy(tensor, block)
-        if _is_finite(block):
+        if not count_non_finite(block):
             return
-        if _is_finite(tensor):
+        if not count_non_finite(tensor):
             raise ValueError(f"{self.folder.file(source)}: {source} passes the range of {block.dtype}; read it as float32 or bfloat16")
         raise ValueError(
             f"{self.folder.file(source)}: {source} holds NaN or infinity; copy the file again, or, if its source is the same, convert "
@@ -261,12 +267,6 @@ def _copy(source: np.ndarray, target: np.ndarray) -> None:
     strip = max(1, 64 // target.itemsize)
     for start in range(0, source.shape[-1], strip):
         target[..., start:start + strip] = source[..., start:start + strip]
-
-
-def _is_finite(array: np.ndarray) -> bool:
-    """Whether no number is NaN or infinite, found piece by piece: a mask of the whole would be as large as a tensor."""
-    flat, piece = array.reshape(-1), 2**16
-    return all(np.isfinite(flat[start:start + piece]).all() for start in range(0, flat.size, piece))
 
 
 def published_tensors(params: trees.Tree, rules: Sequence[Rule], dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:

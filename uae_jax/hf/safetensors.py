@@ -3,7 +3,7 @@
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +16,11 @@ DTYPES = {
     "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
     "BOOL": np.bool_}
 LFS_POINTER = b"version https://git-lfs"
+
+
+def dtype_name(stored: str) -> str:
+    """The name of a precision in numpy's words (`bfloat16`) from safetensors' (`BF16`)."""
+    return np.dtype(DTYPES[stored]).name if stored in DTYPES else stored.lower()
 
 
 class TensorFolder:
@@ -179,7 +184,7 @@ def _header(file: pathlib.Path) -> dict[str, dict]:
 
 def write_tensors(
     folder: str | pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]] | Mapping[str, np.ndarray], *,
-    stem: str = "model", max_shard_bytes: int = 5 * 10**9) -> list[pathlib.Path]:
+    stem: str = "model", max_shard_bytes: float = 5e9, starts: Container[str] = ()) -> list[pathlib.Path]:
     """Writes tensors as `stem.safetensors`, or as numbered shards with an index when they pass the size limit.
 
     No more than one shard, and the tensor after it, is held in memory. Files get their names once all are written; older
@@ -189,7 +194,8 @@ def write_tensors(
       folder: made if absent.
       tensors: names and arrays, in the order of the files.
       stem: `model`, `diffusion_pytorch_model` or `adapter_model`.
-      max_shard_bytes: size limit of one file.
+      max_shard_bytes: size limit of one file; a single larger tensor has a file of its own.
+      starts: names of tensors that begin a new file whatever its size.
 
     Returns:
       The files written.
@@ -200,7 +206,7 @@ def write_tensors(
     writer = _ShardWriter(folder, stem)
     try:
         for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
-            if writer.shard and writer.shard_bytes + tensor.nbytes > max_shard_bytes:
+            if writer.shard and (name in starts or writer.shard_bytes + tensor.nbytes > max_shard_bytes):
                 writer.flush()
             writer.add(name, tensor)
         writer.flush()

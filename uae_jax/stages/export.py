@@ -10,10 +10,12 @@ import numpy as np
 
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import write_tensors
-from uae_jax.models.qwen2_5_vl import config as qwen_config
+from uae_jax.models.encoders.config import read_json
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import weights as sd3_weights
-from uae_jax.stages.weights import ENCODERS, System
+from uae_jax.stages.folders.parts import with_dtype
+from uae_jax.stages.weights import ENCODERS, System, config_folder
+
 
 def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: np.dtype = np.float32) -> None:
     """Writes a model in the official layout; parts that do not train are copied from where the system was read.
@@ -31,11 +33,7 @@ def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: n
     language = parts.get("language_policy", parts["language"])
     whole = {"vision": parts["vision"], "language": language, "projector": parts["projector"]}
     write_tensors(fresh / "llm", qwen_weights.tensors(captioner, whole, dtype))
-    for name in ("config.json", "generation_config.json"):
-        if (system.folder / "llm" / name).exists():
-            shutil.copy2(system.folder / "llm" / name, fresh / "llm" / name)
-    if not (fresh / "llm" / "config.json").exists():  # the captioner was read from llm_lora alone
-        _write_json(fresh / "llm" / "config.json", qwen_config.to_json(captioner))
+    _write_captioner_config(system, fresh / "llm", dtype)
     if "language_lora" in parts:
         write_tensors(fresh / "llm_lora", qwen_weights.adapter_tensors(captioner, parts["language_lora"], dtype=dtype), stem="adapter_model")
         _write_json(fresh / "llm_lora" / "adapter_config.json", qwen_weights.adapter_config(captioner, parts["language_lora"]))
@@ -46,6 +44,14 @@ def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: n
             shutil.copytree(system.folder / name, fresh / name, ignore=skip)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
+
+
+def _write_captioner_config(system: System, folder: pathlib.Path, dtype: np.dtype) -> None:
+    """config.json with the precision that is stored, and the generation's settings, from where the captioner was read."""
+    source = config_folder(system.folder)
+    if (source / "generation_config.json").exists():
+        shutil.copy2(source / "generation_config.json", folder)
+    _write_json(folder / "config.json", with_dtype(read_json(source), np.dtype(dtype).name))
 
 
 def _export_transformer(system: System, parts: Mapping, folder: pathlib.Path, dtype: np.dtype) -> None:

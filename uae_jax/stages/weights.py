@@ -194,11 +194,17 @@ def captioner_folder(folder: pathlib.Path) -> pathlib.Path:
     return wrapped if wrapped.is_dir() and qwen_weights.holds_base(wrapped) else folder / "llm"
 
 
+def config_folder(folder: pathlib.Path) -> pathlib.Path:
+    """The folder of the captioner's config.json: that of its weights, or `llm` where it has none."""
+    base = captioner_folder(folder)
+    return base if (base / "config.json").exists() else folder / "llm"
+
+
 def _load_captioner(
     folder: pathlib.Path, overrides: Mapping, placement: Placement | None) -> tuple[qwen_config.Qwen2_5VLConfig, dict]:
     """The captioner and its projector, wherever the folder keeps them."""
     base = captioner_folder(folder)
-    config = qwen_config.from_folder(base if (base / "config.json").exists() else folder / "llm", **overrides)
+    config = qwen_config.from_folder(config_folder(folder), **overrides)
     _, parts = qwen_weights.load(base, config, np.float32, placement)
     if base != folder / "llm" and list((folder / "llm").glob("*.safetensors")):
         qwen_weights.check(folder / "llm", config)  # not used, but a damaged copy should not pass unseen

@@ -1,6 +1,7 @@
 """CLIP's image and text towers (arXiv 2103.00020), as in transformers' CLIPModel; also those of Long-CLIP."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -191,6 +192,7 @@ def init_params(config: AnyCLIPConfig, key: Array) -> dict:
     return params
 
 
+@functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
 def abstract_params(config: AnyCLIPConfig) -> dict:
     """The shapes of `init_params`, without allocating anything."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

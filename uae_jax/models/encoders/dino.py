@@ -1,5 +1,7 @@
 """DINOv2 (arXiv 2304.07193) and DINOv3 (arXiv 2508.10104) vision transformers, as in transformers."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -180,6 +182,7 @@ def init_params(config: AnyDinoConfig, key: Array) -> dict:
     return _module(config).init(key, blank)["params"]
 
 
+@functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
 def abstract_params(config: AnyDinoConfig) -> dict:
     """The shapes of `init_params`, without allocating anything."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

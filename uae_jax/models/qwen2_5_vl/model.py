@@ -1,5 +1,6 @@
 """Pure functions of Qwen2.5-VL over `params = {"vision", "language"}` and an optional adapter of the language model."""
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -57,6 +58,7 @@ def init_params(config: Qwen2_5VLConfig, key: Array) -> dict:
         "language": language["params"]}
 
 
+@functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
 def abstract_params(config: Qwen2_5VLConfig) -> dict:
     """Shapes of `init_params`, without computing anything."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

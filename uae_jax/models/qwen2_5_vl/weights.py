@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from uae_jax import trees
-from uae_jax.hf.adapters import ALPHA, Adapter, canonical, peft_settings, read_adapter
-from uae_jax.hf.rules import Placement, Rule, check_params, load_params, published_tensors
+from uae_jax.hf.adapters import ALPHA, Adapter, AdapterFiles, peft_settings, read_adapter, survey_adapter
+from uae_jax.hf.rules import Placement, Rule, canonical, check_params, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.models.qwen2_5_vl import model
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig, from_folder
@@ -98,7 +98,7 @@ def load(
     """
     config = from_folder(path) if config is None else config
     folder = TensorFolder(path)
-    table, abstract, ignore = _contents(folder, config)
+    table, abstract, ignore = contents(folder, config)
     return config, load_params(folder, table, abstract, aliases=ALIASES, ignore=ignore, dtype=dtype, placement=placement)
 
 
@@ -110,20 +110,21 @@ def check(path: str | pathlib.Path, config: Qwen2_5VLConfig) -> None:
       ValueError: config and tensors do not fit, both ways, or a number is not finite; all are named.
     """
     folder = TensorFolder(path)
-    table, abstract, ignore = _contents(folder, config)
+    table, abstract, ignore = contents(folder, config)
     check_params(folder, table, abstract, aliases=ALIASES, ignore=ignore)
 
 
-def _contents(folder: TensorFolder, config: Qwen2_5VLConfig) -> tuple[list[Rule], dict, str]:
+def contents(folder: TensorFolder, config: Qwen2_5VLConfig) -> tuple[list[Rule], dict, str]:
     """Table and shapes of what a folder should hold, with the projector if it has one, and the names to pass over."""
-    abstract, projector = model.abstract_params(config), _abstract_projector(folder, config)
+    abstract, projector = model.abstract_params(config), abstract_projector(folder, config)
     if projector is not None:
         abstract = {**abstract, "projector": projector}
     ignore = "|".join((BUFFERS, ADAPTER_TENSOR, *((r"lm_head\.weight",) if config.text.tied else ())))
     return rules(config, projector is not None), abstract, ignore
 
 
-def _abstract_projector(folder: TensorFolder, config: Qwen2_5VLConfig) -> dict | None:
+def abstract_projector(folder: TensorFolder, config: Qwen2_5VLConfig) -> dict | None:
+    """The projector's shapes, with inner and outer width as stored; None if the folder holds none."""
     stored = {canonical(name, ALIASES): name for name in folder.names()}
     if not {"projector.0.weight", "projector.2.weight"} <= set(stored):
         return None
@@ -141,7 +142,7 @@ def load_projector(
       ValueError: tensors that do not fit.
     """
     folder = TensorFolder(path)
-    abstract = _abstract_projector(folder, config)
+    abstract = abstract_projector(folder, config)
     if abstract is None:
         return None
     return load_params(folder, projector_rules(), {"projector": abstract}, aliases=ALIASES, ignore=r"(?!projector\.).*",
@@ -185,11 +186,21 @@ def read_adapters(path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.d
 
     Raises:
       FileNotFoundError: no such folder or weights.
-      ValueError: see `hf.adapters.read_adapter`.
+      ValueError: see `survey_adapters` and `hf.adapters.read_adapter`.
     """
-    table = vision_rules(config.vision) + language_rules(config.text)
-    return read_adapter(TensorFolder(path), table, model.abstract_params(config), aliases=ALIASES, parts=("vision", "language"),
-                        others=r"(?!.*\.lora_).*", dtype=dtype)
+    return read_adapter(survey_adapters(path, config), dtype)
+
+
+def survey_adapters(path: str | pathlib.Path, config: Qwen2_5VLConfig | None) -> AdapterFiles:
+    """What `read_adapters` would read, understood but not read; None stands for a base model that is not known.
+
+    Raises:
+      FileNotFoundError: no such folder or weights.
+      ValueError: see `hf.adapters.survey_adapter`.
+    """
+    table, abstract = (None, {}) if config is None else (vision_rules(config.vision) + language_rules(config.text), model.abstract_params(config))
+    return survey_adapter(
+        TensorFolder(path), table, abstract, aliases=ALIASES, parts=("vision", "language"), others=r"(?!.*\.lora_).*")
 
 
 def load_adapter(
@@ -205,7 +216,8 @@ def load_adapter(
     """
     adapter = read_adapters(path, config, dtype)
     if set(adapter.tree) != {"language"} or "head" in adapter.tree["language"]:
-        raise ValueError(f"{path} adapts more than the text model's layers; merge it into the base (model.merge_adapters=True)")
+        raise ValueError(f"{path} adapts more than the text model's layers; merge it into the base (model.merge_adapters=True, or "
+                         "`convert export --merge-adapters`)")
     return config.using(lora_alpha=adapter.alpha), adapter.tree["language"]
 
 

@@ -1,5 +1,6 @@
 """The diffusion transformer of SD3 and SD3.5 (arXiv 2403.03206, section 4), channels last."""
 
+import functools
 import re
 
 import flax.linen as nn
@@ -164,6 +165,7 @@ def unpatchify(x: Array, rows: int, columns: int, patch_size: int) -> Array:
     return x.reshape(x.shape[0], rows * patch_size, columns * patch_size, -1)
 
 
+@functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
 def abstract_params(config: TransformerConfig) -> dict:
     """The shapes of the parameters, without computing anything."""
     shapes = ((1, config.patch_size, config.patch_size, config.in_channels), (1,), (1, 1, config.joint_attention_dim),

@@ -3,6 +3,8 @@
 Channels are last everywhere; all arithmetic is float32.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -200,6 +202,7 @@ def init_params(config: VAEConfig, key: Array) -> dict:
         "decoder": Decoder(config).init(decoder_key, latents)["params"]}
 
 
+@functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
 def abstract_params(config: VAEConfig) -> dict:
     """The shapes of `init_params`, without computing anything."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from uae_jax import trees
-from uae_jax.hf.adapters import peft_settings, read_adapter
+from uae_jax.hf.adapters import AdapterFiles, by_ending, peft_settings, read_adapter, survey_adapter
 from uae_jax.hf.rules import Placement, Rule, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.models.sd3 import vae
@@ -151,15 +151,8 @@ def adapter_config(config: TransformerConfig, adapter: trees.Tree) -> dict:
         if rule.ours.endswith("/a"):
             names = (source.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for source in rule.sources())
             ranks |= {name: int(leaves[rule.ours].shape[-1]) for name in names}
-    return peft_settings(_by_ending(config, ranks), config.lora_alpha)
-
-
-def _by_ending(config: TransformerConfig, ranks: dict[str, int]) -> dict[str, int]:
-    """The ranks by endings without the block, where these mean exactly the same modules with the same ranks."""
-    every = [source.removesuffix(".weight") for rule in transformer_rules(config) if rule.layout == "dense" for source in rule.sources()]
-    short = {re.sub(r"^transformer_blocks\.\d+\.", "", name): rank for name, rank in sorted(ranks.items())}
-    meant = {name: rank for name in every for ending, rank in short.items() if f".{name}".endswith(f".{ending}")}
-    return short if meant == ranks else dict(sorted(ranks.items()))
+    modules = (source.removesuffix(".weight") for rule in transformer_rules(config) if rule.layout == "dense" for source in rule.sources())
+    return peft_settings(by_ending(ranks, modules), config.lora_alpha)
 
 
 def load_vae(path: str | pathlib.Path, *, placement: Placement | None = None) -> tuple[VAEConfig, dict]:
@@ -210,6 +203,16 @@ def load_adapter(path: str | pathlib.Path, config: TransformerConfig) -> tuple[T
       FileNotFoundError: no such folder or weights.
       ValueError: see `hf.adapters.read_adapter`.
     """
-    adapter = read_adapter(
-        TensorFolder(path), transformer_rules(config), abstract_params(config), aliases=ADAPTER_ALIASES, dtype=np.float32)
+    adapter = read_adapter(survey_transformer_adapter(path, config), np.float32)
     return dataclasses.replace(config, lora_alpha=adapter.alpha), adapter.tree
+
+
+def survey_transformer_adapter(path: str | pathlib.Path, config: TransformerConfig | None) -> AdapterFiles:
+    """What `load_adapter` would read, understood but not read; None stands for a base model that is not known.
+
+    Raises:
+      FileNotFoundError: no such folder or weights.
+      ValueError: see `hf.adapters.survey_adapter`.
+    """
+    table, abstract = (None, {}) if config is None else (transformer_rules(config), abstract_params(config))
+    return survey_adapter(TensorFolder(path), table, abstract, aliases=ADAPTER_ALIASES)

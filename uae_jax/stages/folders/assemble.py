@@ -8,15 +8,14 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from uae_jax.hf.inventory import dtype_name
 from uae_jax.hf.rules import published_tensors
-from uae_jax.hf.safetensors import TensorFolder, write_tensors
+from uae_jax.hf.safetensors import TensorFolder, dtype_name, write_tensors
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.stages.folders.check import Row, check_folder
 from uae_jax.stages.folders.files import check_target, copy_file, replaced, small_files, used_files
 from uae_jax.stages.folders.parts import (
-    ENCODERS, KINDS, Folder, Part, find_parts, has_projector, has_tokenizer, identify, part_config)
+    ENCODERS, KINDS, Folder, Part, find_parts, has_tokenizer, identify, part_config, projector_sizes)
 
 PROJECTOR_FACTOR = 4  # inner width over the language model's, as in the release: 2048, 8192, 4096
 _COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "scheduler")
@@ -153,7 +152,7 @@ def _add_projector(folder: Folder, fresh: pathlib.Path, seed: int) -> list[str]:
     """Puts the given projector, or a new one, into the captioner's folder when it has none."""
     part, own = folder.part("llm"), folder.part("projector")
     stored = TensorFolder(part.folder)
-    if has_projector(stored):
+    if projector_sizes(stored):
         return [f"the projector of {part.folder} is kept"] + ([f"{own.folder} is not used"] if own else [])
     width, features = part_config(part).text.width, part_config(folder.part("dit")).joint_attention_dim
     if own:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 from collections import Counter
@@ -11,11 +12,13 @@ from typing import Any
 from uae_jax.data import tokenizer as tokens
 from uae_jax.data.qwen_inputs import load_image_processor
 from uae_jax.diffusion.schedule import ScheduleConfig
-from uae_jax.hf.inventory import Fit, canonical_name, compare, count_non_finite, cut_short, dtype_name
-from uae_jax.hf.safetensors import TensorFolder
-from uae_jax.models.qwen2_5_vl import weights as qwen_weights
-from uae_jax.stages.folders.adapters import Adapter, check_plain, is_wrapped, read_adapter
-from uae_jax.stages.folders.parts import ADAPTERS, ENCODERS, Folder, Part, has_projector, part_config, part_encoder, part_table, part_tensors
+from uae_jax.hf.adapters import NOT_A_FACTOR, adapter_table
+from uae_jax.hf.finite import count_non_finite
+from uae_jax.hf.inventory import Fit, compare, cut_short
+from uae_jax.hf.safetensors import TensorFolder, dtype_name
+from uae_jax.stages.folders.adapters import in_text_model, survey
+from uae_jax.stages.folders.parts import (
+    ADAPTERS, ENCODERS, Folder, Part, part_config, part_encoder, part_table, part_tensors, projector_sizes)
 
 NEEDED = ("llm", "llm_processor", "SD3/vae", "SD3/text_encoder", "SD3/text_encoder_2", "SD3/scheduler")
 _LISTED = 4  # names in a message; all are in the JSON
@@ -79,6 +82,8 @@ def check_folder(folder: Folder, *, fast: bool = False, progress: Callable[[int]
     check_fit(found, folder)
     if "dit" in found and "SD3/transformer" in found:
         found["SD3/transformer"].notes.append("not used beside dit")
+    if "llm" in found and folder.captioner != folder.part("llm"):
+        found["llm"].notes.append("not used beside the captioner in llm_lora")
     return rows
 
 
@@ -122,20 +127,22 @@ def _check_weights(row: Row, part: Part, folder: Folder, fast: bool, progress: C
     else:
         table = part_table(part, row.config, stored)
         fit = compare(stored, table.rules, table.abstract, aliases=table.aliases, ignore=table.ignore)
+        row.problems += _fit_problems(part, stored, fit)
     row.matched, row.expected = fit.matched, fit.expected
     row.missing, row.unknown = list(fit.missing), list(fit.unknown)
     names = fit.published.values()
     row.dtypes = dict(Counter(dtype_name(stored.dtype(name)) for name in names).most_common())
-    row.parameters = sum(_size(stored.shape(name)) for name in names)
-    wrong = [f"{part.folder} misses {_listed(row.missing)}"] if row.missing else []
-    if row.unknown:
-        file = stored.files[row.unknown[0].split(" ")[0]]
-        wrong.append(f"{file} has {_listed(row.unknown)}, which this model has not")
-    if wrong:
-        row.problems.append(f"{'; '.join(wrong)}; copy weights and config.json again from one place")
+    row.parameters = sum(math.prod(stored.shape(name)) for name in names)
     row.problems += [f"{part.folder}: {sentence}; copy the config.json and weights of one model" for sentence in fit.misshapen[:_LISTED]]
     if not fast:
         row.problems += _bad_numbers(stored, progress)
+
+
+def _fit_problems(part: Part, stored: TensorFolder, fit: Fit) -> list[str]:
+    wrong = [f"{part.folder} misses {_listed(fit.missing)}"] if fit.missing else []
+    if fit.unknown:
+        wrong.append(f"{stored.files[fit.unknown[0].split(' ')[0]]} has {_listed(fit.unknown)}, which this model has not")
+    return [f"{'; '.join(wrong)}; copy weights and config.json again from one place"] if wrong else []
 
 
 def _bad_numbers(stored: TensorFolder, progress: Callable[[int], None]) -> list[str]:
@@ -150,66 +157,27 @@ def _bad_numbers(stored: TensorFolder, progress: Callable[[int], None]) -> list[
 
 
 def _compare_adapter(row: Row, part: Part, folder: Folder) -> Fit:
-    """An adapter beside itself (every layer has what one has, in pairs) and, where the base is there, beside the base."""
-    adapter = read_adapter(part)
-    check_plain(part, adapter)
-    if part.name == "dit_lora" and not adapter.config:
-        row.problems.append(f"{part.folder / 'adapter_config.json'} is not there; it holds the adapter's scale, copy it there")
-    base, names = _base_shapes(part, folder), set(adapter.folder.names())
-    stem, kinds = ADAPTERS[part.name], {re.sub(r"^\w+\.\d+\.", "", module) for module in adapter.modules}
-    layers = {int(module.split(".")[1]) for module in (base or adapter.modules) if module.startswith(f"{stem}.")}
-    known = set(base or adapter.modules)
-    wanted = {f"{stem}.{layer}.{kind}" for layer in layers for kind in kinds} & known
-    missing = [f"{module}.lora_{side}.weight" for module in sorted(wanted) for side in "AB" if side not in adapter.modules.get(module, {})]
-    used = {name for module in wanted for name in adapter.modules.get(module, {}).values()}
-    unknown = names - used
-    if is_wrapped(part.folder):
-        captioner = _canonical_captioner(folder)
-        unknown = {name for name in unknown if captioner and canonical_name(name, qwen_weights.ALIASES) not in captioner}
-        row.notes.append(f"the release's wrapped layout: the base model's {len(names) - len(used)} tensors are stored beside the adapter")
-    row.notes.append(f"rank {adapter.rank}, alpha {adapter.alpha:g}{'' if adapter.config else ' (twice the rank: no adapter_config.json)'}")
-    wrong = _adapter_shapes(adapter, wanted, base)
-    published = {f"{module}.lora_{side}": name for module in wanted for side, name in adapter.modules.get(module, {}).items()}
-    return Fit(published, 2 * len(wanted), tuple(missing), tuple(sorted(unknown)), tuple(wrong))
-
-
-def _base_shapes(part: Part, folder: Folder) -> dict[str, tuple[int, ...]]:
-    """Module to weight shape of the model that an adapter belongs to; empty where it is not in the folder or not readable."""
-    base = folder.part("llm") if part.name == "llm_lora" else folder.transformer
-    try:
-        if base is None:
-            return {}
-        stored = TensorFolder(base.folder)
-        table = part_table(base, part_config(base), stored)
-        fit = compare(stored, table.rules, table.abstract, aliases=table.aliases, ignore=table.ignore)
-    except (ValueError, FileNotFoundError):
-        return {}  # the base's own row says why
-    shapes = {name.removesuffix(".weight"): stored.shape(file) for name, file in fit.published.items() if name.endswith(".weight")}
-    return {re.sub(r"^model\.", "", module): shape for module, shape in shapes.items() if len(shape) == 2}
-
-
-def _canonical_captioner(folder: Folder) -> set[str]:
-    part = folder.part("llm")
-    if part is None:
-        return set()
-    try:
-        stored = TensorFolder(part.folder)
-        table = part_table(part, part_config(part), stored)
-    except (ValueError, FileNotFoundError):
-        return set()
-    return {source for rule in table.rules for source in rule.sources()} | {"lm_head.weight"}
-
-
-def _adapter_shapes(adapter: Adapter, wanted: set[str], base: dict[str, tuple[int, ...]]) -> list[str]:
-    wrong, rank = [], int(adapter.config.get("r", adapter.rank))
-    for module in sorted(wanted):
-        for side, name in adapter.modules.get(module, {}).items():
-            shape = adapter.folder.shape(name)
-            outer, inner = base.get(module, (shape[0], shape[-1]))
-            target = (rank, inner) if side == "A" else (outer, rank)
-            if shape != target:
-                wrong.append(f"{name} is {list(shape)}, {list(target)} is needed")
-    return wrong
+    """An adapter beside its model, and the model that is stored with it where it is not a part of its own."""
+    files = survey(part, folder)
+    row.problems += files.problems
+    captioner = folder.captioner if part.name == "llm_lora" else None
+    if captioner and captioner.folder == part.folder:
+        row.notes.append("the release's wrapped layout: the whole captioner is stored beside the adapter")
+        if folder.part("llm") != captioner:  # else it has a row
+            table = part_table(captioner, part_config(captioner), files.folder)
+            base = compare(files.folder, table.rules, table.abstract, aliases=table.aliases, ignore=table.ignore)
+            row.problems += _fit_problems(part, files.folder, base)
+            row.problems += [f"{part.folder}: {sentence}; copy the config.json and weights of one model" for sentence in base.misshapen[:_LISTED]]
+    ranks = ", ".join(str(rank) for rank in sorted(set(files.ranks.values())))
+    row.notes.append(f"rank {ranks}, alpha {files.alpha:g}{' (assumed: no adapter_config.json)' if files.assumed else ''}")
+    if part.name == "llm_lora" and not in_text_model(files):
+        row.notes.append("adapts more than the text model: merge it, by model.merge_adapters=True or `convert export --merge-adapters`")
+    published = {f"{module}.lora_{side}.weight": name for module, pair in files.pairs.items() for side, name in pair.items()}
+    fit = Fit(published, len(published) + len(files.missing), files.missing, files.unknown)
+    if files.problems:
+        return fit
+    rules, shapes, _ = adapter_table(files)
+    return compare(files.folder, rules, shapes, aliases=files.aliases, ignore=NOT_A_FACTOR)
 
 
 def check_fit(rows: dict[str, Row], folder: Folder) -> None:
@@ -220,7 +188,7 @@ def check_fit(rows: dict[str, Row], folder: Folder) -> None:
     decoder = rows.get("dit") or rows.get("SD3/transformer")
     captioner, sizes = rows.get("llm"), decoder.config if decoder else None
     if captioner and captioner.config and not captioner.problems:
-        features = _projector_features(captioner.folder, rows.get("projector"))
+        features = _projector_features(folder, rows.get("projector"))
         if features is None and folder.layout != "official":
             captioner.notes.append("no projector: plain Qwen2.5-VL")
         elif features is None:
@@ -244,12 +212,17 @@ def check_fit(rows: dict[str, Row], folder: Folder) -> None:
             f"{captioner.config.text.vocab_size:,}; copy the tokenizer of this model")
 
 
-def _projector_features(folder: pathlib.Path, own: Row | None) -> int | None:
-    try:
-        stored = TensorFolder(own.folder if own else folder)
-    except (ValueError, FileNotFoundError):
-        return None
-    return stored.shape("projector.2.weight")[0] if has_projector(stored) else None
+def _projector_features(folder: Folder, own: Row | None) -> int | None:
+    """What the projector gives, wherever it is: with the captioner that is used, else in `llm`, or in a folder of its own."""
+    places = [own.folder] if own else [part.folder for part in (folder.captioner, folder.part("llm")) if part]
+    for place in places:
+        try:
+            sizes = projector_sizes(TensorFolder(place))
+        except (ValueError, FileNotFoundError):
+            continue
+        if sizes:
+            return sizes[-1]
+    return None
 
 
 def find_licence(folder: pathlib.Path, root: pathlib.Path) -> str | None:
@@ -269,13 +242,6 @@ def _readme(place: pathlib.Path) -> str:
     file = place / "README.md"
     text = file.read_text(errors="replace") if file.is_file() else ""
     return text[: text.find("\n---", 3) + 1] if text.startswith("---\n") else ""
-
-
-def _size(shape: Sequence[int]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total
 
 
 def _listed(names: Sequence[str]) -> str:

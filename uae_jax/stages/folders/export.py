@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from uae_jax.hf.adapters import AdapterFiles
 from uae_jax.hf.inventory import compare
-from uae_jax.hf.safetensors import TensorFolder
-from uae_jax.hf.sharded import Item, cast, stored_items, write_items
+from uae_jax.hf.items import Item, cast, stored_items, write_items
 from uae_jax.hf.torch_file import open_tensors
 from uae_jax.models.encoders.config import read_json
 from uae_jax.stages.folders import adapters
 from uae_jax.stages.folders.check import check_folder
 from uae_jax.stages.folders.files import check_target, copy_file, replaced, small_files
 from uae_jax.stages.folders.parts import (
-    KINDS, PROJECTOR, Folder, Part, find_parts, has_openai_names, part_config, part_table, part_tensors, write_json)
+    KINDS, PROJECTOR, Folder, Part, find_parts, has_openai_names, part_config, part_table, part_tensors, projector_sizes, with_dtype, write_json)
 
 LAYOUTS = ("official", "hub")
 DTYPES = ("keep", "float32", "bfloat16", "float16")
@@ -170,32 +170,25 @@ def part_items(part: Part) -> list[Item]:
 def _plain(part: Part, name: str, dtype: np.dtype | None, items: Iterable[Item] | None = None) -> Output:
     """A part with its files, and its config.json with the precision that is written."""
     items = cast(part_items(part) if items is None else items, dtype)
-    copies = tuple(file for file in small_files(part.folder) if file.name != "config.json")
+    files = {file.name: file for folder in {part.folder, part.config_folder} for file in small_files(folder)}
+    copies = tuple(file for name, file in sorted(files.items()) if name not in ("config.json", "adapter_config.json"))
     contents = {} if has_openai_names(part) else {"config.json": stored_config(part, items)}
     return Output(name, tuple(items), STEMS.get(part.kind, "model"), copies=copies, contents=contents)
 
 
 def stored_config(part: Part, items: Iterable[Item]) -> dict[str, Any]:
-    """A part's config.json, with the precision of its tensors where it says one (transformers loads in the one it says)."""
-    content = read_json(part.folder)
-    dtypes = {item.dtype.name for item in items}
-    if len(dtypes) == 1 and part.kind not in ("transformer", "vae"):
-        field = "torch_dtype" if "torch_dtype" in content else "dtype"
-        content |= {field: next(iter(dtypes))}
-        for name, inner in content.items():
-            if isinstance(inner, dict) and {"dtype", "torch_dtype"} & set(inner):
-                content[name] = inner | {key: content[field] for key in ("dtype", "torch_dtype") if key in inner}
-    return content
+    """A part's config.json, with the precision of its tensors where it says one."""
+    content, dtypes = read_json(part.config_folder), {item.dtype.name for item in items}
+    return with_dtype(content, dtypes.pop()) if len(dtypes) == 1 and part.kind not in ("transformer", "vae") else content
 
 
 def _captioner(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> list[Output]:
-    part, own = folder.part("llm"), folder.part("projector")
-    processor, adapted = folder.part("llm_processor"), folder.part("llm_lora")
+    part, processor, adapted = folder.captioner, folder.part("llm_processor"), folder.part("llm_lora")
     if part is None:
         return []
-    base = [*_base_items(part, adapted), *(part_items(own) if own else ())]
-    adapter = adapters.read_adapter(adapted) if adapted else None
-    items = adapters.merged(base, adapter, "model.", dtype) if adapter and config.merge_adapters else base
+    base = [*part_items(part), *_projector_items(folder, part)]
+    files = adapters.survey(adapted, folder) if adapted else None
+    items = adapters.merged(base, files, dtype) if files and config.merge_adapters else base
     if config.layout == "hub":
         outputs = _hub_captioner(part, items, dtype, processor)
     else:
@@ -204,21 +197,18 @@ def _captioner(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> 
             names = {file.name for file in outputs[0].copies} if processor.folder == part.folder else set()
             copies = tuple(file for file in small_files(processor.folder) if file.name not in names)
             outputs += [Output("llm_processor", copies=copies)] if copies else []
-    if adapter and not config.merge_adapters:
-        outputs.append(_language_adapter(folder, adapted, adapter, base, config, dtype))
+    if files and not config.merge_adapters:
+        outputs.append(_language_adapter(part, adapted, files, base, config, dtype))
     return outputs
 
 
-def _base_items(part: Part, adapted: Part | None) -> list[Item]:
-    """The captioner's own weights: those in `llm_lora` where it holds the whole model, since the release loads it over `llm`."""
-    items = part_items(part)
-    if adapted is None or not adapters.is_wrapped(adapted.folder):
-        return items
-    stored = TensorFolder(adapted.folder)
-    table = part_table(part, part_config(part), stored)
-    fit = compare(stored, table.rules, table.abstract, aliases=table.aliases, ignore=table.ignore)
-    newer = {item.name: item for item in stored_items(stored, fit.published.items())}
-    return [newer.get(item.name, item) for item in items]
+def _projector_items(folder: Folder, captioner: Part) -> list[Item]:
+    """The projector, where it is not among the captioner's own weights: in a folder of its own, or in `llm` beside `llm_lora`."""
+    if projector_sizes(part_tensors(captioner)):
+        return []
+    own, plain = folder.part("projector"), folder.part("llm")
+    items = part_items(own) if own else part_items(plain) if plain != captioner else []
+    return [item for item in items if item.name.startswith("projector.")]
 
 
 def _hub_captioner(part: Part, items: list[Item], dtype: np.dtype | None, processor: Part | None) -> list[Output]:
@@ -239,19 +229,21 @@ def _hub_captioner(part: Part, items: list[Item], dtype: np.dtype | None, proces
 
 
 def _language_adapter(
-    folder: Folder, part: Part, adapter: adapters.Adapter, base: list[Item], config: ExportConfig, dtype: np.dtype | None) -> Output:
+    captioner: Part, part: Part, files: AdapterFiles, base: list[Item], config: ExportConfig, dtype: np.dtype | None) -> Output:
     copies = tuple(file for file in small_files(part.folder) if not file.name.endswith("config.json"))
+    copies = () if part.folder == captioner.folder else copies  # they are the captioner's
     if config.llm_lora == "wrapped":
-        tied = part_config(folder.part("llm")).text.tied
-        contents = {"adapter_config.json": adapters.peft_config(adapter, "text", "llm")} if adapter.config else {}
+        tied = part_config(captioner).text.tied
+        contents = {} if files.assumed else {"adapter_config.json": adapters.peft_config(files, "text", "llm")}
         return Output(
-            "llm_lora", tuple(cast(adapters.wrapped_items(base, adapter, tied), dtype)), shards=WRAPPED_SHARDS, copies=copies,
+            "llm_lora", tuple(cast(adapters.wrapped_items(base, files, tied), dtype)), shards=WRAPPED_SHARDS, copies=copies,
             contents=contents, note="the whole captioner with its text model wrapped by peft, as released")
-    prefix, layout, model = (adapters.WHOLE_MODEL, "whole", "Qwen2_5_VLForConditionalGeneration") if config.layout == "hub" else (
-        adapters.TEXT_MODEL, "text", "its text model (model.model.language_model)")
+    layout, model = ("text", "its text model (model.model.language_model)")
+    if config.layout == "hub" or not adapters.in_text_model(files):
+        layout, model = "whole", "Qwen2_5_VLForConditionalGeneration"
     return Output(
-        "llm_lora", tuple(cast(adapters.adapter_items(adapter, prefix), dtype)), "adapter_model", copies=copies,
-        contents={"adapter_config.json": adapters.peft_config(adapter, layout, "llm")}, note=f"peft adapter around {model}")
+        "llm_lora", tuple(cast(adapters.adapter_items(files, layout), dtype)), "adapter_model", copies=copies,
+        contents={"adapter_config.json": adapters.peft_config(files, layout, "llm")}, note=f"peft adapter around {model}")
 
 
 def _decoder(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> list[Output]:
@@ -259,13 +251,13 @@ def _decoder(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> li
     part, adapted = folder.transformer, folder.part("dit_lora")
     name = "SD3/transformer" if config.layout == "hub" else part.name if part else ""
     if part:
-        items, adapter = part_items(part), adapters.read_adapter(adapted) if adapted else None
-        outputs.append(_plain(part, name, dtype, adapters.merged(items, adapter, dtype=dtype) if adapter and config.merge_adapters else items))
-        if adapter and not config.merge_adapters:
+        items, files = part_items(part), adapters.survey(adapted, folder) if adapted else None
+        outputs.append(_plain(part, name, dtype, adapters.merged(items, files, dtype) if files and config.merge_adapters else items))
+        if files and not config.merge_adapters:
             outputs.append(Output(
-                "dit_lora", tuple(cast(adapters.adapter_items(adapter, adapters.TRANSFORMER), dtype)), "adapter_model",
+                "dit_lora", tuple(cast(adapters.adapter_items(files, "transformer"), dtype)), "adapter_model",
                 copies=tuple(file for file in small_files(adapted.folder) if not file.name.endswith("config.json")),
-                contents={"adapter_config.json": adapters.peft_config(adapter, "transformer", name)},
+                contents={"adapter_config.json": adapters.peft_config(files, "transformer", name)},
                 note="peft adapter around SD3Transformer2DModel"))
     if config.layout == "hub":
         index = _model_index(folder, {output.name for output in outputs})

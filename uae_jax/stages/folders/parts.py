@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from uae_jax import trees
-from uae_jax.hf.rules import Rule
+from uae_jax.hf.adapters import FACTOR, LEAVES
+from uae_jax.hf.rules import Rule, canonical
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.hf.torch_file import TorchFile, open_tensors
 from uae_jax.models.encoders import clip
@@ -31,27 +32,38 @@ KINDS = {
     "SD3/transformer": "transformer", "SD3/vae": "vae", "SD3/text_encoder": "text encoder", "SD3/text_encoder_2": "text encoder",
     "SD3/scheduler": "scheduler", "dit": "transformer", "dit_lora": "transformer adapter", "clip": "image encoder",
     "longclip": "image encoder", "dinov2": "image encoder", "dinov3": "image encoder"}
-ADAPTERS = {"llm_lora": "layers", "dit_lora": "transformer_blocks"}
+ADAPTERS = ("llm_lora", "dit_lora")
 ENCODERS = ("clip", "longclip", "dinov2", "dinov3")
 _MODEL_TYPES = {
     "qwen2_5_vl": "llm", "clip": "clip", "clip_vision_model": "clip", "clip_text_model": "SD3/text_encoder", "dinov2": "dinov2",
     "dinov3_vit": "dinov3"}
 _CLASSES = {"SD3Transformer2DModel": "dit", "AutoencoderKL": "SD3/vae", "FlowMatchEulerDiscreteScheduler": "SD3/scheduler"}
 PROJECTOR = "uae_projector"  # model_type of the projector's own folder, which transformers does not know
-_LORA_LAYER = r"(?:.*\.)?(transformer_blocks|layers)\.\d+\..*\.lora_[AB](?:\.\w+)?\.weight"
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One part of a model: its name in the official layout (a key of `KINDS`) and its folder."""
+    """One part of a model.
+
+    Attributes:
+      name: in the official layout, a key of `KINDS`.
+      folder: with its weights, or a file of weights.
+      settings: folder of its config.json, where that is another.
+    """
 
     name: str
     folder: pathlib.Path
+    settings: pathlib.Path | None = None
 
     @property
     def kind(self) -> str:
         """What it holds."""
         return KINDS[self.name]
+
+    @property
+    def config_folder(self) -> pathlib.Path:
+        """The folder of its config.json."""
+        return self.settings or self.folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +88,11 @@ class Folder:
     def transformer(self) -> Part | None:
         """The transformer that the model uses: `dit`, else the pipeline's."""
         return self.part("dit") or self.part("SD3/transformer")
+
+    @property
+    def captioner(self) -> Part | None:
+        """The captioner that the model uses: the one in `llm_lora` where it holds one, as the release's does, else `llm`."""
+        return _wrapped_captioner(self.part("llm_lora"), self.part("llm")) or self.part("llm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +124,10 @@ def find_parts(path: str | pathlib.Path) -> Folder:
         names = [name for name in KINDS if (candidate / name).is_dir()]
         if any(name in names for name in ("llm", "dit", *ADAPTERS)):
             parts = [Part(name, candidate / name) for name in names]
+            if not any((candidate / "llm").glob("*.safetensors")):  # llm_lora may be the whole captioner
+                lora, plain = (next((part for part in parts if part.name == name), None) for name in ("llm_lora", "llm"))
+                wrapped = _wrapped_captioner(lora, plain)
+                parts = [part for part in parts if part is not plain] + [wrapped] if wrapped else parts
             if "llm" in names and "llm_processor" not in names and has_tokenizer(candidate / "llm"):
                 parts.append(Part("llm_processor", candidate / "llm"))
             return Folder(candidate, "official", tuple(sorted(parts, key=lambda part: list(KINDS).index(part.name))))
@@ -120,6 +141,17 @@ def find_parts(path: str | pathlib.Path) -> Folder:
             "and for config.json, adapter_config.json or scheduler_config.json with weights")
     beside = (Part("llm_processor", root),) if name == "llm" and has_tokenizer(root) else ()
     return Folder(root, "part", (Part(name, root), *beside))
+
+
+def _wrapped_captioner(lora: Part | None, plain: Part | None) -> Part | None:
+    """The captioner that an `llm_lora` holds beside its adapter, with the config.json that is read for it."""
+    try:
+        if lora is None or not qwen_weights.holds_base(lora.folder):
+            return None
+    except (ValueError, FileNotFoundError):
+        return None  # the row of llm_lora says why
+    own = plain is None or (lora.folder / "config.json").exists()
+    return Part("llm", lora.folder, None if own else plain.config_folder)
 
 
 def has_tokenizer(folder: pathlib.Path) -> bool:
@@ -148,10 +180,10 @@ def identify(folder: pathlib.Path) -> str | None:
         names = open_tensors(folder).names()
     except FileNotFoundError:
         return None
-    layers = {match.group(1) for match in (re.fullmatch(_LORA_LAYER, name) for name in names) if match}
-    for part, stem in ADAPTERS.items():
-        if stem in layers:
-            return part
+    adapted = {match[1] for match in (re.fullmatch(FACTOR, canonical(name, LEAVES)) for name in names) if match}
+    if adapted:
+        of_captioner = any(re.search(r"(^|\.)(layers|visual|lm_head)\.", f"{name}.") for name in adapted)
+        return "llm_lora" if of_captioner else "dit_lora"
     return open_encoder(folder).kind if set(MARKS) & names else None
 
 
@@ -162,7 +194,7 @@ def part_config(part: Part) -> Any:
       FileNotFoundError, ValueError: there is no config.json, or it is of another model or not supported.
     """
     if part.kind == "captioner":
-        return qwen_config.from_folder(part.folder)
+        return qwen_config.from_folder(part.config_folder)
     if part.kind == "transformer":
         return TransformerConfig.from_folder(part.folder)
     if part.kind == "vae":
@@ -205,15 +237,12 @@ def part_table(part: Part, config: Any, folder: TensorFolder) -> Table:
       folder: its tensors; of the captioner they say whether there is a projector, and its sizes.
     """
     if part.kind == "projector":
-        return Table(qwen_weights.projector_rules(), {"projector": abstract_projector(folder, folder.shape("projector.0.weight")[1])})
+        width, hidden, features = projector_sizes(folder)
+        abstract = jax.eval_shape(lambda: qwen.init_projector(jax.random.key(0), width, hidden, features))
+        return Table(qwen_weights.projector_rules(), {"projector": abstract})
     if part.kind == "captioner":
-        abstract, ignore = qwen.abstract_params(config), [qwen_weights.BUFFERS, qwen_weights.ADAPTER_TENSOR]
-        with_projector = has_projector(folder)
-        if with_projector:
-            abstract = {**abstract, "projector": abstract_projector(folder, config.text.width)}
-        if config.text.tied:
-            ignore.append(r"lm_head\.weight")
-        return Table(qwen_weights.rules(config, with_projector), abstract, qwen_weights.ALIASES, "|".join(ignore))
+        rules, abstract, ignore = qwen_weights.contents(folder, config)
+        return Table(rules, abstract, qwen_weights.ALIASES, ignore)
     if part.kind == "transformer":
         return Table(sd3_weights.transformer_rules(config), transformer.abstract_params(config))
     if part.kind == "vae":
@@ -224,15 +253,22 @@ def part_table(part: Part, config: Any, folder: TensorFolder) -> Table:
     return Table(clip_rules(config), clip.abstract_params(config), (), POSITION_BUFFERS)
 
 
-def has_projector(folder: TensorFolder) -> bool:
-    """Whether a captioner's folder holds UAE's projector."""
-    return {"projector.0.weight", "projector.2.weight"} <= folder.names()
+def projector_sizes(folder: TensorFolder) -> tuple[int, int, int] | None:
+    """Width of the language model, inner width and features of UAE's projector; None if a folder holds none."""
+    if not {"projector.0.weight", "projector.2.weight"} <= folder.names():
+        return None
+    (hidden, width), (features, _) = (folder.shape(f"projector.{index}.weight") for index in (0, 2))
+    return width, hidden, features
 
 
-def abstract_projector(folder: TensorFolder, width: int) -> dict:
-    """The projector's shapes, with inner and outer width as stored."""
-    hidden, features = (folder.shape(f"projector.{index}.weight")[0] for index in (0, 2))
-    return jax.eval_shape(lambda: qwen.init_projector(jax.random.key(0), width, hidden, features))
+def with_dtype(content: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json of transformers that says the precision of the weights, which is the one that transformers loads in."""
+    field = "torch_dtype" if "torch_dtype" in content else "dtype"
+    changed = content | {field: dtype}
+    for name, inner in changed.items():
+        if isinstance(inner, dict):
+            changed[name] = inner | {key: dtype for key in ("dtype", "torch_dtype") if key in inner}
+    return changed
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:

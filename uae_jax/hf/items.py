@@ -1,18 +1,14 @@
-"""Writing tensors that are made one at a time, so that a model larger than memory can be written."""
+"""Tensors that are read when they are written, so that a model larger than memory can go from file to file."""
 
 import dataclasses
-import json
 import math
-import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
-from safetensors.numpy import save_file
 
-from uae_jax.hf.inventory import count_non_finite, dtype_name
-from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.hf.finite import count_non_finite
+from uae_jax.hf.safetensors import TensorFolder, dtype_name, write_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +64,13 @@ def cast(items: Iterable[Item], dtype: np.dtype | None) -> list[Item]:
 def write_items(
     folder: str | pathlib.Path, items: Sequence[Item], *, stem: str = "model", max_shard_bytes: float = 5e9, shards: int = 0,
     report: Callable[[int], None] = lambda count: None) -> list[pathlib.Path]:
-    """Writes `stem.safetensors`, or numbered shards with an index; one shard at a time is in memory.
+    """Writes items as `hf.safetensors.write_tensors` does, each read when its turn comes.
 
     Args:
       folder: made if absent.
       items: in the order of the files.
       stem: `model`, `diffusion_pytorch_model` or `adapter_model`.
-      max_shard_bytes: size limit of one file; a single larger tensor has a file of its own.
+      max_shard_bytes: size limit of one file.
       shards: a number of files of about equal size instead of a size limit.
       report: called with the bytes of each tensor that was read.
 
@@ -84,39 +80,25 @@ def write_items(
     Raises:
       ValueError: a tensor has NaN or infinite numbers; the message names its file and name.
     """
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    groups = _groups(items, max_shard_bytes, shards)
-    total, mask = len(groups), os.umask(0)
-    os.umask(mask)
-    names = [f"{stem}.safetensors"] if total == 1 else [f"{stem}-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
-    for file, group in zip(names, groups):
-        tensors = {}
-        for item in group:
-            tensors[item.name] = np.asarray(item.read(), order="C")
-            bad = count_non_finite(tensors[item.name])
+    def read() -> Iterator[tuple[str, np.ndarray]]:
+        for item in items:
+            tensor = item.read()
+            bad = count_non_finite(tensor)
             if bad:
                 raise ValueError(f"{item.source} has {bad:,} numbers that are NaN or infinite; copy the file again or train from an older checkpoint")
+            yield item.name, tensor
             report(item.nbytes)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o666 & ~mask)  # save_file lets only its user read it
-    if total > 1:
-        weight_map = {item.name: file for file, group in zip(names, groups) for item in group}
-        index = {"metadata": {"total_size": sum(item.nbytes for item in items)}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return [folder / file for file in names]
+
+    limit, starts = (math.inf, _starts(items, shards)) if shards else (max_shard_bytes, ())
+    return write_tensors(folder, read(), stem=stem, max_shard_bytes=limit, starts=starts)
 
 
-def _groups(items: Sequence[Item], limit: float, shards: int) -> list[list[Item]]:
-    """The items of each file, in order."""
-    total, groups, size, done = sum(item.nbytes for item in items), [[]], 0, 0
+def _starts(items: Sequence[Item], shards: int) -> set[str]:
+    """The items that begin a file, for files of about equal size."""
+    total, starts, done = sum(item.nbytes for item in items), set(), 0
     for position, item in enumerate(items):
-        full = done >= total * len(groups) / shards if shards else size + item.nbytes > limit
-        if shards and len(items) - position == shards - len(groups):
-            full = True  # as many tensors as files are left
-        if groups[-1] and full and (not shards or len(groups) < shards):
-            groups.append([])
-            size = 0
-        groups[-1].append(item)
-        size, done = size + item.nbytes, done + item.nbytes
-    return groups
+        files = len(starts) + 1
+        if position and files < shards and (done * shards >= total * files or len(items) - position == shards - files):
+            starts.add(item.name)
+        done += item.nbytes
+    return starts
