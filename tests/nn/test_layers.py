@@ -1,4 +1,4 @@
-"""Attention, norms, rotation and adapted linear maps against their formulas."""
+"""Norms, rotation and adapted linear maps against their formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from uae_jax import trees
-from uae_jax.nn.attention import attention
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.lora import init_lora, merge_lora
 from uae_jax.nn.norms import GroupNorm, LayerNorm, RMSNorm
@@ -15,44 +14,6 @@ from uae_jax.nn.rope import apply_rope
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def test_attention_with_grouped_queries_is_the_plain_formula():
-    query, key, value = normal(0, 2, 5, 4, 8), normal(1, 2, 7, 2, 8), normal(2, 2, 7, 2, 8)
-    mask = np.random.default_rng(3).random((2, 1, 5, 7)) < 0.7
-    mask[..., 0] = True
-    expected = np.zeros_like(query)
-    for batch in range(2):
-        for head in range(4):
-            logits = query[batch, :, head] @ key[batch, :, head // 2].T / np.sqrt(8)
-            weights = np.where(mask[batch, 0], np.exp(logits - logits.max(-1, keepdims=True)), 0)
-            expected[batch, :, head] = weights / weights.sum(-1, keepdims=True) @ value[batch, :, head // 2]
-    np.testing.assert_allclose(attention(query, key, value, mask), expected, atol=1e-5)
-
-
-def test_forbidden_keys_change_nothing_and_a_row_without_keys_is_finite():
-    query, key, value = normal(0, 1, 3, 2, 4), normal(1, 1, 4, 2, 4), normal(2, 1, 4, 2, 4)
-    mask = np.ones((1, 1, 3, 4), bool)
-    mask[..., 3] = False
-    mask[0, 0, 2] = False
-    other = key.copy(), value.copy()
-    other[0][:, 3], other[1][:, 3] = 100.0, -100.0
-    mine, theirs = attention(query, key, value, mask), attention(query, *other, mask)
-    np.testing.assert_array_equal(mine[:, :2], theirs[:, :2])
-    gradient = jax.grad(lambda q: attention(q, key, value, mask).sum())(query)
-    assert np.isfinite(mine).all() and np.isfinite(gradient).all()
-
-
-def test_softmax_is_float32_for_half_precision_inputs():
-    query, key, value = (normal(seed, 1, 2, 1, 4).astype(jnp.bfloat16) for seed in range(3))
-    text = str(jax.make_jaxpr(attention)(query, key, value))
-    assert "exp" in text and all("f32[" in line for line in text.splitlines() if " = exp " in line)
-    assert attention(query, key, value).dtype == jnp.bfloat16
-
-
-def test_key_heads_must_divide_query_heads():
-    with pytest.raises(ValueError, match="3 query heads cannot share 2 key heads"):
-        attention(normal(0, 1, 2, 3, 4), normal(1, 1, 2, 2, 4), normal(2, 1, 2, 2, 4))
 
 
 def test_norms_against_numpy():

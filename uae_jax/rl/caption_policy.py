@@ -41,6 +41,7 @@ class CaptionPolicy:
       shared_noise: one noise for the whole group, so that the advantage measures the caption alone.
       advantage_scale: `group`, `batch` or `none`.
       aggregation, clip_low, clip_high, kl_weight: see `losses.token_grpo_loss`.
+      score_chunk: caption positions whose logits `[N, score_chunk, V]` exist at once.
       replay: score the rollout again for the old log-probabilities; not needed when each rollout has one update.
 
     Raises:
@@ -61,6 +62,7 @@ class CaptionPolicy:
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_weight: float = 0.0
+    score_chunk: int = qwen.SCORE_CHUNK
     replay: bool = False
 
     def __post_init__(self):
@@ -92,7 +94,7 @@ def score_captions(policy: CaptionPolicy, parts: Mapping, samples: Mapping, *, t
     prefix = qwen.prompt_prefix(policy.model.captioner, params, adapter, samples, samples["image_embeds"])
     return qwen.completion_log_probs(
         policy.model.captioner, params, adapter, prefix, samples["tokens"], samples["mask"], temperature=policy.temperature,
-        with_entropy=trained)
+        chunk=policy.score_chunk, with_entropy=trained)
 
 
 def rollout(policy: CaptionPolicy, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:

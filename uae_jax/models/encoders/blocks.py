@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 from jax import Array
 
-from uae_jax.nn.attention import attention
+from uae_jax.nn.attention import Mask, attention
 from uae_jax.nn.linear import Dense
+from uae_jax.nn.remat import remat as rematerialised
 from uae_jax.nn.rope import apply_rope
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -59,8 +60,8 @@ class SelfAttention(nn.Module):
     biases: tuple[bool, bool, bool, bool] = (True, True, True, True)
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None = None, angles: Array | None = None) -> Array:
-        """`[B, T, D]` to `[B, T, D]`; `mask` broadcastable to `[B, 1, T, T]`; `angles` `[T, K / 2]` in radians."""
+    def __call__(self, x: Array, mask: Mask = Mask(), angles: Array | None = None) -> Array:
+        """`[B, T, D]` to `[B, T, D]`; `angles` `[T, K / 2]` in radians."""
         batch, length, width = x.shape
         shape = (batch, length, self.heads, width // self.heads)
         query, key, value = (
@@ -81,5 +82,5 @@ def scan_layers(layer: type[nn.Module], length: int, remat: bool) -> type[nn.Mod
       length: number of layers.
       remat: whether the backward pass computes each layer again instead of storing its activations.
     """
-    body = nn.remat(layer, prevent_cse=False) if remat else layer
+    body = rematerialised(layer, "full" if remat else "none")
     return nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=length)

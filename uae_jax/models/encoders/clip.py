@@ -8,6 +8,7 @@ from jax import Array
 from uae_jax import trees
 from uae_jax.models.encoders.blocks import SelfAttention, activation, image_patches, scan_layers
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from uae_jax.nn.attention import Mask
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.norms import LayerNorm
 
@@ -22,8 +23,8 @@ class Block(nn.Module):
     config: CLIPVisionConfig | CLIPTextConfig
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None) -> tuple[Array, None]:
-        """`[B, T, D]` and a mask broadcastable to `[B, 1, T, T]`, to (`[B, T, D]`, None)."""
+    def __call__(self, x: Array, mask: Mask) -> tuple[Array, None]:
+        """`[B, T, D]` to (`[B, T, D]`, None)."""
         config = self.config
         y = LayerNorm(config.layer_norm_eps, name="norm1")(x)
         x = x + SelfAttention(config.num_attention_heads, name="attention")(y, mask)
@@ -56,7 +57,7 @@ class VisionTower(nn.Module):
         first = jnp.broadcast_to(first.astype(patches.dtype), (len(patches), 1, width))
         x = jnp.concatenate([first, patches], axis=1) + table.astype(patches.dtype)
         x = LayerNorm(config.layer_norm_eps, name="pre_norm")(x)
-        x, _ = scan_layers(Block, config.num_hidden_layers, self.remat)(config, name="layers")(x, None)
+        x, _ = scan_layers(Block, config.num_hidden_layers, self.remat)(config, name="layers")(x, Mask())
         x = LayerNorm(config.layer_norm_eps, name="post_norm")(x[:, 0])
         return Dense(config.projection_dim, use_bias=False, name="projection")(x)
 
@@ -84,8 +85,7 @@ class TextTower(nn.Module):
         tokens = self.param("token_embedding", normal, (config.vocab_size, width), jnp.float32)
         table = self.param("position_embedding", normal, (config.max_position_embeddings, width), jnp.float32)
         x = (tokens[ids] + table[:length]).astype(self.dtype)
-        mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
-        x, _ = scan_layers(Block, config.num_hidden_layers, self.remat)(config, name="layers")(x, mask)
+        x, _ = scan_layers(Block, config.num_hidden_layers, self.remat)(config, name="layers")(x, Mask(causal=True))
         x = LayerNorm(config.layer_norm_eps, name="final_norm")(x)
         pooled = x[jnp.arange(len(x)), pooling_position(config, ids)]
         return Dense(config.projection_dim, use_bias=False, name="projection")(pooled)

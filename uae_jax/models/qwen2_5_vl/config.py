@@ -6,7 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-REMAT_POLICIES = ("none", "full", "dots")
+from uae_jax.nn.remat import POLICIES
+
 DTYPES = ("float32", "bfloat16")
 
 
@@ -27,7 +28,7 @@ class VisionConfig:
       window_size: side of an attention window in pixels; used by the data side, which numbers the windows.
       full_attention_blocks: indices of the blocks that attend to the whole image.
       dtype: precision of activations, `float32` or `bfloat16`.
-      remat: what the backward pass recomputes: `none`, `full`, or `dots` (all but matrix products).
+      remat: what the backward pass recomputes, one of `nn.remat.POLICIES`.
     """
 
     depth: int = 32
@@ -67,7 +68,7 @@ class TextConfig:
       tied: whether the head is the transposed embedding table.
       lora_alpha: numerator of the adapters' scale.
       dtype: precision of activations, `float32` or `bfloat16`.
-      remat: what the backward pass recomputes: `none`, `full`, or `dots` (all but matrix products).
+      remat: what the backward pass recomputes, one of `nn.remat.POLICIES`.
     """
 
     vocab_size: int = 151936
@@ -123,7 +124,7 @@ class Qwen2_5VLConfig:
             raise ValueError("vision_config.hidden_size must be a multiple of 4 * num_heads")
         if vision.out_width != text.width:
             raise ValueError(f"vision_config.out_hidden_size is {vision.out_width}, hidden_size is {text.width}")
-        for name, value, known in (("remat", text.remat, REMAT_POLICIES), ("remat", vision.remat, REMAT_POLICIES),
+        for name, value, known in (("remat", text.remat, POLICIES), ("remat", vision.remat, POLICIES),
                                    ("dtype", text.dtype, DTYPES), ("dtype", vision.dtype, DTYPES)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; use one of {', '.join(known)}")

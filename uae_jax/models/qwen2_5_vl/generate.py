@@ -101,8 +101,7 @@ def _draw(
     logits = model.logits(config, params, hidden)
     uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
     token = sample_tokens(truncate(logits, sampling), uniforms, sampling.temperature)
-    log_probs = jax.nn.log_softmax(logits / (sampling.temperature or 1.0), axis=-1)
-    return token, jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
+    return token, model.token_log_probs(logits / (sampling.temperature or 1.0), token)[0]
 
 
 def _is_stop(token: Array, stop_ids: tuple[int, ...]) -> Array:

@@ -7,15 +7,15 @@ the batch is shared by groups of consecutive rows, so that the completions of on
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from uae_jax.models.qwen2_5_vl.config import TextConfig
-from uae_jax.nn.attention import MASKED, attention
+from uae_jax.nn.attention import Mask, SharedKeys, attention
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.norms import RMSNorm
+from uae_jax.nn.remat import remat
 from uae_jax.nn.rope import apply_rope
 
 
@@ -36,14 +36,6 @@ class Memory(NamedTuple):
     mask: Array
 
 
-def remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
-    """The module with its backward pass recomputed as `policy` says (`none`, `full`, `dots`)."""
-    if policy == "none":
-        return module
-    saved = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims if policy == "dots" else None
-    return nn.remat(module, policy=saved, prevent_cse=False)
-
-
 def mrope_angles(config: TextConfig, positions: Array) -> Array:
     """Rotation angles `[N, T, K/2]` from positions `[N, T, 3]` (time, row, column): sections of the frequencies follow
     one axis each (arXiv 2409.12191, section 2.1)."""
@@ -54,52 +46,13 @@ def mrope_angles(config: TextConfig, positions: Array) -> Array:
     return positions[..., axes].astype(jnp.float32) * frequencies
 
 
-def attention_with_memory(
-    query: Array, key: Array, value: Array, mask: Array, memories: tuple[tuple[Array, Array, Array], ...]) -> Array:
-    """Attention to earlier keys and to the batch's own, under one float32 softmax.
-
-    The rows that share a memory are folded into its query axis, so that its keys are never repeated.
-
-    Args:
-      query: `[N, T, H, K]`.
-      key: `[N, T, H', K]`.
-      value: `[N, T, H', K]`.
-      mask: bool `[N, T, T]` for the own keys.
-      memories: (key `[M, S, H', K]`, value, mask `[M, S]`) each; M divides N.
-
-    Returns:
-      `[N, T, H, K]`.
-    """
-    if not memories:
-        return attention(query, key, value, mask[:, None])
-    rows, length, heads, width = query.shape
-    parts = [*memories, (key, value, mask)]
-    logits, allowed = [], []
-    for keys, _, valid in parts:
-        entries, size, key_heads, _ = keys.shape
-        grouped = query.reshape(entries, rows // entries, length, key_heads, heads // key_heads, width)
-        part = jnp.einsum("mgthrk,mshk->mghrts", grouped, keys.astype(query.dtype), preferred_element_type=jnp.float32)
-        logits.append(part.reshape(rows, key_heads, -1, length, size))
-        valid = valid if valid.ndim == 3 else jnp.repeat(valid[:, None], rows // entries, axis=0)
-        allowed.append(jnp.broadcast_to(valid, (rows, length, size)))
-    joint = jnp.where(jnp.concatenate(allowed, -1)[:, None, None], jnp.concatenate(logits, -1) * width**-0.5, MASKED)
-    weights = jax.nn.softmax(joint, axis=-1).astype(query.dtype)
-    mixed, start = jnp.zeros((), query.dtype), 0
-    for _, values, _ in parts:
-        entries, size, key_heads, _ = values.shape
-        part = weights[..., start:start + size].reshape(entries, rows // entries, key_heads, -1, length, size)
-        out = jnp.einsum("mghrts,mshk->mgthrk", part, values.astype(query.dtype))
-        mixed, start = mixed + out.reshape(query.shape), start + size
-    return mixed
-
-
 class Attention(nn.Module):
     """Causal self-attention with grouped queries and biases on query, key and value."""
 
     config: TextConfig
 
     @nn.compact
-    def __call__(self, x: Array, angles: Array, mask: Array, memories: tuple) -> tuple[Array, KV]:
+    def __call__(self, x: Array, angles: Array, mask: Mask, memories: tuple[SharedKeys, ...]) -> tuple[Array, KV]:
         """`[N, T, D]` to `[N, T, D]`, and the keys and values `[N, T, H', K]`."""
         c = self.config
         rows, length, _ = x.shape
@@ -111,7 +64,7 @@ class Attention(nn.Module):
         query = apply_rope(project("query", c.heads), angles)
         key = apply_rope(project("key", c.key_heads), angles)
         value = project("value", c.key_heads)
-        mixed = attention_with_memory(query, key, value, mask, memories).reshape(rows, length, -1)
+        mixed = attention(query, key, value, mask, memories).reshape(rows, length, -1)
         return Dense(c.width, use_bias=False, lora_alpha=c.lora_alpha, name="output")(mixed), KV(key, value)
 
 
@@ -140,11 +93,11 @@ class Layer(nn.Module):
     return_kv: bool
 
     @nn.compact
-    def __call__(self, x: Array, stored: tuple, angles: Array, mask: Array, stored_masks: tuple) -> tuple[Array, KV | None]:
+    def __call__(self, x: Array, stored: tuple, angles: Array, mask: Mask, stored_masks: tuple) -> tuple[Array, KV | None]:
         """Maps `[N, T, D]`; `stored` holds this layer's keys and values of each memory."""
         c = self.config
         x = nn.with_logical_constraint(x, ("act_batch", "act_len", "act_emb"))
-        memories = tuple((kv.key, kv.value, valid) for kv, valid in zip(stored, stored_masks))
+        memories = tuple(SharedKeys(kv.key, kv.value, valid) for kv, valid in zip(stored, stored_masks))
         normed = RMSNorm(c.norm_epsilon, name="attention_norm")(x)
         mixed, kv = Attention(c, name="attention")(normed, angles, mask, memories)
         x = x + mixed
@@ -221,17 +174,16 @@ class LanguageModel(nn.Module):
         Args:
           embeds: `[N, T, D]`.
           positions: int `[N, T, 3]`, M-RoPE positions (time, row, column).
-          mask: bool `[N, T]`, False for padding.
+          mask: bool `[N, T]`, False for padding, which is on the right.
           memories: keys and values that precede these tokens.
 
         Returns:
           Hidden states after the final norm `[N, T, D]`, and the keys and values if `return_kv`.
         """
-        length = embeds.shape[1]
-        causal = jnp.tril(jnp.ones((length, length), bool))[None] & mask[:, None, :]
+        own = Mask(valid=mask, causal=True, right_padded=True)
         stored, stored_masks = tuple(m.kv for m in memories), tuple(m.mask for m in memories)
         x = embeds.astype(self.config.dtype)
-        x, kv = self.layers(x, stored, mrope_angles(self.config, positions), causal, stored_masks)
+        x, kv = self.layers(x, stored, mrope_angles(self.config, positions), own, stored_masks)
         return self.final_norm(x), kv
 
     def initialise(self, ids: Array) -> Array:

@@ -1,6 +1,6 @@
 """The image encoder of Qwen2.5-VL (arXiv 2502.13923, section 2.1.1): window attention, 2-D rotary positions, merger.
 
-Windows are given as ids and become masks: attention does not depend on the order of its keys, so nothing is reordered.
+Windows are given as ids, which are the mask: attention does not depend on the order of its keys, so nothing is reordered.
 """
 
 import flax.linen as nn
@@ -9,10 +9,11 @@ import numpy as np
 from jax import Array
 
 from uae_jax.models.qwen2_5_vl.config import VisionConfig
-from uae_jax.models.qwen2_5_vl.text import GatedMLP, remat
-from uae_jax.nn.attention import attention
+from uae_jax.models.qwen2_5_vl.text import GatedMLP
+from uae_jax.nn.attention import Mask, attention
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.norms import RMSNorm
+from uae_jax.nn.remat import remat
 from uae_jax.nn.rope import apply_rope
 
 ROPE_THETA = 10000.0
@@ -27,25 +28,20 @@ def patch_angles(config: VisionConfig, positions: Array) -> Array:
     return angles.reshape(*positions.shape[:-1], half)
 
 
-def same_group(groups: Array) -> Array:
-    """Attention mask `[B, 1, P, P]`: both patches are in the same group `[B, P]`, and neither is padding (-1)."""
-    return ((groups[:, :, None] == groups[:, None, :]) & (groups >= 0)[:, None, :])[:, None]
-
-
 class Block(nn.Module):
     """One pre-norm block, in the form that a scan over blocks needs."""
 
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x: Array, full: Array, angles: Array, window_mask: Array, image_mask: Array) -> tuple[Array, None]:
-        """Maps `[B, P, D]`; `full` (bool scalar) chooses between the two masks."""
+    def __call__(self, x: Array, full: Array, angles: Array, windows: Array, images: Array) -> tuple[Array, None]:
+        """Maps `[B, P, D]`; `full` (bool scalar) chooses whether patches see their image or their window (ids `[B, P]`)."""
         c = self.config
         x = nn.with_logical_constraint(x, ("act_batch", "act_len", "act_emb"))
         normed = RMSNorm(name="attention_norm")(x)
         qkv = Dense(3 * c.width, name="qkv")(normed).reshape(*x.shape[:2], 3, c.heads, c.width // c.heads)
         query, key, value = apply_rope(qkv[:, :, 0], angles), apply_rope(qkv[:, :, 1], angles), qkv[:, :, 2]
-        mixed = attention(query, key, value, jnp.where(full, image_mask, window_mask))
+        mixed = attention(query, key, value, Mask(groups=jnp.where(full, images, windows)))
         x = x + Dense(c.width, name="output")(mixed.reshape(x.shape))
         x = x + GatedMLP(c.mlp_width, use_bias=True, name="mlp")(RMSNorm(name="mlp_norm")(x))
         return x, None
@@ -89,6 +85,5 @@ class VisionTower(nn.Module):
         scanned = nn.scan(
             remat(Block, c.remat), variable_axes={"params": 0}, split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), length=c.depth)
-        x, _ = scanned(c, name="blocks")(
-            x, jnp.asarray(full), patch_angles(c, positions), same_group(windows), same_group(images))
+        x, _ = scanned(c, name="blocks")(x, jnp.asarray(full), patch_angles(c, positions), windows, images)
         return Merger(c, name="merger")(x)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from uae_jax.models.sd3.config import TransformerConfig
-from uae_jax.nn.attention import attention
+from uae_jax.nn.attention import Mask, attention
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.norms import LayerNorm, RMSNorm
 
@@ -83,13 +83,13 @@ class JointAttention(nn.Module):
         return query, key, value
 
     @nn.compact
-    def __call__(self, x: Array, context: Array | None = None, mask: Array | None = None) -> tuple[Array, Array | None]:
+    def __call__(self, x: Array, context: Array | None = None, mask: Mask = Mask()) -> tuple[Array, Array | None]:
         """Mixes the tokens.
 
         Args:
           x: image tokens `[B, P, D]`.
           context: context tokens `[B, T, D]`, or None for attention over image tokens only.
-          mask: bool `[B, 1, 1, P + T]`, False for tokens that nobody may attend to; None allows all.
+          mask: which of the P + T tokens are attended to.
 
         Returns:
           `[B, P, D]` and `[B, T, D]`, the second None without context or without `context_output`.
@@ -121,7 +121,7 @@ class Block(nn.Module):
     last: bool = False
 
     @nn.compact
-    def __call__(self, streams: tuple[Array, Array], conditioning: Array, mask: Array | None) -> tuple[tuple, None]:
+    def __call__(self, streams: tuple[Array, Array], conditioning: Array, mask: Mask) -> tuple[tuple, None]:
         """Updates both streams.
 
         Args:

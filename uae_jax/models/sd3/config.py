@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-REMAT_POLICIES = ("none", "full", "dots")
+from uae_jax.nn.remat import POLICIES
 
 
 def _read_json(path: str | pathlib.Path, class_name: str) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class TransformerConfig:
       qk_norm: None or `rms_norm`, the norm of queries and keys.
       lora_alpha: numerator of the adapters' scale; not part of the published file.
       dtype: precision of the products, `float32` or `bfloat16`; not part of the published file.
-      remat: what the backward pass computes again: `none`, `full` (each block) or `dots` (all but matrix products).
+      remat: what the backward pass computes again, one of `nn.remat.POLICIES`.
 
     Raises:
       ValueError: a value that the modules cannot honour; the message names the field.
@@ -152,7 +152,7 @@ class TransformerConfig:
         name = "transformer"
         _require(self.num_layers >= 1, name, "num_layers", self.num_layers, "at least 1")
         _require(self.qk_norm in (None, "rms_norm"), name, "qk_norm", self.qk_norm, "None or 'rms_norm'")
-        _require(self.remat in REMAT_POLICIES, name, "remat", self.remat, f"one of {REMAT_POLICIES}")
+        _require(self.remat in POLICIES, name, "remat", self.remat, f"one of {tuple(POLICIES)}")
         _require(self.dtype in ("float32", "bfloat16"), name, "dtype", self.dtype, "'float32' or 'bfloat16'")
         _require(self.width % 4 == 0, name, "attention_head_dim", self.attention_head_dim,
                  "such that num_attention_heads * attention_head_dim is a multiple of 4")

@@ -11,7 +11,9 @@ from jax import Array
 from uae_jax import trees
 from uae_jax.models.sd3.blocks import Block, Modulation, modulated_norm
 from uae_jax.models.sd3.config import TransformerConfig
+from uae_jax.nn.attention import Mask
 from uae_jax.nn.linear import Dense
+from uae_jax.nn.remat import remat
 
 TIMESTEP_CHANNELS = 256
 # The modules that the release adapts (attn.{to_q, to_k, to_v, to_out.0, add_q_proj, add_k_proj, add_v_proj, to_add_out});
@@ -82,13 +84,6 @@ class Embedder(nn.Module):
         return Dense(width, lora_alpha=alpha, name="linear_2")(nn.silu(Dense(width, lora_alpha=alpha, name="linear_1")(x)))
 
 
-def _rematerialised(config: TransformerConfig, in_scan: bool) -> type[nn.Module]:
-    if config.remat == "none":
-        return Block
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-    return nn.remat(Block, prevent_cse=not in_scan, policy=policy)
-
-
 class Transformer(nn.Module):
     """Velocity of noisy latents given text (SD3Transformer2DModel).
 
@@ -108,7 +103,7 @@ class Transformer(nn.Module):
           timestep: `[B]`, 1000 * sigma with sigma in [0, 1].
           context: `[B, T, Dc]` text tokens.
           pooled: `[B, Dp]` pooled text.
-          context_mask: bool `[B, T]`, False for padding, which nobody then attends to; None attends to all tokens, as
+          context_mask: bool `[B, T]`, False for padding on the right, which nobody then attends to; None attends to all tokens, as
             the official code does.
 
         Returns:
@@ -127,23 +122,23 @@ class Transformer(nn.Module):
         conditioning += Embedder(config, name="pooled_embedder")(pooled.astype(dtype))
         conditioning = nn.silu(conditioning)
         context = Dense(config.width, lora_alpha=alpha, name="context_embedder")(context.astype(dtype))
-        mask = None
+        mask = Mask()
         if context_mask is not None:
-            mask = jnp.pad(context_mask, ((0, 0), (x.shape[1], 0)), constant_values=True)[:, None, None]
+            mask = Mask(valid=jnp.pad(context_mask, ((0, 0), (x.shape[1], 0)), constant_values=True), right_padded=True)
         x = self._blocks(x, context, conditioning, mask)
         scale, shift = Modulation(config, 2, name="norm_out")(conditioning)
         y = Dense(config.patch_size**2 * config.out_channels, lora_alpha=alpha, name="proj_out")(modulated_norm(x, scale, shift))
         return unpatchify(y.astype(jnp.float32), rows, columns, config.patch_size)
 
-    def _blocks(self, x: Array, context: Array, conditioning: Array, mask: Array | None) -> Array:
+    def _blocks(self, x: Array, context: Array, conditioning: Array, mask: Mask) -> Array:
         config, streams = self.config, (x, context)
         for name, layers, dual in config.runs:
             scanned = nn.scan(
-                _rematerialised(config, in_scan=True), variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True},
+                remat(Block, config.remat), variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True},
                 in_axes=nn.broadcast, length=len(layers))
             streams, _ = scanned(config, dual=dual, name=name)(streams, conditioning, mask)
         last_dual = config.num_layers - 1 in config.dual_attention_layers
-        last = _rematerialised(config, in_scan=False)(config, dual=last_dual, last=True, name="last_block")
+        last = remat(Block, config.remat, in_scan=False)(config, dual=last_dual, last=True, name="last_block")
         (x, _), _ = last(streams, conditioning, mask)
         return x
 

@@ -1,0 +1,58 @@
+"""The vocabulary's logits never exist for a whole caption, in the compiled step of gen_for_und and in its pieces."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from programs import equations
+from stage_pieces import stage_of
+
+from uae_jax.rl import caption_policy
+from uae_jax.stages import gen_for_und
+from uae_jax.training.optimizer import make_optimizer
+from uae_jax.training.step import init_state
+
+TOKENS = 37  # no other size of the small model
+
+
+@pytest.fixture(scope="module")
+def stage(whole):
+    return stage_of(whole, "gen_for_und", max_new_tokens=TOKENS, updates_per_rollout=2)
+
+
+def largest_with(function, arguments, vocabulary: int) -> int:
+    """Numbers in the largest array that a traced function makes and that has the vocabulary as an axis."""
+    shapes = {
+        variable.aval.shape for equation in equations(function, *arguments) for variable in equation.outvars
+        if vocabulary in getattr(variable.aval, "shape", ())}
+    return max(int(np.prod(shape)) for shape in shapes)
+
+
+@pytest.mark.parametrize("chunk", [2, TOKENS])
+def test_no_array_of_the_step_has_logits_of_more_positions_than_a_chunk(stage, chunk):
+    policy = dataclasses.replace(stage.policy, score_chunk=chunk)
+    optimizer = make_optimizer(stage.config.optimizer, 10)
+    arguments = init_state(stage.trained, optimizer), stage.frozen, stage.batch, stage.key
+    vocabulary, rows = policy.model.captioner.text.vocab_size, stage.config.batch_size * stage.config.group_size
+    found = largest_with(gen_for_und.make_step(policy, stage.config, optimizer), arguments, vocabulary)
+    assert found == rows * chunk * vocabulary
+
+
+def test_the_scoring_chunk_changes_neither_scores_nor_gradient(stage):
+    tokens = jax.random.randint(jax.random.key(3), (stage.config.batch_size, stage.config.group_size, TOKENS), 0, 20)
+    samples = {name: stage.batch[name] for name in caption_policy.PROMPT_FIELDS} | {
+        "tokens": tokens, "mask": np.ones(tokens.shape, bool), "image_embeds": None}
+
+    def score(chunk):
+        policy = dataclasses.replace(stage.policy, score_chunk=chunk)
+
+        def total(params):
+            scores = caption_policy.score_captions(policy, {**stage.frozen, **params}, samples, trained=True)
+            return scores.log_probs.sum(), scores
+
+        return jax.jit(jax.grad(total, has_aux=True))(stage.trained)
+
+    whole, pieces = score(TOKENS), score(5)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces)):
+        np.testing.assert_allclose(other, one, atol=1e-4 * max(float(np.abs(one).max()), 1e-3))

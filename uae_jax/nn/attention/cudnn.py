@@ -1,0 +1,54 @@
+"""Attention on NVIDIA GPUs: cuDNN's fused kernels, which never store the weights."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from uae_jax.nn.attention.mask import Mask
+
+LARGEST_WIDTH = 128  # of a head, on every generation that cuDNN's kernels know
+
+
+def supported(query: Array) -> bool:
+    """Whether the kernels take queries `[B, T, H, K]` of this precision and head width."""
+    return query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= LARGEST_WIDTH and query.shape[-1] % 8 == 0
+
+
+def arguments(mask: Mask, batch: int, length: int, size: int) -> dict:
+    """The mask in the kernels' terms: lengths where its valid keys come first, else a table `[B, 1, T, S]`.
+
+    Args:
+      mask: what is allowed.
+      batch, length, size: B, T, S.
+
+    Returns:
+      Keyword arguments of `jax.nn.dot_product_attention`: of `is_causal`, `key_value_seq_lengths` and `mask`.
+    """
+    if mask.groups is None and (mask.valid is None or mask.right_padded) and (not mask.causal or length == size):
+        found: dict = {"is_causal": mask.causal}
+        if mask.valid is not None:
+            # a row without keys would divide by zero; the first key then stands for a mean that nobody reads
+            found["key_value_seq_lengths"] = jnp.maximum(jnp.sum(mask.valid, axis=1, dtype=jnp.int32), 1)
+        return found
+    return {"mask": jnp.broadcast_to(mask.pairs(length, size), (batch, length, size))[:, None]}
+
+
+def cudnn(query: Array, key: Array, value: Array, mask: Mask) -> Array:
+    """Attention as in `plain.plain`; see `supported`.
+
+    Args:
+      query: `[B, T, H, K]`.
+      key: `[B, S, H', K]`.
+      value: `[B, S, H', K]`.
+      mask: see `mask.Mask`.
+
+    Returns:
+      `[B, T, H, K]`.
+    """
+    batch, length, size = query.shape[0], query.shape[1], key.shape[1]
+    found = arguments(mask, batch, length, size)
+    if "mask" in found:  # tables of odd sides are not taken where there is a gradient
+        query = jnp.pad(query, ((0, 0), (0, length % 2), (0, 0), (0, 0)))
+        key, value = (jnp.pad(x, ((0, 0), (0, size % 2), (0, 0), (0, 0))) for x in (key, value))
+        found["mask"] = jnp.pad(found["mask"], ((0, 0), (0, 0), (0, length % 2), (0, size % 2)))
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **found)[:, :length]

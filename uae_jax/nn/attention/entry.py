@@ -1,0 +1,143 @@
+"""The one attention function of all models, and how it picks a kernel."""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from uae_jax.nn.attention import plain as xla
+from uae_jax.nn.attention.cudnn import cudnn, supported
+from uae_jax.nn.attention.mask import Mask, SharedKeys
+from uae_jax.nn.attention.splash import splash
+
+IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Mask], Array]] = {
+    "plain": xla.plain, "by_query_blocks": xla.by_query_blocks, "by_head": xla.by_head, "splash": splash, "cudnn": cudnn}
+SMALL = 128 * 128  # pairs of query and key; up to here the plain formula is as fast as any other form, on every device
+BATCH_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"
+
+_chosen: contextvars.ContextVar[str] = contextvars.ContextVar("attention", default="auto")
+
+
+@contextlib.contextmanager
+def use_attention(name: str) -> Iterator[None]:
+    """Everything traced inside uses this implementation (`IMPLEMENTATIONS`), or picks by device and size (`auto`).
+
+    Raises:
+      ValueError: there is no such implementation.
+    """
+    if name != "auto" and name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention is {name!r}; use one of auto, {', '.join(IMPLEMENTATIONS)}")
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def attention(
+    query: Array, key: Array, value: Array, mask: Mask = Mask(), shared: tuple[SharedKeys, ...] = ()) -> Array:
+    """Softmax attention with grouped queries; logits and softmax in float32 (arXiv 1706.03762, eq. 1; 2305.13245).
+
+    The kernel follows the devices of the mesh that `jax.set_mesh` made current (those of the process without one), also
+    where a program is compiled for devices that are not there: splash attention on TPUs, cuDNN on GPUs, a form chosen by
+    measurement on CPUs. `use_attention` overrides it.
+
+    Args:
+      query: `[B, T, H, K]`.
+      key: `[B, S, H', K]` where H' divides H; query head h reads key head h // (H / H').
+      value: `[B, S, H', K]`.
+      mask: which of these keys a query may see.
+      shared: keys that precede these, for causal self-attention (S = T); see `mask.SharedKeys`.
+
+    Returns:
+      `[B, T, H, K]` in the precision of `query`.
+
+    Raises:
+      ValueError: the number of key heads does not divide the number of query heads.
+    """
+    heads, key_heads = query.shape[2], key.shape[2]
+    if heads % key_heads:
+        raise ValueError(f"{heads} query heads cannot share {key_heads} key heads")
+    size = key.shape[1] + sum(earlier.key.shape[1] for earlier in shared)
+    name = _chosen.get()
+    if name == "auto":
+        name = choose(platform(), query, size)
+    if name == "plain" and shared:
+        return xla.plain_with_shared(query, key, value, mask, shared)
+    if shared:
+        key, value, mask = _joined(key, value, mask, shared)
+    implementation = IMPLEMENTATIONS[name]
+    if name in ("splash", "cudnn", "by_head"):
+        return on_each_device(implementation, query, key, value, mask)
+    return implementation(query, key, value, mask)
+
+
+def choose(device: str, query: Array, size: int) -> str:
+    """The implementation for a platform (`cpu`, `gpu`, `tpu`), queries `[B, T, H, K]` and S keys.
+
+    On several devices without a current mesh, only what the compiler can cut by itself is chosen.
+    """
+    if query.shape[1] == 1 or query.shape[1] * size <= SMALL:
+        return "plain"
+    if device == "gpu" and supported(query):
+        return "cudnn"
+    if device in ("cpu", "tpu") and (_mesh() is not None or jax.device_count() == 1):
+        return {"cpu": "by_head", "tpu": "splash"}[device]
+    return "by_query_blocks"
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: the devices of the current mesh, else the default ones."""
+    device = getattr(_mesh(), "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
+
+
+def _mesh() -> AbstractMesh | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def _joined(key: Array, value: Array, mask: Mask, shared: tuple[SharedKeys, ...]) -> tuple[Array, Array, Mask]:
+    """Shared keys, repeated for the rows that read them, and own keys, as one sequence under a causal mask."""
+    rows, length = key.shape[:2]
+
+    def every_row(x: Array) -> Array:
+        return jnp.repeat(x, rows // len(x), axis=0)
+
+    keys = [every_row(earlier.key).astype(key.dtype) for earlier in shared]
+    values = [every_row(earlier.value).astype(value.dtype) for earlier in shared]
+    own = jnp.ones((rows, length), bool) if mask.valid is None else mask.valid
+    valid = jnp.concatenate([*(every_row(earlier.valid) for earlier in shared), own], axis=1)
+    joined = Mask(valid=valid, causal=True)
+    return jnp.concatenate([*keys, key], axis=1), jnp.concatenate([*values, value], axis=1), joined
+
+
+def on_each_device(
+    implementation: Callable[[Array, Array, Array, Mask], Array], query: Array, key: Array, value: Array, mask: Mask) -> Array:
+    """Runs an implementation on each device's rows and heads: a kernel cannot be cut by the compiler.
+
+    Rows are cut over those of the current mesh's axes `data` and `fsdp` that divide them, heads over `tensor` where it
+    divides the query heads and fits the key heads, which are repeated if they are fewer. Without a mesh, or inside a `shard_map`,
+    the implementation is called as it is.
+    """
+    mesh = _mesh()
+    if mesh is None or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return implementation(query, key, value, mask)
+    axes: tuple[str, ...] = ()
+    for axis in BATCH_AXES:
+        if axis in mesh.shape and query.shape[0] % math.prod(mesh.shape[name] for name in (*axes, axis)) == 0:
+            axes += (axis,)
+    ways, heads, rows = mesh.shape.get(HEAD_AXIS, 1), None, axes or None
+    if query.shape[2] % ways == 0 and (key.shape[2] % ways == 0 or ways % key.shape[2] == 0):
+        heads = HEAD_AXIS if ways > 1 else None
+        key, value = (jnp.repeat(x, max(ways // x.shape[2], 1), axis=2) for x in (key, value))
+    spread, flat = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
+    per_mask = jax.tree.map(lambda _: flat, mask)
+    cut = jax.shard_map(
+        implementation, in_specs=(spread, spread, spread, per_mask), out_specs=spread, check_vma=False)
+    return cut(query, key, value, mask)

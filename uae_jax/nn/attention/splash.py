@@ -1,0 +1,67 @@
+"""Attention on TPUs: JAX's splash kernels in Pallas, which never store the weights and skip forbidden blocks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+from uae_jax.nn.attention.mask import Mask
+
+LANES = 128  # the kernels' unit of sequence and head width
+LARGEST_BLOCK = 512
+
+
+def block_size(length: int) -> int:
+    """The block of a sequence: 512 for long ones, else the length rounded up to 128."""
+    return min(LARGEST_BLOCK, -(-length // LANES) * LANES)
+
+
+@functools.lru_cache(maxsize=None)
+def _blocks(query: int, key: int) -> kernels.BlockSizes:
+    return kernels.BlockSizes(
+        block_q=query, block_kv=key, block_kv_compute=key, block_q_dkv=query, block_kv_dkv=key, block_kv_dkv_compute=key,
+        block_q_dq=query, block_kv_dq=key)
+
+
+def _padded(x: Array, axis: int, multiple: int) -> Array:
+    room = [(0, 0)] * x.ndim
+    room[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, room)
+
+
+def splash(query: Array, key: Array, value: Array, mask: Mask, *, interpret: bool = False) -> Array:
+    """Attention as in `plain.plain`, for whole or causal masks with ids; all sizes are padded to what the kernels take.
+
+    Args:
+      query: `[B, T, H, K]`.
+      key: `[B, S, H', K]`.
+      value: `[B, S, H', K]`.
+      mask: see `mask.Mask`.
+      interpret: run the kernels step by step on any device, for tests.
+
+    Returns:
+      `[B, T, H, K]`.
+    """
+    batch, length, heads, width = query.shape
+    size = key.shape[1]
+    q_block, k_block = block_size(length), block_size(size)
+    scaled = (query.astype(jnp.float32) * width**-0.5).astype(query.dtype)
+    q, k, v = (
+        _padded(_padded(x.transpose(0, 2, 1, 3), 2, block), 3, LANES)
+        for x, block in ((scaled, q_block), (key, k_block), (value, k_block)))
+    shape = (q.shape[2], k.shape[2])
+    one = kernels.CausalMask(shape, size - length) if mask.causal else kernels.FullMask(shape)
+    ids = mask.segments(length, batch, size)
+    if ids is None and (shape[1] > size and not mask.causal or size < length):
+        ids = jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, size), jnp.int32)
+    if ids is not None:
+        # padding of the kernel: a query that is thrown away, and keys that nobody sees
+        rooms = [((0, 0), (0, padded - there)) for padded, there in zip(shape, (length, size))]
+        ids = kernels.SegmentIds(*(jnp.pad(x, room, constant_values=c) for x, room, c in zip(ids, rooms, (-1, -2))))
+    attend = kernels.make_splash_mha(
+        kernels.MultiHeadMask([one] * heads), block_sizes=_blocks(q_block, k_block), head_shards=1, q_seq_shards=1,
+        interpret=interpret)
+    mixed = jax.vmap(attend)(q, k, v, ids) if ids is not None else jax.vmap(attend)(q, k, v)
+    return mixed[:, :, :length, :width].transpose(0, 2, 1, 3)
