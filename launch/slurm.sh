@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a SLURM cluster with GPUs, one task a GPU; requeues itself when it is preempted.
+# Trains on a SLURM cluster with GPUs; requeues itself when it is preempted or its time is over.
 #SBATCH --job-name=uae_jax
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -12,31 +12,49 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-Usage: sbatch [--nodes=N ...] launch/slurm.sh [--dry-run] CONFIG WORKDIR [--config.x.y=value ...]
+Usage: sbatch [--nodes=N ...] launch/slurm.sh [options] CONFIG WORKDIR [--config.x.y=value ...]
 
   sbatch --nodes=2 launch/slurm.sh configs/unified_grpo.py:qwen2_5_vl_3b_sd3_5_medium /shared/run --config.model.folder=/weights/UAE
+  sbatch --nodes=2 --ntasks-per-node=1 --cpus-per-task=64 launch/slurm.sh --task-per node configs/unified_grpo.py /shared/run
 
-Expects .venv with `pip install '.[cuda]'` in the folder where sbatch is called. Two minutes before the time limit, or at a
-preemption, the run saves and the job is queued again.
+Expects .venv with `pip install '.[cuda]'` in the folder where sbatch is called, and WORKDIR on a file system that all nodes share.
+Two minutes before the time limit, or at a preemption, the run saves and the job is queued again; it then goes on.
+
+Options:
+  --task-per gpu|node   one task a GPU (default), or one a node that uses all of its GPUs
+  --python PATH         an interpreter that has uae_jax, instead of .venv
+  --max-restarts N      how often the job may queue itself again (default 100)
+  --dry-run             print the commands and do nothing; works without sbatch
+  --help                this text
 TEXT
 }
 
-dry_run=false
-case "${1:-}" in
-  -h | --help | "") usage; exit 0 ;;
-  --dry-run) dry_run=true; shift ;;
-esac
-if [ $# -lt 2 ]; then usage >&2; exit 2; fi
-config=$1 workdir=$2
-shift 2
+# sbatch runs a copy of this script from its spool folder
+folder=${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}
+cd "$folder"
+# shellcheck source=launch/options.sh
+. launch/options.sh
+read_options "task-per python max-restarts" "" 2 "$@"
+per=${option[task-per]:-gpu} python=${option[python]:-.venv/bin/python}
 
-do_it() {
-  if $dry_run; then printf '%q ' "$@"; echo; else "$@"; fi
-}
+tasks=()
+case $per in
+  gpu) ;;
+  node)
+    # jax gives a task the one GPU of its local rank unless it is told which are its own
+    gpus=${SLURM_GPUS_ON_NODE:-8}
+    tasks=(env JAX_LOCAL_DEVICE_IDS="$(seq -s, 0 $((gpus - 1)))")
+    ;;
+  *) fail "--task-per is $per; choose gpu or node" ;;
+esac
+step=(srun --kill-on-bad-exit=1)
+if [ "$per" = node ]; then step+=(--ntasks-per-node=1 --ntasks="${SLURM_NNODES:-1}"); fi
 
 code=0
-do_it srun --kill-on-bad-exit=1 .venv/bin/python -m uae_jax.main --config="$config" --workdir="$workdir" "$@" || code=$?
-if [ "$code" -eq 143 ]; then
+do_it "${step[@]}" "${tasks[@]}" "$python" -m uae_jax.main --config="${positional[0]}" --workdir="${positional[1]}" \
+  "${positional[@]:2}" || code=$?
+# 143: all tasks saved after SIGTERM
+if [ "$code" -eq 143 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${option[max-restarts]:-100}" ]; then
   do_it scontrol requeue "$SLURM_JOB_ID"
   exit 0
 fi

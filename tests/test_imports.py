@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "uae_jax"
 ALLOWED = {
     "__init__": set(), "trees": set(), "nn": {"trees"}, "diffusion": {"trees"}, "hf": {"trees"}, "data": {"trees"},
     "sharding": {"trees"}, "models": {"nn", "hf", "trees"}, "training": {"sharding", "trees"},
-    "rl": {"models", "diffusion", "trees"},
+    "rl": {"models", "nn", "diffusion", "sharding", "trees"},
     "stages": {"trees", "nn", "hf", "data", "sharding", "diffusion", "models", "training", "rl"},
     "planning": {"trees", "nn", "hf", "data", "sharding", "models", "training", "rl", "stages"},
     "command_line": set(), "main": {"command_line", "stages", "training"}, "plan": {"command_line", "planning"},

@@ -7,9 +7,9 @@
 The same workdir continues where it stopped.
 """
 
-import os
 import pathlib
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -18,19 +18,10 @@ from uae_jax.command_line import import_configs, parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/unified_grpo.py[:PRESET].", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics, samples, report and export; the same one continues.")
-
-
-def _start_processes() -> None:
-    """Joins the other hosts of a pod or cluster; a single host needs nothing."""
-    import jax
-
-    cluster = ("SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS", "JAX_COORDINATOR_ADDRESS")
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    several = any(name in os.environ for name in cluster) and (
-        "," in hosts or int(os.environ.get("SLURM_NTASKS", "1")) > 1 or int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
-        or "JAX_COORDINATOR_ADDRESS" in os.environ or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ)
-    if several:
-        jax.distributed.initialize()
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the cluster does not say it.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, with --coordinator.")
+CONTINUE = "The same command continues from the newest checkpoint."
 
 
 def main(argv: list[str]) -> None:
@@ -40,15 +31,18 @@ def main(argv: list[str]) -> None:
     if logging.get_verbosity() == logging.INFO and not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)  # checkpointing alone writes twenty lines a save
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value).absolute()
+    from uae_jax.training import processes
     from uae_jax.training.signals import StopTraining
 
     try:
         if not workdir.parent.is_dir():
             raise FileNotFoundError(f"the folder {workdir.parent} that --workdir needs does not exist; make it first")
-        _start_processes()
+        processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
         if "phases" in config:
             from uae_jax.stages.bootstrap.run import bootstrap
 
+            if not processes.alone():
+                raise ValueError("configs/bootstrap.py makes a tiny model in one process; start it on one host")
             workdir.mkdir(exist_ok=True)
             print(f"the model is in {bootstrap(config, workdir)}")
             return
@@ -59,8 +53,15 @@ def main(argv: list[str]) -> None:
     except StopTraining as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    except (ValueError, FileNotFoundError, FloatingPointError, ImportError, ConnectionError) as error:
+        processes.leave(f"error: {' '.join(str(error).split())}", 1)
+    except Exception as error:
+        if processes.lost_process(error):
+            reason = str(error).splitlines()[0]
+            processes.leave(f"error: another process of this run is gone ({reason}); see what it said last. {CONTINUE}", 1, wait=False)
+        if processes.alone():
+            raise
+        processes.leave(f"{traceback.format_exc()}the other processes end too. {CONTINUE}", 1)
 
 
 def command() -> None:

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import distributed
 
 from uae_jax import sharding, trees
+from uae_jax.data.loader import make_loader
 from uae_jax.stages import run as run_module
 from uae_jax.stages.settings import frozen
 from uae_jax.training.optimizer import make_optimizer
@@ -34,6 +36,60 @@ def make_run(config: dict, workdir, devices: int = 1) -> run_module.Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:devices]))
         return run_module.Run(frozen(run_module.RunConfig, config), workdir)
+
+
+STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
+_ADAPTERS = {"gen_for_und": "language_lora", "und_for_gen": "transformer_lora"}
+
+
+def linear(config: dict) -> dict:
+    """Adam with an epsilon so large that its step is the gradient, times 1 or 0.001: rounding stays rounding.
+
+    Rewards a few thousandths apart are normalised to advantages, so the gradient of captions carries their rounding magnified;
+    its step is as small, beside the parameters, as steps are in training.
+    """
+    values = dict(eps=1e3, max_grad_norm=0.0, weight_decay=0.0)
+
+    def optimizer(name: str) -> dict:
+        return config[name]["optimizer"] | values | dict(learning_rate=1.0 if name == "gen_for_und" else 1e3)
+
+    return changed(config, **{name: dict(optimizer=optimizer(name), updates_per_rollout=1) for name in STAGES})
+
+
+def one_step(run: run_module.Run, stage: str) -> tuple[dict, dict, dict]:
+    """The first step of a stage with the run's own loader, on its mesh, in all of its processes.
+
+    Returns:
+      Updated parameters, their changes (numpy), and metrics (numbers).
+    """
+    if stage in _ADAPTERS:  # an adapter that is not zero: gradients reach both of its factors
+        adapter = sharding.host_values(run.parts[_ADAPTERS[stage]])
+        run.parts[_ADAPTERS[stage]] = sharding.shard_tree(jax.tree.map(np.asarray, nudged(adapter)), run.mesh)
+    config, key = getattr(run.config, stage), jax.random.key(7)
+    start = run_module.STAGES[stage][1](run.parts, config, jax.random.key(5))
+    optimizer = make_optimizer(config.optimizer, 10)
+    before = sharding.host_values(start)
+    frozen_parts = {name: value for name, value in run.parts.items() if name not in start}
+    state = sharding.make_on(run.mesh, lambda parts: init_state(parts, optimizer, ema=bool(config.ema_decay)), start)
+    index, count = sharding.batch_slice(run.mesh)
+    rows = next(make_loader(run.source, run.rows, config.batch_size, process_index=index, process_count=count))
+    with sharding.in_use(run.mesh):
+        arguments = (state, frozen_parts, sharding.shard_batch(rows, run.mesh), sharding.replicate_key(key, run.mesh))
+        step = run.step(stage, state, optimizer).lower(*arguments).compile()
+        if jax.process_count() > 1:  # collectives on CPU wait half a minute for a process that still compiles
+            distributed.global_state.client.wait_at_barrier(f"{stage} is compiled", 600_000)
+        state, metrics = step(*arguments)
+    after = sharding.host_values(state.params)
+    numbers = {name: float(value) for name, value in metrics.items()}
+    return after, jax.tree.map(lambda new, old: new - old, after, before), numbers
+
+
+def check_same_step(one: tuple, other: tuple) -> None:
+    """Two results of `one_step` agree: metrics and updated parameters to 1e-5, the changes alone to what rounding allows."""
+    assert other[2] == pytest.approx(one[2], rel=1e-5, abs=2e-6)
+    assert largest_gap(one[0], other[0]) < 1e-5
+    assert largest_gap(one[1], other[1]) < 1e-3
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(one[1])) > 1e-4
 
 
 def stage_of(run: run_module.Run, stage: str, **changes) -> types.SimpleNamespace:

@@ -41,7 +41,10 @@ class Replay(NamedTuple):
 
 
 def _stack_contexts(negative, positive, batch):
-    """Concatenates two context pytrees along the batch; a negative of batch 1 is repeated."""
+    """Interleaves two context pytrees along the batch, [n0, p0, n1, p1, ...]; a negative of batch 1 is repeated.
+
+    Interleaved, because a batch that is cut over devices then stays where it is.
+    """
 
     def join(n, p):
         if n.shape[1:] != p.shape[1:] or n.shape[0] not in (1, batch) or p.shape[0] != batch:
@@ -49,7 +52,8 @@ def _stack_contexts(negative, positive, batch):
                 f"negative context {n.shape} does not match positive context {p.shape} for a "
                 f"batch of {batch}: pad both to one length"
             )
-        return jnp.concatenate([jnp.broadcast_to(n, p.shape).astype(p.dtype), p])
+        pairs = jnp.stack([jnp.broadcast_to(n, p.shape).astype(p.dtype), p], axis=1)
+        return pairs.reshape(2 * batch, *p.shape[1:])
 
     return jax.tree.map(join, negative, positive)
 
@@ -67,7 +71,7 @@ def guided_velocity(
 
     Args:
       velocity_fn: `(x [M, ...], sigma [M], context) -> velocity [M, ...]`; called once with
-        M = 2 B, ordered [negative, positive], or with M = B when there is no guidance.
+        M = 2 B, rows ordered [negative 0, positive 0, negative 1, ...], or with M = B when there is no guidance.
       x: latents [B, ...].
       sigma: noise level, [] or [B].
       context: pytree of arrays [B, ...].
@@ -91,8 +95,9 @@ def guided_velocity(
             f"guidance_scale={guidance_scale} needs a negative context: give one, or use 1"
         )
     contexts = _stack_contexts(negative_context, context, batch)
-    both = velocity_fn(jnp.concatenate([x, x]), jnp.concatenate([sigma, sigma]), contexts)
-    negative, positive = jnp.split(both.astype(jnp.float32), 2)
+    both = velocity_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(sigma, 2), contexts)
+    pairs = both.astype(jnp.float32).reshape(batch, 2, *both.shape[1:])
+    negative, positive = pairs[:, 0], pairs[:, 1]
     if stop_negative_gradient:
         negative = jax.lax.stop_gradient(negative)
     return negative + guidance_scale * (positive - negative)

@@ -21,6 +21,7 @@ from uae_jax.models.condition import ConditionTemplate
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.models.sd3.transformer import Transformer
+from uae_jax.nn.constrain import constrain
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -97,4 +98,4 @@ def velocity(model: UAE, parts: Mapping, latents: Array, sigma: Array, context: 
 
 def initial_noise(model: UAE, keys: Array) -> Array:
     """Unit Gaussian latents `[B, h, w, C]`, one typed key `[B]` each."""
-    return jax.vmap(lambda key: jax.random.normal(key, model.latent_shape, jnp.float32))(keys)
+    return constrain(jax.vmap(lambda key: jax.random.normal(key, model.latent_shape, jnp.float32))(keys), "batch")

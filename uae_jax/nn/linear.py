@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
+from uae_jax.nn.constrain import constrain
+
 
 class Dense(nn.Module):
     """`x @ kernel + bias`, plus `alpha / rank * x @ a @ b` where an adapter is given (LoRA, arXiv 2106.09685, eq. 3).
@@ -59,4 +61,4 @@ class Conv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         y = lax.conv_general_dilated(
             x, kernel.astype(x.dtype), (self.stride, self.stride), self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return y + bias.astype(x.dtype)
+        return constrain(y + bias.astype(x.dtype), "batch")

@@ -16,6 +16,7 @@ from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.generate import Completion
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rl.advantages import check_group_size
 from uae_jax.rl.captioning import caption_metrics, encode_batch_images, sample_captions
 from uae_jax.rl.losses import token_grpo_loss
@@ -42,6 +43,7 @@ class CaptionPolicy:
       advantage_scale: `group`, `batch` or `none`.
       aggregation, clip_low, clip_high, kl_weight: see `losses.token_grpo_loss`.
       score_chunk: caption positions whose logits `[N, score_chunk, V]` exist at once.
+      gather_weights: see `captioning.sample_captions`.
       replay: score the rollout again for the old log-probabilities; not needed when each rollout has one update.
 
     Raises:
@@ -64,6 +66,7 @@ class CaptionPolicy:
     kl_weight: float = 0.0
     score_chunk: int = qwen.SCORE_CHUNK
     replay: bool = False
+    gather_weights: bool = False
 
     def __post_init__(self):
         check_group_size(self.group_size)
@@ -74,7 +77,7 @@ def write_captions(policy: CaptionPolicy, parts: Mapping, batch: Mapping, image_
     """G sampled captions of each image, rows of a group together: `[B * G, T]`; keys by global sample id."""
     return sample_captions(
         policy.model, parts, batch, key, image_embeds, max_new_tokens=policy.max_new_tokens, stops=policy.stops,
-        sampling=SamplingConfig(policy.temperature), group=policy.group_size)
+        sampling=SamplingConfig(policy.temperature), group=policy.group_size, gather_weights=policy.gather_weights)
 
 
 def draw_captions(policy: CaptionPolicy, parts: Mapping, completion: Completion, sample_ids: Array, key: Array) -> Array:
@@ -126,13 +129,13 @@ def rollout(policy: CaptionPolicy, params: Mapping, frozen: Mapping, batch: Mapp
         samples["old"] = score_captions(policy, parts, samples, trained=True).log_probs
         gap = jnp.abs(samples["old"] - sampled)
         metrics["log_prob_gap"] = (jnp.sum(gap), jnp.sum(samples["mask"]))
-    return {"samples": samples, "metrics": metrics | caption_metrics(completion, group)}
+    return {"samples": constrain_rows(samples), "metrics": metrics | caption_metrics(completion, group)}
 
 
 def loss(policy: CaptionPolicy, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
     """The clipped token loss of a rollout; sum, count and metrics as `losses.token_grpo_loss`."""
     del key
-    samples = rollout["samples"]
+    samples = constrain_rows(rollout["samples"])
     scores = score_captions(policy, {**frozen, **params}, samples, trained=True)
 
     def flat(name: str) -> Array | None:

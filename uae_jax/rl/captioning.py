@@ -11,6 +11,7 @@ from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.generate import Completion, generate
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.rl.reconstruction import sample_keys
+from uae_jax.sharding import gather_over_fsdp
 
 IMAGE_FIELDS = ("patches", "patch_positions", "patch_windows", "patch_images")
 
@@ -22,7 +23,7 @@ def encode_batch_images(model: uae.UAE, parts: Mapping, batch: Mapping) -> Array
 
 def sample_captions(
     model: uae.UAE, parts: Mapping, batch: Mapping, key: Array, image_embeds: Array | None = None, *, max_new_tokens: int,
-    stops: tuple[int, ...], sampling: SamplingConfig, group: int = 1) -> Completion:
+    stops: tuple[int, ...], sampling: SamplingConfig, group: int = 1, gather_weights: bool = False) -> Completion:
     """Captions by the policy; the random keys are those of the global sample ids, whatever the batch.
 
     Args:
@@ -34,12 +35,15 @@ def sample_captions(
       stops: ids that end a caption.
       sampling: temperature and truncation.
       group: captions of an image.
+      gather_weights: gather the language model once, before the loop over tokens (`sharding.gather_over_fsdp`).
 
     Returns:
       `[B * group, T]`, rows of a group together.
     """
     params, adapter = uae.captioner_weights(parts, policy=True)
     images = encode_batch_images(model, parts, batch) if image_embeds is None else image_embeds
+    if gather_weights:
+        params = params | {"language": gather_over_fsdp(params["language"], model.captioner.text.dtype)}
     prefix = qwen.prompt_prefix(model.captioner, params, adapter, batch, images)
     keys = sample_keys(trees.name_key(key, "caption"), batch["sample_id"], group)
     return generate(

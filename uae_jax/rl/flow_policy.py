@@ -16,6 +16,7 @@ from uae_jax.diffusion.sampler import Replay, replay_window, sample_window, wind
 from uae_jax.diffusion.steps import CpsStep, DanceStep, SdeStep, gaussian_kl
 from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rl.advantages import check_group_size
 from uae_jax.rl.captioning import caption_metrics, sample_captions
 from uae_jax.rl.losses import flow_grpo_loss
@@ -36,6 +37,7 @@ class FlowPolicy:
       window, window_low, window_high: W stochastic steps, beginning in [low, high - W] of the schedule.
       clip_range, kl_weight, guard: see `losses.flow_grpo_loss`.
       kl_kind: `gaussian`, `gaussian_nodt` or `velocity`.
+      gather_weights: see `captioning.sample_captions`.
 
     Raises:
       ValueError: a group of one, an unknown step rule, or a window that does not fit.
@@ -59,6 +61,7 @@ class FlowPolicy:
     kl_weight: float = 0.0
     kl_kind: str = "gaussian_nodt"
     guard: bool = False
+    gather_weights: bool = False
 
     def __post_init__(self):
         check_group_size(self.group_size)
@@ -94,10 +97,10 @@ def rollout(policy: FlowPolicy, params: Mapping, frozen: Mapping, batch: Mapping
     parts, group, how = {**frozen, **params}, policy.group_size, policy.denoising
     completion = sample_captions(
         policy.model, parts, batch, key, max_new_tokens=policy.max_new_tokens, stops=policy.stops,
-        sampling=SamplingConfig(policy.temperature))
+        sampling=SamplingConfig(policy.temperature), gather_weights=policy.gather_weights)
     positive, negative = encode_condition(
         policy.model, parts, how, completion.tokens, condition.caption_lengths(completion.mask, completion.finished))
-    positive = jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), positive)
+    positive = constrain_rows(jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), positive))
     noise = uae.initial_noise(policy.model, sample_keys(trees.name_key(key, "noise"), batch["sample_id"], group))
     start = window_start(trees.name_key(key, "window"), policy.window_low, policy.window_high, policy.window)
     trajectory = sample_window(
@@ -113,7 +116,7 @@ def rollout(policy: FlowPolicy, params: Mapping, frozen: Mapping, batch: Mapping
     samples |= _replays(policy, parts, samples, shared)
     gap = jnp.abs(samples["old_log_prob"] - trajectory.log_probs.T)
     metrics |= {"log_prob_gap": jnp.mean(gap)} | caption_metrics(completion, 1)
-    return {"samples": samples, "shared": shared, "metrics": metrics}
+    return {"samples": constrain_rows(samples), "shared": shared, "metrics": metrics}
 
 
 def replay(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping, *, trained: bool, remat: bool = False) -> Replay:
@@ -152,7 +155,7 @@ def _kl(policy: FlowPolicy, now: Replay, reference: Array) -> Array:
 def loss(policy: FlowPolicy, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
     """The clipped loss of a window's steps; sum, count and metrics as `losses.flow_grpo_loss`."""
     del key
-    samples = rollout["samples"]
+    samples = constrain_rows(rollout["samples"])
     now = replay(policy, {**frozen, **params}, samples, rollout["shared"], trained=True, remat=True)
     kl = _kl(policy, now, samples["reference"]) if policy.kl_weight else None
     guard = {}

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from PIL import Image
 
-from uae_jax import trees
+from uae_jax import sharding, trees
 from uae_jax.data.loader import RowBuilder, from_signed
 from uae_jax.data.scene_checker import caption_score, picture_scores
 from uae_jax.data.scene_prompts import check_prompt, scene_prompts
@@ -106,7 +106,7 @@ class Evaluator:
                 chunk = leaf[start:start + size]
                 return np.concatenate([chunk, np.repeat(chunk[:1], size - len(chunk), axis=0)])
 
-            result = jax.device_get(function(*jax.tree.map(part, arrays)))
+            result = sharding.host_values(function(*jax.tree.map(part, arrays)))
             found.append(jax.tree.map(lambda leaf: leaf[: min(size, count - start)], result))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
 
@@ -126,7 +126,7 @@ class Evaluator:
         cosines = self._in_batches(lambda a, b: self._compare(parts["encoders"], a, b), batch["pixels"], drawn)
         scores = self._similarity(cosines) | {"caption_tokens": lengths.astype(np.float64)}
         scores |= self._facts(captions, drawn) | self._with_true_captions(parts, batch["pixels"]) | self._geneval(parts)
-        if folder is not None:
+        if folder is not None and jax.process_index() == 0:
             write_samples(folder, batch["pixels"], captions, drawn, cosines, self.config.samples)
         return intervals(scores)
 

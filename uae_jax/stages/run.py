@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -28,6 +27,7 @@ from uae_jax.stages.evaluation import EvaluationConfig, Evaluator
 from uae_jax.stages.settings import frozen
 from uae_jax.stages.steps import RL_STAGES, STAGES, SamplerConfig, check_batch, held, make_denoising, make_policy, make_step
 from uae_jax.stages.weights import ModelConfig, export_system, load_system
+from uae_jax.training import processes
 from uae_jax.training.loop import Hooks, LoopConfig, StageResult, check_configuration, run_stage
 from uae_jax.training.metrics import MetricWriter, write_json
 from uae_jax.training.optimizer import make_optimizer
@@ -170,6 +170,7 @@ class Run:
             spec = dataclasses.replace(spec, max_prompt=config.data.max_prompt)
         self.rows = RowBuilder(self.system.tokenizer, self.system.processor, spec, config.data.caption_prompt)
         self.parts = self._with_adapters(self.system.parts)
+        sharding.check_rules(self.parts, self.mesh)
         self.parts = sharding.shard_tree(self.parts, self.mesh)
         self.evaluator = Evaluator(
             self.system, config.evaluation,
@@ -197,7 +198,7 @@ class Run:
         for _, stage in self.config.order():
             if stage in RL_STAGES:
                 whole |= STAGES[stage][1](whole, getattr(self.config, stage), self.key)
-        return jax.tree.map(jnp.asarray, whole)
+        return whole
 
     def step(self, stage: str, state: TrainState, optimizer: Any) -> Callable:
         """The compiled train step of a stage."""
@@ -220,18 +221,17 @@ class Run:
         total = config.steps * config.updates_per_rollout
         optimizer = make_optimizer(config.optimizer, total)
         start = STAGES[stage][1](self.parts, config, trees.name_key(self.key, name))
-        state = sharding.shard_tree(init_state(start, optimizer, ema=bool(config.ema_decay)), self.mesh)
+        state = sharding.make_on(self.mesh, lambda parts: init_state(parts, optimizer, ema=bool(config.ema_decay)), start)
         # from here on the trained parts live in the state alone: a second copy of 8 B weights would not fit
         self.parts = held(
             {key: value for key, value in self.parts.items() if key not in start}, self.config.trained_from(stage),
             self.config.model.frozen_dtype)
         del start
-        data = make_loader(
-            self.source, self.rows, config.batch_size, self.config.seed, process_index=jax.process_index(),
-            process_count=jax.process_count())
+        index, count = sharding.batch_slice(self.mesh)
+        data = make_loader(self.source, self.rows, config.batch_size, self.config.seed, process_index=index, process_count=count)
         loop = LoopConfig(steps=config.steps, log_every=self.config.loop.log_every, save_every=self.config.loop.save_every, keep=self.config.loop.keep)
         result = run_stage(
-            name, self.step(stage, state, optimizer), state=state, frozen=self.parts, data=data, key=trees.name_key(self.key, name),
+            name, self.step(stage, state, optimizer), state=state, frozen=self.parts, data=data, key=sharding.replicate_key(trees.name_key(self.key, name), self.mesh),
             workdir=self.workdir, config=loop, writer=writer, put=lambda batch: sharding.shard_batch(batch, self.mesh),
             hooks=Hooks(before=lambda state: self.score_before(state, name, previous), after=lambda state: self.score(state, name, "after")),
             digest=self.digest())
@@ -243,7 +243,8 @@ class Run:
         if previous is None:
             return self.score(state, name, "before")
         samples = self.workdir / "samples"
-        shutil.copytree(samples / f"{previous.name}_after", samples / f"{name}_before", dirs_exist_ok=True)
+        if jax.process_index() == 0:
+            shutil.copytree(samples / f"{previous.name}_after", samples / f"{name}_before", dirs_exist_ok=True)
         return dict(previous.after)
 
     def trained(self, state: TrainState) -> dict:
@@ -278,26 +279,30 @@ def run(config: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
     for name, _ in settings.order():
         check_configuration(workdir, name, whole.digest())
     workdir.mkdir(exist_ok=True)
+    processes.check_shared(workdir)
     if jax.process_index() == 0:
         write_json(workdir / "config.json", dataclasses.asdict(settings))
     writer = MetricWriter(workdir, wandb_project=settings.loop.wandb_project, config=dataclasses.asdict(settings))
     results: list[StageResult] = []
-    for name, stage in settings.order():
-        results.append(whole.run_stage(name, stage, writer, results[-1] if results else None))
-        _write_outputs(whole, results)
-    if not results:
-        scores = whole.evaluator(whole.parts, workdir / "samples" / "evaluate_after")
-        results.append(StageResult("evaluate", None, 0, 0.0, 0.0, {}, scores))
+    with sharding.in_use(whole.mesh):
+        for name, stage in settings.order():
+            results.append(whole.run_stage(name, stage, writer, results[-1] if results else None))
+            _write_outputs(whole, results)
+        if not results:
+            scores = whole.evaluator(whole.parts, workdir / "samples" / "evaluate_after")
+            results.append(StageResult("evaluate", None, 0, 0.0, 0.0, {}, scores))
     summary = _write_outputs(whole, results)
     writer.close()
     return summary
 
 
 def _write_outputs(whole: Run, results: list[StageResult]) -> dict[str, Any]:
+    parts = sharding.host_values(whole.parts) if jax.process_count() > 1 and whole.config.stages else whole.parts
     if jax.process_index() == 0 and whole.config.stages:
-        export_system(whole.system, whole.parts, whole.workdir / "export", np.float32)
+        export_system(whole.system, parts, whole.workdir / "export", np.float32)
     summary = write_summary(
         whole.workdir, preset=whole.config.preset, seed=whole.config.seed, stages=[result.record() for result in results])
     if jax.process_index() == 0:
         write_report(whole.workdir)
+    processes.wait_for_all("outputs written")
     return summary

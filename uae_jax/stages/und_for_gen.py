@@ -32,6 +32,8 @@ class UndForGenConfig:
       advantage_scale: `group`, `batch` or `none`.
       condition_model: `reference` encodes captions with the adapter off; `policy` with it on, as the release does.
       vae_chunk: pictures decoded at once; 0 for all.
+      gather_weights: with parameters cut over fsdp, gather the language model once a rollout instead of once a token; costs one
+        copy of it on every device.
       train: `lora` or `full`; lora_rank: rank of a new adapter.
       reward: the similarity.
       optimizer: see `training.optimizer`.
@@ -63,6 +65,7 @@ class UndForGenConfig:
     advantage_scale: str = "batch"
     condition_model: str = "reference"
     vae_chunk: int = 0
+    gather_weights: bool = False
     train: str = "lora"
     lora_rank: int = 32
     reward: RewardConfig = RewardConfig()

@@ -14,7 +14,7 @@ import tqdm
 
 from uae_jax.training.checkpoint import Checkpoints
 from uae_jax.training.metrics import Clock, MetricWriter, write_json
-from uae_jax.training.signals import StopFlag, StopTraining, stop_on_signals
+from uae_jax.training.signals import StopFlag, StopTraining, interrupt_as_terminate, stop_on_signals
 from uae_jax.training.step import TrainState
 
 PyTree = Any
@@ -147,7 +147,8 @@ def run_stage(
             data.set_state(restored.data)
             loop.clock = Clock(restored.meta["seconds"], restored.meta["wall_seconds"])
             loop.before = restored.meta["before"]
-        with stop_on_signals(_caught()) as flag:
+        # several processes must stop at one step: jax listens for SIGTERM, and tells all of them (reached_preemption)
+        with stop_on_signals() if jax.process_count() == 1 else interrupt_as_terminate() as flag:
             result = loop.run(state, restored.step if restored else None, step, frozen, key, put, flag)
         if jax.process_index() == 0:
             write_json(finished, result.record())
@@ -182,11 +183,6 @@ def _check_digest(folder: Path, meta: Mapping[str, Any], digest: str) -> None:
             f"{folder} was written with another configuration (digest {meta['digest']}, now {digest}); use the "
             f"configuration in {folder.parents[1] / 'config.json'}, or a new --workdir"
         )
-
-
-def _caught() -> tuple[int, ...]:
-    # With several processes jax itself listens for SIGTERM, so that all of them stop at one step (reached_preemption).
-    return (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,)
 
 
 class _Loop:
@@ -294,10 +290,10 @@ class _Loop:
         self.writer.write(self.name, number, self.clock.seconds, values)
         self.check_finite(number)
         shown = self.config.headline if self.config.headline in values else "loss"
-        if self.bar.disable:
+        if self.bar.disable and jax.process_index() == 0:
             line = f"{self.name} step {number}/{self.config.steps} {shown} {values[shown]:.4f} loss {values['loss']:.4f}"
             print(f"{line} {self.clock.seconds:.1f} s", file=sys.stderr, flush=True)
-        else:
+        elif not self.bar.disable:
             self.bar.set_postfix_str(f"{shown} {values[shown]:.4f}")
 
     def check_finite(self, number: int | None = None) -> None:

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM as a flag: the loop finishes its step, saves and leaves."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 
@@ -45,3 +46,22 @@ def stop_on_signals(signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)) 
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def interrupt_as_terminate() -> Iterator[StopFlag]:
+    """For one of several processes: Ctrl-C becomes SIGTERM, on which all of them agree; the second Ctrl-C aborts this one.
+
+    The flag is left for the loop to set, at the step that the processes agreed on.
+    """
+    previous = signal.getsignal(signal.SIGINT)
+
+    def receive(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, receive)
+    try:
+        yield StopFlag()
+    finally:
+        signal.signal(signal.SIGINT, previous)

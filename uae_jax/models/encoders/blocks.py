@@ -8,6 +8,7 @@ import jax
 from jax import Array
 
 from uae_jax.nn.attention import Mask, attention
+from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.remat import remat as rematerialised
 from uae_jax.nn.rope import apply_rope
@@ -65,7 +66,7 @@ class SelfAttention(nn.Module):
         batch, length, width = x.shape
         shape = (batch, length, self.heads, width // self.heads)
         query, key, value = (
-            Dense(width, use_bias=bias, name=name)(x).reshape(shape)
+            constrain(Dense(width, use_bias=bias, name=name)(x).reshape(shape), "batch", None, "heads", None)
             for name, bias in zip(("query", "key", "value"), self.biases))
         if angles is not None:
             query, key = apply_rope(query, angles), apply_rope(key, angles)

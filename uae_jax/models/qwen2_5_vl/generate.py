@@ -11,6 +11,7 @@ from uae_jax.models.qwen2_5_vl import model
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig, sample_tokens, truncate
 from uae_jax.models.qwen2_5_vl.text import KV, Memory
+from uae_jax.nn.constrain import constrain
 
 
 class Completion(NamedTuple):
@@ -86,12 +87,12 @@ def generate(
 def _initial(config: Qwen2_5VLConfig, prefix: model.Prefix, rows: int, length: int, group: int) -> _State:
     def empty(prompt: Array) -> Array:
         layers, _, _, heads, width = prompt.shape
-        return jnp.zeros((layers, rows, length, heads, width), prompt.dtype)
+        return constrain(jnp.zeros((layers, rows, length, heads, width), prompt.dtype), None, "batch", None, "heads", None)
 
     completion = Completion(
         tokens=jnp.full((rows, length), config.pad_token_id, jnp.int32), mask=jnp.zeros((rows, length), bool),
         log_probs=jnp.zeros((rows, length), jnp.float32), finished=jnp.zeros(rows, bool))
-    hidden = jnp.repeat(prefix.last_hidden, group, axis=0)
+    hidden = constrain(jnp.repeat(prefix.last_hidden, group, axis=0), "batch")
     return _State(jnp.zeros((), jnp.int32), completion, jax.tree.map(empty, prefix.memory.kv), hidden)
 
 

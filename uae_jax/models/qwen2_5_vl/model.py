@@ -12,6 +12,7 @@ from uae_jax import trees
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
 from uae_jax.models.qwen2_5_vl.text import KV, LanguageModel, Memory
 from uae_jax.models.qwen2_5_vl.vision import VisionTower
+from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
 
 ADAPTER_PATTERN = r"layers/(attention|mlp)/.*"  # all linear layers of the text model, as in the release
@@ -270,7 +271,8 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """`[..., D]` to `[..., features]`."""
-        return Dense(self.features, name="second")(nn.gelu(Dense(self.hidden, name="first")(x), approximate=False))
+        inner = constrain(nn.gelu(Dense(self.hidden, name="first")(x), approximate=False), "batch", *[None] * (x.ndim - 2), "hidden")
+        return Dense(self.features, name="second")(inner)
 
 
 def init_projector(key: Array, width: int, hidden: int, features: int) -> dict:
@@ -281,4 +283,4 @@ def init_projector(key: Array, width: int, hidden: int, features: int) -> dict:
 def project(projector_params: Mapping, hidden: Array) -> Array:
     """Applies the projector, whose sizes are those of its parameters: `[..., D]` to `[..., features]`."""
     sizes = (projector_params[name]["kernel"].shape[-1] for name in ("first", "second"))
-    return Projector(*sizes).apply({"params": projector_params}, hidden)
+    return constrain(Projector(*sizes).apply({"params": projector_params}, hidden), "batch")

@@ -13,6 +13,7 @@ from jax import Array
 
 from uae_jax.models.qwen2_5_vl.config import TextConfig
 from uae_jax.nn.attention import Mask, SharedKeys, attention
+from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.norms import RMSNorm
 from uae_jax.nn.remat import remat
@@ -59,7 +60,7 @@ class Attention(nn.Module):
 
         def project(name: str, heads: int) -> Array:
             y = Dense(heads * c.head_width, lora_alpha=c.lora_alpha, name=name)(x)
-            return y.reshape(rows, length, heads, c.head_width)
+            return constrain(y.reshape(rows, length, heads, c.head_width), "batch", None, "heads", None)
 
         query = apply_rope(project("query", c.heads), angles)
         key = apply_rope(project("key", c.key_heads), angles)
@@ -83,6 +84,7 @@ class GatedMLP(nn.Module):
             return Dense(features, use_bias=self.use_bias, lora_alpha=self.lora_alpha, name=name)
 
         gated = nn.silu(dense("gate", self.inner)(x)) * dense("up", self.inner)(x)
+        gated = constrain(gated, "batch", *[None] * (x.ndim - 2), "hidden")
         return dense("down", x.shape[-1])(gated)
 
 
@@ -96,13 +98,13 @@ class Layer(nn.Module):
     def __call__(self, x: Array, stored: tuple, angles: Array, mask: Mask, stored_masks: tuple) -> tuple[Array, KV | None]:
         """Maps `[N, T, D]`; `stored` holds this layer's keys and values of each memory."""
         c = self.config
-        x = nn.with_logical_constraint(x, ("act_batch", "act_len", "act_emb"))
+        x = constrain(x, "batch")
         memories = tuple(SharedKeys(kv.key, kv.value, valid) for kv, valid in zip(stored, stored_masks))
         normed = RMSNorm(c.norm_epsilon, name="attention_norm")(x)
         mixed, kv = Attention(c, name="attention")(normed, angles, mask, memories)
-        x = x + mixed
+        x = x + constrain(mixed, "batch")
         normed = RMSNorm(c.norm_epsilon, name="mlp_norm")(x)
-        x = x + GatedMLP(c.mlp_width, lora_alpha=c.lora_alpha, name="mlp")(normed)
+        x = constrain(x + GatedMLP(c.mlp_width, lora_alpha=c.lora_alpha, name="mlp")(normed), "batch")
         return x, kv if self.return_kv else None
 
 
@@ -117,7 +119,7 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: Array) -> Array:
         """Token ids `[...]` to `[..., D]`."""
-        return jnp.take(self.table, ids, axis=0)
+        return constrain(jnp.take(self.table, ids, axis=0), "batch")
 
     def attend(self, hidden: Array) -> Array:
         """Float32 logits `[..., V]` of hidden states `[..., D]`."""
@@ -165,7 +167,8 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Array) -> Array:
         """Float32 logits `[..., V]` of final hidden states `[..., D]`."""
-        return self.embedding.attend(hidden) if self.config.tied else self.head(hidden)
+        scores = self.embedding.attend(hidden) if self.config.tied else self.head(hidden)
+        return constrain(scores, "batch", *[None] * (hidden.ndim - 2), "vocab")
 
     def __call__(
         self, embeds: Array, positions: Array, mask: Array, memories: tuple[Memory, ...] = ()) -> tuple[Array, KV | None]:

@@ -11,6 +11,7 @@ from jax import Array
 from uae_jax.models.qwen2_5_vl.config import VisionConfig
 from uae_jax.models.qwen2_5_vl.text import GatedMLP
 from uae_jax.nn.attention import Mask, attention
+from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.norms import RMSNorm
 from uae_jax.nn.remat import remat
@@ -37,12 +38,13 @@ class Block(nn.Module):
     def __call__(self, x: Array, full: Array, angles: Array, windows: Array, images: Array) -> tuple[Array, None]:
         """Maps `[B, P, D]`; `full` (bool scalar) chooses whether patches see their image or their window (ids `[B, P]`)."""
         c = self.config
-        x = nn.with_logical_constraint(x, ("act_batch", "act_len", "act_emb"))
+        x = constrain(x, "batch")
         normed = RMSNorm(name="attention_norm")(x)
         qkv = Dense(3 * c.width, name="qkv")(normed).reshape(*x.shape[:2], 3, c.heads, c.width // c.heads)
         query, key, value = apply_rope(qkv[:, :, 0], angles), apply_rope(qkv[:, :, 1], angles), qkv[:, :, 2]
+        query, key, value = (constrain(part, "batch", None, "heads", None) for part in (query, key, value))
         mixed = attention(query, key, value, Mask(groups=jnp.where(full, images, windows)))
-        x = x + Dense(c.width, name="output")(mixed.reshape(x.shape))
+        x = constrain(x + Dense(c.width, name="output")(mixed.reshape(x.shape)), "batch")
         x = x + GatedMLP(c.mlp_width, use_bias=True, name="mlp")(RMSNorm(name="mlp_norm")(x))
         return x, None
 

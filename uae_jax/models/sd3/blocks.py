@@ -6,6 +6,7 @@ from jax import Array
 
 from uae_jax.models.sd3.config import TransformerConfig
 from uae_jax.nn.attention import Mask, attention
+from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.norms import LayerNorm, RMSNorm
 
@@ -24,12 +25,12 @@ def modulated_norm(x: Array, scale: Array, shift: Array) -> Array:
       `[B, T, D]` in the precision of `x`.
     """
     y = LayerNorm(EPSILON, affine=False)(x.astype(jnp.float32))
-    return (y * (1.0 + scale) + shift).astype(x.dtype)
+    return constrain((y * (1.0 + scale) + shift).astype(x.dtype), "batch")
 
 
 def gated_sum(x: Array, gate: Array, update: Array) -> Array:
     """`x + gate * update` in float32; `[B, T, D]`, gate `[B, 1, D]`; in the precision of `x`."""
-    return (x.astype(jnp.float32) + gate * update.astype(jnp.float32)).astype(x.dtype)
+    return constrain((x.astype(jnp.float32) + gate * constrain(update, "batch").astype(jnp.float32)).astype(x.dtype), "batch")
 
 
 class Modulation(nn.Module):
@@ -56,7 +57,7 @@ class FeedForward(nn.Module):
         """`[B, T, D]` to `[B, T, D]`."""
         width, alpha = self.config.width, self.config.lora_alpha
         y = nn.gelu(Dense(4 * width, lora_alpha=alpha, name="up")(x), approximate=True)
-        return Dense(width, lora_alpha=alpha, name="down")(y)
+        return Dense(width, lora_alpha=alpha, name="down")(constrain(y, "batch", None, "hidden"))
 
 
 class JointAttention(nn.Module):
@@ -80,7 +81,7 @@ class JointAttention(nn.Module):
         if config.qk_norm is not None:
             query = RMSNorm(EPSILON, name=f"{prefix}query_norm")(query)
             key = RMSNorm(EPSILON, name=f"{prefix}key_norm")(key)
-        return query, key, value
+        return tuple(constrain(part, "batch", None, "heads", None) for part in (query, key, value))
 
     @nn.compact
     def __call__(self, x: Array, context: Array | None = None, mask: Mask = Mask()) -> tuple[Array, Array | None]:
@@ -132,7 +133,7 @@ class Block(nn.Module):
         Returns:
           The new streams (the context None after the last block), and None (what a scan collects).
         """
-        config, (x, context) = self.config, streams
+        config, (x, context) = self.config, (constrain(stream, "batch") for stream in streams)
         shift, scale, gate, ff_shift, ff_scale, ff_gate, *second = Modulation(
             config, 9 if self.dual else 6, name="modulation")(conditioning)
         context_parts = Modulation(config, 2 if self.last else 6, name="context_modulation")(conditioning)

@@ -12,6 +12,7 @@ from uae_jax import trees
 from uae_jax.models.sd3.blocks import Block, Modulation, modulated_norm
 from uae_jax.models.sd3.config import TransformerConfig
 from uae_jax.nn.attention import Mask
+from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.remat import remat
 
@@ -128,7 +129,7 @@ class Transformer(nn.Module):
         x = self._blocks(x, context, conditioning, mask)
         scale, shift = Modulation(config, 2, name="norm_out")(conditioning)
         y = Dense(config.patch_size**2 * config.out_channels, lora_alpha=alpha, name="proj_out")(modulated_norm(x, scale, shift))
-        return unpatchify(y.astype(jnp.float32), rows, columns, config.patch_size)
+        return constrain(unpatchify(y.astype(jnp.float32), rows, columns, config.patch_size), "batch")
 
     def _blocks(self, x: Array, context: Array, conditioning: Array, mask: Mask) -> Array:
         config, streams = self.config, (x, context)

@@ -1,0 +1,119 @@
+"""Several processes on this machine, over `jax.distributed`: the same numbers as one, and an orderly end when one of them goes."""
+
+import json
+import os
+import pathlib
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from stage_pieces import STAGES, changed, check_same_step, linear, make_run, one_step
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+HERE = pathlib.Path(__file__).parent
+CONFIG_FILE = '''import json, pathlib, ml_collections
+def get_config(argument=None):
+    return ml_collections.ConfigDict(json.loads(pathlib.Path(argument).read_text()))
+'''
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def start(count: int, devices: int, command, folder: pathlib.Path) -> list[subprocess.Popen]:
+    """`command(coordinator, index)` in `count` processes with so many faked devices each; output in `folder/<index>.log`."""
+    folder.mkdir(exist_ok=True)
+    coordinator = f"localhost:{free_port()}"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "SLURM_", "TPU_"))} | {
+        "PYTHONPATH": str(HERE.parents[1]), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "HF_HUB_OFFLINE": "1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "TF_CPP_MIN_LOG_LEVEL": "1",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    started = []
+    for index in range(count):
+        with (folder / f"{index}.log").open("w") as log:
+            started.append(subprocess.Popen(command(coordinator, index), stdout=log, stderr=log, env=environment, cwd=HERE.parents[1]))
+    return started
+
+
+def finish(started: list[subprocess.Popen], folder: pathlib.Path, seconds: float) -> tuple[list[int], list[str]]:
+    """Exit codes and output of all processes; none is left running."""
+    try:
+        end = time.monotonic() + seconds
+        codes = [process.wait(max(end - time.monotonic(), 0.1)) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return codes, [(folder / f"{index}.log").read_text() for index in range(len(started))]
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    run = make_run(linear(config), tmp_path_factory.mktemp("alone"))
+    return {stage: one_step(run, stage) for stage in STAGES}
+
+
+@pytest.mark.parametrize("count, devices, mesh, stages", [
+    (2, 2, dict(data=1, fsdp=2, tensor=2), STAGES),
+    # the tensor axis spans processes: two of them feed the same rows
+    (4, 1, dict(data=2, fsdp=1, tensor=2), ("pretrain",))])
+def test_processes_do_not_change_a_step(config, alone, tmp_path, count, devices, mesh, stages):
+    (tmp_path / "config.json").write_text(json.dumps(changed(linear(config), mesh=mesh)))
+    started = start(count, devices, lambda coordinator, index: [
+        sys.executable, HERE / "process_worker.py", tmp_path / "config.json", tmp_path / "result", coordinator, str(count), str(index),
+        *stages], tmp_path / "logs")
+    codes, output = finish(started, tmp_path / "logs", 500)
+    assert codes == [0] * count, output[0][-2000:] + output[-1][-2000:]
+    found = pickle.loads((tmp_path / "result").read_bytes())
+    for stage in stages:
+        check_same_step(alone[stage], found[stage])
+
+
+def steps_done(workdir: pathlib.Path) -> int:
+    file = workdir / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def wait_for_steps(workdir: pathlib.Path, steps: int, started: list[subprocess.Popen], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while steps_done(workdir) < steps and time.monotonic() < end and all(process.poll() is None for process in started):
+        time.sleep(0.2)
+
+
+def test_a_signal_to_one_process_saves_all_and_the_death_of_one_ends_the_others(config, tmp_path):
+    values = changed(
+        config, stages=("pretrain",), pretrain=dict(steps=100_000), evaluation=dict(images=2, batch_size=2, geneval_per_tag=0),
+        loop=dict(save_every=0), mesh=dict(data=1, fsdp=2, tensor=1))
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "small.py").write_text(CONFIG_FILE)
+    workdir, logs = tmp_path / "run", tmp_path / "logs"
+
+    def command(coordinator: str, index: int) -> list:
+        return [sys.executable, "-m", "uae_jax.main", f"--config={tmp_path / 'configs' / 'small.py'}:{tmp_path / 'config.json'}",
+                f"--workdir={workdir}", f"--coordinator={coordinator}", "--processes=2", f"--process_id={index}"]
+
+    started = start(2, 1, command, logs)
+    wait_for_steps(workdir, 2, started, 300)
+    started[1].send_signal(signal.SIGTERM)
+    codes, output = finish(started, logs, 120)
+    said = [[line for line in text.splitlines() if line.startswith("stopped at pretrain step")] for text in output]
+    assert codes == [143, 143] and said[0] == said[1] and len(said[0]) == 1, output[0][-2000:] + output[1][-2000:]
+    stopped = int(said[0][0].split("step ")[1].split(";")[0])
+    assert (workdir / "checkpoints" / "pretrain" / str(stopped)).is_dir()
+
+    started = start(2, 1, command, logs)  # the same command continues
+    wait_for_steps(workdir, stopped + 2, started, 300)
+    started[1].kill()
+    codes, output = finish(started, logs, 60)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) > stopped
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, 143)
+    assert "another process of this run is gone" in output[0] and "The same command continues" in output[0], output[0][-3000:]

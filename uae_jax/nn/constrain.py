@@ -1,0 +1,46 @@
+"""Where activations lie: models name the axes, the mesh that is in use decides what a name means.
+
+Without a mesh in use (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`) nothing happens.
+"""
+
+import math
+
+import jax
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+# name of an activation's axis -> mesh axes that cut it
+LOGICAL = {"batch": ("data", "fsdp"), "heads": ("tensor",), "hidden": ("tensor",), "vocab": ("tensor",)}
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """Fixes the placement of an activation.
+
+    Args:
+      x: any array inside a compiled function.
+      names: one for each of its leading axes: a key of `LOGICAL`, or None for an axis that stays whole. Axes without a name
+        stay whole too. An axis that its mesh axes do not divide is left to the compiler.
+
+    Returns:
+      The same values.
+
+    Raises:
+      KeyError: a name that is not in `LOGICAL`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+
+    def place(size: int, name: str | None) -> object:
+        if name is None:
+            return None
+        axes = tuple(axis for axis in LOGICAL[name] if mesh.shape.get(axis, 1) > 1)
+        whole = size % math.prod(mesh.shape[axis] for axis in axes)
+        return PartitionSpec.UNCONSTRAINED if whole else axes or None
+
+    return lax.with_sharding_constraint(x, PartitionSpec(*(place(size, name) for size, name in zip(x.shape, names))))
+
+
+def constrain_rows(tree: object) -> object:
+    """`constrain(leaf, "batch")` for every leaf `[B, ...]` of a tree."""
+    return jax.tree.map(lambda leaf: constrain(leaf, "batch"), tree)
