@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from uae_jax import trees
+from uae_jax import sharding, trees
 from uae_jax.nn.attention import use_attention
 from uae_jax.planning.chips import Topology, parse_topology
 from uae_jax.planning.compile import compile_program, make_program, plan_mesh
@@ -96,6 +96,7 @@ def make_plan(
         check_batch(stage, getattr(settings, stage), sizes.batch)
     mesh = None if chips.kind == "gpu" else plan_mesh(settings, chips)
     system = abstract_system(settings)
+    sharding.check_rules(system.parts, sizes)
     for stage in wanted:
         plans.append(plan_stage(settings, system, stage, chips, mesh, sizes))
         report(plans[-1])
