@@ -66,6 +66,8 @@ def join(coordinator: str | None = None, processes: int | None = None, process_i
         raise ValueError(f"--process_id is {process_id}; it must be from 0 to {processes - 1}, one below --processes")
     elif ":" not in coordinator:
         raise ValueError(f"--coordinator is {coordinator!r}; it must be host:port, such as localhost:1234")
+    # on CPU two programs in flight mix up the messages of their collectives; other devices do not read this
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(coordinator, processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except RuntimeError as error:
