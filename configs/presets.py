@@ -144,12 +144,12 @@ def _full(preset: str) -> dict:
     config = _base(preset)
     # parameters are cut over all devices: whole, the large one's training state alone is 98 GB
     config["mesh"] = dict(data=1, fsdp=-1, tensor=1)
-    # one picture a device on 64 of them; 16 GiB hold one picture's activations, and one picture in the auto-encoder
-    config["pretrain"] |= dict(micro_batches=4)
+    # on 64 devices one picture a device, and one at a time in the auto-encoder
     config["cold_start"] |= dict(batch_size=64, vae_chunk=64)
-    config["gen_for_und"] |= dict(vae_chunk=64)
+    # a copy of the language model (6 GiB) for the length of a rollout saves gathering it for every token
+    config["gen_for_und"] |= dict(vae_chunk=64, gather_weights=True)
     # flow_grpo has 48 groups; 64 give each of 64 devices one
-    config["und_for_gen"] |= dict(batch_size=64, micro_batches=6, vae_chunk=64)
+    config["und_for_gen"] |= dict(batch_size=64, micro_batches=6, vae_chunk=64, gather_weights=True)
     for section, values in SLICES.get(preset.partition("@")[2], {}).items():
         config[section] |= values
     return config

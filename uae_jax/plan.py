@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; options start with --")
     prepare_environment(_TOPOLOGY.value)
+    from uae_jax.planning.compile import gib
     from uae_jax.planning.plan import make_plan
     from uae_jax.planning.table import as_json, text_table
 
@@ -52,7 +53,8 @@ def main(argv: list[str]) -> None:
         if _JSON.value and not pathlib.Path(_JSON.value).absolute().parent.is_dir():
             raise FileNotFoundError(f"the folder of --json={_JSON.value} does not exist; make it first")
         plans, topology, sizes = make_plan(
-            config, _TOPOLOGY.value, tuple(_STAGES.value), lambda plan: print(f"{plan.stage}: done", file=sys.stderr, flush=True))
+            config, _TOPOLOGY.value, tuple(_STAGES.value),
+            lambda plan: print(f"{plan.stage}: {gib(plan.memory.peak):.2f} GiB a device", file=sys.stderr, flush=True))
     except (ValueError, FileNotFoundError, ImportError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     print(text_table(plans, topology, sizes, config["preset"]))

@@ -122,6 +122,11 @@ def test_what_cannot_be_planned_is_refused(topology, sections, message):
         make_plan(settings("tiny", **sections), topology)
 
 
+def test_a_mesh_that_leaves_a_large_parameter_whole_is_refused():
+    with pytest.raises(ValueError, match="context_key/kernel.*would be copied to every device"):
+        make_plan(settings(LARGE, mesh=dict(data=1, fsdp=256)) | dict(stages=("pretrain",)), "gpu:256xH200")
+
+
 def test_unknown_stages_are_refused():
     with pytest.raises(ValueError, match="the stages are pretrain"):
         make_plan(settings("tiny"), "gpu:4xH200", ("train",))

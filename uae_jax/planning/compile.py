@@ -152,7 +152,7 @@ def compile_program(program: Program, mesh: Mesh, effort: float = QUICK) -> Memo
     """
     options = {"exec_time_optimization_effort": effort} if mesh.devices.flat[0].platform == "tpu" else None
     begin, resident = time.monotonic(), resident_bytes(program)
-    with jax.set_mesh(mesh):
+    with sharding.in_use(mesh):
         lowered = program.step.lower(*program.arguments)
         try:
             compiled = lowered.compile(compiler_options=options)

@@ -108,21 +108,13 @@ def _stage_activations(stage: str, settings: Any, s: Shapes, rows: float, length
 
 def _share(tree: Any, sizes: MeshSizes) -> float:
     """Bytes of one device's share of a tree by the sharding rules."""
-    mesh = _Axes({"data": sizes.data, "fsdp": sizes.fsdp, "tensor": sizes.tensor})
     total = 0.0
     for name, leaf in trees.flatten(tree).items():
         cut = 1
-        for axis in sharding.parameter_spec(name, tuple(leaf.shape), mesh):
-            cut *= math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
+        for axis in sharding.parameter_spec(name, tuple(leaf.shape), sizes):
+            cut *= math.prod(sizes.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
         total += math.prod(leaf.shape) * leaf.dtype.itemsize / cut
     return total
-
-
-@dataclasses.dataclass(frozen=True)
-class _Axes:
-    """The sizes of a mesh that has no devices."""
-
-    shape: dict
 
 
 def estimate_memory(program: Program, config: RunConfig, sizes: MeshSizes, model: Any) -> Memory:

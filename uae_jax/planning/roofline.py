@@ -8,11 +8,16 @@ from uae_jax.planning.flops import Count, Work
 
 @dataclasses.dataclass(frozen=True)
 class MeshSizes:
-    """How many ways each axis of the mesh cuts."""
+    """How many ways each axis of the mesh cuts; stands for a mesh where there are no devices."""
 
     data: int
     fsdp: int
     tensor: int
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """As a mesh has it, for the sharding rules."""
+        return dataclasses.asdict(self)
 
     @property
     def batch(self) -> int:

@@ -42,8 +42,8 @@ class CaptionPolicy:
       shared_noise: one noise for the whole group, so that the advantage measures the caption alone.
       advantage_scale: `group`, `batch` or `none`.
       aggregation, clip_low, clip_high, kl_weight: see `losses.token_grpo_loss`.
-      gather_weights: see `captioning.sample_captions`.
       score_chunk: caption positions whose logits `[N, score_chunk, V]` exist at once.
+      gather_weights: see `captioning.sample_captions`.
       replay: score the rollout again for the old log-probabilities; not needed when each rollout has one update.
 
     Raises:

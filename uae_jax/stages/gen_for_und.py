@@ -35,9 +35,9 @@ class GenForUndConfig:
       aggregation, clip_low, clip_high, kl_weight: see `rl.losses.token_grpo_loss`.
       advantage_scale: `group`, `batch` or `none`.
       vae_chunk: pictures decoded at once; 0 for all.
+      score_chunk: caption positions whose logits exist at once.
       gather_weights: with parameters cut over fsdp, gather the language model once a rollout instead of once a token; costs one
         copy of it on every device.
-      score_chunk: caption positions whose logits exist at once.
       train: `lora` or `full`; lora_rank: rank of a new adapter.
       reward: the similarity.
       optimizer: see `training.optimizer`.
@@ -65,8 +65,8 @@ class GenForUndConfig:
     kl_weight: float = 0.02
     advantage_scale: str = "group"
     vae_chunk: int = 0
-    gather_weights: bool = False
     score_chunk: int = 64
+    gather_weights: bool = False
     train: str = "lora"
     lora_rank: int = 32
     reward: RewardConfig = RewardConfig()
