@@ -32,32 +32,6 @@ SIDE = 16
 STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Programs that were compiled once are read back: most tests here build the same ones again.
-
-    A folder that JAX_COMPILATION_CACHE_DIR names is used instead, also by later sessions.
-    """
-    if jax.config.jax_compilation_cache_dir:
-        yield
-        return
-    names = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")), "jax_persistent_cache_min_compile_time_secs": 0.2}
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Compiles without most optimisations, in half the time, where a test is not about the production program."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def random_params(abstract, seed: int):
     """Numbers for a tree of shapes: no bias at zero, no norm at one, no last map at zero, nothing true by its initialisation."""
     def draw(name, leaf):

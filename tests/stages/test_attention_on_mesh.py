@@ -8,7 +8,6 @@ from stage_pieces import changed, largest_gap, make_run, stage_of
 from uae_jax import sharding
 from uae_jax.nn.attention import entry
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def _gradient(config, workdir, devices):

@@ -19,7 +19,6 @@ from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, LongCLI
 from uae_jax.stages.export import export_system
 from uae_jax.stages.weights import ModelConfig, load_system
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIDE = 16
 
 

@@ -10,8 +10,8 @@ import pytest
 from uae_jax.data.scene_checker import caption_score
 from uae_jax.stages.evaluation import Evaluator
 from uae_jax.stages.run import open_sources
+from uae_jax.stages.steps import make_denoising
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 IMAGES = 5
 
 
@@ -23,8 +23,8 @@ def scored(whole, tmp_path_factory):
         settings = dataclasses.replace(whole.config.evaluation, images=IMAGES, batch_size=size, samples=IMAGES)
         _, examples = open_sources(whole.config.data, whole.config.seed, IMAGES)
         evaluator = Evaluator(
-            whole.system, settings, whole.denoising(settings.sampler_steps, settings.guidance_scale), examples, whole.rows,
-            whole.config.data.max_caption, whole.config.seed)
+            whole.system, settings, make_denoising(whole.config.sampler, settings.sampler_steps, settings.guidance_scale), examples,
+            whole.rows, whole.config.data.max_caption, whole.config.seed)
         folder = tmp_path_factory.mktemp(f"batches_of_{size}")
         found[size] = evaluator(whole.parts, folder), folder, evaluator
     return found

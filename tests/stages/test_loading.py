@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-import pytest
 from stage_pieces import make_run
 
 from uae_jax import sharding, trees
@@ -11,7 +10,6 @@ from uae_jax.sharding import MeshConfig, make_mesh
 from uae_jax.stages.inference import Inference, InferenceConfig
 from uae_jax.stages.weights import ModelConfig, load_system
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_every_part_lies_on_the_mesh_by_the_rules_of_the_whole_model(model_folder, monkeypatch):

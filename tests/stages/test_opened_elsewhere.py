@@ -18,12 +18,11 @@ from uae_jax.models.sd3 import vae
 from uae_jax.stages.export import export_system
 from uae_jax.stages.weights import ModelConfig, load_system
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIDE = 16
 
 
 @pytest.fixture(scope="module")
-def trained(whole, quick_compilation, tmp_path_factory):
+def trained(whole, tmp_path_factory):
     """Projector, transformer and both adapters after two train steps of their stages; the model read back, and its workdir."""
     workdir, parts = tmp_path_factory.mktemp("runs"), dict(whole.parts)
     for name in ("pretrain", "gen_for_und", "und_for_gen"):

@@ -13,7 +13,6 @@ from uae_jax.rl.reconstruction import encode_condition
 from uae_jax.stages import gen_for_und, und_for_gen
 from uae_jax.training.step import accumulate_gradients
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

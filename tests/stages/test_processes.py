@@ -13,7 +13,6 @@ import time
 import pytest
 from stage_pieces import STAGES, changed, check_same_step, linear, make_run, one_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 HERE = pathlib.Path(__file__).parent
 CONFIG_FILE = '''import json, pathlib, ml_collections
 def get_config(argument=None):

@@ -18,7 +18,6 @@ from uae_jax.stages.weights import ModelConfig, load_system
 from uae_jax.training.metrics import read_lines
 from uae_jax.training.signals import StopTraining
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
 SCORES = ("reward", "unified_score", "heldout_score", "caption_tokens", "fact_recall", "fact_precision", "scene_accuracy", "geneval")
 
@@ -29,7 +28,7 @@ def _fingerprints(parts):
 
 
 @pytest.fixture(scope="module")
-def watched(config, tmp_path_factory, quick_compilation):
+def watched(config, tmp_path_factory):
     """A whole run: its summary, workdir and `Run`, and of each stage the compiled step, the result and the parts it changed."""
     seen = types.SimpleNamespace(workdir=tmp_path_factory.mktemp("runs") / "whole", steps={}, results={}, changed={})
 

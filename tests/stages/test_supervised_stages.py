@@ -13,7 +13,6 @@ from uae_jax.stages import cold_start, pretrain
 from uae_jax.stages.steps import make_denoising, reward_encoders
 from uae_jax.training.step import step_key
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
