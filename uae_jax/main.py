@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import sys
+import warnings
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown argument {argv[1]!r}; options start with --")
     if logging.get_verbosity() == logging.INFO and not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)  # checkpointing alone writes twenty lines a save
+    warnings.showwarning = lambda message, *where: print(f"warning: {message}", file=sys.stderr)
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value).absolute()
     from uae_jax.training.signals import StopTraining
 
