@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import sys
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -46,10 +47,10 @@ def _settings(options: argparse.Namespace) -> dict:
     from uae_jax.stages.inference import builtin_settings
 
     config = pathlib.Path(options.checkpoint) / "config.json"
+    run = json.loads(config.read_text()) if options.checkpoint and config.is_file() else {}
     if not options.checkpoint:
         values = builtin_settings()
-    elif config.is_file():
-        run = json.loads(config.read_text())
+    elif {"data", "evaluation", "sampler"} <= set(run):  # not the config.json of a single model
         data, evaluation = run["data"], run["evaluation"]
         values = dict(
             size=data["image_size"], steps=evaluation["sampler_steps"], guidance_scale=evaluation["guidance_scale"],
@@ -143,7 +144,9 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line; every expected error is one line and exit code 1."""
     options = _parser().parse_args(arguments)
     try:
-        run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *where: print(f"warning: {message}", file=sys.stderr)
+            run(options)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 

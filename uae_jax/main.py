@@ -10,6 +10,7 @@ The same workdir continues where it stopped.
 import pathlib
 import sys
 import traceback
+import warnings
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown argument {argv[1]!r}; options start with --")
     if logging.get_verbosity() == logging.INFO and not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)  # checkpointing alone writes twenty lines a save
+    warnings.showwarning = lambda message, *where: print(f"warning: {message}", file=sys.stderr)
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value).absolute()
     from uae_jax.training import processes
     from uae_jax.training.signals import StopTraining

@@ -127,6 +127,7 @@ def test_masked_padding_equals_exact_length(random_model):
     assert relative_error(velocity(config, params, latents, timestep, padded, pooled), np.asarray(exact)) > 1e-3
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient(random_model):
     config, params = random_model
     plain = trees.flatten(energy_gradient(config, params, *inputs(config)))

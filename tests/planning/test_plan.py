@@ -82,6 +82,7 @@ def compiled():
     return found
 
 
+@pytest.mark.slow
 def test_faked_devices_get_a_compiled_plan(compiled):
     (plan,), topology, sizes = compiled["whole"]
     assert not plan.memory.estimated and plan.memory.seconds > 0 and plan.memory.temporaries > 0 and plan.fits(topology)
@@ -91,6 +92,7 @@ def test_faked_devices_get_a_compiled_plan(compiled):
     assert "| pretrain" in text and "largest temporaries" in text and "does not fit" not in text
 
 
+@pytest.mark.slow
 def test_cutting_parameters_makes_the_arguments_of_a_device_smaller(compiled):
     whole, cut = (compiled[name][0][0].memory.arguments for name in ("whole", "cut"))
     assert cut < 0.5 * whole

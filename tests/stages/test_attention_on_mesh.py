@@ -20,6 +20,7 @@ def _gradient(config, workdir, devices):
     return jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), state.params, pieces.trained), float(metrics["reward"])
 
 
+@pytest.mark.slow
 def test_a_step_with_the_kernel_on_each_device_equals_the_plain_one(config, tmp_path, monkeypatch):
     optimizer = config["und_for_gen"]["optimizer"] | dict(eps=1e3, learning_rate=1.0, max_grad_norm=0.0, weight_decay=0.0)
     config = changed(config, und_for_gen=dict(optimizer=optimizer))

@@ -21,6 +21,7 @@ def small_config():
     return config
 
 
+@pytest.mark.slow
 def test_bootstrap_makes_a_folder_that_loads_and_does_not_repeat_finished_phases(tmp_path, monkeypatch):
     folder = bootstrap(small_config(), tmp_path)
     system = load_system(ModelConfig(folder=str(folder)), image_size=32)

@@ -66,6 +66,11 @@ def test_bad_pictures_are_named(model_folder, tmp_path, content, message):
         infer.main(["caption", str(path), "--checkpoint", str(model_folder), *FAST])
 
 
+def test_the_folder_of_a_single_model_is_no_checkpoint(pictures, model_folder):
+    with pytest.raises(SystemExit, match="error: .*dit holds no `llm` folder"):
+        infer.main(["caption", str(pictures), "--checkpoint", str(model_folder / "dit")])
+
+
 def test_a_missing_checkpoint_is_named(pictures):
     with pytest.raises(SystemExit, match="error: model folder /no/checkpoint does not exist"):
         infer.main(["caption", str(pictures), "--checkpoint", "/no/checkpoint"])

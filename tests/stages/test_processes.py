@@ -1,5 +1,6 @@
 """Several processes on this machine, over `jax.distributed`: the same numbers as one, and an orderly end when one of them goes."""
 
+import functools
 import json
 import os
 import pathlib
@@ -56,11 +57,11 @@ def finish(started: list[subprocess.Popen], folder: pathlib.Path, seconds: float
 @pytest.fixture(scope="module")
 def alone(config, tmp_path_factory):
     run = make_run(linear(config), tmp_path_factory.mktemp("alone"))
-    return {stage: one_step(run, stage) for stage in STAGES}
+    return functools.cache(lambda stage: one_step(run, stage))
 
 
 @pytest.mark.parametrize("count, devices, mesh, stages", [
-    (2, 2, dict(data=1, fsdp=2, tensor=2), STAGES),
+    pytest.param(2, 2, dict(data=1, fsdp=2, tensor=2), STAGES, marks=pytest.mark.slow),
     # the tensor axis spans processes: two of them feed the same rows
     (4, 1, dict(data=2, fsdp=1, tensor=2), ("pretrain",))])
 def test_processes_do_not_change_a_step(config, alone, tmp_path, count, devices, mesh, stages):
@@ -72,7 +73,7 @@ def test_processes_do_not_change_a_step(config, alone, tmp_path, count, devices,
     assert codes == [0] * count, output[0][-2000:] + output[-1][-2000:]
     found = pickle.loads((tmp_path / "result").read_bytes())
     for stage in stages:
-        check_same_step(alone[stage], found[stage])
+        check_same_step(alone(stage), found[stage])
 
 
 def steps_done(workdir: pathlib.Path) -> int:
@@ -86,6 +87,7 @@ def wait_for_steps(workdir: pathlib.Path, steps: int, started: list[subprocess.P
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_saves_all_and_the_death_of_one_ends_the_others(config, tmp_path):
     values = changed(
         config, stages=("pretrain",), pretrain=dict(steps=100_000), evaluation=dict(images=2, batch_size=2, geneval_per_tag=0),

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from uae_jax import main
+from uae_jax import command_line, main
 from uae_jax.stages import run as run_module
 from uae_jax.training.signals import StopTraining
 
@@ -48,7 +48,7 @@ def _in_process(*arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", arguments)  # where overrides of the configuration are looked up
         try:
-            main.main(main._parse(arguments))
+            main.main(command_line.parse_flags(arguments))
         finally:
             flags.FLAGS.unparse_flags()
 

@@ -90,6 +90,7 @@ def test_cold_start_gradient_is_the_slope_of_its_loss(cold):
     assert (float(ends[0]) - float(ends[1])) / (2 * size) == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.slow
 def test_recomputing_layers_changes_no_gradient(whole, cold):
     trained, _, value, gradient = cold
     model = whole.system.model

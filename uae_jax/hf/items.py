@@ -85,7 +85,8 @@ def write_items(
             tensor = item.read()
             bad = count_non_finite(tensor)
             if bad:
-                raise ValueError(f"{item.source} has {bad:,} numbers that are NaN or infinite; copy the file again or train from an older checkpoint")
+                raise ValueError(
+                    f"{item.source} holds NaN or infinity ({bad:,} of {tensor.size:,} numbers); copy the file again or train from an older checkpoint")
             yield item.name, tensor
             report(item.nbytes)
 

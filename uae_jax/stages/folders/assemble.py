@@ -75,7 +75,7 @@ def import_folder(
     rows = check_folder(folder, fast=fast, progress=progress)
     problems = [problem for row in rows for problem in row.problems]
     if problems:
-        raise ValueError(f"{problems[0]}{f' (and {len(problems) - 1} more problems; see `convert check`)' if len(problems) > 1 else ''}")
+        raise ValueError(f"{problems[0]}{f' (and more, {len(problems)} problems in all; see `convert check`)' if len(problems) > 1 else ''}")
     with replaced(out, overwrite=overwrite, sources=read) as fresh:
         notes = _build(folder, sources, fresh, seed, link)
     return rows, notes

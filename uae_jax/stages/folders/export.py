@@ -122,7 +122,7 @@ def export_folder(
     chosen = [row for row in check_folder(folder, fast=True) if not config.parts or _chosen(row.part, config.parts)]
     problems = [problem for row in chosen for problem in row.problems]
     if problems:
-        raise ValueError(f"{problems[0]}{f' (and {len(problems) - 1} more problems; see `convert check`)' if len(problems) > 1 else ''}")
+        raise ValueError(f"{problems[0]}{f' (and more, {len(problems)} problems in all; see `convert check`)' if len(problems) > 1 else ''}")
     outputs = [output for output in plan(folder, config) if not config.parts or _chosen(output.name, config.parts)]
     if not any(output.items or output.copies for output in outputs):
         raise ValueError(f"{folder.path} holds none of the parts {', '.join(config.parts)}")
