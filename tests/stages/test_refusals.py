@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,10 +68,12 @@ def test_a_broken_line_of_captions_is_named_by_number(workdir, broken_captions):
 @pytest.mark.parametrize("setting, message", [
     ("gen_for_und.group_size=1", "at least 2 samples"), ("model.folder=/no/model", "model folder /no/model does not exist"),
     ("gen_for_und.batch_size=3", "config.gen_for_und.batch_size is 3")])
-def test_settings_that_cannot_work_end_with_one_line(workdir, setting, message):
+def test_settings_that_cannot_work_end_with_one_line(workdir, capsys, setting, message):
     before = _contents(workdir)
-    with pytest.raises(SystemExit, match=f"^error: .*{message}[^\\n]*$"):
+    with pytest.raises(SystemExit) as stop:
         _in_process(f"--workdir={workdir}", f"--config.{setting}")
+    assert stop.value.code == 1
+    assert re.fullmatch(f"error: .*{message}[^\n]*", capsys.readouterr().err.strip().splitlines()[-1])
     assert _contents(workdir) == before
 
 
