@@ -17,6 +17,11 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """Whole runs come first: a parallel worker that met them last would work on alone."""
+    items.sort(key=lambda item: (item.path.name != "test_run.py", "stages" not in item.path.parts))
+
+
 @pytest.fixture(autouse=True)
 def highest_precision():
     """Comparisons with PyTorch need full float32 products on every backend."""
