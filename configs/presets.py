@@ -110,7 +110,7 @@ def _mini() -> dict:
     return config
 
 
-# What changes with the machine, for `PRESET@SLICE`; every value is one that `uae_jax.plan` found to fit (docs/scaling.md).
+# What changes with the machine, for `PRESET@SLICE`: values that `uae_jax.plan` found to fit, or scaled from them (docs/scaling.md).
 # A rollout's pictures are decoded `vae_chunk` at a time, one or two a device.
 SLICES = {
     # 64 chips of 16 GiB

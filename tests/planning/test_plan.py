@@ -220,6 +220,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         [sys.executable, "-m", "uae_jax.plan", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_writes_json_and_fails_where_a_stage_does_not_fit(tmp_path):
     done = command(f"--config=configs/unified_grpo.py:{LARGE}", "--topology=gpu:1xH100", "--stages=pretrain", f"--json={tmp_path}/plan.json",
                    "--config.pretrain.micro_batches=256")

@@ -63,7 +63,8 @@ def alone(config, tmp_path_factory):
 @pytest.mark.parametrize("count, devices, mesh, stages", [
     pytest.param(2, 2, dict(data=1, fsdp=2, tensor=2), STAGES, marks=pytest.mark.slow),
     # the tensor axis spans processes: two of them feed the same rows
-    (4, 1, dict(data=2, fsdp=1, tensor=2), ("pretrain",))])
+    pytest.param(4, 1, dict(data=2, fsdp=1, tensor=2), ("pretrain",), marks=pytest.mark.slow),
+    (2, 1, dict(data=1, fsdp=1, tensor=2), ("pretrain",))])
 def test_processes_do_not_change_a_step(config, alone, tmp_path, count, devices, mesh, stages):
     (tmp_path / "config.json").write_text(json.dumps(changed(linear(config), mesh=mesh)))
     started = start(count, devices, lambda coordinator, index: [
