@@ -14,7 +14,8 @@ ALLOWED = {
     "stages": {"trees", "nn", "hf", "data", "sharding", "diffusion", "models", "training", "rl"},
     "planning": {"trees", "nn", "hf", "data", "sharding", "models", "training", "rl", "stages"},
     "command_line": set(), "main": {"command_line", "stages", "training"}, "plan": {"command_line", "planning"},
-    "api": {"stages", "data", "trees", "models"}, "infer": {"api", "data"}, "convert": {"stages"},
+    "api": {"stages", "data", "trees", "models"}, "model_flags": {"api"},
+    "infer": {"api", "data", "model_flags"}, "demo": {"api", "data", "evaluation", "model_flags"}, "convert": {"stages"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
