@@ -1,0 +1,39 @@
+"""What the writers of picture folders share: load the model, note the settings, draw what is missing."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from uae_jax.evaluation import run_settings
+from uae_jax.evaluation.model_flags import DECIDES_DRAWING, load_model, model_settings
+from uae_jax.evaluation.picture_files import Target, remove_partial, write_pictures
+
+
+def draw_folder(
+    options: argparse.Namespace, benchmark: str, targets: Sequence[Target], settings: Mapping[str, Any],
+    prepare: Callable[[], None] = lambda: None) -> None:
+    """Draws the missing files of a benchmark's folder and prints how many there were.
+
+    Args:
+      options: `out` and the flags of `model_flags`.
+      benchmark: its name.
+      targets: all files of the folder.
+      settings: what else the folder follows from, such as its prompts.
+      prepare: writes what is not a picture, once the settings are known to fit.
+
+    Raises:
+      ValueError: a prompt is too long, or the folder was begun with other settings.
+    """
+    model = load_model(options)
+    for target in targets:
+        try:
+            model.engine.text_fields(target.prompt)
+        except ValueError as error:
+            raise ValueError(f"the prompt of {target.path}: {error}") from error
+    drawing = {"benchmark": benchmark, **model_settings(options, model, DECIDES_DRAWING), **settings}
+    if run_settings.begin(options.out, drawing):
+        remove_partial(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    prepare()
+    written, kept = write_pictures(model, targets, size=model.settings.size, batch_size=model.settings.batch_size, label=benchmark)
+    print(f"{options.out}: {written} pictures written, {kept} were there")
