@@ -33,5 +33,5 @@ setup(
     },
     entry_points={"console_scripts": [
         "uae-train=uae_jax.main:command", "uae-infer=uae_jax.infer:main", "uae-convert=uae_jax.convert:main",
-        "uae-plan=uae_jax.plan:command"]},
+        "uae-plan=uae_jax.plan:command", "uae-evaluate=uae_jax.evaluate:main"]},
 )

@@ -15,6 +15,8 @@ ALLOWED = {
     "planning": {"trees", "nn", "hf", "data", "sharding", "models", "training", "rl", "stages"},
     "command_line": set(), "main": {"command_line", "stages", "training"}, "plan": {"command_line", "planning"},
     "api": {"stages", "data", "trees", "models"}, "infer": {"api", "data"}, "convert": {"stages"},
+    "evaluation": {"trees", "nn", "hf", "data", "sharding", "diffusion", "models", "training", "rl", "stages", "api"},
+    "evaluate": {"evaluation"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
