@@ -26,7 +26,7 @@ from uae_jax.evaluation import run_settings
 from uae_jax.evaluation.json_lines import refuse
 from uae_jax.evaluation.mmt_scores import UNDECIDED, chosen_letter, options_of, scores
 from uae_jax.evaluation.model_flags import ANSWERING, DECIDES_ANSWERS, add_model_arguments, load_model, model_settings
-from uae_jax.evaluation.records import RecordLog
+from uae_jax.evaluation.records import RecordLog, read_records
 from uae_jax.evaluation.tables import MISSING, Line, read_table, read_tsv, write_tsv, write_xlsx
 from uae_jax.stages.inference import Inference, Row
 from uae_jax.training.metrics import write_json
@@ -192,8 +192,7 @@ def answer(options: argparse.Namespace) -> None:
     run_settings.begin(answers, {"benchmark": "mmt", **model_settings(options, model, DECIDES_ANSWERS), "questions": told, "count": len(items)})
     with RecordLog(answers) as log:
         errors = write_answers(model.engine, items, log, options.data, options.image_root)
-    with RecordLog(answers) as log:
-        said = {record["index"]: record["prediction"] for record in log.records}
+    said = {record["index"]: record["prediction"] for record in read_records(answers)}
     rows = [row | {"prediction": said.get(row["index"], "")} for row in items]
     write_tsv(stem.with_name(f"{stem.name}.tsv"), rows)
     write_xlsx(stem.with_name(f"{stem.name}.xlsx"), rows, ["index"] if all(_is_integer(row["index"]) for row in rows) else [])
@@ -212,13 +211,15 @@ def check(options: argparse.Namespace) -> None:
     said = {row["index"]: row["prediction"] for row in rows}
     items = {row["index"]: row for row in read_items(options.data)}
     problems = [f"item {index} is missing" for index in items if index not in said]
-    problems += [f"item {index} has no prediction" for index in items if index in said and not said[index].strip()]
     problems += [f"item {index} is not in {options.data}" for index in said if index not in items]
     problems += [f"{len(rows) - len(said)} items stand twice"] if len(rows) != len(said) else []
     changed = [row["index"] for row in rows if row["index"] in items and row.get("question") != items[row["index"]]["question"]]
     problems += [f"item {index} has another question than {options.data}" for index in changed]
     refuse(problems, str(options.table))
     print(f"{options.table}: {len(rows)} items, all answered")
+    empty = sum(not text.strip() for text in said.values())
+    if empty:
+        print(f"note: {empty} predictions are empty and count as wrong")
 
 
 def summary(options: argparse.Namespace) -> None:
