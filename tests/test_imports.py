@@ -14,8 +14,9 @@ ALLOWED = {
     "stages": {"trees", "nn", "hf", "data", "sharding", "diffusion", "models", "training", "rl"},
     "planning": {"trees", "nn", "hf", "data", "sharding", "models", "training", "rl", "stages"},
     "command_line": set(), "main": {"command_line", "stages", "training"}, "plan": {"command_line", "planning"},
-    "api": {"stages", "data", "trees", "models"}, "infer": {"api", "data"}, "convert": {"stages"},
-    "evaluation": {"trees", "nn", "hf", "data", "sharding", "diffusion", "models", "training", "rl", "stages", "api"},
+    "api": {"stages", "data", "trees", "models"}, "model_flags": {"api"},
+    "infer": {"api", "data", "model_flags"}, "demo": {"api", "data", "evaluation", "model_flags"}, "convert": {"stages"},
+    "evaluation": {"trees", "nn", "hf", "data", "sharding", "diffusion", "models", "training", "rl", "stages", "api", "model_flags"},
     "evaluate": {"evaluation"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

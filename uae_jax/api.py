@@ -22,8 +22,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
+from uae_jax.data.loader import square_image
 from uae_jax.data.qwen_inputs import to_rgb
 from uae_jax.data.sources import load_image
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
@@ -49,6 +50,30 @@ class Reconstruction:
     original: Image.Image
     caption: str
     image: Image.Image
+
+    def strip(self, side: int = 256) -> Image.Image:
+        """Original (its centre square), caption and reconstruction side by side, each square `side` pixels."""
+        gap = side // 32
+        strip = Image.new("RGB", (3 * side + 4 * gap, side + 2 * gap), "white")
+        for column, picture in ((0, Image.fromarray(square_image(self.original, min(self.original.size)))), (2, self.image)):
+            filter_ = Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
+            strip.paste(picture.resize((side, side), filter_), (gap + column * (side + gap), gap))
+        font = ImageFont.load_default(max(10, side // 21))
+        lines = _wrapped(self.caption, font, side)[: int(side / (font.size * 1.3))]
+        ImageDraw.Draw(strip).multiline_text((2 * gap + side, gap), "\n".join(lines), fill="black", font=font, spacing=font.size * 0.2)
+        return strip
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of words no wider than `width` pixels; a longer word has a line of its own."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def default_settings(folder: str | os.PathLike = "") -> dict[str, Any]:

@@ -18,53 +18,31 @@ import os
 import pathlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from uae_jax.model_flags import add_model_flags, load_model
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from uae_jax.api import Model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-SETTINGS = {
-    "seed": (int, "of captions and noise"), "steps": (int, "denoising steps"), "guidance_scale": (float, "1 is without guidance"),
-    "size": (int, "side of the drawings in pixels"), "temperature": (float, "of captions; 0 is greedy"),
-    "top_p": (float, "share of the probability that captions are drawn from"), "max_new_tokens": (int, "longest caption"),
-    "prompt": (str, "what the captioner is asked"), "negative_prompt": (str, "what guidance moves away from"),
-    "batch_size": (int, "pictures in one compiled call"), "shift": (float, "static shift of the noise levels")}
-
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m uae_jax.infer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m uae_jax.infer", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("caption", "generate", "reconstruct"))
     parser.add_argument("inputs", nargs="+", metavar="IMAGE|TEXT", help="image files, folders or patterns; texts for `generate`")
-    parser.add_argument("--checkpoint", default="", help="official UAE folder or training workdir (default: the built-in model)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder of the pictures (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    for name, (kind, text) in SETTINGS.items():
-        parser.add_argument(f"--{name}", type=kind, help=text)
-    parser.add_argument(
-        "--policy_condition", action=argparse.BooleanOptionalAction,
-        help="encode captions through the captioner's adapter (default: for the release's own folder)")
-    parser.add_argument("--without_adapters", action="store_true", help="leave out llm_lora and dit_lora: the model before they were trained")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of activations")
+    add_model_flags(parser)
     return parser
 
 
-def _strip(original, caption: str, drawn):
-    """Original | caption | reconstruction as one picture, each square 256 pixels."""
-    import textwrap
-
-    from PIL import Image, ImageDraw
-
-    from uae_jax.data.loader import square_image
-
-    side, gap = 256, 8
-    strip = Image.new("RGB", (3 * side + 4 * gap, side + 2 * gap), "white")
-    for column, picture in ((0, Image.fromarray(square_image(original, min(original.size)))), (2, drawn)):
-        filter_ = Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
-        strip.paste(picture.resize((side, side), filter_), (gap + column * (side + gap), gap))
-    ImageDraw.Draw(strip).multiline_text((2 * gap + side, gap), "\n".join(textwrap.wrap(caption, 40)[:17]), fill="black", spacing=4)
-    return strip
-
-
-def _save(picture, path: pathlib.Path, caption: str) -> None:
+def _save(picture: "Image.Image", path: pathlib.Path, caption: str) -> None:
     """Writes a PNG with its caption inside; a file of this name is whole or the one that was there before."""
     from PIL.PngImagePlugin import PngInfo
 
@@ -77,20 +55,20 @@ def _save(picture, path: pathlib.Path, caption: str) -> None:
 
 
 def _names(paths: list[pathlib.Path]) -> list[str]:
-    """A file stem for each input; repeated stems get a number that no other has."""
+    """A file stem for each input; one whose files another input has already gets a number."""
     taken: set[str] = set()
     names = []
     for path in paths:
         name, number = path.stem, 1
-        while name in taken:
+        while {name, f"{name}_strip"} & taken:
             number += 1
             name = f"{path.stem}_{number}"
-        taken.add(name)
+        taken |= {name, f"{name}_strip"}
         names.append(name)
     return names
 
 
-def _results(options: argparse.Namespace, model, inputs: list, failed: Callable):
+def _results(options: argparse.Namespace, model: "Model", inputs: list, failed: Callable) -> Iterator[tuple[dict, str]]:
     """(JSON record, line of text) of each input; pictures are on the disk before their record."""
     out: pathlib.Path = options.out
     if options.command == "caption":
@@ -106,7 +84,7 @@ def _results(options: argparse.Namespace, model, inputs: list, failed: Callable)
         for index, result in model.each_reconstruction(inputs, failed=failed):
             file, strip = out / f"{names[index]}.png", out / f"{names[index]}_strip.png"
             _save(result.image, file, result.caption)
-            _save(_strip(result.original, result.caption, result.image), strip, result.caption)
+            _save(result.strip(), strip, result.caption)
             record = {"image": str(inputs[index]), "caption": result.caption, "reconstruction": str(file), "strip": str(strip)}
             yield record, f"{inputs[index]}: {result.caption}\n  -> {strip}"
 
@@ -120,14 +98,10 @@ def run(options: argparse.Namespace) -> None:
     """
     from tqdm import tqdm
 
-    from uae_jax import api
     from uae_jax.data.sources import find_images
 
     inputs = options.inputs if options.command == "generate" else find_images(options.inputs)
-    settings = {name: value for name in (*SETTINGS, "policy_condition") if (value := getattr(options, name)) is not None}
-    if "batch_size" not in settings:
-        settings["batch_size"] = min(api.default_settings(options.checkpoint).get("batch_size", 1), len(inputs))
-    model = api.load(options.checkpoint, dtype=options.dtype, adapters=not options.without_adapters, **settings)
+    model = load_model(options, len(inputs))
     problems: list[str] = []
     with tqdm(total=len(inputs), desc=options.command, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         def report(record: dict, text: str) -> None:
@@ -154,8 +128,10 @@ def main(arguments: list[str] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *where: print(f"warning: {message}", file=sys.stderr)
             run(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; what was written stays")
 
 
 if __name__ == "__main__":
