@@ -41,7 +41,7 @@ def sample_pixels(text, number, size=SIZE):
     return np.random.default_rng([zlib.crc32(text.encode()), number]).integers(0, 256, (size, size, 3), np.uint8)
 
 
-def load_painter(options: argparse.Namespace):
+def load_painter(options: argparse.Namespace, inputs: int):
     """In place of `model_flags.load_model`."""
     names = {field.name for field in dataclasses.fields(InferenceConfig)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}

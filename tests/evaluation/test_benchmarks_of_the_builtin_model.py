@@ -23,7 +23,7 @@ def model():
 def loaded(model, monkeypatch):
     """Both commands take the loaded model, whose programs are compiled once."""
     for module in (drawing, mmt):
-        monkeypatch.setattr(module, "load_model", lambda options, **defaults: model)
+        monkeypatch.setattr(module, "load_model", lambda options, inputs: model)
 
 
 def test_scenes_are_drawn_checked_and_scored(loaded, model, tmp_path, capsys, monkeypatch):

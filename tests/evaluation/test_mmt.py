@@ -53,8 +53,8 @@ class Engine:
 def engine(monkeypatch):
     engine = Engine()
     settings = dict(seed=42, temperature=0.0, top_p=1.0, max_new_tokens=32)
-    monkeypatch.setattr(mmt, "load_model", lambda options, **defaults: types.SimpleNamespace(
-        engine=engine, settings=types.SimpleNamespace(**settings | defaults | ({"seed": options.seed} if options.seed else {}))))
+    monkeypatch.setattr(mmt, "load_model", lambda options, inputs: types.SimpleNamespace(
+        engine=engine, settings=types.SimpleNamespace(**settings | ({"seed": options.seed} if options.seed else {}))))
     return engine
 
 

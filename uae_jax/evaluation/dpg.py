@@ -17,10 +17,9 @@ from typing import Any
 from uae_jax.evaluation import run_settings
 from uae_jax.evaluation.drawing import draw_folder
 from uae_jax.evaluation.grouped_scores import grouped_scores
-from uae_jax.evaluation.json_lines import refuse
-from uae_jax.evaluation.model_flags import DRAWING, add_model_arguments
+from uae_jax.evaluation.json_files import refuse, write_json
 from uae_jax.evaluation.picture_files import GRID_SIDE, Target, content_problems
-from uae_jax.training.metrics import write_json
+from uae_jax.model_flags import add_model_flags
 
 SAMPLES = GRID_SIDE**2
 PROMPTS = 1065  # of the published benchmark
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     write = actions.add_parser("write", help="draw the prompts", allow_abbrev=False)
     write.add_argument("--prompts", type=pathlib.Path, required=True, help="dpg_bench/prompts of the benchmark: a folder of .txt files")
     write.add_argument("--out", type=pathlib.Path, required=True, help="folder of the grids")
-    add_model_arguments(write, DRAWING)
+    add_model_flags(write)
     check = actions.add_parser("check", help="does the evaluator find everything?", allow_abbrev=False)
     check.add_argument("folder", type=pathlib.Path)
     check.add_argument("--prompts", type=pathlib.Path, required=True, help="dpg_bench/prompts of the benchmark")

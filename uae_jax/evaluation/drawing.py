@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from uae_jax.evaluation import run_settings
-from uae_jax.evaluation.model_flags import DECIDES_DRAWING, load_model, model_settings
 from uae_jax.evaluation.picture_files import Target, remove_partial, write_pictures
+from uae_jax.model_flags import load_model
 
 
 def draw_folder(
@@ -15,7 +15,7 @@ def draw_folder(
     """Draws the missing files of a benchmark's folder and prints how many there were.
 
     Args:
-      options: `out` and the flags of `model_flags`.
+      options: `out` and the flags of `add_model_flags`.
       benchmark: its name.
       targets: all files of the folder.
       settings: what else the folder follows from, such as its prompts.
@@ -24,13 +24,13 @@ def draw_folder(
     Raises:
       ValueError: a prompt is too long, or the folder was begun with other settings.
     """
-    model = load_model(options)
+    model = load_model(options, sum(len(target.sample_ids) for target in targets))
     for target in targets:
         try:
             model.engine.text_fields(target.prompt)
         except ValueError as error:
             raise ValueError(f"the prompt of {target.path}: {error}") from error
-    drawing = {"benchmark": benchmark, **model_settings(options, model, DECIDES_DRAWING), **settings}
+    drawing = {"benchmark": benchmark, **run_settings.model_settings(options, model, run_settings.DRAWING), **settings}
     if run_settings.begin(options.out, drawing):
         remove_partial(options.out)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -29,11 +29,10 @@ from uae_jax.data.scenes import SHAPES, Scene
 from uae_jax.evaluation import run_settings
 from uae_jax.evaluation.drawing import draw_folder
 from uae_jax.evaluation.grouped_scores import grouped_scores, table, uneven
-from uae_jax.evaluation.json_lines import read_objects, refuse
-from uae_jax.evaluation.model_flags import DRAWING, add_model_arguments
+from uae_jax.evaluation.json_files import read_objects, refuse, write_json
 from uae_jax.evaluation.picture_files import Target, content_problems, picture_problem
 from uae_jax.evaluation.records import write_bytes
-from uae_jax.training.metrics import write_json
+from uae_jax.model_flags import add_model_flags
 
 SCENES = "scenes"
 NEEDED = {"tag": str, "include": list, "prompt": str}
@@ -49,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     write.add_argument("--out", type=pathlib.Path, required=True, help="folder of the pictures")
     write.add_argument("--images_per_prompt", type=int, default=4, help="default: %(default)s, the benchmark's")
     write.add_argument("--per_tag", type=int, default=16, help="prompts of each tag, for `scenes` (default: %(default)s)")
-    add_model_arguments(write, DRAWING)
+    add_model_flags(write)
     check = actions.add_parser("check", help="does the evaluator find everything?", allow_abbrev=False)
     check.add_argument("folder", type=pathlib.Path)
     check.add_argument("--prompts", help="compare with this file, or `scenes`")

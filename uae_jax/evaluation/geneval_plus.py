@@ -17,10 +17,9 @@ from typing import Any
 from uae_jax.evaluation import run_settings
 from uae_jax.evaluation.drawing import draw_folder
 from uae_jax.evaluation.grouped_scores import grouped_scores, table
-from uae_jax.evaluation.json_lines import read_objects, refuse
-from uae_jax.evaluation.model_flags import DRAWING, add_model_arguments
+from uae_jax.evaluation.json_files import read_objects, refuse, write_json
 from uae_jax.evaluation.picture_files import Target, content_problems
-from uae_jax.training.metrics import write_json
+from uae_jax.model_flags import add_model_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     write = actions.add_parser("write", help="draw the prompts", allow_abbrev=False)
     write.add_argument("--prompts", type=pathlib.Path, required=True, help="Geneval++.jsonl, or Geneval++.txt")
     write.add_argument("--out", type=pathlib.Path, required=True, help="folder of the pictures")
-    add_model_arguments(write, DRAWING)
+    add_model_flags(write)
     check = actions.add_parser("check", help="does the judge's script find everything?", allow_abbrev=False)
     check.add_argument("folder", type=pathlib.Path)
     check.add_argument("--prompts", type=pathlib.Path, help="count the prompts of this file (default: as it was written)")

@@ -18,18 +18,20 @@ import io
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from tqdm import tqdm
 
 from uae_jax.evaluation import run_settings
-from uae_jax.evaluation.json_lines import refuse
+from uae_jax.evaluation.json_files import refuse, write_json
 from uae_jax.evaluation.mmt_scores import UNDECIDED, chosen_letter, options_of, scores
-from uae_jax.evaluation.model_flags import ANSWERING, DECIDES_ANSWERS, add_model_arguments, load_model, model_settings
 from uae_jax.evaluation.records import RecordLog, read_records
 from uae_jax.evaluation.tables import MISSING, Line, read_table, read_tsv, write_tsv, write_xlsx
-from uae_jax.stages.inference import Inference, Row
-from uae_jax.training.metrics import write_json
+from uae_jax.model_flags import add_model_flags, load_model
+
+if TYPE_CHECKING:
+    from uae_jax.stages.inference import Inference, Row
 
 REFERENCE = 64  # a shorter value of `image` is the index of the row that has the image
 NEEDED = ("index", "question", "A")
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     answer.add_argument("--out", type=pathlib.Path, required=True, help="folder of the tables")
     answer.add_argument("--name", default="uae_jax", help="of the model, the first part of the file names (default: %(default)s)")
     answer.add_argument("--image_root", type=pathlib.Path, help="where relative image_path values start (default: beside --data)")
-    add_model_arguments(answer, ANSWERING)
+    add_model_flags(answer)
     check = actions.add_parser("check", help="is every item answered?", allow_abbrev=False)
     check.add_argument("table", type=pathlib.Path)
     check.add_argument("--data", type=pathlib.Path, required=True, help="the benchmark's TSV")
@@ -140,7 +142,7 @@ def item_images(path: pathlib.Path, wanted: set[str], image_root: pathlib.Path |
 
 
 def write_answers(
-    engine: Inference, items: Sequence[Line], log: RecordLog, path: pathlib.Path, image_root: pathlib.Path | None) -> dict[str, str]:
+    engine: "Inference", items: Sequence[Line], log: RecordLog, path: pathlib.Path, image_root: pathlib.Path | None) -> dict[str, str]:
     """Answers what the log lacks, a batch at a time, and returns {index: error} of items that could not be.
 
     Args:
@@ -150,10 +152,12 @@ def write_answers(
       path: the benchmark's TSV.
       image_root: see `item_images`.
     """
+    from uae_jax.stages.inference import Row  # seconds of imports, which the other actions do not need
+
     numbers = {row["index"]: number for number, row in enumerate(items)}
     missing, errors = set(numbers) - {record["index"] for record in log.records}, {}
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator["Row"]:
         for index, images in item_images(path, missing, image_root):
             number = numbers[index]
             try:
@@ -187,9 +191,10 @@ def answer(options: argparse.Namespace) -> None:
     items = read_items(options.data)
     stem = options.out / f"{options.name}_{options.data.stem}"
     answers = stem.with_name(f"{stem.name}.answers.jsonl")
-    model = load_model(options, temperature=0.0 if options.temperature is None else options.temperature)
+    options.temperature = options.temperature or 0.0
+    model = load_model(options, len(items))
     told = run_settings.digest("".join(question_text(row) for row in items))
-    run_settings.begin(answers, {"benchmark": "mmt", **model_settings(options, model, DECIDES_ANSWERS), "questions": told, "count": len(items)})
+    run_settings.begin(answers, {"benchmark": "mmt", **run_settings.model_settings(options, model, run_settings.ANSWERING), "questions": told, "count": len(items)})
     with RecordLog(answers) as log:
         errors = write_answers(model.engine, items, log, options.data, options.image_root)
     said = {record["index"]: record["prediction"] for record in read_records(answers)}

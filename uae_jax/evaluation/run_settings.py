@@ -1,16 +1,22 @@
 """What a benchmark folder was written with, kept beside it, so that it is never continued with something else."""
 
+import argparse
 import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from uae_jax.stages.weights import model_folder
-from uae_jax.training.metrics import write_json
+from uae_jax.evaluation.json_files import write_json
+
+if TYPE_CHECKING:
+    from uae_jax.api import Model
 
 PIECE, PIECES = 4096, 16  # bytes of a weight file that are looked at
 WEIGHTS = (".safetensors", ".bin", ".pt", ".json")
+# what a result follows from; the other settings only decide how fast it comes
+DRAWING = ("seed", "steps", "guidance_scale", "size", "negative_prompt", "shift", "schedule", "policy_condition")
+ANSWERING = ("seed", "temperature", "top_p", "max_new_tokens")
 NOT_COMPARED = ("model",)  # a folder may be moved; its content is what counts
 
 
@@ -33,6 +39,8 @@ def weights_digest(checkpoint: str) -> str:
     Raises:
       FileNotFoundError: no model there.
     """
+    from uae_jax.stages.weights import model_folder  # seconds of imports, which checks and summaries do not need
+
     folder, state = model_folder(checkpoint), hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in WEIGHTS and path.is_file()):
         length = path.stat().st_size
@@ -42,6 +50,20 @@ def weights_digest(checkpoint: str) -> str:
                 file.seek(max(length - PIECE, 0) * number // (PIECES - 1))
                 state.update(file.read(PIECE))
     return state.hexdigest()[:16]
+
+
+def model_settings(options: argparse.Namespace, model: "Model", names: tuple[str, ...]) -> dict[str, Any]:
+    """The weights and the settings called `names`, for `begin`.
+
+    Args:
+      options: flags of `model_flags.add_model_flags`.
+      model: what they gave.
+      names: `DRAWING` or `ANSWERING`.
+    """
+    values = {name: getattr(model.settings, name) for name in names}
+    return {
+        "model": options.checkpoint or "built-in", "weights": weights_digest(options.checkpoint), "dtype": options.dtype,
+        "adapters": not options.without_adapters, **values}
 
 
 def begin(output: pathlib.Path, settings: Mapping[str, Any]) -> bool:
