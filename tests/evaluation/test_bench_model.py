@@ -10,7 +10,7 @@ from uae_jax import api, evaluate
 from uae_jax.data.scenes import draw, scene_at
 from uae_jax.evaluation.records import read_records
 
-SETTINGS = ("--steps=2", "--model_batch_size=2", "--seed=3", "--max_new_tokens=8")
+SETTINGS = ("--steps=2", "--batch_size=2", "--seed=3", "--max_new_tokens=8")
 
 
 @pytest.fixture(scope="module")

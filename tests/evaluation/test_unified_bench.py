@@ -44,7 +44,7 @@ def folders(photos, tmp_path_factory):
 
 
 def bench(root, output, **flags):
-    values = dict(ref_dir=root / "ref", gen_dir=root / "gen", output=output, batch_size=4) | flags
+    values = dict(ref_dir=root / "ref", gen_dir=root / "gen", output=output, encoder_batch_size=4) | flags
     evaluate.main(["unified_bench", *(f"--{name}={value}" for name, value in values.items() if value is not None)])
 
 
@@ -93,8 +93,8 @@ def check_page(page, results):
 def test_long_clip_in_safetensors_and_the_whole_batch_padded(folders, encoders, tmp_path):
     root, _ = folders
     other = longclip_encoder(tmp_path, "long.safetensors")
-    bench(root, tmp_path / "a.json", longclip=other.path, batch_size=16)
-    bench(root, tmp_path / "b.json", longclip=encoders["longclip"].path, batch_size=1)
+    bench(root, tmp_path / "a.json", longclip=other.path, encoder_batch_size=16)
+    bench(root, tmp_path / "b.json", longclip=encoders["longclip"].path, encoder_batch_size=1)
     a, b = (json.loads((tmp_path / name).read_text())["similarities_by_model"]["longclip"] for name in ("a.json", "b.json"))
     assert a == pytest.approx(b, abs=1e-5)
 
@@ -141,7 +141,7 @@ def test_an_encoder_that_cannot_be_read_does_not_cost_the_others(encoders, folde
     (dict(clip="{clip}", gen_dir=None), "give --ref_dir and --gen_dir"),
     (dict(clip="{clip}", images="a", out="b"), "give --ref_dir and --gen_dir"),
     (dict(clip="{clip}", output=None), "--output is not given"),
-    (dict(clip="{clip}", batch_size=0), "--batch_size=0"),
+    (dict(clip="{clip}", encoder_batch_size=0), "--encoder_batch_size=0"),
     (dict(clip="{root}/nothing"), "image encoder not found: .*nothing"),
     (dict(clip="{dinov2}"), "holds a dinov2 model; give the folder of clip"),
     (dict(dinov3="{dinov2}"), "holds a dinov2 model; give the folder of dinov3"),

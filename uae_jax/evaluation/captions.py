@@ -17,26 +17,22 @@ from typing import Any
 
 from tqdm import tqdm
 
-MODEL_SETTINGS = (("seed", int), ("temperature", float), ("top_p", float), ("max_new_tokens", int))
+from uae_jax.model_flags import add_model_flags, load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     scenes = parser.add_argument_group("built-in scenes")
     scenes.add_argument("--scenes", type=int, default=0, metavar="N", help="number of held-out scenes")
-    scenes.add_argument("--checkpoint", default="", metavar="DIR", help="official UAE folder or training workdir (default: the built-in model)")
     scenes.add_argument("--out", type=pathlib.Path, metavar="DIR", help="where the model's captions are kept; a run that was cut off continues")
-    scenes.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the model's activations")
-    scenes.add_argument("--model_batch_size", type=int, metavar="N", help="pictures in one call of the model")
-    for name, kind in MODEL_SETTINGS:
-        scenes.add_argument(f"--{name}", type=kind, help="as in uae_jax.infer")
+    add_model_flags(scenes)
     data = parser.add_argument_group("any captioned data")
     data.add_argument("--data", metavar="DIR", help="folder with captions.jsonl and images")
     data.add_argument("--captions", metavar="FILE", help="captions, when they are elsewhere")
     data.add_argument("--images", metavar="DIR", help="images, when they are elsewhere; needed for --clip")
     data.add_argument("--clip", metavar="DIR", help="CLIP with its tokenizer, as openai/clip-vit-large-patch14")
     data.add_argument("--longclip", metavar="FILE", help="Long-CLIP to use instead of the weights of --clip, for long captions")
-    data.add_argument("--batch_size", type=int, default=16, metavar="N", help="pairs in one call of CLIP (default: %(default)s)")
+    data.add_argument("--encoder_batch_size", type=int, default=16, metavar="N", help="pairs in one call of CLIP (default: %(default)s)")
     parser.add_argument("--output", type=pathlib.Path, required=True, metavar="FILE", help="the result, JSON")
 
 
@@ -51,8 +47,8 @@ def run(options: argparse.Namespace) -> None:
 
     if bool(options.scenes) == bool(options.data or options.captions) or options.data and options.captions:
         raise ValueError("give --scenes, or --data, or --captions")
-    if options.scenes < 0 or options.batch_size < 1 or options.longclip and not options.clip:
-        raise ValueError("--scenes and --batch_size must be positive, and --longclip needs --clip for the tokenizer")
+    if options.scenes < 0 or options.encoder_batch_size < 1 or options.longclip and not options.clip:
+        raise ValueError("--scenes and --encoder_batch_size must be positive, and --longclip needs --clip for the tokenizer")
     result = _scene_result(options) if options.scenes else _data_result(options)
     write_json(options.output, result)
     _print(result)
@@ -78,13 +74,11 @@ def _scene_result(options: argparse.Namespace) -> dict[str, Any]:
 
 def _scene_captions(options: argparse.Namespace, names: Sequence[str], pictures: Sequence) -> list[str]:
     """The model's captions, in order; those in --out already are not written again."""
-    from uae_jax import api
-    from uae_jax.evaluation.reconstructions import CAPTIONS, keep_settings, sample_number
+    from uae_jax.evaluation.reconstructions import CAPTIONS, keep_settings, origin_of, sample_number
     from uae_jax.evaluation.records import RecordLog
 
-    settings = {name: getattr(options, name) for name, _ in MODEL_SETTINGS} | {"batch_size": options.model_batch_size}
-    model = api.load(options.checkpoint, dtype=options.dtype, **{name: value for name, value in settings.items() if value is not None})
-    keep_settings(options.out, model, {"checkpoint": options.checkpoint, "dtype": options.dtype, "data": "scenes"})
+    model = load_model(options, len(names))
+    keep_settings(options.out, model, {**origin_of(options), "data": "scenes"})
     with RecordLog(options.out / CAPTIONS) as log:
         known = {record["image_id"]: record["caption"] for record in log.records}
         missing = [index for index, name in enumerate(names) if name not in known]
@@ -120,7 +114,7 @@ def _clip_result(options: argparse.Namespace, captions: dict[str, str], folder: 
     scorer = open_text_scorer(options.clip, options.longclip)
     scores: dict[str, float | None] = dict.fromkeys(captions)
     errors, cut = [], 0
-    results = caption_cosines(scorer, list(files.values()), list(captions.values()), options.batch_size)
+    results = caption_cosines(scorer, list(files.values()), list(captions.values()), options.encoder_batch_size)
     for (name, path), (score, was_cut) in zip(files.items(), tqdm(results, total=len(files), desc="clip", disable=None)):
         cut += was_cut
         if isinstance(score, str):

@@ -1,5 +1,6 @@
 """Runs a model over a folder of images: a caption of each, and the picture drawn from that caption alone."""
 
+import argparse
 import dataclasses
 import io
 import json
@@ -24,7 +25,7 @@ def sample_number(stem: str) -> int:
 
 
 def write_reconstructions(
-    model: Model, images: Sequence[pathlib.Path], out: pathlib.Path, origin: Mapping[str, str]) -> list[dict[str, str]]:
+    model: Model, images: Sequence[pathlib.Path], out: pathlib.Path, origin: Mapping[str, str | bool]) -> list[dict[str, str]]:
     """Writes `out/captions.jsonl` and `out/reconstructions/<stem>.png`; what is there already is kept.
 
     The lines are {"image_id": stem, "image": file name, "caption": text}; `out/settings.json` says with which settings. A
@@ -66,7 +67,12 @@ def write_reconstructions(
     return errors
 
 
-def keep_settings(out: pathlib.Path, model: Model, origin: Mapping[str, str]) -> None:
+def origin_of(options: argparse.Namespace) -> dict[str, str | bool]:
+    """What beside the settings of inference decides the results, from the flags of `model_flags.add_model_flags`."""
+    return {"checkpoint": options.checkpoint, "dtype": options.dtype, "without_adapters": options.without_adapters}
+
+
+def keep_settings(out: pathlib.Path, model: Model, origin: Mapping[str, str | bool]) -> None:
     """Writes `out/settings.json`, or checks that the folder was begun with the same settings; the batch size may change.
 
     Raises:

@@ -20,10 +20,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from uae_jax.model_flags import add_model_flags, load_model
+
 FLAGS = (("clip", "DIR", "CLIP, as openai/clip-vit-large-patch14"), ("longclip", "FILE", "Long-CLIP, as longclip-L.pt or its safetensors"),
          ("dinov2", "DIR", "DINOv2, as facebook/dinov2-large"), ("dinov3", "DIR", "DINOv3, as facebook/dinov3-vitl16-pretrain-lvd1689m"))
-MODEL_SETTINGS = (("seed", int), ("steps", int), ("guidance_scale", float), ("size", int), ("temperature", float), ("top_p", float),
-                  ("max_new_tokens", int))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,16 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     folders.add_argument("--gen_dir", metavar="DIR", help="the pictures to score")
     model = parser.add_argument_group("to run a model first")
     model.add_argument("--images", metavar="DIR", help="the originals")
-    model.add_argument("--checkpoint", default="", metavar="DIR", help="official UAE folder or training workdir (default: the built-in model)")
     model.add_argument("--out", type=pathlib.Path, metavar="DIR", help="where captions.jsonl, reconstructions/, scores and page are written")
-    model.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the model's activations")
-    model.add_argument("--model_batch_size", type=int, metavar="N", help="pictures in one call of the model")
-    for name, kind in MODEL_SETTINGS:
-        model.add_argument(f"--{name}", type=kind, help="as in uae_jax.infer")
+    add_model_flags(model)
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="the scores (default with --out: unified_bench.json in it)")
     parser.add_argument("--report", type=pathlib.Path, metavar="FILE", help="the page (default: report.html beside the scores)")
     parser.add_argument("--report_pairs", type=int, default=200, metavar="N", help="pairs on the page (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="pairs in one call of an encoder (default: %(default)s)")
+    parser.add_argument("--encoder_batch_size", type=int, default=8, metavar="N", help="pairs in one call of an encoder (default: %(default)s)")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -57,8 +53,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("give --ref_dir and --gen_dir to score two folders, or --images and --out to run a model first")
     if all(two) and not options.output:
         raise ValueError("--output is not given; name the JSON file of the scores")
-    if options.batch_size < 1 or options.report_pairs < 0:
-        raise ValueError(f"--batch_size={options.batch_size} must be at least 1, and --report_pairs={options.report_pairs} not negative")
+    if options.encoder_batch_size < 1 or options.report_pairs < 0:
+        raise ValueError(f"--encoder_batch_size={options.encoder_batch_size} must be at least 1, and --report_pairs={options.report_pairs} not negative")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -86,14 +82,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _reconstruct(options: argparse.Namespace) -> list[dict[str, str]]:
-    from uae_jax import api
     from uae_jax.evaluation.pairs import find_images
-    from uae_jax.evaluation.reconstructions import write_reconstructions
+    from uae_jax.evaluation.reconstructions import origin_of, write_reconstructions
 
     images = find_images(options.images)
-    settings = {name: getattr(options, name) for name, _ in MODEL_SETTINGS} | {"batch_size": options.model_batch_size}
-    model = api.load(options.checkpoint, dtype=options.dtype, **{name: value for name, value in settings.items() if value is not None})
-    return write_reconstructions(model, images, options.out, {"checkpoint": options.checkpoint, "dtype": options.dtype})
+    return write_reconstructions(load_model(options, len(images)), images, options.out, origin_of(options))
 
 
 def _score(
@@ -114,7 +107,7 @@ def _score(
     output = options.output or options.out / "unified_bench.json"
     similarities: dict[str, dict[str, float | None]] = {}
     settings = {
-        "ref_dir": str(ref_dir), "gen_dir": str(gen_dir), "batch_size": options.batch_size,
+        "ref_dir": str(ref_dir), "gen_dir": str(gen_dir), "encoder_batch_size": options.encoder_batch_size,
         "encoders": {encoder.name: str(encoder.source.path) for encoder in encoders}}
 
     def results() -> dict[str, Any]:
@@ -123,7 +116,7 @@ def _score(
 
     try:
         for encoder in encoders:
-            _score_encoder(encoder, [picture.name for picture in pictures], pairs.found, options.batch_size, similarities, errors)
+            _score_encoder(encoder, [picture.name for picture in pictures], pairs.found, options.encoder_batch_size, similarities, errors)
             write_json(output, results())
     finally:
         write_json(output, results())
