@@ -31,9 +31,9 @@ def draw_folder(
         except ValueError as error:
             raise ValueError(f"the prompt of {target.path}: {error}") from error
     drawing = {"benchmark": benchmark, **run_settings.model_settings(options, model, run_settings.DRAWING), **settings}
-    if run_settings.begin(options.out, drawing):
-        remove_partial(options.out)
+    run_settings.begin(options.out, drawing)
     options.out.mkdir(parents=True, exist_ok=True)
+    remove_partial(options.out)
     prepare()
     written, kept = write_pictures(model, targets, size=model.settings.size, batch_size=model.settings.batch_size, label=benchmark)
     print(f"{options.out}: {written} pictures written, {kept} were there")

@@ -66,31 +66,28 @@ def model_settings(options: argparse.Namespace, model: "Model", names: tuple[str
         "adapters": not options.without_adapters, **values}
 
 
-def begin(output: pathlib.Path, settings: Mapping[str, Any]) -> bool:
+def begin(output: pathlib.Path, settings: Mapping[str, Any]) -> None:
     """Notes the settings beside `output`, or compares them with those that it was begun with.
 
     Args:
       output: the folder or file that is written.
       settings: JSON values.
 
-    Returns:
-      Whether an earlier call is continued.
-
     Raises:
       ValueError: it was begun with other settings, or it holds files and no note says how they were made.
     """
     path, settings = settings_file(output), json.loads(json.dumps(settings))
-    if not path.is_file():
-        if output.is_file() or output.is_dir() and any(output.iterdir()):
-            raise ValueError(f"{output} is not empty and {path.name} is not beside it, so it cannot be continued; choose another --out")
+    if not (output.is_file() or output.is_dir() and any(output.iterdir())):
         write_json(path, settings)
-        return False
+        return
+    if not path.is_file():
+        raise ValueError(f"{output} is not empty and {path.name} is not beside it, so it cannot be continued; choose another --out")
     before = read(output)
     changed = [name for name in sorted({*before, *settings} - set(NOT_COMPARED)) if before.get(name) != settings.get(name)]
     if changed:
+        changed += ["model"] if "weights" in changed else []
         was, now = (", ".join(f"{name}={values.get(name)}" for name in changed) for values in (before, settings))
         raise ValueError(f"{output} was begun with {was}, now it is {now}; use the same settings to continue, or another --out")
-    return True
 
 
 def read(output: pathlib.Path) -> dict[str, Any]:
