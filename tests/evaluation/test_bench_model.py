@@ -106,7 +106,7 @@ def test_a_corrupt_original_is_told_and_the_others_are_scored(images, assets, tm
     for index in range(2):
         (tmp_path / "in" / f"{index}.png").write_bytes((images / f"{index}.png").read_bytes())
     (tmp_path / "in" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    with pytest.raises(SystemExit, match="1 things could not be scored: .*broken.png"):
+    with pytest.raises(SystemExit, match="1 thing could not be scored: .*broken.png"):
         bench(tmp_path / "in", tmp_path / "out", assets)
     results = json.loads((tmp_path / "out" / "unified_bench.json").read_text())
     assert results["summary"]["n_valid"] == 2 and len(results["errors"]) == 1

@@ -119,7 +119,7 @@ def test_pictures_that_cannot_be_scored_are_told_and_the_rest_is_kept(photos, en
     assert [error["error"].split(" (")[0].removeprefix(str(tmp_path)) for error in results["errors"]] == [
         "no reference has its name", "no picture is compared with it", "/gen/rocket.png is not a readable image"]
     assert "animation.gif is not read" in results["warnings"][0]
-    assert "3 things are missing" in (tmp_path / "report.html").read_text()
+    assert "Missing from these scores: 3" in (tmp_path / "report.html").read_text()
 
 
 def test_an_encoder_that_cannot_be_read_does_not_cost_the_others(encoders, folders, tmp_path):
@@ -130,7 +130,7 @@ def test_an_encoder_that_cannot_be_read_does_not_cost_the_others(encoders, folde
     config = json.loads((broken / "config.json").read_text())
     config["vision_config"]["num_hidden_layers"] = 3
     (broken / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit, match="1 things could not be scored: clip: "):
+    with pytest.raises(SystemExit, match="1 thing could not be scored: clip: "):
         bench(folders[0], tmp_path / "scores.json", clip=broken, dinov2=encoders["dinov2"].path)
     results = json.loads((tmp_path / "scores.json").read_text())
     assert results["summary"]["models_used"] == ["dinov2"] and results["statistics_by_model"]["dinov2"]["n_valid"] == 6

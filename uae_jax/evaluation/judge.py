@@ -118,24 +118,29 @@ def _answer(options: argparse.Namespace, keys: Sequence[str], questions: Sequenc
         try:
             for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), desc=options.model, disable=None):
                 future.result()
+                if asker.trouble:
+                    raise asker.trouble
         finally:
             endpoint.stop.set()
             pool.shutdown(cancel_futures=True)
 
 
 class _Asker:
-    """Asks one question in a thread, and writes what comes back."""
+    """Asks questions in threads, and writes what comes back; `trouble` is why the endpoint cannot be used, if so."""
 
     def __init__(self, options: argparse.Namespace, keys: Sequence[str], endpoint: Any, log: Any):
         self.options, self.keys, self.endpoint, self.log = options, keys, endpoint, log
         self.lock = threading.Lock()
         self.answered, self.refused = 0, 0
+        self.trouble: Exception | None = None
 
     def ask(self, question: Any) -> None:
         """Writes the first well-formed answer, or the last malformed one, or why the question was refused."""
         from uae_jax.evaluation.endpoint import EndpointError, QuestionRefused
         from uae_jax.evaluation.judging import parse_verdict
 
+        if self.endpoint.stop.is_set():
+            return
         record = {"image_id": question.image_id, "order": question.order, "judge": self.options.model, "question": question.fingerprint}
         try:
             messages = question.messages(self.options.image_side)
@@ -145,15 +150,21 @@ class _Asker:
                     break
         except QuestionRefused as error:
             record["error"] = str(error)
-        except EndpointError:
-            if "answer" in record:  # malformed, and then the endpoint went down
-                self._write(record)
-            raise
+        except EndpointError as error:
+            self._stop(error)
+            if "answer" not in record:  # otherwise it was malformed, and then the endpoint went down
+                return
         except ValueError as error:  # the image
             record["error"] = str(error)
         self._write(record)
         if self.refused >= FIRST_REFUSALS and not self.answered:
-            raise EndpointError(f"endpoint {self.endpoint.url} refused the first {self.refused} questions: {record.get('error')}")
+            self._stop(EndpointError(f"endpoint {self.endpoint.url} refused the first {self.refused} questions: {record.get('error')}"))
+
+    def _stop(self, error: Exception) -> None:
+        """No further attempt is made; of several errors the first one is told."""
+        with self.lock:
+            self.trouble = self.trouble or error
+        self.endpoint.stop.set()
 
     def _write(self, record: Mapping[str, Any]) -> None:
         with self.lock:

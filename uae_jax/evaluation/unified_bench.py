@@ -128,7 +128,7 @@ def _score(
     if errors:
         first = "; ".join(f"{error.get('image', error.get('model'))}: {error['error']}" for error in errors[:3])
         more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
-        raise ValueError(f"{len(errors)} things could not be scored: {first}{more}; all are listed in {output}, with the scores of the rest")
+        raise ValueError(f"{len(errors)} thing{'s' * (len(errors) > 1)} could not be scored: {first}{more}; all are listed in {output}, with the scores of the rest")
 
 
 def _score_encoder(
