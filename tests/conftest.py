@@ -39,14 +39,16 @@ def compiled_programs_are_dropped():
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Programs that were compiled once are read back: most tests here build the same ones again.
+    """Programs that were compiled once are read back, also by the other parallel workers: most tests build the same ones again.
 
     A folder that JAX_COMPILATION_CACHE_DIR names is used instead, also by later sessions.
     """
     if jax.config.jax_compilation_cache_dir:
         yield
         return
-    names = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")), "jax_persistent_cache_min_compile_time_secs": 0.2}
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base  # workers have folders of their own in that of the session
+    names = {"jax_compilation_cache_dir": str(base / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0.2}
     before = {name: getattr(jax.config, name) for name in names}
     for name, value in names.items():
         jax.config.update(name, value)

@@ -115,10 +115,12 @@ def test_settings_suit_the_folder(tmp_path):
     assert api.default_settings(official)["prompt"] == api.RELEASE_PROMPT
 
 
-def test_a_strip_shows_original_caption_and_drawing(model, pictures):
-    strip = model.reconstruct(pictures[:1])[0].strip(side=128)
-    assert strip.size == (3 * 128 + 4 * 4, 128 + 2 * 4)
-    pixels = np.asarray(strip)
+def test_a_strip_shows_original_caption_and_drawing(pictures):
+    drawn = Image.new("RGB", (32, 32), "red")
+    strip, without = (np.asarray(api.Reconstruction(Image.fromarray(pictures[0]), said, drawn).strip(side=128)) for said in ("large red circle " * 9, ""))
+    assert strip.shape == (128 + 2 * 4, 3 * 128 + 4 * 4, 3)
     enlarged = np.asarray(Image.fromarray(pictures[0]).resize((128, 128), Image.Resampling.NEAREST))
-    np.testing.assert_array_equal(pixels[4:132, 4:132], enlarged)
-    assert (pixels[4:132, 140:260] == 0).any()  # the caption's letters
+    np.testing.assert_array_equal(strip[4:132, 4:132], enlarged)
+    assert (strip[4:132, 268:396] == (255, 0, 0)).all() and (without[:, 136:264] == 255).all()
+    letters = np.argwhere((strip != without).any(-1))
+    assert letters[:, 1].min() >= 136 and letters[:, 1].max() < 264 and letters[:, 0].max() > 50  # inside their square, in several lines
