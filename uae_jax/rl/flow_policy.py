@@ -22,7 +22,7 @@ from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rl.advantages import check_group_size
 from uae_jax.rl.captioning import caption_metrics, sample_captions
 from uae_jax.rl.losses import flow_grpo_loss
-from uae_jax.rl.reconstruction import Denoising, decode, encode_condition, predictor, sample_keys
+from uae_jax.rl.reconstruction import Denoising, decode, encode_condition, initial_noise, predictor, sample_keys
 from uae_jax.rl.rewards import Encoder, RewardConfig, reward_advantages
 
 STEP_RULES = {"sde": SdeStep, "dance": DanceStep, "cps": CpsStep}
@@ -36,6 +36,8 @@ class FlowPolicy:
       model, denoising, encoders, reward, stops, group_size, advantage_scale: as in `caption_policy.CaptionPolicy`.
       temperature, max_new_tokens: of the frozen captioner; temperature 0 is greedy.
       data_captions: share of the images, in [0, 1], whose caption is the data set's own instead of the captioner's.
+      shared_noise: one initial noise for the drawings of a group, which then differ by the window's noise alone: what the
+        advantage measures is what the loss trains (DanceGRPO, arXiv 2505.07818); Flow-GRPO draws one for each.
       step_rule, noise_level: stochastic step (`sde`, `dance`, `cps`) and its strength.
       window, window_low, window_high: W stochastic steps, beginning in [low, high - W] of the schedule.
       clip_range, kl_weight, guard: see `losses.flow_grpo_loss`.
@@ -55,6 +57,7 @@ class FlowPolicy:
     temperature: float
     max_new_tokens: int
     data_captions: float = 0.0
+    shared_noise: bool = False
     step_rule: str = "sde"
     noise_level: float = 0.7
     window: int = 2
@@ -106,7 +109,7 @@ def rollout(policy: FlowPolicy, params: Mapping, frozen: Mapping, batch: Mapping
         sampling=SamplingConfig(policy.temperature), gather_weights=policy.gather_weights)
     positive, negative = encode_condition(policy.model, parts, how, *drawn_captions(policy, completion, batch, key))
     positive = constrain_rows(jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), positive))
-    noise = uae.initial_noise(policy.model, sample_keys(trees.name_key(key, "noise"), batch["sample_id"], group))
+    noise = initial_noise(policy.model, trees.name_key(key, "noise"), batch["sample_id"], group, shared=policy.shared_noise)
     start = window_start(trees.name_key(key, "window"), policy.window_low, policy.window_high, policy.window)
     trajectory = sample_window(
         predictor(policy.model, parts, how, positive, negative), noise, jnp.asarray(how.sigmas), policy.rule, start, policy.window,
