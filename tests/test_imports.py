@@ -8,13 +8,16 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "uae_jax"
 # folder or module -> what it may import; everything may import itself
 ALLOWED = {
-    "__init__": set(), "trees": set(), "nn": {"trees"}, "diffusion": {"trees"}, "hf": {"trees"}, "data": {"trees"},
+    "__init__": {"api"}, "trees": set(), "nn": {"trees"}, "diffusion": {"trees"}, "hf": {"trees"}, "data": {"trees"},
     "sharding": {"trees"}, "models": {"nn", "hf", "trees"}, "training": {"sharding", "trees"},
     "rl": {"models", "nn", "diffusion", "sharding", "trees"},
     "stages": {"trees", "nn", "hf", "data", "sharding", "diffusion", "models", "training", "rl"},
     "planning": {"trees", "nn", "hf", "data", "sharding", "models", "training", "rl", "stages"},
     "command_line": set(), "main": {"command_line", "stages", "training"}, "plan": {"command_line", "planning"},
-    "infer": {"stages", "data"}, "convert": {"stages"},
+    "api": {"stages", "data", "trees", "models"}, "model_flags": {"api"},
+    "infer": {"api", "data", "model_flags"}, "demo": {"api", "data", "evaluation", "model_flags"}, "convert": {"stages"},
+    "evaluation": {"trees", "nn", "hf", "data", "sharding", "diffusion", "models", "training", "rl", "stages", "api", "model_flags"},
+    "evaluate": {"evaluation"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -92,17 +92,17 @@ def test_folder_without_captions(tmp_path):
         sources.FolderSource(tmp_path)
 
 
-def test_read_images_from_files_folders_and_patterns(folder):
-    assert [p.name for p, _ in sources.read_images(folder)] == ["a.png", "b.jpg", "c.webp"]
-    assert [p.name for p, _ in sources.read_images([folder / "c.webp", str(folder / "*.png")])] == ["c.webp", "a.png"]
+def test_images_are_found_by_file_folder_and_pattern(folder):
+    assert [p.name for p in sources.find_images(folder)] == ["a.png", "b.jpg", "c.webp"]
+    assert [p.name for p in sources.find_images([folder / "c.webp", str(folder / "*.png")])] == ["c.webp", "a.png"]
     for missing in (folder / "no.png", str(folder / "*.gif"), folder / "empty"):
         (folder / "empty").mkdir(exist_ok=True)
         with pytest.raises(FileNotFoundError):
-            sources.read_images([missing])
+            sources.find_images([missing])
     with pytest.raises(ValueError, match="captions.jsonl is not a readable image"):
-        sources.read_images(folder / "captions.jsonl")
+        sources.load_image(folder / "captions.jsonl")
     with pytest.raises(ValueError, match="no image given"):
-        sources.read_images([])
+        sources.find_images([])
 
 
 def test_exif_orientation_is_applied(tmp_path):

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from wrapped_layout import wrapped_tensors
 
-from uae_jax import trees
+from uae_jax import api, trees
+from uae_jax.data import scenes
 from uae_jax.hf.safetensors import write_tensors
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.qwen2_5_vl.model import ADAPTER_PATTERN
 from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.models.sd3.transformer import ATTENTION_ADAPTER
 from uae_jax.nn.lora import init_lora, merge_adapter
+from uae_jax.stages.inference import builtin_settings
 from uae_jax.stages.weights import BUILTIN, ModelConfig, load_system
 
 RANK = 2
@@ -134,6 +136,39 @@ def test_adapters_are_merged(builtin, adapted):
         before, after = trees.flatten(builtin.parts[part]), trees.flatten(merged)
         changed = {name.removesuffix("/kernel") for name in before if np.any(before[name] != after[name])}
         assert changed == {name.removesuffix("/a") for name in trees.flatten(adapter) if name.endswith("/a")}
+
+
+def test_adapters_can_be_left_out(builtin, adapted, wrapped):
+    folder = adapted[0]
+    system = load(folder, adapters=False)
+    assert_same({name: part for name, part in system.parts.items() if name != "encoders"},
+                {name: part for name, part in builtin.parts.items() if name != "encoders"})
+    assert system.model.captioner == builtin.model.captioner and system.model.transformer == builtin.model.transformer
+    shutil.rmtree(folder / "llm_lora")
+    write_tensors(folder / "llm_lora", wrapped[0])  # holds a captioner of its own, which stays
+    system = load(folder, adapters=False)
+    assert "language_lora" not in system.parts
+    assert_same({name: system.parts[name] for name in wrapped[1]}, wrapped[1])
+
+
+def test_what_is_said_and_drawn_goes_through_the_adapters_unless_they_are_left_out(adapted):
+    settings = dict(builtin_settings(), steps=2, max_new_tokens=8, batch_size=1)
+    picture = scenes.draw(scenes.scene_at("test", 0))
+
+    def done(path, **changes):
+        model = api.load(path, **settings | changes)
+        return model.caption([picture])[0], model.generate(["red circle"])[0].tobytes()
+
+    plain, adapted_results = done(""), done(adapted[0])
+    assert done(adapted[0], adapters=False) == plain
+    assert adapted_results[0] != plain[0] and adapted_results[1] != plain[1]
+
+
+def test_the_releases_folder_conditions_through_its_adapter(folder, adapted, wrapped):
+    assert not api.default_settings(adapted[0])["policy_condition"]
+    shutil.rmtree(folder / "llm_lora")
+    write_tensors(folder / "llm_lora", wrapped[0])
+    assert api.default_settings(folder)["policy_condition"]
 
 
 def test_a_damaged_plain_captioner_is_seen_beside_a_wrapped_one(builtin, folder, wrapped):

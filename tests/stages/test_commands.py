@@ -1,13 +1,14 @@
 """What a person types: errors are one line and a code other than 0; pictures go in and come out."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
 
-from uae_jax import infer
+from uae_jax import api, infer
 from uae_jax.data import scenes
 
 
@@ -55,6 +56,47 @@ def test_generate_draws_each_text_with_its_own_noise(model_folder, tmp_path, cap
     infer.main(["generate", "red circle", "--checkpoint", str(model_folder), "--out", str(tmp_path / "again"), *FAST])
     assert Image.open(tmp_path / "again" / "0000.png").tobytes() == first.tobytes()
     capsys.readouterr()
+
+
+def test_a_bad_picture_among_many_leaves_the_others_done_and_a_code(model_folder, pictures, tmp_path, capsys):
+    (pictures / "scene_0b.png").write_bytes(b"not a picture")
+    (pictures / "scene_1b.png").write_bytes((pictures / "scene_0.png").read_bytes()[:80])
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="error: 2 of 5 inputs could not be done, the others are: .*scene_0b.png is not a readable image"):
+        infer.main(["reconstruct", str(pictures), "--checkpoint", str(model_folder), "--out", str(out), "--json", *FAST])
+    records = {pathlib.Path(record["image"]).name: record for record in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert {name for name, record in records.items() if "error" in record} == {"scene_0b.png", "scene_1b.png"}
+    for name in ("scene_0.png", "scene_1.jpg", "scene_2.png"):
+        assert Image.open(records[name]["reconstruction"]).text["caption"] == records[name]["caption"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(f"scene_{n}{end}.png" for n in range(3) for end in ("", "_strip"))
+
+
+def test_a_long_text_among_others_is_reported(model_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="error: 1 of 3 inputs could not be done, the others are: the text 'red red .* longer than 8 tokens"):
+        infer.main(["generate", "red circle", "red " * 9, "blue circle", "--checkpoint", str(model_folder), "--out", str(tmp_path), *FAST])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000.png", "0002.png"]
+    assert "red: not done: the text" in capsys.readouterr().out
+
+
+def test_drawings_are_written_while_others_are_still_to_come(model_folder, pictures, tmp_path, monkeypatch):
+    """A run that ends after its first batch leaves what it drew."""
+    out = tmp_path / "out"
+    load_image = api.load_image
+
+    def killed_at_the_last(path):
+        if path.name == "scene_2.png":
+            raise KeyboardInterrupt
+        return load_image(path)
+
+    monkeypatch.setattr(api, "load_image", killed_at_the_last)
+    with pytest.raises(SystemExit, match="error: interrupted; what was written stays"):
+        infer.main(["reconstruct", str(pictures), "--checkpoint", str(model_folder), "--out", str(out), *FAST])
+    assert sorted(path.name for path in out.iterdir()) == ["scene_0.png", "scene_0_strip.png", "scene_1.png", "scene_1_strip.png"]
+
+
+def test_files_of_one_name_do_not_meet(tmp_path):
+    paths = [tmp_path / folder / "a.png" for folder in "xy"] + [tmp_path / "a_strip.png", tmp_path / "a_2.png"]
+    assert infer._names(paths) == ["a", "a_2", "a_strip_2", "a_2_2"]
 
 
 @pytest.mark.parametrize("content, message", [(b"not a picture", "not a readable image"), (None, "does not exist")])

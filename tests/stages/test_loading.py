@@ -7,9 +7,8 @@ from stage_pieces import make_run
 from uae_jax import sharding, trees
 from uae_jax.data import scenes
 from uae_jax.sharding import MeshConfig, make_mesh
-from uae_jax.stages.inference import Inference, InferenceConfig
+from uae_jax.stages.inference import Inference, InferenceConfig, Row
 from uae_jax.stages.weights import ModelConfig, load_system
-
 
 
 def test_every_part_lies_on_the_mesh_by_the_rules_of_the_whole_model(model_folder, monkeypatch):
@@ -39,7 +38,7 @@ def test_inference_over_several_devices_says_and_draws_the_same(model_folder, mo
     for devices in (None, jax.devices()[:4]):
         inference = Inference(ModelConfig(folder=str(model_folder)), settings, devices)
         assert {len(leaf.devices()) for leaf in jax.tree.leaves(inference.parts)} == {1 if devices is None else 4}
-        found.append(list(inference.reconstruct(pictures)))
-    for (caption, drawn), (caption_of_four, drawn_of_four) in zip(*found):
+        found.append(list(inference.reconstructions(Row(index, index, inference.image_fields(image)) for index, image in enumerate(pictures))))
+    for (_, caption, drawn), (_, caption_of_four, drawn_of_four) in zip(*found):
         assert caption == caption_of_four
         assert np.abs(drawn.astype(int) - drawn_of_four.astype(int)).max() <= 1

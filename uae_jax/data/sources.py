@@ -116,15 +116,12 @@ def _check_image(path: pathlib.Path) -> str | None:
     return None
 
 
-def read_images(paths: str | pathlib.Path | Iterable[str | pathlib.Path]) -> list[tuple[pathlib.Path, np.ndarray]]:
-    """Reads PNG, JPEG and WebP files: each path a file, a folder (its images, by name) or a glob pattern.
-
-    Returns:
-      (path, uint8 [H, W, 3]) in the order given.
+def find_images(paths: str | pathlib.Path | Iterable[str | pathlib.Path]) -> list[pathlib.Path]:
+    """Image files in the order given: each path a file, a folder (its PNG, JPEG and WebP files, by name) or a glob pattern.
 
     Raises:
       FileNotFoundError: a path that does not exist, a folder without images, a pattern that matches nothing.
-      ValueError: no paths, or a file that is not a readable image.
+      ValueError: no paths.
     """
     found: list[pathlib.Path] = []
     for entry in [paths] if isinstance(paths, (str, pathlib.Path)) else paths:
@@ -143,7 +140,7 @@ def read_images(paths: str | pathlib.Path | Iterable[str | pathlib.Path]) -> lis
             found += [p for p in matches if p.is_file()]
     if not found:
         raise ValueError("no image given: name files, folders or patterns")
-    return [(path, load_image(path)) for path in found]
+    return found
 
 
 def _read_captions(path: pathlib.Path) -> list[tuple[str, tuple[str, ...]]]:

@@ -1,12 +1,18 @@
-"""Captions, pictures and reconstructions from files: the Python side of `uae_jax.infer`."""
+"""The engine of inference: rows of pictures or texts in, captions and drawings out, a batch at a time.
+
+Pictures of many sizes share few compiled programs: each is padded to one of a handful of lengths (`image_room`), and a
+batch holds pictures of one length. Padding is masked, so that a caption does not depend on its batch.
+"""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from PIL import Image
 
 from uae_jax import sharding, trees
 from uae_jax.data import tokenizer as tokens
@@ -20,6 +26,9 @@ from uae_jax.rl.captioning import sample_captions
 from uae_jax.rl.reconstruction import Denoising, draw, sample_keys
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages.weights import ModelConfig, System, load_system
+
+ROOMS = 4  # lengths that pictures are padded to; each is a compiled program
+SHORTEST_QUESTION = 64  # tokens that short questions are padded to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +47,9 @@ class InferenceConfig:
       negative_prompt: what guidance moves away from.
       batch_size: pictures in one compiled call.
       policy_condition: encode captions with the trained captioner, as the release does.
+
+    Raises:
+      ValueError: a count below 1.
     """
 
     seed: int = 42
@@ -54,6 +66,54 @@ class InferenceConfig:
     batch_size: int = 1
     policy_condition: bool = False
 
+    def __post_init__(self):
+        for name in ("steps", "size", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+class Row(NamedTuple):
+    """What is asked for one picture.
+
+    Attributes:
+      index: comes back with the result, since pictures of other lengths may overtake.
+      sample_id: what the random keys are folded from.
+      fields: arrays of `Inference.image_fields` or `Inference.text_fields`.
+    """
+
+    index: int
+    sample_id: int
+    fields: dict[str, np.ndarray]
+
+
+def image_room(image_tokens: int, largest: int) -> int:
+    """Tokens that an image is padded to: `largest`, or that halved up to three times.
+
+    Args:
+      image_tokens: of the image.
+      largest: of the processor's largest image; long strips may exceed it, for which it is doubled.
+    """
+    room = largest
+    while room < image_tokens:
+        room *= 2
+    for _ in range(ROOMS - 1):
+        half = -(-room // 2)
+        if half < image_tokens:
+            break
+        room = half
+    return room
+
+
+def batches(rows: Iterable[Row], size: int, kind: Callable[[Row], Hashable]) -> Iterator[list[Row]]:
+    """Rows of one kind, `size` at a time as soon as they are together; at the end what is left of each kind."""
+    waiting: dict[Hashable, list[Row]] = {}
+    for row in rows:
+        group = waiting.setdefault(kind(row), [])
+        group.append(row)
+        if len(group) == size:
+            yield waiting.pop(kind(row))
+    yield from waiting.values()
+
 
 class Inference:
     """A model ready to caption, draw and reconstruct; each function is compiled once for a shape.
@@ -62,6 +122,9 @@ class Inference:
       model: which folder.
       config: settings.
       devices: over which the parameters are cut; None takes the first one.
+
+    Raises:
+      FileNotFoundError, ValueError: the folder cannot be read (`stages.weights`), or pictures of this size cannot be drawn.
     """
 
     def __init__(self, model: ModelConfig, config: InferenceConfig, devices: Sequence[jax.Device] | None = None):
@@ -70,85 +133,121 @@ class Inference:
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=len(devices)), devices)
         self.system: System = load_system(model, image_size=config.size, negative_prompt=config.negative_prompt, mesh=mesh)
         self.parts = self.system.parts
-        # a caption that was cut at the limit has no stop token; as a text to draw it gets one
-        spec = batch_spec(self.system.tokenizer, self.system.processor, config.size, config.prompt, config.max_new_tokens + 1)
-        self.rows = RowBuilder(self.system.tokenizer, self.system.processor, spec, config.prompt)
-        self.key = jax.random.key(config.seed)
-        sigmas = sigma_schedule(config.steps, config.shift, config.schedule)
-        self.denoising = Denoising(tuple(map(float, sigmas)), config.guidance_scale, config.policy_condition)
-        sampling = SamplingConfig(config.temperature, 0, config.top_p)
-
-        def write(parts: Mapping, batch: Mapping) -> tuple[Array, Array]:
-            said = sample_captions(
-                self.system.model, parts, batch, self.key, max_new_tokens=config.max_new_tokens, stops=self.system.stops,
-                sampling=sampling)
-            return said.tokens, condition.caption_lengths(said.mask, said.finished)
-
-        def picture(parts: Mapping, ids: Array, lengths: Array, sample_ids: Array) -> Array:
-            noise = uae.initial_noise(self.system.model, sample_keys(trees.name_key(self.key, "noise"), sample_ids))
-            return jnp.clip(draw(self.system.model, parts, self.denoising, ids, lengths, noise), -1, 1)
-
-        self._write, self._picture = jax.jit(write), jax.jit(picture)
-
-    def _batches(self, count: int) -> Iterator[np.ndarray]:
-        """Row numbers of each compiled call; the last call repeats its last row."""
-        size = self.config.batch_size
-        for start in range(0, count, size):
-            yield np.minimum(np.arange(start, start + size), count - 1)
-
-    def caption(self, images: Sequence[np.ndarray]) -> Iterator[str]:
-        """Captions of pictures uint8 `[H, W, 3]` of any sizes, one after the other.
-
-        Each picture is resized by the captioner's own processor, with its aspect ratio.
-        """
-        fields = [self._image_row(image) for image in images]
-        longest = {name: max(len(row[name]) for row in fields) for name in ("patches", "prompt_ids")}
-        for rows in self._batches(len(fields)):
-            batch = {name: np.stack([_padded(fields[row], name, longest) for row in rows]) for name in fields[0]}
-            batch["sample_id"] = rows.astype(np.int32)
-            ids, lengths = jax.device_get(self._write(self.parts, batch))
-            for position in range(len(set(rows.tolist()))):
-                yield decode_caption(self.system.tokenizer, ids[position][: lengths[position]])
-
-    def _image_row(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        _check_size(self.system.model, config.size)
         processor, tokenizer = self.system.processor, self.system.tokenizer
-        patches, grid = processor(image)
-        ids = tokens.caption_prompt_ids(tokenizer, self.config.prompt, [processor.image_tokens(grid)])
-        pad = tokens.token_id(tokenizer, tokens.IMAGE_PAD)
-        return prompt_fields(ids, [(patches, grid)], processor, pad, len(patches), len(ids))
+        # a caption that was cut at the limit has no stop token; as a text to draw it gets one
+        spec = batch_spec(tokenizer, processor, config.size, config.prompt, config.max_new_tokens + 1)
+        self.rows = RowBuilder(tokenizer, processor, spec, config.prompt)
+        self.largest = max(1, processor.max_pixels // (processor.patch_size * processor.merge_size) ** 2)
+        self.text_length = len(tokens.caption_prompt_ids(tokenizer, config.prompt, [0]))
+        self._write, self._picture = _programs(self.system, config)
 
-    def generate(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
-        """Pictures of texts, uint8 `[S, S, 3]`, one after the other; text i has noise i.
+    def image_fields(self, image: np.ndarray | Image.Image) -> dict[str, np.ndarray]:
+        """The captioner's inputs of a picture of any size, padded to its `image_room`.
+
+        The captioner's own processor resizes it, with its aspect ratio.
 
         Raises:
-          ValueError: a text is longer than `max_new_tokens`.
+          ValueError: no content, or an aspect ratio above 200.
         """
-        rows = [self.rows.caption_fields(text) for text in texts]
-        for text, row in zip(texts, rows):
-            if row["caption_truncated"]:
-                raise ValueError(f"the text {text[:40]!r}... is longer than {self.config.max_new_tokens} tokens; shorten it or raise --max_new_tokens")
-        yield from self._draw(rows)
+        processor, tokenizer = self.system.processor, self.system.tokenizer
+        patches, grid = processor(image)
+        count = processor.image_tokens(grid)
+        ids = tokens.caption_prompt_ids(tokenizer, self.config.prompt, [count])
+        pad, room = tokens.token_id(tokenizer, tokens.IMAGE_PAD), image_room(count, self.largest)
+        return prompt_fields(ids, [(patches, grid)], processor, pad, room * processor.merge_size**2, self.text_length + room)
 
-    def _draw(self, rows: Sequence[Mapping[str, np.ndarray]]) -> Iterator[np.ndarray]:
-        for numbers in self._batches(len(rows)):
-            ids, mask = (np.stack([rows[row][name] for row in numbers]) for name in ("caption_ids", "caption_mask"))
-            lengths = mask.sum(-1, dtype=np.int32) - 1
-            pixels = from_signed(jax.device_get(self._picture(self.parts, ids, lengths, numbers.astype(np.int32))))
-            yield from pixels[: len(set(numbers.tolist()))]
+    def question_fields(self, question: str, images: Sequence[np.ndarray | Image.Image]) -> dict[str, np.ndarray]:
+        """The captioner's inputs of a question about one or more pictures, which come before it; the answer is its caption.
 
-    def reconstruct(self, images: Sequence[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-        """Caption and drawing of each picture. A caption whose text has more tokens than were sampled is drawn without its tail."""
-        captions = list(self.caption(images))
-        yield from zip(captions, self._draw([self.rows.caption_fields(caption) for caption in captions]))
+        Pictures are padded together to an `image_room`, the text to a power of two.
+
+        Raises:
+          ValueError: no picture, one without content or with an aspect ratio above 200.
+        """
+        if not images:
+            raise ValueError("a question needs at least one picture")
+        processor, tokenizer = self.system.processor, self.system.tokenizer
+        seen = [processor(image) for image in images]
+        counts = [processor.image_tokens(grid) for _, grid in seen]
+        ids = tokens.caption_prompt_ids(tokenizer, question, counts, images_first=True)
+        room, text = image_room(sum(counts), self.largest), max(SHORTEST_QUESTION, 1 << (len(ids) - sum(counts) - 1).bit_length())
+        pad = tokens.token_id(tokenizer, tokens.IMAGE_PAD)
+        return prompt_fields(ids, seen, processor, pad, room * processor.merge_size**2, text + room)
+
+    def text_fields(self, text: str) -> dict[str, np.ndarray]:
+        """The decoder's inputs of a text.
+
+        Raises:
+          ValueError: it is longer than `max_new_tokens`.
+        """
+        fields = self.rows.caption_fields(text)
+        if fields["caption_truncated"]:
+            raise ValueError(f"the text {text[:40]!r}... is longer than {self.config.max_new_tokens} tokens; shorten it or raise max_new_tokens")
+        return fields
+
+    def captions(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
+        """Captions of pictures (`image_fields`) or answers (`question_fields`), each batch as soon as it is done."""
+        for group in batches(rows, self.config.batch_size, lambda row: (len(row.fields["patches"]), len(row.fields["prompt_ids"]))):
+            batch = self._stacked(group)
+            ids, lengths = jax.device_get(self._write(self.parts, batch))
+            for row, said, length in zip(group, ids, lengths):
+                yield row, decode_caption(self.system.tokenizer, said[:length])
+
+    def drawings(self, rows: Iterable[Row]) -> Iterator[tuple[Row, np.ndarray]]:
+        """Pictures of texts (`text_fields`), uint8 `[S, S, 3]`, each batch as soon as it is done."""
+        for group in batches(rows, self.config.batch_size, lambda row: 0):
+            batch = self._stacked(group)
+            lengths = batch["caption_mask"].sum(-1, dtype=np.int32) - 1
+            drawn = self._picture(self.parts, batch["caption_ids"], lengths, batch["sample_id"])
+            yield from zip(group, from_signed(jax.device_get(drawn)))
+
+    def reconstructions(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str, np.ndarray]]:
+        """Caption and drawing of each picture (`image_fields`), each batch as soon as it is done.
+
+        A caption whose text has more tokens than were sampled is drawn without its tail.
+        """
+        said: dict[int, str] = {}
+
+        def texts() -> Iterator[Row]:
+            for row, caption in self.captions(rows):
+                said[row.index] = caption
+                yield row._replace(fields=self.rows.caption_fields(caption))
+
+        for row, drawn in self.drawings(texts()):
+            yield row, said.pop(row.index), drawn
+
+    def _stacked(self, group: Sequence[Row]) -> dict[str, np.ndarray]:
+        """One batch of the compiled size; the last row fills what is left."""
+        full = [*group, *[group[-1]] * (self.config.batch_size - len(group))]
+        batch = {name: np.stack([row.fields[name] for row in full]) for name in full[0].fields}
+        return batch | {"sample_id": np.array([row.sample_id for row in full], np.int32)}
 
 
-def _padded(row: Mapping[str, np.ndarray], name: str, longest: Mapping[str, int]) -> np.ndarray:
-    value = row[name]
-    if not value.ndim:
-        return value
-    length = longest["patches" if name.startswith("patch") else "prompt_ids"]
-    fill = -1 if name in ("patch_windows", "patch_images") else 0
-    return np.pad(value, [(0, length - len(value))] + [(0, 0)] * (value.ndim - 1), constant_values=fill)
+def _programs(system: System, config: InferenceConfig) -> tuple[Callable, Callable]:
+    """The compiled functions: captions and their lengths from a batch, pictures from captions."""
+    key, sampling = jax.random.key(config.seed), SamplingConfig(config.temperature, 0, config.top_p)
+    sigmas = sigma_schedule(config.steps, config.shift, config.schedule)
+    denoising = Denoising(tuple(map(float, sigmas)), config.guidance_scale, config.policy_condition)
+
+    def write(parts: Mapping, batch: Mapping) -> tuple[Array, Array]:
+        said = sample_captions(
+            system.model, parts, batch, key, max_new_tokens=config.max_new_tokens, stops=system.stops, sampling=sampling)
+        return said.tokens, condition.caption_lengths(said.mask, said.finished)
+
+    def picture(parts: Mapping, ids: Array, lengths: Array, sample_ids: Array) -> Array:
+        noise = uae.initial_noise(system.model, sample_keys(trees.name_key(key, "noise"), sample_ids))
+        return jnp.clip(draw(system.model, parts, denoising, ids, lengths, noise), -1, 1)
+
+    return jax.jit(write), jax.jit(picture)
+
+
+def _check_size(model: uae.UAE, size: int) -> None:
+    """Pictures are drawn in whole patches of latents, as many as the transformer has positions for."""
+    cell, most = model.vae.downsampling * model.transformer.patch_size, model.transformer.pos_embed_max_size
+    if size % cell or size // cell > most:
+        near = min(max(1, round(size / cell)), most) * cell
+        raise ValueError(f"size is {size} pixels; this model draws multiples of {cell} up to {cell * most}, such as {near}")
 
 
 def builtin_settings() -> dict:

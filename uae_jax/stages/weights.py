@@ -47,6 +47,7 @@ class ModelConfig:
         trains them (nor does a later one); auto-encoder, image encoders, adapters and all that is trained stay float32.
       merge_adapters: add the adapters that are read to the weights, so that the reference model and new adapters start
         from them; otherwise they are kept apart and train on.
+      adapters: False leaves the adapters of the folder unread, for the model as it was before they were trained.
     """
 
     folder: str = ""
@@ -55,6 +56,7 @@ class ModelConfig:
     dtype: str = "float32"
     remat: str = "none"
     merge_adapters: bool = False
+    adapters: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +148,9 @@ def _load_models(
     vae, parts["vae"] = sd3_weights.load_vae(folder / "SD3" / "vae", placement=_placement(mesh, "vae"))
     parts["pooled"] = _placed("pooled", pooled, mesh)
     _check_widths(folder, transformer_folder, parts, transformer, vae)
-    if (folder / "llm_lora").is_dir():
+    if config.adapters and (folder / "llm_lora").is_dir():
         captioner = _add_language_adapter(folder / "llm_lora", captioner, parts, config.merge_adapters, mesh)
-    if (folder / "dit_lora").is_dir():
+    if config.adapters and (folder / "dit_lora").is_dir():
         transformer = _add_transformer_adapter(folder / "dit_lora", transformer, parts, config.merge_adapters, mesh)
     return captioner, transformer, vae, parts
 

@@ -95,10 +95,24 @@ def sample_rows(folder: Path, stage: str, count: int) -> list[dict[str, Any]]:
 
 
 def curves(lines: list[dict[str, Any]]) -> str:
-    """The curves as a data URI of a PNG, stages side by side in the order they ran; "" when nothing was logged."""
+    """`curves_figure` as a data URI of a PNG; "" when nothing was logged."""
+    figure = curves_figure(lines)
+    if figure is None:
+        return ""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return _data_uri(buffer.getvalue())
+
+
+def curves_figure(lines: list[dict[str, Any]]) -> matplotlib.figure.Figure | None:
+    """The curves of all stages, side by side in the order they ran; None when nothing was logged.
+
+    Args:
+      lines: of `metrics.jsonl` (`metrics.read_lines`).
+    """
     panels = {title: series for title, names in PANELS.items() if (series := _series(lines, names))}
     if not panels:
-        return ""
+        return None
     rows = -(-len(panels) // 2)
     figure = matplotlib.figure.Figure(figsize=(12, 2.9 * rows), layout="constrained")
     starts = _stage_starts(lines)
@@ -112,9 +126,7 @@ def curves(lines: list[dict[str, Any]]) -> str:
         if len(drawn) > 1:
             axes.legend(fontsize=8)
         _mark_stages(axes, starts)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return _data_uri(buffer.getvalue())
+    return figure
 
 
 def _series(lines: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:

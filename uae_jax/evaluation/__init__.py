@@ -1,0 +1,1 @@
+"""The paper's benchmarks as commands: each module has `add_arguments(parser)` and `run(options)`."""

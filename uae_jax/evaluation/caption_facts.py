@@ -1,0 +1,100 @@
+"""Which facts of a built-in scene a caption says, and which of its claims are true, by attribute."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from uae_jax.data.scene_checker import caption_score, parse_caption
+from uae_jax.data.scenes import Scene, object_facts
+from uae_jax.training.summary import interval
+
+ATTRIBUTES = ("shape", "colour", "size", "position", "background", "count")
+RESAMPLES = 2000
+
+Counts = tuple[int, int, int]
+
+
+def match_mentions(claims: Sequence[Mapping[str, str]], objects: Sequence[Mapping[str, str]]) -> dict[int, int]:
+    """Which mention speaks of which object, one to one, so that most claims are true; of equals, the first mention.
+
+    Args:
+      claims: the claimed facts of each mention.
+      objects: the facts of each object.
+
+    Returns:
+      Mention to object, without mentions that nothing is left for.
+    """
+    best: dict[int, tuple[int, dict[int, int]]] = {0: (0, {})}
+    for number, claim in enumerate(claims):
+        after = dict(best)
+        for used, (value, pairs) in best.items():
+            for index, truth in enumerate(objects):
+                gained = value + len(claim.items() & truth.items())
+                key = used | 1 << index
+                if not used >> index & 1 and gained > after.get(key, (-1, {}))[0]:
+                    after[key] = (gained, {**pairs, number: index})
+        best = after
+    return max(best.values(), key=lambda item: item[0])[1]
+
+
+def caption_facts(scene: Scene, text: str) -> dict[str, Counts]:
+    """Counts of one caption by attribute: (correct, claimed, total).
+
+    `correct` of `claimed` claims are true, which are as many of the scene's `total` facts. A caption counts correctly when
+    it mentions as many objects as there are. The sums over all attributes but `count` are those of `caption_score`,
+    without relations and unparsed words.
+
+    Args:
+      scene: what was described.
+      text: the caption.
+    """
+    said, objects = parse_caption(text), [object_facts(item) for item in scene.objects]
+    claims = [dict(mention.claims) for mention in said.mentions for _ in range(mention.count)]
+    found = {name: [0, 0, 0] for name in ATTRIBUTES}
+    for truth in objects:
+        for name in truth:
+            found[name][2] += 1
+    pairs = match_mentions(claims, objects)
+    for number, claim in enumerate(claims):
+        truth = objects[pairs[number]] if number in pairs else {}
+        for name, value in claim.items():
+            found[name][0] += truth.get(name) == value
+            found[name][1] += 1
+    found["background"] = [int(scene.background in said.backgrounds), len(said.backgrounds), 1]
+    found["count"] = [int(len(claims) == len(objects)), int(bool(claims)), 1]
+    return {name: tuple(counts) for name, counts in found.items()}
+
+
+def ratio_interval(numerators: Sequence[int], denominators: Sequence[int]) -> dict[str, float | int] | None:
+    """A ratio of sums over captions with a 95 % bootstrap interval over captions; None where the denominators sum to 0.
+
+    Args:
+      numerators, denominators: one each of every caption.
+    """
+    above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    if not below.sum():
+        return None
+    rows = np.random.default_rng(0).integers(0, len(above), (RESAMPLES, len(above)))
+    sums = below[rows].sum(1)
+    ratios = above[rows].sum(1)[sums > 0] / sums[sums > 0]
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return {"value": float(above.sum() / below.sum()), "n": int(below.sum()), "low": float(low), "high": float(high)}
+
+
+def facts_summary(scenes: Sequence[Scene], captions: Sequence[str]) -> dict:
+    """Recall and precision by attribute, pooled over captions, and the means over captions that training reports too.
+
+    Returns:
+      {"fact_recall", "fact_precision": as `training.summary.interval`; "attributes": {attribute: {"recall", "precision":
+      as `ratio_interval`}}; "unparsed_words": share of captions with words outside the scenes' grammar}.
+    """
+    scores = [caption_score(scene, text) for scene, text in zip(scenes, captions, strict=True)]
+    counts = [caption_facts(scene, text) for scene, text in zip(scenes, captions)]
+    table = {}
+    for name in ATTRIBUTES:
+        correct, claimed, total = zip(*(row[name] for row in counts))
+        table[name] = {"recall": ratio_interval(correct, total), "precision": ratio_interval(correct, claimed)}
+    return {
+        "fact_recall": interval([score.fact_recall for score in scores]),
+        "fact_precision": interval([score.fact_precision for score in scores]), "attributes": table,
+        "unparsed_words": sum(bool(score.unparsed) for score in scores) / len(scores)}

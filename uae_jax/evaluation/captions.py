@@ -1,0 +1,146 @@
+"""What captions say: facts on the built-in scenes; length, variety, repetition and CLIP similarity on any data set.
+
+    python -m uae_jax.evaluate captions --scenes=200 --checkpoint=runs/tiny --out=said --output=facts.json
+    python -m uae_jax.evaluate captions --data=folder --clip=clip-vit-large-patch14 --output=captions.json
+    python -m uae_jax.evaluate captions --captions=bench/captions.jsonl --images=originals --clip=DIR --output=captions.json
+
+--scenes asks the model to caption held-out built-in scenes, and counts which of their facts it says (recall) and which of
+its claims are true (precision), by attribute. --data is a folder of images with captions.jsonl, lines {"image" or
+"file_name": ..., "caption": text}; --captions and --images are the two apart. --clip adds the similarity of each caption
+and its picture; captions of more than 77 tokens are cut for it, and --longclip takes 248.
+"""
+
+import argparse
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from uae_jax.model_flags import add_model_flags, load_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    scenes = parser.add_argument_group("built-in scenes")
+    scenes.add_argument("--scenes", type=int, default=0, metavar="N", help="number of held-out scenes")
+    scenes.add_argument("--out", type=pathlib.Path, metavar="DIR", help="where the model's captions are kept; a run that was cut off continues")
+    add_model_flags(scenes)
+    data = parser.add_argument_group("any captioned data")
+    data.add_argument("--data", metavar="DIR", help="folder with captions.jsonl and images")
+    data.add_argument("--captions", metavar="FILE", help="captions, when they are elsewhere")
+    data.add_argument("--images", metavar="DIR", help="images, when they are elsewhere; needed for --clip")
+    data.add_argument("--clip", metavar="DIR", help="CLIP with its tokenizer, as openai/clip-vit-large-patch14")
+    data.add_argument("--longclip", metavar="FILE", help="Long-CLIP to use instead of the weights of --clip, for long captions")
+    data.add_argument("--encoder_batch_size", type=int, default=16, metavar="N", help="pairs in one call of CLIP (default: %(default)s)")
+    parser.add_argument("--output", type=pathlib.Path, required=True, metavar="FILE", help="the result, JSON")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Scores captions and writes the result.
+
+    Raises:
+      ValueError: flags that do not go together, unreadable files; or, after the result was written, unreadable images.
+      FileNotFoundError: a file is missing.
+    """
+    from uae_jax.training.metrics import write_json
+
+    if bool(options.scenes) == bool(options.data or options.captions) or options.data and options.captions:
+        raise ValueError("give --scenes, or --data, or --captions")
+    if options.scenes < 0 or options.encoder_batch_size < 1 or options.longclip and not options.clip:
+        raise ValueError("--scenes and --encoder_batch_size must be positive, and --longclip needs --clip for the tokenizer")
+    result = _scene_result(options) if options.scenes else _data_result(options)
+    write_json(options.output, result)
+    _print(result)
+    print(f"result: {options.output}")
+    errors = result.get("errors", [])
+    if errors:
+        raise ValueError(
+            f"{len(errors)} images could not be scored, the first: {errors[0]['image']}: {errors[0]['error']}; all are listed in {options.output}")
+
+
+def _scene_result(options: argparse.Namespace) -> dict[str, Any]:
+    from uae_jax.data.scenes import draw, scene_at
+    from uae_jax.evaluation.caption_facts import facts_summary
+    from uae_jax.evaluation.caption_statistics import text_statistics
+
+    if not options.out:
+        raise ValueError("--scenes needs --out, the folder that the model's captions are kept in")
+    scenes = [scene_at("test", index) for index in range(options.scenes)]
+    names = [f"scene_{index:05d}" for index in range(options.scenes)]
+    captions = _scene_captions(options, names, [draw(scene) for scene in scenes])
+    return {"n": len(scenes), "facts": facts_summary(scenes, captions), "text": text_statistics(captions), "captions": dict(zip(names, captions))}
+
+
+def _scene_captions(options: argparse.Namespace, names: Sequence[str], pictures: Sequence) -> list[str]:
+    """The model's captions, in order; those in --out already are not written again."""
+    from uae_jax.evaluation.reconstructions import CAPTIONS, keep_settings, origin_of, sample_number
+    from uae_jax.evaluation.records import RecordLog
+
+    model = load_model(options, len(names))
+    keep_settings(options.out, model, {**origin_of(options), "data": "scenes"})
+    with RecordLog(options.out / CAPTIONS) as log:
+        known = {record["image_id"]: record["caption"] for record in log.records}
+        missing = [index for index, name in enumerate(names) if name not in known]
+        written = model.each_caption(
+            [pictures[index] for index in missing], sample_ids=[sample_number(names[index]) for index in missing])
+        for number, caption in tqdm(written, total=len(names), initial=len(names) - len(missing), desc="caption", disable=None):
+            name = names[missing[number]]
+            known[name] = caption
+            log.append({"image_id": name, "caption": caption})
+    return [known[name] for name in names]
+
+
+def _data_result(options: argparse.Namespace) -> dict[str, Any]:
+    from uae_jax.evaluation.caption_statistics import text_statistics
+    from uae_jax.evaluation.judging import read_captions
+
+    file = pathlib.Path(options.captions or pathlib.Path(options.data) / "captions.jsonl")
+    captions = read_captions(file)
+    result: dict[str, Any] = {"n": len(captions), "captions_file": str(file), "text": text_statistics(list(captions.values()))}
+    folder = options.images or options.data
+    if options.clip and not folder:
+        raise ValueError("--clip compares captions with pictures; give --images")
+    return result | (_clip_result(options, captions, folder) if options.clip else {})
+
+
+def _clip_result(options: argparse.Namespace, captions: dict[str, str], folder: str) -> dict[str, Any]:
+    """Mean cosine and CLIPScore, the score of every image, and the images that cannot be scored."""
+    from uae_jax.evaluation.clip_text import SCORE_SCALE, caption_cosines, open_text_scorer
+    from uae_jax.evaluation.judging import image_files
+    from uae_jax.training.summary import interval
+
+    files = image_files(folder, list(captions))
+    scorer = open_text_scorer(options.clip, options.longclip)
+    scores: dict[str, float | None] = dict.fromkeys(captions)
+    errors, cut = [], 0
+    results = caption_cosines(scorer, list(files.values()), list(captions.values()), options.encoder_batch_size)
+    for (name, path), (score, was_cut) in zip(files.items(), tqdm(results, total=len(files), desc="clip", disable=None)):
+        cut += was_cut
+        if isinstance(score, str):
+            errors.append({"image": str(path), "error": score})
+        else:
+            scores[name] = score
+    valid = [score for score in scores.values() if score is not None]
+    means = {
+        "cosine": interval(valid), "clip_score": interval([SCORE_SCALE * max(score, 0.0) for score in valid])} if valid else {}
+    return {"clip": {"model": scorer.encoder.name, "n_valid": len(valid), "captions_cut": cut, "tokens": scorer.positions, **means, "scores": scores},
+            "errors": errors}
+
+
+def _print(result: dict[str, Any]) -> None:
+    def show(name: str, entry: dict[str, Any] | None) -> None:
+        if entry:
+            print(f"{name:24} {entry['value']:.4f}  [{entry['low']:.4f}, {entry['high']:.4f}]")
+
+    for name in ("fact_recall", "fact_precision"):
+        show(name, result.get("facts", {}).get(name))
+    for attribute, entry in result.get("facts", {}).get("attributes", {}).items():
+        show(f"  {attribute} recall", entry["recall"])
+        show(f"  {attribute} precision", entry["precision"])
+    text = result["text"]
+    show("words", text["words"])
+    print(f"{'distinct 1, 2, 3':24} {text['distinct_1']:.4f}, {text['distinct_2']:.4f}, {text['distinct_3']:.4f}")
+    show("repetition", text["repetition"])
+    for name in ("cosine", "clip_score"):
+        show(f"clip {name}", result.get("clip", {}).get(name))

@@ -1,0 +1,202 @@
+"""Questions to a judge of captions, what its answers say, and who won."""
+
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from uae_jax.evaluation.pairs import SUFFIXES, read_rgb
+from uae_jax.evaluation.records import read_records
+from uae_jax.training.summary import interval
+
+ORDERS = ("ab", "ba")  # which model's caption is A, and which is B
+OVERALL = "overall"
+OUTCOMES = ("win", "tie", "loss")  # of model a
+
+
+@dataclasses.dataclass(frozen=True)
+class Criteria:
+    """What a judge is asked, from a JSON file: see `judge_criteria.json`."""
+
+    instruction: str
+    with_image: str
+    without_image: str
+    criteria: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def from_file(cls, path: pathlib.Path | None = None) -> "Criteria":
+        """The criteria of a file; of the package when it is None.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: it is not JSON, or a field is missing.
+        """
+        path = path or pathlib.Path(__file__).with_name("judge_criteria.json")
+        if not path.is_file():
+            raise FileNotFoundError(f"criteria file {path} does not exist")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            listed = tuple((item["name"], item["question"]) for item in raw["criteria"])
+            found = cls(raw["instruction"], raw["with_image"], raw["without_image"], listed)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} does not hold criteria ({type(error).__name__}: {error}); copy the package's judge_criteria.json") from error
+        names = [name for name, _ in listed]
+        if not names or len(set(names)) != len(names) or OVERALL in names:
+            raise ValueError(f"{path} needs criteria with different names, none of them {OVERALL!r}; it has {names}")
+        return found
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What an answer has to decide."""
+        return (*(name for name, _ in self.criteria), OVERALL)
+
+    def text(self, caption_a: str, caption_b: str, has_image: bool) -> str:
+        """The question; captions are put in last, so that braces in them mean nothing."""
+        listed = "\n".join(f"- {name}: {question}" for name, question in self.criteria)
+        keys = ", ".join(f'"{key}"' for key in self.keys)
+        parts = {"image_note": self.with_image if has_image else self.without_image, "criteria": listed, "keys": keys,
+                 "caption_a": caption_a, "caption_b": caption_b}
+        return re.sub(r"\{(image_note|criteria|keys|caption_a|caption_b)\}", lambda match: parts[match[1]], self.instruction)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question: an image, an order of the captions, the text, and the picture to attach."""
+
+    image_id: str
+    order: str
+    text: str
+    image: pathlib.Path | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells answers to other captions or criteria apart."""
+        return hashlib.sha256(f"{self.text}\0{self.image is not None}".encode()).hexdigest()[:16]
+
+    def messages(self, side: int) -> list[dict[str, Any]]:
+        """Chat messages; the picture is attached with its longest side at most `side` pixels."""
+        if self.image is None:
+            return [{"role": "user", "content": self.text}]
+        image, data = read_rgb(self.image), io.BytesIO()
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        image.save(data, "JPEG", quality=92)
+        url = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+        return [{"role": "user", "content": [{"type": "text", "text": self.text}, {"type": "image_url", "image_url": {"url": url}}]}]
+
+
+def read_captions(path: str | pathlib.Path) -> dict[str, str]:
+    """Captions by image: lines {"image_id" (or "image", "file_name", whose stem it is): ..., "caption": text}.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a line without image or caption, an image twice, or no line at all.
+    """
+    found: dict[str, str] = {}
+    for number, record in enumerate(read_records(path), 1):
+        file = record.get("image", record.get("file_name", ""))
+        name = str(record.get("image_id", pathlib.PurePath(file).stem if isinstance(file, str) else ""))
+        caption = record.get("caption")
+        if not name or not isinstance(caption, str) or not caption.strip():
+            raise ValueError(f'{path} record {number} needs {{"image_id": ..., "caption": text}}')
+        if name in found:
+            raise ValueError(f"{path} has two captions of image {name}; keep one")
+        found[name] = caption.strip()
+    if not found:
+        raise ValueError(f"{path} holds no captions")
+    return found
+
+
+def image_files(folder: str | pathlib.Path, names: Sequence[str]) -> dict[str, pathlib.Path]:
+    """The file of each image, by its stem.
+
+    Raises:
+      FileNotFoundError: no such folder, or an image without a file in it.
+    """
+    if not pathlib.Path(folder).is_dir():
+        raise FileNotFoundError(f"folder {folder} does not exist; give the folder of the images")
+    files = {path.stem: path for path in sorted(pathlib.Path(folder).rglob("*")) if path.suffix.lower() in SUFFIXES}
+    missing = [name for name in names if name not in files]
+    if missing:
+        raise FileNotFoundError(f"{folder} has no image {missing[0]} ({len(missing)} of {len(names)} are missing); leave out --images to judge by text alone")
+    return {name: files[name] for name in names}
+
+
+def make_questions(
+    criteria: Criteria, captions_a: Mapping[str, str], captions_b: Mapping[str, str], files: Mapping[str, pathlib.Path], seed: int
+) -> list[Question]:
+    """Two questions for each image that both models captioned, one in each order, all of them shuffled.
+
+    Args:
+      criteria: what is asked.
+      captions_a, captions_b: image to caption.
+      files: image to file; empty to show none.
+      seed: of the shuffling.
+    """
+    questions = []
+    for name in sorted(captions_a.keys() & captions_b.keys()):
+        for order in ORDERS:
+            first, second = (captions_a, captions_b) if order == "ab" else (captions_b, captions_a)
+            questions.append(Question(name, order, criteria.text(first[name], second[name], name in files), files.get(name)))
+    random.Random(seed).shuffle(questions)
+    return questions
+
+
+def parse_verdict(keys: Sequence[str], answer: str) -> dict[str, str] | None:
+    """What an answer decides: {criterion: "A", "B" or "tie"} for all keys, or None if it is malformed.
+
+    The JSON object may stand in a code block or between sentences.
+    """
+    for start in (match.start() for match in re.finditer(r"\{", answer)):
+        try:
+            raw, _ = json.JSONDecoder().raw_decode(answer[start:])
+        except ValueError:
+            continue
+        said = {key: re.sub(r"^caption\s+", "", str(raw.get(key, "")).strip(), flags=re.I).lower() for key in keys}
+        if all(value in ("a", "b", "tie") for value in said.values()):
+            return {key: value if value == "tie" else value.upper() for key, value in said.items()}
+    return None
+
+
+def _points(verdict: Mapping[str, str], key: str, order: str) -> int:
+    """1 where model a won, -1 where model b did, 0 for a tie."""
+    if verdict[key] == "tie":
+        return 0
+    return 1 if (verdict[key] == "A") == (order == "ab") else -1
+
+
+def tally(keys: Sequence[str], verdicts: Mapping[str, Mapping[str, Mapping[str, str]]]) -> dict[str, Any]:
+    """Win, tie and loss of model a against model b.
+
+    A win is one that holds in both orders; a judge that changes its mind with the order counts as a tie (as in MT-Bench,
+    arXiv 2306.05685, section 3.4).
+
+    Args:
+      keys: of the answers.
+      verdicts: image to order to `parse_verdict`; only images with both orders count.
+
+    Returns:
+      {key: {"win", "tie", "loss", "win_rate" (ties are half): value, n, low, high; "consistency": share of images whose two
+      answers agree, "first_rate": share of decided answers for the caption shown first}}, {} without images.
+    """
+    whole = {name: answers for name, answers in verdicts.items() if set(answers) == set(ORDERS)}
+    if not whole:
+        return {}
+    table = {}
+    for key in keys:
+        points = [tuple(_points(answers[order], key, order) for order in ORDERS) for answers in whole.values()]
+        results = [OUTCOMES[1 - a] if a == b else "tie" for a, b in points]
+        decided = [answers[order][key] == "A" for answers in whole.values() for order in ORDERS if answers[order][key] != "tie"]
+        table[key] = {
+            **{outcome: interval([result == outcome for result in results]) for outcome in OUTCOMES},
+            "win_rate": interval([1.0 - OUTCOMES.index(result) / 2 for result in results]),
+            "consistency": sum(a == b for a, b in points) / len(points),
+            "first_rate": sum(decided) / len(decided) if decided else None}
+    return table

@@ -1,0 +1,160 @@
+"""Unified-Bench, protocol 1: how alike pictures and their reconstructions are to frozen image encoders.
+
+Scores two folders, as the official script does:
+
+    python -m uae_jax.evaluate unified_bench --ref_dir=originals --gen_dir=drawn --output=scores.json \\
+        --clip=clip-vit-large-patch14 --longclip=longclip-L.pt --dinov2=dinov2-large --dinov3=dinov3-vitl16-pretrain-lvd1689m
+
+or lets a model caption and redraw a folder of images first; a run that was cut off continues where it stopped:
+
+    python -m uae_jax.evaluate unified_bench --images=originals --checkpoint=UAE --out=bench --clip=clip-vit-large-patch14
+
+A picture belongs to the reference of the same file name, else of the same stem, else of its stem after `recon_`. What cannot
+be scored is listed under `errors` in the JSON, and the exit code is then 1; the scores of the rest are written all the same.
+"""
+
+import argparse
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from uae_jax.model_flags import add_model_flags, load_model
+
+FLAGS = (("clip", "DIR", "CLIP, as openai/clip-vit-large-patch14"), ("longclip", "FILE", "Long-CLIP, as longclip-L.pt or its safetensors"),
+         ("dinov2", "DIR", "DINOv2, as facebook/dinov2-large"), ("dinov3", "DIR", "DINOv3, as facebook/dinov3-vitl16-pretrain-lvd1689m"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    encoders = parser.add_argument_group("encoders, at least one")
+    for name, kind, text in FLAGS:
+        encoders.add_argument(f"--{name}", metavar=kind, help=text)
+    folders = parser.add_argument_group("to score two folders")
+    folders.add_argument("--ref_dir", metavar="DIR", help="the originals")
+    folders.add_argument("--gen_dir", metavar="DIR", help="the pictures to score")
+    model = parser.add_argument_group("to run a model first")
+    model.add_argument("--images", metavar="DIR", help="the originals")
+    model.add_argument("--out", type=pathlib.Path, metavar="DIR", help="where captions.jsonl, reconstructions/, scores and page are written")
+    add_model_flags(model)
+    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="the scores (default with --out: unified_bench.json in it)")
+    parser.add_argument("--report", type=pathlib.Path, metavar="FILE", help="the page (default: report.html beside the scores)")
+    parser.add_argument("--report_pairs", type=int, default=200, metavar="N", help="pairs on the page (default: %(default)s)")
+    parser.add_argument("--encoder_batch_size", type=int, default=8, metavar="N", help="pairs in one call of an encoder (default: %(default)s)")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises ValueError for flags that do not go together."""
+    if not any(getattr(options, name) for name, _, _ in FLAGS):
+        raise ValueError(f"no encoder is given; give at least one of {', '.join('--' + name for name, _, _ in FLAGS)}")
+    two, one = (options.ref_dir, options.gen_dir), (options.images, options.out)
+    if any(two) == any(one) or not (all(two) or all(one)):
+        raise ValueError("give --ref_dir and --gen_dir to score two folders, or --images and --out to run a model first")
+    if all(two) and not options.output:
+        raise ValueError("--output is not given; name the JSON file of the scores")
+    if options.encoder_batch_size < 1 or options.report_pairs < 0:
+        raise ValueError(f"--encoder_batch_size={options.encoder_batch_size} must be at least 1, and --report_pairs={options.report_pairs} not negative")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Scores, after a model has drawn the pictures if one is to.
+
+    Raises:
+      ValueError: flags that do not go together, an unreadable encoder, or, after everything was written, pictures without a score.
+      FileNotFoundError: a folder is missing or empty.
+    """
+    from uae_jax.evaluation.encoders import open_bench_encoder
+
+    _check(options)
+    # opened before any work, so that a wrong path is told at once; read one after the other
+    encoders = [open_bench_encoder(name, path) for name, _, _ in FLAGS if (path := getattr(options, name))]
+    errors: list[dict[str, str]] = []
+    ref_dir, gen_dir, captions = options.ref_dir, options.gen_dir, {}
+    if options.images:
+        from uae_jax.evaluation.records import read_records
+        from uae_jax.evaluation.reconstructions import CAPTIONS, PICTURES
+
+        errors += _reconstruct(options)
+        ref_dir, gen_dir = options.images, str(options.out / PICTURES)
+        captions = {record["image_id"]: record["caption"] for record in read_records(options.out / CAPTIONS)}
+    _score(options, encoders, ref_dir, gen_dir, captions, errors)
+
+
+def _reconstruct(options: argparse.Namespace) -> list[dict[str, str]]:
+    from uae_jax.evaluation.pairs import find_images
+    from uae_jax.evaluation.reconstructions import origin_of, write_reconstructions
+
+    images = find_images(options.images)
+    return write_reconstructions(load_model(options, len(images)), images, options.out, origin_of(options))
+
+
+def _score(
+    options: argparse.Namespace, encoders: Sequence, ref_dir: str, gen_dir: str, captions: dict[str, str], errors: list[dict[str, str]]
+) -> None:
+    """Scores two folders, writes JSON and page, prints the means."""
+    from uae_jax.evaluation.page import write_page
+    from uae_jax.evaluation.pairs import find_images, match_images, unread_images
+    from uae_jax.evaluation.scores import results_json
+    from uae_jax.training.metrics import write_json
+
+    pictures, references = find_images(gen_dir), find_images(ref_dir)
+    pairs = match_images(pictures, references)
+    told = {error["image"] for error in errors}
+    errors += [{"image": str(path), "error": text} for path, text in pairs.unmatched if str(path) not in told]
+    skipped = [*unread_images(gen_dir), *unread_images(ref_dir)]
+    warnings = [*pairs.warnings, *(f"{path} is not read: the benchmark takes .jpg .jpeg .png .bmp .tiff .webp" for path in skipped)]
+    output = options.output or options.out / "unified_bench.json"
+    similarities: dict[str, dict[str, float | None]] = {}
+    settings = {
+        "ref_dir": str(ref_dir), "gen_dir": str(gen_dir), "encoder_batch_size": options.encoder_batch_size,
+        "encoders": {encoder.name: str(encoder.source.path) for encoder in encoders}}
+
+    def results() -> dict[str, Any]:
+        scores = results_json([encoder.name for encoder in encoders], similarities)
+        return {**scores, "errors": errors, "warnings": warnings, "settings": settings}
+
+    try:
+        for encoder in encoders:
+            _score_encoder(encoder, [picture.name for picture in pictures], pairs.found, options.encoder_batch_size, similarities, errors)
+            write_json(output, results())
+    finally:
+        write_json(output, results())
+    report = options.report or output.parent / "report.html"
+    write_page(report, results(), pairs.found, captions, options.report_pairs)
+    _print(results(), output, report)
+    for warning in warnings:
+        print(f"warning: {warning}")
+    if errors:
+        first = "; ".join(f"{error.get('image', error.get('model'))}: {error['error']}" for error in errors[:3])
+        more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+        raise ValueError(f"{len(errors)} thing{'s' * (len(errors) > 1)} could not be scored: {first}{more}; all are listed in {output}, with the scores of the rest")
+
+
+def _score_encoder(
+    encoder: Any, names: Sequence[str], pairs: Sequence, batch_size: int, similarities: dict[str, dict[str, float | None]],
+    errors: list[dict[str, str]]) -> None:
+    """Fills in one encoder's scores as they come."""
+    from uae_jax.evaluation.scores import pair_cosines
+
+    try:
+        params = encoder.source.load()
+    except ValueError as error:
+        errors.append({"model": encoder.name, "error": str(error)})
+        return
+    similarities[encoder.name] = scores = dict.fromkeys(names)
+    known = {(error.get("image"), error["error"]) for error in errors}
+    for (picture, _), score in tqdm(pair_cosines(encoder, params, pairs, batch_size), total=len(pairs), desc=encoder.name, disable=None):
+        if isinstance(score, float):
+            scores[picture.name] = score
+        elif (str(picture), score) not in known:
+            errors.append({"image": str(picture), "error": score})
+
+
+def _print(results: dict[str, Any], output: pathlib.Path, report: pathlib.Path) -> None:
+    for model, entry in results["statistics_by_model"].items():
+        low, high = entry["interval_95"]
+        print(f"{model:10} {entry['average_similarity']:.4f}  [{low:.4f}, {high:.4f}]  {entry['n_valid']} of {entry['total_images']} pictures")
+    if results["summary"]:
+        print(f"{'overall':10} {results['summary']['overall_average']:.4f}")
+    print(f"scores: {output}\npage: {report}")
