@@ -10,7 +10,6 @@ import pytest
 from wrapped_layout import wrapped_tensors
 
 from uae_jax import api, trees
-from uae_jax.data import scenes
 from uae_jax.hf.safetensors import write_tensors
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.qwen2_5_vl.model import ADAPTER_PATTERN
@@ -151,17 +150,10 @@ def test_adapters_can_be_left_out(builtin, adapted, wrapped):
     assert_same({name: system.parts[name] for name in wrapped[1]}, wrapped[1])
 
 
-def test_what_is_said_and_drawn_goes_through_the_adapters_unless_they_are_left_out(adapted):
-    settings = dict(builtin_settings(), steps=2, max_new_tokens=8, batch_size=1)
-    picture = scenes.draw(scenes.scene_at("test", 0))
-
-    def done(path, **changes):
-        model = api.load(path, **settings | changes)
-        return model.caption([picture])[0], model.generate(["red circle"])[0].tobytes()
-
-    plain, adapted_results = done(""), done(adapted[0])
-    assert done(adapted[0], adapters=False) == plain
-    assert adapted_results[0] != plain[0] and adapted_results[1] != plain[1]
+def test_pictures_are_drawn_through_the_adapters_unless_they_are_left_out(adapted):
+    settings = dict(builtin_settings(), steps=1, max_new_tokens=8, batch_size=1)
+    with_them, without = (api.load(adapted[0], adapters=on, **settings).generate(["red circle"])[0] for on in (True, False))
+    assert with_them.tobytes() != without.tobytes()
 
 
 def test_the_releases_folder_conditions_through_its_adapter(folder, adapted, wrapped):

@@ -75,7 +75,7 @@ def test_a_long_text_among_others_is_reported(model_folder, tmp_path, capsys):
     with pytest.raises(SystemExit, match="error: 1 of 3 inputs could not be done, the others are: the text 'red red .* longer than 8 tokens"):
         infer.main(["generate", "red circle", "red " * 9, "blue circle", "--checkpoint", str(model_folder), "--out", str(tmp_path), *FAST])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0000.png", "0002.png"]
-    assert "red: not done: the text" in capsys.readouterr().out
+    assert "red : not done: the text" in capsys.readouterr().out
 
 
 def test_drawings_are_written_while_others_are_still_to_come(model_folder, pictures, tmp_path, monkeypatch):

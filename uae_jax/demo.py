@@ -1,0 +1,173 @@
+"""A page to try a model in a browser: a picture, its caption (edit it), what is drawn from the caption, and how alike they are.
+
+    pip install "uae_jax[demo]"
+    python -m uae_jax.demo
+    python -m uae_jax.demo --checkpoint /weights/UAE --dtype bfloat16 --longclip longclip-L.pt --dinov2 dinov2-large
+
+The pictures are compared under the encoders that the checkpoint holds, and those that the flags name.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from uae_jax.model_flags import add_model_flags, load_model
+
+if TYPE_CHECKING:
+    import gradio
+    from PIL import Image
+
+    from uae_jax.api import Model
+    from uae_jax.evaluation.similarities import Similarities
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+ENCODERS = {
+    "clip": "CLIP folder", "longclip": "Long-CLIP folder, or the published file", "dinov2": "DINOv2 folder", "dinov3": "DINOv3 folder"}
+HEADERS = ("encoder", "similarity")
+# small pictures fill their frame, pixel by pixel
+STYLE = ".picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }"
+Rows = list[list[Any]]
+
+
+class Page:
+    """What the buttons of the page do.
+
+    Args:
+      model: captions and draws.
+      similarities: compares.
+    """
+
+    def __init__(self, model: "Model", similarities: "Similarities"):
+        self.model, self.similarities = model, similarities
+
+    def scene(self, number: float) -> "Image.Image":
+        """Built-in scene `number`, of those that the built-in model was not trained on."""
+        from PIL import Image
+
+        from uae_jax.data.sources import SceneSource
+
+        return Image.fromarray(SceneSource("test", captions="full")[int(number)].image)
+
+    def caption(self, picture: "Image.Image | None", number: float) -> str:
+        """The caption of a picture; `number` chooses its random tokens.
+
+        Raises:
+          ValueError: there is no picture.
+        """
+        if picture is None:
+            raise ValueError("choose a picture first")
+        return self.model.caption([picture], sample_ids=[int(number)])[0]
+
+    def draw(self, picture: "Image.Image | None", text: str, number: float) -> "tuple[Image.Image, Rows]":
+        """A drawing of a text, and its similarities to the picture where there is one; `number` chooses the noise.
+
+        Raises:
+          ValueError: the text is empty or too long.
+        """
+        if not text.strip():
+            raise ValueError("write a text first, or press Caption")
+        drawn = self.model.generate([text], sample_ids=[int(number)])[0]
+        rows = [] if picture is None else [[name, f"{value:.3f}"] for name, value in self.similarities(picture, drawn).items()]
+        return drawn, rows
+
+    def reconstruct(self, picture: "Image.Image | None", number: float) -> "tuple[str, Image.Image, Rows]":
+        """Caption, drawing and similarities; see `caption` and `draw`."""
+        text = self.caption(picture, number)
+        return text, *self.draw(picture, text, number)
+
+
+def build(page: Page, name: str) -> "gradio.Blocks":
+    """The page itself; its functions are also there for gradio's client, by their names.
+
+    Args:
+      page: what the buttons do.
+      name: of the model, to be shown.
+    """
+    import gradio as gr
+
+    with gr.Blocks(title="UAE", analytics_enabled=False) as blocks:
+        gr.Markdown(f"# UAE: an auto-encoder whose code is text\nModel: {name}. A caption is written from the picture, and the drawing from the caption alone.")
+        with gr.Row():
+            with gr.Column():
+                picture = gr.Image(type="pil", format="png", label="Picture", height=320, elem_classes="picture", elem_id="picture")
+                with gr.Row():
+                    scene = gr.Number(0, label="Built-in scene", precision=0, minimum=0, elem_id="scene")
+                    show = gr.Button("Show this scene", elem_id="show")
+                text = gr.Textbox(label="Caption (edit it, and draw again)", lines=4, elem_id="caption")
+            with gr.Column():
+                drawn = gr.Image(type="pil", format="png", label="Reconstruction", height=320, interactive=False, elem_classes="picture", elem_id="drawn")
+                table = gr.Dataframe(headers=list(HEADERS), label="Similarity of the two pictures (cosine)", interactive=False, elem_id="table")
+                number = gr.Number(0, label="Number of the noise", precision=0, minimum=0, maximum=2**31 - 1, elem_id="number")
+        with gr.Row():
+            caption = gr.Button("Caption", elem_id="write")
+            draw = gr.Button("Draw the caption", elem_id="draw")
+            both = gr.Button("Reconstruct", variant="primary", elem_id="both")
+        one_at_a_time = dict(concurrency_id="model", concurrency_limit=1)
+        show.click(_told(page.scene), scene, picture, api_name="scene")
+        caption.click(_told(page.caption), [picture, number], text, api_name="caption", **one_at_a_time)
+        draw.click(_told(page.draw), [picture, text, number], [drawn, table], api_name="draw", **one_at_a_time)
+        both.click(_told(page.reconstruct), [picture, number], [text, drawn, table], api_name="reconstruct", **one_at_a_time)
+    return blocks
+
+
+def _told(function: Callable) -> Callable:
+    """The function, with its expected errors shown on the page in their own words."""
+    import gradio as gr
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (ValueError, OSError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return call
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m uae_jax.demo", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
+    for name, text in ENCODERS.items():
+        parser.add_argument(f"--{name}", default="", metavar="PATH", help=f"{text}, to compare under (default: the checkpoint's, if it has one)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 for the whole network (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
+    parser.add_argument("--share", action="store_true", help="also serve through a public address of gradio's")
+    return parser
+
+
+def open_page(options: argparse.Namespace) -> "gradio.Blocks":
+    """The page of parsed flags.
+
+    Raises:
+      ValueError, FileNotFoundError: gradio is not installed, or model or encoders cannot be read.
+    """
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise ValueError('the page needs gradio; run: pip install "uae_jax[demo]"') from None
+    from uae_jax.evaluation.similarities import Similarities
+
+    model = load_model(options, inputs=1)
+    paths = {name: path for name in ENCODERS if (path := getattr(options, name))}
+    return build(Page(model, Similarities(model, paths)), options.checkpoint or "built-in")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; every expected error is one line and exit code 1."""
+    options = _parser().parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *where: print(f"warning: {message}", file=sys.stderr)
+            page = open_page(options)
+        page.launch(server_name=options.host, server_port=options.port, share=options.share, css=STYLE)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()
