@@ -1,5 +1,6 @@
 """Runs every test on faked CPU devices, without a network."""
 
+import importlib.metadata
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -9,7 +10,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 flags = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
+    flags += " --xla_force_host_platform_device_count=8"
+# without these a program compiles twice as fast again, and those of tests are run once; jaxlib 0.12 does not know the name
+if "fusion_emitters" not in flags and importlib.metadata.version("jaxlib").startswith("0.10."):
+    flags += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = flags
 
 import gc  # noqa: E402
 
