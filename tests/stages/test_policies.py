@@ -84,6 +84,16 @@ def test_a_share_of_the_images_keeps_the_captions_of_the_data(flow_stage, share)
     np.testing.assert_array_equal(flow_policy.drawn_captions(policy, half, halves, stage.key)[0], tokens[len(tokens) // 2:])
 
 
+def test_drawings_of_a_group_can_begin_with_one_noise_and_differ_by_the_window_alone(whole):
+    stage = stage_of(whole, "und_for_gen", shared_noise=True, window=1, window_low=1, window_high=2, kl_weight=0.0)
+    rollout = jax.jit(lambda: flow_policy.rollout(stage.policy, stage.trained, stage.frozen, stage.batch, stage.key))()
+    group = stage.policy.group_size
+    before, after = (np.asarray(rollout["samples"][name]).reshape(-1, group, *rollout["samples"][name].shape[1:])
+                     for name in ("latents", "next_latents"))
+    np.testing.assert_array_equal(before[:, :1].repeat(group, 1), before)
+    assert all(np.abs(row[0] - row[1]).max() > 0.01 for row in after) and np.abs(before[0, 0] - before[1, 0]).max() > 0.1
+
+
 def test_no_gradient_passes_through_the_reward(caption_stage):
     stage, _, _ = caption_stage
 
