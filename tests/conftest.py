@@ -1,5 +1,6 @@
 """Runs every test on faked CPU devices, without a network."""
 
+import importlib.metadata
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -9,7 +10,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 flags = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
+    flags += " --xla_force_host_platform_device_count=8"
+# without these a program compiles twice as fast again, and those of tests are run once; jaxlib 0.12 does not know the name
+if "fusion_emitters" not in flags and importlib.metadata.version("jaxlib").startswith("0.10."):
+    flags += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = flags
 
 import gc  # noqa: E402
 
@@ -39,14 +44,16 @@ def compiled_programs_are_dropped():
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Programs that were compiled once are read back: most tests here build the same ones again.
+    """Programs that were compiled once are read back, also by the other parallel workers: most tests build the same ones again.
 
     A folder that JAX_COMPILATION_CACHE_DIR names is used instead, also by later sessions.
     """
     if jax.config.jax_compilation_cache_dir:
         yield
         return
-    names = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")), "jax_persistent_cache_min_compile_time_secs": 0.2}
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base  # workers have folders of their own in that of the session
+    names = {"jax_compilation_cache_dir": str(base / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0.2}
     before = {name: getattr(jax.config, name) for name in names}
     for name, value in names.items():
         jax.config.update(name, value)

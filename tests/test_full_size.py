@@ -17,10 +17,10 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
+from wrapped_layout import wrapped_tensors
 
 from uae_jax import trees
 from uae_jax.hf.rules import Rule, published_tensors
-from uae_jax.hf.safetensors import TensorDict
 from uae_jax.models.encoders import clip, dino, openai, tables
 from uae_jax.models.encoders.config import (
     CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config, LongCLIPTextConfig)
@@ -154,7 +154,7 @@ def test_the_release_of_the_captioner(captioner):
     model.model.language_model = on_meta(lambda: get_peft_model(inner, LoraConfig(r=RANK, lora_alpha=64, target_modules=modules)))
     wrapped = shapes_of(model, *QWEN_FILE_NAMES) | projected
     adapter = jax.eval_shape(lambda: init_lora(jax.random.key(0), params["language"], qwen.ADAPTER_PATTERN, RANK))
-    written = list(qwen_weights.wrapped_tensors(config, blank(params), blank(adapter)))
+    written = list(wrapped_tensors(config, blank(params), blank(adapter)))
     assert len(written) == len(wrapped) == 828 + 1 + 36 * 7 * 2
     assert {name: tensor.shape for name, tensor in written} == wrapped
     layer = "model.base_model.model.layers.35."
@@ -260,10 +260,31 @@ def longclip_l() -> Shapes:
     return state
 
 
+class Tensors:
+    """Tensors in memory, with the interface of a folder of them."""
+
+    path = "longclip-L.pt"
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def names(self):
+        return set(self.tensors)
+
+    def file(self, name):
+        return self.path
+
+    def shape(self, name):
+        return self.tensors[name].shape
+
+    def read(self, name):
+        return self.tensors[name]
+
+
 def test_longclip_l():
     state = longclip_l()
     whole = {name: np.broadcast_to(np.float16(0), shape) for name, shape in state.items()}
-    seen = openai.SplitTensors(TensorDict("longclip-L.pt", whole))
+    seen = openai.SplitTensors(Tensors(whole))
     config = openai.config_of(seen)
     text = {**CLIP_TEXT, "max_position_embeddings": 248, "bos_token_id": 49406}
     assert config == CLIPConfig(CLIPVisionConfig(**CLIP_VISION), LongCLIPTextConfig(**text))

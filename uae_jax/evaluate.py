@@ -17,6 +17,10 @@ COMMANDS = {
     "unified_bench": ("uae_jax.evaluation.unified_bench", "similarity of pictures and their reconstructions (Unified-Bench, protocol 1)"),
     "judge": ("uae_jax.evaluation.judge", "captions of two models compared by a language model (Unified-Bench, protocol 2)"),
     "captions": ("uae_jax.evaluation.captions", "what captions say: facts, length, repetition, similarity to their picture"),
+    "geneval": ("uae_jax.evaluation.geneval", "pictures of GenEval's prompts, and their scores; for the built-in scenes without a detector"),
+    "geneval_plus": ("uae_jax.evaluation.geneval_plus", "pictures of GenEval++'s prompts, and their scores"),
+    "dpg": ("uae_jax.evaluation.dpg", "grids of pictures of DPG-Bench's prompts, and their scores"),
+    "mmt": ("uae_jax.evaluation.mmt", "answers to MMT-Bench, and their accuracy"),
 }
 
 

@@ -3,7 +3,6 @@
 A name is the path of a leaf joined by slashes, for example `layers/attention/query/kernel`.
 """
 
-import re
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -39,11 +38,6 @@ def unflatten(leaves: Mapping[str, Any]) -> dict:
 def map_with_name(function: Callable[[str, Any], Any], tree: Tree) -> Tree:
     """Applies `function(name, leaf)` to each leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: function(leaf_name(path), leaf), tree)
-
-
-def select(tree: Tree, pattern: str) -> dict:
-    """The sub-tree of the leaves whose whole name matches the regular expression `pattern`."""
-    return unflatten({name: leaf for name, leaf in flatten(tree).items() if re.fullmatch(pattern, name)})
 
 
 def merge(base: Tree, update: Mapping) -> Tree:

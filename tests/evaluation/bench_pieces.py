@@ -83,7 +83,7 @@ def _feature(read: Callable) -> Callable[[np.ndarray], np.ndarray]:
     return feature
 
 
-def _clip_model() -> transformers.CLIPModel:
+def clip_model() -> transformers.CLIPModel:
     vision = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1, image_size=224, patch_size=28)
     text = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=1, num_attention_heads=1, vocab_size=60, bos_token_id=58,
                 eos_token_id=59, max_position_embeddings=30)
@@ -91,7 +91,7 @@ def _clip_model() -> transformers.CLIPModel:
 
 
 def clip_encoder(folder: pathlib.Path) -> Published:
-    model, processor = _clip_model(), CLIPImageProcessorPil()
+    model, processor = clip_model(), CLIPImageProcessorPil()
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(CLIP_PROCESSOR))
     return Published(
@@ -137,7 +137,7 @@ def torchvision_pixels(image: Image.Image) -> np.ndarray:
 
 
 def longclip_encoder(folder: pathlib.Path, file: str = "longclip-L.pt") -> Published:
-    model = _clip_model()
+    model = clip_model()
     state = openai_state(model)
     torch.save(state, folder / file) if file.endswith(".pt") else save_file(state, folder / file)
     return Published(folder / file, torchvision_pixels, _feature(lambda x: model.get_image_features(pixel_values=x).pooler_output))

@@ -94,7 +94,7 @@ def test_an_interrupted_run_comes_out_the_same(stop, whole, images, assets, tmp_
 
 
 def test_other_settings_are_refused_and_images_of_one_stem_told(whole, images, assets, tmp_path):
-    with pytest.raises(SystemExit, match="was begun with another steps; give another --out"):
+    with pytest.raises(SystemExit, match="was begun with steps=2, now it is steps=3"):
         bench(images, whole, assets, "--steps=3")
     Image.open(images / "0.png").save(tmp_path / "0.png"), Image.open(images / "0.png").save(tmp_path / "0.webp")
     with pytest.raises(SystemExit, match="would both become 0.png"):

@@ -124,22 +124,26 @@ def test_images_are_shown_small(tmp_path):
 
 @pytest.mark.parametrize("trouble", [(429, {"Retry-After": "0"}, "slow down"), (503, {}, "busy"), (500, {}, ""), (200, {}, "<html>proxy</html>")])
 def test_passing_trouble_is_retried(trouble, tmp_path):
-    with Stub(lambda number, body: trouble if number % 3 == 1 else prefers_a(body)) as stub:
+    asked = Counter()
+
+    def reply(number, body):
+        asked[body["messages"][0]["content"]] += 1
+        return prefers_a(body) if asked[body["messages"][0]["content"]] > 1 else trouble
+
+    with Stub(reply) as stub:
         found = judge(tmp_path, stub.url)
-    assert found["n_valid"] == 6 and len(stub.bodies) > 12
+    assert found["n_valid"] == 6 and len(stub.bodies) == 24
 
 
 def test_a_stalled_answer_is_timed_out_and_asked_again(tmp_path):
     def reply(number, body):
         if number == 1:
-            time.sleep(1.5)
+            time.sleep(60)
         return prefers_a(body)
 
     with Stub(reply) as stub:
-        begin = time.monotonic()
-        found = judge(tmp_path, stub.url, timeout=0.5, workers=1)
-        assert time.monotonic() - begin < 10
-    assert found["n_valid"] == 6 and len(stub.bodies) == 13
+        found = judge(tmp_path, stub.url, timeout=1, workers=1)
+    assert found["n_valid"] == 6 and len(stub.bodies) >= 13 and stub.bodies[0] in stub.bodies[1:]
 
 
 def test_malformed_answers_are_asked_again_counted_and_mended_by_the_next_run(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+from wrapped_layout import wrapped_tensors
 
 from uae_jax.hf.safetensors import TensorFolder, write_tensors
 from uae_jax.models.qwen2_5_vl import config as configs
@@ -242,7 +243,7 @@ def test_the_wrapped_release_layout_and_a_peft_folder_give_the_adapter(saved, tm
         expected = wrapped(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
     hidden = model.text_hidden_states(scaled, params, adapter, jnp.asarray(ids.numpy()), jnp.ones((1, 9), bool))
     assert relative(hidden, expected) < 1e-4
-    written = dict(weights.wrapped_tensors(scaled, base, adapter))
+    written = dict(wrapped_tensors(scaled, base, adapter))
     assert written.keys() == state.keys()
     for name, value in state.items():
         np.testing.assert_array_equal(written[name], value.numpy())

@@ -1,6 +1,5 @@
 """Low-rank adapters of the transformer against peft."""
 
-import functools
 import json
 import re
 
@@ -8,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, PeftModel, get_peft_model
+from sd3_pieces import torch_transformer, torch_velocity, velocity
 
 from uae_jax import trees
 from uae_jax.hf.rules import published_tensors
@@ -19,54 +17,22 @@ from uae_jax.models.sd3 import transformer as sd3
 from uae_jax.models.sd3.weights import adapter_rules, load_adapter, load_transformer
 from uae_jax.nn.lora import init_lora, merge_adapter
 
+SIZES = dict(pos_embed_max_size=6, dual_attention_layers=(0, 1), qk_norm="rms_norm")
 TARGETS = ["attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out", "attn.to_k", "attn.to_out.0",
            "attn.to_q", "attn.to_v"]
-
-
-def transformer() -> SD3Transformer2DModel:
-    torch.manual_seed(0)
-    model = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10, pos_embed_max_size=6,
-        dual_attention_layers=(0, 1), qk_norm="rms_norm")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
-
-
-def inputs() -> tuple:
-    rng = np.random.default_rng(0)
-    shapes = (2, 4, 6, 4), (2, 5, 12), (2, 10)
-    latents, context, pooled = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
-    return latents, np.array([900.0, 20.0], np.float32), context, pooled
-
-
-def torch_velocity(model) -> np.ndarray:
-    latents, timestep, context, pooled = (torch.tensor(array) for array in inputs())
-    with torch.no_grad():
-        out = model(hidden_states=latents.permute(0, 3, 1, 2), timestep=timestep, encoder_hidden_states=context,
-                    pooled_projections=pooled, return_dict=False)[0]
-    return out.permute(0, 2, 3, 1).numpy()
 
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
     """Velocity of a peft-wrapped model, and base and adapter through our loaders."""
     root = tmp_path_factory.mktemp("adapted")
-    model = transformer()
+    model = torch_transformer(**SIZES)
     model.save_pretrained(root / "base")
     wrapped = get_peft_model(model, LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, init_lora_weights=False))
     wrapped.save_pretrained(root / "adapter")
     config, params = load_transformer(root / "base")
     config, adapter = load_adapter(root / "adapter", config)
     return root, torch_velocity(wrapped.eval()), config, params, adapter
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def velocity(config, params, adapter=None):
-    variables = {"params": params} if adapter is None else {"params": params, "lora": adapter}
-    return sd3.Transformer(config).apply(variables, *inputs())
 
 
 def test_adapted_velocity_equals_peft(adapted):
@@ -87,7 +53,7 @@ def test_export_writes_the_published_adapter(adapted, tmp_path):
         np.testing.assert_array_equal(tensor, stored.read(name))
     write_tensors(tmp_path, written, stem="adapter_model")
     (tmp_path / "adapter_config.json").write_text((root / "adapter" / "adapter_config.json").read_text())
-    again = PeftModel.from_pretrained(transformer(), tmp_path).eval()
+    again = PeftModel.from_pretrained(torch_transformer(**SIZES), tmp_path).eval()
     np.testing.assert_allclose(torch_velocity(again), theirs, rtol=0, atol=1e-5)
 
 

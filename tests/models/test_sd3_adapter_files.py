@@ -12,56 +12,23 @@ from diffusers.loaders import SD3LoraLoaderMixin
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
+from sd3_pieces import torch_transformer, torch_velocity, velocity
 
 from uae_jax import trees
 from uae_jax.hf.safetensors import TensorFolder, write_tensors
-from uae_jax.models.sd3 import transformer as sd3
 from uae_jax.models.sd3 import weights
 from uae_jax.nn.lora import merge_adapter
 
-SMALL = dict(
-    sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
-    joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10)
 SIZES = {
-    "like_medium": dict(SMALL, pos_embed_max_size=12, dual_attention_layers=(0,), qk_norm="rms_norm"),
-    "like_large": dict(SMALL, pos_embed_max_size=6, dual_attention_layers=(), qk_norm="rms_norm"),
-    "like_sd3_medium": dict(SMALL, pos_embed_max_size=6, dual_attention_layers=(), qk_norm=None)}
+    "like_medium": dict(pos_embed_max_size=12, dual_attention_layers=(0,), qk_norm="rms_norm"),
+    "like_large": dict(pos_embed_max_size=6, dual_attention_layers=(), qk_norm="rms_norm"),
+    "like_sd3_medium": dict(pos_embed_max_size=6, dual_attention_layers=(), qk_norm=None)}
 ATTENTION = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
              "attn.to_add_out"]
 # diffusers' own training scripts name modules without `attn.`, so that the second attention is adapted too
 BOTH_ATTENTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 EVERYTHING = [*BOTH_ATTENTIONS, *ATTENTION[4:], "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
               "norm1.linear", "norm1_context.linear", "context_embedder", "norm_out.linear", "proj_out", "linear_1", "linear_2"]
-
-
-def transformer(size: str) -> SD3Transformer2DModel:
-    torch.manual_seed(0)
-    model = SD3Transformer2DModel(**SIZES[size])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
-
-
-def inputs() -> tuple:
-    rng = np.random.default_rng(0)
-    shapes = (2, 4, 6, 4), (2, 5, 12), (2, 10)
-    latents, context, pooled = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
-    return latents, np.array([900.0, 20.0], np.float32), context, pooled
-
-
-def torch_velocity(model) -> np.ndarray:
-    latents, timestep, context, pooled = (torch.tensor(array) for array in inputs())
-    with torch.no_grad():
-        out = model(hidden_states=latents.permute(0, 3, 1, 2), timestep=timestep, encoder_hidden_states=context,
-                    pooled_projections=pooled, return_dict=False)[0]
-    return out.permute(0, 2, 3, 1).numpy()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def velocity(config, params, adapter=None):
-    variables = {"params": params} if adapter is None else {"params": params, "lora": adapter}
-    return sd3.Transformer(config).apply(variables, *inputs())
 
 
 def difference(ours, theirs) -> float:
@@ -74,7 +41,7 @@ def base(tmp_path_factory):
     @functools.cache
     def read(size):
         folder = tmp_path_factory.mktemp(size)
-        transformer(size).save_pretrained(folder)
+        torch_transformer(**SIZES[size]).save_pretrained(folder)
         return weights.load_transformer(folder)
 
     return read
@@ -82,7 +49,7 @@ def base(tmp_path_factory):
 
 def with_adapter(size: str, **settings) -> SD3Transformer2DModel:
     """A model of diffusers with an adapter that its own `add_adapter` made."""
-    model = transformer(size)
+    model = torch_transformer(**SIZES[size])
     torch.manual_seed(1)
     model.add_adapter(LoraConfig(**(dict(r=3, lora_alpha=5, init_lora_weights=False) | settings)))
     return model.eval()
@@ -123,7 +90,7 @@ def test_the_file_that_diffusers_pipelines_save(base, tmp_path, said):
     if said == "nothing":
         with pytest.warns(UserWarning, match="lora_alpha; 3 is taken, the rank, as diffusers does"):
             adapted, _ = weights.load_adapter(tmp_path, config)
-        again = transformer("like_medium")
+        again = torch_transformer(**SIZES["like_medium"])
         again.load_lora_adapter(load_file(file), prefix="transformer")
         scales = {module.scaling["default_0"] for module in again.modules() if hasattr(module, "scaling")}
         assert scales == {1.0} and adapted.lora_alpha == 3
@@ -152,7 +119,7 @@ def test_blocks_without_an_adapter_are_as_the_base(base, tmp_path):
     (ATTENTION, {}), (BOTH_ATTENTIONS, {}), (EVERYTHING, {"ff.net.2": 2}), (["transformer_blocks.2.attn.to_q"], {}),
     (ATTENTION, {"transformer_blocks.2.attn.to_k": 1})], ids=["attn", "both", "all", "one", "ranks"])
 def test_what_was_read_is_written_for_peft(base, tmp_path, targets, ranks):
-    wrapped = get_peft_model(transformer("like_medium"), LoraConfig(
+    wrapped = get_peft_model(torch_transformer(**SIZES["like_medium"]), LoraConfig(
         r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False, rank_pattern=ranks))
     wrapped.save_pretrained(tmp_path / "theirs")
     config, _ = base("like_medium")
@@ -163,7 +130,7 @@ def test_what_was_read_is_written_for_peft(base, tmp_path, targets, ranks):
     assert stored.names() == written.names()
     for name in stored.names():
         np.testing.assert_array_equal(stored.read(name), written.read(name))
-    again = PeftModel.from_pretrained(transformer("like_medium"), tmp_path / "ours").eval()
+    again = PeftModel.from_pretrained(torch_transformer(**SIZES["like_medium"]), tmp_path / "ours").eval()
     assert difference(torch_velocity(again), torch_velocity(wrapped.eval())) < 1e-6
 
 

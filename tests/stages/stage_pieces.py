@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pathlib
 import types
 import zlib
 
@@ -11,12 +12,18 @@ import numpy as np
 import pytest
 from jax._src import distributed
 
-from uae_jax import sharding, trees
+from uae_jax import convert, sharding, trees
 from uae_jax.data.loader import make_loader
 from uae_jax.stages import run as run_module
 from uae_jax.stages.settings import frozen
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.step import init_state
+
+
+def exported(source: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
+    """The export of a workdir for the PyTorch libraries, in files of at most 20 kB."""
+    convert.main(["export", str(source), str(out), "--layout", "hub", "--max-shard-gb", "2e-5"])
+    return out
 
 
 def changed(config: dict, **sections) -> dict:

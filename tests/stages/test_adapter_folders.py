@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from wrapped_layout import wrapped_tensors
 
 from uae_jax import api, trees
 from uae_jax.hf.safetensors import write_tensors
@@ -50,7 +51,7 @@ def wrapped(builtin):
     """Tensors of a captioner other than the built-in one, with an adapter, as in the release; its base and adapter."""
     base = jax.tree.map(lambda leaf: leaf + np.float32(0.5), {name: builtin.parts[name] for name in ("vision", "language", "projector")})
     adapter = random_adapter(base["language"], ADAPTER_PATTERN)
-    return dict(qwen_weights.wrapped_tensors(builtin.model.captioner, base, adapter)), base, adapter
+    return dict(wrapped_tensors(builtin.model.captioner, base, adapter)), base, adapter
 
 
 def assert_same(ours, theirs):

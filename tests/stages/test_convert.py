@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stage_pieces import nudged
+from stage_pieces import exported, nudged
 
 from uae_jax import convert, infer
 from uae_jax.data import scenes
@@ -80,9 +80,7 @@ def adapted(whole, tmp_path_factory):
 @pytest.fixture(scope="module")
 def hub(adapted, tmp_path_factory):
     """The workdir's export for the PyTorch libraries, in files of at most 20 kB."""
-    out = tmp_path_factory.mktemp("converted") / "hub"
-    convert.main(["export", str(adapted[1]), str(out), "--layout", "hub", "--max-shard-gb", "2e-5"])
-    return out
+    return exported(adapted[1], tmp_path_factory.mktemp("converted") / "hub")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from wrapped_layout import wrapped_tensors
 
 from uae_jax import convert, trees
 from uae_jax.hf.safetensors import TensorFolder, write_tensors
@@ -93,7 +94,7 @@ def old_diffusers_file(system, folder):
 def wrapped(system, folder):
     base = jax.tree.map(lambda leaf: leaf + np.float32(0.5), {name: system.parts[name] for name in ("vision", "language", "projector")})
     adapter = random_adapter(base["language"], ADAPTER_PATTERN)
-    write_tensors(folder / "llm_lora", qwen_weights.wrapped_tensors(system.model.captioner, base, adapter))
+    write_tensors(folder / "llm_lora", wrapped_tensors(system.model.captioner, base, adapter))
 
 
 def wrapped_alone(system, folder):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import PeftModel
-from stage_pieces import largest_gap, stage_of
+from stage_pieces import exported, largest_gap, stage_of
 from transformers import AutoTokenizer, CLIPModel, Dinov2Model, Qwen2_5_VLForConditionalGeneration
 
 from uae_jax import convert
@@ -39,9 +39,7 @@ def trained(whole, tmp_path_factory):
 @pytest.fixture(scope="module")
 def hub(trained, tmp_path_factory):
     """The export for the PyTorch libraries, in files of at most 20 kB."""
-    out = tmp_path_factory.mktemp("converted") / "hub"
-    convert.main(["export", str(trained[1]), str(out), "--layout", "hub", "--max-shard-gb", "2e-5"])
-    return out
+    return exported(trained[1], tmp_path_factory.mktemp("converted") / "hub")
 
 
 @pytest.fixture(scope="module")

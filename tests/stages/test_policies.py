@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from stage_pieces import largest_gap, nudged, stage_of
 
+from uae_jax.models.qwen2_5_vl.generate import Completion
 from uae_jax.rl import caption_policy, flow_policy
 from uae_jax.rl.reconstruction import encode_condition
 from uae_jax.stages import gen_for_und, und_for_gen
@@ -62,6 +63,35 @@ def test_replayed_log_probs_are_those_of_sampling(caption_stage):
     total, count = rollout["metrics"]["log_prob_gap"]
     assert float(count) > 0 and float(total) / float(count) < 1e-4
     assert np.abs(np.asarray(rollout["samples"]["old"] - rollout["samples"]["reference"])).max() > 1e-2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_images_keeps_the_captions_of_the_data(flow_stage, share):
+    stage, _, _ = flow_stage
+    policy = dataclasses.replace(stage.policy, data_captions=share)
+    batch = {name: jnp.concatenate([stage.batch[name]] * 8) for name in ("caption_ids", "caption_mask")}
+    batch["sample_id"] = jnp.arange(len(batch["caption_ids"]))
+    said = jnp.full((len(batch["sample_id"]), policy.max_new_tokens), 2, jnp.int32)
+    completion = Completion(said, said == 2, None, said[:, 0] == 0)
+    tokens, lengths = flow_policy.drawn_captions(policy, completion, batch, stage.key)
+    kept = np.array([bool((row[:2] == given[:2]).all()) for row, given in zip(tokens, batch["caption_ids"])])
+    assert abs(kept.mean() - share) < (0.2 if share == 0.5 else 1e-9)
+    words = np.asarray(batch["caption_mask"]).sum(-1) - 1
+    np.testing.assert_array_equal(lengths, np.where(kept, words, policy.max_new_tokens))
+    # the choice belongs to the image, not to its place in the batch
+    halves = {name: leaf[len(leaf) // 2:] for name, leaf in batch.items()}
+    half = Completion(*(None if leaf is None else leaf[len(leaf) // 2:] for leaf in completion))
+    np.testing.assert_array_equal(flow_policy.drawn_captions(policy, half, halves, stage.key)[0], tokens[len(tokens) // 2:])
+
+
+def test_drawings_of_a_group_can_begin_with_one_noise_and_differ_by_the_window_alone(whole):
+    stage = stage_of(whole, "und_for_gen", shared_noise=True, window=1, window_low=1, window_high=2, kl_weight=0.0)
+    rollout = jax.jit(lambda: flow_policy.rollout(stage.policy, stage.trained, stage.frozen, stage.batch, stage.key))()
+    group = stage.policy.group_size
+    before, after = (np.asarray(rollout["samples"][name]).reshape(-1, group, *rollout["samples"][name].shape[1:])
+                     for name in ("latents", "next_latents"))
+    np.testing.assert_array_equal(before[:, :1].repeat(group, 1), before)
+    assert all(np.abs(row[0] - row[1]).max() > 0.01 for row in after) and np.abs(before[0, 0] - before[1, 0]).max() > 0.1
 
 
 def test_no_gradient_passes_through_the_reward(caption_stage):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from stage_pieces import changed
 
-from uae_jax import trees
+from uae_jax import sharding, trees
 from uae_jax.stages import run as run_module
 from uae_jax.stages.weights import ModelConfig, load_system
 from uae_jax.training.metrics import read_lines
@@ -25,6 +25,15 @@ SCORES = ("reward", "unified_score", "heldout_score", "caption_tokens", "fact_re
 def _fingerprints(parts):
     return {name: hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))).digest()
             for name, tree in parts.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Whole runs here are on one device, where programs compile fastest; `test_devices` compares meshes."""
+    make_mesh = sharding.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda mesh, devices=None: make_mesh(mesh, devices or jax.devices()[:1]))
+        yield
 
 
 @pytest.fixture(scope="module")

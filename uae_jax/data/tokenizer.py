@@ -87,18 +87,20 @@ def chat_ids(tokenizer, role: str, content: str | Sequence[dict]) -> list[int]:
     return _encode(tokenizer, _chat_text(tokenizer, role, content))
 
 
-def caption_prompt_ids(tokenizer, prompt: str, image_tokens: Sequence[int]) -> list[int]:
+def caption_prompt_ids(tokenizer, prompt: str, image_tokens: Sequence[int], images_first: bool = False) -> list[int]:
     """The captioner's prompt, text before images as in the release, every image expanded: token ids [T].
 
     Args:
       image_tokens: number of merged patches of each image, in order.
+      images_first: images before the text, as question benchmarks have it.
 
     Raises:
       ValueError: the prompt text itself holds an image token.
     """
     if IMAGE_PAD in prompt:
         raise ValueError(f"the caption prompt must not contain {IMAGE_PAD}: images are added after the text")
-    text = _chat_text(tokenizer, "user", [{"type": "text", "text": prompt}, *({"type": "image"} for _ in image_tokens)])
+    parts = [{"type": "text", "text": prompt}, *({"type": "image"} for _ in image_tokens)]
+    text = _chat_text(tokenizer, "user", parts[1:] + parts[:1] if images_first else parts)
     head, *tails = text.split(IMAGE_PAD)
     return _encode(tokenizer, head + "".join(IMAGE_PAD * n + tail for n, tail in zip(image_tokens, tails, strict=True)))
 

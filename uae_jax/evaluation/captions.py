@@ -74,11 +74,12 @@ def _scene_result(options: argparse.Namespace) -> dict[str, Any]:
 
 def _scene_captions(options: argparse.Namespace, names: Sequence[str], pictures: Sequence) -> list[str]:
     """The model's captions, in order; those in --out already are not written again."""
-    from uae_jax.evaluation.reconstructions import CAPTIONS, keep_settings, origin_of, sample_number
+    from uae_jax.evaluation.reconstructions import CAPTIONS, sample_number
     from uae_jax.evaluation.records import RecordLog
+    from uae_jax.evaluation.run_settings import ANSWERING, begin, model_settings
 
     model = load_model(options, len(names))
-    keep_settings(options.out, model, {**origin_of(options), "data": "scenes"})
+    begin(options.out / CAPTIONS, {"data": "scenes", **model_settings(options, model, (*ANSWERING, "prompt"))})
     with RecordLog(options.out / CAPTIONS) as log:
         known = {record["image_id"]: record["caption"] for record in log.records}
         missing = [index for index, name in enumerate(names) if name not in known]

@@ -1,9 +1,6 @@
 """Runs a model over a folder of images: a caption of each, and the picture drawn from that caption alone."""
 
-import argparse
-import dataclasses
 import io
-import json
 import pathlib
 import sys
 import zlib
@@ -14,9 +11,12 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from uae_jax.api import Model
+from uae_jax.evaluation.picture_files import picture_problem, remove_partial
 from uae_jax.evaluation.records import RecordLog, write_bytes
+from uae_jax.evaluation.run_settings import ANSWERING, DRAWING, begin
 
-CAPTIONS, PICTURES, SETTINGS = "captions.jsonl", "reconstructions", "settings.json"
+CAPTIONS, PICTURES = "captions.jsonl", "reconstructions"
+SETTINGS = (*dict.fromkeys((*DRAWING, *ANSWERING)), "prompt")  # what captions and pictures follow from
 
 
 def sample_number(stem: str) -> int:
@@ -25,17 +25,17 @@ def sample_number(stem: str) -> int:
 
 
 def write_reconstructions(
-    model: Model, images: Sequence[pathlib.Path], out: pathlib.Path, origin: Mapping[str, str | bool]) -> list[dict[str, str]]:
+    model: Model, images: Sequence[pathlib.Path], out: pathlib.Path, settings: Mapping[str, Any]) -> list[dict[str, str]]:
     """Writes `out/captions.jsonl` and `out/reconstructions/<stem>.png`; what is there already is kept.
 
-    The lines are {"image_id": stem, "image": file name, "caption": text}; `out/settings.json` says with which settings. A
-    picture has its caption in its PNG metadata.
+    The lines are {"image_id": stem, "image": file name, "caption": text}; `captions.jsonl.settings.json` says how
+    they were made. A picture has its caption in its PNG metadata.
 
     Args:
       model: as of `uae_jax.load`.
       images: the originals.
       out: where to write.
-      origin: what else decides the results beside the model's settings, such as the name of its folder.
+      settings: what they follow from, as of `run_settings.model_settings`.
 
     Returns:
       One {"image", "error"} for each image that could not be read or drawn.
@@ -48,7 +48,7 @@ def write_reconstructions(
         if image.stem in stems:
             raise ValueError(f"{image} and {stems[image.stem]} would both become {image.stem}.png; rename one")
         stems[image.stem] = image
-    keep_settings(out, model, origin)
+    begin(out / CAPTIONS, settings)
     errors: list[dict[str, str]] = []
     with RecordLog(out / CAPTIONS) as log:
         captions = {record["image_id"]: record["caption"] for record in log.records}
@@ -60,6 +60,7 @@ def write_reconstructions(
             stem = missing[index]
             captions[stem] = caption
             log.append({"image_id": stem, "image": stems[stem].name, "caption": caption})
+    remove_partial(out)
     for stem, error in _draw(model, {stem: captions[stem] for stem in stems if stem in captions}, out / PICTURES).items():
         errors.append({"image": str(stems[stem]), "error": error})
     if len(errors) == len(images):
@@ -67,30 +68,10 @@ def write_reconstructions(
     return errors
 
 
-def origin_of(options: argparse.Namespace) -> dict[str, str | bool]:
-    """What beside the settings of inference decides the results, from the flags of `model_flags.add_model_flags`."""
-    return {"checkpoint": options.checkpoint, "dtype": options.dtype, "without_adapters": options.without_adapters}
-
-
-def keep_settings(out: pathlib.Path, model: Model, origin: Mapping[str, str | bool]) -> None:
-    """Writes `out/settings.json`, or checks that the folder was begun with the same settings; the batch size may change.
-
-    Raises:
-      ValueError: it was begun with others.
-    """
-    values = {name: value for name, value in dataclasses.asdict(model.settings).items() if name != "batch_size"}
-    settings, path = {**origin, **values}, out / SETTINGS
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
-    changed = [name for name in settings if before.get(name) != settings[name]]
-    if changed:
-        raise ValueError(f"{out} was begun with another {', '.join(changed)}; give another --out, or delete that folder")
-    write_bytes(path, (json.dumps(settings, indent=2) + "\n").encode("utf-8"))
-
-
 def _draw(model: Model, captions: Mapping[str, str], folder: pathlib.Path) -> dict[str, str]:
-    """Draws the captions that have no picture yet; what is wrong with those that cannot be drawn, by stem."""
+    """Draws the captions that have no whole picture yet; what is wrong with those that cannot be drawn, by stem."""
     errors: dict[str, str] = {}
-    missing = [stem for stem in captions if not (folder / f"{stem}.png").is_file()]
+    missing = [stem for stem in captions if picture_problem(folder / f"{stem}.png", model.settings.size)]
     drawn = model.each_drawing(
         [captions[stem] for stem in missing], sample_ids=[sample_number(stem) for stem in missing],
         failed=lambda index, error: errors.update({missing[index]: str(error)}))

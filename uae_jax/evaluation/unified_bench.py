@@ -83,10 +83,12 @@ def run(options: argparse.Namespace) -> None:
 
 def _reconstruct(options: argparse.Namespace) -> list[dict[str, str]]:
     from uae_jax.evaluation.pairs import find_images
-    from uae_jax.evaluation.reconstructions import origin_of, write_reconstructions
+    from uae_jax.evaluation.reconstructions import SETTINGS, write_reconstructions
+    from uae_jax.evaluation.run_settings import model_settings
 
     images = find_images(options.images)
-    return write_reconstructions(load_model(options, len(images)), images, options.out, origin_of(options))
+    model = load_model(options, len(images))
+    return write_reconstructions(model, images, options.out, model_settings(options, model, SETTINGS))
 
 
 def _score(

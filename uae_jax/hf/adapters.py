@@ -13,7 +13,7 @@ from absl import logging
 from safetensors import safe_open
 
 from uae_jax import trees
-from uae_jax.hf.rules import Rule, canonical, load_params
+from uae_jax.hf.rules import Rule, canonical, listed, load_params
 from uae_jax.hf.safetensors import TensorFolder
 
 # the adapter's name that peft has in memory, and diffusers' older words for the two factors
@@ -248,22 +248,17 @@ def _problems(
     """A sentence for each kind of tensors that are too many or too few."""
     path, problems = folder.path, []
     if special:
-        problems.append(f"{path} holds tensors that are not of a plain LoRA adapter; unknown: {_listed(special)} in "
+        problems.append(f"{path} holds tensors that are not of a plain LoRA adapter; unknown: {listed(special)} in "
                         f"{folder.file(special[0])}. Export the adapter without them")
     if foreign:
-        problems.append(f"{path} adapts modules that this model does not have as linear maps; unknown: {_listed(foreign)} in "
+        problems.append(f"{path} adapts modules that this model does not have as linear maps; unknown: {listed(foreign)} in "
                         f"{folder.file(foreign[0])}. Check that the adapter belongs to this model")
     if halves:
-        problems.append(f"{path} holds half of an adapter; missing: {_listed(halves)}. Copy the folder again")
+        problems.append(f"{path} holds half of an adapter; missing: {listed(halves)}. Copy the folder again")
     if absent:
         problems.append(f"{path} lacks modules that {'target_modules names' if told else 'it has in other layers'}; "
-                        f"missing: {_listed(absent)}. Copy the folder again")
+                        f"missing: {listed(absent)}. Copy the folder again")
     return problems
-
-
-def _listed(names: Iterable[str], most: int = 8) -> str:
-    names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _other(name: str, letter: str) -> str:

@@ -6,8 +6,6 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-import numpy as np
-
 from uae_jax import trees
 from uae_jax.hf.rules import Rule, canonical
 from uae_jax.hf.safetensors import TensorFolder
@@ -60,20 +58,12 @@ def compare(
             continue
         target = tuple(wanted[rule.ours].shape)[0 if rule.layers is None else 1:]
         stored = folder.shape(published[source])
-        if _our_shape(rule, stored) != target:
+        if rule.our_shape(stored) != target:
             misshapen.append(f"{published[source]} is {list(stored)}, which does not fit {list(target)} that config.json asks for")
     unknown += [name for known, name in published.items() if known not in table]
     return Fit(
         {source: published[source] for source in table if source in published}, len(table),
         tuple(sorted(set(table) - set(published))), tuple(unknown), tuple(misshapen))
-
-
-def _our_shape(rule: Rule, stored: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape in our layout, or None for another number of dimensions."""
-    try:
-        return rule.to_ours(np.broadcast_to(np.zeros((), np.int8), stored)).shape
-    except ValueError:
-        return None
 
 
 def cut_short(path: str | pathlib.Path) -> str | None:

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 
 from uae_jax import trees
 from uae_jax.hf.finite import count_non_finite
-from uae_jax.hf.safetensors import TensorDict, TensorFolder
+from uae_jax.hf.safetensors import TensorFolder
 
 # from a tree of shapes to a tree of shardings
 Placement = Callable[[trees.Tree], trees.Tree]
@@ -51,6 +51,13 @@ class Rule:
             return tensor.reshape(tensor.shape[0], -1).T
         return tensor
 
+    def our_shape(self, stored: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape of a published tensor in our layout (one layer), or None for another number of dimensions."""
+        try:
+            return self.to_ours(_blank(stored)).shape
+        except (ValueError, IndexError):
+            return None
+
     def to_theirs(self, tensor: np.ndarray) -> np.ndarray:
         """The inverse of `to_ours`."""
         if self.layout == "dense":
@@ -70,7 +77,7 @@ def canonical(name: str, aliases: Sequence[tuple[str, str]]) -> str:
 
 
 def load_params(
-    folder: TensorFolder | TensorDict, rules: Sequence[Rule], abstract: trees.Tree, *, aliases: Sequence[tuple[str, str]] = (),
+    folder: TensorFolder, rules: Sequence[Rule], abstract: trees.Tree, *, aliases: Sequence[tuple[str, str]] = (),
     ignore: str = "", dtype: np.dtype | None = None, placement: Placement | None = None) -> dict:
     """Reads every parameter of a model, after checking that names and shapes agree both ways.
 
@@ -133,7 +140,7 @@ def _check_table(rules: Sequence[Rule], wanted: dict) -> None:
         raise ValueError(f"rule table and model disagree on the parameters {sorted(wrong)}")
 
 
-def _canonical_names(folder: TensorFolder | TensorDict, aliases: Sequence[tuple[str, str]], ignore: str) -> dict[str, str]:
+def _canonical_names(folder: TensorFolder, aliases: Sequence[tuple[str, str]], ignore: str) -> dict[str, str]:
     published = {}
     for name in folder.names():
         known = canonical(name, aliases)
@@ -146,16 +153,16 @@ def _canonical_names(folder: TensorFolder | TensorDict, aliases: Sequence[tuple[
     return published
 
 
-def _check_names(folder: TensorFolder | TensorDict, rules: Sequence[Rule], published: dict[str, str]) -> None:
+def _check_names(folder: TensorFolder, rules: Sequence[Rule], published: dict[str, str]) -> None:
     expected = {source for rule in rules for source in rule.sources()}
     missing = sorted(expected - set(published))
     unknown = sorted(published[name] for name in set(published) - expected)
     if not (missing or unknown):
         return
-    parts = [f"missing: {_listed(missing)}"] if missing else []
+    parts = [f"missing: {listed(missing)}"] if missing else []
     if unknown:
         others = " and other files" if len({folder.file(name) for name in unknown}) > 1 else ""
-        parts.append(f"unknown: {_listed(unknown)} in {folder.file(unknown[0])}{others}")
+        parts.append(f"unknown: {listed(unknown)} in {folder.file(unknown[0])}{others}")
     remedy = "Check that the folder holds this model and that its config.json belongs to it"
     # a file of another model has many names that look alike, a renamed tensor is one of few
     near = difflib.get_close_matches(missing[0], unknown, 1, 0.8) if missing and len(missing) + len(unknown) <= 16 else []
@@ -164,21 +171,21 @@ def _check_names(folder: TensorFolder | TensorDict, rules: Sequence[Rule], publi
     raise ValueError(f"weights in {folder.path} do not fit the model; {'; '.join(parts)}. {remedy}")
 
 
-def _listed(names: list[str], most: int = 8) -> str:
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Names in a message: the first `most` of them in alphabetical order, and how many more there are."""
+    names = sorted(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
-def _check_shapes(folder: TensorFolder | TensorDict, rules: Sequence[Rule], published: dict[str, str], wanted: dict) -> None:
+def _check_shapes(folder: TensorFolder, rules: Sequence[Rule], published: dict[str, str], wanted: dict) -> None:
     wrong = []
     for rule in rules:
         target = tuple(wanted[rule.ours].shape)
         target = target if rule.layers is None else target[1:]
         for source in rule.sources():
             stored = folder.shape(published[source])
-            # layouts other than ours have another number of axes
-            fits = len(stored) == 4 if rule.layout == "conv" else len(stored) > 0 if rule.layout == "patch" else True
-            if not fits or rule.to_ours(_blank(stored)).shape != target:
+            if rule.our_shape(stored) != target:
                 needed = rule.torch_shape or rule.to_theirs(_blank(target)).shape
                 wrong.append(f"{published[source]} in {folder.file(published[source])} is {list(stored)}, the model needs {list(needed)}")
     if wrong:
@@ -203,7 +210,7 @@ class _Stored:
       dtype: wanted precision, or None for the stored one.
     """
 
-    folder: TensorFolder | TensorDict
+    folder: TensorFolder
     rule: Rule
     sources: list[str]
     shape: tuple[int, ...]

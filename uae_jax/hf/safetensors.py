@@ -88,34 +88,6 @@ class TensorFolder:
         return np.asarray(np.memmap(self.file(name), dtype, "r", self._entries[name]["start"], shape))
 
 
-class TensorDict:
-    """Tensors in memory, with the interface of `TensorFolder`.
-
-    Args:
-      path: what to call them in messages.
-      tensors: name to array.
-    """
-
-    def __init__(self, path: str, tensors: Mapping[str, np.ndarray]):
-        self.path, self._tensors = path, tensors
-
-    def names(self) -> set[str]:
-        """All tensor names."""
-        return set(self._tensors)
-
-    def file(self, name: str) -> str:
-        """What to call the place of a tensor in messages."""
-        return self.path
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
-        return self._tensors[name].shape
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor."""
-        return self._tensors[name]
-
-
 def _index(path: pathlib.Path) -> pathlib.Path | None:
     indexes = sorted(path.glob("*.safetensors.index.json")) if path.is_dir() else []
     return indexes[0] if indexes else None

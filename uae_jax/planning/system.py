@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from uae_jax.data import tokenizer as tokens
 from uae_jax.data.loader import BatchSpec, batch_shapes, batch_spec
@@ -139,10 +138,3 @@ def _encoder(folder: pathlib.Path) -> Encoder:
     model = model.vision if isinstance(model, CLIPConfig) else model
     name = {"clip_vision_model": "clip", "dinov3_vit": "dinov3"}.get(kind, kind)
     return Encoder(folder.name, name, model, Preprocess.from_folder(folder))
-
-
-def in_precision(parts: Mapping, names: tuple[str, ...], dtype: str) -> dict:
-    """Shapes of the same parts with the named ones in another precision."""
-    def cast(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
-    return {name: jax.tree.map(cast, part) if name in names else part for name, part in parts.items()}

@@ -20,7 +20,7 @@ from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rl.advantages import check_group_size
 from uae_jax.rl.captioning import caption_metrics, encode_batch_images, sample_captions
 from uae_jax.rl.losses import token_grpo_loss
-from uae_jax.rl.reconstruction import Denoising, draw, sample_keys
+from uae_jax.rl.reconstruction import Denoising, draw, initial_noise
 from uae_jax.rl.rewards import Encoder, RewardConfig, reward_advantages
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask", "prompt_positions", "prompt_next")
@@ -82,11 +82,7 @@ def write_captions(policy: CaptionPolicy, parts: Mapping, batch: Mapping, image_
 
 def draw_captions(policy: CaptionPolicy, parts: Mapping, completion: Completion, sample_ids: Array, key: Array) -> Array:
     """The decoder's pictures `[B * G, H, W, 3]` of sampled captions."""
-    noise_key, group = trees.name_key(key, "noise"), policy.group_size
-    if policy.shared_noise:
-        noise = jnp.repeat(uae.initial_noise(policy.model, sample_keys(noise_key, sample_ids)), group, axis=0)
-    else:
-        noise = uae.initial_noise(policy.model, sample_keys(noise_key, sample_ids, group))
+    noise = initial_noise(policy.model, trees.name_key(key, "noise"), sample_ids, policy.group_size, shared=policy.shared_noise)
     lengths = condition.caption_lengths(completion.mask, completion.finished)
     return draw(policy.model, parts, policy.denoising, completion.tokens, lengths, noise)
 

@@ -1,7 +1,8 @@
 """Understanding for generation: the transformer learns to draw captions by Flow-GRPO (arXiv 2509.09666, section 3; 2505.05470).
 
-The captioner, frozen, writes one caption of each of B images; the transformer draws it G times with stochastic steps inside a
-window; the reward is the similarity of drawing and image. Shape letters: W steps of the window.
+The captioner, frozen, writes one caption of each of B images (a share of them may keep the data set's own); the transformer
+draws it G times with stochastic steps inside a window; the reward is the similarity of drawing and image. Shape letters: W
+steps of the window.
 """
 
 import dataclasses
@@ -15,12 +16,13 @@ from uae_jax import trees
 from uae_jax.diffusion.sampler import Replay, replay_window, sample_window, window_start
 from uae_jax.diffusion.steps import CpsStep, DanceStep, SdeStep, gaussian_kl
 from uae_jax.models import condition, uae
+from uae_jax.models.qwen2_5_vl.generate import Completion
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rl.advantages import check_group_size
 from uae_jax.rl.captioning import caption_metrics, sample_captions
 from uae_jax.rl.losses import flow_grpo_loss
-from uae_jax.rl.reconstruction import Denoising, decode, encode_condition, predictor, sample_keys
+from uae_jax.rl.reconstruction import Denoising, decode, encode_condition, initial_noise, predictor, sample_keys
 from uae_jax.rl.rewards import Encoder, RewardConfig, reward_advantages
 
 STEP_RULES = {"sde": SdeStep, "dance": DanceStep, "cps": CpsStep}
@@ -33,6 +35,9 @@ class FlowPolicy:
     Attributes:
       model, denoising, encoders, reward, stops, group_size, advantage_scale: as in `caption_policy.CaptionPolicy`.
       temperature, max_new_tokens: of the frozen captioner; temperature 0 is greedy.
+      data_captions: share of the images, in [0, 1], whose caption is the data set's own instead of the captioner's.
+      shared_noise: one initial noise for the drawings of a group, which then differ by the window's noise alone: what the
+        advantage measures is what the loss trains (DanceGRPO, arXiv 2505.07818); Flow-GRPO draws one for each.
       step_rule, noise_level: stochastic step (`sde`, `dance`, `cps`) and its strength.
       window, window_low, window_high: W stochastic steps, beginning in [low, high - W] of the schedule.
       clip_range, kl_weight, guard: see `losses.flow_grpo_loss`.
@@ -40,7 +45,7 @@ class FlowPolicy:
       gather_weights: see `captioning.sample_captions`.
 
     Raises:
-      ValueError: a group of one, an unknown step rule, or a window that does not fit.
+      ValueError: a group of one, an unknown step rule, a window that does not fit, or a share outside [0, 1].
     """
 
     model: uae.UAE
@@ -51,6 +56,8 @@ class FlowPolicy:
     group_size: int
     temperature: float
     max_new_tokens: int
+    data_captions: float = 0.0
+    shared_noise: bool = False
     step_rule: str = "sde"
     noise_level: float = 0.7
     window: int = 2
@@ -65,6 +72,8 @@ class FlowPolicy:
 
     def __post_init__(self):
         check_group_size(self.group_size)
+        if not 0 <= self.data_captions <= 1:
+            raise ValueError(f"data_captions is {self.data_captions}; it is a share, from 0 to 1")
         if self.step_rule not in STEP_RULES:
             raise ValueError(f"step_rule is {self.step_rule!r}; choose one of {', '.join(STEP_RULES)}")
         if self.guard and self.step_rule == "cps":
@@ -98,10 +107,9 @@ def rollout(policy: FlowPolicy, params: Mapping, frozen: Mapping, batch: Mapping
     completion = sample_captions(
         policy.model, parts, batch, key, max_new_tokens=policy.max_new_tokens, stops=policy.stops,
         sampling=SamplingConfig(policy.temperature), gather_weights=policy.gather_weights)
-    positive, negative = encode_condition(
-        policy.model, parts, how, completion.tokens, condition.caption_lengths(completion.mask, completion.finished))
+    positive, negative = encode_condition(policy.model, parts, how, *drawn_captions(policy, completion, batch, key))
     positive = constrain_rows(jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), positive))
-    noise = uae.initial_noise(policy.model, sample_keys(trees.name_key(key, "noise"), batch["sample_id"], group))
+    noise = initial_noise(policy.model, trees.name_key(key, "noise"), batch["sample_id"], group, shared=policy.shared_noise)
     start = window_start(trees.name_key(key, "window"), policy.window_low, policy.window_high, policy.window)
     trajectory = sample_window(
         predictor(policy.model, parts, how, positive, negative), noise, jnp.asarray(how.sigmas), policy.rule, start, policy.window,
@@ -117,6 +125,19 @@ def rollout(policy: FlowPolicy, params: Mapping, frozen: Mapping, batch: Mapping
     gap = jnp.abs(samples["old_log_prob"] - trajectory.log_probs.T)
     metrics |= {"log_prob_gap": jnp.mean(gap)} | caption_metrics(completion, 1)
     return {"samples": constrain_rows(samples), "shared": shared, "metrics": metrics}
+
+
+def drawn_captions(policy: FlowPolicy, completion: Completion, batch: Mapping, key: Array) -> tuple[Array, Array]:
+    """The captions to draw, `[B, T]` and lengths `[B]`: the captioner's, or for a share of the images the data set's own."""
+    tokens, lengths = completion.tokens, condition.caption_lengths(completion.mask, completion.finished)
+    if not policy.data_captions:
+        return tokens, lengths
+    keys = sample_keys(trees.name_key(key, "data_captions"), batch["sample_id"])
+    own = jax.vmap(lambda k: jax.random.bernoulli(k, policy.data_captions))(keys)
+    width = max(tokens.shape[1], batch["caption_ids"].shape[1])
+    written, given = (jnp.pad(ids, ((0, 0), (0, width - ids.shape[1]))) for ids in (tokens, batch["caption_ids"]))
+    given_lengths = jnp.sum(batch["caption_mask"], -1, dtype=jnp.int32) - 1
+    return jnp.where(own[:, None], given, written), jnp.where(own, given_lengths, lengths)
 
 
 def replay(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping, *, trained: bool, remat: bool = False) -> Replay:

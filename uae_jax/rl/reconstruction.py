@@ -95,3 +95,17 @@ def sample_keys(key: Array, sample_ids: Array, group: int = 1) -> Array:
     if group == 1:
         return per_image
     return jax.vmap(lambda image: jax.vmap(lambda member: jax.random.fold_in(image, member))(jnp.arange(group)))(per_image).reshape(-1)
+
+
+def initial_noise(model: uae.UAE, key: Array, sample_ids: Array, group: int, *, shared: bool) -> Array:
+    """Noise `[B * group, h, w, C]` of the drawings of B images, rows of a group together.
+
+    Args:
+      model: for the shape.
+      key: of the step; with the global sample ids `[B]` it decides every number.
+      group: drawings of an image.
+      shared: the same noise for all drawings of an image.
+    """
+    if shared:
+        return jnp.repeat(uae.initial_noise(model, sample_keys(key, sample_ids)), group, axis=0)
+    return uae.initial_noise(model, sample_keys(key, sample_ids, group))

@@ -5,7 +5,7 @@ batch holds pictures of one length. Padding is masked, so that a caption does no
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -28,6 +28,7 @@ from uae_jax.sharding import MeshConfig
 from uae_jax.stages.weights import ModelConfig, System, load_system
 
 ROOMS = 4  # lengths that pictures are padded to; each is a compiled program
+SHORTEST_QUESTION = 64  # tokens that short questions are padded to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +104,9 @@ def image_room(image_tokens: int, largest: int) -> int:
     return room
 
 
-def batches(rows: Iterable[Row], size: int, kind: Callable[[Row], int]) -> Iterator[list[Row]]:
+def batches(rows: Iterable[Row], size: int, kind: Callable[[Row], Hashable]) -> Iterator[list[Row]]:
     """Rows of one kind, `size` at a time as soon as they are together; at the end what is left of each kind."""
-    waiting: dict[int, list[Row]] = {}
+    waiting: dict[Hashable, list[Row]] = {}
     for row in rows:
         group = waiting.setdefault(kind(row), [])
         group.append(row)
@@ -156,6 +157,24 @@ class Inference:
         pad, room = tokens.token_id(tokenizer, tokens.IMAGE_PAD), image_room(count, self.largest)
         return prompt_fields(ids, [(patches, grid)], processor, pad, room * processor.merge_size**2, self.text_length + room)
 
+    def question_fields(self, question: str, images: Sequence[np.ndarray | Image.Image]) -> dict[str, np.ndarray]:
+        """The captioner's inputs of a question about one or more pictures, which come before it; the answer is its caption.
+
+        Pictures are padded together to an `image_room`, the text to a power of two.
+
+        Raises:
+          ValueError: no picture, one without content or with an aspect ratio above 200.
+        """
+        if not images:
+            raise ValueError("a question needs at least one picture")
+        processor, tokenizer = self.system.processor, self.system.tokenizer
+        seen = [processor(image) for image in images]
+        counts = [processor.image_tokens(grid) for _, grid in seen]
+        ids = tokens.caption_prompt_ids(tokenizer, question, counts, images_first=True)
+        room, text = image_room(sum(counts), self.largest), max(SHORTEST_QUESTION, 1 << (len(ids) - sum(counts) - 1).bit_length())
+        pad = tokens.token_id(tokenizer, tokens.IMAGE_PAD)
+        return prompt_fields(ids, seen, processor, pad, room * processor.merge_size**2, text + room)
+
     def text_fields(self, text: str) -> dict[str, np.ndarray]:
         """The decoder's inputs of a text.
 
@@ -168,8 +187,8 @@ class Inference:
         return fields
 
     def captions(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
-        """Captions of pictures (`image_fields`), each batch as soon as it is done."""
-        for group in batches(rows, self.config.batch_size, lambda row: len(row.fields["patches"])):
+        """Captions of pictures (`image_fields`) or answers (`question_fields`), each batch as soon as it is done."""
+        for group in batches(rows, self.config.batch_size, lambda row: (len(row.fields["patches"]), len(row.fields["prompt_ids"]))):
             batch = self._stacked(group)
             ids, lengths = jax.device_get(self._write(self.parts, batch))
             for row, said, length in zip(group, ids, lengths):

@@ -47,7 +47,7 @@ class DataConfig:
       image_size: side of the square pictures in pixels.
       max_prompt: room for the caption prompt with its image tokens; 0 for what it needs.
       max_caption: room for a caption with its stop token.
-      detail: captions of the built-in scenes: `full`, `detail` or `mixed`.
+      detail, rl_detail: captions of the built-in scenes in the supervised and in the RL stages: `full`, `detail` or `mixed`.
       caption_prompt, negative_prompt: texts.
     """
 
@@ -64,6 +64,7 @@ class DataConfig:
     max_prompt: int = 0
     max_caption: int = 512
     detail: str = "full"
+    rl_detail: str = "mixed"
     caption_prompt: str = ""
     negative_prompt: str = ""
 
@@ -233,7 +234,7 @@ class Run:
             self.config.model.frozen_dtype)
         del start
         index, count = sharding.batch_slice(self.mesh)
-        data = make_loader(self.source, self.rows, config.batch_size, self.config.seed, process_index=index, process_count=count)
+        data = make_loader(self.source_of(stage), self.rows, config.batch_size, self.config.seed, process_index=index, process_count=count)
         loop = LoopConfig(steps=config.steps, log_every=self.config.loop.log_every, save_every=self.config.loop.save_every, keep=self.config.loop.keep)
         result = run_stage(
             name, self.step(stage, state, optimizer), state=state, frozen=self.parts, data=data, key=sharding.replicate_key(trees.name_key(self.key, name), self.mesh),
@@ -242,6 +243,12 @@ class Run:
             digest=self.digest())
         self.parts = self.trained(result.state)
         return result
+
+    def source_of(self, stage: str) -> Source:
+        """The training pictures with the captions that a stage sees."""
+        if stage in RL_STAGES and isinstance(self.source, SceneSource):
+            return dataclasses.replace(self.source, captions=self.config.data.rl_detail)
+        return self.source
 
     def score_before(self, state: TrainState, name: str, previous: StageResult | None) -> dict:
         """Scores before a stage: those after the previous one, with its samples, or new ones for the first."""

@@ -27,6 +27,8 @@ class UndForGenConfig:
       group_size: drawings of a caption, at least 2.
       temperature, max_new_tokens: of the frozen captioner.
       sampler_steps, guidance_scale: of the rollouts.
+      data_captions: share of the images whose caption is the data set's own instead of the captioner's.
+      shared_noise: one initial noise for the drawings of a group.
       step_rule, noise_level, window, window_low, window_high: see `rl.flow_policy.FlowPolicy`.
       clip_range, kl_weight, kl_kind, guard: see `rl.losses.flow_grpo_loss`.
       advantage_scale: `group`, `batch` or `none`.
@@ -51,6 +53,8 @@ class UndForGenConfig:
     group_size: int = 24
     temperature: float = 0.7
     max_new_tokens: int = 512
+    data_captions: float = 0.0
+    shared_noise: bool = False
     sampler_steps: int = 10
     guidance_scale: float = 1.0
     step_rule: str = "sde"

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 
 
 class Clock:
@@ -109,6 +108,8 @@ class MetricWriter:
             folder = self.workdir / "tensorboard" / stage
             # Purged events stay in their file, and the suffix keeps a restart in the same second from overwriting it.
             purge = step + 1 if folder.exists() else None
+            import tensorboardX  # imports torch where it is installed, which takes seconds
+
             self._board = tensorboardX.SummaryWriter(str(folder), purge_step=purge, filename_suffix=f".{step}")
 
     def write(self, stage: str, step: int, seconds: float, numbers: Mapping[str, float]) -> None:

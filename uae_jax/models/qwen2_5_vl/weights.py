@@ -236,23 +236,3 @@ def adapter_config(config: Qwen2_5VLConfig, adapter: Mapping) -> dict:
     ranks = {theirs.split(".")[-1]: int(leaves[f"layers/{ours}/a"].shape[-1])
              for ours, theirs in MODULES.items() if f"layers/{ours}/a" in leaves}
     return peft_settings(ranks, config.text.lora_alpha)
-
-
-def wrapped_tensors(
-    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping, dtype: np.dtype | None = None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and arrays of base and adapter in the release's `llm_lora` layout (text model wrapped by peft)."""
-    leaves = trees.flatten(adapter)
-    adapted = {f"{MODULES[ours]}." for ours in MODULES if f"layers/{ours}/a" in leaves}
-    for name, tensor in tensors(config, params, dtype):
-        if name.startswith("model."):
-            name = "model.base_model.model." + name.removeprefix("model.")
-            if any(module in name for module in adapted):
-                stem, _, last = name.rpartition(".")
-                name = f"{stem}.base_layer.{last}"
-        yield name, tensor
-    if config.text.tied:
-        table = np.asarray(params["language"]["embedding"]["table"])
-        yield "lm_head.weight", table if dtype is None else table.astype(dtype)
-    for name, tensor in adapter_tensors(config, adapter, dtype=dtype):
-        yield "model." + re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", name), tensor

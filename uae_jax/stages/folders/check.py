@@ -15,6 +15,7 @@ from uae_jax.diffusion.schedule import ScheduleConfig
 from uae_jax.hf.adapters import NOT_A_FACTOR, adapter_table
 from uae_jax.hf.finite import count_non_finite
 from uae_jax.hf.inventory import Fit, compare, cut_short
+from uae_jax.hf.rules import listed
 from uae_jax.hf.safetensors import TensorFolder, dtype_name
 from uae_jax.stages.folders.adapters import in_text_model, survey
 from uae_jax.stages.folders.parts import (
@@ -124,6 +125,7 @@ def _check_weights(row: Row, part: Part, folder: Folder, fast: bool, progress: C
     row.files = len(set(stored.files.values()))
     if part.name in ADAPTERS:
         fit = _compare_adapter(row, part, folder)
+        row.problems += _misshapen(part, fit)
     else:
         table = part_table(part, row.config, stored)
         fit = compare(stored, table.rules, table.abstract, aliases=table.aliases, ignore=table.ignore)
@@ -133,16 +135,20 @@ def _check_weights(row: Row, part: Part, folder: Folder, fast: bool, progress: C
     names = fit.published.values()
     row.dtypes = dict(Counter(dtype_name(stored.dtype(name)) for name in names).most_common())
     row.parameters = sum(math.prod(stored.shape(name)) for name in names)
-    row.problems += [f"{part.folder}: {sentence}; copy the config.json and weights of one model" for sentence in fit.misshapen[:_LISTED]]
     if not fast:
         row.problems += _bad_numbers(stored, progress)
 
 
 def _fit_problems(part: Part, stored: TensorFolder, fit: Fit) -> list[str]:
-    wrong = [f"{part.folder} misses {_listed(fit.missing)}"] if fit.missing else []
+    wrong = [f"{part.folder} misses {listed(fit.missing, _LISTED)}"] if fit.missing else []
     if fit.unknown:
-        wrong.append(f"{stored.files[fit.unknown[0].split(' ')[0]]} has {_listed(fit.unknown)}, which this model has not")
-    return [f"{'; '.join(wrong)}; copy weights and config.json again from one place"] if wrong else []
+        wrong.append(f"{stored.files[fit.unknown[0].split(' ')[0]]} has {listed(fit.unknown, _LISTED)}, which this model has not")
+    problems = [f"{'; '.join(wrong)}; copy weights and config.json again from one place"] if wrong else []
+    return problems + _misshapen(part, fit)
+
+
+def _misshapen(part: Part, fit: Fit) -> list[str]:
+    return [f"{part.folder}: {sentence}; copy the config.json and weights of one model" for sentence in fit.misshapen[:_LISTED]]
 
 
 def _bad_numbers(stored: TensorFolder, progress: Callable[[int], None]) -> list[str]:
@@ -167,7 +173,6 @@ def _compare_adapter(row: Row, part: Part, folder: Folder) -> Fit:
             table = part_table(captioner, part_config(captioner), files.folder)
             base = compare(files.folder, table.rules, table.abstract, aliases=table.aliases, ignore=table.ignore)
             row.problems += _fit_problems(part, files.folder, base)
-            row.problems += [f"{part.folder}: {sentence}; copy the config.json and weights of one model" for sentence in base.misshapen[:_LISTED]]
     ranks = ", ".join(str(rank) for rank in sorted(set(files.ranks.values())))
     row.notes.append(f"rank {ranks}, alpha {files.alpha:g}{' (assumed: no adapter_config.json)' if files.assumed else ''}")
     if part.name == "llm_lora" and not in_text_model(files):
@@ -242,11 +247,6 @@ def _readme(place: pathlib.Path) -> str:
     file = place / "README.md"
     text = file.read_text(errors="replace") if file.is_file() else ""
     return text[: text.find("\n---", 3) + 1] if text.startswith("---\n") else ""
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def table_text(folder: Folder, rows: Sequence[Row]) -> str:

@@ -1,0 +1,186 @@
+"""DPG-Bench: grids of pictures of its prompts as its evaluator reads them, and what it found (TencentQQGYLab/ELLA).
+
+    python -m uae_jax.evaluate dpg write --prompts=ELLA/dpg_bench/prompts --out=OUT --checkpoint=RUN
+    python -m uae_jax.evaluate dpg check OUT --prompts=ELLA/dpg_bench/prompts
+    (the official bash dpg_bench/dist_eval.sh OUT 1024, where 1024 is --size)
+    python -m uae_jax.evaluate dpg summary OUT/dpg-bench_20260101-000000_results.txt
+
+A grid of 2 x 2 samples a prompt, `<stem of the prompt's file>.png`. `write` goes on where it was interrupted.
+"""
+
+import argparse
+import math
+import pathlib
+import re
+from typing import Any
+
+from uae_jax.evaluation import run_settings
+from uae_jax.evaluation.drawing import draw_folder
+from uae_jax.evaluation.grouped_scores import grouped_scores
+from uae_jax.evaluation.json_files import refuse, write_json
+from uae_jax.evaluation.picture_files import GRID_SIDE, Target, content_problems
+from uae_jax.model_flags import add_model_flags
+
+SAMPLES = GRID_SIDE**2
+PROMPTS = 1065  # of the published benchmark
+_TOTAL = re.compile(r"^DPG-Bench score: (\S+)$")
+_CATEGORY = re.compile(r"^\t(.*): (\S+)$")
+_LEVELS = {"L1 category scores:": "categories", "L2 category scores:": "subcategories"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `write`, `check` and `summary`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", help="write, check or summary")
+    write = actions.add_parser("write", help="draw the prompts", allow_abbrev=False)
+    write.add_argument("--prompts", type=pathlib.Path, required=True, help="dpg_bench/prompts of the benchmark: a folder of .txt files")
+    write.add_argument("--out", type=pathlib.Path, required=True, help="folder of the grids")
+    add_model_flags(write)
+    check = actions.add_parser("check", help="does the evaluator find everything?", allow_abbrev=False)
+    check.add_argument("folder", type=pathlib.Path)
+    check.add_argument("--prompts", type=pathlib.Path, required=True, help="dpg_bench/prompts of the benchmark")
+    check.add_argument("--size", type=int, help="side of a sample, the evaluator's RESOLUTION (default: as it was written)")
+    summary = actions.add_parser("summary", help="scores from the evaluator's results", allow_abbrev=False)
+    summary.add_argument("results", type=pathlib.Path, help="dpg-bench_*_results.txt")
+    summary.add_argument("--output", type=pathlib.Path, help="JSON file for the scores")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Does one action.
+
+    Raises:
+      ValueError, FileNotFoundError: bad input; what was written before stays.
+    """
+    {"write": write, "check": check, "summary": summary}[options.action](options)
+
+
+def read_prompts(folder: pathlib.Path) -> dict[str, str]:
+    """{stem: prompt} of the `.txt` files of a folder, by name.
+
+    Raises:
+      FileNotFoundError: no such folder, or no prompt in it.
+      ValueError: an empty file, or a name that the evaluator would cut.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder {folder} does not exist; give dpg_bench/prompts of the benchmark")
+    prompts = {}
+    for path in sorted(folder.glob("*.txt")):
+        # the evaluator takes what stands before the first dot
+        if "." in path.stem:
+            raise ValueError(f"{path} has a dot in its name, where the evaluator would cut it; rename it")
+        try:
+            prompts[path.stem] = path.read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not a text file in UTF-8 ({error.reason})") from error
+        if not prompts[path.stem]:
+            raise ValueError(f"{path} is empty; copy the benchmark's prompts again")
+    if not prompts:
+        raise FileNotFoundError(f"folder {folder} holds no .txt files; give dpg_bench/prompts of the benchmark")
+    return prompts
+
+
+def write(options: argparse.Namespace) -> None:
+    """Writes `<stem>.png` for every prompt; the samples of prompt i have the noise of 4 i to 4 i + 3."""
+    prompts = read_prompts(options.prompts)
+    targets = [Target(options.out / f"{stem}.png", prompt, tuple(range(SAMPLES * index, SAMPLES * (index + 1))))
+               for index, (stem, prompt) in enumerate(prompts.items())]
+    told = "\n".join(f"{stem}\t{prompt}" for stem, prompt in prompts.items())
+    draw_folder(options, "dpg", targets, {"prompts": run_settings.digest(told), "count": len(prompts)})
+
+
+def check(options: argparse.Namespace) -> None:
+    """Reports grids that the evaluator would miss, fail on or cut at the wrong places."""
+    folder, prompts = options.folder, read_prompts(options.prompts)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder {folder} does not exist; give the --out of `dpg write`")
+    size = options.size or run_settings.read(folder).get("size")
+    if size is None:
+        raise ValueError(f"nothing says how large the samples of {folder} are; give --size, the evaluator's RESOLUTION")
+    expected = [folder / f"{stem}.png" for stem in prompts]
+    problems = content_problems(expected, GRID_SIDE * size)
+    problems += [f"{path} is none of the benchmark's grids; the evaluator fails on every other file, so move it out"
+                 for path in sorted(set(folder.iterdir()) - set(expected))]
+    refuse(problems, str(folder))
+    print(f"{folder}: {len(expected)} grids of {SAMPLES} samples, {size} pixels each, as the evaluator reads them")
+    if len(expected) != PROMPTS:
+        print(f"note: the published benchmark has {PROMPTS} prompts")
+
+
+def _numbers(fields: list[str]) -> list[float]:
+    """The numbers at the end of a line's fields: scores of the samples, then their mean. A path may itself hold commas."""
+    found: list[float] = []
+    for field in reversed(fields[1:]):
+        try:
+            found.insert(0, float(field))
+        except ValueError:
+            break
+    return found
+
+
+def read_results(path: pathlib.Path) -> dict[str, Any]:
+    """What the evaluator's results file says.
+
+    Returns:
+      "prompts": {stem: scores of its samples, in [0, 1]}; "categories" and "subcategories": {name: percent}; "score": the
+      total in percent, None while the evaluator has not finished.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a prompt's line is not of the evaluator's form (named by number), or there is none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the dpg-bench_*_results.txt of the evaluator")
+    found: dict[str, Any] = {"prompts": {}, "categories": {}, "subcategories": {}, "score": None}
+    level = ""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        total, category = _TOTAL.match(line), _CATEGORY.match(line)
+        if line in _LEVELS:
+            level = _LEVELS[line]
+        elif category and level:
+            found[level][category[1]] = float(category[2])
+        elif total:
+            found["score"] = float(total[1])
+        elif line.strip() and not line.startswith(("Model: ", "Image path: ", "Save results to: ")):
+            fields = line.split(", ")
+            *scores, mean = _numbers(fields) or [math.nan]
+            if not scores or not math.isclose(mean, sum(scores) / len(scores), abs_tol=1e-9):
+                raise ValueError(f"{path} line {number} is not a picture's path, the scores of its samples and their mean")
+            name = ", ".join(fields[: len(fields) - len(scores) - 1]).replace("\\", "/").rsplit("/", 1)[-1]
+            found["prompts"][name.split(".")[0]] = scores
+    if not found["prompts"]:
+        raise ValueError(f"{path} has no scores of pictures; give the dpg-bench_*_results.txt of the evaluator")
+    return found
+
+
+def summarise(results: dict[str, Any]) -> dict[str, Any]:
+    """The mean over prompts with an interval over prompts, all in percent, beside the evaluator's own figures.
+
+    The mean is computed again from the prompts' lines; `warnings` says where it differs from the evaluator's total, and how
+    many prompts are missing. Category scores are the evaluator's, which take only the last sample of every grid.
+    """
+    pictures = results["prompts"]
+    overall = grouped_scores(("all", stem, sum(scores) / len(scores)) for stem, scores in pictures.items())["overall"]
+    percent = {name: 100 * overall[name] for name in ("value", "low", "high")}
+    warnings = []
+    if results["score"] is None:
+        warnings.append("the evaluator has not written its total: it has not finished")
+    elif not math.isclose(results["score"], percent["value"], abs_tol=1e-3):
+        warnings.append(f"the evaluator's total is {results['score']}, the mean of the prompts' lines {percent['value']:.4f}")
+    if len(pictures) != PROMPTS:
+        warnings.append(f"{len(pictures)} prompts were scored; the published benchmark has {PROMPTS}")
+    samples = {len(scores) for scores in pictures.values()}
+    if samples != {SAMPLES}:
+        warnings.append(f"prompts have {sorted(samples)} samples; the benchmark has {SAMPLES}")
+    return {"overall": overall | percent, **{name: results[name] for name in ("categories", "subcategories")}, "warnings": warnings}
+
+
+def summary(options: argparse.Namespace) -> None:
+    """Prints the scores of a results file, and writes them as JSON."""
+    scores = summarise(read_results(options.results))
+    overall = scores["overall"]
+    print(f"DPG-Bench  {overall['value']:.2f}  [{overall['low']:.2f}, {overall['high']:.2f}]  {overall['prompts']} prompts")
+    for name, value in (*scores["categories"].items(), *scores["subcategories"].items()):
+        print(f"  {name}: {value:.2f}")
+    for warning in scores["warnings"]:
+        print(f"note: {warning}")
+    if options.output:
+        write_json(options.output, scores)

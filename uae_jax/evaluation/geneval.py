@@ -1,0 +1,288 @@
+"""GenEval: pictures of its prompts in the layout of its evaluator, and what the evaluator found (djghosh13/geneval).
+
+    python -m uae_jax.evaluate geneval write --prompts=evaluation_metadata.jsonl --out=OUT --checkpoint=RUN
+    python -m uae_jax.evaluate geneval check OUT --prompts=evaluation_metadata.jsonl
+    (the official evaluation/evaluate_images.py OUT --outfile results.jsonl, in its own container)
+    python -m uae_jax.evaluate geneval summary results.jsonl
+
+`write` goes on where it was interrupted. For the built-in model the prompts are `--prompts=scenes`, and an exact checker
+takes the place of the detector; it writes results of the same form:
+
+    python -m uae_jax.evaluate geneval write --prompts=scenes --out=OUT
+    python -m uae_jax.evaluate geneval score OUT
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from uae_jax.data.scene_checker import read_picture
+from uae_jax.data.scene_prompts import check_scene, scene_prompts
+from uae_jax.data.scenes import SHAPES, Scene
+from uae_jax.evaluation import run_settings
+from uae_jax.evaluation.drawing import draw_folder
+from uae_jax.evaluation.grouped_scores import grouped_scores, table, uneven
+from uae_jax.evaluation.json_files import read_objects, refuse, write_json
+from uae_jax.evaluation.picture_files import Target, content_problems, picture_problem
+from uae_jax.evaluation.records import write_bytes
+from uae_jax.model_flags import add_model_flags
+
+SCENES = "scenes"
+NEEDED = {"tag": str, "include": list, "prompt": str}
+RESULT = {"filename": str, "tag": str, "correct": (bool, int), "metadata": (str, dict)}
+PICTURE = re.compile(r"\d+\.png")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `write`, `check`, `score` and `summary`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", help="write, check, score or summary")
+    write = actions.add_parser("write", help="draw the prompts", allow_abbrev=False)
+    write.add_argument("--prompts", required=True, help="evaluation_metadata.jsonl of the benchmark, or `scenes`")
+    write.add_argument("--out", type=pathlib.Path, required=True, help="folder of the pictures")
+    write.add_argument("--images_per_prompt", type=int, default=4, help="default: %(default)s, the benchmark's")
+    write.add_argument("--per_tag", type=int, default=16, help="prompts of each tag, for `scenes` (default: %(default)s)")
+    add_model_flags(write)
+    check = actions.add_parser("check", help="does the evaluator find everything?", allow_abbrev=False)
+    check.add_argument("folder", type=pathlib.Path)
+    check.add_argument("--prompts", help="compare with this file, or `scenes`")
+    check.add_argument("--images_per_prompt", type=int, help="default: as it was written, else 4")
+    check.add_argument("--per_tag", type=int, help="for `scenes` (default: as it was written)")
+    score = actions.add_parser("score", help="check pictures of the built-in scenes' prompts exactly", allow_abbrev=False)
+    score.add_argument("folder", type=pathlib.Path)
+    score.add_argument("--output", type=pathlib.Path, help="default: FOLDER.results.jsonl beside the folder")
+    summary = actions.add_parser("summary", help="scores from the evaluator's results", allow_abbrev=False)
+    summary.add_argument("results", type=pathlib.Path, help="results.jsonl")
+    summary.add_argument("--output", type=pathlib.Path, help="JSON file for the scores")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Does one action.
+
+    Raises:
+      ValueError, FileNotFoundError: bad input; what was written before stays.
+    """
+    {"write": write, "check": check, "score": score, "summary": summary}[options.action](options)
+
+
+def read_entries(prompts: str, per_tag: int) -> list[dict[str, Any]]:
+    """The benchmark's prompts, one mapping a folder.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file, or a line of it is not a prompt (named by number).
+    """
+    return scene_prompts(per_tag) if prompts == SCENES else read_objects(pathlib.Path(prompts), NEEDED)
+
+
+def write(options: argparse.Namespace) -> None:
+    """Writes `<index>/metadata.jsonl` and `<index>/samples/<sample>.png`, numbers of five digits from zero."""
+    if options.images_per_prompt < 1:
+        raise ValueError(f"--images_per_prompt is {options.images_per_prompt}; it must be at least 1")
+    entries, count = read_entries(options.prompts, options.per_tag), options.images_per_prompt
+    targets = [
+        Target(options.out / f"{index:05d}" / "samples" / f"{sample:05d}.png", entry["prompt"], (index * count + sample,))
+        for index, entry in enumerate(entries) for sample in range(count)]
+
+    def prepare() -> None:
+        for index, entry in enumerate(entries):
+            write_bytes(options.out / f"{index:05d}" / "metadata.jsonl", json.dumps(entry).encode("utf-8"))
+
+    settings = {"prompts": run_settings.digest(json.dumps(entries)), "count": len(entries), "images_per_prompt": count}
+    settings |= {"per_tag": options.per_tag} if options.prompts == SCENES else {}
+    draw_folder(options, "geneval", targets, settings, prepare)
+
+
+def _numbered_folders(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The folders that the evaluator enters: those whose names are digits.
+
+    Raises:
+      FileNotFoundError: no such folder, or none in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder {folder} does not exist; give the --out of `geneval write`")
+    found = sorted((path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()), key=lambda path: int(path.name))
+    if not found:
+        raise FileNotFoundError(f"folder {folder} holds no numbered folders such as 00000; give the --out of `geneval write`")
+    return found
+
+
+def _metadata(folder: pathlib.Path) -> dict[str, Any]:
+    """The one JSON object of `metadata.jsonl`.
+
+    Raises:
+      ValueError: it is missing, or anything else.
+    """
+    path = folder / "metadata.jsonl"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not one JSON object ({error})") from error
+    wrong = [name for name, kind in NEEDED.items() if not isinstance(value, dict) or not isinstance(value.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{path} has no {' and no '.join(wrong)}")
+    return value
+
+
+def _taken(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The pictures of a numbered folder by their number."""
+    samples = folder / "samples"
+    found = [path for path in samples.iterdir() if path.is_file() and PICTURE.fullmatch(path.name)] if samples.is_dir() else []
+    return sorted(found, key=lambda path: (int(path.stem), path.name))
+
+
+def _sample_problems(folder: pathlib.Path, expected: int) -> list[str]:
+    """What is wrong with the names and the number of a numbered folder's samples."""
+    samples, problems = folder / "samples", []
+    if not samples.is_dir():
+        return [f"{samples} is missing"]
+    for path in sorted(samples.iterdir()):
+        if not PICTURE.match(path.name):
+            problems.append(f"{path} is passed over by the evaluator; samples are PNG files with digits for names")
+        elif not PICTURE.fullmatch(path.name):
+            problems.append(f"{path} is taken for a picture by the evaluator; delete it")
+    count = len(_taken(folder))
+    return problems + ([f"{samples} holds {count} pictures instead of {expected}"] if count != expected else [])
+
+
+def folder_problems(folder: pathlib.Path, entries: Sequence[dict] | None, images_per_prompt: int) -> list[str]:
+    """What would keep the evaluator from scoring a folder as it was meant, in sentences; [] for a good one.
+
+    Args:
+      folder: with one numbered folder a prompt.
+      entries: the prompts that it should hold; None takes those it has, which must be numbered without a gap.
+      images_per_prompt: pictures of each.
+
+    Raises:
+      FileNotFoundError: there is nothing to check.
+    """
+    found, problems, pictures = _numbered_folders(folder), [], []
+    numbers = [int(path.name) for path in found]
+    expected = len(entries) if entries is not None else numbers[-1] + 1
+    problems += [f"{folder / f'{number:05d}'} is missing" for number in sorted(set(range(expected)) - set(numbers))]
+    problems += [f"{path} is more than the {expected} prompts" for path in found if int(path.name) >= expected]
+    problems += [f"{path} has the number of another folder" for path, before in zip(found[1:], numbers) if int(path.name) == before]
+    for path in found:
+        try:
+            entry = _metadata(path)
+            if entries is not None and int(path.name) < expected and entry != entries[int(path.name)]:
+                problems.append(f"{path / 'metadata.jsonl'} is not line {int(path.name) + 1} of the prompts")
+        except ValueError as error:
+            problems.append(str(error))
+        problems += _sample_problems(path, images_per_prompt)
+        pictures += _taken(path)
+    return problems + content_problems(pictures)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Reports everything that the evaluator would not find or would misread."""
+    settings = run_settings.read(options.folder)
+    per_tag = options.per_tag or settings.get("per_tag", 16)
+    entries = read_entries(options.prompts, per_tag) if options.prompts else None
+    count = options.images_per_prompt or settings.get("images_per_prompt", 4)
+    problems = folder_problems(options.folder, entries, count)
+    if entries is None and "count" in settings and len(_numbered_folders(options.folder)) != settings["count"]:
+        problems.append(f"{options.folder} was begun with {settings['count']} prompts; run `geneval write` again to finish it")
+    refuse(problems, str(options.folder))
+    found = _numbered_folders(options.folder)
+    print(f"{options.folder}: {len(found)} prompts with {count} pictures each, as the evaluator reads them")
+
+
+def _boxes(scene: Scene, side: int) -> dict[str, list[list[float]]]:
+    """The objects seen, as the evaluator lists them: class -> [x0, y0, x1, y1, confidence], a box being the object's cell."""
+    half, found = side / 2, {}
+    for item in scene.objects:
+        x, y = item.column * half, item.row * half
+        found.setdefault(item.shape, []).append([x, y, x + half, y + half, 1.0])
+    return found
+
+
+def _words(scene: Scene) -> str:
+    return ", ".join(f"{item.size} {item.colour} {item.shape}" for item in scene.objects) or "no object"
+
+
+def _seen(file: pathlib.Path) -> tuple[np.ndarray, Scene]:
+    """A picture, uint8 [S, S, 3], and the scene that it shows."""
+    problem = picture_problem(file)
+    if problem:
+        raise ValueError(f"{file} {problem}; run `geneval write` again")
+    with Image.open(file) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    try:
+        return pixels, read_picture(pixels)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def score_scenes(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """One record a picture, of the form of the evaluator's results, from the exact checker of the built-in scenes.
+
+    Raises:
+      FileNotFoundError: there is nothing to score.
+      ValueError: the prompts are not of the built-in scenes, or a picture cannot be read.
+    """
+    records = []
+    for path in _numbered_folders(folder):
+        entry = _metadata(path)
+        strange = sorted({item["class"] for item in entry["include"]} - set(SHAPES))
+        if strange:
+            raise ValueError(f"{path} asks for {strange[0]!r}, which is not in the built-in scenes; run the official evaluator")
+        for file in _taken(path):
+            pixels, scene = _seen(file)
+            right = check_scene(entry, scene)
+            records.append({
+                "filename": str(file), "tag": entry["tag"], "prompt": entry["prompt"], "correct": right,
+                "reason": "" if right else f"found {_words(scene)}", "metadata": json.dumps(entry),
+                "details": json.dumps(_boxes(scene, pixels.shape[0]))})
+    if not records:
+        raise ValueError(f"{folder} holds no pictures; run `geneval write` first")
+    return records
+
+
+def score(options: argparse.Namespace) -> None:
+    """Writes the checker's results beside the folder and prints their summary."""
+    folder = options.folder.resolve()
+    output = options.output or folder.with_name(f"{folder.name}.results.jsonl")
+    records = score_scenes(options.folder)
+    write_bytes(output, "".join(json.dumps(record) + "\n" for record in records).encode("utf-8"))
+    print(f"{output}: {len(records)} results")
+    print(_report(summarise(records)))
+
+
+def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Scores of the tags and their mean, as summary_scores.py of the benchmark computes them, with intervals.
+
+    Returns:
+      "overall" and "tags" as of `grouped_scores`; "correct_prompts", the share of prompts with at least one right picture;
+      "warnings" in sentences.
+    """
+    prompts = [record["metadata"] if isinstance(record["metadata"], str) else json.dumps(record["metadata"]) for record in records]
+    scores = grouped_scores((record["tag"], prompt, record["correct"]) for record, prompt in zip(records, prompts))
+    right = dict.fromkeys(prompts, False)
+    for record, prompt in zip(records, prompts):
+        right[prompt] |= bool(record["correct"])
+    folders = [str(pathlib.Path(record["filename"]).parent.parent) for record in records]
+    return {
+        "overall": scores["overall"], "tags": scores["groups"], "correct_prompts": sum(right.values()) / len(right),
+        "warnings": uneven(collections.Counter(folders))}
+
+
+def _report(scores: dict[str, Any]) -> str:
+    lines = [table({"overall": scores["overall"], "groups": scores["tags"]}, "overall (mean of tags)")]
+    lines.append(f"prompts with a right picture: {100 * scores['correct_prompts']:.2f} %")
+    return "\n".join(lines + [f"note: {warning}" for warning in scores["warnings"]])
+
+
+def summary(options: argparse.Namespace) -> None:
+    """Prints the scores of a results file, and writes them as JSON."""
+    scores = summarise(read_objects(options.results, RESULT))
+    print(_report(scores))
+    if options.output:
+        write_json(options.output, scores)

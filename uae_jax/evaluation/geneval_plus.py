@@ -1,0 +1,134 @@
+"""GenEval++: pictures of its prompts as its judge's script reads them, and what the judge found (yejy53/Echo-4o).
+
+    python -m uae_jax.evaluate geneval_plus write --prompts=Geneval++.jsonl --out=image --checkpoint=RUN
+    python -m uae_jax.evaluate geneval_plus check image --prompts=Geneval++.jsonl
+    (the official Eval-gpt-4.1-geneval++.py, whose paths are constants at its top: Geneval++.jsonl, image, Output.json)
+    python -m uae_jax.evaluate geneval_plus summary Output.json
+
+One JPEG a prompt, named by the prompt's number from 1. `write` goes on where it was interrupted.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from uae_jax.evaluation import run_settings
+from uae_jax.evaluation.drawing import draw_folder
+from uae_jax.evaluation.grouped_scores import grouped_scores, table
+from uae_jax.evaluation.json_files import read_objects, refuse, write_json
+from uae_jax.evaluation.picture_files import Target, content_problems
+from uae_jax.model_flags import add_model_flags
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `write`, `check` and `summary`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", help="write, check or summary")
+    write = actions.add_parser("write", help="draw the prompts", allow_abbrev=False)
+    write.add_argument("--prompts", type=pathlib.Path, required=True, help="Geneval++.jsonl, or Geneval++.txt")
+    write.add_argument("--out", type=pathlib.Path, required=True, help="folder of the pictures")
+    add_model_flags(write)
+    check = actions.add_parser("check", help="does the judge's script find everything?", allow_abbrev=False)
+    check.add_argument("folder", type=pathlib.Path)
+    check.add_argument("--prompts", type=pathlib.Path, help="count the prompts of this file (default: as it was written)")
+    summary = actions.add_parser("summary", help="scores from the judge's answers", allow_abbrev=False)
+    summary.add_argument("results", type=pathlib.Path, help="Output.json")
+    summary.add_argument("--output", type=pathlib.Path, help="JSON file for the scores")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Does one action.
+
+    Raises:
+      ValueError, FileNotFoundError: bad input; what was written before stays.
+    """
+    {"write": write, "check": check, "summary": summary}[options.action](options)
+
+
+def read_prompts(path: pathlib.Path) -> list[str]:
+    """Prompts of `Geneval++.jsonl` or, one a line, of a `.txt` file; blank lines do not count, as in the official script.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file, an empty one, or a line that is not a prompt (named by number).
+    """
+    if path.suffix != ".txt":
+        return [entry["prompt"].strip() for entry in read_objects(path, {"prompt": str, "tag": str})]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the file of the benchmark")
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} is empty; give the file of the benchmark")
+    return prompts
+
+
+def write(options: argparse.Namespace) -> None:
+    """Writes `1.jpg`, `2.jpg`, ..."""
+    prompts = read_prompts(options.prompts)
+    targets = [Target(options.out / f"{index + 1}.jpg", prompt, (index,)) for index, prompt in enumerate(prompts)]
+    draw_folder(options, "geneval_plus", targets, {"prompts": run_settings.digest("\n".join(prompts)), "count": len(prompts)})
+
+
+def check(options: argparse.Namespace) -> None:
+    """Reports pictures that the judge's script would count as wrong or stop at."""
+    folder = options.folder
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder {folder} does not exist; give the --out of `geneval_plus write`")
+    count = len(read_prompts(options.prompts)) if options.prompts else run_settings.read(folder).get("count")
+    if count is None:
+        raise ValueError(f"nothing says how many pictures {folder} should hold; give --prompts=Geneval++.jsonl")
+    expected = [folder / f"{number}.jpg" for number in range(1, count + 1)]
+    problems = content_problems(expected)
+    problems += [f"{path} is not read by the judge's script" for path in sorted(set(folder.iterdir()) - set(expected))]
+    refuse(problems, str(folder))
+    print(f"{folder}: {count} pictures, as the judge's script reads them")
+
+
+def read_results(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The judged prompts of `Output.json`: {"id", "tag", "correct" (1, 0, or -1 where the judge failed), "reason"}.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it has another form; the message names the result.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the output of Eval-gpt-4.1-geneval++.py")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); give the output of Eval-gpt-4.1-geneval++.py") from error
+    results = value.get("overall_results") if isinstance(value, dict) else None
+    if not isinstance(results, list) or not results:
+        raise ValueError(f"{path} has no overall_results; give the output of Eval-gpt-4.1-geneval++.py")
+    found = []
+    for number, result in enumerate(results, 1):
+        try:
+            judged = result["result"]
+            found.append({"id": result["id"], "tag": str(result["tag"]), "correct": judged.get("correct", 0), "reason": str(judged.get("reason", ""))})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: result {number} has not the fields id, tag and result ({error})") from error
+    return found
+
+
+def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy of the tags and their mean as the official script computes them, with intervals.
+
+    A picture is right where the verdict is 1. Prompts that the judge failed on count as wrong there; `warnings` says how
+    many they are, and how many pictures were missing.
+    """
+    scores = grouped_scores((result["tag"], str(result["id"]), result["correct"] == 1) for result in results)
+    unjudged = [result["id"] for result in results if result["correct"] not in (0, 1)]
+    missing = [result["id"] for result in results if result["reason"] == "Image not found"]
+    warnings = [f"{len(ids)} {what} and count as wrong, such as number {ids[0]}"
+                for ids, what in ((unjudged, "pictures were not judged"), (missing, "pictures were missing")) if ids]
+    return {"overall": scores["overall"], "tags": scores["groups"], "warnings": warnings}
+
+
+def summary(options: argparse.Namespace) -> None:
+    """Prints the scores of a results file, and writes them as JSON."""
+    scores = summarise(read_results(options.results))
+    print(table({"overall": scores["overall"], "groups": scores["tags"]}, "overall (mean of tags)"))
+    for warning in scores["warnings"]:
+        print(f"note: {warning}")
+    if options.output:
+        write_json(options.output, scores)

@@ -1,0 +1,242 @@
+"""MMT-Bench: a model's answers in the tables that VLMEvalKit and the EvalAI server read, and what they score.
+
+    python -m uae_jax.evaluate mmt answer --data=MMT-Bench_VAL.tsv --out=OUT --name=uae --checkpoint=RUN
+    python -m uae_jax.evaluate mmt check OUT/uae_MMT-Bench_VAL.tsv --data=MMT-Bench_VAL.tsv
+    python -m uae_jax.evaluate mmt summary OUT/uae_MMT-Bench_VAL.tsv
+
+`answer` writes `<name>_<data>.tsv` and `.xlsx`, the columns of the benchmark without its images and with `prediction`; it goes
+on where it was interrupted. For the ALL split, whose answers are not public, it also writes the file to submit,
+`<name>_<data>_exact_matching_submission.tsv`. The files of several images an item (`_MI`) work as well.
+`summary` scores by exact matching, and also reads VLMEvalKit's own `*_result.xlsx` with what its judge decided.
+"""
+
+import argparse
+import ast
+import base64
+import binascii
+import io
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from PIL import Image
+from tqdm import tqdm
+
+from uae_jax.evaluation import run_settings
+from uae_jax.evaluation.json_files import refuse, write_json
+from uae_jax.evaluation.mmt_scores import UNDECIDED, chosen_letter, options_of, scores
+from uae_jax.evaluation.records import RecordLog, read_records
+from uae_jax.evaluation.tables import MISSING, Line, read_table, read_tsv, write_tsv, write_xlsx
+from uae_jax.model_flags import add_model_flags, load_model
+
+if TYPE_CHECKING:
+    from uae_jax.stages.inference import Inference, Row
+
+REFERENCE = 64  # a shorter value of `image` is the index of the row that has the image
+NEEDED = ("index", "question", "A")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `answer`, `check` and `summary`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", help="answer, check or summary")
+    answer = actions.add_parser("answer", help="answer the questions", allow_abbrev=False)
+    answer.add_argument("--data", type=pathlib.Path, required=True, help="MMT-Bench_VAL.tsv, or another TSV of this form")
+    answer.add_argument("--out", type=pathlib.Path, required=True, help="folder of the tables")
+    answer.add_argument("--name", default="uae_jax", help="of the model, the first part of the file names (default: %(default)s)")
+    answer.add_argument("--image_root", type=pathlib.Path, help="where relative image_path values start (default: beside --data)")
+    add_model_flags(answer)
+    check = actions.add_parser("check", help="is every item answered?", allow_abbrev=False)
+    check.add_argument("table", type=pathlib.Path)
+    check.add_argument("--data", type=pathlib.Path, required=True, help="the benchmark's TSV")
+    summary = actions.add_parser("summary", help="accuracy", allow_abbrev=False)
+    summary.add_argument("table", type=pathlib.Path, help="a table of `answer`, or VLMEvalKit's *_result.xlsx or .tsv")
+    summary.add_argument("--output", type=pathlib.Path, help="JSON file for the scores")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Does one action.
+
+    Raises:
+      ValueError, FileNotFoundError: bad input; what was written before stays.
+    """
+    {"answer": answer, "check": check, "summary": summary}[options.action](options)
+
+
+def read_items(path: pathlib.Path) -> list[Line]:
+    """The items without their images, in the order of the file; items whose image is missing are none, as in VLMEvalKit.
+
+    Raises:
+      FileNotFoundError, ValueError: the table cannot be read, lacks a column, or has an index twice.
+    """
+    found: dict[str, Line] = {}
+    for row in read_tsv(path):
+        absent = [name for name in NEEDED if name not in row] + (["image or image_path"] if not {"image", "image_path"} & set(row) else [])
+        if absent:
+            raise ValueError(f"{path} has no column {', '.join(absent)}; give a TSV of MMT-Bench")
+        if row["index"] in found:
+            raise ValueError(f"{path} has the index {row['index']} twice")
+        if row.pop("image", "image") not in MISSING:
+            found[row["index"]] = row
+    if not found:
+        raise ValueError(f"{path} has no item with an image")
+    return list(found.values())
+
+
+def question_text(row: Mapping[str, str]) -> str:
+    """The benchmark's prompt: hint, question, options and the request to choose."""
+    hint = f"Hint: {row['hint']}\n" if row.get("hint", "") not in MISSING else ""
+    options = options_of(row)
+    choices = "".join(f"{letter}. {text}\n" for letter, text in options.items())
+    request = f"Options:\n{choices}Please select the correct answer from the options above. \n" if options else ""
+    return f"{hint}Question: {row['question']}\n{request}"
+
+
+def _listed(value: str) -> list[str]:
+    """A field that may be a list written as text."""
+    return [str(part) for part in ast.literal_eval(value)] if value.startswith("[") and value.endswith("]") else [value]
+
+
+def _decoded(text: str) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text))) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, binascii.Error, Image.DecompressionBombError) as error:
+        raise ValueError(f"its image cannot be decoded ({error})") from error
+
+
+def _opened(name: str, roots: Sequence[pathlib.Path]) -> Image.Image:
+    found = next((root / name for root in roots if (root / name).is_file()), None)
+    if found is None:
+        raise ValueError(f"its image {name} is in none of {', '.join(map(str, roots))}; give --image_root")
+    try:
+        with Image.open(found) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"its image {found} cannot be decoded ({error})") from error
+
+
+def item_images(path: pathlib.Path, wanted: set[str], image_root: pathlib.Path | None) -> Iterator[tuple[str, Callable[[], list[Image.Image]]]]:
+    """(index, a function that decodes its images) of the wanted items; the file is read as they are asked for.
+
+    Images are base64 text in `image`, one or a list; short values name the row that has the image. Without this column they
+    are files named in `image_path`.
+    """
+    roots = [pathlib.Path(), path.parent, path.parent / "images" / path.stem] if image_root is None else [image_root]
+    pointers = {row["index"]: row["image"] for row in read_tsv(path)
+                if row["index"] in wanted and row.get("image", "") not in MISSING and len(row["image"]) <= REFERENCE}
+    targets = set(pointers.values())
+    shared = {row["index"]: row["image"] for row in read_tsv(path) if row["index"] in targets} if targets else {}
+
+    def images(row: Line) -> list[Image.Image]:
+        if "image" not in row:
+            return [_opened(name, roots) for name in _listed(row["image_path"])]
+        text = shared.get(row["image"], row["image"])
+        if len(text) <= REFERENCE:
+            raise ValueError(f"its image is that of row {row['image']}, which has none")
+        return [_decoded(part) for part in _listed(text)]
+
+    for row in read_tsv(path):
+        if row["index"] in wanted:
+            yield row["index"], lambda row=row: images(row)
+
+
+def write_answers(
+    engine: "Inference", items: Sequence[Line], log: RecordLog, path: pathlib.Path, image_root: pathlib.Path | None) -> dict[str, str]:
+    """Answers what the log lacks, a batch at a time, and returns {index: error} of items that could not be.
+
+    Args:
+      engine: the model.
+      items: of `read_items`.
+      log: {"index", "prediction"} a line.
+      path: the benchmark's TSV.
+      image_root: see `item_images`.
+    """
+    from uae_jax.stages.inference import Row  # seconds of imports, which the other actions do not need
+
+    numbers = {row["index"]: number for number, row in enumerate(items)}
+    missing, errors = set(numbers) - {record["index"] for record in log.records}, {}
+
+    def rows() -> Iterator["Row"]:
+        for index, images in item_images(path, missing, image_root):
+            number = numbers[index]
+            try:
+                yield Row(number, number, engine.question_fields(question_text(items[number]), images()))
+            except ValueError as error:
+                errors[index] = " ".join(str(error).split())
+
+    with tqdm(total=len(items), initial=len(items) - len(missing), desc="mmt", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+        for row, said in engine.captions(rows()):
+            log.append({"index": items[row.index]["index"], "prediction": said})
+            bar.update(1)
+    return errors
+
+
+def _is_integer(text: str) -> bool:
+    return text.lstrip("-").isdigit()
+
+
+def _submission(rows: Sequence[Line]) -> list[Line]:
+    """The table that EvalAI takes: names in lower case, the chosen option in `opt`, why in `log`, by index."""
+    found = []
+    for row in sorted(rows, key=lambda row: (int(row["index"]) if _is_integer(row["index"]) else 0, row["index"])):
+        letter = chosen_letter(row["prediction"], options_of(row))
+        lower = {name if len(name) == 1 and name.isupper() else name.lower(): value for name, value in row.items()}
+        found.append(lower | {"opt": letter or UNDECIDED, "log": row["prediction"] if letter else "no option is named"})
+    return found
+
+
+def answer(options: argparse.Namespace) -> None:
+    """Answers all items and writes the tables. Items whose images cannot be read are left empty and reported at the end."""
+    items = read_items(options.data)
+    stem = options.out / f"{options.name}_{options.data.stem}"
+    answers = stem.with_name(f"{stem.name}.answers.jsonl")
+    options.temperature = options.temperature or 0.0
+    model = load_model(options, len(items))
+    told = run_settings.digest("".join(question_text(row) for row in items))
+    run_settings.begin(answers, {"benchmark": "mmt", **run_settings.model_settings(options, model, run_settings.ANSWERING), "questions": told, "count": len(items)})
+    with RecordLog(answers) as log:
+        errors = write_answers(model.engine, items, log, options.data, options.image_root)
+    said = {record["index"]: record["prediction"] for record in read_records(answers)}
+    rows = [row | {"prediction": said.get(row["index"], "")} for row in items]
+    write_tsv(stem.with_name(f"{stem.name}.tsv"), rows)
+    write_xlsx(stem.with_name(f"{stem.name}.xlsx"), rows, ["index"] if all(_is_integer(row["index"]) for row in rows) else [])
+    if "answer" not in items[0]:
+        write_tsv(stem.with_name(f"{stem.name}_exact_matching_submission.tsv"), _submission(rows))
+    print(f"{stem}.tsv: {len(said)} of {len(items)} items answered")
+    refuse([f"item {index}: {error}" for index, error in errors.items()], str(options.data))
+
+
+def check(options: argparse.Namespace) -> None:
+    """Reports items without an answer, and items that the benchmark has not."""
+    rows = read_table(options.table)
+    absent = [name for name in ("index", "prediction") if name not in rows[0]]
+    if absent:
+        raise ValueError(f"{options.table} has no column {' and no column '.join(absent)}; give a table of `mmt answer`")
+    said = {row["index"]: row["prediction"] for row in rows}
+    items = {row["index"]: row for row in read_items(options.data)}
+    problems = [f"item {index} is missing" for index in items if index not in said]
+    problems += [f"item {index} is not in {options.data}" for index in said if index not in items]
+    problems += [f"{len(rows) - len(said)} items stand twice"] if len(rows) != len(said) else []
+    changed = [row["index"] for row in rows if row["index"] in items and row.get("question") != items[row["index"]]["question"]]
+    problems += [f"item {index} has another question than {options.data}" for index in changed]
+    refuse(problems, str(options.table))
+    print(f"{options.table}: {len(rows)} items, all answered")
+    empty = sum(not text.strip() for text in said.values())
+    if empty:
+        print(f"note: {empty} predictions are empty and count as wrong")
+
+
+def summary(options: argparse.Namespace) -> None:
+    """Prints the accuracy, and writes it as JSON."""
+    found = scores(read_table(options.table))
+    overall = found["overall"]
+    print(f"overall  {100 * overall['value']:.2f} %  [{100 * overall['low']:.2f}, {100 * overall['high']:.2f}]  {overall['n']} items")
+    for name, score in found.get("meta_tasks", {}).items():
+        print(f"  {name}: {100 * score['value']:.2f} %  [{100 * score['low']:.2f}, {100 * score['high']:.2f}]  {score['n']} items")
+    if "mean_of_meta_tasks" in found:
+        print(f"mean of meta-tasks  {100 * found['mean_of_meta_tasks']:.2f} %")
+    if found.get("undecided"):
+        print(f"note: {found['undecided']} predictions name no option and count as wrong")
+    if options.output:
+        write_json(options.output, found)

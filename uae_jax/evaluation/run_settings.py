@@ -1,0 +1,108 @@
+"""What a benchmark folder was written with, kept beside it, so that it is never continued with something else."""
+
+import argparse
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from uae_jax.evaluation.json_files import write_json
+
+if TYPE_CHECKING:
+    from uae_jax.api import Model
+
+PIECE, PIECES = 4096, 16  # bytes of a weight file that are looked at
+WEIGHTS = (".safetensors", ".bin", ".pt", ".json")
+# what a result follows from; the other settings only decide how fast it comes
+DRAWING = ("seed", "steps", "guidance_scale", "size", "negative_prompt", "shift", "schedule", "policy_condition")
+ANSWERING = ("seed", "temperature", "top_p", "max_new_tokens")
+NOT_COMPARED = ("model",)  # a folder may be moved; its content is what counts
+
+
+def settings_file(output: pathlib.Path) -> pathlib.Path:
+    """`OUT.settings.json` beside a folder or file `OUT`: DPG-Bench takes every file inside its folder for a picture."""
+    output = output.resolve()
+    return output.with_name(f"{output.name}.settings.json")
+
+
+def digest(text: str) -> str:
+    """Sixteen hexadecimal digits that stand for a text."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def weights_digest(checkpoint: str) -> str:
+    """Sixteen hexadecimal digits for the weights and configs behind `--checkpoint`, from samples of every file.
+
+    A workdir that has trained on under the same name gives other digits. At most 64 KB of each file are read.
+
+    Raises:
+      FileNotFoundError: no model there.
+    """
+    from uae_jax.stages.weights import model_folder  # seconds of imports, which checks and summaries do not need
+
+    folder, state = model_folder(checkpoint), hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in WEIGHTS and path.is_file()):
+        length = path.stat().st_size
+        state.update(f"{path.relative_to(folder).as_posix()} {length} ".encode())
+        with path.open("rb") as file:
+            for number in range(PIECES):
+                file.seek(max(length - PIECE, 0) * number // (PIECES - 1))
+                state.update(file.read(PIECE))
+    return state.hexdigest()[:16]
+
+
+def model_settings(options: argparse.Namespace, model: "Model", names: tuple[str, ...]) -> dict[str, Any]:
+    """The weights and the settings called `names`, for `begin`.
+
+    Args:
+      options: flags of `model_flags.add_model_flags`.
+      model: what they gave.
+      names: `DRAWING` or `ANSWERING`.
+    """
+    values = {name: getattr(model.settings, name) for name in names}
+    return {
+        "model": options.checkpoint or "built-in", "weights": weights_digest(options.checkpoint), "dtype": options.dtype,
+        "adapters": not options.without_adapters, **values}
+
+
+def begin(output: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Notes the settings beside `output`, or compares them with those that it was begun with.
+
+    Args:
+      output: the folder or file that is written.
+      settings: JSON values.
+
+    Raises:
+      ValueError: it was begun with other settings, or it holds files and no note says how they were made.
+    """
+    path, settings = settings_file(output), json.loads(json.dumps(settings))
+    if not (output.is_file() or output.is_dir() and any(output.iterdir())):
+        write_json(path, settings)
+        return
+    if not path.is_file():
+        raise ValueError(f"{output} is not empty and {path.name} is not beside it, so it cannot be continued; choose another --out")
+    before = read(output)
+    changed = [name for name in sorted({*before, *settings} - set(NOT_COMPARED)) if before.get(name) != settings.get(name)]
+    if changed:
+        changed += ["model"] if "weights" in changed else []
+        was, now = (", ".join(f"{name}={values.get(name)}" for name in changed) for values in (before, settings))
+        raise ValueError(f"{output} was begun with {was}, now it is {now}; use the same settings to continue, or another --out")
+
+
+def read(output: pathlib.Path) -> dict[str, Any]:
+    """The settings beside `output`, {} without any.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = settings_file(output)
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); delete it together with {output}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no settings; delete it together with {output}")
+    return found
