@@ -23,8 +23,8 @@ import pytest  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
-    """Whole runs come first: a parallel worker that met them last would work on alone."""
-    items.sort(key=lambda item: (item.path.name != "test_run.py", "stages" not in item.path.parts))
+    """The longest files come first: a parallel worker that met them last would work on alone."""
+    items.sort(key=lambda item: (item.path.name not in ("test_run.py", "test_notebooks.py"), "stages" not in item.path.parts))
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import jax
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from programs import compiler_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
@@ -58,7 +59,7 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
     notebook = read(path)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "UAE_STEPS": "1", "UAE_IMAGES": "8", "TMPDIR": str(tmp_path),
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PIP_NO_INDEX": "1", "IPYTHONDIR": str(tmp_path / "ipython"),
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiler_flags(), "PIP_NO_INDEX": "1", "IPYTHONDIR": str(tmp_path / "ipython"),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
     client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
     client.execute(env=environment)

@@ -1,10 +1,36 @@
-"""What the commands with a configuration file share: its neighbours can be imported, and wrong flags are one line."""
+"""What the commands share: expected errors and warnings are one line; configuration files can import their neighbours."""
 
+import contextlib
 import pathlib
 import re
 import sys
+import warnings
+from collections.abc import Iterator
 
 from absl import flags
+
+
+def error_line(error: BaseException) -> str:
+    """What is printed of an expected error."""
+    return f"error: {' '.join(str(error).split())}"
+
+
+def plain_warning(message: Warning | str, *where: object) -> None:
+    """One line of a warning, for `warnings.showwarning`."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turns expected errors inside into one line and exit code 1, warnings into a line each."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = plain_warning
+            yield
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(error_line(error))
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; what was written stays")
 
 
 def config_file() -> str | None:

@@ -16,6 +16,8 @@ import os
 import pathlib
 import sys
 
+from uae_jax.command_line import plain_errors
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 IMPORTED = {
@@ -117,10 +119,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     # nothing here computes more than a random projector: an accelerator would only be occupied
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    try:
+    with plain_errors():
         code = {"check": _check, "export": _export, "import": _import}[options.command](options)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
     if code:
         sys.exit(code)
 

@@ -9,11 +9,10 @@ The pictures are compared under the encoders that the checkpoint holds, and thos
 
 import argparse
 import os
-import sys
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from uae_jax.command_line import plain_errors
 from uae_jax.model_flags import add_model_flags, load_model
 
 if TYPE_CHECKING:
@@ -160,13 +159,9 @@ def open_page(options: argparse.Namespace) -> "gradio.Blocks":
 def main(arguments: list[str] | None = None) -> None:
     """The command line; every expected error is one line and exit code 1."""
     options = _parser().parse_args(arguments)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *where: print(f"warning: {message}", file=sys.stderr)
-            page = open_page(options)
+    with plain_errors():
+        page = open_page(options)
         page.launch(server_name=options.host, server_port=options.port, share=options.share, css=STYLE)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import argparse
 import importlib
 import os
 import sys
-import warnings
+
+from uae_jax.command_line import plain_errors
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -45,14 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line; every expected error is one line and exit code 1, and what was written before stays."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser(next((word for word in arguments if not word.startswith("-")), "")).parse_args(arguments)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *where: print(f"warning: {message}", file=sys.stderr)
-            options.run(options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted; what was written stays")
+    with plain_errors():
+        options.run(options)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ import json
 import os
 import pathlib
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from uae_jax.command_line import plain_errors
 from uae_jax.model_flags import add_model_flags, load_model
 
 if TYPE_CHECKING:
@@ -124,14 +124,8 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command line; every expected error is one line and exit code 1."""
     options = _parser().parse_args(arguments)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *where: print(f"warning: {message}", file=sys.stderr)
-            run(options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted; what was written stays")
+    with plain_errors():
+        run(options)
 
 
 if __name__ == "__main__":

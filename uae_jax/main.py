@@ -15,7 +15,7 @@ import warnings
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from uae_jax.command_line import import_configs, parse_flags
+from uae_jax.command_line import error_line, import_configs, parse_flags, plain_warning
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/unified_grpo.py[:PRESET].", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics, samples, report and export; the same one continues.")
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown argument {argv[1]!r}; options start with --")
     if logging.get_verbosity() == logging.INFO and not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)  # checkpointing alone writes twenty lines a save
-    warnings.showwarning = lambda message, *where: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = plain_warning
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value).absolute()
     from uae_jax.training import processes
     from uae_jax.training.signals import StopTraining
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
     except (ValueError, FileNotFoundError, FloatingPointError, ImportError, ConnectionError) as error:
-        processes.leave(f"error: {' '.join(str(error).split())}", 1)
+        processes.leave(error_line(error), 1)
     except Exception as error:
         if processes.lost_process(error):
             reason = str(error).splitlines()[0]

@@ -15,7 +15,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from uae_jax.command_line import import_configs, parse_flags
+from uae_jax.command_line import import_configs, parse_flags, plain_errors
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/unified_grpo.py[:PRESET].", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice such as v6e:8x8 or v5p:4x4x4, gpu:8xH200, or cpu:8.")
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     from uae_jax.planning.table import as_json, text_table
 
     config = _CONFIG.value.to_dict()
-    try:
+    with plain_errors():
         if "phases" in config:
             raise ValueError("configs/bootstrap.py has no stages to plan; give a configuration that has, such as configs/unified_grpo.py")
         if _JSON.value and not pathlib.Path(_JSON.value).absolute().parent.is_dir():
@@ -55,8 +55,6 @@ def main(argv: list[str]) -> None:
         plans, topology, sizes = make_plan(
             config, _TOPOLOGY.value, tuple(_STAGES.value),
             lambda plan: print(f"{plan.stage}: {gib(plan.memory.peak):.2f} GiB a device", file=sys.stderr, flush=True))
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
     print(text_table(plans, topology, sizes, config["preset"]))
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(as_json(plans, topology, sizes, config["preset"]))

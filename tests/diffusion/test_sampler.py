@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import jit_as_users_do
 
 from uae_jax.diffusion import sampler
 from uae_jax.diffusion.schedule import sigma_schedule
@@ -176,13 +177,13 @@ def test_replay_equals_the_rollout_bit_for_bit(rule, start, size):
     def predict(params):
         return _predict(params, context, negative_context=negative, guidance_scale=4.5)
 
-    @jax.jit
+    @jit_as_users_do
     def rollout(params, start):
         return sampler.sample_window(
             predict(params), _noise(), SIGMAS, rule, start, size, _keys()
         )
 
-    @jax.jit
+    @jit_as_users_do
     def replay(params, trajectory):
         return sampler.replay_window(
             predict(params), *trajectory[:2], trajectory.sigma_indices, SIGMAS, rule

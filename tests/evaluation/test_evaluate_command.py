@@ -10,6 +10,7 @@ import sys
 import pytest
 from matplotlib import cbook
 from PIL import Image
+from programs import compiler_flags
 
 from uae_jax import evaluate
 
@@ -37,7 +38,7 @@ def test_unknown_commands_and_flags_are_told(capsys):
 
 
 def run(folder, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": compiler_flags()}
     return subprocess.run(
         [sys.executable, "-m", "uae_jax.evaluate", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+from programs import compiler_flags
 from stage_pieces import STAGES, changed, check_same_step, linear, make_run, one_step
 
 HERE = pathlib.Path(__file__).parent
@@ -33,7 +34,7 @@ def start(count: int, devices: int, command, folder: pathlib.Path) -> list[subpr
     coordinator = f"localhost:{free_port()}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "SLURM_", "TPU_"))} | {
         "PYTHONPATH": str(HERE.parents[1]), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "HF_HUB_OFFLINE": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "TF_CPP_MIN_LOG_LEVEL": "1",
+        "XLA_FLAGS": compiler_flags(devices), "TF_CPP_MIN_LOG_LEVEL": "1",
         # programs read from the cache do not agree on the order of their collectives on CPU
         "JAX_ENABLE_COMPILATION_CACHE": "0"}
     started = []

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from absl import flags
 from PIL import Image
+from programs import compiler_flags
 
 from uae_jax import command_line, main
 from uae_jax.stages import run as run_module
@@ -59,7 +60,7 @@ def test_a_broken_line_of_captions_is_named_by_number(workdir, broken_captions):
     done = subprocess.run(
         [sys.executable, "-m", "uae_jax.main", "--config=configs/unified_grpo.py", f"--workdir={workdir}",
          "--config.data.source=folder", f"--config.data.folder={broken_captions}"],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"XLA_FLAGS": ""})
+        capture_output=True, text=True, timeout=300, env=os.environ | {"XLA_FLAGS": compiler_flags()})
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: {broken_captions / 'captions.jsonl'} line 3 is not JSON")
     assert _contents(workdir) == before
