@@ -117,8 +117,8 @@ def run(options: argparse.Namespace) -> None:
         for record, text in _results(options, model, inputs, failed):
             report(record, text)
     if problems:
-        others = f"{len(problems)} of {len(inputs)} inputs could not be done, the others are: " if len(inputs) > 1 else ""
-        raise ValueError(others + "; ".join(problems))
+        count = f"{len(problems)} of {len(inputs)} inputs could not be done: " if len(inputs) > 1 else ""
+        raise ValueError(count + "; ".join(problems))
 
 
 def main(arguments: list[str] | None = None) -> None:
