@@ -22,6 +22,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics,
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the cluster does not say it.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, with --coordinator.")
+EXPECTED = (ValueError, FileNotFoundError, FloatingPointError, ImportError, ConnectionError)
 CONTINUE = "The same command continues from the newest checkpoint."
 
 
@@ -55,12 +56,12 @@ def main(argv: list[str]) -> None:
     except StopTraining as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError, ConnectionError) as error:
-        processes.leave(error_line(error), 1)
     except Exception as error:
-        if processes.lost_process(error):
+        if processes.lost_process(error):  # first: a lost connection may come as a ValueError of the array that was read
             reason = str(error).splitlines()[0]
             processes.leave(f"error: another process of this run is gone ({reason}); see what it said last. {CONTINUE}", 1, wait=False)
+        if isinstance(error, EXPECTED):
+            processes.leave(error_line(error), 1)
         if processes.alone():
             raise
         processes.leave(f"{traceback.format_exc()}the other processes end too. {CONTINUE}", 1)
