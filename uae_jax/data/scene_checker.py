@@ -5,6 +5,7 @@ compared with everything that could have been drawn there, on each background.
 """
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -143,19 +144,35 @@ def parse_caption(text: str) -> Parsed:
     return Parsed(tuple(backgrounds), tuple(mentions), tuple(relations), tuple(unparsed))
 
 
-def _matching(claims: list[dict[str, str]], objects: tuple[SceneObject, ...]) -> int:
-    """Most claims that can be true when every mention stands for a different object (dynamic programme over subsets)."""
-    known = [set(object_facts(item).items()) for item in objects]
-    best = {0: 0}
-    for claim in claims:
+def match_mentions(claims: Sequence[Mapping[str, str]], objects: Sequence[Mapping[str, str]]) -> dict[int, int]:
+    """Which mention speaks of which object, one to one, so that most claims are true; of equals, the first mention.
+
+    A dynamic programme over subsets of the objects.
+
+    Args:
+      claims: the claimed facts of each mention.
+      objects: the facts of each object.
+
+    Returns:
+      Mention to object, without mentions that nothing is left for.
+    """
+    best: dict[int, tuple[int, dict[int, int]]] = {0: (0, {})}
+    for number, claim in enumerate(claims):
         after = dict(best)
-        for used, value in best.items():
-            for index, truth in enumerate(known):
-                if not used >> index & 1:
-                    key = used | 1 << index
-                    after[key] = max(after.get(key, 0), value + len(claim.items() & truth))
+        for used, (value, pairs) in best.items():
+            for index, truth in enumerate(objects):
+                gained = value + len(claim.items() & truth.items())
+                key = used | 1 << index
+                if not used >> index & 1 and gained > after.get(key, (-1, {}))[0]:
+                    after[key] = (gained, {**pairs, number: index})
         best = after
-    return max(best.values())
+    return max(best.values(), key=lambda item: item[0])[1]
+
+
+def _matching(claims: Sequence[Mapping[str, str]], objects: Sequence[SceneObject]) -> int:
+    """Most claims that can be true when every mention stands for a different object."""
+    known = [object_facts(item) for item in objects]
+    return sum(len(claims[number].items() & known[index].items()) for number, index in match_mentions(claims, known).items())
 
 
 def caption_score(scene: Scene, text: str) -> CaptionScore:

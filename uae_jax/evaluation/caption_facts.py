@@ -1,10 +1,10 @@
 """Which facts of a built-in scene a caption says, and which of its claims are true, by attribute."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from uae_jax.data.scene_checker import caption_score, parse_caption
+from uae_jax.data.scene_checker import caption_score, match_mentions, parse_caption
 from uae_jax.data.scenes import Scene, object_facts
 from uae_jax.training.summary import interval
 
@@ -12,29 +12,6 @@ ATTRIBUTES = ("shape", "colour", "size", "position", "background", "count")
 RESAMPLES = 2000
 
 Counts = tuple[int, int, int]
-
-
-def match_mentions(claims: Sequence[Mapping[str, str]], objects: Sequence[Mapping[str, str]]) -> dict[int, int]:
-    """Which mention speaks of which object, one to one, so that most claims are true; of equals, the first mention.
-
-    Args:
-      claims: the claimed facts of each mention.
-      objects: the facts of each object.
-
-    Returns:
-      Mention to object, without mentions that nothing is left for.
-    """
-    best: dict[int, tuple[int, dict[int, int]]] = {0: (0, {})}
-    for number, claim in enumerate(claims):
-        after = dict(best)
-        for used, (value, pairs) in best.items():
-            for index, truth in enumerate(objects):
-                gained = value + len(claim.items() & truth.items())
-                key = used | 1 << index
-                if not used >> index & 1 and gained > after.get(key, (-1, {}))[0]:
-                    after[key] = (gained, {**pairs, number: index})
-        best = after
-    return max(best.values(), key=lambda item: item[0])[1]
 
 
 def caption_facts(scene: Scene, text: str) -> dict[str, Counts]:
