@@ -8,6 +8,8 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from uae_jax.files.json_files import write_json
+
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
                   "<|video_pad|>", "<|unknown|>")
 ROLES = ("user", "assistant", "generate")
@@ -162,4 +164,4 @@ def write_scene_tokenizer(folder: str | pathlib.Path, words: Sequence[str], patc
         temporal_patch_size=2, patch_size=patch_size, min_pixels=min_pixels, max_pixels=max_pixels,
         size=dict(shortest_edge=min_pixels, longest_edge=max_pixels))
     for name, content in (("tokenizer_config.json", config), ("preprocessor_config.json", images)):
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+        write_json(folder / name, content, indent=1)

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
       ValueError: flags that do not go together, unreadable files; or, after the result was written, unreadable images.
       FileNotFoundError: a file is missing.
     """
-    from uae_jax.training.metrics import write_json
+    from uae_jax.files.json_files import write_json
 
     if bool(options.scenes) == bool(options.data or options.captions) or options.data and options.captions:
         raise ValueError("give --scenes, or --data, or --captions")

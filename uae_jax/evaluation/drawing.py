@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from uae_jax.evaluation import run_settings
-from uae_jax.evaluation.picture_files import Target, remove_partial, write_pictures
+from uae_jax.evaluation.picture_files import Target, write_pictures
+from uae_jax.files.whole import remove_partial
 from uae_jax.model_flags import load_model
 
 

@@ -29,9 +29,10 @@ from uae_jax.data.scenes import SHAPES, Scene
 from uae_jax.evaluation import run_settings
 from uae_jax.evaluation.drawing import draw_folder
 from uae_jax.evaluation.grouped_scores import grouped_scores, table, uneven
-from uae_jax.evaluation.json_files import read_objects, refuse, write_json
+from uae_jax.evaluation.json_files import read_objects, refuse
 from uae_jax.evaluation.picture_files import Target, content_problems, picture_problem
-from uae_jax.evaluation.records import write_bytes
+from uae_jax.files.json_files import write_json, write_json_lines
+from uae_jax.files.whole import write_bytes
 from uae_jax.model_flags import add_model_flags
 
 SCENES = "scenes"
@@ -251,7 +252,7 @@ def score(options: argparse.Namespace) -> None:
     folder = options.folder.resolve()
     output = options.output or folder.with_name(f"{folder.name}.results.jsonl")
     records = score_scenes(options.folder)
-    write_bytes(output, "".join(json.dumps(record) + "\n" for record in records).encode("utf-8"))
+    write_json_lines(output, records)
     print(f"{output}: {len(records)} results")
     print(_report(summarise(records)))
 

@@ -1,11 +1,9 @@
-"""JSON files: those of others with every fault named by its line, and scores."""
+"""JSON files of others, with every fault named by its line."""
 
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from uae_jax.evaluation.records import write_bytes
 
 
 def read_objects(path: pathlib.Path, needed: Mapping[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:
@@ -47,11 +45,6 @@ def _checked(line: str, needed: Mapping[str, type | tuple[type, ...]], where: st
         if not isinstance(value[name], kind):
             raise ValueError(f"{where} has {name}={value[name]!r}, which is not of the right kind")
     return value
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode("utf-8"))
 
 
 def refuse(problems: Sequence[str], what: str, shown: int = 20) -> None:

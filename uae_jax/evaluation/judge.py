@@ -94,10 +94,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _write_questions(path: pathlib.Path, questions: Sequence, side: int) -> None:
-    from uae_jax.evaluation.records import write_bytes
+    from uae_jax.files.json_files import write_json_lines
 
     lines = [{"image_id": q.image_id, "order": q.order, "question": q.fingerprint, "messages": q.messages(side)} for q in questions]
-    write_bytes(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8"))
+    write_json_lines(path, lines)
     print(f"{len(lines)} questions: {path}")
 
 
@@ -222,7 +222,7 @@ def _verdicts(options: argparse.Namespace, keys: Sequence[str], questions: Seque
 def _result(options: argparse.Namespace, keys: Sequence[str], questions: Sequence, single: Sequence[str]) -> dict[str, Any]:
     """The result as it is now, written to --output."""
     from uae_jax.evaluation.judging import tally
-    from uae_jax.training.metrics import write_json
+    from uae_jax.files.json_files import write_json
 
     verdicts, counts = _verdicts(options, keys, questions)
     names = options.names.split(",") if options.names else [pathlib.Path(path).stem for path in (options.captions_a, options.captions_b)]

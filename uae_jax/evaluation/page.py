@@ -10,7 +10,7 @@ import jinja2
 from PIL import Image
 
 from uae_jax.evaluation.pairs import read_rgb
-from uae_jax.evaluation.records import write_bytes
+from uae_jax.files.whole import write_bytes
 from uae_jax.evaluation.scores import Pair
 
 THUMBNAIL = 224  # longest side in pixels

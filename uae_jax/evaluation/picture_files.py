@@ -13,10 +13,9 @@ from typing import Protocol
 from PIL import Image
 from tqdm import tqdm
 
-from uae_jax.evaluation.records import write_bytes
+from uae_jax.files.whole import write_bytes
 
 GRID_SIDE = 2  # a grid holds 2 x 2 samples
-PARTIAL = ".*.part"  # what `records.write_bytes` leaves when it is killed
 SAVING = {".png": dict(format="PNG"), ".jpg": dict(format="JPEG", quality=95, subsampling=0)}
 
 
@@ -103,14 +102,6 @@ def content_problems(paths: Sequence[pathlib.Path], side: int | None = None) -> 
             problem = f"is {size[0]} x {size[1]} pixels, most are {width} x {height}"
         problems += [f"{path} {problem}"] if problem else []
     return problems
-
-
-def remove_partial(folder: pathlib.Path) -> int:
-    """Deletes what a kill has left half written, in all subfolders; returns how many files that were."""
-    found = [path for path in folder.rglob(PARTIAL) if path.is_file()]
-    for path in found:
-        path.unlink()
-    return len(found)
 
 
 def write_pictures(painter: Painter, targets: Sequence[Target], *, size: int, batch_size: int, label: str) -> tuple[int, int]:

@@ -11,9 +11,10 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from uae_jax.api import Model
-from uae_jax.evaluation.picture_files import picture_problem, remove_partial
-from uae_jax.evaluation.records import RecordLog, write_bytes
+from uae_jax.evaluation.picture_files import picture_problem
+from uae_jax.evaluation.records import RecordLog
 from uae_jax.evaluation.run_settings import ANSWERING, DRAWING, begin
+from uae_jax.files.whole import remove_partial, write_bytes
 
 CAPTIONS, PICTURES = "captions.jsonl", "reconstructions"
 SETTINGS = (*dict.fromkeys((*DRAWING, *ANSWERING)), "prompt")  # what captions and pictures follow from

@@ -1,7 +1,6 @@
 """A JSON-lines file that grows while the work goes on, so that a run that was cut off continues where it stopped."""
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from types import TracebackType
@@ -79,11 +78,3 @@ class RecordLog:
         """Writes one object and hands it to the operating system."""
         self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
         self._file.flush()
-
-
-def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file through a temporary one, so that a kill leaves no half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from uae_jax.evaluation.json_files import write_json
+from uae_jax.files.json_files import write_json
 
 if TYPE_CHECKING:
     from uae_jax.api import Model

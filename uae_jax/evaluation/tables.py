@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
-from uae_jax.evaluation.records import write_bytes
+from uae_jax.files.whole import write_bytes
 
 # what pandas reads as a missing value; VLMEvalKit leaves out options and hints of these texts
 MISSING = frozenset((

@@ -98,7 +98,7 @@ def _score(
     from uae_jax.evaluation.page import write_page
     from uae_jax.evaluation.pairs import find_images, match_images, unread_images
     from uae_jax.evaluation.scores import results_json
-    from uae_jax.training.metrics import write_json
+    from uae_jax.files.json_files import write_json
 
     pictures, references = find_images(gen_dir), find_images(ref_dir)
     pairs = match_images(pictures, references)

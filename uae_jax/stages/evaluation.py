@@ -1,7 +1,6 @@
 """Held-out pictures: caption them, draw the captions, and score both with what was and what was not the reward."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from uae_jax.data.scene_checker import caption_score, picture_scores
 from uae_jax.data.scene_prompts import check_prompt, scene_prompts
 from uae_jax.data.sources import Example
 from uae_jax.data.tokenizer import decode_caption
+from uae_jax.files.json_files import write_json
 from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.rl.captioning import sample_captions
@@ -185,4 +185,4 @@ def write_samples(
             picture_png(from_signed(picture), folder / name)
         scores = {name: round(float(values[index]), 4) for name, values in cosines.items()}
         listed.append({"original": names[0], "caption": captions[index], "reconstruction": names[1], "scores": scores})
-    (folder / "samples.json").write_text(json.dumps(listed, indent=1) + "\n")
+    write_json(folder / "samples.json", listed, indent=1)

@@ -1,6 +1,5 @@
 """A model in memory, written as a folder in the official layout (`stages.weights` reads it back)."""
 
-import json
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -8,6 +7,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from uae_jax.files.json_files import write_json
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import write_tensors
 from uae_jax.models.encoders.config import read_json
@@ -36,7 +36,7 @@ def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: n
     _write_captioner_config(system, fresh / "llm", dtype)
     if "language_lora" in parts:
         write_tensors(fresh / "llm_lora", qwen_weights.adapter_tensors(captioner, parts["language_lora"], dtype=dtype), stem="adapter_model")
-        _write_json(fresh / "llm_lora" / "adapter_config.json", qwen_weights.adapter_config(captioner, parts["language_lora"]))
+        write_json(fresh / "llm_lora" / "adapter_config.json", qwen_weights.adapter_config(captioner, parts["language_lora"]), indent=1)
     _export_transformer(system, parts, fresh, dtype)
     for name in ("llm_processor", "SD3", *ENCODERS):
         if (system.folder / name).is_dir():
@@ -51,19 +51,15 @@ def _write_captioner_config(system: System, folder: pathlib.Path, dtype: np.dtyp
     source = config_folder(system.folder)
     if (source / "generation_config.json").exists():
         shutil.copy2(source / "generation_config.json", folder)
-    _write_json(folder / "config.json", with_dtype(read_json(source), np.dtype(dtype).name))
+    write_json(folder / "config.json", with_dtype(read_json(source), np.dtype(dtype).name), indent=1)
 
 
 def _export_transformer(system: System, parts: Mapping, folder: pathlib.Path, dtype: np.dtype) -> None:
     config, stem = system.model.transformer, "diffusion_pytorch_model"
     weights = parts.get("transformer_policy", parts["transformer"])
     write_tensors(folder / "dit", published_tensors(weights, sd3_weights.transformer_rules(config), dtype), stem=stem)
-    _write_json(folder / "dit" / "config.json", config.published())
+    write_json(folder / "dit" / "config.json", config.published(), indent=1)
     if "transformer_lora" in parts:
         adapter = parts["transformer_lora"]
         write_tensors(folder / "dit_lora", sd3_weights.adapter_tensors(config, adapter, dtype), stem="adapter_model")
-        _write_json(folder / "dit_lora" / "adapter_config.json", sd3_weights.adapter_config(config, adapter))
-
-
-def _write_json(path: pathlib.Path, content: Mapping) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(folder / "dit_lora" / "adapter_config.json", sd3_weights.adapter_config(config, adapter), indent=1)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from uae_jax.files.json_files import write_json, write_json_lines
+
+# write_json is of `files`; the loop and the stages have it from here
+__all__ = ["Clock", "MetricWriter", "read_lines", "write_json"]
 
 
 class Clock:
@@ -43,15 +47,6 @@ class Clock:
             yield
         finally:
             self._paused += time.monotonic() - begin
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON through a temporary file, so that a kill leaves the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -100,9 +95,7 @@ class MetricWriter:
             return
         lines = read_lines(self.path)
         kept = [line for line in lines if line["stage"] != stage or line["step"] <= step]
-        temporary = self.path.with_name(".metrics.jsonl.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_json_lines(self.path, kept)
         if self._tensorboard:
             self._close_board()
             folder = self.workdir / "tensorboard" / stage

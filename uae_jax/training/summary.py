@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from uae_jax.training.metrics import write_json
+from uae_jax.files.json_files import write_json
 
 PACKAGES = ("uae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 

@@ -1,7 +1,6 @@
 """Folders of the encoders: which one a folder holds, its tensors in the layouts in use, and CLIP's written back."""
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from uae_jax import trees
+from uae_jax.files.json_files import write_json
 from uae_jax.hf.rules import Placement, Rule, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.hf.torch_file import TorchFile, open_tensors
@@ -212,10 +212,10 @@ def save_clip(folder: str | pathlib.Path, config: clip.AnyCLIPConfig, params: tr
     tensors = {name: np.asarray(tensor, order="C") for name, tensor in published_tensors(params, clip_rules(config))}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     raw = {"architectures": [names[type(config)]], "dtype": "float32", **config.to_dict()}
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    write_json(folder / "config.json", raw)
     if not isinstance(config, CLIPTextConfig):
         size = (config.vision if isinstance(config, CLIPConfig) else config).image_size
-        (folder / "preprocessor_config.json").write_text(json.dumps(clip_preprocessor(size), indent=2) + "\n")
+        write_json(folder / "preprocessor_config.json", clip_preprocessor(size))
 
 
 CLIP_START, CLIP_END = 49406, 49407  # of CLIP's tokenizer; the ids in the published text configs are wrong

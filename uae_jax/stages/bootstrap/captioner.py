@@ -8,7 +8,6 @@ model's states carry it; a small one forgets each word that does not help to gue
 ask every state for the last words.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping
 
@@ -21,6 +20,7 @@ from uae_jax.data import scenes
 from uae_jax.data.qwen_inputs import ImageProcessor, prompt_fields
 from uae_jax.data.scene_captions import CAPTION_PROMPT, caption, mixed_caption
 from uae_jax.data.tokenizer import IMAGE_PAD, caption_prompt_ids, encode_caption, token_id
+from uae_jax.files.json_files import write_json
 from uae_jax.models.condition import ConditionTemplate, place_in_template
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, to_json
@@ -128,6 +128,5 @@ def _readout_loss(params: Mapping, images: Array, batch: Mapping) -> Array:
 
 def write_config(folder: pathlib.Path, config: Qwen2_5VLConfig, stops: tuple[int, ...]) -> None:
     """`config.json` and `generation_config.json` in the published layout."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(stops)}, indent=1) + "\n")
+    write_json(folder / "config.json", to_json(config), indent=1)
+    write_json(folder / "generation_config.json", {"eos_token_id": list(stops)}, indent=1)

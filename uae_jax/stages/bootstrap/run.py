@@ -5,7 +5,6 @@ stopped. What a phase makes is written to `workdir/model/...` before the next on
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from uae_jax.data.scene_captions import WORDS
 from uae_jax.data.qwen_inputs import load_image_processor
 from uae_jax.data.tokenizer import (
     END_OF_TEXT, IMAGE_PAD, condition_template, load_tokenizer, stop_ids, token_id, write_scene_tokenizer)
+from uae_jax.files.json_files import write_json
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import write_tensors
 from uae_jax.models.condition import ConditionTemplate
@@ -86,12 +86,6 @@ def train(
     return result.state
 
 
-def write_json(folder: pathlib.Path, name: str, content: dict) -> None:
-    """A readable JSON file in a folder that is made if absent."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(json.dumps(content, indent=1) + "\n")
-
-
 def vae_phase(run: Run) -> None:
     """Writes `SD3/vae`."""
     phase, side = run.config.vae, run.config.side
@@ -103,7 +97,7 @@ def vae_phase(run: Run) -> None:
     model = vae.fit_latent_scale(model, state.params, jnp.asarray(sample))
     folder = run.model / "SD3" / "vae"
     write_tensors(folder, published_tensors(state.params, vae_rules(model), STORED), stem="diffusion_pytorch_model")
-    write_json(folder, "config.json", model.published())
+    write_json(folder / "config.json", model.published(), indent=1)
 
 
 def clip_phase(run: Run) -> None:
@@ -121,7 +115,7 @@ def clip_phase(run: Run) -> None:
     folder = run.model / "clip"
     towers = {name: leaf for name, leaf in state.params.items() if name != "heads"}
     save_clip(folder, model, jax.tree.map(lambda leaf: np.asarray(leaf, STORED), towers))
-    write_json(folder, "preprocessor_config.json", clip_preprocessor(side))
+    write_json(folder / "preprocessor_config.json", clip_preprocessor(side), indent=1)
 
 
 def dinov2_phase(run: Run) -> None:
@@ -137,8 +131,8 @@ def dinov2_phase(run: Run) -> None:
     state = train(run, "dinov2", algorithm, params, {}, data, steps=phase.steps)
     folder = run.model / "dinov2"
     write_tensors(folder, published_tensors(state.params["encoder"], dinov2_rules(model), STORED))
-    write_json(folder, "config.json", {"model_type": "dinov2", "architectures": ["Dinov2Model"], **dataclasses.asdict(model)})
-    write_json(folder, "preprocessor_config.json", processor)
+    write_json(folder / "config.json", {"model_type": "dinov2", "architectures": ["Dinov2Model"], **dataclasses.asdict(model)}, indent=1)
+    write_json(folder / "preprocessor_config.json", processor, indent=1)
 
 
 def captioner_phase(run: Run) -> None:
@@ -187,7 +181,7 @@ def decoder_phase(run: Run) -> None:
     write_tensors(
         run.model / "dit", published_tensors(state.ema["transformer"], transformer_rules(model), STORED), stem="diffusion_pytorch_model")
     write_tensors(run.model / "llm", qwen_weights.tensors(language, {**parts, "projector": state.ema["projector"]}, STORED))
-    write_json(run.model / "dit", "config.json", model.published())
+    write_json(run.model / "dit" / "config.json", model.published(), indent=1)
 
 
 def write_text_encoders(run: Run) -> None:
@@ -200,7 +194,7 @@ def write_text_encoders(run: Run) -> None:
         params = clip.init_params(model, jax.random.fold_in(run.key, 60 + number))
         save_clip(run.model / "SD3" / name, model, jax.tree.map(np.asarray, params))
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": run.config.decoder.time_shift}
-    write_json(run.model / "SD3" / "scheduler", "scheduler_config.json", scheduler)
+    write_json(run.model / "SD3" / "scheduler" / "scheduler_config.json", scheduler, indent=1)
 
 
 PHASES: dict[str, tuple[str, Callable[[Run], None]]] = {

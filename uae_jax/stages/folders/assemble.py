@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from uae_jax.files.json_files import write_json
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import TensorFolder, dtype_name, write_tensors
 from uae_jax.models.qwen2_5_vl import model as qwen
@@ -172,6 +173,5 @@ def _add_projector(folder: Folder, fresh: pathlib.Path, seed: int) -> list[str]:
         content["weight_map"] |= {name: file.name for name in tensors}
         content.setdefault("metadata", {})["total_size"] = (
             content.get("metadata", {}).get("total_size", 0) + sum(tensor.nbytes for tensor in tensors.values()))
-        index.unlink()  # a hard link must not change the source
-        index.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(index, content)  # a new file: a hard link must not change the source
     return [note]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from uae_jax.hf.adapters import AdapterFiles
+from uae_jax.files.json_files import write_json
 from uae_jax.hf.inventory import compare
 from uae_jax.hf.items import Item, cast, stored_items, write_items
 from uae_jax.hf.torch_file import open_tensors
@@ -20,7 +21,7 @@ from uae_jax.stages.folders import adapters
 from uae_jax.stages.folders.check import check_folder
 from uae_jax.stages.folders.files import check_target, copy_file, replaced, small_files
 from uae_jax.stages.folders.parts import (
-    KINDS, PROJECTOR, Folder, Part, find_parts, has_openai_names, part_config, part_table, part_tensors, projector_sizes, with_dtype, write_json)
+    KINDS, PROJECTOR, Folder, Part, find_parts, has_openai_names, part_config, part_table, part_tensors, projector_sizes, with_dtype)
 
 LAYOUTS = ("official", "hub")
 DTYPES = ("keep", "float32", "bfloat16", "float16")

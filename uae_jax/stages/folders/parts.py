@@ -1,7 +1,6 @@
 """The parts of a model folder, found by name in the official layout and by content elsewhere, and the table of each."""
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -269,8 +268,3 @@ def with_dtype(content: dict[str, Any], dtype: str) -> dict[str, Any]:
         if isinstance(inner, dict):
             changed[name] = inner | {key: dtype for key in ("dtype", "torch_dtype") if key in inner}
     return changed
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-    """One JSON file, indented."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
