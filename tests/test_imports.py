@@ -15,7 +15,7 @@ ALLOWED = {
     "planning": {"trees", "nn", "hf", "data", "sharding", "models", "training", "rl", "stages"},
     "command_line": set(), "main": {"command_line", "stages", "training"}, "plan": {"command_line", "planning"},
     "api": {"stages", "data", "trees", "models"}, "model_flags": {"api"},
-    "infer": {"command_line", "api", "data", "model_flags"}, "convert": {"command_line", "stages"},
+    "infer": {"command_line", "api", "data", "files", "model_flags"}, "convert": {"command_line", "stages"},
     "demo": {"command_line", "api", "data", "evaluation", "model_flags"},
     "evaluation": {"files", "trees", "nn", "hf", "data", "sharding", "diffusion", "models", "training", "rl", "stages", "api", "model_flags"},
     "evaluate": {"command_line", "evaluation"},

@@ -21,11 +21,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from uae_jax.command_line import plain_errors
+from uae_jax.files.pictures import save_picture
 from uae_jax.model_flags import add_model_flags, load_model
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from uae_jax.api import Model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,18 +39,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_model_flags(parser)
     return parser
-
-
-def _save(picture: "Image.Image", path: pathlib.Path, caption: str) -> None:
-    """Writes a PNG with its caption inside; a file of this name is whole or the one that was there before."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_itxt("caption", caption)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    picture.save(partial, format="PNG", pnginfo=info)
-    partial.replace(path)
 
 
 def _names(paths: list[pathlib.Path]) -> list[str]:
@@ -77,14 +64,14 @@ def _results(options: argparse.Namespace, model: "Model", inputs: list, failed: 
     elif options.command == "generate":
         for index, drawn in model.each_drawing(inputs, failed=failed):
             file = out / f"{index:04d}.png"
-            _save(drawn, file, inputs[index])
+            save_picture(drawn, file, inputs[index])
             yield {"text": inputs[index], "image": str(file)}, f"{file}: {inputs[index]}"
     else:
         names = _names(inputs)
         for index, result in model.each_reconstruction(inputs, failed=failed):
             file, strip = out / f"{names[index]}.png", out / f"{names[index]}_strip.png"
-            _save(result.image, file, result.caption)
-            _save(result.strip(), strip, result.caption)
+            save_picture(result.image, file, result.caption)
+            save_picture(result.strip(), strip, result.caption)
             record = {"image": str(inputs[index]), "caption": result.caption, "reconstruction": str(file), "strip": str(strip)}
             yield record, f"{inputs[index]}: {result.caption}\n  -> {strip}"
 

@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import dataclasses
-import io
 import math
 import pathlib
 import sys
@@ -13,10 +12,9 @@ from typing import Protocol
 from PIL import Image
 from tqdm import tqdm
 
-from uae_jax.files.whole import write_bytes
+from uae_jax.files.pictures import SAVING, save_picture
 
 GRID_SIDE = 2  # a grid holds 2 x 2 samples
-SAVING = {".png": dict(format="PNG"), ".jpg": dict(format="JPEG", quality=95, subsampling=0)}
 
 
 class Painter(Protocol):
@@ -53,14 +51,6 @@ class Target:
             row, column = divmod(number, GRID_SIDE)
             grid.paste(sample, (column * size, row * size))
         return grid
-
-
-def save_picture(image: Image.Image, path: pathlib.Path) -> None:
-    """Writes a PNG or a JPEG through a hidden file in the same folder: a kill never leaves half of it."""
-    data = io.BytesIO()
-    image.save(data, **SAVING[path.suffix])
-    # the hidden name begins with a dot: GenEval's pattern \d+\.png is not anchored at its end
-    write_bytes(path, data.getvalue())
 
 
 def picture_problem(path: pathlib.Path, side: int | None = None) -> str | None:

@@ -1,20 +1,19 @@
 """Runs a model over a folder of images: a caption of each, and the picture drawn from that caption alone."""
 
-import io
 import pathlib
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from uae_jax.api import Model
 from uae_jax.evaluation.picture_files import picture_problem
 from uae_jax.evaluation.records import RecordLog
 from uae_jax.evaluation.run_settings import ANSWERING, DRAWING, begin
-from uae_jax.files.whole import remove_partial, write_bytes
+from uae_jax.files.pictures import save_picture
+from uae_jax.files.whole import remove_partial
 
 CAPTIONS, PICTURES = "captions.jsonl", "reconstructions"
 SETTINGS = (*dict.fromkeys((*DRAWING, *ANSWERING)), "prompt")  # what captions and pictures follow from
@@ -78,10 +77,7 @@ def _draw(model: Model, captions: Mapping[str, str], folder: pathlib.Path) -> di
         failed=lambda index, error: errors.update({missing[index]: str(error)}))
     for index, picture in _bar(drawn, len(captions), len(captions) - len(missing), "draw"):
         stem = missing[index]
-        info, data = PngInfo(), io.BytesIO()
-        info.add_itxt("caption", captions[stem])
-        picture.save(data, "PNG", pnginfo=info)
-        write_bytes(folder / f"{stem}.png", data.getvalue())
+        save_picture(picture, folder / f"{stem}.png", captions[stem])
     return errors
 
 
