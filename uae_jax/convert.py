@@ -61,7 +61,7 @@ def _bar(text: str, total: int | None = None):
     """A progress bar in bytes on a terminal, nothing elsewhere."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=text, unit="B", unit_scale=True, file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
+    return tqdm(total=total, desc=text, unit="B", unit_scale=True, leave=False, disable=None)
 
 
 def _check(options: argparse.Namespace) -> int:

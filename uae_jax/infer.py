@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
     inputs = options.inputs if options.command == "generate" else find_images(options.inputs)
     model = load_model(options, len(inputs))
     problems: list[str] = []
-    with tqdm(total=len(inputs), desc=options.command, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(inputs), desc=options.command, disable=None) as bar:
         def report(record: dict, text: str) -> None:
             bar.update(1)
             tqdm.write(json.dumps(record) if options.json else text, file=sys.stdout)

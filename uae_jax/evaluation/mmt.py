@@ -16,7 +16,6 @@ import base64
 import binascii
 import io
 import pathlib
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -166,7 +165,7 @@ def write_answers(
             except ValueError as error:
                 errors[index] = " ".join(str(error).split())
 
-    with tqdm(total=len(items), initial=len(items) - len(missing), desc="mmt", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(items), initial=len(items) - len(missing), desc="mmt", disable=None) as bar:
         for row, said in engine.captions(rows()):
             log.append({"index": items[row.index]["index"], "prediction": said})
             bar.update(1)

@@ -5,7 +5,6 @@ import concurrent.futures
 import dataclasses
 import math
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -115,7 +114,7 @@ def write_pictures(painter: Painter, targets: Sequence[Target], *, size: int, ba
     missing = sum(problem is not None for problem in problems)
     samples = len(targets[0].sample_ids) if targets else 1
     stride = math.lcm(batch_size, samples) // samples
-    with tqdm(total=len(targets), initial=len(targets) - missing, desc=label, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(targets), initial=len(targets) - missing, desc=label, disable=None) as bar:
         for start in range(0, len(targets), stride):
             chunk, wanted = targets[start:start + stride], problems[start:start + stride]
             if not any(wanted):

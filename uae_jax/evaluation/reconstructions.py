@@ -1,7 +1,6 @@
 """Runs a model over a folder of images: a caption of each, and the picture drawn from that caption alone."""
 
 import pathlib
-import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,7 +55,7 @@ def write_reconstructions(
         written = model.each_caption(
             [stems[stem] for stem in missing], sample_ids=[sample_number(stem) for stem in missing],
             failed=lambda index, error: errors.append({"image": str(stems[missing[index]]), "error": str(error)}))
-        for index, caption in _bar(written, len(stems), len(stems) - len(missing), "caption"):
+        for index, caption in tqdm(written, desc="caption", total=len(stems), initial=len(stems) - len(missing), disable=None):
             stem = missing[index]
             captions[stem] = caption
             log.append({"image_id": stem, "image": stems[stem].name, "caption": caption})
@@ -75,11 +74,7 @@ def _draw(model: Model, captions: Mapping[str, str], folder: pathlib.Path) -> di
     drawn = model.each_drawing(
         [captions[stem] for stem in missing], sample_ids=[sample_number(stem) for stem in missing],
         failed=lambda index, error: errors.update({missing[index]: str(error)}))
-    for index, picture in _bar(drawn, len(captions), len(captions) - len(missing), "draw"):
+    for index, picture in tqdm(drawn, desc="draw", total=len(captions), initial=len(captions) - len(missing), disable=None):
         stem = missing[index]
         save_picture(picture, folder / f"{stem}.png", captions[stem])
     return errors
-
-
-def _bar(results, total: int, done: int, what: str) -> tqdm:
-    return tqdm(results, total=total, initial=done, desc=what, file=sys.stderr, disable=not sys.stderr.isatty())
