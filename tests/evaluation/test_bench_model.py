@@ -8,7 +8,7 @@ from PIL import Image
 
 from uae_jax import api, evaluate
 from uae_jax.data.scenes import draw, scene_at
-from uae_jax.evaluation.records import read_records
+from uae_jax.files.json_files import read_records
 
 SETTINGS = ("--steps=2", "--batch_size=2", "--seed=3", "--max_new_tokens=8")
 

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from uae_jax.evaluation.pairs import find_images, match_images, read_rgb
-from uae_jax.evaluation.records import RecordLog, read_records
+from uae_jax.evaluation.records import RecordLog
+from uae_jax.files.json_files import read_records
 
 
 def paths(*names):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from uae_jax import evaluate
 from uae_jax.evaluation.judging import Criteria, make_questions, parse_verdict, tally
-from uae_jax.evaluation.records import read_records
+from uae_jax.files.json_files import read_records
 
 KEYS = Criteria.from_file().keys
 GOOD = {f"{index}": f"caption {index} of a" for index in range(6)}

@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from uae_jax.files.json_files import write_json
 from uae_jax.model_flags import add_model_flags, load_model
 
 
@@ -43,8 +44,6 @@ def run(options: argparse.Namespace) -> None:
       ValueError: flags that do not go together, unreadable files; or, after the result was written, unreadable images.
       FileNotFoundError: a file is missing.
     """
-    from uae_jax.files.json_files import write_json
-
     if bool(options.scenes) == bool(options.data or options.captions) or options.data and options.captions:
         raise ValueError("give --scenes, or --data, or --captions")
     if options.scenes < 0 or options.encoder_batch_size < 1 or options.longclip and not options.clip:

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from uae_jax.evaluation import run_settings
+from uae_jax.evaluation.benchmark_commands import refuse
 from uae_jax.evaluation.drawing import draw_folder
 from uae_jax.evaluation.grouped_scores import grouped_scores, table
-from uae_jax.evaluation.json_files import read_objects, refuse
 from uae_jax.evaluation.picture_files import Target, content_problems
-from uae_jax.files.json_files import write_json
+from uae_jax.files.json_files import read_objects, write_json
 from uae_jax.model_flags import add_model_flags
 
 

@@ -22,6 +22,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from uae_jax.files.json_files import read_records, write_json, write_json_lines
+
 FIRST_REFUSALS = 5  # questions refused before any is answered: then it is not the questions
 
 
@@ -94,8 +96,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _write_questions(path: pathlib.Path, questions: Sequence, side: int) -> None:
-    from uae_jax.files.json_files import write_json_lines
-
     lines = [{"image_id": q.image_id, "order": q.order, "question": q.fingerprint, "messages": q.messages(side)} for q in questions]
     write_json_lines(path, lines)
     print(f"{len(lines)} questions: {path}")
@@ -197,7 +197,6 @@ def _verdicts(options: argparse.Namespace, keys: Sequence[str], questions: Seque
       ValueError: a record without image and order, or an answer of another judge or to other captions or criteria.
     """
     from uae_jax.evaluation.judging import parse_verdict
-    from uae_jax.evaluation.records import read_records
 
     known = {(question.image_id, question.order): question for question in questions}
     verdicts: dict[str, dict[str, dict[str, str]]] = {}
@@ -222,7 +221,6 @@ def _verdicts(options: argparse.Namespace, keys: Sequence[str], questions: Seque
 def _result(options: argparse.Namespace, keys: Sequence[str], questions: Sequence, single: Sequence[str]) -> dict[str, Any]:
     """The result as it is now, written to --output."""
     from uae_jax.evaluation.judging import tally
-    from uae_jax.files.json_files import write_json
 
     verdicts, counts = _verdicts(options, keys, questions)
     names = options.names.split(",") if options.names else [pathlib.Path(path).stem for path in (options.captions_a, options.captions_b)]

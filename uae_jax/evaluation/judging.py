@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from uae_jax.evaluation.pairs import SUFFIXES, read_rgb
-from uae_jax.evaluation.records import read_records
+from uae_jax.files.json_files import read_records
 from uae_jax.training.summary import interval
 
 ORDERS = ("ab", "ba")  # which model's caption is A, and which is B

@@ -23,11 +23,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from uae_jax.evaluation import run_settings
-from uae_jax.evaluation.json_files import refuse
+from uae_jax.evaluation.benchmark_commands import refuse
 from uae_jax.evaluation.mmt_scores import UNDECIDED, chosen_letter, options_of, scores
-from uae_jax.evaluation.records import RecordLog, read_records
+from uae_jax.evaluation.records import RecordLog
 from uae_jax.evaluation.tables import MISSING, Line, read_table, read_tsv, write_tsv, write_xlsx
-from uae_jax.files.json_files import write_json
+from uae_jax.files.json_files import read_records, write_json
 from uae_jax.model_flags import add_model_flags, load_model
 
 if TYPE_CHECKING:

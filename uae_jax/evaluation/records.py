@@ -6,35 +6,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-
-def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line that a kill cut off (no newline, not JSON) is left out.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: another line is not a JSON object; the message has its number.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; it should hold one JSON object a line")
-    *lines, last = path.read_bytes().split(b"\n")
-    found = [_record(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if last.strip():
-        try:
-            found.append(_record(last, str(path)))
-        except ValueError:
-            pass
-    return found
-
-
-def _record(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({error}); mend or delete that line") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is not a JSON object; write one object a line")
-    return value
+from uae_jax.files.json_files import read_records
 
 
 class RecordLog:

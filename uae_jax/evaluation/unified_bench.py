@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from uae_jax.files.json_files import read_records, write_json
 from uae_jax.model_flags import add_model_flags, load_model
 
 FLAGS = (("clip", "DIR", "CLIP, as openai/clip-vit-large-patch14"), ("longclip", "FILE", "Long-CLIP, as longclip-L.pt or its safetensors"),
@@ -72,7 +73,6 @@ def run(options: argparse.Namespace) -> None:
     errors: list[dict[str, str]] = []
     ref_dir, gen_dir, captions = options.ref_dir, options.gen_dir, {}
     if options.images:
-        from uae_jax.evaluation.records import read_records
         from uae_jax.evaluation.reconstructions import CAPTIONS, PICTURES
 
         errors += _reconstruct(options)
@@ -98,7 +98,6 @@ def _score(
     from uae_jax.evaluation.page import write_page
     from uae_jax.evaluation.pairs import find_images, match_images, unread_images
     from uae_jax.evaluation.scores import results_json
-    from uae_jax.files.json_files import write_json
 
     pictures, references = find_images(gen_dir), find_images(ref_dir)
     pairs = match_images(pictures, references)

@@ -1,8 +1,8 @@
-"""JSON files and JSON-lines files, written whole."""
+"""JSON files, written whole; JSON-lines files too, and read with every fault named by its line."""
 
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from uae_jax.files.whole import write_bytes
@@ -16,3 +16,62 @@ def write_json(path: str | pathlib.Path, value: Any, indent: int = 2) -> None:
 def write_json_lines(path: str | pathlib.Path, values: Iterable[Any]) -> None:
     """Writes one JSON value a line, whole or not at all, in a folder that is made if absent."""
     write_bytes(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode("utf-8"))
+
+
+def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file of ours; a last line that a kill cut off (no newline, not JSON) is left out.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: another line is not a JSON object; the message has its number.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; it should hold one JSON object a line")
+    *lines, last = path.read_bytes().split(b"\n")
+    found = [value for _, value in _objects(lines, path)]
+    try:
+        found += [value for _, value in _objects([last], path)]
+    except ValueError:
+        pass
+    return found
+
+
+def read_objects(path: pathlib.Path, needed: Mapping[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file of others; blank lines are passed over.
+
+    Args:
+      path: the file.
+      needed: fields that every object has, and their types.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a line that is not an object with these fields (named by number), or no line at all.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the file of the benchmark")
+    found = []
+    for where, value in _objects(path.read_bytes().split(b"\n"), path):
+        for name, kind in needed.items():
+            if name not in value:
+                raise ValueError(f"{where} has no {name!r}; it has {sorted(value)}")
+            if not isinstance(value[name], kind):
+                raise ValueError(f"{where} has {name}={value[name]!r}, which is not of the right kind")
+        found.append(value)
+    if not found:
+        raise ValueError(f"{path} is empty; give the file of the benchmark")
+    return found
+
+
+def _objects(lines: Iterable[bytes], path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, object) of every line that is not blank."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path} line {number}"
+            try:
+                value = json.loads(line.decode("utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{where} is not JSON ({error}); mend or delete that line") from error
+            if not isinstance(value, dict):
+                raise ValueError(f"{where} is not a JSON object; write one object a line")
+            yield where, value

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from uae_jax.files.json_files import write_json, write_json_lines
+from uae_jax.files.json_files import read_records, write_json, write_json_lines
 
 # write_json is of `files`; the loop and the stages have it from here
 __all__ = ["Clock", "MetricWriter", "read_lines", "write_json"]
@@ -53,19 +53,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, [] without one. A last line cut off by a kill is dropped.
 
     Raises:
-      ValueError: another line is not JSON; the message has its number.
+      ValueError: another line is not a JSON object; the message has its number.
     """
-    if not Path(path).exists():
-        return []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path} line {number} is not JSON ({error.msg}); delete that line to continue") from error
-    return found
+    return read_records(path) if Path(path).exists() else []
 
 
 class MetricWriter:
