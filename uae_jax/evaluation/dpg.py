@@ -15,11 +15,10 @@ import re
 from typing import Any
 
 from uae_jax.evaluation import run_settings
-from uae_jax.evaluation.benchmark_commands import refuse
+from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, refuse, tell
 from uae_jax.evaluation.drawing import draw_folder
 from uae_jax.evaluation.grouped_scores import grouped_scores
 from uae_jax.evaluation.picture_files import GRID_SIDE, Target, content_problems
-from uae_jax.files.json_files import write_json
 from uae_jax.model_flags import add_model_flags
 
 SAMPLES = GRID_SIDE**2
@@ -40,9 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("folder", type=pathlib.Path)
     check.add_argument("--prompts", type=pathlib.Path, required=True, help="dpg_bench/prompts of the benchmark")
     check.add_argument("--size", type=int, help="side of a sample, the evaluator's RESOLUTION (default: as it was written)")
-    summary = actions.add_parser("summary", help="scores from the evaluator's results", allow_abbrev=False)
-    summary.add_argument("results", type=pathlib.Path, help="dpg-bench_*_results.txt")
-    summary.add_argument("--output", type=pathlib.Path, help="JSON file for the scores")
+    add_summary(actions, "scores from the evaluator's results", "results", "dpg-bench_*_results.txt")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -91,8 +88,7 @@ def write(options: argparse.Namespace) -> None:
 def check(options: argparse.Namespace) -> None:
     """Reports grids that the evaluator would miss, fail on or cut at the wrong places."""
     folder, prompts = options.folder, read_prompts(options.prompts)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"folder {folder} does not exist; give the --out of `dpg write`")
+    check_folder(folder, "dpg write")
     size = options.size or run_settings.read(folder).get("size")
     if size is None:
         raise ValueError(f"nothing says how large the samples of {folder} are; give --size, the evaluator's RESOLUTION")
@@ -178,10 +174,6 @@ def summary(options: argparse.Namespace) -> None:
     """Prints the scores of a results file, and writes them as JSON."""
     scores = summarise(read_results(options.results))
     overall = scores["overall"]
-    print(f"DPG-Bench  {overall['value']:.2f}  [{overall['low']:.2f}, {overall['high']:.2f}]  {overall['prompts']} prompts")
-    for name, value in (*scores["categories"].items(), *scores["subcategories"].items()):
-        print(f"  {name}: {value:.2f}")
-    for warning in scores["warnings"]:
-        print(f"note: {warning}")
-    if options.output:
-        write_json(options.output, scores)
+    lines = [f"DPG-Bench  {overall['value']:.2f}  [{overall['low']:.2f}, {overall['high']:.2f}]  {overall['prompts']} prompts"]
+    lines += [f"  {name}: {value:.2f}" for name, value in (*scores["categories"].items(), *scores["subcategories"].items())]
+    tell("\n".join(lines), scores["warnings"], scores, options.output)

@@ -27,11 +27,11 @@ from uae_jax.data.scene_checker import read_picture
 from uae_jax.data.scene_prompts import check_scene, scene_prompts
 from uae_jax.data.scenes import SHAPES, Scene
 from uae_jax.evaluation import run_settings
-from uae_jax.evaluation.benchmark_commands import refuse
+from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, refuse, tell
 from uae_jax.evaluation.drawing import draw_folder
 from uae_jax.evaluation.grouped_scores import grouped_scores, table, uneven
 from uae_jax.evaluation.picture_files import Target, content_problems, picture_problem
-from uae_jax.files.json_files import read_objects, write_json, write_json_lines
+from uae_jax.files.json_files import read_objects, write_json_lines
 from uae_jax.files.whole import write_bytes
 from uae_jax.model_flags import add_model_flags
 
@@ -58,9 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     score = actions.add_parser("score", help="check pictures of the built-in scenes' prompts exactly", allow_abbrev=False)
     score.add_argument("folder", type=pathlib.Path)
     score.add_argument("--output", type=pathlib.Path, help="default: FOLDER.results.jsonl beside the folder")
-    summary = actions.add_parser("summary", help="scores from the evaluator's results", allow_abbrev=False)
-    summary.add_argument("results", type=pathlib.Path, help="results.jsonl")
-    summary.add_argument("--output", type=pathlib.Path, help="JSON file for the scores")
+    add_summary(actions, "scores from the evaluator's results", "results", "results.jsonl")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -105,8 +103,7 @@ def _numbered_folders(folder: pathlib.Path) -> list[pathlib.Path]:
     Raises:
       FileNotFoundError: no such folder, or none in it.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"folder {folder} does not exist; give the --out of `geneval write`")
+    check_folder(folder, "geneval write")
     found = sorted((path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()), key=lambda path: int(path.name))
     if not found:
         raise FileNotFoundError(f"folder {folder} holds no numbered folders such as 00000; give the --out of `geneval write`")
@@ -254,7 +251,8 @@ def score(options: argparse.Namespace) -> None:
     records = score_scenes(options.folder)
     write_json_lines(output, records)
     print(f"{output}: {len(records)} results")
-    print(_report(summarise(records)))
+    scores = summarise(records)
+    tell(_report(scores), scores["warnings"])
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -276,14 +274,11 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _report(scores: dict[str, Any]) -> str:
-    lines = [table({"overall": scores["overall"], "groups": scores["tags"]}, "overall (mean of tags)")]
-    lines.append(f"prompts with a right picture: {100 * scores['correct_prompts']:.2f} %")
-    return "\n".join(lines + [f"note: {warning}" for warning in scores["warnings"]])
+    tags = table({"overall": scores["overall"], "groups": scores["tags"]}, "overall (mean of tags)")
+    return f"{tags}\nprompts with a right picture: {100 * scores['correct_prompts']:.2f} %"
 
 
 def summary(options: argparse.Namespace) -> None:
     """Prints the scores of a results file, and writes them as JSON."""
     scores = summarise(read_objects(options.results, RESULT))
-    print(_report(scores))
-    if options.output:
-        write_json(options.output, scores)
+    tell(_report(scores), scores["warnings"], scores, options.output)

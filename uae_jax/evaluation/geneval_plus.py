@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from uae_jax.evaluation import run_settings
-from uae_jax.evaluation.benchmark_commands import refuse
+from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, refuse, tell
 from uae_jax.evaluation.drawing import draw_folder
 from uae_jax.evaluation.grouped_scores import grouped_scores, table
 from uae_jax.evaluation.picture_files import Target, content_problems
-from uae_jax.files.json_files import read_objects, write_json
+from uae_jax.files.json_files import read_objects
 from uae_jax.model_flags import add_model_flags
 
 
@@ -33,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = actions.add_parser("check", help="does the judge's script find everything?", allow_abbrev=False)
     check.add_argument("folder", type=pathlib.Path)
     check.add_argument("--prompts", type=pathlib.Path, help="count the prompts of this file (default: as it was written)")
-    summary = actions.add_parser("summary", help="scores from the judge's answers", allow_abbrev=False)
-    summary.add_argument("results", type=pathlib.Path, help="Output.json")
-    summary.add_argument("--output", type=pathlib.Path, help="JSON file for the scores")
+    add_summary(actions, "scores from the judge's answers", "results", "Output.json")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -73,8 +71,7 @@ def write(options: argparse.Namespace) -> None:
 def check(options: argparse.Namespace) -> None:
     """Reports pictures that the judge's script would count as wrong or stop at."""
     folder = options.folder
-    if not folder.is_dir():
-        raise FileNotFoundError(f"folder {folder} does not exist; give the --out of `geneval_plus write`")
+    check_folder(folder, "geneval_plus write")
     count = len(read_prompts(options.prompts)) if options.prompts else run_settings.read(folder).get("count")
     if count is None:
         raise ValueError(f"nothing says how many pictures {folder} should hold; give --prompts=Geneval++.jsonl")
@@ -128,8 +125,5 @@ def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def summary(options: argparse.Namespace) -> None:
     """Prints the scores of a results file, and writes them as JSON."""
     scores = summarise(read_results(options.results))
-    print(table({"overall": scores["overall"], "groups": scores["tags"]}, "overall (mean of tags)"))
-    for warning in scores["warnings"]:
-        print(f"note: {warning}")
-    if options.output:
-        write_json(options.output, scores)
+    report = table({"overall": scores["overall"], "groups": scores["tags"]}, "overall (mean of tags)")
+    tell(report, scores["warnings"], scores, options.output)

@@ -23,11 +23,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from uae_jax.evaluation import run_settings
-from uae_jax.evaluation.benchmark_commands import refuse
+from uae_jax.evaluation.benchmark_commands import add_summary, refuse, tell
 from uae_jax.evaluation.mmt_scores import UNDECIDED, chosen_letter, options_of, scores
 from uae_jax.evaluation.records import RecordLog
 from uae_jax.evaluation.tables import MISSING, Line, read_table, read_tsv, write_tsv, write_xlsx
-from uae_jax.files.json_files import read_records, write_json
+from uae_jax.files.json_files import read_records
 from uae_jax.model_flags import add_model_flags, load_model
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = actions.add_parser("check", help="is every item answered?", allow_abbrev=False)
     check.add_argument("table", type=pathlib.Path)
     check.add_argument("--data", type=pathlib.Path, required=True, help="the benchmark's TSV")
-    summary = actions.add_parser("summary", help="accuracy", allow_abbrev=False)
-    summary.add_argument("table", type=pathlib.Path, help="a table of `answer`, or VLMEvalKit's *_result.xlsx or .tsv")
-    summary.add_argument("--output", type=pathlib.Path, help="JSON file for the scores")
+    add_summary(actions, "accuracy", "table", "a table of `answer`, or VLMEvalKit's *_result.xlsx or .tsv")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -231,12 +229,10 @@ def summary(options: argparse.Namespace) -> None:
     """Prints the accuracy, and writes it as JSON."""
     found = scores(read_table(options.table))
     overall = found["overall"]
-    print(f"overall  {100 * overall['value']:.2f} %  [{100 * overall['low']:.2f}, {100 * overall['high']:.2f}]  {overall['n']} items")
+    lines = [f"overall  {100 * overall['value']:.2f} %  [{100 * overall['low']:.2f}, {100 * overall['high']:.2f}]  {overall['n']} items"]
     for name, score in found.get("meta_tasks", {}).items():
-        print(f"  {name}: {100 * score['value']:.2f} %  [{100 * score['low']:.2f}, {100 * score['high']:.2f}]  {score['n']} items")
+        lines.append(f"  {name}: {100 * score['value']:.2f} %  [{100 * score['low']:.2f}, {100 * score['high']:.2f}]  {score['n']} items")
     if "mean_of_meta_tasks" in found:
-        print(f"mean of meta-tasks  {100 * found['mean_of_meta_tasks']:.2f} %")
-    if found.get("undecided"):
-        print(f"note: {found['undecided']} predictions name no option and count as wrong")
-    if options.output:
-        write_json(options.output, found)
+        lines.append(f"mean of meta-tasks  {100 * found['mean_of_meta_tasks']:.2f} %")
+    undecided = [f"{found['undecided']} predictions name no option and count as wrong"] if found.get("undecided") else []
+    tell("\n".join(lines), undecided, found, options.output)
