@@ -8,8 +8,10 @@ import re
 import zlib
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from uae_jax import evaluate
 from uae_jax.stages.inference import InferenceConfig
 
 SIZE = 8
@@ -46,6 +48,14 @@ def load_painter(options: argparse.Namespace, inputs: int):
     names = {field.name for field in dataclasses.fields(InferenceConfig)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
     return Painter(InferenceConfig(**dict(size=SIZE, steps=2, batch_size=3) | given))
+
+
+def refused(*arguments):
+    """The one line on stderr of an `evaluate` command that ends with an error."""
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([str(argument) for argument in arguments])
+    assert isinstance(stopped.value.code, str) and stopped.value.code.startswith("error: ") and "\n" not in stopped.value.code
+    return stopped.value.code
 
 
 def geneval_pictures(folder):

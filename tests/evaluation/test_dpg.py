@@ -7,18 +7,14 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from stand_ins import SIZE, Painter, contents, dpg_pictures, load_painter, sample_pixels, snapshot
+from stand_ins import SIZE, Painter, contents, dpg_pictures, refused, sample_pixels, snapshot
 
 from uae_jax import evaluate
 from uae_jax.evaluation import dpg, drawing
 
 PROMPTS = {"12": "a long text about a lamp", "COCOval2014000000000042": "a longer one about a street", "partiprompts7": "a text, with \"quotes\""}
 
-
-@pytest.fixture(autouse=True)
-def painter(monkeypatch):
-    monkeypatch.setattr(drawing, "load_model", load_painter)
-    monkeypatch.setattr(Painter, "limit", None)
+pytestmark = pytest.mark.usefixtures("painter")
 
 
 @pytest.fixture
@@ -28,12 +24,6 @@ def prompts(tmp_path):
     for stem, text in PROMPTS.items():
         (folder / f"{stem}.txt").write_text(f"{text}\n")
     return folder
-
-
-def refused(*arguments):
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main([str(argument) for argument in arguments])
-    return str(stopped.value.code)
 
 
 def test_the_evaluator_cuts_four_samples_from_every_grid_and_fails_on_none(prompts, tmp_path, capsys):

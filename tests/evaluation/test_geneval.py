@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from stand_ins import SIZE, Painter, contents, geneval_pictures, geneval_result, load_painter, sample_pixels, snapshot
+from stand_ins import SIZE, Painter, contents, geneval_pictures, geneval_result, refused, sample_pixels, snapshot
 
 from uae_jax import evaluate
 from uae_jax.data import scenes
 from uae_jax.data.scene_prompts import TAGS, check_prompt, check_scene, scene_prompts
-from uae_jax.evaluation import drawing, geneval, grouped_scores
+from uae_jax.evaluation import geneval, grouped_scores
 
 ENTRIES = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
@@ -18,11 +18,7 @@ ENTRIES = [
     {"tag": "position", "include": [{"class": "cow", "count": 1}, {"class": "zebra", "count": 1, "position": ["right of", 0]}],
      "prompt": "a photo of a zebra right of a cow"}]
 
-
-@pytest.fixture(autouse=True)
-def painter(monkeypatch):
-    monkeypatch.setattr(drawing, "load_model", load_painter)
-    monkeypatch.setattr(Painter, "limit", None)
+pytestmark = pytest.mark.usefixtures("painter")
 
 
 @pytest.fixture
@@ -30,14 +26,6 @@ def prompts(tmp_path):
     path = tmp_path / "evaluation_metadata.jsonl"
     path.write_text("".join(json.dumps(entry) + "\n" for entry in ENTRIES))
     return path
-
-
-def refused(capsys, *arguments):
-    """The one line on stderr of a command that ends with an error."""
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main([str(argument) for argument in arguments])
-    assert isinstance(stopped.value.code, str) and stopped.value.code.startswith("error: ") and "\n" not in stopped.value.code
-    return stopped.value.code
 
 
 def write(prompts, out, *more):
@@ -82,7 +70,7 @@ def test_a_damaged_picture_is_noticed_and_only_it_is_drawn_again(prompts, tmp_pa
     cut.write_bytes(cut.read_bytes()[:-30])
     Image.new("RGB", (4, 4)).save(small)
     gone.unlink()
-    error = refused(capsys, "geneval", "check", out)
+    error = refused("geneval", "check", out)
     told = capsys.readouterr().out
     assert "has 3 problems" in error
     assert f"{cut} is not a readable picture" in told and f"{small} is 4 x 4 pixels" in told and "holds 3 pictures instead of 4" in told
@@ -96,20 +84,20 @@ def test_a_damaged_picture_is_noticed_and_only_it_is_drawn_again(prompts, tmp_pa
 @pytest.mark.parametrize("change, told", [
     ("--seed=7", "begun with seed=42, now it is seed=7"), ("--steps=3", "begun with steps=2, now it is steps=3"),
     ("--images_per_prompt=2", "images_per_prompt=4"), ("--without_adapters", "adapters=True, now it is adapters=False")])
-def test_other_settings_are_refused_and_nothing_is_changed(prompts, tmp_path, capsys, change, told):
+def test_other_settings_are_refused_and_nothing_is_changed(prompts, tmp_path, change, told):
     write(prompts, tmp_path / "out", "--seed=42")
     before = snapshot(tmp_path)
-    assert told in refused(capsys, "geneval", "write", f"--prompts={prompts}", f"--out={tmp_path / 'out'}", change)
+    assert told in refused("geneval", "write", f"--prompts={prompts}", f"--out={tmp_path / 'out'}", change)
     assert snapshot(tmp_path) == before
 
 
-def test_other_prompts_and_unknown_folders_are_refused(prompts, tmp_path, capsys):
+def test_other_prompts_and_unknown_folders_are_refused(prompts, tmp_path):
     write(prompts, tmp_path / "out")
     prompts.write_text(json.dumps(ENTRIES[0]))
-    assert "begun with count=3, prompts=" in refused(capsys, "geneval", "write", f"--prompts={prompts}", f"--out={tmp_path / 'out'}")
+    assert "begun with count=3, prompts=" in refused("geneval", "write", f"--prompts={prompts}", f"--out={tmp_path / 'out'}")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("not a benchmark")
-    assert "is not empty" in refused(capsys, "geneval", "write", f"--prompts={prompts}", f"--out={tmp_path / 'mine'}")
+    assert "is not empty" in refused("geneval", "write", f"--prompts={prompts}", f"--out={tmp_path / 'mine'}")
 
 
 @pytest.mark.parametrize("content, told", [
@@ -117,11 +105,11 @@ def test_other_prompts_and_unknown_folders_are_refused(prompts, tmp_path, capsys
     ('\n{"tag": "a", "include": []}', "line 2 has no 'prompt'"), ('{"tag": "a", "include": "b", "prompt": "c"}', "line 1 has include='b'"),
     ("[1]", "line 1 is not a JSON object"),
     (json.dumps({"tag": "a", "include": [], "prompt": "word " * 60}), "the prompt of")])
-def test_bad_prompts_are_named(tmp_path, capsys, content, told):
+def test_bad_prompts_are_named(tmp_path, content, told):
     path = tmp_path / "prompts.jsonl"
     if content is not None:
         path.write_text(content)
-    assert told in refused(capsys, "geneval", "write", f"--prompts={path}", f"--out={tmp_path / 'out'}")
+    assert told in refused("geneval", "write", f"--prompts={path}", f"--out={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
 
 
@@ -136,7 +124,7 @@ def test_bad_prompts_are_named(tmp_path, capsys, content, told):
 def test_check_names_what_the_evaluator_would_stumble_over(prompts, tmp_path, capsys, spoil, told):
     write(prompts, tmp_path / "out")
     spoil(tmp_path / "out")
-    refused(capsys, "geneval", "check", tmp_path / "out", f"--prompts={prompts}")
+    refused("geneval", "check", tmp_path / "out", f"--prompts={prompts}")
     assert told in capsys.readouterr().out
 
 
@@ -144,11 +132,11 @@ def test_check_without_prompts_knows_how_many_were_begun(prompts, tmp_path, caps
     monkeypatch.setattr(Painter, "limit", 3)
     with pytest.raises(SystemExit):
         write(prompts, tmp_path / "out", "--images_per_prompt=2")
-    refused(capsys, "geneval", "check", tmp_path / "out")
+    refused("geneval", "check", tmp_path / "out")
     assert "00002/samples is missing" in capsys.readouterr().out
     for folder in (tmp_path / "none", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
-        assert "folder" in refused(capsys, "geneval", "check", folder)
+        assert "folder" in refused("geneval", "check", folder)
 
 
 def test_summary_is_that_of_the_official_script(tmp_path, capsys):
@@ -170,7 +158,7 @@ def test_summary_is_that_of_the_official_script(tmp_path, capsys):
     assert found["correct_prompts"] == pytest.approx(any_right)
     assert f"{100 * found['overall']['value']:.2f} %" in capsys.readouterr().out
     (tmp_path / "results.jsonl").write_text("\n".join(lines[:-1]) + "\n{")
-    assert "line 60 is not JSON" in refused(capsys, "geneval", "summary", tmp_path / "results.jsonl")
+    assert "line 60 is not JSON" in refused("geneval", "summary", tmp_path / "results.jsonl")
 
 
 def test_intervals_are_over_prompts_not_over_pictures():
@@ -207,7 +195,7 @@ def test_scenes_are_scored_as_the_checker_says(tmp_path, capsys, monkeypatch):
     assert tuple(found["tags"]) == TAGS
 
 
-def test_only_scenes_are_scored_here(prompts, tmp_path, capsys):
+def test_only_scenes_are_scored_here(prompts, tmp_path):
     write(prompts, tmp_path / "out")
-    assert "asks for 'bench'" in refused(capsys, "geneval", "score", tmp_path / "out")
+    assert "asks for 'bench'" in refused("geneval", "score", tmp_path / "out")
     assert SIZE == 8 and not (tmp_path / "out.results.jsonl").exists()

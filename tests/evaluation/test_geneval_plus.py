@@ -6,19 +6,15 @@ import pathlib
 import numpy as np
 import pytest
 from PIL import Image
-from stand_ins import Painter, contents, load_painter, sample_pixels
+from stand_ins import Painter, contents, refused, sample_pixels
 
 from uae_jax import evaluate
-from uae_jax.evaluation import drawing, geneval_plus
+from uae_jax.evaluation import geneval_plus
 
 ENTRIES = [{"tag": tag, "include": [{"class": "bus", "count": 1, "color": "brown"}], "prompt": f" A photo of a {tag}, number {index}"}
            for index, tag in enumerate(["color_attr", "color_attr", "counting", "size_spatial_attr"])]
 
-
-@pytest.fixture(autouse=True)
-def painter(monkeypatch):
-    monkeypatch.setattr(drawing, "load_model", load_painter)
-    monkeypatch.setattr(Painter, "limit", None)
+pytestmark = pytest.mark.usefixtures("painter")
 
 
 @pytest.fixture
@@ -26,12 +22,6 @@ def prompts(tmp_path):
     path = tmp_path / "Geneval++.jsonl"
     path.write_text("\n\n".join(json.dumps(entry) for entry in ENTRIES) + "\n")
     return path
-
-
-def refused(*arguments):
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main([str(argument) for argument in arguments])
-    return str(stopped.value.code)
 
 
 def judged(prompts, folder, verdicts):

@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
+from stand_ins import refused
 
 from uae_jax import evaluate
 from uae_jax.evaluation import mmt, mmt_scores, tables
@@ -62,12 +63,6 @@ def engine(monkeypatch):
 def data(tmp_path):
     tables.write_tsv(tmp_path / "MMT-Bench_VAL.tsv", ITEMS)
     return tmp_path / "MMT-Bench_VAL.tsv"
-
-
-def refused(*arguments):
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main([str(argument) for argument in arguments])
-    return str(stopped.value.code)
 
 
 def test_prompt_is_the_benchmarks(data):
