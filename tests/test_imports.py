@@ -18,7 +18,7 @@ ALLOWED = {
     "infer": {"command_line", "api", "data", "files", "model_flags"}, "convert": {"command_line", "stages"},
     "demo": {"command_line", "api", "data", "evaluation", "model_flags"},
     "evaluation": {"files", "trees", "nn", "hf", "data", "sharding", "diffusion", "models", "training", "rl", "stages", "api", "model_flags"},
-    "evaluate": {"command_line", "evaluation"},
+    "evaluate": {"command_line", "evaluation"}, "fetch_emoji": {"command_line", "data"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

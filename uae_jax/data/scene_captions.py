@@ -9,7 +9,7 @@ Nouns stay singular ("two circle"), which keeps the vocabulary small.
 """
 import numpy as np
 
-from uae_jax.data.scenes import (BACKGROUNDS, COLOURS, COLUMNS, MAX_OBJECTS, ROWS, SHAPES, SIZES, Scene, SceneObject,
+from uae_jax.data.scenes import (BACKGROUNDS, COLOURS, COLUMNS, MAX_OBJECTS, ROWS, SHAPES, SIZES, PlacedObject, Scene,
                                  object_facts)
 
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
@@ -18,19 +18,21 @@ RELATIONS = ("left of", "right of", "above", "below")
 STYLES = ("detail", "single_object", "two_object", "counting", "colors", "position", "color_attr")
 # The word of the caption prompt; not part of any caption.
 CAPTION_PROMPT = "describe"
+# The grammar's own words, whatever the objects are.
+GRAMMAR_WORDS = (",", "and", "of", "object", "background", "above", "below", *SIZES, *ROWS, *COLUMNS, *NUMBERS,
+                 CAPTION_PROMPT)
 WORDS = (",", "and", "of", "object", "background", "above", "below", *BACKGROUNDS, *COLOURS, *SHAPES, *SIZES, *ROWS,
          *COLUMNS, *NUMBERS, CAPTION_PROMPT)
-_FACT_NAMES = ("position", "size", "colour", "shape")
 
 
-def phrase(item: SceneObject, names: tuple[str, ...] = _FACT_NAMES) -> str:
-    """An object in words, mentioning only the facts in `names` ("shape", "colour", "size", "position")."""
-    known = object_facts(item)
-    words = [known[name] for name in _FACT_NAMES if name in names]
-    return " ".join(words if "shape" in names else [*words, "object"])
+def phrase(item: PlacedObject, names: tuple[str, ...] | None = None) -> str:
+    """An object in words, mentioning only the facts in `names` ("shape", "colour", "size", "position"); None for all."""
+    names = item.fact_names if names is None else names
+    words = [value for name, value in reversed(object_facts(item).items()) if name in names]
+    return " ".join(words if item.fact_names[0] in names else [*words, "object"])
 
 
-def holds(relation: str, first: SceneObject, second: SceneObject) -> bool:
+def holds(relation: str, first: PlacedObject, second: PlacedObject) -> bool:
     """Whether `first` stands in `relation` to `second` (a diagonal neighbour is both beside and above or below).
 
     Raises:
@@ -60,11 +62,12 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, detail: float 
     if rng is None and (detail < 1.0 or shuffle):
         raise ValueError("a caption below full detail, or shuffled, needs rng")
     count = len(scene.objects)
+    said_first = tuple(reversed(scene.objects[0].fact_names)) if count else ()
     if detail == 1.0:
-        background, chosen = True, np.ones((count, 4), bool)
+        background, chosen = True, np.ones((count, len(said_first)), bool)
     else:
         background = rng.random() < detail
-        chosen = (rng.random((count, 4)) < detail) & (rng.random((count, 1)) < (1 + detail) / 2)
+        chosen = (rng.random((count, len(said_first))) < detail) & (rng.random((count, 1)) < (1 + detail) / 2)
         if not background and not chosen.any():
             only = int(rng.integers(1 + chosen.size))
             background = only == 0
@@ -72,7 +75,7 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, detail: float 
     order = rng.permutation(count) if shuffle else range(count)
     clauses = [f"{scene.background} background"] if background else []
     for index in order:
-        names = tuple(name for name, said in zip(_FACT_NAMES, chosen[index]) if said)
+        names = tuple(name for name, said in zip(said_first, chosen[index]) if said)
         if names:
             clauses.append(phrase(scene.objects[index], names))
     return " , ".join(clauses)
@@ -85,13 +88,26 @@ def random_detail_caption(scene: Scene, rng: np.random.Generator, low: float = 0
     return caption(scene, rng, detail, shuffle=bool(rng.random() < shuffle_probability))
 
 
+def noun(item: PlacedObject) -> str:
+    """What an object is: the shape of a built-in one."""
+    return getattr(item, item.fact_names[0])
+
+
+def caption_of_kind(scene: Scene, kind: str, rng: np.random.Generator, low: float = 0.1, high: float = 1.0) -> str:
+    """A caption that is "full", of random "detail" in [low, high], or "mixed" (that, and short prompts)."""
+    if kind == "full":
+        return caption(scene)
+    return random_detail_caption(scene, rng, low, high) if kind == "detail" else mixed_caption(scene, rng)
+
+
 def applicable_styles(scene: Scene) -> tuple[str, ...]:
     """The styles of `STYLES` that can describe this scene truthfully."""
-    shapes = [item.shape for item in scene.objects]
-    several = len(set(shapes)) > 1
-    repeated = any(shapes.count(shape) > 1 for shape in shapes)
-    fits = {"detail": True, "single_object": bool(shapes), "colors": bool(shapes), "counting": repeated,
-            "two_object": several, "position": several, "color_attr": several}
+    nouns = [noun(item) for item in scene.objects]
+    several = len(set(nouns)) > 1
+    repeated = any(nouns.count(word) > 1 for word in nouns)
+    coloured = all("colour" in item.fact_names for item in scene.objects)
+    fits = {"detail": True, "single_object": bool(nouns), "colors": coloured and bool(nouns), "counting": repeated,
+            "two_object": several, "position": several, "color_attr": coloured and several}
     return tuple(style for style in STYLES if fits[style])
 
 
@@ -109,14 +125,15 @@ def style_caption(scene: Scene, style: str, rng: np.random.Generator) -> str:
     if style == "detail":
         return random_detail_caption(scene, rng)
     items = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
-    coloured = ("colour", "shape")
+    plain = items[0].fact_names[:1]
+    coloured = items[0].fact_names[:2] if "colour" in items[0].fact_names else plain
     if style in ("single_object", "colors"):
-        return phrase(items[0], coloured if style == "colors" else ("shape",))
+        return phrase(items[0], coloured if style == "colors" else plain)
     if style == "counting":
         return _counting(items, bool(rng.random() < 0.5))
     first = items[0]
-    second = next(item for item in items if item.shape != first.shape)
-    names = coloured if style == "color_attr" or (style == "position" and rng.random() < 0.5) else ("shape",)
+    second = next(item for item in items if noun(item) != noun(first))
+    names = coloured if style == "color_attr" or (style == "position" and rng.random() < 0.5) else plain
     link = "and"
     if style == "position":
         true = [relation for relation in RELATIONS if holds(relation, first, second)]
@@ -124,14 +141,14 @@ def style_caption(scene: Scene, style: str, rng: np.random.Generator) -> str:
     return f"{phrase(first, names)} {link} {phrase(second, names)}"
 
 
-def _counting(items: list[SceneObject], with_colour: bool) -> str:
-    shapes = [item.shape for item in items]
-    shape = next(shape for shape in shapes if shapes.count(shape) > 1)
-    names = ("shape",)
-    same = [item for item in items if item.shape == shape]
-    colours = [item.colour for item in same]
+def _counting(items: list[PlacedObject], with_colour: bool) -> str:
+    nouns = [noun(item) for item in items]
+    word = next(word for word in nouns if nouns.count(word) > 1)
+    names = items[0].fact_names[:1]
+    same = [item for item in items if noun(item) == word]
+    colours = [item.colour for item in same] if "colour" in items[0].fact_names else []
     if with_colour and any(colours.count(colour) > 1 for colour in colours):
-        names = ("colour", "shape")
+        names = items[0].fact_names[:2]
         colour = next(colour for colour in colours if colours.count(colour) > 1)
         same = [item for item in same if item.colour == colour]
     assert len(same) <= MAX_OBJECTS

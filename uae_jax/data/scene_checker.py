@@ -10,12 +10,46 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from uae_jax.data.scene_captions import NUMBERS, holds
-from uae_jax.data.scenes import (BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene, SceneObject, coverage,
-                                 facts, object_facts)
+from uae_jax.data.scenes import (BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, PlacedObject, Scene, SceneObject,
+                                 coverage, facts, object_facts)
 
-_NOUNS = (*SHAPES, "object")
 _PALETTE = np.array(list(COLOURS.values()), np.float32)
 _GROUNDS = np.array(list(BACKGROUNDS.values()), np.float32)
+
+
+class Grammar:
+    """Which words a caption of some kind of scene may hold.
+
+    Args:
+      backgrounds: what may stand before "background".
+      nouns: what a phrase may end with, each of one or more words; `noun_name`: the fact that it states.
+      values: other facts, {value: name}; sizes and positions are always known.
+    """
+
+    def __init__(self, backgrounds: tuple[str, ...], noun_name: str, nouns: tuple[str, ...], values: Mapping[str, str]):
+        self.backgrounds = frozenset(backgrounds)
+        self.noun_name = noun_name
+        self.names = ({f"{row} {column}": "position" for row in ROWS for column in COLUMNS}
+                      | dict.fromkeys(SIZES, "size") | dict(values) | dict.fromkeys(nouns, noun_name) | {"object": "noun"})
+        self.longest = max(value.count(" ") + 1 for value in self.names)
+
+    def value_at(self, words: list[str], at: int) -> str:
+        """The longest value that begins at a word; the word itself where none does."""
+        for length in range(min(self.longest, len(words) - at), 0, -1):
+            value = " ".join(words[at:at + length])
+            if value in self.names:
+                return value
+        return words[at]
+
+
+SCENES = Grammar(tuple(BACKGROUNDS), "shape", SHAPES, dict.fromkeys(COLOURS, "colour"))
+
+
+@functools.singledispatch
+def grammar_of(scene: Scene) -> Grammar:
+    """The grammar of captions of such a scene; other kinds of scenes register theirs."""
+    del scene
+    return SCENES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +98,8 @@ class CaptionScore:
 class _Reader:
     """One pass over the words of a clause; `unparsed` collects what does not fit."""
 
-    def __init__(self, words: list[str]):
-        self.words, self.at, self.unparsed = words, 0, []
+    def __init__(self, words: list[str], grammar: Grammar):
+        self.words, self.grammar, self.at, self.unparsed = words, grammar, 0, []
 
     def peek(self, offset: int = 0) -> str:
         index = self.at + offset
@@ -90,16 +124,11 @@ class _Reader:
             word = self.peek()
             if word == "and" or word in ("above", "below") or (word in COLUMNS and self.peek(1) == "of"):
                 break
-            self.at += 1
-            name, value = "", word
-            if word in ROWS and self.peek() in COLUMNS:
-                name, value = "position", f"{word} {self.peek()}"
-                self.at += 1
-            elif word in _NOUNS:
-                noun = word
-                name = "shape" if word in SHAPES else "noun"
-            else:
-                name = "size" if word in SIZES else "colour" if word in COLOURS else ""
+            value = self.grammar.value_at(self.words, self.at)
+            name = self.grammar.names.get(value, "")
+            self.at += value.count(" ") + 1
+            if name in (self.grammar.noun_name, "noun"):
+                noun = value
             if word in NUMBERS and not numbered and not claims and not noun:
                 count, numbered = NUMBERS[word], True
             elif not name or name in claims:
@@ -112,15 +141,15 @@ class _Reader:
         return Mention(tuple(claims.items()), count)
 
 
-def parse_caption(text: str) -> Parsed:
+def parse_caption(text: str, grammar: Grammar = SCENES) -> Parsed:
     """Turns a caption into what it says; anything outside the grammar is returned as unparsed words, never an error."""
     backgrounds, mentions, relations, unparsed = [], [], [], []
     for clause in text.replace(",", " , ").split(" , "):
         words = clause.replace(",", " ").split()
-        if len(words) == 2 and words[0] in BACKGROUNDS and words[1] == "background":
-            backgrounds.append(words[0])
+        if words[-1:] == ["background"] and " ".join(words[:-1]) in grammar.backgrounds:
+            backgrounds.append(" ".join(words[:-1]))
             continue
-        reader = _Reader(words)
+        reader = _Reader(words, grammar)
         previous, link = None, None
         while reader.at < len(words):
             mention = reader.phrase()
@@ -169,7 +198,7 @@ def match_mentions(claims: Sequence[Mapping[str, str]], objects: Sequence[Mappin
     return max(best.values(), key=lambda item: item[0])[1]
 
 
-def _matching(claims: Sequence[Mapping[str, str]], objects: Sequence[SceneObject]) -> int:
+def _matching(claims: Sequence[Mapping[str, str]], objects: Sequence[PlacedObject]) -> int:
     """Most claims that can be true when every mention stands for a different object."""
     known = [object_facts(item) for item in objects]
     return sum(len(claims[number].items() & known[index].items()) for number, index in match_mentions(claims, known).items())
@@ -182,7 +211,7 @@ def caption_score(scene: Scene, text: str) -> CaptionScore:
     repeated background and an unparsed word are wrong claims. A relation is one claim, true when two different objects
     that fit both phrases stand in it. A caption written from the scene has precision 1, the full one also recall 1.
     """
-    said = parse_caption(text)
+    said = parse_caption(text, grammar_of(scene))
     claims = [dict(mention.claims) for mention in said.mentions for _ in range(mention.count)]
     recalled = _matching(claims, scene.objects) + (scene.background in said.backgrounds)
     true_relations = sum(_relation_holds(scene, said.mentions[a], words, said.mentions[b])
@@ -191,7 +220,7 @@ def caption_score(scene: Scene, text: str) -> CaptionScore:
     return CaptionScore(recalled, recalled + true_relations, claimed, len(facts(scene)), said.unparsed)
 
 
-def fitting(scene: Scene, claims: tuple[tuple[str, str], ...]) -> list[SceneObject]:
+def fitting(scene: Scene, claims: tuple[tuple[str, str], ...]) -> list[PlacedObject]:
     """The objects of a scene of which every claim ((name, value), ...) is true."""
     return [item for item in scene.objects if set(claims) <= set(object_facts(item).items())]
 
@@ -225,19 +254,38 @@ def read_pictures(pixels: np.ndarray) -> list[Scene]:
     Raises:
       ValueError: the array is not [B, S, S, 3] with even S.
     """
+    check_pictures(pixels)
+    templates, names = _cell_templates(pixels.shape[1])
+    errors = cell_errors(pixels, templates)
+    choice = errors.argmin(-1)
+    ground = errors.min(-1).sum(1).argmin(-1)
+    return [_scene(int(ground[i]), choice[i, :, ground[i]], names) for i in range(len(pixels))]
+
+
+def check_pictures(pixels: np.ndarray) -> None:
+    """Raises ValueError for pictures that cannot be read."""
     if pixels.ndim != 4 or pixels.shape[1] != pixels.shape[2] or pixels.shape[3] != 3 or pixels.shape[1] % 2:
         raise ValueError(f"pictures to read must be [B, S, S, 3] with even S, not {list(pixels.shape)}")
+
+
+def cell_errors(pixels: np.ndarray, templates: np.ndarray) -> np.ndarray:
+    """How far every cell of pictures [B, S, S, 3] is from every template [..., cell * cell * 3]: float32 [B, 4, ...].
+
+    Squared errors, up to the cell's own energy, which no choice changes.
+    """
     batch, side = pixels.shape[:2]
-    templates, names = _cell_templates(side)
     cells = np.asarray(pixels, np.float32).reshape(batch, 2, side // 2, 2, side // 2, 3)
     cells = cells.transpose(0, 1, 3, 2, 4, 5).reshape(batch * 4, -1)
     flat = templates.reshape(-1, templates.shape[-1])
-    # Squared error up to the cell's own energy, which no choice changes.
     errors = (flat * flat).sum(-1) - 2 * cells @ flat.T
-    errors = errors.reshape(batch, 4, len(_GROUNDS), len(names))
-    choice = errors.argmin(-1)
-    ground = errors.min(-1).sum(1).argmin(-1)
-    return [_scene(int(ground[i]), choice[i, :, ground[i]], names) for i in range(batch)]
+    return errors.reshape(batch, 4, *templates.shape[:-1])
+
+
+@functools.singledispatch
+def read_like(scene: Scene, pixels: np.ndarray) -> list[Scene]:
+    """Reads pictures [B, S, S, 3] as scenes of the kind of `scene`; other kinds of scenes register theirs."""
+    del scene
+    return read_pictures(pixels)
 
 
 def _scene(ground: int, choice: np.ndarray, names: list[tuple[str, str, str] | None]) -> Scene:
@@ -259,7 +307,7 @@ def scene_score(scene: Scene, seen: Scene) -> float:
 
 def picture_score(scene: Scene, pixels: np.ndarray) -> float:
     """Share of the scene's facts found in a picture, uint8 [S, S, 3]; 1 also for a picture that shows more."""
-    return scene_score(scene, read_picture(pixels))
+    return float(picture_scores([scene], np.asarray(pixels)[None])[0])
 
 
 def picture_scores(scenes: list[Scene], pixels: np.ndarray) -> np.ndarray:
@@ -270,7 +318,9 @@ def picture_scores(scenes: list[Scene], pixels: np.ndarray) -> np.ndarray:
     """
     if len(scenes) != len(pixels):
         raise ValueError(f"{len(scenes)} scenes cannot be checked against {len(pixels)} pictures")
-    return np.array([scene_score(scene, seen) for scene, seen in zip(scenes, read_pictures(pixels))], np.float32)
+    if not scenes:
+        return np.zeros(0, np.float32)
+    return np.array([scene_score(scene, seen) for scene, seen in zip(scenes, read_like(scenes[0], pixels))], np.float32)
 
 
 def picture_matches(scenes: list[Scene], pixels: np.ndarray) -> np.ndarray:
@@ -281,4 +331,6 @@ def picture_matches(scenes: list[Scene], pixels: np.ndarray) -> np.ndarray:
     """
     if len(scenes) != len(pixels):
         raise ValueError(f"{len(scenes)} scenes cannot be checked against {len(pixels)} pictures")
-    return np.array([scene == seen for scene, seen in zip(scenes, read_pictures(pixels))], bool)
+    if not scenes:
+        return np.zeros(0, bool)
+    return np.array([scene == seen for scene, seen in zip(scenes, read_like(scenes[0], pixels))], bool)

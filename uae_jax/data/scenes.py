@@ -7,6 +7,8 @@ caption can be written at any level of detail (`scene_captions`) and captions an
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 
@@ -28,25 +30,41 @@ _SUPERSAMPLING = 4
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class SceneObject:
-    """One object: `shape`, `colour` and `size` by name, `row` (0 top, 1 bottom), `column` (0 left, 1 right)."""
+class PlacedObject:
+    """What stands in a cell: `row` (0 top, 1 bottom), `column` (0 left, 1 right).
+
+    A subclass names its facts in `fact_names`; the first is what a noun says, and a caption says them in reverse order.
+    """
 
     row: int
     column: int
-    shape: str
-    colour: str
-    size: str
-
-    def __post_init__(self):
-        for value, known in ((self.shape, SHAPES), (self.colour, COLOURS), (self.size, SIZES),
-                             (self.row, (0, 1)), (self.column, (0, 1))):
-            if value not in known:
-                raise ValueError(f"a scene object has no {value!r}: expected one of {tuple(known)}")
+    fact_names: ClassVar[tuple[str, ...]] = ("position",)
 
     @property
     def position(self) -> str:
         """The cell in words, such as "top left"."""
         return f"{ROWS[self.row]} {COLUMNS[self.column]}"
+
+
+def check_known(value: object, known: tuple) -> None:
+    """Raises ValueError for an attribute of an object that does not exist."""
+    if value not in known:
+        raise ValueError(f"a scene object has no {value!r}: expected one of {tuple(known)}")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class SceneObject(PlacedObject):
+    """One object: `shape`, `colour` and `size` by name, and its cell."""
+
+    shape: str
+    colour: str
+    size: str
+    fact_names: ClassVar[tuple[str, ...]] = ("shape", "colour", "size", "position")
+
+    def __post_init__(self):
+        for value, known in ((self.shape, SHAPES), (self.colour, tuple(COLOURS)), (self.size, SIZES),
+                             (self.row, (0, 1)), (self.column, (0, 1))):
+            check_known(value, known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,23 +76,24 @@ class Scene:
     """
 
     background: str
-    objects: tuple[SceneObject, ...]
+    objects: tuple[PlacedObject, ...]
+    backgrounds: ClassVar[tuple[str, ...]] = tuple(BACKGROUNDS)
 
     def __post_init__(self):
-        if self.background not in BACKGROUNDS:
-            raise ValueError(f"a scene has no background {self.background!r}: expected one of {tuple(BACKGROUNDS)}")
+        if self.background not in self.backgrounds:
+            raise ValueError(f"a scene has no background {self.background!r}: expected one of {self.backgrounds}")
         object.__setattr__(self, "objects", tuple(sorted(self.objects)))
         if len({(o.row, o.column) for o in self.objects}) != len(self.objects):
             raise ValueError("two objects of a scene share a cell: give each its own row and column")
 
 
-def object_facts(item: SceneObject) -> dict[str, str]:
-    """The four facts of an object by name: shape, colour, size, position."""
-    return {"shape": item.shape, "colour": item.colour, "size": item.size, "position": item.position}
+def object_facts(item: PlacedObject) -> dict[str, str]:
+    """The facts of an object by name; of a built-in one: shape, colour, size, position."""
+    return {name: getattr(item, name) for name in item.fact_names}
 
 
 def facts(scene: Scene) -> tuple[tuple[int, str, str], ...]:
-    """All facts: (object index, name, value), and the background as (-1, "background", value); 1 + 4 an object."""
+    """All facts: (object index, name, value), and the background as (-1, "background", value); of built-in scenes 1 + 4 an object."""
     listed = [(-1, "background", scene.background)]
     for index, item in enumerate(scene.objects):
         listed += [(index, name, value) for name, value in object_facts(item).items()]
@@ -121,16 +140,23 @@ def draw(scene: Scene, side: int = 32) -> np.ndarray:
     return np.rint(picture).astype(np.uint8)
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draws a random scene: one to four objects in distinct cells, every attribute uniform.
+def sample_cells(rng: np.random.Generator, kinds: int, most: int = MAX_OBJECTS) -> tuple[np.ndarray, np.ndarray]:
+    """One to `most` distinct cells, and what kind of `kinds` stands in each, int [count] both.
 
-    In one scene of four all objects have the same shape, so that high counts are not rare.
+    In one scene of four all objects are of the same kind, so that high counts are not rare.
     """
-    count = int(rng.integers(1, MAX_OBJECTS + 1))
+    count = int(rng.integers(1, most + 1))
     cells = rng.permutation(4)[:count]
-    shapes = rng.integers(len(SHAPES), size=count)
+    chosen = rng.integers(kinds, size=count)
     if rng.random() < 0.25:
-        shapes[:] = shapes[0]
+        chosen[:] = chosen[0]
+    return cells, chosen
+
+
+def sample_scene(rng: np.random.Generator) -> Scene:
+    """Draws a random scene: one to four objects in distinct cells, every attribute uniform (see `sample_cells`)."""
+    cells, shapes = sample_cells(rng, len(SHAPES))
+    count = len(cells)
     colours = rng.integers(len(COLOURS), size=count)
     sizes = rng.integers(len(SIZES), size=count)
     names = tuple(COLOURS)
@@ -145,8 +171,12 @@ def split_of(scene: Scene) -> str:
     return "test" if int.from_bytes(digest, "little") % 10 == 0 else "train"
 
 
-def scene_at(split: str, index: int, seed: int = 0) -> Scene:
+def scene_at(split: str, index: int, seed: int = 0, sample: Callable[[np.random.Generator], Scene] = sample_scene,
+             split_of: Callable[[Scene], str] = split_of) -> Scene:
     """Scene number `index` >= 0 of an endless stream; a pure function of its arguments.
+
+    Args:
+      sample, split_of: what makes a scene, and says which split it belongs to.
 
     Raises:
       ValueError: unknown split.
@@ -155,6 +185,6 @@ def scene_at(split: str, index: int, seed: int = 0) -> Scene:
         raise ValueError(f"scenes have no split {split!r}: expected one of {SPLITS}")
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     while True:
-        scene = sample_scene(rng)
+        scene = sample(rng)
         if split_of(scene) == split:
             return scene

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from uae_jax.data.qwen_inputs import to_rgb
-from uae_jax.data.scene_captions import caption, mixed_caption, random_detail_caption
+from uae_jax.data.scene_captions import caption_of_kind
 from uae_jax.data.scenes import SPLITS, Scene, draw, scene_at
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -25,7 +25,7 @@ SCENE_CAPTIONS = ("full", "detail", "mixed")
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One captioned image: uint8 [H, W, 3], caption, a name for messages, and the ground truth of a built-in scene."""
+    """One captioned image: uint8 [H, W, 3], caption, a name for messages, and the ground truth of a scene."""
 
     image: np.ndarray
     caption: str
@@ -77,12 +77,7 @@ class SceneSource:
         index = int(index)
         scene = scene_at(self.split, index, self.seed)
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index, 1])
-        if self.captions == "full":
-            text = caption(scene)
-        elif self.captions == "detail":
-            text = random_detail_caption(scene, rng, self.low, self.high)
-        else:
-            text = mixed_caption(scene, rng)
+        text = caption_of_kind(scene, self.captions, rng, self.low, self.high)
         return Example(draw(scene, self.side), text, f"{self.split} scene {index}", scene)
 
 

@@ -1,0 +1,80 @@
+"""Fetches the emoji data set: pinned packages of the npm registry, checked by their checksums.
+
+    python -m uae_jax.fetch_emoji --folder=data/emoji
+
+Packages come through the `npm` command, from the registry that it is set up for, and stay in FOLDER/packages; those that are
+there already are not fetched again. Without npm, put the files named in the message there by hand.
+"""
+
+import argparse
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+from uae_jax.command_line import plain_errors
+from uae_jax.data.emoji import INDEX_FILE, EmojiSet
+from uae_jax.data.emoji_files import ARCHIVES, Archive, check_archive, write_folder
+
+PACKAGES = "packages"
+COUNT = 128
+
+
+def fetch(archive: Archive, folder: pathlib.Path) -> None:
+    """Makes sure that an archive lies in `folder`; a file gets its name there only when its checksum is right.
+
+    Raises:
+      FileNotFoundError: npm is not installed.
+      ConnectionError: npm cannot fetch the package.
+      ValueError: what was fetched, or was there, is another file.
+    """
+    path = folder / archive.file
+    if path.is_file():
+        check_archive(path, archive)
+        print(f"{archive.file}: there", flush=True)
+        return
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FileNotFoundError(f"npm is not installed: install Node.js, or put {archive.file} into {folder} by hand")
+    print(f"{archive.file}: fetching {archive.megabytes} MB", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as part:
+        command = [npm, "pack", f"{archive.package}@{archive.version}", f"--pack-destination={part}", "--loglevel=error",
+                   "--fetch-retries=2", "--fetch-retry-mintimeout=2000", "--fetch-retry-maxtimeout=8000"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=part)
+        files = list(pathlib.Path(part).glob("*.tgz"))
+        if done.returncode or len(files) != 1:
+            raise ConnectionError(f"npm cannot fetch {archive.package}@{archive.version} ({_reason(done.stderr)}): the same "
+                                  "command tries again")
+        check_archive(files[0], archive)
+        files[0].replace(path)
+
+
+def _reason(text: str) -> str:
+    """The first lines of npm's complaint, in one."""
+    lines = [line.removeprefix("npm error").strip() for line in text.splitlines() if line.startswith("npm error")]
+    return "; ".join([line for line in lines if line][:3]) or "it said nothing"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Fetches, chooses and writes; does nothing for a folder that is whole."""
+    parser = argparse.ArgumentParser(
+        prog="python -m uae_jax.fetch_emoji", description="Fetches the emoji data set.", allow_abbrev=False)
+    parser.add_argument("--folder", type=pathlib.Path, required=True, help="where pictures and emoji.json are written")
+    parser.add_argument("--count", type=int, default=COUNT, help="how many emoji are taken (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    with plain_errors():
+        if (options.folder / INDEX_FILE).is_file():
+            there = len(EmojiSet(options.folder).names)
+            if there != options.count:
+                raise ValueError(f"{options.folder} holds {there} emoji, not {options.count}: choose another folder, or remove it")
+            print(f"{options.folder} holds {there} emoji already")
+            return
+        for archive in ARCHIVES:
+            fetch(archive, options.folder / PACKAGES)
+        names = write_folder(options.folder, options.folder / PACKAGES, options.count)
+        print(f"{len(names)} emoji are in {options.folder}, from {names[0]} to {names[-1]}")
+
+
+if __name__ == "__main__":
+    main()
