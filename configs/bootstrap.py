@@ -3,7 +3,11 @@
     python -m uae_jax.main --config=configs/bootstrap.py --workdir=runs/bootstrap
 
 The result is `runs/bootstrap/model`, in the official folder layout. It starts as the paper's model does: a captioner that
-is right but says little, and a decoder that draws what a caption says.
+is right but says little, and a decoder that draws what a caption says. The preset `emoji` makes a model of 64-pixel scenes of
+emoji (docs/emoji.md), on one GPU or a patient CPU:
+
+    python -m uae_jax.fetch_emoji --folder=data/emoji
+    python -m uae_jax.main --config=configs/bootstrap.py:emoji --workdir=runs/emoji_bootstrap
 """
 
 import ml_collections
@@ -14,15 +18,9 @@ def _optimizer(learning_rate: float, warmup_steps: int = 50) -> dict:
                 weight_decay=1e-4, max_grad_norm=1.0)
 
 
-def get_config(preset: str | None = None):
-    """The only preset is `tiny`.
-
-    Raises:
-      ValueError: another preset was named.
-    """
-    if preset not in (None, "tiny"):
-        raise ValueError(f"unknown preset {preset!r}; bootstrap makes the `tiny` model only")
-    return ml_collections.ConfigDict(dict(
+def _tiny() -> dict:
+    return dict(
+        data=dict(source="scenes", folder=""),
         preset="bootstrap", seed=0, stages=("bootstrap",), side=32, caption_tokens=32, save_every=200, log_every=10,
         phases=("vae", "clip", "dinov2", "captioner", "decoder"),
         vae=dict(steps=1500, batch_size=24, optimizer=_optimizer(2e-3),
@@ -46,5 +44,36 @@ def get_config(preset: str | None = None):
             condition_dropout=0.1, full_fraction=0.6, caption_tokens=28,
             model=dict(sample_size=8, patch_size=2, num_layers=6, attention_head_dim=32, num_attention_heads=4,
                        joint_attention_dim=128, pooled_projection_dim=32, pos_embed_max_size=8, dual_attention_layers=(),
-                       qk_norm="rms_norm")),
-    ))
+                       qk_norm="rms_norm")))
+
+
+def _emoji() -> dict:
+    """Twice the side, three times the words: wider parts, longer phases."""
+    config = _tiny()
+    config |= dict(preset="bootstrap_emoji", data=dict(source="emoji", folder="data/emoji"), side=64)
+    config["vae"] |= dict(
+        steps=4000, batch_size=16, model=dict(
+            block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, latent_channels=16, sample_size=64))
+    config["clip"]["vision"] |= dict(image_size=64)
+    config["clip"] |= dict(steps=4000)
+    config["dinov2"]["model"] |= dict(image_size=64)
+    config["dinov2"] |= dict(steps=4000)
+    config["captioner"]["vision"] |= dict(patch_size=8, window_size=32)
+    config["captioner"] |= dict(steps=4000)
+    config["decoder"]["model"] |= dict(sample_size=16, num_attention_heads=6)
+    config["decoder"] |= dict(steps=12_000)
+    return config
+
+
+PRESETS = {"tiny": _tiny, "emoji": _emoji}
+
+
+def get_config(preset: str | None = None):
+    """The configuration of a preset (`tiny` when none is named).
+
+    Raises:
+      ValueError: there is no such preset.
+    """
+    if (preset or "tiny") not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; bootstrap makes the models {', '.join(PRESETS)}")
+    return ml_collections.ConfigDict(PRESETS[preset or "tiny"]())

@@ -1,22 +1,27 @@
 """The built-in model is made from nothing by one command; here with one step a phase and smaller parts."""
 
+import emoji_pieces
+import numpy as np
 import pytest
 
 from configs import bootstrap as config_file
+from configs import presets
+from uae_jax.data import scenes
 from uae_jax.stages.bootstrap import scene_stream
 from uae_jax.stages.bootstrap.run import bootstrap
+from uae_jax.stages.run import run
 from uae_jax.stages.weights import ModelConfig, load_system
 
 
-def small_config():
-    config = config_file.get_config()
+def small_config(preset="tiny"):
+    config = config_file.get_config(preset)
     for name in config.phases:
         config[name].steps, config[name].batch_size, config[name].optimizer.warmup_steps = 1, 2, 0
     config.vae.model.block_out_channels, config.vae.model.norm_num_groups = (4, 8), 4
     config.clip.vision.num_hidden_layers = config.clip.text.num_hidden_layers = config.dinov2.model.num_hidden_layers = 1
     config.captioner.text.layers, config.captioner.vision.depth = 1, 2
     config.captioner.vision.full_attention_blocks = (1,)
-    config.decoder.model.num_layers, config.decoder.model.sample_size = 2, 16
+    config.decoder.model.num_layers, config.decoder.model.sample_size = 2, config.side // 2
     config.save_every = 0
     return config
 
@@ -31,6 +36,64 @@ def test_bootstrap_makes_a_folder_that_loads_and_does_not_repeat_finished_phases
     assert bootstrap(small_config(), tmp_path) == folder
 
 
-def test_only_the_tiny_preset_is_known():
+@pytest.mark.slow
+def test_bootstrap_learns_from_emoji(tmp_path, monkeypatch):
+    config = small_config("emoji")
+    config.data.folder = str(emoji_pieces.write_emoji(tmp_path / "emoji", monkeypatch))
+    folder = bootstrap(config, tmp_path / "run")
+    system = load_system(ModelConfig(folder=str(folder)), image_size=64)
+    assert "dog" in system.tokenizer.get_vocab() and "octopus" not in system.tokenizer.get_vocab()
+    assert system.tokenizer("red apple")["input_ids"] == [system.tokenizer.get_vocab()[word] for word in ("red", "apple")]
+    values = presets.preset("emoji", ("pretrain",)).to_dict()
+    values["model"]["folder"], values["data"]["folder"] = str(folder), config.data.folder
+    values["evaluation"] |= dict(images=2, batch_size=2, sampler_steps=2, samples=1)
+    values["pretrain"] |= dict(steps=1, batch_size=8, optimizer=presets._optimizer(1e-4))
+    after = run(values, tmp_path / "emoji_run")["stages"][0]["after"]
+    assert after["fact_recall"]["n"] == after["scene_accuracy"]["n"] == 2
+
+
+@pytest.fixture(params=["scenes", "emoji"])
+def world(request, tmp_path, monkeypatch):
+    data = config_file.get_config().data
+    data.source = request.param
+    if request.param == "emoji":
+        data.folder = str(emoji_pieces.write_emoji(tmp_path, monkeypatch))
+    return scene_stream.open_world(data)
+
+
+def test_a_world_tells_what_stands_in_each_cell(world):
+    for index in range(40):
+        scene = world.scene_at("train", index, 3)
+        seen, classes = scene_stream.cell_attributes(world, scene), scene_stream.cell_classes(world, scene)
+        assert (seen["cell"][:, 0] > 0).sum() == (classes[:4] > 0).sum() == len(scene.objects)
+        assert (seen["cell"].max(0) < world.attribute_classes).all() and classes[:4].max() < world.object_classes
+        assert world.backgrounds[seen["background"]] == scene.background == world.backgrounds[classes[4]]
+        noun, values = next(iter(world.values.items()))
+        for item in scene.objects:
+            cell = 2 * item.row + item.column
+            assert values[seen["cell"][cell, 0] - 1] == getattr(item, noun)
+            assert (classes[cell] - 1) // ((world.object_classes - 1) // len(values)) == seen["cell"][cell, 0] - 1
+
+
+def test_an_edit_changes_one_fact(world):
+    rng = np.random.default_rng(0)
+    for index in range(60):
+        scene = world.scene_at("train", index, 3)
+        other = scene_stream.edited(world, scene, rng)
+        assert sum(a != b for a, b in zip(scenes.facts(scene), scenes.facts(other), strict=True)) == 1
+        assert scene_stream.pixels_of(world, other, 64).shape == (64, 64, 3)
+
+
+def test_other_worlds_and_missing_emoji_are_refused(tmp_path):
+    data = config_file.get_config("emoji").data
+    data.folder = str(tmp_path)
+    with pytest.raises(FileNotFoundError, match="fetch the emoji"):
+        scene_stream.open_world(data)
+    data.source = "coco"
+    with pytest.raises(ValueError, match="the bootstrap knows scenes and emoji"):
+        scene_stream.open_world(data)
+
+
+def test_only_known_presets_are_made():
     with pytest.raises(ValueError, match="unknown preset 'large'"):
         config_file.get_config("large")

@@ -15,6 +15,7 @@ from uae_jax import sharding, trees
 from uae_jax.data.loader import RowBuilder, from_signed
 from uae_jax.data.scene_checker import caption_score, picture_scores
 from uae_jax.data.scene_prompts import check_prompt, scene_prompts
+from uae_jax.data.scenes import Scene
 from uae_jax.data.sources import Example
 from uae_jax.data.tokenizer import decode_caption
 from uae_jax.files.json_files import write_json
@@ -156,7 +157,7 @@ class Evaluator:
         return scores if None in scenes else scores | {"true_caption_scene_accuracy": picture_scores(scenes, drawn)}
 
     def _geneval(self, parts: Mapping) -> dict[str, np.ndarray]:
-        if not self.config.geneval_per_tag or self.examples[0].scene is None:
+        if not self.config.geneval_per_tag or type(self.examples[0].scene) is not Scene:  # the prompts ask for its shapes
             return {}
         prompts = scene_prompts(self.config.geneval_per_tag)
         drawn = self.draw_texts(parts, [prompt["prompt"] for prompt in prompts])

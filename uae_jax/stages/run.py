@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from uae_jax import sharding, trees
+from uae_jax.data.emoji import EmojiSet, EmojiSource
 from uae_jax.data.loader import RowBuilder, batch_spec, make_loader
 from uae_jax.data.sources import Example, FolderSource, SceneSource, Source, TfdsSource
 from uae_jax.rl.caption_policy import CaptionPolicy
@@ -41,13 +42,13 @@ class DataConfig:
     """Where pictures come from, and fixed shapes.
 
     Attributes:
-      source: `scenes` (built in), `folder` or `tfds`.
-      folder: of `captions.jsonl` and images; heldout_folder: the same for scores, or empty to hold out the last rows.
+      source: `scenes` (built in), `emoji` (of `uae_jax.fetch_emoji`), `folder` or `tfds`.
+      folder: of `captions.jsonl` and images, or of emoji; heldout_folder: the same for scores, or empty to hold out the last rows.
       name, split, data_dir, image_key, caption_key: of a TFDS data set; heldout_split: for scores.
       image_size: side of the square pictures in pixels.
       max_prompt: room for the caption prompt with its image tokens; 0 for what it needs.
       max_caption: room for a caption with its stop token.
-      detail, rl_detail: captions of the built-in scenes in the supervised and in the RL stages: `full`, `detail` or `mixed`.
+      detail, rl_detail: captions of scenes and emoji in the supervised and in the RL stages: `full`, `detail` or `mixed`.
       caption_prompt, negative_prompt: texts.
     """
 
@@ -131,6 +132,11 @@ def open_sources(config: DataConfig, seed: int, heldout: int) -> tuple[Source, l
         train = SceneSource("train", seed, config.image_size, config.detail)
         test = SceneSource("test", 0, config.image_size, "full")
         return train, [test[index] for index in range(heldout)]
+    if config.source == "emoji":
+        emoji = EmojiSet(config.folder)
+        train = EmojiSource(emoji, "train", seed, config.image_size, config.detail)
+        test = EmojiSource(emoji, "test", 0, config.image_size, "full")
+        return train, [test[index] for index in range(heldout)]
     if config.source == "folder":
         if not config.folder:
             raise ValueError("config.data.folder is empty; give a folder with images and captions.jsonl, or data.source='scenes'")
@@ -147,7 +153,7 @@ def open_sources(config: DataConfig, seed: int, heldout: int) -> tuple[Source, l
         train = TfdsSource(config.name, config.split, config.data_dir or None, **keys)
         test = TfdsSource(config.name, config.heldout_split, config.data_dir or None, **keys)
         return train, [test[index] for index in range(min(heldout, len(test)))]
-    raise ValueError(f"config.data.source is {config.source!r}; choose scenes, folder or tfds")
+    raise ValueError(f"config.data.source is {config.source!r}; choose scenes, emoji, folder or tfds")
 
 
 class Run:
@@ -246,7 +252,7 @@ class Run:
 
     def source_of(self, stage: str) -> Source:
         """The training pictures with the captions that a stage sees."""
-        if stage in RL_STAGES and isinstance(self.source, SceneSource):
+        if stage in RL_STAGES and isinstance(self.source, SceneSource | EmojiSource):
             return dataclasses.replace(self.source, captions=self.config.data.rl_detail)
         return self.source
 

@@ -27,14 +27,13 @@ from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, to_json
 from uae_jax.nn.linear import Dense
 from uae_jax.rl.captioning import IMAGE_FIELDS
 from uae_jax.stages.bootstrap import scene_stream
+from uae_jax.stages.bootstrap.encoders import cell_losses
+from uae_jax.stages.bootstrap.scene_stream import World
 from uae_jax.training.step import Algorithm, supervised
 
 
 # words that each state is asked for: a whole phrase, such as "top left small red circle"
 MEMORY = 5
-_READOUTS = (1 + len(scenes.SHAPES), len(scenes.COLOURS), len(scenes.SIZES), len(scenes.BACKGROUNDS))
-READOUT_WIDTH = sum(_READOUTS)
-READOUT_SPLITS = tuple(int(position) for position in np.cumsum(_READOUTS[:-1]))
 
 
 def low_detail_caption(scene: scenes.Scene, rng: np.random.Generator, low: float, high: float) -> str:
@@ -43,7 +42,7 @@ def low_detail_caption(scene: scenes.Scene, rng: np.random.Generator, low: float
 
 
 def stream(
-    tokenizer, processor: ImageProcessor, *, seed: int, batch_size: int, side: int, length: int, pad: int, max_prompt: int,
+    world: World, tokenizer, processor: ImageProcessor, *, seed: int, batch_size: int, side: int, length: int, pad: int, max_prompt: int,
     detail: tuple[float, float]):
     """Batches of the captioner's inputs with `caption_ids`, `caption_mask` and text-only `text_ids`, `text_mask` `[B, T]`."""
     image_pad = token_id(tokenizer, IMAGE_PAD)
@@ -52,19 +51,19 @@ def stream(
 
     def example(index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([seed, 12, index])
-        scene = scenes.scene_at("train", index, seed + 2)
-        fields = prompt_fields(prompt, [processor(scenes.draw(scene, side))], processor, image_pad, grid[0] * grid[1], max_prompt)
+        scene = world.scene_at("train", index, seed + 2)
+        fields = prompt_fields(prompt, [processor(world.draw(scene, side))], processor, image_pad, grid[0] * grid[1], max_prompt)
         said = encode_caption(tokenizer, low_detail_caption(scene, rng, *detail))
         read = encode_caption(tokenizer, mixed_caption(scene, rng) if rng.random() < 0.3 else scene_stream.full_caption(scene, rng))
         caption_ids, caption_mask = scene_stream.pad_ids(said, length, pad)
         text_ids, text_mask = scene_stream.pad_ids(read, length, pad)
-        seen = scene_stream.cell_attributes(scene)
+        seen = scene_stream.cell_attributes(world, scene)
         return fields | seen | {"caption_ids": caption_ids, "caption_mask": caption_mask, "text_ids": text_ids, "text_mask": text_mask}
 
     return scene_stream.stream(example, batch_size)
 
 
-def algorithm(config: Qwen2_5VLConfig, template: ConditionTemplate, text_weight: float) -> Algorithm:
+def algorithm(world: World, config: Qwen2_5VLConfig, template: ConditionTemplate, text_weight: float) -> Algorithm:
     """Cross-entropy per token of both kinds of captions, the second weighted by `text_weight`, and of the readouts."""
 
     def loss(params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
@@ -76,7 +75,7 @@ def algorithm(config: Qwen2_5VLConfig, template: ConditionTemplate, text_weight:
         count = jnp.sum(batch["caption_mask"], dtype=jnp.float32)
         read, remembered, tokens = _text_losses(config, params, template, batch["text_ids"], batch["text_mask"])
         rows = jnp.float32(len(said))
-        named = _readout_loss(params["readout"], images, batch)
+        named = _readout_loss(world, params["readout"], images, batch)
         text = jnp.sum(remembered) - jnp.sum(read)
         total = rows * (text_weight * text / tokens - jnp.sum(said) / count) + jnp.sum(named)
         metrics = {
@@ -108,22 +107,24 @@ def init_memory(config: Qwen2_5VLConfig, key: Array) -> dict:
     return Dense(MEMORY * config.text.vocab_size).init(key, jnp.zeros((1, config.text.width)))["params"]
 
 
-def init_readout(width: int, key: Array) -> dict:
-    """Linear readouts of an image embedding: what stands in a cell, its colour and size, and the background."""
-    return Dense(READOUT_WIDTH).init(key, jnp.zeros((1, width)))["params"]
+def readout_width(world: World) -> int:
+    """Outputs of the readouts of an image embedding: a cell's attributes, and the background."""
+    return sum(world.attribute_classes) + len(world.backgrounds)
 
 
-def _readout_loss(params: Mapping, images: Array, batch: Mapping) -> Array:
+def init_readout(world: World, width: int, key: Array) -> dict:
+    """Linear readouts of an image embedding."""
+    return Dense(readout_width(world)).init(key, jnp.zeros((1, width)))["params"]
+
+
+def _readout_loss(world: World, params: Mapping, images: Array, batch: Mapping) -> Array:
     """Cross-entropies `[B]` of each cell's contents, read from the mean embedding `[B, P / 4, D]` of its patches."""
     side = round(images.shape[1] ** 0.5)
     grid = images.reshape(len(images), 2, side // 2, 2, side // 2, -1).mean((2, 4)).reshape(len(images), scene_stream.CELLS, -1)
-    logits = jnp.split(Dense(READOUT_WIDTH).apply({"params": params}, grid), READOUT_SPLITS, axis=-1)
-    cross = optax.softmax_cross_entropy_with_integer_labels
-    there = batch["cell_shape"] > 0
-    shape = cross(logits[0], batch["cell_shape"])
-    details = cross(logits[1], batch["cell_colour"]) + cross(logits[2], batch["cell_size"])
-    background = cross(logits[3].mean(1), batch["background"])
-    return jnp.mean(shape + jnp.where(there, details, 0.0), axis=1) + background
+    logits = Dense(readout_width(world)).apply({"params": params}, grid)
+    of_cells, of_background = logits[..., : -len(world.backgrounds)], logits[..., -len(world.backgrounds) :]
+    losses, _ = cell_losses(world, of_cells, batch["cell"])
+    return jnp.mean(losses, axis=1) + optax.softmax_cross_entropy_with_integer_labels(of_background.mean(1), batch["background"])
 
 
 def write_config(folder: pathlib.Path, config: Qwen2_5VLConfig, stops: tuple[int, ...]) -> None:

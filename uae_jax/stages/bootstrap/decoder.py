@@ -2,20 +2,21 @@
 
 import numpy as np
 
-from uae_jax.data import scenes
 from uae_jax.data.scene_captions import mixed_caption
 from uae_jax.data.tokenizer import encode_caption
 from uae_jax.stages.bootstrap import scene_stream
+from uae_jax.stages.bootstrap.scene_stream import World
 
 
-def stream(tokenizer, *, seed: int, batch_size: int, side: int, length: int, pad: int, full_fraction: float):
+def stream(world: World, tokenizer, *, seed: int, batch_size: int, side: int, length: int, pad: int, full_fraction: float):
     """Batches of `pixels`, `caption_ids`, `caption_mask` and `sample_id`; `full_fraction` of the captions say everything."""
 
     def example(index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([seed, 13, index])
-        scene = scenes.scene_at("train", index, seed + 3)
+        scene = world.scene_at("train", index, seed + 3)
         text = scene_stream.full_caption(scene, rng) if rng.random() < full_fraction else mixed_caption(scene, rng)
         ids, mask = scene_stream.pad_ids(encode_caption(tokenizer, text), length, pad)
-        return {"pixels": scene_stream.pixels_of(scene, side), "caption_ids": ids, "caption_mask": mask, "sample_id": np.int32(index)}
+        pixels = scene_stream.pixels_of(world, scene, side)
+        return {"pixels": pixels, "caption_ids": ids, "caption_mask": mask, "sample_id": np.int32(index)}
 
     return scene_stream.stream(example, batch_size)

@@ -12,44 +12,49 @@ import numpy as np
 import optax
 from jax import Array
 
-from uae_jax.data import scenes
 from uae_jax.data.tokenizer import encode_caption
 from uae_jax.models.encoders import clip, dino
 from uae_jax.models.encoders.config import CLIPConfig, Dinov2Config
 from uae_jax.models.encoders.preprocess import Preprocess, apply
 from uae_jax.nn.linear import Dense
 from uae_jax.stages.bootstrap import scene_stream
+from uae_jax.stages.bootstrap.scene_stream import World
 from uae_jax.training.step import Algorithm, supervised
 
 
-CELL_ATTRIBUTES = (1 + len(scenes.SHAPES), len(scenes.COLOURS), len(scenes.SIZES))
-ATTRIBUTE_WIDTH = scene_stream.CELLS * sum(CELL_ATTRIBUTES) + len(scenes.BACKGROUNDS)
-READOUT_WIDTH = scene_stream.CELLS * scene_stream.OBJECT_CLASSES + len(scenes.BACKGROUNDS)
+def attribute_width(world: World) -> int:
+    """Outputs of `attribute_readout`."""
+    return scene_stream.CELLS * sum(world.attribute_classes) + len(world.backgrounds)
 
 
-def clip_stream(tokenizer, *, seed: int, batch_size: int, side: int, length: int, pad: int):
+def readout_width(world: World) -> int:
+    """Outputs of `readout`."""
+    return scene_stream.CELLS * world.object_classes + len(world.backgrounds)
+
+
+def clip_stream(world: World, tokenizer, *, seed: int, batch_size: int, side: int, length: int, pad: int):
     """Batches of `pixels` `[B, 2, S, S, 3]`, `ids` `[B, 2, T]` and cell attributes: a scene, and it with one fact changed."""
 
     def example(index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([seed, 11, index])
-        scene = scenes.scene_at("train", index, seed)
-        pair = (scene, scene_stream.edited(scene, rng))
+        scene = world.scene_at("train", index, seed)
+        pair = (scene, scene_stream.edited(world, scene, rng))
         ids = [scene_stream.pad_ids(encode_caption(tokenizer, scene_stream.full_caption(one, rng)), length, pad)[0] for one in pair]
         return {
-            "pixels": np.stack([scene_stream.pixels_of(one, side) for one in pair]), "ids": np.stack(ids),
-            **jax.tree.map(lambda *leaves: np.stack(leaves), *(scene_stream.cell_attributes(one) for one in pair))}
+            "pixels": np.stack([scene_stream.pixels_of(world, one, side) for one in pair]), "ids": np.stack(ids),
+            **jax.tree.map(lambda *leaves: np.stack(leaves), *(scene_stream.cell_attributes(world, one) for one in pair))}
 
     return scene_stream.stream(example, batch_size)
 
 
-def clip_algorithm(config: CLIPConfig, preprocess: Preprocess) -> Algorithm:
+def clip_algorithm(world: World, config: CLIPConfig, preprocess: Preprocess) -> Algorithm:
     """The symmetric contrastive loss over the 2 B pairs of a batch, and the readout's."""
 
     def loss(params: dict, frozen: dict, rollout: dict, key: Array) -> tuple[Array, Array, dict]:
         del frozen, key
         samples = {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in rollout["samples"].items()}
         images = clip.image_features(config, params, apply(preprocess, (samples["pixels"] + 1) / 2))
-        named, right = attribute_readout(params["heads"], images, samples)
+        named, right = attribute_readout(world, params["heads"], images, samples)
         images, texts = _unit(images), _unit(clip.text_features(config, params, samples["ids"]))
         logits = images @ texts.T * jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))
         labels = jnp.arange(len(logits))
@@ -62,12 +67,12 @@ def clip_algorithm(config: CLIPConfig, preprocess: Preprocess) -> Algorithm:
     return supervised(loss)
 
 
-def dino_stream(*, seed: int, batch_size: int, side: int):
+def dino_stream(world: World, *, seed: int, batch_size: int, side: int):
     """Batches of `pixels` `[B, S, S, 3]` and `classes` int32 `[B, 5]` (cells, background)."""
 
     def example(index: int) -> dict[str, np.ndarray]:
-        scene = scenes.scene_at("train", index, seed + 1)
-        return {"pixels": scene_stream.pixels_of(scene, side), "classes": scene_stream.cell_classes(scene)}
+        scene = world.scene_at("train", index, seed + 1)
+        return {"pixels": scene_stream.pixels_of(world, scene, side), "classes": scene_stream.cell_classes(world, scene)}
 
     return scene_stream.stream(example, batch_size)
 
@@ -77,36 +82,42 @@ def init_heads(width: int, outputs: int, key: Array) -> dict:
     return Dense(outputs).init(key, jnp.zeros((1, width)))["params"]
 
 
-def attribute_readout(heads: dict, features: Array, samples: dict) -> tuple[Array, Array]:
-    """Cross-entropies `[B]` of each cell's shape, colour and size and of the background, and the shapes read right `[]`."""
-    logits = Dense(ATTRIBUTE_WIDTH).apply({"params": heads}, features)
-    cells = logits[:, : scene_stream.CELLS * sum(CELL_ATTRIBUTES)].reshape(len(logits), scene_stream.CELLS, -1)
-    shape, colour, size = jnp.split(cells, (CELL_ATTRIBUTES[0], sum(CELL_ATTRIBUTES[:2])), axis=-1)
+def attribute_readout(world: World, heads: dict, features: Array, samples: dict) -> tuple[Array, Array]:
+    """Cross-entropies `[B]` of each cell's attributes and of the background, and the objects named right `[]`."""
+    logits = Dense(attribute_width(world)).apply({"params": heads}, features)
+    of_cells, of_background = logits[:, : -len(world.backgrounds)], logits[:, -len(world.backgrounds) :]
+    losses, right = cell_losses(world, of_cells.reshape(len(logits), scene_stream.CELLS, -1), samples["cell"])
+    return jnp.sum(losses, axis=1) + optax.softmax_cross_entropy_with_integer_labels(of_background, samples["background"]), right
+
+
+def cell_losses(world: World, logits: Array, cells: Array) -> tuple[Array, Array]:
+    """Cross-entropies `[B, 4]` of cells' attributes `[B, 4, A]`, and the objects named right `[]`; nothing has no further ones."""
+    splits = tuple(int(position) for position in np.cumsum(world.attribute_classes[:-1]))
+    named, *others = jnp.split(logits, splits, axis=-1)
     cross = optax.softmax_cross_entropy_with_integer_labels
-    details = cross(colour, samples["cell_colour"]) + cross(size, samples["cell_size"])
-    of_cells = cross(shape, samples["cell_shape"]) + jnp.where(samples["cell_shape"] > 0, details, 0.0)
-    losses = jnp.sum(of_cells, axis=1) + cross(logits[:, -len(scenes.BACKGROUNDS) :], samples["background"])
-    return losses, jnp.sum(jnp.argmax(shape, -1) == samples["cell_shape"])
+    details = sum(cross(other, cells[..., 1 + number]) for number, other in enumerate(others))
+    losses = cross(named, cells[..., 0]) + jnp.where(cells[..., 0] > 0, details, 0.0)
+    return losses, jnp.sum(jnp.argmax(named, -1) == cells[..., 0])
 
 
-def readout(heads: dict, features: Array, classes: Array) -> tuple[Array, Array]:
+def readout(world: World, heads: dict, features: Array, classes: Array) -> tuple[Array, Array]:
     """Cross-entropies `[B]` of cells and background read from features `[B, D]`, and the number of cells read right `[]`."""
-    logits = Dense(READOUT_WIDTH).apply({"params": heads}, features)
-    cells, of_cell = scene_stream.CELLS, scene_stream.OBJECT_CLASSES
+    logits = Dense(readout_width(world)).apply({"params": heads}, features)
+    cells, of_cell = scene_stream.CELLS, world.object_classes
     of_cells, of_background = logits[:, : cells * of_cell].reshape(-1, cells, of_cell), logits[:, cells * of_cell :]
     cross = optax.softmax_cross_entropy_with_integer_labels
     losses = jnp.sum(cross(of_cells, classes[:, :cells]), axis=1) + cross(of_background, classes[:, cells])
     return losses, jnp.sum(jnp.argmax(of_cells, -1) == classes[:, :cells])
 
 
-def dino_algorithm(config: Dinov2Config, preprocess: Preprocess) -> Algorithm:
+def dino_algorithm(world: World, config: Dinov2Config, preprocess: Preprocess) -> Algorithm:
     """Cross-entropy of every cell's contents and of the background, read linearly from the class token."""
 
     def loss(params: dict, frozen: dict, rollout: dict, key: Array) -> tuple[Array, Array, dict]:
         del frozen, key
         pixels = rollout["samples"]["pixels"]
         features = dino.cls_features(config, params["encoder"], apply(preprocess, (pixels + 1) / 2))
-        losses, right = readout(params["heads"], features, rollout["samples"]["classes"])
+        losses, right = readout(world, params["heads"], features, rollout["samples"]["classes"])
         count = jnp.float32(len(pixels))
         return jnp.sum(losses), count, {"accuracy": (right, count * scene_stream.CELLS)}
 

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uae_jax.data.scene_captions import WORDS
 from uae_jax.data.qwen_inputs import load_image_processor
 from uae_jax.data.tokenizer import (
     END_OF_TEXT, IMAGE_PAD, condition_template, load_tokenizer, stop_ids, token_id, write_scene_tokenizer)
@@ -36,6 +35,7 @@ from uae_jax.models.sd3.weights import load_vae, transformer_rules, vae_rules
 from uae_jax.models.uae import UAE
 from uae_jax.stages import pretrain
 from uae_jax.stages.bootstrap import captioner, decoder, encoders, vae
+from uae_jax.stages.bootstrap.scene_stream import World, open_world
 from uae_jax.stages.pretrain import PretrainConfig
 from uae_jax.stages.settings import frozen
 from uae_jax.training.loop import LoopConfig, run_stage
@@ -49,13 +49,14 @@ STORED = np.float16
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the phases share: the config, where files go, the writer, the root key and the tokenizer."""
+    """What the phases share: the config, where files go, the writer, the root key, the tokenizer and what is drawn."""
 
     config: Any
     workdir: pathlib.Path
     writer: MetricWriter
     key: jax.Array
     tokenizer: Any
+    world: World
 
     @property
     def model(self) -> pathlib.Path:
@@ -90,10 +91,10 @@ def vae_phase(run: Run) -> None:
     """Writes `SD3/vae`."""
     phase, side = run.config.vae, run.config.side
     model = frozen(VAEConfig, phase.model, "config.vae.model")
-    data = vae.stream(seed=run.config.seed, batch_size=phase.batch_size, side=side)
+    data = vae.stream(run.world, seed=run.config.seed, batch_size=phase.batch_size, side=side)
     params = sd3_vae.init_params(model, jax.random.fold_in(run.key, 10))
     state = train(run, "vae", vae.algorithm(model), params, {}, data, steps=phase.steps)
-    sample = next(vae.stream(seed=run.config.seed + 1, batch_size=512, side=side))["pixels"]
+    sample = next(vae.stream(run.world, seed=run.config.seed + 1, batch_size=512, side=side))["pixels"]
     model = vae.fit_latent_scale(model, state.params, jnp.asarray(sample))
     folder = run.model / "SD3" / "vae"
     write_tensors(folder, published_tensors(state.params, vae_rules(model), STORED), stem="diffusion_pytorch_model")
@@ -108,10 +109,10 @@ def clip_phase(run: Run) -> None:
     model = CLIPConfig(CLIPVisionConfig(**phase.vision), text)
     preprocess = Preprocess.from_dict(clip_preprocessor(side))
     data = encoders.clip_stream(
-        run.tokenizer, seed=run.config.seed, batch_size=phase.batch_size, side=side, length=text.max_position_embeddings, pad=run.pad())
+        run.world, run.tokenizer, seed=run.config.seed, batch_size=phase.batch_size, side=side, length=text.max_position_embeddings, pad=run.pad())
     params = clip.init_params(model, jax.random.fold_in(run.key, 20))
-    params["heads"] = encoders.init_heads(model.vision.projection_dim, encoders.ATTRIBUTE_WIDTH, jax.random.fold_in(run.key, 21))
-    state = train(run, "clip", encoders.clip_algorithm(model, preprocess), params, {}, data, steps=phase.steps)
+    params["heads"] = encoders.init_heads(model.vision.projection_dim, encoders.attribute_width(run.world), jax.random.fold_in(run.key, 21))
+    state = train(run, "clip", encoders.clip_algorithm(run.world, model, preprocess), params, {}, data, steps=phase.steps)
     folder = run.model / "clip"
     towers = {name: leaf for name, leaf in state.params.items() if name != "heads"}
     save_clip(folder, model, jax.tree.map(lambda leaf: np.asarray(leaf, STORED), towers))
@@ -123,11 +124,11 @@ def dinov2_phase(run: Run) -> None:
     phase, side = run.config.dinov2, run.config.side
     model = Dinov2Config(**phase.model)
     processor = clip_preprocessor(side) | {"image_processor_type": "BitImageProcessor"}
-    data = encoders.dino_stream(seed=run.config.seed, batch_size=phase.batch_size, side=side)
+    data = encoders.dino_stream(run.world, seed=run.config.seed, batch_size=phase.batch_size, side=side)
     params = {
         "encoder": dino.init_params(model, jax.random.fold_in(run.key, 30)),
-        "heads": encoders.init_heads(model.hidden_size, encoders.READOUT_WIDTH, jax.random.fold_in(run.key, 31))}
-    algorithm = encoders.dino_algorithm(model, Preprocess.from_dict(processor))
+        "heads": encoders.init_heads(model.hidden_size, encoders.readout_width(run.world), jax.random.fold_in(run.key, 31))}
+    algorithm = encoders.dino_algorithm(run.world, model, Preprocess.from_dict(processor))
     state = train(run, "dinov2", algorithm, params, {}, data, steps=phase.steps)
     folder = run.model / "dinov2"
     write_tensors(folder, published_tensors(state.params["encoder"], dinov2_rules(model), STORED))
@@ -146,12 +147,12 @@ def captioner_phase(run: Run) -> None:
         vision_end_token_id=token_id(run.tokenizer, "<|vision_end|>"), pad_token_id=run.pad(), stop_token_ids=stops)
     processor = load_image_processor(run.model / "llm_processor", model.vision.window_size)
     data = captioner.stream(
-        run.tokenizer, processor, seed=config.seed, batch_size=phase.batch_size, side=config.side, length=config.caption_tokens,
+        run.world, run.tokenizer, processor, seed=config.seed, batch_size=phase.batch_size, side=config.side, length=config.caption_tokens,
         pad=run.pad(), max_prompt=phase.max_prompt, detail=(phase.detail_low, phase.detail_high))
     params = qwen.init_params(model, jax.random.fold_in(run.key, 40))
     params["memory"] = captioner.init_memory(model, jax.random.fold_in(run.key, 42))
-    params["readout"] = captioner.init_readout(model.text.width, jax.random.fold_in(run.key, 41))
-    algorithm = captioner.algorithm(model, run.template(), phase.text_weight)
+    params["readout"] = captioner.init_readout(run.world, model.text.width, jax.random.fold_in(run.key, 41))
+    algorithm = captioner.algorithm(run.world, model, run.template(), phase.text_weight)
     state = train(run, "captioner", algorithm, params, {}, data, steps=phase.steps)
     captioner.write_config(run.model / "llm", model, stops)
     write_tensors(run.model / "llm", qwen_weights.tensors(model, state.params, STORED))  # without the readouts
@@ -171,7 +172,7 @@ def decoder_phase(run: Run) -> None:
             jax.random.fold_in(run.key, 50), language.text.width, phase.projector_width, model.joint_attention_dim),
         "transformer": transformer.init_params(model, jax.random.fold_in(run.key, 51))}
     data = decoder.stream(
-        run.tokenizer, seed=config.seed, batch_size=phase.batch_size, side=config.side, length=phase.caption_tokens,
+        run.world, run.tokenizer, seed=config.seed, batch_size=phase.batch_size, side=config.side, length=phase.caption_tokens,
         pad=run.pad(), full_fraction=phase.full_fraction)
     settings = PretrainConfig(
         steps=phase.steps, batch_size=phase.batch_size, optimizer=OptimizerConfig(), time_shift=phase.time_shift,
@@ -217,9 +218,11 @@ def bootstrap(config: Any, workdir: pathlib.Path) -> pathlib.Path:
       The model's folder.
     """
     model = workdir / "model"
-    write_scene_tokenizer(model / "llm_processor", WORDS, patch_size=config.captioner.vision.patch_size)
+    world = open_world(config.data)
+    write_scene_tokenizer(
+        model / "llm_processor", world.words, patch_size=config.captioner.vision.patch_size, max_pixels=config.side**2)
     writer = MetricWriter(workdir, tensorboard=False)
-    run = Run(config, workdir, writer, jax.random.key(config.seed), load_tokenizer(model / "llm_processor"))
+    run = Run(config, workdir, writer, jax.random.key(config.seed), load_tokenizer(model / "llm_processor"), world)
     for name in config.phases:
         done, phase = PHASES[name]
         if not (model / done).exists():

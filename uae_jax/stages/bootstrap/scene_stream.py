@@ -1,17 +1,70 @@
-"""Endless batches of training scenes for the bootstrap, through Grain so that their position is checkpointable."""
+"""Endless batches of training scenes for the bootstrap, through Grain so that their position is checkpointable.
+
+What the scenes are is a `World`: built-in shapes, or emoji. The phases know only its facts.
+"""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import grain.python as grain
 import numpy as np
 
-from uae_jax.data import scenes
+from uae_jax.data import emoji, scene_captions, scenes
 from uae_jax.data.scene_captions import caption
 
 CELLS = 4
-# classes of one cell: nothing, or shape x colour x size; and of the background
-OBJECT_CLASSES = 1 + len(scenes.SHAPES) * len(scenes.COLOURS) * len(scenes.SIZES)
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Scenes of one kind.
+
+    Attributes:
+      words: of all captions and of the prompt.
+      scene_at: `(split, index, seed) -> scene`; draw: `(scene, side) -> uint8 [side, side, 3]`.
+      values: what the facts of an object can be, the noun's first; a position is none of them.
+      backgrounds: names.
+    """
+
+    words: tuple[str, ...]
+    scene_at: Callable[[str, int, int], scenes.Scene]
+    draw: Callable[[scenes.Scene, int], np.ndarray]
+    values: Mapping[str, tuple[str, ...]]
+    backgrounds: tuple[str, ...]
+
+    @property
+    def attribute_classes(self) -> tuple[int, ...]:
+        """Classes of each attribute of a cell: what stands in it, or nothing; then the other facts."""
+        first, *others = (len(values) for values in self.values.values())
+        return 1 + first, *others
+
+    @property
+    def object_classes(self) -> int:
+        """Classes of one cell: nothing, or all combinations of what an object can be."""
+        return 1 + math.prod(len(values) for values in self.values.values())
+
+
+SHAPE_WORLD = World(
+    scene_captions.WORDS, scenes.scene_at, scenes.draw,
+    {"shape": scenes.SHAPES, "colour": tuple(scenes.COLOURS), "size": scenes.SIZES}, tuple(scenes.BACKGROUNDS))
+
+
+def open_world(data: Any) -> World:
+    """The world of `config.data`: `source` is `scenes` or `emoji`, the latter in `folder`.
+
+    Raises:
+      ValueError: another source.
+      FileNotFoundError: no emoji in the folder.
+    """
+    if data.source == "scenes":
+        return SHAPE_WORLD
+    if data.source != "emoji":
+        raise ValueError(f"config.data.source is {data.source!r}; the bootstrap knows scenes and emoji")
+    found = emoji.EmojiSet(data.folder)
+    return World(
+        found.words, found.scene_at, found.draw, {"name": found.names, "size": scenes.SIZES}, tuple(emoji.BACKGROUNDS))
 
 
 def stream(example: Callable[[int], dict[str, np.ndarray]], batch_size: int):
@@ -19,9 +72,9 @@ def stream(example: Callable[[int], dict[str, np.ndarray]], batch_size: int):
     return iter(grain.MapDataset.range(2**31 - 1).map(example).batch(batch_size).to_iter_dataset())
 
 
-def pixels_of(scene: scenes.Scene, side: int) -> np.ndarray:
+def pixels_of(world: World, scene: scenes.Scene, side: int) -> np.ndarray:
     """float32 `[side, side, 3]` in [-1, 1]."""
-    return scenes.draw(scene, side).astype(np.float32) / 127.5 - 1
+    return world.draw(scene, side).astype(np.float32) / 127.5 - 1
 
 
 def pad_ids(ids: list[int], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
@@ -35,17 +88,17 @@ def pad_ids(ids: list[int], length: int, pad: int) -> tuple[np.ndarray, np.ndarr
     return np.array(ids + [pad] * (length - len(ids)), np.int32), np.arange(length) < len(ids)
 
 
-def edited(scene: scenes.Scene, rng: np.random.Generator) -> scenes.Scene:
+def edited(world: World, scene: scenes.Scene, rng: np.random.Generator) -> scenes.Scene:
     """The scene with one fact changed: a hard negative for contrastive learning."""
     position = int(rng.integers(-1, len(scene.objects)))
     if position < 0:
-        others = [name for name in scenes.BACKGROUNDS if name != scene.background]
-        return scenes.Scene(others[rng.integers(len(others))], scene.objects)
+        others = [name for name in world.backgrounds if name != scene.background]
+        return dataclasses.replace(scene, background=others[rng.integers(len(others))])
     item = scene.objects[position]
-    field, values = (("shape", scenes.SHAPES), ("colour", tuple(scenes.COLOURS)), ("size", scenes.SIZES))[rng.integers(3)]
+    field, values = tuple(world.values.items())[rng.integers(len(world.values))]
     others = [value for value in values if value != getattr(item, field)]
     changed = dataclasses.replace(item, **{field: others[rng.integers(len(others))]})
-    return scenes.Scene(scene.background, (*scene.objects[:position], changed, *scene.objects[position + 1 :]))
+    return dataclasses.replace(scene, objects=(*scene.objects[:position], changed, *scene.objects[position + 1 :]))
 
 
 def full_caption(scene: scenes.Scene, rng: np.random.Generator) -> str:
@@ -53,22 +106,22 @@ def full_caption(scene: scenes.Scene, rng: np.random.Generator) -> str:
     return caption(scene, rng, 1.0, shuffle=bool(rng.random() < 0.5))
 
 
-def cell_classes(scene: scenes.Scene) -> np.ndarray:
+def cell_classes(world: World, scene: scenes.Scene) -> np.ndarray:
     """int32 `[5]`: the class of each cell in raster order, then that of the background."""
     classes = np.zeros(CELLS + 1, np.int32)
     for item in scene.objects:
-        shape, colour, size = scenes.SHAPES.index(item.shape), list(scenes.COLOURS).index(item.colour), scenes.SIZES.index(item.size)
-        classes[2 * item.row + item.column] = 1 + (shape * len(scenes.COLOURS) + colour) * len(scenes.SIZES) + size
-    classes[CELLS] = list(scenes.BACKGROUNDS).index(scene.background)
+        number = 0
+        for name, values in world.values.items():
+            number = number * len(values) + values.index(getattr(item, name))
+        classes[2 * item.row + item.column] = 1 + number
+    classes[CELLS] = world.backgrounds.index(scene.background)
     return classes
 
 
-def cell_attributes(scene: scenes.Scene) -> dict[str, np.ndarray]:
-    """`cell_shape` (0 = nothing), `cell_colour`, `cell_size` int32 `[4]` in raster order, and `background` int32 `[]`."""
-    shape, colour, size = (np.zeros(CELLS, np.int32) for _ in range(3))
+def cell_attributes(world: World, scene: scenes.Scene) -> dict[str, np.ndarray]:
+    """`cell` int32 `[4, A]`, the attributes of each cell in raster order (first 0 = nothing), and `background` int32 `[]`."""
+    cells = np.zeros((CELLS, len(world.values)), np.int32)
     for item in scene.objects:
-        cell = 2 * item.row + item.column
-        shape[cell] = 1 + scenes.SHAPES.index(item.shape)
-        colour[cell], size[cell] = list(scenes.COLOURS).index(item.colour), scenes.SIZES.index(item.size)
-    background = np.int32(list(scenes.BACKGROUNDS).index(scene.background))
-    return {"cell_shape": shape, "cell_colour": colour, "cell_size": size, "background": background}
+        known = [values.index(getattr(item, name)) for name, values in world.values.items()]
+        cells[2 * item.row + item.column] = 1 + known[0], *known[1:]
+    return {"cell": cells, "background": np.int32(world.backgrounds.index(scene.background))}

@@ -6,20 +6,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from uae_jax.data import scenes
 from uae_jax.models.sd3 import vae
 from uae_jax.models.sd3.config import VAEConfig
 from uae_jax.stages.bootstrap import scene_stream
+from uae_jax.stages.bootstrap.scene_stream import World
 from uae_jax.training.step import Algorithm, supervised
 
 # small beside the squared error of a good picture (1e-3), large enough to keep the latents smooth
 KL_WEIGHT = 3e-4
 
 
-def stream(*, seed: int, batch_size: int, side: int):
+def stream(world: World, *, seed: int, batch_size: int, side: int):
     """Batches of `pixels` `[B, S, S, 3]` in [-1, 1]."""
     return scene_stream.stream(
-        lambda index: {"pixels": scene_stream.pixels_of(scenes.scene_at("train", index, seed), side)}, batch_size)
+        lambda index: {"pixels": scene_stream.pixels_of(world, world.scene_at("train", index, seed), side)}, batch_size)
 
 
 def algorithm(config: VAEConfig) -> Algorithm:
