@@ -15,6 +15,7 @@ from PIL import Image
 
 from uae_jax.data.emoji import COLOURS, INDEX_FILE, cropped, scaled
 from uae_jax.data.scene_captions import GRAMMAR_WORDS
+from uae_jax.files.json_files import write_json
 
 GROUPS = ("Animals & Nature", "Food & Drink")
 FIRST_WORDS = ("red", "green", "black", "white", "brown")
@@ -119,7 +120,5 @@ def write_folder(folder: pathlib.Path, archives: pathlib.Path, count: int) -> li
         (folder / PICTURES / file).write_bytes(pictures[file])
         rows.append({"name": name, "file": f"{PICTURES}/{file}", "sha256": hashlib.sha256(pictures[file]).hexdigest()})
     listed = {"packages": [dataclasses.asdict(archive) for archive in ARCHIVES], "emoji": rows}
-    part = folder / f"{INDEX_FILE}.part"
-    part.write_text(json.dumps(listed, indent=1) + "\n")
-    part.replace(folder / INDEX_FILE)
+    write_json(folder / INDEX_FILE, listed)
     return [row["name"] for row in rows]
