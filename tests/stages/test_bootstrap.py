@@ -1,16 +1,19 @@
 """The built-in model is made from nothing by one command; here with one step a phase and smaller parts."""
 
 import emoji_pieces
+import jax
 import numpy as np
 import pytest
 
 from configs import bootstrap as config_file
 from configs import presets
 from uae_jax.data import scenes
+from uae_jax.stages.bootstrap import run as bootstrap_run
 from uae_jax.stages.bootstrap import scene_stream
 from uae_jax.stages.bootstrap.run import bootstrap
 from uae_jax.stages.run import run
 from uae_jax.stages.weights import ModelConfig, load_system
+from uae_jax.training.step import TrainState
 
 
 def small_config(preset="tiny"):
@@ -50,6 +53,31 @@ def test_bootstrap_learns_from_emoji(tmp_path, monkeypatch):
     values["pretrain"] |= dict(steps=1, batch_size=8, optimizer=presets._optimizer(1e-4))
     after = run(values, tmp_path / "emoji_run")["stages"][0]["after"]
     assert after["fact_recall"]["n"] == after["scene_accuracy"]["n"] == 2
+
+
+@pytest.mark.parametrize("preset, side", [("tiny", 32), ("emoji", 64)])
+def test_the_parts_of_a_preset_fit_together(preset, side, tmp_path, monkeypatch):
+    """Every phase at its own size, its loss traced on a batch and not computed; what the phases write is a whole model."""
+    config = config_file.get_config(preset)
+    for name in config.phases:
+        config[name].batch_size = 2
+    if preset == "emoji":
+        config.data.folder = str(emoji_pieces.write_emoji(tmp_path / "emoji", monkeypatch))
+    traced = []
+
+    def train(run, name, algorithm, params, frozen, data, *, steps, ema_decay=None):
+        key = jax.random.key(0)
+        total, count, _ = jax.eval_shape(
+            lambda *trees: algorithm.loss(*trees[:2], algorithm.rollout(*trees, key), key), params, frozen, next(data))
+        traced.append((name, total.shape, count.shape))
+        return TrainState(0, 0, 0, params, None, params)
+
+    monkeypatch.setattr(bootstrap_run, "train", train)
+    monkeypatch.setattr(bootstrap_run.vae, "fit_latent_scale", lambda config, *_: config)
+    folder = bootstrap(config, tmp_path / "run")
+    assert traced == [(name, (), ()) for name in config.phases]
+    system = load_system(ModelConfig(folder=str(folder)), image_size=side)
+    assert system.model.vae.downsampling * system.model.transformer.sample_size == side
 
 
 @pytest.fixture(params=["scenes", "emoji"])
