@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from uae_jax import trees
-from uae_jax.diffusion.sampler import Replay, replay_window, sample_window, window_start
+from uae_jax.diffusion.sampler import Replay, Trajectory, replay_window, sample_window, window_start
 from uae_jax.diffusion.steps import CpsStep, DanceStep, SdeStep, gaussian_kl
 from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl.generate import Completion
@@ -22,7 +22,7 @@ from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rl.advantages import check_group_size
 from uae_jax.rl.captioning import caption_metrics, sample_captions
 from uae_jax.rl.losses import flow_grpo_loss
-from uae_jax.rl.reconstruction import Denoising, decode, encode_condition, initial_noise, predictor, sample_keys
+from uae_jax.rl.reconstruction import Context, Denoising, decode, encode_condition, initial_noise, predictor, sample_keys
 from uae_jax.rl.rewards import Encoder, RewardConfig, reward_advantages
 
 STEP_RULES = {"sde": SdeStep, "dance": DanceStep, "cps": CpsStep}
@@ -117,14 +117,19 @@ def rollout(policy: FlowPolicy, params: Mapping, frozen: Mapping, batch: Mapping
     pixels = decode(policy.model, parts, how, trajectory.final)
     advantage, metrics = reward_advantages(
         policy.reward, policy.encoders, parts["encoders"], batch["pixels"], pixels, group, policy.advantage_scale)
-    samples = {
-        "latents": trajectory.latents.swapaxes(0, 1), "next_latents": trajectory.next_latents.swapaxes(0, 1),
-        "context": positive[0], "context_mask": positive[1], "advantage": advantage.reshape(-1)}
-    shared = {"sigma_indices": trajectory.sigma_indices, "negative": negative}
-    samples |= _replays(policy, parts, samples, shared)
+    samples, shared = stored(trajectory, positive, negative, advantage).values()
+    samples |= scored(policy, parts, samples, shared)
     gap = jnp.abs(samples["old_log_prob"] - trajectory.log_probs.T)
     metrics |= {"log_prob_gap": jnp.mean(gap)} | caption_metrics(completion, 1)
     return {"samples": constrain_rows(samples), "shared": shared, "metrics": metrics}
+
+
+def stored(trajectory: Trajectory, positive: Context, negative: Context | None, advantage: Array) -> dict[str, dict]:
+    """What a rollout keeps for its updates: `samples` with leading axis B * G, and what they share."""
+    samples = {
+        "latents": trajectory.latents.swapaxes(0, 1), "next_latents": trajectory.next_latents.swapaxes(0, 1),
+        "context": positive[0], "context_mask": positive[1], "advantage": advantage.reshape(-1)}
+    return {"samples": samples, "shared": {"sigma_indices": trajectory.sigma_indices, "negative": negative}}
 
 
 def drawn_captions(policy: FlowPolicy, completion: Completion, batch: Mapping, key: Array) -> tuple[Array, Array]:
@@ -150,7 +155,7 @@ def replay(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping
         jnp.asarray(policy.denoising.sigmas), policy.rule, remat)
 
 
-def _replays(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping) -> dict[str, Array]:
+def scored(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping) -> dict[str, Array]:
     """Old log-probabilities by the function that the loss uses, and the reference's steps for the KL."""
     old = replay(policy, parts, samples, shared, trained=True)
     found = {"old_log_prob": old.log_probs.T}
