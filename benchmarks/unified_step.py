@@ -7,7 +7,7 @@ the one compiled step with its memory, the same with its phases compiled apart, 
 side with `torch.compile`. Before anything is timed, greedy captions, final latents and rewards of both sides are compared.
 
 One table; with --json one object a line: `side`, `stage`, seconds of each phase and of the whole step (`total`) as medians,
-`peak_bytes` above what the process held before it read the model, `compile_seconds` of a first run and `cached_compile_seconds`
+`cpu_seconds` of all threads, `peak_bytes` above what the process held before it read the model, `compile_seconds` of a first run and `cached_compile_seconds`
 of a process that finds the compiled program on disk, and the machine's `load` meanwhile.
 """
 
@@ -108,12 +108,13 @@ def measure_stage(columns: Sequence[str], stage: str, options: argparse.Namespac
         warm = in_new_process(column, stage, "step", options, options.repeats)
         total = warm["calls"]["total"]
         rows[column] |= {
-            "total": total["seconds"], "fastest": total["fastest"], "peak_bytes": warm["peak_bytes"],
+            "total": total["seconds"], "fastest": total["fastest"], "cpu_seconds": total["cpu_seconds"], "peak_bytes": warm["peak_bytes"],
             "compile_seconds": max(cold["first"] - total["seconds"], 0.0) if cold else 0.0,
             "cached_compile_seconds": max(total["first"] - total["seconds"], 0.0) if cold else 0.0, "load": warm["load"]}
     for column in columns:
         timed = in_new_process(column, stage, "phases", options, options.repeats)["calls"]
         rows[column] |= {name: timed[name]["seconds"] for name in PHASES}
+        rows[column]["phases_cpu_seconds"] = {name: timed[name]["cpu_seconds"] for name in PHASES}
     return list(rows.values())
 
 
@@ -152,7 +153,7 @@ def run(options: argparse.Namespace, settings: Settings) -> None:
     rows: list[dict] = []
     for stage in STAGES:
         rows += measure_stage(columns, stage, options)
-        print_stage(rows[-len(columns):], (*PHASES, "total", "fastest", "peak_bytes", "compile_seconds", "cached_compile_seconds", "load"))
+        print_stage(rows[-len(columns):], (*PHASES, "total", "fastest", "cpu_seconds", "peak_bytes", "compile_seconds", "cached_compile_seconds", "load"))
     rows += measure_inference(columns, options, settings)
     print_stage(rows[-len(columns):], (*INFERENCE, "caption_tokens_per_second", "images_per_second", "peak_bytes", "load"))
     if options.json:

@@ -93,7 +93,7 @@ def score_captions(policy: CaptionPolicy, parts: Mapping, samples: Mapping, *, t
     prefix = qwen.prompt_prefix(policy.model.captioner, params, adapter, samples, samples["image_embeds"])
     return qwen.completion_log_probs(
         policy.model.captioner, params, adapter, prefix, samples["tokens"], samples["mask"], temperature=policy.temperature,
-        chunk=policy.score_chunk, with_entropy=trained)
+        chunk=policy.score_chunk, with_entropy=trained, frozen_head="language_policy" not in parts)
 
 
 def scored(policy: CaptionPolicy, parts: Mapping, samples: Mapping) -> dict[str, Array]:
