@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from benchmarks.step_settings import STAGES, Inputs, Settings
+from benchmarks.step_settings import PREFILL, STAGES, Inputs, Settings
 from configs import presets
 from uae_jax import sharding, trees
 from uae_jax.data import tokenizer as tokens
@@ -18,13 +18,14 @@ from uae_jax.data.loader import RowBuilder, batch_spec
 from uae_jax.data.sources import SceneSource
 from uae_jax.diffusion.sampler import Trajectory, sample, sample_window
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.planning.flops import count_work
 from uae_jax.rl import caption_policy, flow_policy
 from uae_jax.rl.captioning import encode_batch_images, sample_captions
 from uae_jax.rl.reconstruction import decode, draw, encode_condition, predictor, sample_keys
 from uae_jax.rl.rewards import mixed_reward, reward_advantages
 from uae_jax.stages.settings import frozen
 from uae_jax.stages.steps import STAGES as STEPS
-from uae_jax.stages.steps import SamplerConfig, make_policy, make_step
+from uae_jax.stages.steps import SamplerConfig, held, make_policy, make_step
 from uae_jax.stages.weights import ModelConfig, System, load_system
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.step import Algorithm, init_state, make_train_step
@@ -32,10 +33,23 @@ from uae_jax.training.step import Algorithm, init_state, make_train_step
 PROMPT = "Describe this image in detail."
 
 
-def open_system(folder: pathlib.Path, image_size: int) -> System:
-    """The model without the folder's adapters, on this process's devices."""
+def open_system(folder: pathlib.Path, image_size: int, dtype: str = "float32") -> System:
+    """The model without the folder's adapters, on this process's devices.
+
+    In bfloat16 the weights are rounded on the host, so that the device never holds them in float32.
+    """
     mesh = sharding.make_mesh(sharding.MeshConfig())
-    return load_system(ModelConfig(folder=str(folder), adapters=False), image_size=image_size, mesh=mesh)
+    rounded = dtype != "float32"
+    system = load_system(ModelConfig(folder=str(folder), adapters=False, dtype=dtype), image_size=image_size, mesh=None if rounded else mesh)
+    return dataclasses.replace(system, parts=sharding.shard_tree(held(system.parts, (), dtype), mesh)) if rounded else system
+
+
+def picture_rows(system: System, image_size: int, count: int, max_caption: int) -> dict[str, np.ndarray]:
+    """A batch of `count` built-in scenes (`data.loader`), drawn at a size and with prompts of one length."""
+    spec = batch_spec(system.tokenizer, system.processor, image_size, PROMPT, max_caption)
+    rows, source = RowBuilder(system.tokenizer, system.processor, spec, PROMPT), SceneSource("train", 0, image_size, "full")
+    fields = [rows(index, source[index]) for index in range(count)]
+    return {name: np.stack([row[name] for row in fields]) for name in fields[0]}
 
 
 def make_inputs(folder: pathlib.Path, settings: Settings, seed: int = 0) -> Inputs:
@@ -47,15 +61,13 @@ def make_inputs(folder: pathlib.Path, settings: Settings, seed: int = 0) -> Inpu
       seed: of captions and noise.
     """
     system, rng = open_system(folder, settings.image_size), np.random.default_rng(seed)
-    spec = batch_spec(system.tokenizer, system.processor, settings.image_size, PROMPT, settings.tokens + 1)
-    rows, source = RowBuilder(system.tokenizer, system.processor, spec, PROMPT), SceneSource("train", 0, settings.image_size, "full")
-    fields = [rows(index, source[index]) for index in range(settings.images)]
+    batch = picture_rows(system, settings.image_size, settings.images, settings.tokens + 1)
     captioner = system.model.captioner
     special = {*system.stops, captioner.image_token_id, captioner.video_token_id, captioner.vision_start_token_id,
                captioner.vision_end_token_id, captioner.pad_token_id}
     plain = np.array(sorted(set(range(captioner.text.vocab_size)) - special), np.int32)
     prefix, suffix = tokens.condition_template(system.tokenizer)
-    return Inputs(settings, {name: np.stack([row[name] for row in fields]) for name in fields[0]} | {
+    return Inputs(settings, batch | {
         "caption_tokens": rng.choice(plain, (settings.rows, settings.tokens)), "negative": rng.choice(plain, settings.tokens),
         "prefix": np.array(prefix, np.int32), "suffix": np.array(suffix, np.int32),
         "noise": rng.standard_normal((settings.rows, *system.model.latent_shape), np.float32),
@@ -90,7 +102,8 @@ class JaxSide:
     """
 
     def __init__(self, folder: pathlib.Path, inputs: Inputs, stage: str):
-        system, self.inputs, self.settings = open_system(folder, inputs.settings.image_size), inputs, inputs.settings
+        self.inputs, self.settings = inputs, inputs.settings
+        system = open_system(folder, self.settings.image_size, self.settings.dtype)
         template = dataclasses.replace(system.model.template, negative=tuple(inputs["negative"].tolist()))
         model = dataclasses.replace(system.model, template=template)
         self.system = dataclasses.replace(system, model=model, parts={}, stops=())
@@ -120,6 +133,25 @@ class JaxSide:
     def phases(self) -> dict[str, Callable[[], None]]:
         """The pieces of the step, each on given inputs."""
         return self._caption_phases() if self.stage == "gen_for_und" else self._flow_phases()
+
+    def device_peak(self) -> int | None:
+        """Bytes that the accelerator held at most; None where there is none."""
+        found = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+        return found["peak_bytes_in_use"] if found else None
+
+    def work(self) -> dict[str, float]:
+        """What the stage's phases cannot do without, the same for both sides.
+
+        Returns:
+          `decoding_bytes`, operands that sampling reads after the first token; `denoising_flops`.
+        """
+        settings = self.settings
+        group = settings.group if self.stage == "gen_for_und" else 1
+        sampling = count_work(
+            functools.partial(self._write, 1.0, group=group), (self.parts, self.batch), (0,), trips=settings.tokens - 1).decoding
+        contexts = jax.eval_shape(self._condition, self.parts, self.captions)
+        denoising = count_work(self._denoise, (self.parts, *contexts, self.noise), (0,))
+        return {"decoding_bytes": sampling.weight_bytes + sampling.other_bytes, "denoising_flops": denoising.flops}
 
     def inference(self) -> dict[str, Callable[[], None]]:
         """Captions of the pictures, and drawings of as many captions."""
@@ -152,11 +184,19 @@ class JaxSide:
 
         return run
 
-    def _write(self, temperature: float, parts: dict, batch: dict) -> Array:
-        """One caption of each picture, `[B, T]`."""
+    def _write(self, temperature: float, parts: dict, batch: dict, group: int = 1, tokens: int | None = None) -> Array:
+        """`group` captions of each picture, `[B * group, T]`."""
         return sample_captions(
-            self.policy.model, parts, batch, self.key, max_new_tokens=self.settings.tokens, stops=(),
-            sampling=SamplingConfig(temperature)).tokens
+            self.policy.model, parts, batch, self.key, max_new_tokens=tokens or self.settings.tokens, stops=(),
+            sampling=SamplingConfig(temperature), group=group).tokens
+
+    def _sampling(self, temperature: float, group: int) -> dict[str, Callable[[], None]]:
+        """The phase of sampling, and the same for one token."""
+        calls = {}
+        for name, tokens in (("sampling", None), (PREFILL, 1)):
+            write = jax.jit(functools.partial(self._write, temperature, group=group, tokens=tokens))
+            calls[name] = lambda write=write: jax.block_until_ready(write(self.parts, self.batch))
+        return calls
 
     def _condition(self, parts: dict, ids: Array) -> tuple:
         lengths = jnp.full(len(ids), self.settings.tokens, jnp.int32)
@@ -183,8 +223,6 @@ class JaxSide:
 
     def _caption_phases(self) -> dict[str, Callable[[], None]]:
         policy, settings = self.policy, self.settings
-        write = jax.jit(lambda parts, batch, key: caption_policy.write_captions(
-            policy, parts, batch, encode_batch_images(policy.model, parts, batch), key).tokens)
         condition, denoise = jax.jit(self._condition), jax.jit(self._denoise)
         positive, negative = condition(self.parts, self.captions)
         pictures, advantage = self._pictures()
@@ -197,14 +235,13 @@ class JaxSide:
                 "samples": samples | caption_policy.scored(policy, {**frozen, **params}, samples)},
             functools.partial(caption_policy.loss, policy))
         return {
-            "sampling": lambda: jax.block_until_ready(write(self.parts, self.batch, self.key)),
+            **self._sampling(policy.temperature, settings.group),
             "condition": lambda: jax.block_until_ready(condition(self.parts, self.captions)),
             "denoising": lambda: jax.block_until_ready(denoise(self.parts, positive, negative, self.noise)),
             **pictures, "update": self._update(algorithm, samples)}
 
     def _flow_phases(self) -> dict[str, Callable[[], None]]:
         policy, settings = self.policy, self.settings
-        write = jax.jit(functools.partial(self._write, policy.temperature))
 
         def prepare(parts: dict, ids: Array) -> tuple:
             positive, negative = self._condition(parts, ids)
@@ -229,7 +266,7 @@ class JaxSide:
                 "samples": rollout["samples"] | flow_policy.scored(policy, {**frozen, **params}, **rollout)},
             functools.partial(flow_policy.loss, policy))
         return {
-            "sampling": lambda: jax.block_until_ready(write(self.parts, self.batch)),
+            **self._sampling(policy.temperature, 1),
             "condition": lambda: jax.block_until_ready(condition(self.parts, captions)),
             "denoising": lambda: jax.block_until_ready(denoise(self.parts, positive, negative, self.noise, ids, self.key)),
             **pictures, "update": self._update(algorithm, rollout)}

@@ -8,6 +8,7 @@ import numpy as np
 
 STAGES = ("gen_for_und", "und_for_gen")
 PHASES = ("sampling", "condition", "denoising", "decoding", "reward", "update")
+PREFILL = "first_token"  # the part of `sampling` before its loop over tokens
 INFERENCE = ("captions", "pictures")
 
 
@@ -21,6 +22,7 @@ class Settings:
       steps: Euler steps; guidance_scale: above 1, so that there is a negative prompt.
       lora_rank: of the adapter that a step trains; its alpha is twice that.
       image_size: side of the pictures.
+      dtype: of activations and frozen weights, `float32` or `bfloat16`; auto-encoder, reward and adapters are float32.
       window, noise_level: stochastic steps of `und_for_gen`.
       caption_temperature, flow_temperature: of sampling in the two stages.
       caption_kl, flow_kl: weights of the divergence from the reference.
@@ -35,6 +37,7 @@ class Settings:
     guidance_scale: float = 5.0
     lora_rank: int = 32
     image_size: int = 256
+    dtype: str = "float32"
     window: int = 3
     noise_level: float = 0.7
     caption_temperature: float = 1.0
@@ -49,6 +52,8 @@ class Settings:
 
     def __post_init__(self):
         """Raises ValueError for sizes that cannot be timed."""
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}; choose float32 or bfloat16")
         if self.guidance_scale <= 1:
             raise ValueError(f"guidance_scale is {self.guidance_scale}; the benchmark times guidance, give more than 1")
         if self.group < 2 or min(self.images, self.tokens, self.lora_rank) < 1:

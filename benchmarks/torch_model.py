@@ -32,7 +32,7 @@ def _projector(folder: pathlib.Path) -> nn.Sequential:
 
 
 class TorchModel:
-    """All parts in float32, frozen but for the adapter of the stage.
+    """All parts on the GPU if there is one, frozen but for the adapter of the stage; auto-encoder and reward are float32.
 
     Args:
       folder: the checkpoint.
@@ -45,13 +45,16 @@ class TorchModel:
         logging.set_verbosity_error()
         self.inputs, self.settings, self.compiled = inputs, inputs.settings, compiled
         torch.manual_seed(0)
-        self.llm = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "llm", dtype=torch.float32, attn_implementation="sdpa")
-        self.projector = _projector(folder / "llm")
-        self.dit = SD3Transformer2DModel.from_pretrained(folder / "dit")
-        self.vae = AutoencoderKL.from_pretrained(folder / "SD3" / "vae")
-        self.clip = CLIPVisionModelWithProjection.from_pretrained(folder / "clip", attn_implementation="sdpa")
+        self.device, self.dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, self.settings.dtype)
+        if self.device == "cuda":
+            torch.set_float32_matmul_precision("high")
+        self.llm = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "llm", dtype=self.dtype, attn_implementation="sdpa")
+        self.projector = _projector(folder / "llm").to(self.dtype)
+        self.dit = SD3Transformer2DModel.from_pretrained(folder / "dit", torch_dtype=self.dtype)
+        self.vae = AutoencoderKL.from_pretrained(folder / "SD3" / "vae", torch_dtype=torch.float32)
+        self.clip = CLIPVisionModelWithProjection.from_pretrained(folder / "clip", dtype=torch.float32, attn_implementation="sdpa")
         for module in (self.llm, self.projector, self.dit, self.vae, self.clip):
-            module.eval().requires_grad_(False)
+            module.eval().requires_grad_(False).to(self.device)
         rank = self.settings.lora_rank
         config = dict(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian")
         if stage == "gen_for_und":
@@ -77,19 +80,18 @@ class TorchModel:
         arrays = self.inputs.arrays
         if not arrays["prompt_mask"].all() or (arrays["patch_images"] < 0).any():
             raise ValueError("the PyTorch side wants prompts and pictures of one length, without padding")
-        ids = torch.from_numpy(arrays["prompt_ids"]).long()
-        grid = torch.from_numpy(arrays["patch_positions"]).amax(1).long() + 1
+        tensors = {name: torch.from_numpy(arrays[name]).to(self.device) for name in arrays if arrays[name].dtype != bool}
+        ids, grid = tensors["prompt_ids"].long(), tensors["patch_positions"].amax(1).long() + 1
         self.prompt = dict(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.from_numpy(arrays["patches"]).flatten(0, 1),
-            image_grid_thw=torch.cat([torch.ones(len(grid), 1, dtype=torch.long), grid], 1),
+            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=tensors["patches"].flatten(0, 1),
+            image_grid_thw=torch.cat([torch.ones_like(grid[:, :1]), grid], 1),
             mm_token_type_ids=(ids == self.llm.config.image_token_id).int())
-        self.captions = torch.from_numpy(arrays["caption_tokens"]).long()
-        self.affixes = [torch.from_numpy(arrays[name]).long() for name in ("prefix", "suffix")]
-        self.negative = torch.from_numpy(arrays["negative"]).long()[None]
-        self.pooled = torch.from_numpy(arrays["pooled"])[None]
-        self.sigmas = torch.from_numpy(arrays["sigmas"])
-        self.noise = torch.from_numpy(arrays["noise"]).permute(0, 3, 1, 2).contiguous()
-        self.pixels = torch.from_numpy(arrays["pixels"]).permute(0, 3, 1, 2).contiguous()
+        self.captions = tensors["caption_tokens"].long()
+        self.affixes = [tensors[name].long() for name in ("prefix", "suffix")]
+        self.negative = tensors["negative"].long()[None]
+        self.pooled = tensors["pooled"].to(self.dtype)[None]
+        self.sigmas = tensors["sigmas"]
+        self.noise, self.pixels = (tensors[name].permute(0, 3, 1, 2).contiguous() for name in ("noise", "pixels"))
 
     @torch.inference_mode()
     def write(self, temperature: float, group: int) -> Tensor:
@@ -122,7 +124,7 @@ class TorchModel:
         """Guided velocity of `[N, C, h, w]`, both halves as one batch; no gradient through the negative one (flow_grpo)."""
         contexts = torch.cat([negative.expand(len(x), -1, -1), positive])
         without, given = self.dit(
-            hidden_states=torch.cat([x, x]), timestep=(1000 * sigma).expand(2 * len(x)), encoder_hidden_states=contexts,
+            hidden_states=torch.cat([x, x]).to(self.dtype), timestep=(1000 * sigma).expand(2 * len(x)), encoder_hidden_states=contexts,
             pooled_projections=self.pooled.expand(2 * len(x), -1), return_dict=False)[0].float().chunk(2)
         without = without.detach()
         return without + self.settings.guidance_scale * (given - without)
@@ -150,5 +152,5 @@ class TorchModel:
     def _features(self, images: Tensor) -> Tensor:
         side = self.clip.config.image_size
         resized = interpolate((images + 1) / 2, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
         return normalize(self.clip(pixel_values=(resized - mean) / std).image_embeds, dim=-1)

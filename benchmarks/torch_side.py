@@ -1,5 +1,6 @@
 """The PyTorch side of `benchmarks.unified_step`: GRPO as TRL writes it, Flow-GRPO as flow_grpo does."""
 
+import functools
 import math
 import pathlib
 from collections.abc import Callable
@@ -43,10 +44,27 @@ class TorchSide:
 
     def step(self) -> Callable[[], None]:
         """The stage's whole step."""
-        return self._caption_step if self.stage == "gen_for_und" else self._flow_step
+        return self._waiting({"total": self._caption_step if self.stage == "gen_for_und" else self._flow_step})["total"]
+
+    def device_peak(self) -> int | None:
+        """Bytes that the accelerator held at most; None where there is none."""
+        return torch.cuda.max_memory_allocated() if self.model.device == "cuda" else None
+
+    def _waiting(self, calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], None]]:
+        """Calls that return when the device has finished."""
+
+        def wait(call: Callable[[], object]) -> None:
+            call()
+            if self.model.device == "cuda":
+                torch.cuda.synchronize()
+
+        return {name: functools.partial(wait, call) for name, call in calls.items()}
 
     def phases(self) -> dict[str, Callable[[], None]]:
         """The pieces of the step, each on given inputs."""
+        return self._waiting(self._phases())
+
+    def _phases(self) -> dict[str, Callable[[], object]]:
         model, settings = self.model, self.settings
         decoded, scale = model.decode(model.noise), "group" if self.stage == "gen_for_und" else "batch"
         advantage = group_advantages(model.reward(decoded), scale).flatten().clone()
@@ -73,15 +91,15 @@ class TorchSide:
         def draw() -> Tensor:
             return model.decode(model.denoise(*model.condition(model.captions[:count]), model.noise[:count]))
 
-        return {"captions": lambda: model.write(self.settings.flow_temperature, 1), "pictures": draw}
+        return self._waiting({"captions": lambda: model.write(self.settings.flow_temperature, 1), "pictures": draw})
 
     def checks(self) -> dict[str, np.ndarray]:
         """What must be equal on both sides, with channels last."""
         model = self.model
         latents = model.denoise(*model.condition(model.captions), model.noise)
         return {
-            "greedy_ids": model.write(0.0, 1).numpy(), "latents": latents.permute(0, 2, 3, 1).numpy(),
-            "rewards": model.reward(model.decode(latents)).numpy()}
+            "greedy_ids": model.write(0.0, 1).cpu().numpy(), "latents": latents.permute(0, 2, 3, 1).cpu().numpy(),
+            "rewards": model.reward(model.decode(latents)).cpu().numpy()}
 
     def _caption_step(self) -> None:
         """Captions, drawings, rewards and one update of the captioner."""
@@ -100,9 +118,9 @@ class TorchSide:
         inputs = {name: grouped(value, self.settings.images) for name, value in prompt.items()}
         inputs |= dict(
             input_ids=torch.cat([inputs["input_ids"], captions], 1),
-            attention_mask=torch.ones(len(captions), inputs["input_ids"].shape[1] + length, dtype=torch.long),
+            attention_mask=inputs["input_ids"].new_ones(len(captions), inputs["input_ids"].shape[1] + length),
             mm_token_type_ids=torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(captions, dtype=torch.int32)], 1))
-        logits = self.model.llm(**inputs, logits_to_keep=length + 1, use_cache=False).logits[:, :-1] / self.settings.caption_temperature
+        logits = self.model.llm(**inputs, logits_to_keep=length + 1, use_cache=False).logits[:, :-1].float() / self.settings.caption_temperature
         if with_entropy:
             with torch.no_grad():
                 self.entropy = torch.stack([torch.distributions.Categorical(logits=row, validate_args=False).entropy() for row in logits])

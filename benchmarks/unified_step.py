@@ -1,14 +1,17 @@
 """Whole RL steps, their phases, and inference: this package and the PyTorch stack side by side on the same weights.
 
     python -m benchmarks.unified_step [--checkpoint=DIR] [--side=jax|torch|both] [--images=2 --group=4 ...] [--json=FILE]
+    python -m benchmarks.unified_step --size=full --dtype=bfloat16 --image_size=512    # real sizes, on a GPU
 
-Without a checkpoint it makes one of the preset `mini`'s size. Everything runs in a process of its own, the sides in turn:
-the one compiled step with its memory, the same with its phases compiled apart, and inference; `--compile` adds the PyTorch
-side with `torch.compile`. Before anything is timed, greedy captions, final latents and rewards of both sides are compared.
+Without a checkpoint it makes one of the preset `mini`'s size. The sides take turns, each stage in a process of its own: the one
+compiled step with its memory, then its phases compiled apart; --no-compile leaves out the column with `torch.compile`, which
+takes longer than all others. Before anything is timed, greedy captions, final latents and rewards of both sides are compared.
 
-One table; with --json one object a line: `side`, `stage`, seconds of each phase and of the whole step (`total`) as medians,
-`cpu_seconds` of all threads, `peak_bytes` above what the process held before it read the model, `compile_seconds` of a first run and `cached_compile_seconds`
-of a process that finds the compiled program on disk, and the machine's `load` meanwhile.
+One table a stage; with --json one object a line: `side`, `stage`, seconds of each phase and of the whole step (`total`) as
+medians, `cpu_seconds` of all threads, `peak_bytes` above what the process held before it read the model (of the accelerator
+where there is one), `compile_seconds` of a first run and `cached_compile_seconds` of a process that finds the compiled program
+on disk, the machine's `load` meanwhile, and two shares of what it can do at best (`benchmarks.machine_rates`):
+`decoding_share` of the copy bandwidth, after the first token, and `denoising_share` of the matrix rate.
 """
 
 import argparse
@@ -24,10 +27,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from benchmarks.measure import memory, time_call
-from benchmarks.step_settings import INFERENCE, PHASES, STAGES, Inputs, Settings
+from benchmarks.mini_checkpoint import SIZES
+from benchmarks.step_settings import INFERENCE, PHASES, PREFILL, STAGES, Inputs, Settings
 
 COLUMNS = ("jax", "torch", "torch_compiled")
-TOLERANCE = {"greedy_ids": 0.0, "latents": 1e-3, "rewards": 1e-3}
+COMPARED = (*PHASES, "total", "fastest", "cpu_seconds", "peak_bytes", *INFERENCE, "caption_tokens_per_second", "images_per_second")
+# a rounding that tips one greedy token changes all that follow, so that bfloat16 captions are only counted
+TOLERANCE = {
+    "float32": {"greedy_ids": 0.0, "latents": 1e-3, "rewards": 1e-3}, "bfloat16": {"greedy_ids": float("inf"), "latents": 0.2, "rewards": 0.1}}
 
 
 def open_side(column: str, folder: pathlib.Path, inputs: Inputs, stage: str):
@@ -55,23 +62,32 @@ def work(column: str, stage: str, what: str, folder: pathlib.Path, place: pathli
     Args:
       column: of `COLUMNS`.
       stage: of `STAGES`, or `inference`.
-      what: `step`, `phases` (of `inference` too) or `check`.
+      what: `time` for the step with its phases (or for inference), `start` for the step's first call alone, `check`, or
+        `rates` of the machine.
       folder: the checkpoint.
       place: of the inputs.
-      repeats: timed calls; 0 for the first one alone.
+      repeats: timed calls.
 
     Returns:
-      Of `time_call` for each call by name, and `peak_bytes`.
+      Of `time_call` for each call by name, `peak_bytes` of the step, `load`, and this package's `work`; or the rates.
     """
     import_libraries(column)
-    before = memory("VmRSS")
-    side = open_side(column, folder, Inputs.load(place), stage)
+    inputs, before = Inputs.load(place), memory("VmRSS")
+    if what == "rates":
+        from benchmarks.machine_rates import machine_rates
+
+        return machine_rates(inputs.settings.dtype)
+    side = open_side(column, folder, inputs, stage)
     if what == "check":
         np.savez(place / f"{column}.npz", **side.checks())
         return {}
-    calls = {"total": side.step()} if what == "step" else side.inference() if stage == "inference" else side.phases()
-    timed = {name: time_call(call, repeats) for name, call in calls.items()}
-    return {"calls": timed, "peak_bytes": memory("VmHWM") - before, "load": os.getloadavg()[0]}
+    calls = side.inference() if stage == "inference" else {"total": side.step()}
+    timed = {name: time_call(call, repeats if what == "time" else 0) for name, call in calls.items()}
+    found = {"peak_bytes": side.device_peak() or memory("VmHWM") - before}
+    if what == "time" and stage in STAGES:
+        timed |= {name: time_call(call, repeats) for name, call in side.phases().items()}
+        found["work"] = side.work() if column == "jax" else {}
+    return found | {"calls": timed, "load": os.getloadavg()[0]}
 
 
 def in_new_process(column: str, stage: str, what: str, options: argparse.Namespace, repeats: int) -> dict:
@@ -92,37 +108,55 @@ def compare(options: argparse.Namespace) -> None:
     for column in ("jax", "torch"):
         in_new_process(column, "inference", "check", options, 0)
     found = [dict(np.load(pathlib.Path(options.place) / f"{column}.npz")) for column in ("jax", "torch")]
-    for name, limit in TOLERANCE.items():
+    for name, limit in TOLERANCE[options.dtype].items():
         ours, theirs = (arrays[name].astype(np.float64) for arrays in found)
-        gap = float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-9))
-        print(f"{name}: shape {ours.shape}, largest difference {gap:.1e} of the largest value", flush=True)
+        gap = float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-9)) if ours.shape == theirs.shape else float("inf")
+        print(f"{name}: shape {ours.shape}, largest difference {gap:.1e} of the largest value, {np.mean(ours == theirs):.0%} equal", flush=True)
         if ours.shape != theirs.shape or gap > limit:
             raise SystemExit(f"error: the two sides do not compute the same {name}; there is nothing to compare in time")
 
 
 def measure_stage(columns: Sequence[str], stage: str, options: argparse.Namespace) -> list[dict]:
     """The rows of a stage, one a column; the columns take turns."""
-    rows = {column: {"side": column, "stage": stage} for column in columns}
+    rows, load = [], {}
     for column in columns:
-        cold = in_new_process(column, stage, "step", options, 0)["calls"]["total"] if column != "torch" else None
-        warm = in_new_process(column, stage, "step", options, options.repeats)
-        total = warm["calls"]["total"]
-        rows[column] |= {
-            "total": total["seconds"], "fastest": total["fastest"], "cpu_seconds": total["cpu_seconds"], "peak_bytes": warm["peak_bytes"],
-            "compile_seconds": max(cold["first"] - total["seconds"], 0.0) if cold else 0.0,
-            "cached_compile_seconds": max(total["first"] - total["seconds"], 0.0) if cold else 0.0, "load": warm["load"]}
-    for column in columns:
-        timed = in_new_process(column, stage, "phases", options, options.repeats)["calls"]
-        rows[column] |= {name: timed[name]["seconds"] for name in PHASES}
-        rows[column]["phases_cpu_seconds"] = {name: timed[name]["cpu_seconds"] for name in PHASES}
-    return list(rows.values())
+        found = in_new_process(column, stage, "time", options, options.repeats)
+        calls, load = found["calls"], load or found["work"]
+        total = calls["total"]
+        row = {
+            "side": column, "stage": stage, **{name: calls[name]["seconds"] for name in (*PHASES, PREFILL) if name in calls},
+            "total": total["seconds"], "fastest": total["fastest"], "cpu_seconds": total["cpu_seconds"], "peak_bytes": found["peak_bytes"],
+            "load": found["load"], "phases_cpu_seconds": {name: calls[name]["cpu_seconds"] for name in PHASES}}
+        if column != "torch":
+            row["compile_seconds"] = max(total["first"] - total["seconds"], 0.0)
+        if column == "jax":
+            again = in_new_process(column, stage, "start", options, 0)["calls"]["total"]
+            row["cached_compile_seconds"] = max(again["first"] - total["seconds"], 0.0)
+        rows.append(row | shares(row, load, options.rates))
+    return rows
+
+
+def shares(row: dict, load: dict[str, float], rates: dict[str, float]) -> dict[str, float]:
+    """How much of the machine decoding and denoising use.
+
+    Args:
+      row: seconds by phase.
+      load: of `JaxSide.work`; empty where this package is not measured.
+      rates: of `machine_rates.machine_rates`.
+    """
+    found = {}
+    if load:
+        found["denoising_share"] = load["denoising_flops"] / row["denoising"] / rates["matrix_rate"]
+    if load and row.get(PREFILL, row["sampling"]) < row["sampling"]:
+        found["decoding_share"] = load["decoding_bytes"] / (row["sampling"] - row[PREFILL]) / rates["copy_bandwidth"]
+    return found
 
 
 def measure_inference(columns: Sequence[str], options: argparse.Namespace, settings: Settings) -> list[dict]:
     """Tokens of captions and pictures a second, for batches of `images`."""
     rows = []
     for column in columns:
-        found = in_new_process(column, "inference", "phases", options, options.repeats)
+        found = in_new_process(column, "inference", "time", options, options.repeats)
         seconds = {name: found["calls"][name]["seconds"] for name in INFERENCE}
         rows.append({"side": column, "stage": "inference", **seconds, "total": sum(seconds.values()), "peak_bytes": found["peak_bytes"],
                      "caption_tokens_per_second": settings.images * settings.tokens / seconds["captions"],
@@ -135,13 +169,23 @@ def print_stage(rows: Sequence[dict], names: Sequence[str]) -> None:
     ours, *others = rows if rows[0]["side"] == "jax" and len(rows) > 1 else (None, *rows)
     heads = [f"{row['side']} / jax" for row in others] if ours else []
     print(f"\n| {rows[0]['stage']} | " + " | ".join([row["side"] for row in rows] + heads) + " |\n|---" * (1 + len(rows) + len(heads)) + "|")
-    formats: dict[str, Callable[[float], str]] = {
-        name: (lambda value: f"{value / 1e6:.0f} MB") if name == "peak_bytes" else
-        (lambda value: f"{value:.1f} s") if "compile" in name else
-        (lambda value: f"{value:.1f}") if "per_second" in name or name == "load" else (lambda value: f"{1e3 * value:.0f} ms") for name in names}
     for name in names:
-        ratios = [f"{row[name] / ours[name]:.2f}" if ours[name] and "compile" not in name and name != "load" else "" for row in others] if ours else []
-        print(f"| {name} | " + " | ".join([formats[name](row[name]) for row in rows] + ratios) + " |", flush=True)
+        if any(name in row for row in rows):
+            values = [_shown(name, row.get(name)) for row in rows]
+            ratios = [f"{row[name] / ours[name]:.2f}" if name in COMPARED and ours[name] else "" for row in others] if ours else []
+            print(f"| {name} | " + " | ".join(values + ratios) + " |", flush=True)
+
+
+def _shown(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if name == "peak_bytes":
+        return f"{value / 1e6:.0f} MB"
+    if name.endswith("_share"):
+        return f"{value:.0%}"
+    if name == "load" or name.endswith("_per_second"):
+        return f"{value:.1f}"
+    return f"{value:.1f} s" if "compile" in name else f"{1e3 * value:.0f} ms"
 
 
 def run(options: argparse.Namespace, settings: Settings) -> None:
@@ -150,12 +194,14 @@ def run(options: argparse.Namespace, settings: Settings) -> None:
     columns = [column for column in sides if options.compile or column != "torch_compiled"]
     if options.side == "both":
         compare(options)
+    options.rates = in_new_process("jax", "inference", "rates", options, 0)
+    print(f"matrices {options.rates['matrix_rate'] / 1e12:.2f} TFLOP/s in {settings.dtype}, copying {options.rates['copy_bandwidth'] / 1e9:.1f} GB/s")
     rows: list[dict] = []
-    for stage in STAGES:
-        rows += measure_stage(columns, stage, options)
-        print_stage(rows[-len(columns):], (*PHASES, "total", "fastest", "cpu_seconds", "peak_bytes", "compile_seconds", "cached_compile_seconds", "load"))
-    rows += measure_inference(columns, options, settings)
-    print_stage(rows[-len(columns):], (*INFERENCE, "caption_tokens_per_second", "images_per_second", "peak_bytes", "load"))
+    for stage in options.stages:
+        rows += measure_inference(columns, options, settings) if stage == "inference" else measure_stage(columns, stage, options)
+        print_stage(rows[-len(columns):], (
+            *PHASES, PREFILL, *INFERENCE, "total", "fastest", "cpu_seconds", "peak_bytes", "compile_seconds", "cached_compile_seconds",
+            "decoding_share", "denoising_share", "caption_tokens_per_second", "images_per_second", "load"))
     if options.json:
         options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -164,7 +210,7 @@ def prepare(options: argparse.Namespace, settings: Settings) -> None:
     """Writes checkpoint and inputs in processes of their own, so that this one stays free of both libraries."""
     if options.checkpoint is None:
         options.checkpoint = pathlib.Path(options.place) / "checkpoint"
-        subprocess.run([sys.executable, "-m", "benchmarks.mini_checkpoint", str(options.checkpoint)], check=True)
+        subprocess.run([sys.executable, "-m", "benchmarks.mini_checkpoint", str(options.checkpoint), f"--size={options.size}"], check=True)
     values = json.dumps(dataclasses.asdict(settings))
     subprocess.run([sys.executable, "-m", "benchmarks.unified_step", f"--checkpoint={options.checkpoint}", f"--place={options.place}",
                     f"--work=inputs:{values}"], check=True)
@@ -174,6 +220,8 @@ def read_options(arguments: Sequence[str] | None = None) -> tuple[argparse.Names
     """The command line; every size of `Settings` is an option of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=pathlib.Path, help="folder in the official layout; made if it is not given")
+    parser.add_argument("--size", choices=SIZES, default="mini", help="of the checkpoint that is made")
+    parser.add_argument("--stages", nargs="+", choices=(*STAGES, "inference"), default=[*STAGES, "inference"], help="which to time")
     parser.add_argument("--side", choices=("jax", "torch", "both"), default="both")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of everything, after one that compiles and one more")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="the column with torch.compile")
