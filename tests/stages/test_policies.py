@@ -146,7 +146,8 @@ def test_guidance_has_a_negative_context_and_replays_exactly(flow_stage):
     stage, _, rollout = flow_stage
     states, mask = rollout["shared"]["negative"]
     assert states.shape[0] == 1 and int(mask.sum()) == len(stage.policy.model.template.prefix) + 2 + len(stage.policy.model.template.suffix)
-    assert float(rollout["metrics"]["log_prob_gap"]) < 1e-5
+    replayed = flow_policy.replay(stage.policy, {**stage.frozen, **stage.adapter}, rollout["samples"], rollout["shared"], trained=True)
+    np.testing.assert_allclose(replayed.log_probs.T, rollout["samples"]["sampled_log_prob"], atol=1e-5)
 
 
 def test_members_of_a_group_draw_the_same_caption_with_their_own_noise(flow_stage):

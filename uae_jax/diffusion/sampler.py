@@ -71,14 +71,15 @@ def guided_velocity(
 
     Args:
       velocity_fn: `(x [M, ...], sigma [M], context) -> velocity [M, ...]`; called once with
-        M = 2 B, rows ordered [negative 0, positive 0, negative 1, ...], or with M = B when there is no guidance.
+        M = 2 B, rows ordered [negative 0, positive 0, negative 1, ...], or with M = B when there is no guidance, and for
+        each half where the negative one has no gradient.
       x: latents [B, ...].
       sigma: noise level, [] or [B].
       context: pytree of arrays [B, ...].
       negative_context: the same structure, [B, ...] or [1, ...]; not used without guidance.
       guidance_scale: w, a Python number; exactly 1 skips the negative half.
-      stop_negative_gradient: keep gradients out of the negative half (as flow_grpo trains); the
-        value does not change.
+      stop_negative_gradient: keep gradients out of the negative half (as flow_grpo trains), which
+        is then evaluated apart, so that no backward pass is spent on it; the value does not change.
 
     Returns:
       float32 [B, ...]. Source: arXiv 2207.12598, as in diffusers' SD3 pipeline.
@@ -95,11 +96,14 @@ def guided_velocity(
             f"guidance_scale={guidance_scale} needs a negative context: give one, or use 1"
         )
     contexts = _stack_contexts(negative_context, context, batch)
-    both = velocity_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(sigma, 2), contexts)
-    pairs = both.astype(jnp.float32).reshape(batch, 2, *both.shape[1:])
-    negative, positive = pairs[:, 0], pairs[:, 1]
     if stop_negative_gradient:
+        halves = (jax.tree.map(lambda pairs: pairs[side::2], contexts) for side in (0, 1))
+        negative, positive = (velocity_fn(x, sigma, half).astype(jnp.float32) for half in halves)
         negative = jax.lax.stop_gradient(negative)
+    else:
+        both = velocity_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(sigma, 2), contexts)
+        pairs = both.astype(jnp.float32).reshape(batch, 2, *both.shape[1:])
+        negative, positive = pairs[:, 0], pairs[:, 1]
     return negative + guidance_scale * (positive - negative)
 
 

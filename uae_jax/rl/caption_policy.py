@@ -93,7 +93,17 @@ def score_captions(policy: CaptionPolicy, parts: Mapping, samples: Mapping, *, t
     prefix = qwen.prompt_prefix(policy.model.captioner, params, adapter, samples, samples["image_embeds"])
     return qwen.completion_log_probs(
         policy.model.captioner, params, adapter, prefix, samples["tokens"], samples["mask"], temperature=policy.temperature,
-        chunk=policy.score_chunk, with_entropy=trained)
+        chunk=policy.score_chunk, with_entropy=trained, frozen_head="language_policy" not in parts)
+
+
+def scored(policy: CaptionPolicy, parts: Mapping, samples: Mapping) -> dict[str, Array]:
+    """The log-probabilities `[B, G, T]` that the loss compares with: `reference` for the KL, `old` where it is replayed."""
+    found = {}
+    if policy.kl_weight:
+        found["reference"] = score_captions(policy, parts, samples, trained=False).log_probs
+    if policy.replay:
+        found["old"] = score_captions(policy, parts, samples, trained=True).log_probs
+    return found
 
 
 def rollout(policy: CaptionPolicy, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
@@ -118,12 +128,9 @@ def rollout(policy: CaptionPolicy, params: Mapping, frozen: Mapping, batch: Mapp
     samples = {
         **{name: batch[name] for name in PROMPT_FIELDS}, "image_embeds": images, "advantage": advantage,
         "tokens": completion.tokens.reshape(len(images), group, -1), "mask": completion.mask.reshape(len(images), group, -1)}
-    sampled = completion.log_probs.reshape(samples["tokens"].shape)
-    if policy.kl_weight:
-        samples["reference"] = score_captions(policy, parts, samples, trained=False).log_probs
+    samples |= scored(policy, parts, samples)
     if policy.replay:
-        samples["old"] = score_captions(policy, parts, samples, trained=True).log_probs
-        gap = jnp.abs(samples["old"] - sampled)
+        gap = jnp.abs(samples["old"] - completion.log_probs.reshape(samples["old"].shape))
         metrics["log_prob_gap"] = (jnp.sum(gap), jnp.sum(samples["mask"]))
     return {"samples": constrain_rows(samples), "metrics": metrics | caption_metrics(completion, group)}
 

@@ -93,14 +93,14 @@ def reward_encoders(system: Described, config: Any) -> tuple[Encoder, ...]:
 
 def make_policy(stage: str, config: Any, sampler: SamplerConfig, system: Described) -> CaptionPolicy | FlowPolicy:
     """The description of an RL stage: the model and the stage's settings of the same names."""
-    kind, more = (CaptionPolicy, {"replay": config.updates_per_rollout > 1}) if stage == "gen_for_und" else (FlowPolicy, {})
+    kind = CaptionPolicy if stage == "gen_for_und" else FlowPolicy
     denoising = make_denoising(
         sampler, config.sampler_steps, config.guidance_scale, policy_condition=config.condition_model == "policy",
         vae_chunk=config.vae_chunk)
     shared = {field.name for field in dataclasses.fields(kind)} & {field.name for field in dataclasses.fields(config)}
     return kind(
-        model=system.model, denoising=denoising, encoders=reward_encoders(system, config), stops=system.stops, **more,
-        **{name: getattr(config, name) for name in shared})
+        model=system.model, denoising=denoising, encoders=reward_encoders(system, config), stops=system.stops,
+        replay=config.updates_per_rollout > 1, **{name: getattr(config, name) for name in shared})
 
 
 def make_step(
