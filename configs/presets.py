@@ -49,9 +49,11 @@ def _stages() -> dict:
             train="lora", lora_rank=32, reward=_reward(), optimizer=_optimizer(1e-5, warmup_steps=10), ema_decay=0.0),
         und_for_gen=dict(
             # flow_grpo: 48 groups of 24, noise .7, 10 steps, learning rate 3e-4, clip 1e-4, two updates a rollout
-            steps=1_000, batch_size=48, micro_batches=1, updates_per_rollout=2, group_size=24, temperature=0.7,
+            steps=1_000, batch_size=48, method="flow_grpo", micro_batches=1, updates_per_rollout=2, group_size=24, temperature=0.7,
             max_new_tokens=512, data_captions=0.0, shared_noise=False, sampler_steps=10, guidance_scale=1.0, step_rule="sde", noise_level=0.7, window=3,
             window_low=0, window_high=5, clip_range=1e-5, kl_weight=0.04, kl_kind="gaussian_nodt", guard=False,
+            # of method="nft"
+            noise_levels=2, time_scheme="uniform", time_shift=3.0, strength=1.0, advantage_bound=5.0,
             advantage_scale="batch", condition_model="reference", gather_weights=False, train="lora", lora_rank=32, reward=_reward(),
             vae_chunk=0,
             optimizer=_optimizer(3e-4), ema_decay=0.9))
@@ -64,7 +66,7 @@ def _base(preset: str) -> dict:
         model=dict(folder="", lora_alpha=64.0, frozen_dtype="bfloat16", dtype="bfloat16", remat="full", merge_adapters=False),
         data=dict(
             source="folder", folder="", name="", split="train", data_dir="", image_key="image", caption_key="caption",
-            heldout_folder="", heldout_split="test", image_size=512, max_prompt=192, max_caption=512, detail="full", rl_detail="mixed",
+            heldout_folder="", heldout_split="test", image_size=512, max_prompt=192, max_caption=512, detail="full", rl_detail="mixed", mistakes=0.0,
             caption_prompt=CAPTION_PROMPT, negative_prompt=NEGATIVE_PROMPT),
         sampler=dict(shift=3.0, schedule="diffusers"),
         mesh=dict(data=-1, fsdp=1, tensor=1),

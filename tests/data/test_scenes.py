@@ -216,3 +216,13 @@ def test_summary_is_the_mean_of_tags_not_of_prompts():
     assert scene_prompts.geneval_summary(results) == {"colors": 1.0, "position": 0.0, "overall": 0.5}
     with pytest.raises(ValueError, match="no results"):
         scene_prompts.geneval_summary([])
+
+
+@pytest.mark.parametrize("mistakes", [0.0, 0.3, 1.0])
+def test_a_share_of_the_facts_is_said_wrong(mistakes):
+    rng = np.random.default_rng(0)
+    pairs = [(scene, scene_captions.mistaken(scene, rng, mistakes)) for scene in (scenes.scene_at("train", index) for index in range(300))]
+    facts = [(true[1:], seen[1:]) for scene, other in pairs for true, seen in zip(scenes.facts(scene), scenes.facts(other), strict=True)]
+    assert all(true == seen for true, seen in facts if true[0] == "position")
+    wrong = np.mean([true != seen for true, seen in facts if true[0] != "position"])
+    assert abs(wrong - mistakes) < (0.05 if 0 < mistakes < 1 else 1e-9)

@@ -124,3 +124,23 @@ def test_flow_ratio_is_one_before_the_update(whole):
 def test_flow_settings_that_cannot_work_fail_before_anything_runs(config, tmp_path, setting, message):
     with pytest.raises(ValueError, match=message):
         make_run(changed(config, und_for_gen=setting), tmp_path)
+
+
+def test_nft_begins_at_the_reference_and_its_second_update_is_off_policy(whole):
+    stage = stage_of(whole, "und_for_gen", method="nft", updates_per_rollout=1, kl_weight=0.1)
+    first = stage.state()
+    _, metrics = stage.step(first)(first, stage.frozen, stage.batch, stage.key)
+    assert float(metrics["kl"]) < 1e-10 and float(metrics["velocity_shift"]) == 0.0 and float(metrics["grad_norm"]) > 0
+    stage = stage_of(whole, "und_for_gen", method="nft", updates_per_rollout=2, kl_weight=0.1)
+    first = stage.state()
+    state, metrics = stage.step(first)(first, stage.frozen, stage.batch, stage.key)
+    assert float(metrics["velocity_shift"]) > 0.0 and float(metrics["kl"]) > 0.0
+    assert set(state.params) == {"transformer_lora"} and int(state.updates) == 2
+
+
+@pytest.mark.parametrize("setting, message", [
+    (dict(method="ppo"), "flow_grpo, nft"), (dict(guidance_scale=3.0), "unguided"), (dict(noise_levels=0), "must be positive"),
+    (dict(data_captions=1.5), "share")])
+def test_nft_settings_that_cannot_work_fail_before_anything_runs(config, tmp_path, setting, message):
+    with pytest.raises(ValueError, match=message):
+        make_run(changed(config, und_for_gen=dict(method="nft", guidance_scale=1.0) | setting), tmp_path)

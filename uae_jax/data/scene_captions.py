@@ -7,6 +7,9 @@
 
 Nouns stay singular ("two circle"), which keeps the vocabulary small.
 """
+import dataclasses
+from collections.abc import Iterable
+
 import numpy as np
 
 from uae_jax.data.scenes import (BACKGROUNDS, COLOURS, COLUMNS, MAX_OBJECTS, ROWS, SHAPES, SIZES, Scene, SceneObject,
@@ -40,6 +43,20 @@ def holds(relation: str, first: SceneObject, second: SceneObject) -> bool:
         raise ValueError(f"unknown relation {relation!r}: expected one of {RELATIONS}")
     return {"left of": first.column < second.column, "right of": first.column > second.column,
             "above": first.row < second.row, "below": first.row > second.row}[relation]
+
+
+def mistaken(scene: Scene, rng: np.random.Generator, mistakes: float) -> Scene:
+    """The scene as somebody careless saw it: each shape, colour, size and the background is another with probability `mistakes`."""
+
+    def seen(value: str, values: Iterable[str]) -> str:
+        others = [other for other in values if other != value]
+        return others[rng.integers(len(others))] if rng.random() < mistakes else value
+
+    items = tuple(
+        dataclasses.replace(
+            item, shape=seen(item.shape, SHAPES), colour=seen(item.colour, COLOURS), size=seen(item.size, SIZES))
+        for item in scene.objects)
+    return Scene(seen(scene.background, BACKGROUNDS), items)
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None, detail: float = 1.0, shuffle: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -48,6 +49,26 @@ def sample_captions(
     keys = sample_keys(trees.name_key(key, "caption"), batch["sample_id"], group)
     return generate(
         model.captioner, params, adapter, prefix, keys, max_new_tokens=max_new_tokens, stop_ids=stops, sampling=sampling, group=group)
+
+
+def drawn_captions(share: float, completion: Completion, batch: Mapping, key: Array) -> tuple[Array, Array]:
+    """The captions to draw, `[B, T]` and lengths `[B]`: the captioner's, or for a share of the images the data set's own.
+
+    Args:
+      share: of the images, in [0, 1].
+      completion: one caption of each image.
+      batch: with `sample_id`, `caption_ids`, `caption_mask` (`data.loader`).
+      key: of the step.
+    """
+    tokens, lengths = completion.tokens, condition.caption_lengths(completion.mask, completion.finished)
+    if not share:
+        return tokens, lengths
+    keys = sample_keys(trees.name_key(key, "data_captions"), batch["sample_id"])
+    own = jax.vmap(lambda k: jax.random.bernoulli(k, share))(keys)
+    width = max(tokens.shape[1], batch["caption_ids"].shape[1])
+    written, given = (jnp.pad(ids, ((0, 0), (0, width - ids.shape[1]))) for ids in (tokens, batch["caption_ids"]))
+    given_lengths = jnp.sum(batch["caption_mask"], -1, dtype=jnp.int32) - 1
+    return jnp.where(own[:, None], given, written), jnp.where(own, given_lengths, lengths)
 
 
 def caption_metrics(completion: Completion, group: int) -> dict[str, tuple[Array, Array]]:

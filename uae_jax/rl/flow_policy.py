@@ -15,12 +15,11 @@ from jax import Array
 from uae_jax import trees
 from uae_jax.diffusion.sampler import Replay, Trajectory, replay_window, sample_window, window_start
 from uae_jax.diffusion.steps import CpsStep, DanceStep, SdeStep, gaussian_kl
-from uae_jax.models import condition, uae
-from uae_jax.models.qwen2_5_vl.generate import Completion
+from uae_jax.models import uae
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rl.advantages import check_group_size
-from uae_jax.rl.captioning import caption_metrics, sample_captions
+from uae_jax.rl.captioning import caption_metrics, drawn_captions, sample_captions
 from uae_jax.rl.losses import flow_grpo_loss
 from uae_jax.rl.reconstruction import Context, Denoising, decode, encode_condition, initial_noise, predictor, sample_keys
 from uae_jax.rl.rewards import Encoder, RewardConfig, reward_advantages
@@ -112,7 +111,7 @@ def rollout(policy: FlowPolicy, params: Mapping, frozen: Mapping, batch: Mapping
     completion = sample_captions(
         policy.model, parts, batch, key, max_new_tokens=policy.max_new_tokens, stops=policy.stops,
         sampling=SamplingConfig(policy.temperature), gather_weights=policy.gather_weights)
-    positive, negative = encode_condition(policy.model, parts, how, *drawn_captions(policy, completion, batch, key))
+    positive, negative = encode_condition(policy.model, parts, how, *drawn_captions(policy.data_captions, completion, batch, key))
     positive = constrain_rows(jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), positive))
     noise = initial_noise(policy.model, trees.name_key(key, "noise"), batch["sample_id"], group, shared=policy.shared_noise)
     start = window_start(trees.name_key(key, "window"), policy.window_low, policy.window_high, policy.window)
@@ -137,19 +136,6 @@ def stored(trajectory: Trajectory, positive: Context, negative: Context | None, 
         "sampled_log_prob": trajectory.log_probs.T, "context": positive[0], "context_mask": positive[1],
         "advantage": advantage.reshape(-1)}
     return {"samples": samples, "shared": {"sigma_indices": trajectory.sigma_indices, "negative": negative}}
-
-
-def drawn_captions(policy: FlowPolicy, completion: Completion, batch: Mapping, key: Array) -> tuple[Array, Array]:
-    """The captions to draw, `[B, T]` and lengths `[B]`: the captioner's, or for a share of the images the data set's own."""
-    tokens, lengths = completion.tokens, condition.caption_lengths(completion.mask, completion.finished)
-    if not policy.data_captions:
-        return tokens, lengths
-    keys = sample_keys(trees.name_key(key, "data_captions"), batch["sample_id"])
-    own = jax.vmap(lambda k: jax.random.bernoulli(k, policy.data_captions))(keys)
-    width = max(tokens.shape[1], batch["caption_ids"].shape[1])
-    written, given = (jnp.pad(ids, ((0, 0), (0, width - ids.shape[1]))) for ids in (tokens, batch["caption_ids"]))
-    given_lengths = jnp.sum(batch["caption_mask"], -1, dtype=jnp.int32) - 1
-    return jnp.where(own[:, None], given, written), jnp.where(own, given_lengths, lengths)
 
 
 def replay(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping, *, trained: bool) -> Replay:

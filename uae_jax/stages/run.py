@@ -21,6 +21,7 @@ from uae_jax.data.loader import RowBuilder, batch_spec, make_loader
 from uae_jax.data.sources import Example, FolderSource, SceneSource, Source, TfdsSource
 from uae_jax.rl.caption_policy import CaptionPolicy
 from uae_jax.rl.flow_policy import FlowPolicy
+from uae_jax.rl.nft_policy import NftPolicy
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages import cold_start, gen_for_und, pretrain, und_for_gen
 from uae_jax.stages.evaluation import EvaluationConfig, Evaluator
@@ -48,6 +49,7 @@ class DataConfig:
       max_prompt: room for the caption prompt with its image tokens; 0 for what it needs.
       max_caption: room for a caption with its stop token.
       detail, rl_detail: captions of the built-in scenes in the supervised and in the RL stages: `full`, `detail` or `mixed`.
+      mistakes: probability that a fact is wrong in the scenes' captions of the supervised stages.
       caption_prompt, negative_prompt: texts.
     """
 
@@ -65,6 +67,7 @@ class DataConfig:
     max_caption: int = 512
     detail: str = "full"
     rl_detail: str = "mixed"
+    mistakes: float = 0.0
     caption_prompt: str = ""
     negative_prompt: str = ""
 
@@ -128,7 +131,7 @@ def open_sources(config: DataConfig, seed: int, heldout: int) -> tuple[Source, l
       ValueError, FileNotFoundError: an unknown source, or one that cannot be read; see `data.sources`.
     """
     if config.source == "scenes":
-        train = SceneSource("train", seed, config.image_size, config.detail)
+        train = SceneSource("train", seed, config.image_size, config.detail, mistakes=config.mistakes)
         test = SceneSource("test", 0, config.image_size, "full")
         return train, [test[index] for index in range(heldout)]
     if config.source == "folder":
@@ -211,7 +214,7 @@ class Run:
         shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(self.mesh, PartitionSpec()))
         return make_step(stage, getattr(self.config, stage), self.config.sampler, self.system, optimizer, shardings)
 
-    def policy(self, stage: str) -> CaptionPolicy | FlowPolicy:
+    def policy(self, stage: str) -> CaptionPolicy | FlowPolicy | NftPolicy:
         """The description of an RL stage."""
         return make_policy(stage, getattr(self.config, stage), self.config.sampler, self.system)
 
@@ -247,7 +250,7 @@ class Run:
     def source_of(self, stage: str) -> Source:
         """The training pictures with the captions that a stage sees."""
         if stage in RL_STAGES and isinstance(self.source, SceneSource):
-            return dataclasses.replace(self.source, captions=self.config.data.rl_detail)
+            return dataclasses.replace(self.source, captions=self.config.data.rl_detail, mistakes=0.0)
         return self.source
 
     def score_before(self, state: TrainState, name: str, previous: StageResult | None) -> dict:

@@ -11,6 +11,7 @@ from uae_jax.diffusion.schedule import sigma_schedule
 from uae_jax.models.uae import UAE
 from uae_jax.rl.caption_policy import CaptionPolicy
 from uae_jax.rl.flow_policy import FlowPolicy
+from uae_jax.rl.nft_policy import NftPolicy
 from uae_jax.rl.reconstruction import Denoising
 from uae_jax.rl.rewards import Encoder
 from uae_jax.stages import cold_start, gen_for_und, pretrain, und_for_gen
@@ -91,9 +92,9 @@ def reward_encoders(system: Described, config: Any) -> tuple[Encoder, ...]:
     return tuple(system.encoders[name] for name in config.reward.names)
 
 
-def make_policy(stage: str, config: Any, sampler: SamplerConfig, system: Described) -> CaptionPolicy | FlowPolicy:
+def make_policy(stage: str, config: Any, sampler: SamplerConfig, system: Described) -> CaptionPolicy | FlowPolicy | NftPolicy:
     """The description of an RL stage: the model and the stage's settings of the same names."""
-    kind = CaptionPolicy if stage == "gen_for_und" else FlowPolicy
+    kind = CaptionPolicy if stage == "gen_for_und" else und_for_gen.METHODS[config.method][0]
     denoising = make_denoising(
         sampler, config.sampler_steps, config.guidance_scale, policy_condition=config.condition_model == "policy",
         vae_chunk=config.vae_chunk)

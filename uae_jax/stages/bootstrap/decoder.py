@@ -3,18 +3,23 @@
 import numpy as np
 
 from uae_jax.data import scenes
-from uae_jax.data.scene_captions import mixed_caption
+from uae_jax.data.scene_captions import mistaken, mixed_caption
 from uae_jax.data.tokenizer import encode_caption
 from uae_jax.stages.bootstrap import scene_stream
 
 
-def stream(tokenizer, *, seed: int, batch_size: int, side: int, length: int, pad: int, full_fraction: float):
-    """Batches of `pixels`, `caption_ids`, `caption_mask` and `sample_id`; `full_fraction` of the captions say everything."""
+def stream(tokenizer, *, seed: int, batch_size: int, side: int, length: int, pad: int, full_fraction: float, mistakes: float):
+    """Batches of `pixels`, `caption_ids`, `caption_mask` and `sample_id`; `full_fraction` of the captions say everything.
+
+    A fact of a caption is wrong with probability `mistakes`, as in captions from the web: the decoder then draws what it is told
+    most of the time only, and knows what else it could have been. That is what reinforcement learning has to work on.
+    """
 
     def example(index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([seed, 13, index])
         scene = scenes.scene_at("train", index, seed + 3)
-        text = scene_stream.full_caption(scene, rng) if rng.random() < full_fraction else mixed_caption(scene, rng)
+        seen = mistaken(scene, rng, mistakes)
+        text = scene_stream.full_caption(seen, rng) if rng.random() < full_fraction else mixed_caption(seen, rng)
         ids, mask = scene_stream.pad_ids(encode_caption(tokenizer, text), length, pad)
         return {"pixels": scene_stream.pixels_of(scene, side), "caption_ids": ids, "caption_mask": mask, "sample_id": np.int32(index)}
 
