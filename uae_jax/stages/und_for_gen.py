@@ -42,7 +42,7 @@ class UndForGenConfig:
       ema_decay: ceiling of the moving average, which replaces the weights at the end; 0 for none.
 
     Raises:
-      ValueError: an unknown choice.
+      ValueError: an unknown choice, or a reward of captions.
     """
 
     steps: int
@@ -77,6 +77,7 @@ class UndForGenConfig:
 
     def __post_init__(self):
         check_choices("und_for_gen", self.train, self.condition_model)
+        self.reward.check_drawings_alone("und_for_gen")
 
 
 def trainable(parts: Mapping, config: UndForGenConfig, key: Array) -> dict:
