@@ -49,7 +49,7 @@ def get_config(preset: str | None = None):
                         full_attention_blocks=(1, 3))),
         decoder=dict(
             steps=3800, batch_size=64, optimizer=_optimizer(1e-3, 200), projector_width=256, ema_decay=0.998, time_shift=4.0,
-            condition_dropout=0.1, full_fraction=0.6, caption_tokens=28,
+            condition_dropout=0.1, full_fraction=0.6, detail_high=1.0, caption_tokens=28,
             model=dict(sample_size=8, patch_size=2, num_layers=6, attention_head_dim=32, num_attention_heads=4,
                        joint_attention_dim=128, pooled_projection_dim=32, pos_embed_max_size=8, dual_attention_layers=(),
                        qk_norm="rms_norm")),

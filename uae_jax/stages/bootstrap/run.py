@@ -180,7 +180,7 @@ def decoder_phase(run: Run) -> None:
         "transformer": transformer.init_params(model, jax.random.fold_in(run.key, 51))}
     data = decoder.stream(
         run.tokenizer, seed=config.seed, batch_size=phase.batch_size, side=config.side, length=phase.caption_tokens,
-        pad=run.pad(), full_fraction=phase.full_fraction)
+        pad=run.pad(), full_fraction=phase.full_fraction, detail_high=phase.detail_high)
     settings = PretrainConfig(
         steps=phase.steps, batch_size=phase.batch_size, optimizer=OptimizerConfig(), time_shift=phase.time_shift,
         condition_dropout=phase.condition_dropout)
