@@ -83,7 +83,7 @@ TOPICS = {
 
 # processor seconds of one gen_for_und step over those of a supervised step with four times its pictures, and of one und_for_gen
 # step over those of a pretrain step, measured on two cores; the tables show the seconds that each arm took
-STEPS_FOR_CAPTIONS, STEPS_FOR_DRAWINGS = 3.5, 7
+STEPS_FOR_CAPTIONS, STEPS_FOR_DRAWINGS = 3.5, 6
 
 
 def _drawings(stage: str, size: int) -> Changes:
