@@ -15,7 +15,7 @@ BEGIN, END = "<!-- ablations: written by benchmarks.ablations; do not edit up to
 KINDS = ("background", "position", "size", "colour", "shape")
 # heading -> score; the encoders are named as what they are, whichever of them an arm's reward was
 _SEEN = {"CLIP": "reward", "DINOv2": "heldout_score", "scene accuracy": "scene_accuracy"}
-_SAID = {"tokens": "caption_tokens", "recall": "fact_recall", "precision": "fact_precision"}
+_SAID = {"tokens": "caption_tokens", "cut": "truncated", "recall": "fact_recall", "precision": "fact_precision"}
 _DRAWN = {"scene accuracy, true captions": "true_caption_scene_accuracy"}
 COLUMNS = {"und": _SEEN | _SAID, "gen": _SEEN | _DRAWN | {"geneval": "geneval"}, "both": _SEEN | _SAID | _DRAWN | {"geneval": "geneval"}}
 PANELS = {
@@ -25,7 +25,7 @@ PANELS = {
 INTRODUCTION = """Held-out scenes of the built-in model, two CPU cores. With one seed: value [95 % interval over scenes]. With more: mean over
 seeds (lowest to highest). CLIP and DINOv2 are cosines of drawing and original under these encoders, whichever was the arm's reward;
 scene accuracy is the share of the original's facts that the exact checker finds in the drawing, never a reward. Tokens, recall and
-precision are of captions; "which facts" is the recall of background / place / size / colour / shape. The row "before" is what the
+precision are of captions, "cut" the share of them that reach the longest length; "which facts" is the recall of background / place / size / colour / shape. The row "before" is what the
 reference row started from."""
 
 

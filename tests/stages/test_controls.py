@@ -6,14 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from configs import ablations
 from configs import bootstrap as bootstrap_config
 from stage_pieces import changed, largest_gap, make_run, nudged, stage_of
 
 from uae_jax import sharding
+from uae_jax.data.scene_checker import FACT_KINDS
 from uae_jax.rl import caption_policy
 from uae_jax.rl.captioning import encode_batch_images
 from uae_jax.stages import gen_for_und
+from uae_jax.stages import run as run_module
 from uae_jax.stages.bootstrap.run import bootstrap
+from uae_jax.training.metrics import read_lines
 from uae_jax.training.step import step_key
 
 
@@ -102,3 +106,18 @@ def test_an_unknown_objective_is_named(whole):
     stage = stage_of(whole, "gen_for_und")
     with pytest.raises(ValueError, match="objective is 'sft'; choose grpo or supervised"):
         dataclasses.replace(stage.policy, objective="sft")
+
+
+def test_an_arm_of_the_ablations_runs_to_its_end(config, scorer_folder, tmp_path, monkeypatch):
+    values = ablations.get_config("caption_similarity").to_dict()
+    values |= {name: config[name] for name in ("data", "evaluation", "sampler", "loop")}
+    values["model"] |= dict(folder=config["model"]["folder"], caption_scorer=str(scorer_folder))
+    small = ("steps", "batch_size", "group_size", "max_new_tokens", "sampler_steps", "lora_rank", "optimizer")
+    values["gen_for_und"] |= {name: config["gen_for_und"][name] for name in small}
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+    (stage,) = run_module.run(values, tmp_path / "run")["stages"]
+    assert stage["name"] == "gen_for_und" and stage["steps"] == config["gen_for_und"]["steps"]
+    assert {f"fact_recall_{kind}" for kind in FACT_KINDS} <= stage["before"].keys() == stage["after"].keys()
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert all(line["reward"] == pytest.approx(line["reward_caption"]) for line in lines if "reward" in line)
