@@ -120,6 +120,14 @@ def test_caption_scores(text, correct, claimed, recalled):
     assert (score.correct, score.claimed, score.recalled, score.total) == (correct, claimed, recalled, 9)
 
 
+def test_recall_by_kind_adds_up_to_the_recall():
+    score = scene_checker.caption_score(EXAMPLE, f"{EXAMPLE.background} background , large red object , square")
+    assert score.recall_by_kind == {"background": 1.0, "position": 0.0, "size": 0.5, "colour": 0.5, "shape": 0.5}
+    for text in (FULL, "red circle , red circle", "two circle", ""):
+        score = scene_checker.caption_score(EXAMPLE, text)
+        assert [sum(column) for column in zip(*score.kinds)] == [score.recalled, score.total]
+
+
 def test_matching_is_the_best_one_to_one():
     scene = Scene("black", (SceneObject(0, 0, "circle", "red", "small"), SceneObject(0, 1, "circle", "blue", "small")))
     # A greedy match of the first mention to the first circle would lose the colour of the second mention.

@@ -155,9 +155,9 @@ def _counting(items: list[SceneObject], with_colour: bool) -> str:
     return f"{NUMBER_WORDS[len(same)]} {phrase(same[0], names)}"
 
 
-def mixed_caption(scene: Scene, rng: np.random.Generator, detail_probability: float = 0.5) -> str:
-    """A training caption for text to image: random detail with `detail_probability`, else one of the other styles."""
+def mixed_caption(scene: Scene, rng: np.random.Generator, detail_probability: float = 0.5, high: float = 1.0) -> str:
+    """A training caption for text to image: random detail, at most `high`, with `detail_probability`, else one of the other styles."""
     others = [style for style in applicable_styles(scene) if style != "detail"]
     if not others or rng.random() < detail_probability:
-        return random_detail_caption(scene, rng)
+        return random_detail_caption(scene, rng, high=high)
     return style_caption(scene, others[int(rng.integers(len(others)))], rng)

@@ -14,6 +14,8 @@ from uae_jax.data.scenes import (BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SI
                                  facts, object_facts)
 
 _NOUNS = (*SHAPES, "object")
+_OBJECT_KINDS = ("position", "size", "colour", "shape")
+FACT_KINDS = ("background", *_OBJECT_KINDS)
 _PALETTE = np.array(list(COLOURS.values()), np.float32)
 _GROUNDS = np.array(list(BACKGROUNDS.values()), np.float32)
 
@@ -41,7 +43,8 @@ class CaptionScore:
     """Counts of one caption against one scene.
 
     `recalled`: facts of the scene that are said; `correct`: claims that are true (recalled facts and true relations);
-    `claimed`: all claims, unparsed words among them; `total`: facts of the scene; `unparsed`: words outside the grammar.
+    `claimed`: all claims, unparsed words among them; `total`: facts of the scene; `unparsed`: words outside the grammar;
+    `kinds`: of each of `FACT_KINDS` the facts recalled and the facts of the scene.
     """
 
     recalled: int
@@ -49,6 +52,12 @@ class CaptionScore:
     claimed: int
     total: int
     unparsed: tuple[str, ...] = ()
+    kinds: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def recall_by_kind(self) -> dict[str, float]:
+        """`fact_recall` of each of `FACT_KINDS` alone; a kind that the scene does not have is left out."""
+        return {kind: said / there for kind, (said, there) in zip(FACT_KINDS, self.kinds) if there}
 
     @property
     def fact_recall(self) -> float:
@@ -169,10 +178,11 @@ def match_mentions(claims: Sequence[Mapping[str, str]], objects: Sequence[Mappin
     return max(best.values(), key=lambda item: item[0])[1]
 
 
-def _matching(claims: Sequence[Mapping[str, str]], objects: Sequence[SceneObject]) -> int:
-    """Most claims that can be true when every mention stands for a different object."""
+def _matching(claims: Sequence[Mapping[str, str]], objects: Sequence[SceneObject]) -> tuple[int, ...]:
+    """True claims of each kind of `_OBJECT_KINDS` when every mention stands for a different object and most claims are true."""
     known = [object_facts(item) for item in objects]
-    return sum(len(claims[number].items() & known[index].items()) for number, index in match_mentions(claims, known).items())
+    pairs = match_mentions(claims, known).items()
+    return tuple(sum(claims[number].get(kind) == known[index][kind] for number, index in pairs) for kind in _OBJECT_KINDS)
 
 
 def caption_score(scene: Scene, text: str) -> CaptionScore:
@@ -184,11 +194,14 @@ def caption_score(scene: Scene, text: str) -> CaptionScore:
     """
     said = parse_caption(text)
     claims = [dict(mention.claims) for mention in said.mentions for _ in range(mention.count)]
-    recalled = _matching(claims, scene.objects) + (scene.background in said.backgrounds)
+    recalled_kinds = (int(scene.background in said.backgrounds), *_matching(claims, scene.objects))
+    recalled = sum(recalled_kinds)
     true_relations = sum(_relation_holds(scene, said.mentions[a], words, said.mentions[b])
                          for a, words, b in said.relations)
     claimed = sum(map(len, claims)) + len(said.backgrounds) + len(said.relations) + len(said.unparsed)
-    return CaptionScore(recalled, recalled + true_relations, claimed, len(facts(scene)), said.unparsed)
+    there = (1, *(len(scene.objects),) * len(_OBJECT_KINDS))
+    return CaptionScore(
+        recalled, recalled + true_relations, claimed, len(facts(scene)), said.unparsed, tuple(zip(recalled_kinds, there)))
 
 
 def fitting(scene: Scene, claims: tuple[tuple[str, str], ...]) -> list[SceneObject]:
@@ -253,7 +266,7 @@ def read_picture(pixels: np.ndarray) -> Scene:
 
 def scene_score(scene: Scene, seen: Scene) -> float:
     """Share of the facts of `scene` that `seen` shows, objects matched one to one, in [0, 1]."""
-    found = _matching([object_facts(item) for item in seen.objects], scene.objects)
+    found = sum(_matching([object_facts(item) for item in seen.objects], scene.objects))
     return (found + (seen.background == scene.background)) / len(facts(scene))
 
 

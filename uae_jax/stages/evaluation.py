@@ -13,7 +13,7 @@ from PIL import Image
 
 from uae_jax import sharding, trees
 from uae_jax.data.loader import RowBuilder, from_signed
-from uae_jax.data.scene_checker import caption_score, picture_scores
+from uae_jax.data.scene_checker import FACT_KINDS, caption_score, picture_scores
 from uae_jax.data.scene_prompts import check_prompt, scene_prompts
 from uae_jax.data.sources import Example
 from uae_jax.data.tokenizer import decode_caption
@@ -158,9 +158,10 @@ class Evaluator:
         if None in scenes:
             return {}
         said = [caption_score(scene, text) for scene, text in zip(scenes, captions)]
+        kinds = {f"fact_recall_{kind}": np.array([score.recall_by_kind[kind] for score in said]) for kind in FACT_KINDS}
         return {"fact_recall": np.array([score.fact_recall for score in said]),
                 "fact_precision": np.array([score.fact_precision for score in said]),
-                "scene_accuracy": picture_scores(scenes, from_signed(drawn))}
+                "scene_accuracy": picture_scores(scenes, from_signed(drawn))} | kinds
 
     def _with_true_captions(self, parts: Mapping) -> dict[str, np.ndarray]:
         """The decoder alone: the data set's own captions drawn."""

@@ -169,7 +169,8 @@ class Run:
         self.mesh = sharding.make_mesh(config.mesh)
         self.key = jax.random.key(config.seed)
         system = load_system(
-            config.model, image_size=config.data.image_size, negative_prompt=config.data.negative_prompt, mesh=self.mesh)
+            config.model, image_size=config.data.image_size, negative_prompt=config.data.negative_prompt, mesh=self.mesh,
+            max_caption=config.gen_for_und.max_new_tokens)
         # the stages replace and donate parameters: no second name may keep the first ones alive
         self.system = dataclasses.replace(system, parts={})
         self._check_encoders()

@@ -49,7 +49,7 @@ class UndForGenConfig:
       ema_decay: ceiling of the moving average, which replaces the weights at the end; 0 for none.
 
     Raises:
-      ValueError: an unknown choice.
+      ValueError: an unknown choice, or a reward of captions.
     """
 
     steps: int
@@ -92,6 +92,7 @@ class UndForGenConfig:
         check_choices("und_for_gen", self.train, self.condition_model)
         if self.method not in METHODS:
             raise ValueError(f"und_for_gen.method is {self.method!r}; choose one of {', '.join(METHODS)}")
+        self.reward.check_drawings_alone("und_for_gen")
 
 
 def trainable(parts: Mapping, config: UndForGenConfig, key: Array) -> dict:
