@@ -73,8 +73,10 @@ TOPICS = {
         "base_gen_for_und", "und"),
     "gen_reward": Topic("Reward in und_for_gen", "As above, for the decoder.", "base_und_for_gen", "gen"),
     "gen_group": Topic("Group size in und_for_gen", "How many drawings of a caption, at an equal number of drawings?", "base_und_for_gen", "gen"),
-    "gen_noise": Topic(
-        "Noise in und_for_gen", "Should the drawings of a group begin with the same noise?", "base_und_for_gen", "gen"),
+    "gen_method": Topic(
+        "Method of und_for_gen",
+        "DiffusionNFT, or Flow-GRPO at as many drawings, their groups beginning with one noise or with one each? What is trained, and on what?",
+        "base_und_for_gen", "gen"),
     "gen_loss": Topic("KL and advantages in und_for_gen", "How close to the reference, and what scales the advantages?", "base_und_for_gen", "gen"),
     "gen_controls": Topic(
         "Controls of und_for_gen", "What does flow matching on true captions do in the same time? Do the two RL stages help each other in turn?",
@@ -121,6 +123,10 @@ def _condition(label: str, condition: str) -> Arm:
 
 _DR_GRPO = {"gen_for_und.aggregation": "dr_grpo", "gen_for_und.advantage_scale": "none"}
 _GSPO = {"gen_for_und.aggregation": "gspo", "gen_for_und.clip_low": 3e-4, "gen_for_und.clip_high": 4e-4}
+# at its best rate of those tried in docs/results.md
+_FLOW_GRPO = {
+    "und_for_gen.method": "flow_grpo", "und_for_gen.sampler_steps": 8, "und_for_gen.train": "lora", "und_for_gen.advantage_scale": "batch",
+    "und_for_gen.optimizer.learning_rate": 1e-3}
 _TWICE = {"gen_for_und.updates_per_rollout": 2}
 
 ARMS: dict[str, Arm] = {
@@ -174,11 +180,12 @@ ARMS: dict[str, Arm] = {
     "gen_reward_pixels": _gen("gen_reward", "pixels", _reward("und_for_gen", pixels=1.0)),
     "gen_reward_clip_dinov2": _gen("gen_reward", "CLIP and DINOv2", _reward("und_for_gen", "clip", "dinov2")),
     **{f"gen_group_size_{size}": _gen("gen_group", str(size), _drawings("und_for_gen", size)) for size in (2, 4, 8, 16)},
-    "gen_noise_shared": _gen("gen_noise", "shared", {"und_for_gen.shared_noise": True}),
-    "gen_noise_independent": _gen("gen_noise", "independent", {"und_for_gen.shared_noise": False}),
-    "gen_kl_0": _gen("gen_loss", "KL weight 0", {"und_for_gen.kl_weight": 0.0}),
+    "gen_flow_grpo_shared": _gen("gen_method", "Flow-GRPO, shared noise", _FLOW_GRPO | {"und_for_gen.shared_noise": True}),
+    "gen_flow_grpo_independent": _gen("gen_method", "Flow-GRPO, independent noise", _FLOW_GRPO),
+    "gen_adapter": _gen("gen_method", "an adapter of rank 32", {"und_for_gen.train": "lora"}),
+    "gen_own_captions": _gen("gen_method", "the captioner's captions alone", {"und_for_gen.data_captions": 0.0}),
     "gen_kl_0.1": _gen("gen_loss", "KL weight 0.1", {"und_for_gen.kl_weight": 0.1}),
-    "gen_advantage_group": _gen("gen_loss", "advantages over the group's deviation", {"und_for_gen.advantage_scale": "group"}),
+    "gen_kl_1": _gen("gen_loss", "KL weight 1", {"und_for_gen.kl_weight": 1.0}),
     "gen_advantage_batch": _gen("gen_loss", "advantages over the batch's deviation", {"und_for_gen.advantage_scale": "batch"}),
     "gen_advantage_none": _gen("gen_loss", "advantages as they are", {"und_for_gen.advantage_scale": "none"}),
 }

@@ -15,7 +15,6 @@ from jax import Array
 from uae_jax.data import scenes
 from uae_jax.data.scene_captions import random_detail_caption
 from uae_jax.data.tokenizer import encode_caption
-from uae_jax.models.encoders import clip
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig
 from uae_jax.models.encoders.preprocess import Preprocess
 from uae_jax.rl.caption_similarity import CaptionScorer
