@@ -99,7 +99,7 @@ def _tiny() -> dict:
         images=512, images_during=64, batch_size=64, sampler_steps=16, guidance_scale=1.0, temperature=1.0, geneval_per_tag=48)
     config["loop"] |= dict(save_every=20, eval_every=20)
     # 128 sampled captions a step are few, and an explored caption may well be long: bounds that healthy runs stay far from
-    config["guard"] |= dict(kl=2.0, flow_kl=1e-3, truncated=0.6)
+    config["guard"] |= dict(kl=2.0, flow_kl=1e-3, truncated=0.6, reward_fall=0.2)
     config["pretrain"] |= dict(steps=60, batch_size=64, time_shift=4.0, optimizer=_optimizer(3e-4, warmup_steps=10))
     config["cold_start"] |= dict(steps=20, batch_size=16, sampler_steps=6, guidance_scale=1.0, optimizer=_optimizer(2e-5))
     config["gen_for_und"] |= dict(
