@@ -26,6 +26,13 @@ def _reward() -> dict:
     return dict(names=("clip",), weights=(1.0,))
 
 
+def _guard() -> dict:
+    """Bounds at which a stage is stopped and its last good checkpoint restored; 0 switches one off (`training.guard`)."""
+    return dict(
+        window=10, reward_fall=0.1, non_finite=3, gradient_ratio=10.0, gradient_outliers=3, kl=1.0, flow_kl=0.0, truncated=0.5,
+        margin=0.5)
+
+
 def _stages() -> dict:
     """All stages at full size; `tiny` changes what a laptop needs."""
     return dict(
@@ -68,9 +75,10 @@ def _base(preset: str) -> dict:
             caption_prompt=CAPTION_PROMPT, negative_prompt=NEGATIVE_PROMPT),
         sampler=dict(shift=3.0, schedule="diffusers"),
         mesh=dict(data=-1, fsdp=1, tensor=1),
-        evaluation=dict(images=100, batch_size=4, sampler_steps=40, guidance_scale=5.0, temperature=0.0,
+        evaluation=dict(images=100, images_during=32, batch_size=4, sampler_steps=40, guidance_scale=5.0, temperature=0.0,
                         encoders=("clip",), heldout_encoder="dinov2", geneval_per_tag=0, samples=8),
-        loop=dict(log_every=1, save_every=100, keep=2, wandb_project=""),
+        loop=dict(log_every=1, save_every=100, eval_every=100, keep=2, wandb_project=""),
+        guard=_guard(),
         **_stages())
 
 
@@ -84,8 +92,10 @@ def _tiny() -> dict:
     config["sampler"] |= dict(shift=4.0, schedule="single")
     # captions are sampled as they are in training: the most probable caption would hide how much is left out
     config["evaluation"] |= dict(
-        images=128, batch_size=64, sampler_steps=16, guidance_scale=1.0, temperature=1.0, geneval_per_tag=16)
-    config["loop"] |= dict(save_every=20)
+        images=128, images_during=64, batch_size=64, sampler_steps=16, guidance_scale=1.0, temperature=1.0, geneval_per_tag=16)
+    config["loop"] |= dict(save_every=20, eval_every=20)
+    # 128 sampled captions a step are few, and an explored caption may well be long: bounds that healthy runs stay far from
+    config["guard"] |= dict(kl=2.0, flow_kl=1e-3, truncated=0.6)
     config["pretrain"] |= dict(steps=60, batch_size=64, time_shift=4.0, optimizer=_optimizer(2e-4, warmup_steps=10))
     config["cold_start"] |= dict(steps=20, batch_size=16, sampler_steps=6, guidance_scale=1.0, optimizer=_optimizer(2e-5))
     config["gen_for_und"] |= dict(

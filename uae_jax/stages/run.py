@@ -29,6 +29,7 @@ from uae_jax.stages.settings import frozen
 from uae_jax.stages.steps import RL_STAGES, STAGES, SamplerConfig, check_batch, held, make_denoising, make_policy, make_step
 from uae_jax.stages.weights import ModelConfig, load_system
 from uae_jax.training import processes
+from uae_jax.training.guard import GuardConfig, skip_outliers
 from uae_jax.training.loop import Hooks, LoopConfig, StageResult, check_configuration, run_stage
 from uae_jax.training.metrics import MetricWriter, write_json
 from uae_jax.training.optimizer import make_optimizer
@@ -71,10 +72,11 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
-    """How often things are written: in steps; `keep` newest checkpoints."""
+    """How often things are written: in steps; `keep` newest checkpoints. `eval_every` is of the RL stages; 0 for never."""
 
     log_every: int = 1
     save_every: int = 50
+    eval_every: int = 0
     keep: int = 2
     wandb_project: str = ""
 
@@ -97,6 +99,7 @@ class RunConfig:
     cold_start: cold_start.ColdStartConfig
     gen_for_und: gen_for_und.GenForUndConfig
     und_for_gen: und_for_gen.UndForGenConfig
+    guard: GuardConfig = GuardConfig()
 
     def __post_init__(self):
         """Raises ValueError for a stage that does not exist or fewer than one round."""
@@ -225,7 +228,10 @@ class Run:
         """
         config = getattr(self.config, stage)
         total = config.steps * config.updates_per_rollout
-        optimizer = make_optimizer(config.optimizer, total)
+        guard = self.config.guard
+        if stage == "und_for_gen":
+            guard = dataclasses.replace(guard, kl=guard.flow_kl)
+        optimizer = skip_outliers(make_optimizer(config.optimizer, total), guard)
         start = STAGES[stage][1](self.parts, config, trees.name_key(self.key, name))
         state = sharding.make_on(self.mesh, lambda parts: init_state(parts, optimizer, ema=bool(config.ema_decay)), start)
         # from here on the trained parts live in the state alone: a second copy of 8 B weights would not fit
@@ -235,12 +241,17 @@ class Run:
         del start
         index, count = sharding.batch_slice(self.mesh)
         data = make_loader(self.source_of(stage), self.rows, config.batch_size, self.config.seed, process_index=index, process_count=count)
-        loop = LoopConfig(steps=config.steps, log_every=self.config.loop.log_every, save_every=self.config.loop.save_every, keep=self.config.loop.keep)
+        settings = self.config.loop
+        loop = LoopConfig(
+            steps=config.steps, log_every=settings.log_every, save_every=settings.save_every, keep=settings.keep,
+            eval_every=settings.eval_every if stage in RL_STAGES else 0)
         result = run_stage(
             name, self.step(stage, state, optimizer), state=state, frozen=self.parts, data=data, key=sharding.replicate_key(trees.name_key(self.key, name), self.mesh),
             workdir=self.workdir, config=loop, writer=writer, put=lambda batch: sharding.shard_batch(batch, self.mesh),
-            hooks=Hooks(before=lambda state: self.score_before(state, name, previous), after=lambda state: self.score(state, name, "after")),
-            digest=self.digest())
+            hooks=Hooks(
+                before=lambda state: self.score_before(state, name, previous), after=lambda state: self.score(state, name, "after"),
+                evaluate=lambda state, step: self.score_during(state, name, step)),
+            guard=guard, digest=self.digest())
         self.parts = self.trained(result.state)
         return result
 
@@ -266,6 +277,10 @@ class Run:
     def score(self, state: TrainState, name: str, when: str) -> dict:
         """Held-out scores of a stage's state; samples go to `samples/<name>_<when>`."""
         return self.evaluator(self.trained(state), self.workdir / "samples" / f"{name}_{when}")
+
+    def score_during(self, state: TrainState, name: str, step: int) -> dict[str, float]:
+        """Held-out scores in the middle of a stage; samples go to `samples/<name>_step<step>`."""
+        return self.evaluator.during(self.trained(state), self.workdir / "samples" / f"{name}_step{step}")
 
     def digest(self) -> str:
         """Of everything in the configuration that changes numbers; a checkpoint of another one is refused."""
