@@ -142,6 +142,17 @@ def test_nft_gradient_does_not_depend_on_micro_batches_and_its_levels_belong_to_
     assert len(np.unique(sigma)) == sigma.size and sigma.min() >= 0 and sigma.max() <= 1
 
 
+def test_flow_gradient_of_one_update_is_that_of_a_replayed_rollout(flow_stage):
+    stage, _, rollout = flow_stage
+    samples, shared = rollout["samples"], rollout["shared"]
+    again = dataclasses.replace(stage.policy, replay=True)
+    scored = jax.jit(lambda params: flow_policy.scored(again, {**stage.frozen, **params}, samples, shared))(stage.adapter)
+    unchanged = _gradients(und_for_gen.algorithm(stage.policy), stage, {"samples": samples, "shared": shared}, 1)
+    replayed = _gradients(und_for_gen.algorithm(again), stage, {"samples": samples | scored, "shared": shared}, 1)
+    assert largest_gap(unchanged[0], replayed[0]) < 1e-3
+    np.testing.assert_allclose(unchanged[3]["kl"][0], replayed[3]["kl"][0], rtol=1e-3)
+
+
 def test_the_window_comes_from_the_key_and_is_shared(flow_stage):
     stage, rollout, first = flow_stage
     starts = set()

@@ -16,13 +16,15 @@ class Trajectory(NamedTuple):
     """What a rollout keeps: the W stochastic steps, and the final latents.
 
     latents, next_latents: float32 [W, B, ...], x before and after each step of the window.
-    log_probs: float32 [W, B]. sigma_indices: int32 [W], positions in the schedule.
+    log_probs: float32 [W, B]. velocities: float32 [W, B, ...], what was predicted at `latents`.
+    sigma_indices: int32 [W], positions in the schedule.
     final: float32 [B, ...], the latents at sigma 0.
     """
 
     latents: jax.Array
     next_latents: jax.Array
     log_probs: jax.Array
+    velocities: jax.Array
     sigma_indices: jax.Array
     final: jax.Array
 
@@ -224,12 +226,12 @@ def sample_window(predict, noise, sigmas, rule, window_start, window_size: int, 
         stored = jax.tree.map(
             lambda buffer, value: buffer.at[slot].set(jnp.where(inside, value, buffer[slot])),
             stored,
-            (x, x_next, log_prob),
+            (x, x_next, log_prob, velocity),
         )
         return (x_next, stored), None
 
     empty = jnp.zeros((window_size, *x.shape), jnp.float32)
-    stored = (empty, empty, jnp.zeros((window_size, x.shape[0]), jnp.float32))
+    stored = (empty, empty, jnp.zeros((window_size, x.shape[0]), jnp.float32), empty)
     levels = (jnp.arange(steps), sigmas[:-1], sigmas[1:])
     (final, stored), _ = jax.lax.scan(step, (x, stored), levels)
     return Trajectory(*stored, start + jnp.arange(window_size), final)

@@ -6,7 +6,7 @@ steps of the window.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from uae_jax.rl.rewards import Encoder, RewardConfig, reward_advantages
 from uae_jax.rl.step_sums import sum_over_steps
 
 # what a rollout keeps of each step of the window, [N, W, ...]
-STEP_FIELDS = ("latents", "next_latents", "sampled_log_prob", "old_log_prob", "old_means", "reference")
+STEP_FIELDS = ("latents", "next_latents", "velocity", "sampled_log_prob", "old_log_prob", "old_means", "reference")
 STEP_RULES = {"sde": SdeStep, "dance": DanceStep, "cps": CpsStep}
 
 
@@ -133,8 +133,8 @@ def stored(trajectory: Trajectory, positive: Context, negative: Context | None, 
     """What a rollout keeps for its updates: `samples` with leading axis B * G, and what they share."""
     samples = {
         "latents": trajectory.latents.swapaxes(0, 1), "next_latents": trajectory.next_latents.swapaxes(0, 1),
-        "sampled_log_prob": trajectory.log_probs.T, "context": positive[0], "context_mask": positive[1],
-        "advantage": advantage.reshape(-1)}
+        "velocity": trajectory.velocities.swapaxes(0, 1), "sampled_log_prob": trajectory.log_probs.T,
+        "context": positive[0], "context_mask": positive[1], "advantage": advantage.reshape(-1)}
     return {"samples": samples, "shared": {"sigma_indices": trajectory.sigma_indices, "negative": negative}}
 
 
@@ -143,6 +143,27 @@ def replay(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping
     predict = predictor(
         policy.model, parts, policy.denoising, (samples["context"], samples["context_mask"]), shared["negative"], policy=trained,
         stop_negative_gradient=True)
+    return _scored_by(policy, predict, samples, shared)
+
+
+def _replay_unchanged(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping) -> Replay:
+    """`replay` of one step, W = 1, by the very parameters that sampled it.
+
+    The value is then the velocity that was sampled with, and the gradient is that of the positive half of guidance times its
+    scale: the negative half, which has none, is not evaluated again.
+    """
+    how = policy.denoising
+    given = predictor(
+        policy.model, parts, dataclasses.replace(how, guidance_scale=1.0), (samples["context"], samples["context_mask"]), None)
+
+    def predict(latents: Array, sigma: Array) -> Array:
+        velocity = given(latents, sigma)
+        return samples["velocity"][:, 0] + how.guidance_scale * (velocity - jax.lax.stop_gradient(velocity))
+
+    return _scored_by(policy, predict, samples, shared)
+
+
+def _scored_by(policy: FlowPolicy, predict: Callable[[Array, Array], Array], samples: Mapping, shared: Mapping) -> Replay:
     return replay_window(
         predict, samples["latents"].swapaxes(0, 1), samples["next_latents"].swapaxes(0, 1), shared["sigma_indices"],
         jnp.asarray(policy.denoising.sigmas), policy.rule)
@@ -193,8 +214,8 @@ def loss(policy: FlowPolicy, params: Mapping, frozen: Mapping, rollout: Mapping,
 
 
 def _window_loss(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping) -> tuple[Array, Array, dict]:
-    """`loss` of the steps that `samples` and `shared` hold."""
-    now = replay(policy, parts, samples, shared, trained=True)
+    """`loss` of the one step that `samples` and `shared` hold; without replay there has been no update since it was sampled."""
+    now = replay(policy, parts, samples, shared, trained=True) if policy.replay else _replay_unchanged(policy, parts, samples, shared)
     kl = _kl(policy, now, samples["reference"]) if policy.kl_weight else None
     guard = {}
     if policy.guard:
