@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Stop() as stop:
             code = run_all(jobs, shlex.split(options.command) or MAIN, stop)
     page = (options.docs or workdir / "results.md").absolute()
-    shown = list(dict.fromkeys([*names, *(ablations.TOPICS[ablations.ARMS[name].topic].reference for name in names)]))
+    shown = [name for name in ablations.ARMS if name in {*names, *runs}]
     try:
         missing = ablation_tables.write_page(page, workdir, shown, seeds, same_as)
     except ValueError as error:
