@@ -112,7 +112,7 @@ def _gen(topic: str, label: str, changes: Changes) -> Arm:
 
 
 def _bootstrap(topic: str, label: str, phase: str, **changes: Any) -> Arm:
-    return Arm(topic, label, (phase,), {f"{phase}.{name}": value for name, value in changes.items()}, {})
+    return Arm(topic, label, (phase,), {"mistakes.steps": 0} | {f"{phase}.{name}": value for name, value in changes.items()}, {})
 
 
 def _condition(label: str, condition: str) -> Arm:

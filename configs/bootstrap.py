@@ -49,10 +49,12 @@ def get_config(preset: str | None = None):
                         full_attention_blocks=(1, 3))),
         decoder=dict(
             steps=3800, batch_size=64, optimizer=_optimizer(1e-3, 200), projector_width=256, ema_decay=0.998, time_shift=4.0,
-            condition_dropout=0.1, full_fraction=0.6, detail_high=1.0, mistakes=0.0, caption_tokens=28,
+            condition_dropout=0.1, full_fraction=0.6, detail_high=1.0, caption_tokens=28,
             model=dict(sample_size=8, patch_size=2, num_layers=6, attention_head_dim=32, num_attention_heads=4,
                        joint_attention_dim=128, pooled_projection_dim=32, pos_embed_max_size=8, dual_attention_layers=(),
                        qk_norm="rms_norm")),
+        # the end of the decoder's phase: captions in which each fact is wrong with this probability (docs/recipes.md); 0 steps for none
+        mistakes=dict(steps=200, batch_size=64, probability=0.25, optimizer=_optimizer(5e-4, 10)),
         caption_scorer=dict(
             steps=1200, batch_size=48, optimizer=_optimizer(1e-3), full_fraction=0.3,
             text=dict(hidden_size=96, intermediate_size=288, num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=40)),

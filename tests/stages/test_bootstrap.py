@@ -10,7 +10,7 @@ from uae_jax.stages.weights import ModelConfig, load_system
 
 def small_config():
     config = config_file.get_config()
-    for name in config.phases:
+    for name in (*config.phases, "mistakes"):
         config[name].steps, config[name].batch_size, config[name].optimizer.warmup_steps = 1, 2, 0
     config.vae.model.block_out_channels, config.vae.model.norm_num_groups = (4, 8), 4
     config.clip.vision.num_hidden_layers = config.clip.text.num_hidden_layers = config.dinov2.model.num_hidden_layers = 1

@@ -172,17 +172,26 @@ def decoder_phase(run: Run) -> None:
         "projector": qwen.init_projector(
             jax.random.fold_in(run.key, 50), language.text.width, phase.projector_width, model.joint_attention_dim),
         "transformer": transformer.init_params(model, jax.random.fold_in(run.key, 51))}
-    data = decoder.stream(
-        run.tokenizer, seed=config.seed, batch_size=phase.batch_size, side=config.side, length=phase.caption_tokens,
-        pad=run.pad(), full_fraction=phase.full_fraction, detail_high=phase.detail_high, mistakes=phase.mistakes)
     settings = PretrainConfig(
         steps=phase.steps, batch_size=phase.batch_size, optimizer=OptimizerConfig(), time_shift=phase.time_shift,
         condition_dropout=phase.condition_dropout)
     described = UAE(language, model, vae_config, run.template(), config.side)
-    state = train(run, "decoder", pretrain.algorithm(described, settings), params, parts, data, steps=phase.steps, ema_decay=phase.ema_decay)
+    algorithm = pretrain.algorithm(described, settings)
+
+    def data(batch_size: int, seed: int, mistakes: float):
+        return decoder.stream(
+            run.tokenizer, seed=seed, batch_size=batch_size, side=config.side, length=phase.caption_tokens, pad=run.pad(),
+            full_fraction=phase.full_fraction, detail_high=phase.detail_high, mistakes=mistakes)
+
+    params = train(
+        run, "decoder", algorithm, params, parts, data(phase.batch_size, config.seed, 0.0), steps=phase.steps, ema_decay=phase.ema_decay).ema
+    last = config.mistakes
+    if last.steps:
+        stream = data(last.batch_size, config.seed + 100, last.probability)
+        params = train(run, "mistakes", algorithm, params, parts, stream, steps=last.steps).params
     write_tensors(
-        run.model / "dit", published_tensors(state.ema["transformer"], transformer_rules(model), STORED), stem="diffusion_pytorch_model")
-    write_tensors(run.model / "llm", qwen_weights.tensors(language, {**parts, "projector": state.ema["projector"]}, STORED))
+        run.model / "dit", published_tensors(params["transformer"], transformer_rules(model), STORED), stem="diffusion_pytorch_model")
+    write_tensors(run.model / "llm", qwen_weights.tensors(language, {**parts, "projector": params["projector"]}, STORED))
     write_json(run.model / "dit" / "config.json", model.published(), indent=1)
 
 
