@@ -25,6 +25,7 @@ from collections.abc import Sequence
 
 from benchmarks import ablation_tables
 from configs import ablations
+from uae_jax.files.json_files import write_json
 
 ROOT = pathlib.Path(__file__).parents[1]
 POLL = 0.2  # seconds between looks at a running arm
@@ -112,9 +113,7 @@ class Job:
 
     def write_record(self, finished: bool, minutes: float) -> None:
         """Replaces `arm.json` as a whole."""
-        fresh = self.folder / f".{ablation_tables.RECORD}.tmp"
-        fresh.write_text(json.dumps({"settings": self.settings(), "finished": finished, "minutes": round(minutes, 3)}, indent=1) + "\n")
-        fresh.replace(self.folder / ablation_tables.RECORD)
+        write_json(self.folder / ablation_tables.RECORD, {"settings": self.settings(), "finished": finished, "minutes": round(minutes, 3)})
 
 
 def difference(now: dict, then: dict, path: str = "") -> str:
