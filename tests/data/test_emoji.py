@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from uae_jax import fetch_emoji
-from uae_jax.data import emoji, emoji_files, scene_captions, scene_checker
+from uae_jax.data import emoji, emoji_files, scene_captions, scene_checker, scenes
 from uae_jax.data.emoji import EmojiObject, EmojiScene, EmojiSet, EmojiSource
 
 
@@ -148,6 +148,7 @@ def test_captions_and_pictures_read_back_exactly(drawn):
     for scene in many(drawn) + many(drawn, 60, "test"):
         full = scene_checker.caption_score(scene, scene_captions.caption(scene))
         assert full.fact_recall == full.fact_precision == 1 and full.total == 1 + 3 * len(scene.objects)
+        assert full.recall_by_kind == dict.fromkeys(("background", "position", "size", "name"), 1)
         for text in (scene_captions.caption(scene, rng, 0.5, shuffle=True), scene_captions.mixed_caption(scene, rng)):
             score = scene_checker.caption_score(scene, text)
             assert text and score.fact_precision == 1 and not score.unparsed and set(text.split()) <= words, text
@@ -177,13 +178,33 @@ def test_the_picture_checker_is_exact_and_falls_on_noise(drawn):
         drawn.read_pictures(pictures[:, :31, :31])
 
 
+@pytest.mark.parametrize("mistakes", [0.0, 0.3, 1.0])
+def test_a_share_of_the_facts_is_said_wrong(drawn, mistakes):
+    rng = np.random.default_rng(0)
+    pairs = [(scene, scene_captions.mistaken(scene, rng, mistakes)) for scene in many(drawn, 300)]
+    facts = [(true[1:], seen[1:]) for scene, other in pairs for true, seen in zip(scenes.facts(scene), scenes.facts(other), strict=True)]
+    assert all(true == seen for true, seen in facts if true[0] == "position")
+    for kind in ("name", "size", "background"):
+        wrong = np.mean([true != seen for true, seen in facts if true[0] == kind])
+        assert abs(wrong - mistakes) < (0.08 if 0 < mistakes < 1 else 1e-9)
+
+
+def test_mistakes_are_in_captions_and_not_in_pictures(drawn):
+    source = EmojiSource("train", seed=2, captions="full", mistakes=0.5, emoji=drawn)
+    examples = [source[index] for index in range(20)]
+    assert all((example.image == drawn.draw(example.scene, 64)).all() for example in examples)
+    assert [example.caption for example in examples] == [source[index].caption for index in range(20)]
+    scores = [scene_checker.caption_score(example.scene, example.caption) for example in examples]
+    assert not any(score.unparsed for score in scores) and 0.4 < np.mean([score.fact_recall for score in scores]) < 0.9
+
+
 @pytest.mark.parametrize("captions", ["full", "detail", "mixed"])
 def test_the_source_gives_true_captions_and_repeats(drawn, captions):
-    source = EmojiSource(drawn, "test", seed=2, captions=captions)
+    source = EmojiSource("test", seed=2, captions=captions, emoji=drawn)
     for index in range(20):
         example = source[index]
         np.testing.assert_array_equal(example.image, drawn.draw(example.scene, 64))
         assert example.caption == source[index].caption and emoji.split_of(example.scene) == "test"
         assert scene_checker.caption_score(example.scene, example.caption).fact_precision == 1
     with pytest.raises(ValueError, match="'dev'"):
-        EmojiSource(drawn, "dev")
+        EmojiSource("dev", emoji=drawn)

@@ -120,6 +120,14 @@ def test_caption_scores(text, correct, claimed, recalled):
     assert (score.correct, score.claimed, score.recalled, score.total) == (correct, claimed, recalled, 9)
 
 
+def test_recall_by_kind_adds_up_to_the_recall():
+    score = scene_checker.caption_score(EXAMPLE, f"{EXAMPLE.background} background , large red object , square")
+    assert score.recall_by_kind == {"background": 1.0, "position": 0.0, "size": 0.5, "colour": 0.5, "shape": 0.5}
+    for text in (FULL, "red circle , red circle", "two circle", ""):
+        score = scene_checker.caption_score(EXAMPLE, text)
+        assert [sum(column) for column in zip(*score.kinds.values())] == [score.recalled, score.total]
+
+
 def test_matching_is_the_best_one_to_one():
     scene = Scene("black", (SceneObject(0, 0, "circle", "red", "small"), SceneObject(0, 1, "circle", "blue", "small")))
     # A greedy match of the first mention to the first circle would lose the colour of the second mention.
@@ -216,3 +224,13 @@ def test_summary_is_the_mean_of_tags_not_of_prompts():
     assert scene_prompts.geneval_summary(results) == {"colors": 1.0, "position": 0.0, "overall": 0.5}
     with pytest.raises(ValueError, match="no results"):
         scene_prompts.geneval_summary([])
+
+
+@pytest.mark.parametrize("mistakes", [0.0, 0.3, 1.0])
+def test_a_share_of_the_facts_is_said_wrong(mistakes):
+    rng = np.random.default_rng(0)
+    pairs = [(scene, scene_captions.mistaken(scene, rng, mistakes)) for scene in (scenes.scene_at("train", index) for index in range(300))]
+    facts = [(true[1:], seen[1:]) for scene, other in pairs for true, seen in zip(scenes.facts(scene), scenes.facts(other), strict=True)]
+    assert all(true == seen for true, seen in facts if true[0] == "position")
+    wrong = np.mean([true != seen for true, seen in facts if true[0] != "position"])
+    assert abs(wrong - mistakes) < (0.05 if 0 < mistakes < 1 else 1e-9)

@@ -251,6 +251,23 @@ def test_truncation_keeps_the_most_probable_and_is_refused_for_training():
         SamplingConfig(top_p=0.0)
 
 
+def test_a_frozen_head_has_the_same_scores_and_gradient_by_the_adapter(params, adapter, rollout):
+    @functools.partial(jax.jit, static_argnums=0)
+    def scores_and_gradient_by_adapter(frozen_head):
+        def total(adapter):
+            prefix = model.prompt_prefix(CONFIG, params, adapter, prompts())
+            scores = model.completion_log_probs(
+                CONFIG, params, adapter, prefix, rollout.tokens, rollout.mask, temperature=TEMPERATURE, chunk=3, with_entropy=True,
+                frozen_head=frozen_head)
+            return (scores.log_probs ** 2).sum(), scores
+        return jax.grad(total, has_aux=True)(adapter)
+
+    (gradient, scores), (expected, reference) = map(scores_and_gradient_by_adapter, (True, False))
+    assert_close(dict(scores._asdict()), dict(reference._asdict()))
+    assert_close(gradient, expected, tolerance=1e-4)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 1e-3
+
+
 def test_scores_are_float32_over_a_large_vocabulary_with_bfloat16_activations():
     vocabulary, width = 151_936, 16
     rng = np.random.default_rng(0)

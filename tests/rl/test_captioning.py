@@ -1,10 +1,12 @@
 """What is reported of sampled captions, against counts made by hand."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from uae_jax.models.qwen2_5_vl.generate import Completion
-from uae_jax.rl.captioning import caption_metrics
+from uae_jax.rl.captioning import caption_metrics, repeated_sequences
 
 STOP, PAD = 1, 0
 ROWS = [  # two groups of three: tokens, how many of them count
@@ -21,4 +23,18 @@ def test_captions_are_counted_as_by_hand():
         "caption_tokens": (2 + 2 + 4 + 1 + 2 + 0) / 6,  # without the stop token
         "truncated_fraction": 1 / 6,
         "unique_fraction": (2 + 3) / 6,  # two different captions in the first group, three in the second
-        "repeated_fraction": 2 / 16})  # the third and the fourth 7 of 16 tokens
+        "repetition": 0.0})  # one caption has one sequence of four tokens
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_repeated_sequences_are_those_that_a_loop_finds(seed):
+    rng = np.random.default_rng(seed)
+    tokens, lengths = rng.integers(0, 3, (16, 40)), rng.integers(0, 41, 16)
+    repeats, sequences = jax.jit(repeated_sequences)(jnp.asarray(tokens), jnp.arange(40) < lengths[:, None])
+    for row, length, found, total in zip(tokens, lengths, repeats, sequences, strict=True):
+        grams = [tuple(row[start:start + 4]) for start in range(length - 3)]
+        assert (int(found), int(total)) == (len(grams) - len(set(grams)), len(grams))
+    assert repeats.sum() > 16
+    for width in (2, 4):  # shorter than two sequences
+        found, total = repeated_sequences(jnp.zeros((1, width), jnp.int32), jnp.ones((1, width), bool))
+        assert (float(found[0]), float(total[0])) == (0, width // 4)

@@ -398,3 +398,47 @@ def test_diffusion_bandit_moves_towards_the_reward(sign):
     biases = run(jnp.float32(1.5), jax.random.split(jax.random.key(0), 20))
     assert (np.diff(sign * biases) < 0).all()
     assert sign * (1.5 - biases[-1]) > 0.3
+
+
+def _nft(velocity, old=None, seed=0, **options):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    target = velocity + jax.random.normal(keys[0], velocity.shape)
+    sigma, advantage = jax.random.uniform(keys[1], (len(velocity),)), jax.random.normal(keys[2], (len(velocity),))
+    found = losses.nft_loss(velocity, old, target, sigma, options.pop("advantage", advantage), **options)
+    return found, (target, sigma, advantage)
+
+
+def _nft_gradient(velocity, **options):
+    fixed = jax.lax.stop_gradient(velocity)
+    _, (target, sigma, advantage) = _nft(fixed)
+    advantage = options.pop("advantage", advantage)
+    return jax.grad(lambda v: losses.nft_loss(v, options.get("old"), target, sigma, advantage, **{
+        name: value for name, value in options.items() if name != "old"})[0])(velocity)
+
+
+def test_nft_gradient_on_policy_is_that_of_advantage_weighted_matching():
+    velocity = jax.random.normal(jax.random.key(3), (6, 4, 3))
+    _, (target, sigma, advantage) = _nft(velocity)
+    error = velocity - target
+    size = np.abs(error).mean((1, 2)) * sigma
+    expected = (advantage * sigma**2 / size)[:, None, None] * 2 * error / error[0].size
+    for options in ({}, {"advantage_bound": 9.0}, {"strength": 0.3}, {"old": velocity}):
+        np.testing.assert_allclose(_nft_gradient(velocity, **options), expected, rtol=2e-5, atol=1e-7)
+
+
+def test_nft_moves_nothing_without_advantage_and_bounds_large_ones():
+    velocity = jax.random.normal(jax.random.key(3), (6, 4, 3))
+    assert float(jnp.abs(_nft_gradient(velocity, advantage=jnp.zeros(6))).max()) < 1e-8
+    np.testing.assert_allclose(
+        _nft_gradient(velocity, advantage=jnp.full(6, 50.0)), _nft_gradient(velocity, advantage=jnp.full(6, 5.0)), rtol=1e-6)
+
+
+def test_nft_kl_is_the_mean_squared_difference_and_needs_a_reference():
+    velocity = jax.random.normal(jax.random.key(3), (6, 4, 3))
+    (plain, count, _), _ = _nft(velocity)
+    (total, _, metrics), _ = _nft(velocity, reference=velocity + 2.0, kl_weight=0.5)
+    assert float(count) == 6 and _value(metrics["kl"]) == pytest.approx(4.0)
+    assert float(total - plain) == pytest.approx(6 * 0.5 * 4.0, rel=1e-5)
+    assert _value(metrics["velocity_shift"]) == 0.0
+    with pytest.raises(ValueError, match="needs reference"):
+        _nft(velocity, kl_weight=0.5)

@@ -7,9 +7,10 @@ import pytest
 
 from configs import bootstrap as config_file
 from configs import presets
-from uae_jax.data import scenes
+from uae_jax.data import scene_checker, scenes
+from uae_jax.data.tokenizer import decode_caption, load_tokenizer, write_scene_tokenizer
+from uae_jax.stages.bootstrap import decoder, scene_stream
 from uae_jax.stages.bootstrap import run as bootstrap_run
-from uae_jax.stages.bootstrap import scene_stream
 from uae_jax.stages.bootstrap.run import bootstrap
 from uae_jax.stages.run import run
 from uae_jax.stages.weights import ModelConfig, load_system
@@ -18,7 +19,7 @@ from uae_jax.training.step import TrainState
 
 def small_config(preset="tiny"):
     config = config_file.get_config(preset)
-    for name in config.phases:
+    for name in (*config.phases, "mistakes"):
         config[name].steps, config[name].batch_size, config[name].optimizer.warmup_steps = 1, 2, 0
     config.vae.model.block_out_channels, config.vae.model.norm_num_groups = (4, 8), 4
     config.clip.vision.num_hidden_layers = config.clip.text.num_hidden_layers = config.dinov2.model.num_hidden_layers = 1
@@ -59,7 +60,8 @@ def test_bootstrap_learns_from_emoji(tmp_path, monkeypatch):
 def test_the_parts_of_a_preset_fit_together(preset, side, tmp_path, monkeypatch):
     """Every phase at its own size, its loss traced on a batch and not computed; what the phases write is a whole model."""
     config = config_file.get_config(preset)
-    for name in config.phases:
+    config.phases = (*config.phases, "caption_scorer")
+    for name in (*config.phases, "mistakes"):
         config[name].batch_size = 2
     if preset == "emoji":
         config.data.folder = str(emoji_pieces.write_emoji(tmp_path / "emoji", monkeypatch))
@@ -75,7 +77,7 @@ def test_the_parts_of_a_preset_fit_together(preset, side, tmp_path, monkeypatch)
     monkeypatch.setattr(bootstrap_run, "train", train)
     monkeypatch.setattr(bootstrap_run.vae, "fit_latent_scale", lambda config, *_: config)
     folder = bootstrap(config, tmp_path / "run")
-    assert traced == [(name, (), ()) for name in config.phases]
+    assert traced == [(name, (), ()) for name in ("vae", "clip", "dinov2", "captioner", "decoder", "mistakes", "caption_scorer")]
     system = load_system(ModelConfig(folder=str(folder)), image_size=side)
     assert system.model.vae.downsampling * system.model.transformer.sample_size == side
 
@@ -92,7 +94,7 @@ def world(request, tmp_path, monkeypatch):
 def test_a_world_tells_what_stands_in_each_cell(world):
     for index in range(40):
         scene = world.scene_at("train", index, 3)
-        seen, classes = scene_stream.cell_attributes(world, scene), scene_stream.cell_classes(world, scene)
+        seen, classes = scene_stream.cell_attributes(scene), scene_stream.cell_classes(scene)
         assert (seen["cell"][:, 0] > 0).sum() == (classes[:4] > 0).sum() == len(scene.objects)
         assert (seen["cell"].max(0) < world.attribute_classes).all() and classes[:4].max() < world.object_classes
         assert world.backgrounds[seen["background"]] == scene.background == world.backgrounds[classes[4]]
@@ -103,11 +105,24 @@ def test_a_world_tells_what_stands_in_each_cell(world):
             assert (classes[cell] - 1) // ((world.object_classes - 1) // len(values)) == seen["cell"][cell, 0] - 1
 
 
+def test_the_decoder_reads_captions_with_mistakes_of_true_pictures(world, tmp_path):
+    write_scene_tokenizer(tmp_path, world.words)
+    tokenizer = load_tokenizer(tmp_path)
+    settings = dict(seed=0, batch_size=16, side=64, length=28, pad=0, full_fraction=1.0)
+    true, wrong = (next(decoder.stream(world, tokenizer, **settings, mistakes=mistakes)) for mistakes in (0.0, 1.0))
+    np.testing.assert_array_equal(true["pixels"], wrong["pixels"])
+    for index in range(16):
+        scene, words = world.scene_at("train", index, 3), decode_caption(tokenizer, wrong["caption_ids"][index])
+        score = scene_checker.caption_score(scene, words)
+        assert not score.unparsed and score.recall_by_kind["background"] == 0 < score.recall_by_kind["position"]
+        assert scene_checker.caption_score(scene, decode_caption(tokenizer, true["caption_ids"][index])).fact_recall == 1
+
+
 def test_an_edit_changes_one_fact(world):
     rng = np.random.default_rng(0)
     for index in range(60):
         scene = world.scene_at("train", index, 3)
-        other = scene_stream.edited(world, scene, rng)
+        other = scene_stream.edited(scene, rng)
         assert sum(a != b for a, b in zip(scenes.facts(scene), scenes.facts(other), strict=True)) == 1
         assert scene_stream.pixels_of(world, other, 64).shape == (64, 64, 3)
 

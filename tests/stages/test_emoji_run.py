@@ -35,6 +35,7 @@ def test_the_preset_is_a_whole_configuration():
 def test_sources_are_split_and_the_rl_stages_see_other_captions(emoji_run):
     assert isinstance(emoji_run.source, EmojiSource) and emoji_run.source.captions == "full"
     assert emoji_run.source_of("gen_for_und").captions == "mixed" and emoji_run.source_of("pretrain").captions == "full"
+    assert emoji_run.source_of("gen_for_und").mistakes == 0 < emoji_run.config.data.mistakes == emoji_run.source_of("pretrain").mistakes
     train, heldout = open_sources(emoji_run.config.data, 0, 6)
     assert {split_of(example.scene) for example in heldout} == {"test"}
     assert {split_of(train[index].scene) for index in range(6)} == {"train"}
@@ -65,8 +66,9 @@ def test_batches_have_the_pictures_of_the_source_and_repeat(emoji_run):
 def test_scores_of_true_captions_and_original_pictures_are_full(emoji_run):
     examples = emoji_run.evaluator.examples
     pixels = np.stack([example.image for example in examples]).astype(np.float32) / 127.5 - 1
-    scores = emoji_run.evaluator._facts([example.caption for example in examples], pixels)
-    assert all((scores[name] == 1).all() for name in ("fact_recall", "fact_precision", "scene_accuracy"))
+    scores = emoji_run.evaluator._facts(examples, [example.caption for example in examples], pixels)
+    assert {f"fact_recall_{kind}" for kind in ("background", "position", "size", "name")} < scores.keys()
+    assert all((values == 1).all() for values in scores.values())
     noise = np.random.default_rng(0).uniform(-1, 1, pixels.shape).astype(np.float32)
-    assert emoji_run.evaluator._facts([""] * len(examples), noise)["scene_accuracy"].mean() < 0.7
+    assert emoji_run.evaluator._facts(examples, [""] * len(examples), noise)["scene_accuracy"].mean() < 0.7
     assert emoji_run.evaluator._geneval({}) == {}  # its prompts ask for shapes

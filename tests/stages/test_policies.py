@@ -9,7 +9,7 @@ import pytest
 from stage_pieces import largest_gap, nudged, stage_of
 
 from uae_jax.models.qwen2_5_vl.generate import Completion
-from uae_jax.rl import caption_policy, flow_policy
+from uae_jax.rl import caption_policy, captioning, flow_policy, nft_policy
 from uae_jax.rl.reconstruction import encode_condition
 from uae_jax.stages import gen_for_und, und_for_gen
 from uae_jax.training.step import accumulate_gradients
@@ -73,7 +73,7 @@ def test_a_share_of_the_images_keeps_the_captions_of_the_data(flow_stage, share)
     batch["sample_id"] = jnp.arange(len(batch["caption_ids"]))
     said = jnp.full((len(batch["sample_id"]), policy.max_new_tokens), 2, jnp.int32)
     completion = Completion(said, said == 2, None, said[:, 0] == 0)
-    tokens, lengths = flow_policy.drawn_captions(policy, completion, batch, stage.key)
+    tokens, lengths = captioning.drawn_captions(policy.data_captions, completion, batch, stage.key)
     kept = np.array([bool((row[:2] == given[:2]).all()) for row, given in zip(tokens, batch["caption_ids"])])
     assert abs(kept.mean() - share) < (0.2 if share == 0.5 else 1e-9)
     words = np.asarray(batch["caption_mask"]).sum(-1) - 1
@@ -81,7 +81,7 @@ def test_a_share_of_the_images_keeps_the_captions_of_the_data(flow_stage, share)
     # the choice belongs to the image, not to its place in the batch
     halves = {name: leaf[len(leaf) // 2:] for name, leaf in batch.items()}
     half = Completion(*(None if leaf is None else leaf[len(leaf) // 2:] for leaf in completion))
-    np.testing.assert_array_equal(flow_policy.drawn_captions(policy, half, halves, stage.key)[0], tokens[len(tokens) // 2:])
+    np.testing.assert_array_equal(captioning.drawn_captions(policy.data_captions, half, halves, stage.key)[0], tokens[len(tokens) // 2:])
 
 
 def test_drawings_of_a_group_can_begin_with_one_noise_and_differ_by_the_window_alone(whole):
@@ -128,6 +128,31 @@ def test_flow_gradient_does_not_depend_on_micro_batches(flow_stage):
     assert float(one[3]["ratio_deviation_max"][0]) < 1e-6 and float(one[3]["kl"][0]) > 0
 
 
+def test_nft_gradient_does_not_depend_on_micro_batches_and_its_levels_belong_to_the_drawing(whole):
+    stage = stage_of(whole, "und_for_gen", method="nft", updates_per_rollout=1, kl_weight=0.1)
+    stage.adapter = {"transformer_lora": nudged(stage.trained["transformer_lora"], size=0.05)}
+    rollout = jax.jit(lambda params: nft_policy.rollout(stage.policy, params, stage.frozen, stage.batch, stage.key))(stage.adapter)
+    algorithm = und_for_gen.algorithm(stage.policy)
+    one, two = (_gradients(algorithm, stage, {"samples": rollout["samples"]}, parts) for parts in (1, 2))
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(one[0])) > 1e-6
+    assert largest_gap(one[0], two[0]) < 1e-3
+    assert float(one[3]["kl"][0]) > 0
+    sigma = np.asarray(rollout["samples"]["sigma"])
+    assert sigma.shape == (stage.config.batch_size * stage.config.group_size, stage.config.noise_levels)
+    assert len(np.unique(sigma)) == sigma.size and sigma.min() >= 0 and sigma.max() <= 1
+
+
+def test_flow_gradient_of_one_update_is_that_of_a_replayed_rollout(flow_stage):
+    stage, _, rollout = flow_stage
+    samples, shared = rollout["samples"], rollout["shared"]
+    again = dataclasses.replace(stage.policy, replay=True)
+    scored = jax.jit(lambda params: flow_policy.scored(again, {**stage.frozen, **params}, samples, shared))(stage.adapter)
+    unchanged = _gradients(und_for_gen.algorithm(stage.policy), stage, {"samples": samples, "shared": shared}, 1)
+    replayed = _gradients(und_for_gen.algorithm(again), stage, {"samples": samples | scored, "shared": shared}, 1)
+    assert largest_gap(unchanged[0], replayed[0]) < 1e-3
+    np.testing.assert_allclose(unchanged[3]["kl"][0], replayed[3]["kl"][0], rtol=1e-3)
+
+
 def test_the_window_comes_from_the_key_and_is_shared(flow_stage):
     stage, rollout, first = flow_stage
     starts = set()
@@ -146,7 +171,8 @@ def test_guidance_has_a_negative_context_and_replays_exactly(flow_stage):
     stage, _, rollout = flow_stage
     states, mask = rollout["shared"]["negative"]
     assert states.shape[0] == 1 and int(mask.sum()) == len(stage.policy.model.template.prefix) + 2 + len(stage.policy.model.template.suffix)
-    assert float(rollout["metrics"]["log_prob_gap"]) < 1e-5
+    replayed = flow_policy.replay(stage.policy, {**stage.frozen, **stage.adapter}, rollout["samples"], rollout["shared"], trained=True)
+    np.testing.assert_allclose(replayed.log_probs.T, rollout["samples"]["sampled_log_prob"], atol=1e-5)
 
 
 def test_members_of_a_group_draw_the_same_caption_with_their_own_noise(flow_stage):

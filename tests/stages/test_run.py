@@ -124,8 +124,25 @@ def test_workdir_holds_what_the_readme_says(finished):
     for name in ("config.json", "metrics.jsonl", "report.html", "summary.json", "checkpoints", "tensorboard", "export/llm", "export/dit_lora"):
         assert (workdir / name).exists(), name
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["stage"], line["step"]) for line in lines] == [(stage, step) for stage in STAGES for step in (1, 2)]
+    trained = [line for line in lines if "loss" in line]
+    assert [(line["stage"], line["step"]) for line in trained] == [(stage, step) for stage in STAGES for step in (1, 2)]
     assert json.loads((workdir / "samples" / "und_for_gen_after" / "samples.json").read_text())[0]["caption"] is not None
+
+
+def test_rl_stages_report_what_is_not_their_reward(finished):
+    summary, workdir = finished
+    lines = read_lines(workdir / "metrics.jsonl")
+    watched = {line["stage"]: line for line in lines if "eval/reward" in line}
+    assert list(watched) == ["gen_for_und", "und_for_gen"] and all(line["step"] == 1 for line in watched.values())
+    measured = {name.removeprefix("eval/") for name in watched["gen_for_und"] if name.startswith("eval/")}
+    assert measured == {
+        "reward", "unified_score", "heldout_score", "caption_tokens", "truncated", "repetition", "fact_recall", "fact_precision",
+        "scene_accuracy"}
+    assert measured < set(summary["stages"][0]["after"])
+    samples = json.loads((workdir / "samples" / "gen_for_und_step1" / "samples.json").read_text())
+    assert len(samples) == 2 and {"clip", "fact_recall"} <= set(samples[0]["scores"])
+    for line in lines:
+        assert line["stage"] not in run_module.RL_STAGES or "loss" not in line or {"caption_tokens", "truncated_fraction", "repetition"} <= set(line)
 
 
 def test_running_again_changes_nothing(finished, config):

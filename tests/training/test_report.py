@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uae_jax.training.metrics import MetricWriter
-from uae_jax.training.report import score_rows, write_report
+from uae_jax.training.curves import curves_figure
+from uae_jax.training.findings import findings
+from uae_jax.training.metrics import MetricWriter, read_lines
+from uae_jax.training.report import histories, score_columns, score_rows, write_report
 from uae_jax.training.summary import interval, intervals, write_summary
 
 
@@ -67,30 +69,114 @@ def test_report_is_one_file_with_every_stage(tmp_path):
     make_run(tmp_path)
     page = write_report(tmp_path).read_text()
     for name in ("pretrain", "cold_start", "gen_for_und", "und_for_gen"):
-        assert f"<h2>{name}</h2>" in page
+        assert f"<td><b>{name}</b></td>" in page and f"<th>after {name}</th>" in page
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
-    assert len(sources) == 1 + 4 * 2 * 2 and all(s.startswith("data:image/png;base64,") for s in sources)
+    # the loop has two pictures, the curves are one; a strip has an original and five columns, a history an original and two captions
+    assert len(sources) == 2 + 1 + 6 + 3 and all(s.startswith("data:image/png;base64,") for s in sources)
     assert "a &lt;red&gt; circle after" in page and "<red>" not in page
+    assert "Nothing tripped." in page
 
 
 def test_report_without_metrics_or_samples(tmp_path):
     with pytest.raises(FileNotFoundError, match="train with --workdir"):
         write_report(tmp_path)
     write_summary(tmp_path, preset="tiny", seed=0, stages=[])
-    assert "<h2>" not in write_report(tmp_path).read_text()
+    page = write_report(tmp_path).read_text()
+    assert "<img" not in page and "Held-out scores" not in page
 
 
-def test_change_is_clear_only_when_intervals_do_not_touch():
-    one = {"value": 0.5, "n": 9, "low": 0.4, "high": 0.6}
-    rows = score_rows({"reward": one, "geneval": one}, {"reward": {**one, "value": 0.7, "low": 0.61, "high": 0.8}, "geneval": one})
-    assert [(r["name"], r["clear"]) for r in rows] == [("reward", True), ("geneval", False)]
-    assert rows[0]["change"] == pytest.approx(0.2)
+ONE = {"value": 0.5, "n": 9, "low": 0.4, "high": 0.6}
+HIGH = {"value": 0.7, "n": 9, "low": 0.61, "high": 0.8}
+LOW = {"value": 0.3, "n": 9, "low": 0.2, "high": 0.39}
+
+
+def stage_record(name, before, after, **more):
+    return {"name": name, "steps": 1, "seconds": 1.0, "wall_seconds": 1.0, "before": before, "after": after, "guard": None} | more
+
+
+def test_changes_are_over_the_column_before_and_clear_when_intervals_do_not_touch():
+    stages = [stage_record("a", {"reward": ONE, "geneval": ONE}, {"reward": HIGH, "geneval": {**ONE, "value": 0.45}}),
+              stage_record("b", {}, {"reward": ONE, "extra": ONE})]
+    rows = {row["name"]: row["cells"] for row in score_rows(stages)}
+    assert list(rows) == ["reward", "geneval", "extra"] and score_columns(stages) == ["start", "after a", "after b"]
+    assert [cell["direction"] for cell in rows["reward"]] == [0, 1, -1]
+    assert [cell["change"] for cell in rows["reward"]] == [None, pytest.approx(0.2), pytest.approx(-0.2)]
+    assert rows["geneval"][1]["direction"] == 0 and rows["geneval"][2] is None and rows["extra"][:2] == [None, None]
+    assert score_columns([stage_record("evaluate", {}, {"reward": ONE})]) == ["after evaluate"]
 
 
 def test_page_colours_only_changes_whose_intervals_do_not_touch(tmp_path):
-    one = {"value": 0.5, "n": 9, "low": 0.4, "high": 0.6}
-    after = {"reward": {**one, "value": 0.7, "low": 0.61, "high": 0.8}, "geneval": {**one, "value": 0.45}}
-    stage = {"name": "gen_for_und", "steps": 1, "seconds": 1.0, "wall_seconds": 1.0, "before": {"reward": one, "geneval": one}, "after": after}
+    after = {"reward": HIGH, "geneval": {**ONE, "value": 0.45}, "caption_tokens": HIGH}
+    stage = stage_record("gen_for_und", {"reward": ONE, "geneval": ONE, "caption_tokens": ONE}, after)
     write_summary(tmp_path, preset="tiny", seed=0, stages=[stage])
     page = write_report(tmp_path).read_text()
-    assert '<td class="up">+0.200</td>' in page and '<td class="meaning">-0.050</td>' in page
+    assert page.count('<span class="up">+0.200</span>') == 1 and '<span class="grey">-0.050</span>' in page
+    assert '<span class="grey">+0.200</span>' in page  # longer is neither good nor bad
+
+
+def kinds(before, after):
+    return {finding.title.split(":")[0]: finding.kind for finding in findings([stage_record("gen_for_und", before, after)])}
+
+
+def test_findings_follow_the_intervals():
+    facts = {"fact_recall": ONE, "fact_precision": ONE}
+    assert kinds(facts, {"fact_recall": HIGH, "fact_precision": ONE}) == {"Understanding": "good"}
+    assert kinds(facts, {"fact_recall": HIGH, "fact_precision": LOW}) == {"Understanding": "bad"}
+    assert kinds(facts, facts) == {"Understanding": "open"}
+    assert kinds({"scene_accuracy": ONE, "geneval": ONE}, {"scene_accuracy": HIGH, "geneval": LOW}) == {"The loop": "good", "Generation": "bad"}
+    words = {"caption_tokens": ONE, "truncated": ONE, "repetition": ONE}
+    assert kinds(words, words | {"repetition": HIGH}) == {"Length": "bad"} and kinds(words, words) == {"Length": "open"}
+    assert kinds({}, facts) == {}
+
+
+def test_a_reward_that_rises_while_the_held_out_encoder_falls_is_called_gamed():
+    before = {"reward": ONE, "heldout_score": ONE}
+    assert kinds(before, {"reward": HIGH, "heldout_score": LOW}) == {"The loop": "bad", "gen_for_und": "bad"}
+    assert "gen_for_und" not in kinds(before, {"reward": HIGH, "heldout_score": ONE}) | kinds(before, {"reward": ONE, "heldout_score": LOW})
+
+
+def test_a_trip_is_told_and_marked(tmp_path):
+    make_run(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    trip = {"what": "kl", "value": 1.25, "bound": 1.0, "step": 50, "restored_step": 40}
+    summary["stages"][2] |= {"guard": trip, "steps": 40}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "config.json").write_text(json.dumps({"guard": {"kl": 1.0, "truncated": 0.0}}))
+    MetricWriter(tmp_path, tensorboard=False).event("gen_for_und", 50, 1.0, trip)
+    page = write_report(tmp_path).read_text()
+    assert "after step 50, the running-mean KL to the reference policy was 1.25 (bound 1)" in page
+    assert "checkpoint of step 40" in page and "Bounds: kl 1." in page and "Nothing tripped" not in page
+    marked = curves_figure(read_lines(tmp_path / "metrics.jsonl"), summary["stages"]).axes[0].patches
+    assert [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in marked][-1] == pytest.approx((2 + 40 / 60, 2 + 50 / 60))
+
+
+def test_curves_place_scores_at_the_ends_of_their_stage(tmp_path):
+    summary = make_run(tmp_path)
+    axes = curves_figure(read_lines(tmp_path / "metrics.jsonl"), summary["stages"]).axes[0]
+    dotted = next(line for line in axes.lines if line.get_linestyle() == ":")
+    x, y = dotted.get_data()
+    # each stage of 60 steps is scored at 20, 40 and 60 and at its end, the first one at its beginning too
+    assert sorted(x) == pytest.approx(sorted([0, *(n + third / 3 for n in range(4) for third in (1, 2, 3)), *(n + 1 for n in range(4))]))
+    assert y[0] == pytest.approx(summary["stages"][0]["before"]["reward"]["value"])
+    assert curves_figure([]) is None
+
+
+def test_histories_list_a_caption_once_while_it_stays_the_same():
+    def moment(title, text, during=False):
+        return {"title": title, "during": during, "samples": [{"original": "o", "caption": text, "reconstruction": title}]}
+
+    moments = [moment("start", "a"), moment("after one", "a"), *(moment(f"two, step {n}", f"b {n}", True) for n in range(40)), moment("after two", "c")]
+    found, = histories(moments)
+    assert [(entry["first"], entry["last"], entry["words"]) for entry in found["entries"]][0] == ("start", "after one", 1)
+    titles = [entry["first"] for entry in found["entries"]]
+    assert len(titles) == 8 and titles[1] == "two, step 0" and titles[-2:] == ["two, step 39", "after two"]
+    assert found["entries"][0]["reconstruction"] == "after one"
+
+
+def test_long_captions_are_folded_and_not_cut(tmp_path):
+    make_run(tmp_path)
+    text = " ".join(f"word{number}" for number in range(200))
+    path = tmp_path / "samples" / "und_for_gen_after" / "samples.json"
+    path.write_text(path.read_text().replace("a <red> circle after", text))
+    page = write_report(tmp_path).read_text()
+    assert f"</summary>{text}</details>" in page

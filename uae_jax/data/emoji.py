@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from PIL import Image
 from uae_jax.data import scene_captions, scene_checker, scenes
 from uae_jax.data.scene_checker import Grammar
 from uae_jax.data.scenes import SIZES, PlacedObject, Scene
-from uae_jax.data.sources import SCENE_CAPTIONS, Example
+from uae_jax.data.sources import SceneSource
 
 INDEX_FILE = "emoji.json"
 MAX_EMOJI = 3
@@ -64,9 +65,15 @@ class EmojiScene(Scene):
             if item.name not in self.emoji.pictures:
                 raise ValueError(f"the emoji in {self.emoji.folder} have no {item.name!r}")
 
+    @property
+    def values(self) -> Mapping[str, tuple[str, ...]]:
+        """See `Scene`."""
+        return self.emoji.values
+
 
 class EmojiSet:
-    """The emoji of a folder: `names` in order, `pictures` by name (RGBA, cropped to what is drawn), `grammar` of captions.
+    """The emoji of a folder: `names` in order, `pictures` by name (RGBA, cropped to what is drawn), `values` as of its scenes,
+    `grammar` and `words` of captions.
 
     Raises:
       FileNotFoundError: the folder has no index, or a picture of the index is missing.
@@ -77,6 +84,7 @@ class EmojiSet:
         self.folder = pathlib.Path(folder)
         self.pictures = {row["name"]: self._picture(row) for row in self._index()}
         self.names = tuple(self.pictures)
+        self.values = {"name": self.names, "size": SIZES}
         self.grammar = Grammar(tuple(BACKGROUNDS), "name", self.names, {})
         words = (*scene_captions.GRAMMAR_WORDS, *COLOURS, *(word for name in self.names for word in name.split()))
         self.words = tuple(dict.fromkeys(words))
@@ -237,37 +245,17 @@ def _read_like(scene: EmojiScene, pixels: np.ndarray) -> list[Scene]:
 
 
 @dataclasses.dataclass(frozen=True)
-class EmojiSource:
-    """Scenes of emoji, drawn `side` pixels wide; see `sources.SceneSource`.
+class EmojiSource(SceneSource):
+    """Scenes of emoji in the place of built-in ones: the same settings, and the pictures in `emoji`; see also `split_of`."""
 
-    Attributes:
-      emoji: the pictures.
-      split: "train" or "test" (disjoint, see `split_of`); `seed` chooses another stream of scenes.
-      captions: "full", "detail" or "mixed".
-      length: how many scenes count as one epoch.
-
-    Raises:
-      ValueError: an unknown split or kind of caption.
-    """
-
-    emoji: EmojiSet
-    split: str = "train"
-    seed: int = 0
     side: int = 64
-    captions: str = "detail"
-    length: int = 1_000_000
+    kind: ClassVar[str] = "emoji scene"
+    emoji: EmojiSet = dataclasses.field(kw_only=True)
 
-    def __post_init__(self):
-        if self.split not in scenes.SPLITS or self.captions not in SCENE_CAPTIONS:
-            raise ValueError(f"scenes have splits {scenes.SPLITS} and captions {SCENE_CAPTIONS}, not {self.split!r} and "
-                             f"{self.captions!r}")
+    def scene_at(self, index: int) -> EmojiScene:
+        """Scene number `index` of the split."""
+        return self.emoji.scene_at(self.split, index, self.seed)
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Example:
-        index = int(index)
-        scene = self.emoji.scene_at(self.split, index, self.seed)
-        rng = np.random.default_rng([self.seed, scenes.SPLITS.index(self.split), index, 1])
-        text = scene_captions.caption_of_kind(scene, self.captions, rng)
-        return Example(self.emoji.draw(scene, self.side), text, f"{self.split} emoji scene {index}", scene)
+    def draw(self, scene: EmojiScene) -> np.ndarray:
+        """Draws a scene: uint8 [side, side, 3]."""
+        return self.emoji.draw(scene, self.side)

@@ -7,6 +7,9 @@
 
 Nouns stay singular ("two circle"), which keeps the vocabulary small.
 """
+import dataclasses
+from collections.abc import Iterable
+
 import numpy as np
 
 from uae_jax.data.scenes import (BACKGROUNDS, COLOURS, COLUMNS, MAX_OBJECTS, ROWS, SHAPES, SIZES, PlacedObject, Scene,
@@ -42,6 +45,19 @@ def holds(relation: str, first: PlacedObject, second: PlacedObject) -> bool:
         raise ValueError(f"unknown relation {relation!r}: expected one of {RELATIONS}")
     return {"left of": first.column < second.column, "right of": first.column > second.column,
             "above": first.row < second.row, "below": first.row > second.row}[relation]
+
+
+def mistaken(scene: Scene, rng: np.random.Generator, mistakes: float) -> Scene:
+    """The scene as somebody careless saw it: every fact but the positions is another one with probability `mistakes`."""
+
+    def seen(value: str, values: Iterable[str]) -> str:
+        others = [other for other in values if other != value]
+        return others[rng.integers(len(others))] if rng.random() < mistakes else value
+
+    items = tuple(
+        dataclasses.replace(item, **{name: seen(getattr(item, name), values) for name, values in scene.values.items()})
+        for item in scene.objects)
+    return dataclasses.replace(scene, background=seen(scene.background, scene.backgrounds), objects=items)
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None, detail: float = 1.0, shuffle: bool = False) -> str:
@@ -91,13 +107,6 @@ def random_detail_caption(scene: Scene, rng: np.random.Generator, low: float = 0
 def noun(item: PlacedObject) -> str:
     """What an object is: the shape of a built-in one."""
     return getattr(item, item.fact_names[0])
-
-
-def caption_of_kind(scene: Scene, kind: str, rng: np.random.Generator, low: float = 0.1, high: float = 1.0) -> str:
-    """A caption that is "full", of random "detail" in [low, high], or "mixed" (that, and short prompts)."""
-    if kind == "full":
-        return caption(scene)
-    return random_detail_caption(scene, rng, low, high) if kind == "detail" else mixed_caption(scene, rng)
 
 
 def applicable_styles(scene: Scene) -> tuple[str, ...]:
@@ -155,9 +164,9 @@ def _counting(items: list[PlacedObject], with_colour: bool) -> str:
     return f"{NUMBER_WORDS[len(same)]} {phrase(same[0], names)}"
 
 
-def mixed_caption(scene: Scene, rng: np.random.Generator, detail_probability: float = 0.5) -> str:
-    """A training caption for text to image: random detail with `detail_probability`, else one of the other styles."""
+def mixed_caption(scene: Scene, rng: np.random.Generator, detail_probability: float = 0.5, high: float = 1.0) -> str:
+    """A training caption for text to image: random detail, at most `high`, with `detail_probability`, else one of the other styles."""
     others = [style for style in applicable_styles(scene) if style != "detail"]
     if not others or rng.random() < detail_probability:
-        return random_detail_caption(scene, rng)
+        return random_detail_caption(scene, rng, high=high)
     return style_caption(scene, others[int(rng.integers(len(others)))], rng)

@@ -3,6 +3,7 @@
 Captions are parsed with the grammar of `scene_captions`; pictures are read by analysis by synthesis: every cell is
 compared with everything that could have been drawn there, on each background.
 """
+import collections
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 
 from uae_jax.data.scene_captions import NUMBERS, holds
 from uae_jax.data.scenes import (BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, PlacedObject, Scene, SceneObject,
-                                 coverage, facts, object_facts)
+                                 coverage, fact_kinds, facts, object_facts)
 
 _PALETTE = np.array(list(COLOURS.values()), np.float32)
 _GROUNDS = np.array(list(BACKGROUNDS.values()), np.float32)
@@ -75,7 +76,8 @@ class CaptionScore:
     """Counts of one caption against one scene.
 
     `recalled`: facts of the scene that are said; `correct`: claims that are true (recalled facts and true relations);
-    `claimed`: all claims, unparsed words among them; `total`: facts of the scene; `unparsed`: words outside the grammar.
+    `claimed`: all claims, unparsed words among them; `total`: facts of the scene; `unparsed`: words outside the grammar;
+    `kinds`: of each of `scenes.fact_kinds` the facts recalled and the facts of the scene.
     """
 
     recalled: int
@@ -83,6 +85,12 @@ class CaptionScore:
     claimed: int
     total: int
     unparsed: tuple[str, ...] = ()
+    kinds: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def recall_by_kind(self) -> dict[str, float]:
+        """`fact_recall` of each kind of fact alone; a kind that the scene does not have is left out."""
+        return {kind: said / there for kind, (said, there) in self.kinds.items() if there}
 
     @property
     def fact_recall(self) -> float:
@@ -198,10 +206,12 @@ def match_mentions(claims: Sequence[Mapping[str, str]], objects: Sequence[Mappin
     return max(best.values(), key=lambda item: item[0])[1]
 
 
-def _matching(claims: Sequence[Mapping[str, str]], objects: Sequence[PlacedObject]) -> int:
-    """Most claims that can be true when every mention stands for a different object."""
-    known = [object_facts(item) for item in objects]
-    return sum(len(claims[number].items() & known[index].items()) for number, index in match_mentions(claims, known).items())
+def _matching(claims: Sequence[Mapping[str, str]], scene: Scene) -> collections.Counter[str]:
+    """True claims of each kind of fact when every mention stands for a different object and most claims are true."""
+    known = [object_facts(item) for item in scene.objects]
+    pairs = match_mentions(claims, known).items()
+    return collections.Counter(
+        kind for number, index in pairs for kind, value in known[index].items() if claims[number].get(kind) == value)
 
 
 def caption_score(scene: Scene, text: str) -> CaptionScore:
@@ -213,11 +223,14 @@ def caption_score(scene: Scene, text: str) -> CaptionScore:
     """
     said = parse_caption(text, grammar_of(scene))
     claims = [dict(mention.claims) for mention in said.mentions for _ in range(mention.count)]
-    recalled = _matching(claims, scene.objects) + (scene.background in said.backgrounds)
+    recalled = _matching(claims, scene)
+    recalled["background"] = int(scene.background in said.backgrounds)
     true_relations = sum(_relation_holds(scene, said.mentions[a], words, said.mentions[b])
                          for a, words, b in said.relations)
     claimed = sum(map(len, claims)) + len(said.backgrounds) + len(said.relations) + len(said.unparsed)
-    return CaptionScore(recalled, recalled + true_relations, claimed, len(facts(scene)), said.unparsed)
+    there = collections.Counter(name for _, name, _ in facts(scene))
+    kinds = {kind: (recalled[kind], there[kind]) for kind in fact_kinds(scene)}
+    return CaptionScore(recalled.total(), recalled.total() + true_relations, claimed, there.total(), said.unparsed, kinds)
 
 
 def fitting(scene: Scene, claims: tuple[tuple[str, str], ...]) -> list[PlacedObject]:
@@ -301,13 +314,13 @@ def read_picture(pixels: np.ndarray) -> Scene:
 
 def scene_score(scene: Scene, seen: Scene) -> float:
     """Share of the facts of `scene` that `seen` shows, objects matched one to one, in [0, 1]."""
-    found = _matching([object_facts(item) for item in seen.objects], scene.objects)
+    found = _matching([object_facts(item) for item in seen.objects], scene).total()
     return (found + (seen.background == scene.background)) / len(facts(scene))
 
 
 def picture_score(scene: Scene, pixels: np.ndarray) -> float:
     """Share of the scene's facts found in a picture, uint8 [S, S, 3]; 1 also for a picture that shows more."""
-    return float(picture_scores([scene], np.asarray(pixels)[None])[0])
+    return scene_score(scene, read_like(scene, np.asarray(pixels)[None])[0])
 
 
 def picture_scores(scenes: list[Scene], pixels: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ caption can be written at any level of detail (`scene_captions`) and captions an
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -23,6 +23,7 @@ ROWS = ("top", "bottom")
 COLUMNS = ("left", "right")
 SPLITS = ("train", "test")
 MAX_OBJECTS = 4
+VALUES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES}
 
 # Half the extent of an object as a fraction of its cell.
 _RADIUS = {"small": 0.23, "large": 0.44}
@@ -86,6 +87,11 @@ class Scene:
         if len({(o.row, o.column) for o in self.objects}) != len(self.objects):
             raise ValueError("two objects of a scene share a cell: give each its own row and column")
 
+    @property
+    def values(self) -> Mapping[str, tuple[str, ...]]:
+        """What the facts of an object of such a scene can be, by name, the noun's first; positions are not among them."""
+        return VALUES
+
 
 def object_facts(item: PlacedObject) -> dict[str, str]:
     """The facts of an object by name; of a built-in one: shape, colour, size, position."""
@@ -98,6 +104,11 @@ def facts(scene: Scene) -> tuple[tuple[int, str, str], ...]:
     for index, item in enumerate(scene.objects):
         listed += [(index, name, value) for name, value in object_facts(item).items()]
     return tuple(listed)
+
+
+def fact_kinds(scene: Scene) -> tuple[str, ...]:
+    """The names of the facts of such a scene, in the order in which a full caption says them."""
+    return "background", "position", *reversed(scene.values)
 
 
 def _inside(shape: str, radius: float, u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -9,13 +9,13 @@ import glob
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from uae_jax.data.qwen_inputs import to_rgb
-from uae_jax.data.scene_captions import caption_of_kind
+from uae_jax.data.scene_captions import caption, mistaken, mixed_caption, random_detail_caption
 from uae_jax.data.scenes import SPLITS, Scene, draw, scene_at
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -49,10 +49,11 @@ class SceneSource:
       split: "train" or "test" (disjoint); `seed` chooses another stream of scenes.
       captions: "full", "detail" (random level of detail in [low, high]) or "mixed" (that, and short prompts as in text
         to image: counts, relations, colours).
+      mistakes: probability that a fact is said wrong (`scene_captions.mistaken`), as captions from the web or from a model do.
       length: how many scenes count as one epoch.
 
     Raises:
-      ValueError: an unknown split or kind of caption, or levels of detail that are not 0 <= low <= high <= 1.
+      ValueError: an unknown split or kind of caption, a probability outside [0, 1], or levels of detail that are not 0 <= low <= high <= 1.
     """
 
     split: str = "train"
@@ -61,24 +62,42 @@ class SceneSource:
     captions: str = "detail"
     low: float = 0.1
     high: float = 1.0
+    mistakes: float = 0.0
     length: int = 1_000_000
+    kind: ClassVar[str] = "scene"
 
     def __post_init__(self):
         if self.split not in SPLITS or self.captions not in SCENE_CAPTIONS:
             raise ValueError(f"scenes have splits {SPLITS} and captions {SCENE_CAPTIONS}, not {self.split!r} and "
                              f"{self.captions!r}")
+        if not 0 <= self.mistakes <= 1:
+            raise ValueError(f"mistakes is {self.mistakes}; it is a probability, from 0 to 1")
         if not 0 <= self.low <= self.high <= 1:
             raise ValueError(f"levels of detail must be 0 <= low <= high <= 1, got {self.low} and {self.high}")
 
     def __len__(self) -> int:
         return self.length
 
+    def scene_at(self, index: int) -> Scene:
+        """Scene number `index` of the split."""
+        return scene_at(self.split, index, self.seed)
+
+    def draw(self, scene: Scene) -> np.ndarray:
+        """Draws a scene: uint8 [side, side, 3]."""
+        return draw(scene, self.side)
+
     def __getitem__(self, index: int) -> Example:
         index = int(index)
-        scene = scene_at(self.split, index, self.seed)
+        scene = self.scene_at(index)
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index, 1])
-        text = caption_of_kind(scene, self.captions, rng, self.low, self.high)
-        return Example(draw(scene, self.side), text, f"{self.split} scene {index}", scene)
+        seen = mistaken(scene, np.random.default_rng([self.seed, SPLITS.index(self.split), index, 2]), self.mistakes)
+        if self.captions == "full":
+            text = caption(seen)
+        elif self.captions == "detail":
+            text = random_detail_caption(seen, rng, self.low, self.high)
+        else:
+            text = mixed_caption(seen, rng)
+        return Example(self.draw(scene), text, f"{self.split} {self.kind} {index}", scene)
 
 
 def load_image(path: str | pathlib.Path) -> np.ndarray:

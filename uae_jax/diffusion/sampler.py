@@ -16,13 +16,15 @@ class Trajectory(NamedTuple):
     """What a rollout keeps: the W stochastic steps, and the final latents.
 
     latents, next_latents: float32 [W, B, ...], x before and after each step of the window.
-    log_probs: float32 [W, B]. sigma_indices: int32 [W], positions in the schedule.
+    log_probs: float32 [W, B]. velocities: float32 [W, B, ...], what was predicted at `latents`.
+    sigma_indices: int32 [W], positions in the schedule.
     final: float32 [B, ...], the latents at sigma 0.
     """
 
     latents: jax.Array
     next_latents: jax.Array
     log_probs: jax.Array
+    velocities: jax.Array
     sigma_indices: jax.Array
     final: jax.Array
 
@@ -71,14 +73,15 @@ def guided_velocity(
 
     Args:
       velocity_fn: `(x [M, ...], sigma [M], context) -> velocity [M, ...]`; called once with
-        M = 2 B, rows ordered [negative 0, positive 0, negative 1, ...], or with M = B when there is no guidance.
+        M = 2 B, rows ordered [negative 0, positive 0, negative 1, ...], or with M = B when there is no guidance, and for
+        each half where the negative one has no gradient.
       x: latents [B, ...].
       sigma: noise level, [] or [B].
       context: pytree of arrays [B, ...].
       negative_context: the same structure, [B, ...] or [1, ...]; not used without guidance.
       guidance_scale: w, a Python number; exactly 1 skips the negative half.
-      stop_negative_gradient: keep gradients out of the negative half (as flow_grpo trains); the
-        value does not change.
+      stop_negative_gradient: keep gradients out of the negative half (as flow_grpo trains), which
+        is then evaluated apart, so that no backward pass is spent on it; the value does not change.
 
     Returns:
       float32 [B, ...]. Source: arXiv 2207.12598, as in diffusers' SD3 pipeline.
@@ -95,11 +98,14 @@ def guided_velocity(
             f"guidance_scale={guidance_scale} needs a negative context: give one, or use 1"
         )
     contexts = _stack_contexts(negative_context, context, batch)
-    both = velocity_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(sigma, 2), contexts)
-    pairs = both.astype(jnp.float32).reshape(batch, 2, *both.shape[1:])
-    negative, positive = pairs[:, 0], pairs[:, 1]
     if stop_negative_gradient:
+        halves = (jax.tree.map(lambda pairs: pairs[side::2], contexts) for side in (0, 1))
+        negative, positive = (velocity_fn(x, sigma, half).astype(jnp.float32) for half in halves)
         negative = jax.lax.stop_gradient(negative)
+    else:
+        both = velocity_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(sigma, 2), contexts)
+        pairs = both.astype(jnp.float32).reshape(batch, 2, *both.shape[1:])
+        negative, positive = pairs[:, 0], pairs[:, 1]
     return negative + guidance_scale * (positive - negative)
 
 
@@ -220,12 +226,12 @@ def sample_window(predict, noise, sigmas, rule, window_start, window_size: int, 
         stored = jax.tree.map(
             lambda buffer, value: buffer.at[slot].set(jnp.where(inside, value, buffer[slot])),
             stored,
-            (x, x_next, log_prob),
+            (x, x_next, log_prob, velocity),
         )
         return (x_next, stored), None
 
     empty = jnp.zeros((window_size, *x.shape), jnp.float32)
-    stored = (empty, empty, jnp.zeros((window_size, x.shape[0]), jnp.float32))
+    stored = (empty, empty, jnp.zeros((window_size, x.shape[0]), jnp.float32), empty)
     levels = (jnp.arange(steps), sigmas[:-1], sigmas[1:])
     (final, stored), _ = jax.lax.scan(step, (x, stored), levels)
     return Trajectory(*stored, start + jnp.arange(window_size), final)

@@ -47,6 +47,7 @@ class AbstractSystem:
     stops: tuple[int, ...]
     processor: ImageProcessor
     spec: BatchSpec
+    scorer: None = None  # of captions: a control of the built-in model, not planned for
 
     def batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a batch of so many rows."""

@@ -17,12 +17,15 @@ from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.generate import Completion
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn.constrain import constrain_rows
+from uae_jax.rl import caption_similarity
 from uae_jax.rl.advantages import check_group_size
+from uae_jax.rl.caption_similarity import CaptionScorer
 from uae_jax.rl.captioning import caption_metrics, encode_batch_images, sample_captions
 from uae_jax.rl.losses import token_grpo_loss
 from uae_jax.rl.reconstruction import Denoising, draw, initial_noise
 from uae_jax.rl.rewards import Encoder, RewardConfig, reward_advantages
 
+OBJECTIVES = ("grpo", "supervised")
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask", "prompt_positions", "prompt_next")
 
 
@@ -45,9 +48,11 @@ class CaptionPolicy:
       score_chunk: caption positions whose logits `[N, score_chunk, V]` exist at once.
       gather_weights: see `captioning.sample_captions`.
       replay: score the rollout again for the old log-probabilities; not needed when each rollout has one update.
+      scorer: of captions without drawings, for a reward with a caption weight.
+      objective: `grpo`, or `supervised` for the control: cross-entropy of the data set's captions instead of a reward.
 
     Raises:
-      ValueError: a group of one, or a temperature of 0.
+      ValueError: a group of one, a temperature of 0, an unknown objective, or a caption weight without a scorer.
     """
 
     model: uae.UAE
@@ -67,10 +72,18 @@ class CaptionPolicy:
     score_chunk: int = qwen.SCORE_CHUNK
     replay: bool = False
     gather_weights: bool = False
+    scorer: CaptionScorer | None = None
+    objective: str = "grpo"
 
     def __post_init__(self):
         check_group_size(self.group_size)
         SamplingConfig(self.temperature).for_training()
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"gen_for_und.objective is {self.objective!r}; choose grpo or supervised")
+        if self.reward.caption_weight and self.scorer is None:
+            raise ValueError(
+                "gen_for_und.reward.caption_weight needs model.caption_scorer, a folder that configs/bootstrap.py makes with "
+                "--config.phases=\"('caption_scorer',)\" --config.start=builtin")
 
 
 def write_captions(policy: CaptionPolicy, parts: Mapping, batch: Mapping, image_embeds: Array, key: Array) -> Completion:
@@ -87,13 +100,32 @@ def draw_captions(policy: CaptionPolicy, parts: Mapping, completion: Completion,
     return draw(policy.model, parts, policy.denoising, completion.tokens, lengths, noise)
 
 
+def caption_similarities(policy: CaptionPolicy, parts: Mapping, completion: Completion, pixels: Array) -> Array | None:
+    """Caption similarities `[B, G]` of sampled captions and pictures `[B, H, W, 3]`, or None where the reward has none."""
+    if not policy.reward.caption_weight:
+        return None
+    lengths = condition.caption_lengths(completion.mask, completion.finished)
+    params = parts["encoders"][caption_similarity.PART]
+    return caption_similarity.caption_reward(policy.scorer, params, pixels, completion.tokens, lengths, policy.group_size)
+
+
 def score_captions(policy: CaptionPolicy, parts: Mapping, samples: Mapping, *, trained: bool) -> qwen.TokenScores:
     """Log-probabilities `[B, G, T]` of a rollout's captions under the policy or the reference."""
     params, adapter = uae.captioner_weights(parts, policy=trained)
     prefix = qwen.prompt_prefix(policy.model.captioner, params, adapter, samples, samples["image_embeds"])
     return qwen.completion_log_probs(
         policy.model.captioner, params, adapter, prefix, samples["tokens"], samples["mask"], temperature=policy.temperature,
-        chunk=policy.score_chunk, with_entropy=trained)
+        chunk=policy.score_chunk, with_entropy=trained, frozen_head="language_policy" not in parts)
+
+
+def scored(policy: CaptionPolicy, parts: Mapping, samples: Mapping) -> dict[str, Array]:
+    """The log-probabilities `[B, G, T]` that the loss compares with: `reference` for the KL, `old` where it is replayed."""
+    found = {}
+    if policy.kl_weight:
+        found["reference"] = score_captions(policy, parts, samples, trained=False).log_probs
+    if policy.replay:
+        found["old"] = score_captions(policy, parts, samples, trained=True).log_probs
+    return found
 
 
 def rollout(policy: CaptionPolicy, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
@@ -114,16 +146,14 @@ def rollout(policy: CaptionPolicy, params: Mapping, frozen: Mapping, batch: Mapp
     completion = write_captions(policy, parts, batch, images, key)
     pixels = draw_captions(policy, parts, completion, batch["sample_id"], key)
     advantage, metrics = reward_advantages(
-        policy.reward, policy.encoders, parts["encoders"], batch["pixels"], pixels, group, policy.advantage_scale)
+        policy.reward, policy.encoders, parts["encoders"], batch["pixels"], pixels, group, policy.advantage_scale,
+        caption_similarities(policy, parts, completion, batch["pixels"]))
     samples = {
         **{name: batch[name] for name in PROMPT_FIELDS}, "image_embeds": images, "advantage": advantage,
         "tokens": completion.tokens.reshape(len(images), group, -1), "mask": completion.mask.reshape(len(images), group, -1)}
-    sampled = completion.log_probs.reshape(samples["tokens"].shape)
-    if policy.kl_weight:
-        samples["reference"] = score_captions(policy, parts, samples, trained=False).log_probs
+    samples |= scored(policy, parts, samples)
     if policy.replay:
-        samples["old"] = score_captions(policy, parts, samples, trained=True).log_probs
-        gap = jnp.abs(samples["old"] - sampled)
+        gap = jnp.abs(samples["old"] - completion.log_probs.reshape(samples["old"].shape))
         metrics["log_prob_gap"] = (jnp.sum(gap), jnp.sum(samples["mask"]))
     return {"samples": constrain_rows(samples), "metrics": metrics | caption_metrics(completion, group)}
 
@@ -142,3 +172,20 @@ def loss(policy: CaptionPolicy, params: Mapping, frozen: Mapping, rollout: Mappi
         scores.log_probs.reshape(mask.shape), flat("old"), flat("reference"), samples["advantage"].reshape(-1), mask,
         clip_low=policy.clip_low, clip_high=policy.clip_high, kl_weight=policy.kl_weight, aggregation=policy.aggregation,
         max_tokens=policy.max_new_tokens, entropy=jax.lax.stop_gradient(scores.entropy).reshape(mask.shape))
+
+
+def supervised_loss(policy: CaptionPolicy, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
+    """Cross-entropy of the data set's captions, a mean over tokens: what the same adapter learns when it is told the answers.
+
+    Args:
+      policy, params, frozen: as in `rollout`; rollout: with the batch (`data.loader`) under `samples`.
+      key: not used.
+    """
+    del key
+    batch, parts = rollout["samples"], {**frozen, **params}
+    images = encode_batch_images(policy.model, parts, batch)
+    weights, adapter = uae.captioner_weights(parts, policy=True)
+    prefix = qwen.prompt_prefix(policy.model.captioner, weights, adapter, batch, images)
+    said = qwen.completion_log_probs(
+        policy.model.captioner, weights, adapter, prefix, batch["caption_ids"], batch["caption_mask"], chunk=policy.score_chunk)
+    return -jnp.sum(said.log_probs), jnp.sum(batch["caption_mask"], dtype=jnp.float32), {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -13,6 +14,7 @@ from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.rl.reconstruction import sample_keys
 from uae_jax.sharding import gather_over_fsdp
 
+REPEATED = 4  # tokens of the sequences that are looked for twice in one caption
 IMAGE_FIELDS = ("patches", "patch_positions", "patch_windows", "patch_images")
 
 
@@ -50,15 +52,59 @@ def sample_captions(
         model.captioner, params, adapter, prefix, keys, max_new_tokens=max_new_tokens, stop_ids=stops, sampling=sampling, group=group)
 
 
+def drawn_captions(share: float, completion: Completion, batch: Mapping, key: Array) -> tuple[Array, Array]:
+    """The captions to draw, `[B, T]` and lengths `[B]`: the captioner's, or for a share of the images the data set's own.
+
+    Args:
+      share: of the images, in [0, 1].
+      completion: one caption of each image.
+      batch: with `sample_id`, `caption_ids`, `caption_mask` (`data.loader`).
+      key: of the step.
+    """
+    tokens, lengths = completion.tokens, condition.caption_lengths(completion.mask, completion.finished)
+    if not share:
+        return tokens, lengths
+    keys = sample_keys(trees.name_key(key, "data_captions"), batch["sample_id"])
+    own = jax.vmap(lambda k: jax.random.bernoulli(k, share))(keys)
+    width = max(tokens.shape[1], batch["caption_ids"].shape[1])
+    written, given = (jnp.pad(ids, ((0, 0), (0, width - ids.shape[1]))) for ids in (tokens, batch["caption_ids"]))
+    given_lengths = jnp.sum(batch["caption_mask"], -1, dtype=jnp.int32) - 1
+    return jnp.where(own[:, None], given, written), jnp.where(own, given_lengths, lengths)
+
+
+def repeated_sequences(tokens: Array, mask: Array) -> tuple[Array, Array]:
+    """How many of a caption's sequences of `REPEATED` tokens it has said before (seq-rep-4, arXiv 1908.04319, eq. 3).
+
+    Args:
+      tokens: int32 `[N, T]`, not negative.
+      mask: bool `[N, T]`, true up to the end of each caption.
+
+    Returns:
+      float32 `[N]` repeated sequences, and `[N]` all sequences.
+    """
+    width = tokens.shape[1] - REPEATED + 1
+    if width < 2:
+        return jnp.zeros(len(tokens)), jnp.sum(mask[:, REPEATED - 1:], -1, dtype=jnp.float32)
+    whole = mask[:, REPEATED - 1:]
+    # beyond the end every sequence is unlike all others
+    first = jnp.where(whole, tokens[:, :width], -1 - jnp.arange(width))
+    columns = jax.lax.sort([first, *(tokens[:, at:at + width] for at in range(1, REPEATED))], dimension=1, num_keys=REPEATED)
+    same = jnp.all(jnp.stack([column[:, 1:] == column[:, :-1] for column in columns]), axis=0)
+    return jnp.sum(same, -1, dtype=jnp.float32), jnp.sum(whole, -1, dtype=jnp.float32)
+
+
 def caption_metrics(completion: Completion, group: int) -> dict[str, tuple[Array, Array]]:
-    """Length, truncation, variety and repetition of sampled captions, as (sum, count) pairs."""
+    """Length, truncation, variety and repetition of sampled captions, as (sum, count) pairs.
+
+    `repetition` is the share of all captions' sequences of four tokens that their caption has said before.
+    """
     tokens, rows = jnp.where(completion.mask, completion.tokens, -1), jnp.float32(len(completion.tokens))
     grouped = tokens.reshape(-1, group, tokens.shape[-1])
     same = jnp.all(grouped[:, :, None] == grouped[:, None], axis=-1)
-    repeats = (tokens[:, 2:] == tokens[:, :-2]) & (tokens[:, 1:-1] == tokens[:, :-2]) & completion.mask[:, 2:]
+    repeats, sequences = repeated_sequences(completion.tokens, completion.mask)
     lengths = condition.caption_lengths(completion.mask, completion.finished)
     return {
         "caption_tokens": (jnp.sum(lengths, dtype=jnp.float32), rows),
         "truncated_fraction": (jnp.sum(~completion.finished, dtype=jnp.float32), rows),
         "unique_fraction": (jnp.sum(1.0 / jnp.sum(same, -1)), rows),
-        "repeated_fraction": (jnp.sum(repeats, dtype=jnp.float32), jnp.sum(completion.mask, dtype=jnp.float32))}
+        "repetition": (jnp.sum(repeats), jnp.sum(sequences))}

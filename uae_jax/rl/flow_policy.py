@@ -6,25 +6,27 @@ steps of the window.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from uae_jax import trees
-from uae_jax.diffusion.sampler import Replay, replay_window, sample_window, window_start
+from uae_jax.diffusion.sampler import Replay, Trajectory, replay_window, sample_window, window_start
 from uae_jax.diffusion.steps import CpsStep, DanceStep, SdeStep, gaussian_kl
-from uae_jax.models import condition, uae
-from uae_jax.models.qwen2_5_vl.generate import Completion
+from uae_jax.models import uae
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rl.advantages import check_group_size
-from uae_jax.rl.captioning import caption_metrics, sample_captions
+from uae_jax.rl.captioning import caption_metrics, drawn_captions, sample_captions
 from uae_jax.rl.losses import flow_grpo_loss
-from uae_jax.rl.reconstruction import Denoising, decode, encode_condition, initial_noise, predictor, sample_keys
+from uae_jax.rl.reconstruction import Context, Denoising, decode, encode_condition, initial_noise, predictor, sample_keys
 from uae_jax.rl.rewards import Encoder, RewardConfig, reward_advantages
+from uae_jax.rl.step_sums import sum_over_steps
 
+# what a rollout keeps of each step of the window, [N, W, ...]
+STEP_FIELDS = ("latents", "next_latents", "velocity", "sampled_log_prob", "old_log_prob", "old_means", "reference")
 STEP_RULES = {"sde": SdeStep, "dance": DanceStep, "cps": CpsStep}
 
 
@@ -42,6 +44,7 @@ class FlowPolicy:
       window, window_low, window_high: W stochastic steps, beginning in [low, high - W] of the schedule.
       clip_range, kl_weight, guard: see `losses.flow_grpo_loss`.
       kl_kind: `gaussian`, `gaussian_nodt` or `velocity`.
+      replay: score the rollout again for the old log-probabilities; not needed when each rollout has one update.
       gather_weights: see `captioning.sample_captions`.
 
     Raises:
@@ -68,6 +71,7 @@ class FlowPolicy:
     kl_weight: float = 0.0
     kl_kind: str = "gaussian_nodt"
     guard: bool = False
+    replay: bool = False
     gather_weights: bool = False
 
     def __post_init__(self):
@@ -107,7 +111,7 @@ def rollout(policy: FlowPolicy, params: Mapping, frozen: Mapping, batch: Mapping
     completion = sample_captions(
         policy.model, parts, batch, key, max_new_tokens=policy.max_new_tokens, stops=policy.stops,
         sampling=SamplingConfig(policy.temperature), gather_weights=policy.gather_weights)
-    positive, negative = encode_condition(policy.model, parts, how, *drawn_captions(policy, completion, batch, key))
+    positive, negative = encode_condition(policy.model, parts, how, *drawn_captions(policy.data_captions, completion, batch, key))
     positive = constrain_rows(jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), positive))
     noise = initial_noise(policy.model, trees.name_key(key, "noise"), batch["sample_id"], group, shared=policy.shared_noise)
     start = window_start(trees.name_key(key, "window"), policy.window_low, policy.window_high, policy.window)
@@ -117,45 +121,63 @@ def rollout(policy: FlowPolicy, params: Mapping, frozen: Mapping, batch: Mapping
     pixels = decode(policy.model, parts, how, trajectory.final)
     advantage, metrics = reward_advantages(
         policy.reward, policy.encoders, parts["encoders"], batch["pixels"], pixels, group, policy.advantage_scale)
-    samples = {
-        "latents": trajectory.latents.swapaxes(0, 1), "next_latents": trajectory.next_latents.swapaxes(0, 1),
-        "context": positive[0], "context_mask": positive[1], "advantage": advantage.reshape(-1)}
-    shared = {"sigma_indices": trajectory.sigma_indices, "negative": negative}
-    samples |= _replays(policy, parts, samples, shared)
-    gap = jnp.abs(samples["old_log_prob"] - trajectory.log_probs.T)
-    metrics |= {"log_prob_gap": jnp.mean(gap)} | caption_metrics(completion, 1)
+    samples, shared = stored(trajectory, positive, negative, advantage).values()
+    samples |= scored(policy, parts, samples, shared)
+    if policy.replay:
+        metrics["log_prob_gap"] = jnp.mean(jnp.abs(samples["old_log_prob"] - samples["sampled_log_prob"]))
+    metrics |= caption_metrics(completion, 1)
     return {"samples": constrain_rows(samples), "shared": shared, "metrics": metrics}
 
 
-def drawn_captions(policy: FlowPolicy, completion: Completion, batch: Mapping, key: Array) -> tuple[Array, Array]:
-    """The captions to draw, `[B, T]` and lengths `[B]`: the captioner's, or for a share of the images the data set's own."""
-    tokens, lengths = completion.tokens, condition.caption_lengths(completion.mask, completion.finished)
-    if not policy.data_captions:
-        return tokens, lengths
-    keys = sample_keys(trees.name_key(key, "data_captions"), batch["sample_id"])
-    own = jax.vmap(lambda k: jax.random.bernoulli(k, policy.data_captions))(keys)
-    width = max(tokens.shape[1], batch["caption_ids"].shape[1])
-    written, given = (jnp.pad(ids, ((0, 0), (0, width - ids.shape[1]))) for ids in (tokens, batch["caption_ids"]))
-    given_lengths = jnp.sum(batch["caption_mask"], -1, dtype=jnp.int32) - 1
-    return jnp.where(own[:, None], given, written), jnp.where(own, given_lengths, lengths)
+def stored(trajectory: Trajectory, positive: Context, negative: Context | None, advantage: Array) -> dict[str, dict]:
+    """What a rollout keeps for its updates: `samples` with leading axis B * G, and what they share."""
+    samples = {
+        "latents": trajectory.latents.swapaxes(0, 1), "next_latents": trajectory.next_latents.swapaxes(0, 1),
+        "velocity": trajectory.velocities.swapaxes(0, 1), "sampled_log_prob": trajectory.log_probs.T,
+        "context": positive[0], "context_mask": positive[1], "advantage": advantage.reshape(-1)}
+    return {"samples": samples, "shared": {"sigma_indices": trajectory.sigma_indices, "negative": negative}}
 
 
-def replay(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping, *, trained: bool, remat: bool = False) -> Replay:
+def replay(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping, *, trained: bool) -> Replay:
     """The window's steps scored by the policy or the reference: log-probabilities `[W, N]`, means `[W, N, h, w, C]`."""
     predict = predictor(
         policy.model, parts, policy.denoising, (samples["context"], samples["context_mask"]), shared["negative"], policy=trained,
         stop_negative_gradient=True)
+    return _scored_by(policy, predict, samples, shared)
+
+
+def _replay_unchanged(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping) -> Replay:
+    """`replay` of one step, W = 1, by the very parameters that sampled it.
+
+    The value is then the velocity that was sampled with, and the gradient is that of the positive half of guidance times its
+    scale: the negative half, which has none, is not evaluated again.
+    """
+    how = policy.denoising
+    given = predictor(
+        policy.model, parts, dataclasses.replace(how, guidance_scale=1.0), (samples["context"], samples["context_mask"]), None)
+
+    def predict(latents: Array, sigma: Array) -> Array:
+        velocity = given(latents, sigma)
+        return samples["velocity"][:, 0] + how.guidance_scale * (velocity - jax.lax.stop_gradient(velocity))
+
+    return _scored_by(policy, predict, samples, shared)
+
+
+def _scored_by(policy: FlowPolicy, predict: Callable[[Array, Array], Array], samples: Mapping, shared: Mapping) -> Replay:
     return replay_window(
         predict, samples["latents"].swapaxes(0, 1), samples["next_latents"].swapaxes(0, 1), shared["sigma_indices"],
-        jnp.asarray(policy.denoising.sigmas), policy.rule, remat)
+        jnp.asarray(policy.denoising.sigmas), policy.rule)
 
 
-def _replays(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping) -> dict[str, Array]:
-    """Old log-probabilities by the function that the loss uses, and the reference's steps for the KL."""
-    old = replay(policy, parts, samples, shared, trained=True)
-    found = {"old_log_prob": old.log_probs.T}
-    if policy.guard:
-        found["old_means"] = old.means.swapaxes(0, 1)
+def scored(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping) -> dict[str, Array]:
+    """What the loss compares with: the reference's steps for the KL and, replayed by the function that the loss uses, the old
+    log-probabilities."""
+    found = {}
+    if policy.replay:
+        old = replay(policy, parts, samples, shared, trained=True)
+        found["old_log_prob"] = old.log_probs.T
+        if policy.guard:
+            found["old_means"] = old.means.swapaxes(0, 1)
     if policy.kl_weight:
         reference = replay(policy, parts, samples, shared, trained=False)
         found["reference"] = (reference.velocities if policy.kl_kind == "velocity" else reference.means).swapaxes(0, 1)
@@ -176,13 +198,35 @@ def _kl(policy: FlowPolicy, now: Replay, reference: Array) -> Array:
 def loss(policy: FlowPolicy, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
     """The clipped loss of a window's steps; sum, count and metrics as `losses.flow_grpo_loss`."""
     del key
-    samples = constrain_rows(rollout["samples"])
-    now = replay(policy, {**frozen, **params}, samples, rollout["shared"], trained=True, remat=True)
+    samples, shared = constrain_rows(rollout["samples"]), rollout["shared"]
+    steps = {name: samples[name].swapaxes(0, 1) for name in STEP_FIELDS if name in samples}
+    steps["sigma_indices"] = shared["sigma_indices"]
+
+    def step_loss(params: Mapping, step: Mapping) -> tuple[Array, tuple[Array, dict]]:
+        own = {name: value[:, None] for name, value in step.items() if name in STEP_FIELDS}
+        index = {"sigma_indices": step["sigma_indices"][None]}
+        total, count, metrics = _window_loss(policy, {**frozen, **params}, {**samples, **own}, {**shared, **index})
+        return total, (count, metrics)
+
+    total, (count, metrics) = sum_over_steps(step_loss, params, steps)
+    largest = metrics.pop("ratio_deviation_max")
+    return total, count.sum(), jax.tree.map(jnp.sum, metrics) | {"ratio_deviation_max": (largest[0].max(), largest[1][0])}
+
+
+def _window_loss(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping) -> tuple[Array, Array, dict]:
+    """`loss` of the one step that `samples` and `shared` hold; without replay there has been no update since it was sampled."""
+    now = replay(policy, parts, samples, shared, trained=True) if policy.replay else _replay_unchanged(policy, parts, samples, shared)
     kl = _kl(policy, now, samples["reference"]) if policy.kl_weight else None
     guard = {}
     if policy.guard:
-        shift = jnp.mean(jnp.square(now.means.swapaxes(0, 1) - samples["old_means"]), axis=(2, 3, 4))
-        guard = {"guard": True, "mean_shift": shift, "std": now.stds, "dt": now.dts}
-    return flow_grpo_loss(
-        now.log_probs.T, samples["old_log_prob"], samples["advantage"], clip_range=policy.clip_range, kl=kl,
-        kl_weight=policy.kl_weight, **guard)
+        means = now.means.swapaxes(0, 1)
+        old = samples["old_means"] if policy.replay else jax.lax.stop_gradient(means)
+        guard = {"guard": True, "mean_shift": jnp.mean(jnp.square(means - old), axis=(2, 3, 4)), "std": now.stds, "dt": now.dts}
+    log_probs = now.log_probs.T
+    total, count, metrics = flow_grpo_loss(
+        log_probs, samples.get("old_log_prob"), samples["advantage"], clip_range=policy.clip_range, kl=kl, kl_weight=policy.kl_weight,
+        **guard)
+    if not policy.replay:
+        gap = jnp.abs(jax.lax.stop_gradient(log_probs) - samples["sampled_log_prob"])
+        metrics["log_prob_gap"] = (gap.sum(), count)
+    return total, count, metrics

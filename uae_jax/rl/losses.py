@@ -1,4 +1,4 @@
-"""Policy losses: GRPO for tokens, Flow-GRPO for denoising steps.
+"""Policy losses: GRPO for tokens, Flow-GRPO for denoising steps, DiffusionNFT for drawings.
 
 Every loss returns `(sum, count, metrics)`. The loss of a global batch is
 `sum of sums / sum of counts` over all its micro-batches and devices; take gradients of the sum
@@ -239,6 +239,65 @@ def flow_grpo_loss(
         loss = loss + kl_weight * kl
         metrics["kl"] = (jax.lax.stop_gradient(kl).sum(), weight.sum())
     return loss.sum(), weight.sum(), metrics
+
+
+def nft_loss(
+    velocity,
+    old_velocity,
+    target,
+    sigma,
+    advantage,
+    *,
+    strength: float = 1.0,
+    advantage_bound: float = 5.0,
+    reference=None,
+    kl_weight: float = 0.0,
+):
+    """DiffusionNFT (arXiv 2509.16117, algorithm 1) on noised drawings, with its self-normalised weight.
+
+    With r = clip(A / advantage_bound, -1, 1) / 2 + 1/2 the implicit policies
+    `v_old + b (v - v_old)` and `v_old - b (v - v_old)` are matched to the drawing with weights r
+    and 1 - r. The squared error of the image that each implies, `s^2 mean (v - target)^2`, is
+    divided by its mean absolute error, without gradient.
+
+    Args:
+      velocity: prediction at the noised drawings [N, ...]; carries the gradient.
+      old_velocity: the same by the rollout policy; None for the first update of a rollout.
+      target: `flow.velocity_target` of drawing and noise [N, ...].
+      sigma: noise levels [N].
+      advantage: [N].
+      strength: b.
+      advantage_bound: see above; also the factor of the policy loss, so that its gradient is that
+        of advantage-weighted matching and does not depend on the bound.
+      reference: prediction of the reference [N, ...], or None.
+      kl_weight: of the mean squared difference of velocity and reference.
+
+    Returns:
+      (sum float32 [], count float32 [], metrics): `velocity_shift`, the mean squared change since
+      the rollout, and `kl`, the mean squared difference from the reference.
+
+    Raises:
+      ValueError: a KL weight without a reference.
+    """
+    if kl_weight and reference is None:
+        raise ValueError(f"kl_weight={kl_weight} needs reference")
+    velocity, target = velocity.astype(jnp.float32), target.astype(jnp.float32)
+    old = jax.lax.stop_gradient(velocity if old_velocity is None else old_velocity.astype(jnp.float32))
+    share = jnp.clip(jax.lax.stop_gradient(advantage.astype(jnp.float32)) / advantage_bound, -1, 1) / 2 + 0.5
+    change = strength * (velocity - old)
+    axes, count = tuple(range(1, velocity.ndim)), jnp.float32(len(velocity))
+
+    def error(implied):
+        size = sigma * jnp.mean(jnp.abs(jax.lax.stop_gradient(implied) - target), axis=axes)
+        return sigma**2 * jnp.mean((implied - target) ** 2, axis=axes) / jnp.maximum(size, 1e-5)
+
+    loss = advantage_bound / strength * (share * error(old + change) + (1 - share) * error(old - change))
+    metrics = {"velocity_shift": (jnp.sum(jnp.mean((velocity - old) ** 2, axis=axes)), count)}
+    if reference is not None:
+        kl = jnp.mean((velocity - reference.astype(jnp.float32)) ** 2, axis=axes)
+        loss = loss + kl_weight * kl
+        metrics["kl"] = (jnp.sum(kl), count)
+    return jnp.sum(loss), count, jax.lax.stop_gradient(metrics)
 
 
 def _step_mask(mask, shape):

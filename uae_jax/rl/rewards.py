@@ -155,12 +155,13 @@ def pixel_reward(original: Array, reconstruction: Array, group: int, *, clamp: s
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """A weighted sum of encoder similarities and, optionally, pixel similarity.
+    """A weighted sum of encoder similarities and, optionally, of pixel similarity and of caption similarity.
 
     Attributes:
       names: of the encoders.
       weights: one for each encoder.
       pixel_weight: of `pixel_reward`; 0 leaves it out.
+      caption_weight: of `caption_similarity.caption_reward`, which looks at no drawing; 0 leaves it out. gen_for_und alone has it.
       clamp: see `clamp_image`.
 
     Raises:
@@ -170,22 +171,30 @@ class RewardConfig:
     names: tuple[str, ...] = ("clip",)
     weights: tuple[float, ...] = (1.0,)
     pixel_weight: float = 0.0
+    caption_weight: float = 0.0
     clamp: str = "hard"
 
     def __post_init__(self):
         if len(self.names) != len(self.weights) or len(set(self.names)) != len(self.names):
             raise ValueError(f"reward names {self.names} need one weight each and no repetition; weights: {self.weights}")
-        if not self.names and not self.pixel_weight:
-            raise ValueError("the reward has no term; name an encoder or give a pixel weight")
-        if not all(math.isfinite(weight) for weight in (*self.weights, self.pixel_weight)):
-            raise ValueError(f"reward weights must be finite, not {(*self.weights, self.pixel_weight)}")
+        if not self.names and not self.pixel_weight and not self.caption_weight:
+            raise ValueError("the reward has no term; name an encoder or give a pixel or a caption weight")
+        others = (self.pixel_weight, self.caption_weight)
+        if not all(math.isfinite(weight) for weight in (*self.weights, *others)):
+            raise ValueError(f"reward weights must be finite, not {(*self.weights, *others)}")
         if self.clamp not in CLAMPS:
             raise ValueError(f"clamp {self.clamp!r} is not known; use one of {', '.join(CLAMPS)}")
+
+    def check_drawings_alone(self, stage: str) -> None:
+        """Raises ValueError for a caption weight in a stage that does not train the captioner."""
+        if self.caption_weight:
+            raise ValueError(
+                f"{stage}.reward.caption_weight is {self.caption_weight}, but {stage} does not train captions; only gen_for_und can use it")
 
 
 def mixed_reward(
     config: RewardConfig, encoders: Sequence[Encoder], params: Mapping[str, trees.Tree], original: Array,
-    reconstruction: Array, group: int) -> tuple[Array, dict[str, Array]]:
+    reconstruction: Array, group: int, said: Array | None = None) -> tuple[Array, dict[str, Array]]:
     """The weighted sum of the configured similarities.
 
     Args:
@@ -195,12 +204,13 @@ def mixed_reward(
       original: `[B, H, W, 3]` in [-1, 1].
       reconstruction: `[B * G, H, W, 3]`, grouped by original.
       group: G.
+      said: caption similarities `[B, G]`; needed with a caption weight.
 
     Returns:
-      The reward, float32 `[B, G]`, and each term without its weight by name (`pixel` for the pixel term).
+      The reward, float32 `[B, G]`, and each term without its weight by name (`pixel` for the pixel term, `caption` for the captions').
 
     Raises:
-      ValueError: an encoder of the config is not given.
+      ValueError: an encoder of the config, or the caption similarities, are not given.
     """
     known = {encoder.name: encoder for encoder in encoders}
     missing = [name for name in config.names if name not in known or name not in params]
@@ -213,22 +223,27 @@ def mixed_reward(
     if config.pixel_weight:
         terms["pixel"] = pixel_reward(original, reconstruction, group, clamp=config.clamp)
         pairs.append((terms["pixel"], config.pixel_weight))
+    if config.caption_weight:
+        if said is None:
+            raise ValueError("the reward has a caption weight, but there are no caption similarities; only gen_for_und has them")
+        terms["caption"] = said
+        pairs.append((said, config.caption_weight))
     return sum(weight * term for term, weight in pairs), terms
 
 
 def reward_advantages(
     config: RewardConfig, encoders: Sequence[Encoder], params: Mapping[str, trees.Tree], original: Array, reconstruction: Array,
-    group: int, scale: str) -> tuple[Array, dict]:
+    group: int, scale: str, said: Array | None = None) -> tuple[Array, dict]:
     """Rewards of groups of reconstructions, and each one's advantage over its group.
 
     Args:
-      config, encoders, params, original, reconstruction, group: see `mixed_reward`.
+      config, encoders, params, original, reconstruction, group, said: see `mixed_reward`.
       scale: see `advantages.group_advantages`.
 
     Returns:
       Advantages `[B, G]`, and metrics: `reward`, each term as `reward_<name>`, spread and degenerate groups.
     """
-    reward, terms = mixed_reward(config, encoders, params, original, reconstruction, group)
+    reward, terms = mixed_reward(config, encoders, params, original, reconstruction, group, said)
     advantage, metrics = group_advantages(reward, scale=scale)
     metrics["reward"] = metrics.pop("reward_mean")
     return advantage, metrics | {f"reward_{name}": jnp.mean(term) for name, term in terms.items()}

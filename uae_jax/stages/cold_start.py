@@ -41,7 +41,7 @@ class ColdStartConfig:
       ema_decay: ceiling of the moving average, which replaces the weights at the end; 0 for none.
 
     Raises:
-      ValueError: an unknown condition.
+      ValueError: an unknown condition, or a reward of captions.
     """
 
     steps: int
@@ -61,6 +61,7 @@ class ColdStartConfig:
     def __post_init__(self):
         if self.condition not in CONDITIONS:
             raise ValueError(f"cold_start.condition is {self.condition!r}; choose one of {', '.join(CONDITIONS)}")
+        self.reward.check_drawings_alone("cold_start")
 
 
 def trainable(parts: Mapping, config: ColdStartConfig, key: Array) -> dict:

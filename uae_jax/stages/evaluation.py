@@ -15,13 +15,13 @@ from uae_jax import sharding, trees
 from uae_jax.data.loader import RowBuilder, from_signed
 from uae_jax.data.scene_checker import caption_score, picture_scores
 from uae_jax.data.scene_prompts import check_prompt, scene_prompts
-from uae_jax.data.scenes import Scene
+from uae_jax.data.scenes import Scene, fact_kinds
 from uae_jax.data.sources import Example
 from uae_jax.data.tokenizer import decode_caption
 from uae_jax.files.json_files import write_json
 from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
-from uae_jax.rl.captioning import sample_captions
+from uae_jax.rl.captioning import repeated_sequences, sample_captions
 from uae_jax.rl.reconstruction import Denoising, draw, sample_keys
 from uae_jax.rl.rewards import cosine_reward
 from uae_jax.stages.weights import System
@@ -35,7 +35,8 @@ class EvaluationConfig:
     """Settings of the held-out scores.
 
     Attributes:
-      images: pictures scored.
+      images: pictures scored before and after each stage.
+      images_during: the first so many of them are scored every `loop.eval_every` steps of the RL stages.
       batch_size: pictures in one compiled call.
       sampler_steps, guidance_scale: of the deterministic sampler.
       temperature: of the captions; 0 is greedy.
@@ -46,6 +47,7 @@ class EvaluationConfig:
     """
 
     images: int = 100
+    images_during: int = 32
     batch_size: int = 4
     sampler_steps: int = 40
     guidance_scale: float = 5.0
@@ -78,10 +80,12 @@ class Evaluator:
         self.encoders = {name: system.encoders[name] for name in sorted(names)}
         sampling = SamplingConfig(config.temperature)
 
-        def write(parts: Mapping, batch: Mapping) -> tuple[Array, Array]:
+        def write(parts: Mapping, batch: Mapping) -> dict[str, Array]:
             said = sample_captions(
                 system.model, parts, batch, self.key, max_new_tokens=max_new_tokens, stops=system.stops, sampling=sampling)
-            return said.tokens, condition.caption_lengths(said.mask, said.finished)
+            repeats, sequences = repeated_sequences(said.tokens, said.mask)
+            return {"tokens": said.tokens, "lengths": condition.caption_lengths(said.mask, said.finished),
+                    "truncated": 1.0 - said.finished, "repetition": repeats / jnp.maximum(sequences, 1)}
 
         def picture(parts: Mapping, tokens: Array, lengths: Array, sample_ids: Array) -> Array:
             noise = uae.initial_noise(system.model, sample_keys(trees.name_key(self.key, "noise"), sample_ids))
@@ -118,18 +122,29 @@ class Evaluator:
           parts: parameters.
           folder: where sample pictures and `samples.json` are written, or None.
         """
-        fields = [self.rows.image_fields(example.image) for example in self.examples]
+        scores = self._loop(parts, self.examples, folder)
+        return intervals(scores | self._with_true_captions(parts) | self._geneval(parts))
+
+    def during(self, parts: Mapping, folder: pathlib.Path | None = None) -> dict[str, float]:
+        """Means of the scores of the first `images_during` pictures, by the same compiled programs; without what the decoder
+        draws from texts that no captioner wrote."""
+        scores = self._loop(parts, self.examples[: self.config.images_during], folder)
+        return {name: float(np.mean(values)) for name, values in scores.items()}
+
+    def _loop(self, parts: Mapping, examples: Sequence[Example], folder: pathlib.Path | None) -> dict[str, np.ndarray]:
+        """Scores `[n]` of pictures captioned and drawn again."""
+        fields = [self.rows.image_fields(example.image) for example in examples]
         batch = {name: np.stack([row[name] for row in fields]) for name in fields[0]}
         batch["sample_id"] = np.arange(len(fields), dtype=np.int32)
-        tokens, lengths = self._in_batches(lambda rows: self._write(parts, rows), batch)
-        captions = [decode_caption(self.system.tokenizer, row[:n]) for row, n in zip(tokens, lengths)]
-        drawn = self._in_batches(lambda t, n, i: self._picture(parts, t, n, i), tokens, lengths, batch["sample_id"])
+        said = self._in_batches(lambda rows: self._write(parts, rows), batch)
+        captions = [decode_caption(self.system.tokenizer, row[:n]) for row, n in zip(said["tokens"], said["lengths"])]
+        drawn = self._in_batches(lambda t, n, i: self._picture(parts, t, n, i), said["tokens"], said["lengths"], batch["sample_id"])
         cosines = self._in_batches(lambda a, b: self._compare(parts["encoders"], a, b), batch["pixels"], drawn)
-        scores = self._similarity(cosines) | {"caption_tokens": lengths.astype(np.float64)}
-        scores |= self._facts(captions, drawn) | self._with_true_captions(parts, batch["pixels"]) | self._geneval(parts)
+        facts = self._facts(examples, captions, drawn)
         if folder is not None and jax.process_index() == 0:
-            write_samples(folder, batch["pixels"], captions, drawn, cosines, self.config.samples)
-        return intervals(scores)
+            write_samples(folder, batch["pixels"], captions, drawn, cosines | facts, self.config.samples)
+        words = {"caption_tokens": said["lengths"].astype(np.float64), "truncated": said["truncated"], "repetition": said["repetition"]}
+        return self._similarity(cosines) | words | facts
 
     def _similarity(self, cosines: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         chosen = [cosines[name] for name in self.config.encoders if name in cosines]
@@ -138,17 +153,20 @@ class Evaluator:
             scores["heldout_score"] = cosines[self.config.heldout_encoder]
         return scores
 
-    def _facts(self, captions: Sequence[str], drawn: np.ndarray) -> dict[str, np.ndarray]:
-        scenes = [example.scene for example in self.examples]
+    @staticmethod
+    def _facts(examples: Sequence[Example], captions: Sequence[str], drawn: np.ndarray) -> dict[str, np.ndarray]:
+        scenes = [example.scene for example in examples]
         if None in scenes:
             return {}
         said = [caption_score(scene, text) for scene, text in zip(scenes, captions)]
+        kinds = {f"fact_recall_{kind}": np.array([score.recall_by_kind[kind] for score in said]) for kind in fact_kinds(scenes[0])}
         return {"fact_recall": np.array([score.fact_recall for score in said]),
                 "fact_precision": np.array([score.fact_precision for score in said]),
-                "scene_accuracy": picture_scores(scenes, from_signed(drawn))}
+                "scene_accuracy": picture_scores(scenes, from_signed(drawn))} | kinds
 
-    def _with_true_captions(self, parts: Mapping, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    def _with_true_captions(self, parts: Mapping) -> dict[str, np.ndarray]:
         """The decoder alone: the data set's own captions drawn."""
+        pixels = np.stack([self.rows.image_fields(example.image)["pixels"] for example in self.examples])
         drawn = self.draw_texts(parts, [example.caption for example in self.examples])
         signed = drawn.astype(np.float32) / 127.5 - 1
         cosines = self._in_batches(lambda a, b: self._compare(parts["encoders"], a, b), pixels, signed)
@@ -175,15 +193,15 @@ def picture_png(pixels: np.ndarray, path: pathlib.Path) -> None:
 
 
 def write_samples(
-    folder: pathlib.Path, originals: np.ndarray, captions: Sequence[str], drawn: np.ndarray, cosines: Mapping[str, np.ndarray],
+    folder: pathlib.Path, originals: np.ndarray, captions: Sequence[str], drawn: np.ndarray, scores: Mapping[str, np.ndarray],
     count: int) -> None:
-    """Writes originals and drawings (`[n, H, W, 3]` in [-1, 1]) as PNG and `samples.json` with captions and similarities."""
+    """Writes originals and drawings (`[n, H, W, 3]` in [-1, 1]) as PNG and `samples.json` with captions and scores."""
     folder.mkdir(parents=True, exist_ok=True)
     listed = []
     for index in range(min(count, len(captions))):
         names = f"{index:03d}_original.png", f"{index:03d}_reconstruction.png"
         for name, picture in zip(names, (originals[index], drawn[index])):
             picture_png(from_signed(picture), folder / name)
-        scores = {name: round(float(values[index]), 4) for name, values in cosines.items()}
-        listed.append({"original": names[0], "caption": captions[index], "reconstruction": names[1], "scores": scores})
+        own = {name: round(float(values[index]), 4) for name, values in scores.items()}
+        listed.append({"original": names[0], "caption": captions[index], "reconstruction": names[1], "scores": own})
     write_json(folder / "samples.json", listed, indent=1)

@@ -15,7 +15,7 @@ from uae_jax.rl import caption_policy
 from uae_jax.rl.caption_policy import CaptionPolicy
 from uae_jax.rl.rewards import RewardConfig
 from uae_jax.training.optimizer import OptimizerConfig
-from uae_jax.training.step import Algorithm, make_train_step
+from uae_jax.training.step import Algorithm, make_train_step, supervised
 
 TRAIN = ("lora", "full")
 
@@ -40,6 +40,7 @@ class GenForUndConfig:
         copy of it on every device.
       train: `lora` or `full`; lora_rank: rank of a new adapter.
       reward: the similarity.
+      objective: `grpo`, or `supervised` for the control: cross-entropy of the data set's captions, without rollouts.
       optimizer: see `training.optimizer`.
       ema_decay: ceiling of the moving average, which replaces the weights at the end; 0 for none.
 
@@ -70,6 +71,7 @@ class GenForUndConfig:
     train: str = "lora"
     lora_rank: int = 32
     reward: RewardConfig = RewardConfig()
+    objective: str = "grpo"
     ema_decay: float = 0.0
 
     def __post_init__(self):
@@ -112,6 +114,8 @@ def trainable(parts: Mapping, config: GenForUndConfig, key: Array) -> dict:
 
 def algorithm(policy: CaptionPolicy) -> Algorithm:
     """Rollout and loss of `rl.caption_policy`."""
+    if policy.objective == "supervised":
+        return supervised(functools.partial(caption_policy.supervised_loss, policy))
     return Algorithm(functools.partial(caption_policy.rollout, policy), functools.partial(caption_policy.loss, policy))
 
 

@@ -5,6 +5,7 @@ read back, the stage that was interrupted goes on from its newest checkpoint.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -22,6 +23,7 @@ from uae_jax.data.loader import RowBuilder, batch_spec, make_loader
 from uae_jax.data.sources import Example, FolderSource, SceneSource, Source, TfdsSource
 from uae_jax.rl.caption_policy import CaptionPolicy
 from uae_jax.rl.flow_policy import FlowPolicy
+from uae_jax.rl.nft_policy import NftPolicy
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages import cold_start, gen_for_und, pretrain, und_for_gen
 from uae_jax.stages.evaluation import EvaluationConfig, Evaluator
@@ -30,6 +32,7 @@ from uae_jax.stages.settings import frozen
 from uae_jax.stages.steps import RL_STAGES, STAGES, SamplerConfig, check_batch, held, make_denoising, make_policy, make_step
 from uae_jax.stages.weights import ModelConfig, load_system
 from uae_jax.training import processes
+from uae_jax.training.guard import GuardConfig, skip_outliers
 from uae_jax.training.loop import Hooks, LoopConfig, StageResult, check_configuration, run_stage
 from uae_jax.training.metrics import MetricWriter, write_json
 from uae_jax.training.optimizer import make_optimizer
@@ -49,6 +52,7 @@ class DataConfig:
       max_prompt: room for the caption prompt with its image tokens; 0 for what it needs.
       max_caption: room for a caption with its stop token.
       detail, rl_detail: captions of scenes and emoji in the supervised and in the RL stages: `full`, `detail` or `mixed`.
+      mistakes: probability that a fact is wrong in the scenes' captions of the supervised stages.
       caption_prompt, negative_prompt: texts.
     """
 
@@ -66,16 +70,18 @@ class DataConfig:
     max_caption: int = 512
     detail: str = "full"
     rl_detail: str = "mixed"
+    mistakes: float = 0.0
     caption_prompt: str = ""
     negative_prompt: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
-    """How often things are written: in steps; `keep` newest checkpoints."""
+    """How often things are written: in steps; `keep` newest checkpoints. `eval_every` is of the RL stages; 0 for never."""
 
     log_every: int = 1
     save_every: int = 50
+    eval_every: int = 0
     keep: int = 2
     wandb_project: str = ""
 
@@ -98,6 +104,7 @@ class RunConfig:
     cold_start: cold_start.ColdStartConfig
     gen_for_und: gen_for_und.GenForUndConfig
     und_for_gen: und_for_gen.UndForGenConfig
+    guard: GuardConfig = GuardConfig()
 
     def __post_init__(self):
         """Raises ValueError for a stage that does not exist or fewer than one round."""
@@ -128,14 +135,10 @@ def open_sources(config: DataConfig, seed: int, heldout: int) -> tuple[Source, l
     Raises:
       ValueError, FileNotFoundError: an unknown source, or one that cannot be read; see `data.sources`.
     """
-    if config.source == "scenes":
-        train = SceneSource("train", seed, config.image_size, config.detail)
-        test = SceneSource("test", 0, config.image_size, "full")
-        return train, [test[index] for index in range(heldout)]
-    if config.source == "emoji":
-        emoji = EmojiSet(config.folder)
-        train = EmojiSource(emoji, "train", seed, config.image_size, config.detail)
-        test = EmojiSource(emoji, "test", 0, config.image_size, "full")
+    if config.source in ("scenes", "emoji"):
+        source = SceneSource if config.source == "scenes" else functools.partial(EmojiSource, emoji=EmojiSet(config.folder))
+        train = source("train", seed, config.image_size, config.detail, mistakes=config.mistakes)
+        test = source("test", 0, config.image_size, "full")
         return train, [test[index] for index in range(heldout)]
     if config.source == "folder":
         if not config.folder:
@@ -169,7 +172,8 @@ class Run:
         self.mesh = sharding.make_mesh(config.mesh)
         self.key = jax.random.key(config.seed)
         system = load_system(
-            config.model, image_size=config.data.image_size, negative_prompt=config.data.negative_prompt, mesh=self.mesh)
+            config.model, image_size=config.data.image_size, negative_prompt=config.data.negative_prompt, mesh=self.mesh,
+            max_caption=config.gen_for_und.max_new_tokens)
         # the stages replace and donate parameters: no second name may keep the first ones alive
         self.system = dataclasses.replace(system, parts={})
         self._check_encoders()
@@ -217,7 +221,7 @@ class Run:
         shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(self.mesh, PartitionSpec()))
         return make_step(stage, getattr(self.config, stage), self.config.sampler, self.system, optimizer, shardings)
 
-    def policy(self, stage: str) -> CaptionPolicy | FlowPolicy:
+    def policy(self, stage: str) -> CaptionPolicy | FlowPolicy | NftPolicy:
         """The description of an RL stage."""
         return make_policy(stage, getattr(self.config, stage), self.config.sampler, self.system)
 
@@ -231,7 +235,10 @@ class Run:
         """
         config = getattr(self.config, stage)
         total = config.steps * config.updates_per_rollout
-        optimizer = make_optimizer(config.optimizer, total)
+        guard = self.config.guard
+        if stage == "und_for_gen":
+            guard = dataclasses.replace(guard, kl=guard.flow_kl)
+        optimizer = skip_outliers(make_optimizer(config.optimizer, total), guard)
         start = STAGES[stage][1](self.parts, config, trees.name_key(self.key, name))
         state = sharding.make_on(self.mesh, lambda parts: init_state(parts, optimizer, ema=bool(config.ema_decay)), start)
         # from here on the trained parts live in the state alone: a second copy of 8 B weights would not fit
@@ -241,19 +248,24 @@ class Run:
         del start
         index, count = sharding.batch_slice(self.mesh)
         data = make_loader(self.source_of(stage), self.rows, config.batch_size, self.config.seed, process_index=index, process_count=count)
-        loop = LoopConfig(steps=config.steps, log_every=self.config.loop.log_every, save_every=self.config.loop.save_every, keep=self.config.loop.keep)
+        settings = self.config.loop
+        loop = LoopConfig(
+            steps=config.steps, log_every=settings.log_every, save_every=settings.save_every, keep=settings.keep,
+            eval_every=settings.eval_every if stage in RL_STAGES else 0)
         result = run_stage(
             name, self.step(stage, state, optimizer), state=state, frozen=self.parts, data=data, key=sharding.replicate_key(trees.name_key(self.key, name), self.mesh),
             workdir=self.workdir, config=loop, writer=writer, put=lambda batch: sharding.shard_batch(batch, self.mesh),
-            hooks=Hooks(before=lambda state: self.score_before(state, name, previous), after=lambda state: self.score(state, name, "after")),
-            digest=self.digest())
+            hooks=Hooks(
+                before=lambda state: self.score_before(state, name, previous), after=lambda state: self.score(state, name, "after"),
+                evaluate=lambda state, step: self.score_during(state, name, step)),
+            guard=guard, digest=self.digest())
         self.parts = self.trained(result.state)
         return result
 
     def source_of(self, stage: str) -> Source:
         """The training pictures with the captions that a stage sees."""
-        if stage in RL_STAGES and isinstance(self.source, SceneSource | EmojiSource):
-            return dataclasses.replace(self.source, captions=self.config.data.rl_detail)
+        if stage in RL_STAGES and isinstance(self.source, SceneSource):
+            return dataclasses.replace(self.source, captions=self.config.data.rl_detail, mistakes=0.0)
         return self.source
 
     def score_before(self, state: TrainState, name: str, previous: StageResult | None) -> dict:
@@ -272,6 +284,10 @@ class Run:
     def score(self, state: TrainState, name: str, when: str) -> dict:
         """Held-out scores of a stage's state; samples go to `samples/<name>_<when>`."""
         return self.evaluator(self.trained(state), self.workdir / "samples" / f"{name}_{when}")
+
+    def score_during(self, state: TrainState, name: str, step: int) -> dict[str, float]:
+        """Held-out scores in the middle of a stage; samples go to `samples/<name>_step<step>`."""
+        return self.evaluator.during(self.trained(state), self.workdir / "samples" / f"{name}_step{step}")
 
     def digest(self) -> str:
         """Of everything in the configuration that changes numbers; a checkpoint of another one is refused."""

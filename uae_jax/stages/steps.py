@@ -10,7 +10,9 @@ import optax
 from uae_jax.diffusion.schedule import sigma_schedule
 from uae_jax.models.uae import UAE
 from uae_jax.rl.caption_policy import CaptionPolicy
+from uae_jax.rl.caption_similarity import CaptionScorer
 from uae_jax.rl.flow_policy import FlowPolicy
+from uae_jax.rl.nft_policy import NftPolicy
 from uae_jax.rl.reconstruction import Denoising
 from uae_jax.rl.rewards import Encoder
 from uae_jax.stages import cold_start, gen_for_und, pretrain, und_for_gen
@@ -39,11 +41,13 @@ class Described(Protocol):
       model: the description.
       encoders: image encoders by name.
       stops: ids that end a caption.
+      scorer: of captions, or None.
     """
 
     model: UAE
     encoders: dict[str, Encoder]
     stops: tuple[int, ...]
+    scorer: CaptionScorer | None
 
 
 def held(parts: Mapping, trained: Collection[str], dtype: str) -> dict:
@@ -91,16 +95,16 @@ def reward_encoders(system: Described, config: Any) -> tuple[Encoder, ...]:
     return tuple(system.encoders[name] for name in config.reward.names)
 
 
-def make_policy(stage: str, config: Any, sampler: SamplerConfig, system: Described) -> CaptionPolicy | FlowPolicy:
+def make_policy(stage: str, config: Any, sampler: SamplerConfig, system: Described) -> CaptionPolicy | FlowPolicy | NftPolicy:
     """The description of an RL stage: the model and the stage's settings of the same names."""
-    kind, more = (CaptionPolicy, {"replay": config.updates_per_rollout > 1}) if stage == "gen_for_und" else (FlowPolicy, {})
+    kind, more = (CaptionPolicy, {"scorer": system.scorer}) if stage == "gen_for_und" else (und_for_gen.METHODS[config.method][0], {})
     denoising = make_denoising(
         sampler, config.sampler_steps, config.guidance_scale, policy_condition=config.condition_model == "policy",
         vae_chunk=config.vae_chunk)
     shared = {field.name for field in dataclasses.fields(kind)} & {field.name for field in dataclasses.fields(config)}
     return kind(
-        model=system.model, denoising=denoising, encoders=reward_encoders(system, config), stops=system.stops, **more,
-        **{name: getattr(config, name) for name in shared})
+        model=system.model, denoising=denoising, encoders=reward_encoders(system, config), stops=system.stops,
+        replay=config.updates_per_rollout > 1, **more, **{name: getattr(config, name) for name in shared})
 
 
 def make_step(

@@ -27,6 +27,8 @@ from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.nn.lora import merge_adapter
+from uae_jax.rl.caption_similarity import PART as SCORER
+from uae_jax.rl.caption_similarity import CaptionScorer, load_caption_scorer
 from uae_jax.rl.rewards import Encoder, load_encoder
 
 BUILTIN = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
@@ -47,6 +49,8 @@ class ModelConfig:
         trains them (nor does a later one); auto-encoder, image encoders, adapters and all that is trained stay float32.
       merge_adapters: add the adapters that are read to the weights, so that the reference model and new adapters start
         from them; otherwise they are kept apart and train on.
+      caption_scorer: folder or workdir with the `caption_scorer` that a reward with a caption weight needs
+        (`rl.caption_similarity`); empty for none.
       adapters: False leaves the adapters of the folder unread, for the model as it was before they were trained.
     """
 
@@ -57,6 +61,7 @@ class ModelConfig:
     remat: str = "none"
     merge_adapters: bool = False
     adapters: bool = True
+    caption_scorer: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +76,7 @@ class System:
       stops: ids that end a caption.
       schedule: of the folder's scheduler.
       encoders: the image encoders that the folder holds, by name; parameters are in `parts["encoders"]`.
+      scorer: of captions, where the settings name one; parameters are among those of the encoders.
     """
 
     folder: pathlib.Path
@@ -81,6 +87,7 @@ class System:
     stops: tuple[int, ...]
     schedule: ScheduleConfig
     encoders: dict[str, Encoder]
+    scorer: CaptionScorer | None = None
 
 
 def model_folder(path: str | pathlib.Path) -> pathlib.Path:
@@ -100,7 +107,7 @@ def model_folder(path: str | pathlib.Path) -> pathlib.Path:
 
 def load_system(
     config: ModelConfig, *, image_size: int, negative_prompt: str = "", attend_padding: bool = False,
-    mesh: Mesh | None = None) -> System:
+    mesh: Mesh | None = None, max_caption: int = 0) -> System:
     """Reads every part of a folder in float32, with both-way checks of names and shapes.
 
     With a mesh each parameter goes from its file to its shards on the devices, one after the other: the host holds no
@@ -112,6 +119,7 @@ def load_system(
       negative_prompt: text for guidance.
       attend_padding: see `ConditionTemplate`.
       mesh: where the parameters lie, by the rules of `sharding`; None leaves them on the host as numpy arrays.
+      max_caption: tokens that a caption scorer must be able to read.
 
     Raises:
       FileNotFoundError, ValueError: a part is absent or does not fit; the message names file, tensor and remedy.
@@ -128,10 +136,14 @@ def load_system(
     for name in ENCODERS:
         if (folder / name).is_dir():
             encoders[name], parts["encoders"][name] = _load_encoder(folder / name, name, _placement(mesh, f"encoders/{name}"))
+    scorer = None
+    if config.caption_scorer:
+        scorer, parts["encoders"][SCORER] = load_caption_scorer(
+            model_folder(config.caption_scorer) / SCORER, len(tokenizer), max_caption, placement=_placement(mesh, f"encoders/{SCORER}"))
     return System(
         folder, uae.UAE(captioner, transformer, vae, template, image_size), parts, tokenizer,
         load_image_processor(processor_folder, captioner.vision.window_size), tokens.stop_ids(tokenizer),
-        ScheduleConfig.from_folder(folder / "SD3"), encoders)
+        ScheduleConfig.from_folder(folder / "SD3"), encoders, scorer)
 
 
 def _load_models(

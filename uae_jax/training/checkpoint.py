@@ -5,6 +5,7 @@ Frozen weights are never saved.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,20 @@ class Restored:
     meta: dict[str, Any]
 
 
+def abstract(state: PyTree) -> PyTree:
+    """Shapes, types and placement of a state, which `Checkpoints.restore` takes in its place."""
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+
+
+class _KeepGood(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the checkpoint of one step, however old it gets."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one stage. Use as a context manager: leaving it waits for a save under way.
 
@@ -46,11 +61,12 @@ class Checkpoints:
             raise ValueError(f"checkpoints to keep is {keep}; keep at least 1")
         self.folder = Path(folder).absolute()
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True),
-            item_handlers=handlers,
-        )
+        self._good = _KeepGood()
+        policies = ocp.checkpoint_managers
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), self._good]), create=True,
+            enable_async_checkpointing=True)  # fmt: skip
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -62,7 +78,7 @@ class Checkpoints:
         """Step of the newest whole checkpoint, None without one."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: PyTree, data: dict[str, Any], meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: PyTree, data: dict[str, Any], meta: dict[str, Any], *, good: int | None = None) -> None:
         """Starts writing a checkpoint, unless this step is saved already. The arrays may be donated as soon as this returns.
 
         Args:
@@ -70,7 +86,9 @@ class Checkpoints:
           state: pytree of arrays (no typed keys).
           data: JSON-able position of the data iterator after the batch of step `step`.
           meta: JSON-able.
+          good: step of a checkpoint, this one or one before, that is kept beside the newest ones.
         """
+        self._good.step = good
         if step in self._manager.all_steps():
             return
         items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data), "meta": ocp.args.JsonSave(meta)}
@@ -95,9 +113,9 @@ class Checkpoints:
         if step is not None and step not in found:
             raise FileNotFoundError(f"{self.folder} has no checkpoint of step {step}; it has {sorted(found)}")
         step = max(found) if step is None else step
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
-        self._check(step, abstract)
-        items = {"state": ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore(), "meta": ocp.args.JsonRestore()}
+        wanted = abstract(target)
+        self._check(step, wanted)
+        items = {"state": ocp.args.StandardRestore(wanted), "data": ocp.args.JsonRestore(), "meta": ocp.args.JsonRestore()}
         try:
             read = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
@@ -132,13 +150,13 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._manager.close()
 
-    def _check(self, step: int, abstract: PyTree) -> None:
+    def _check(self, step: int, target: PyTree) -> None:
         """Compares names, shapes and types with the stored ones; Orbax alone would say where it stumbled, not what to do."""
         try:
             stored = trees.flatten(self._manager.item_metadata(step)["state"].tree)
         except Exception as error:
             raise self._damaged(step, error) from error
-        wanted = trees.flatten(abstract)
+        wanted = trees.flatten(target)
         # Parameters first: an optimizer moment that differs is only their echo.
         for name in sorted([*wanted, *stored], key=lambda name: not name.startswith("params/")):
             ours, theirs = (_describe(tree.get(name)) for tree in (wanted, stored))

@@ -1,7 +1,11 @@
-"""The host loop of a stage, in a fixed order: evaluate -> save -> next batch -> step -> log. The only place that blocks."""
+"""The host loop of a stage, in a fixed order: evaluate -> save -> next batch -> step -> log. The only place that blocks.
+
+A guard (`training.guard`) may end the steps early; the stage then ends with the parameters of its last good checkpoint.
+"""
 
 import dataclasses
 import json
+import math
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -9,10 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 import tqdm
 
-from uae_jax.training.checkpoint import Checkpoints
+from uae_jax.training.checkpoint import Checkpoints, Restored, abstract
+from uae_jax.training.guard import WATCHED, Guard, GuardConfig, Trip, Tripped
 from uae_jax.training.metrics import Clock, MetricWriter, write_json
 from uae_jax.training.signals import StopFlag, StopTraining, interrupt_as_terminate, stop_on_signals
 from uae_jax.training.step import TrainState
@@ -44,7 +48,7 @@ class LoopConfig:
       log_every: a metrics line each so many steps, and after the first and the last.
       save_every: a checkpoint each so many steps; 0 = only at the end and when stopped.
       eval_every: `evaluate` each so many steps; 0 = never.
-      keep: newest checkpoints to keep.
+      keep: newest checkpoints to keep; the last good one is kept beside them when a guard is on.
       headline: the metric beside the progress bar; `loss` where the stage has no such metric.
     """
 
@@ -79,7 +83,11 @@ class Hooks:
 
 @dataclasses.dataclass(frozen=True)
 class StageResult:
-    """A finished stage. `seconds` is training, `wall_seconds` includes evaluation; both go on over restarts."""
+    """A finished stage. `seconds` is training, `wall_seconds` includes evaluation; both go on over restarts.
+
+    `steps` are those that the parameters have seen. `guard` is None, or what tripped: {"what", "value", "bound", "step",
+    "restored_step"}, `what` being a name of `guard.MEANINGS`, `step` the one after which it tripped.
+    """
 
     name: str
     state: TrainState
@@ -88,6 +96,7 @@ class StageResult:
     wall_seconds: float
     before: Scores
     after: Scores
+    guard: dict[str, Any] | None = None
 
     def record(self) -> dict[str, Any]:
         """The JSON-able part, one entry of `stages` in summary.json."""
@@ -107,11 +116,14 @@ def run_stage(
     writer: MetricWriter,
     put: Callable[[PyTree], PyTree] = lambda batch: batch,
     hooks: Hooks | None = None,
+    guard: GuardConfig | None = None,
     digest: str = "",
 ) -> StageResult:
     """Runs a stage to its end, from its newest checkpoint when there is one; returns at once when it is finished.
 
-    Interrupting and repeating the call gives bit-equal parameters and the same metrics lines (but for `seconds`).
+    Interrupting and repeating the call gives bit-equal parameters and the same metrics lines (but for `seconds`). When the
+    guard trips, the stage ends with its last good checkpoint: the newest at a multiple of `save_every` (or at step 0) whose
+    statistics were well inside their bounds when it was written.
 
     Args:
       name: stage name; files are `checkpoints/<name>/`, metrics carry it.
@@ -125,28 +137,29 @@ def run_stage(
       writer: metrics.
       put: host batch -> device batch.
       hooks: evaluation around the steps.
+      guard: bounds on what the step reports; None for none. A checkpoint of step 0 is written when it is on.
       digest: of the configuration; a checkpoint with another one is refused. "" = not checked.
 
     Raises:
       StopTraining: SIGINT, SIGTERM or a preemption; the checkpoint is on disk.
-      FloatingPointError: the loss is not finite; nothing was saved over the last good checkpoint.
+      FloatingPointError: the loss is not finite, and the guard has no bound for that; nothing was saved over the last good
+        checkpoint.
       ValueError: damaged or unfitting checkpoint.
       RuntimeError: the data ended early.
     """
     folder = Path(workdir) / "checkpoints" / name
     with Checkpoints(folder, keep=config.keep) as checkpoints:
-        restored = checkpoints.restore(state)
+        finished, tripped = folder / "finished.json", folder / "tripped.json"
+        trip = json.loads(tripped.read_text(encoding="utf-8")) if tripped.exists() else None
+        restored = checkpoints.restore(state, trip["restored_step"] if trip else None)
         if restored is not None:
             _check_digest(folder, restored.meta, digest)
-        finished = folder / "finished.json"
         if restored is not None and finished.exists():
             return StageResult(state=restored.state, **json.loads(finished.read_text(encoding="utf-8")))
-        loop = _Loop(name, config, checkpoints, writer, hooks or Hooks(), data, digest)
+        loop = _Loop(name, config, checkpoints, writer, hooks or Hooks(), data, digest, guard or GuardConfig())
         if restored is not None:
             state = restored.state
-            data.set_state(restored.data)
-            loop.clock = Clock(restored.meta["seconds"], restored.meta["wall_seconds"])
-            loop.before = restored.meta["before"]
+            loop.resume(restored, trip)
         # several processes must stop at one step: jax listens for SIGTERM, and tells all of them (reached_preemption)
         with stop_on_signals() if jax.process_count() == 1 else interrupt_as_terminate() as flag:
             result = loop.run(state, restored.step if restored else None, step, frozen, key, put, flag)
@@ -189,23 +202,62 @@ class _Loop:
     """Host-side bookkeeping of `run_stage`; the training state is passed through, never kept."""
 
     def __init__(
-        self, name: str, config: LoopConfig, checkpoints: Checkpoints, writer: MetricWriter, hooks: Hooks, data: DataIterator, digest: str
-    ) -> None:
+        self, name: str, config: LoopConfig, checkpoints: Checkpoints, writer: MetricWriter, hooks: Hooks, data: DataIterator,
+        digest: str, guard: GuardConfig) -> None:  # fmt: skip
         self.name, self.config, self.checkpoints, self.writer = name, config, checkpoints, writer
         self.hooks, self.data, self.digest = hooks, data, digest
         self.clock = Clock()
         self.before: Scores = {}
-        self.losses: list[tuple[int, jax.Array]] = []  # of the steps not looked at yet
+        self.guard = Guard(guard)
+        self.watched = WATCHED if guard.on else ("loss",)
+        self.good: int | None = None  # step of the last good checkpoint
+        self.trip: dict[str, Any] | None = None  # contents of tripped.json
+        self.unread: list[tuple[int, dict[str, jax.Array]]] = []  # watched metrics of the steps not looked at yet
         self.pending: tuple[int, dict[str, jax.Array]] | None = None  # the logged step not written yet
         self.bar: tqdm.tqdm | None = None
 
+    def resume(self, restored: Restored, trip: dict[str, Any] | None) -> None:
+        """Continues after a checkpoint, or after a trip whose stage was not finished."""
+        meta, self.trip = restored.meta, trip
+        times = trip or meta
+        self.clock, self.before = Clock(times["seconds"], times["wall_seconds"]), meta["before"]
+        self.data.set_state(restored.data)
+        if self.guard.config.on:
+            self.guard = Guard(self.guard.config, meta["guard"] and meta["guard"]["statistics"])
+            self.good = meta["guard"]["good"] if meta["guard"] else restored.step
+
     def run(self, state, restored, step_fn, frozen, key, put, flag: StopFlag) -> StageResult:
         """From `restored` steps (None: from nothing) to the end; see `run_stage`."""
-        config, start = self.config, restored or 0
-        self.writer.begin(self.name, start)
-        if restored is None and self.hooks.before is not None:
+        config, target = self.config, abstract(state)
+        if self.trip is None:
+            self.writer.begin(self.name, restored or 0)
+            if restored is None and self.hooks.before is not None:
+                with self.clock.paused():
+                    self.before = self.hooks.before(state)
+            if restored is None and self.guard.config.on and config.steps:
+                self.save(state, 0)
+            try:
+                state = self.train(state, restored, step_fn, frozen, key, put, flag)
+            except Tripped as tripped:
+                state = None  # there is no room for two of a large model
+                self.stop(tripped.trip)
+        if self.trip is not None:
+            self.report_trip()
+            state = self.checkpoints.restore(target, self.trip["restored_step"]).state
+        self.leave_if_asked(self.trip["step"] if self.trip else config.steps, flag)
+        after: Scores = {}
+        if self.hooks.after is not None:
             with self.clock.paused():
-                self.before = self.hooks.before(state)
+                after = self.hooks.after(state)
+        steps, guard = config.steps, None
+        if self.trip is not None:
+            steps, guard = self.trip["restored_step"], {name: value for name, value in self.trip.items() if "seconds" not in name}
+        times = round(self.clock.seconds, 3), round(self.clock.wall_seconds, 3)
+        return StageResult(self.name, state, steps, *times, self.before, after, guard)
+
+    def train(self, state, restored, step_fn, frozen, key, put, flag: StopFlag) -> TrainState:
+        """The steps. Raises `Tripped`."""
+        config, start = self.config, restored or 0
         self.bar = tqdm.tqdm(total=config.steps, initial=start, desc=self.name, file=sys.stderr, disable=not _on_terminal())
         with self.bar:
             for number in range(start, config.steps):
@@ -220,13 +272,26 @@ class _Loop:
             self.flush(config.steps)
             if config.steps > start:
                 self.save(state, config.steps)
-            self.leave_if_asked(config.steps, flag)
-        after: Scores = {}
-        if self.hooks.after is not None:
-            with self.clock.paused():
-                after = self.hooks.after(state)
-        times = round(self.clock.seconds, 3), round(self.clock.wall_seconds, 3)
-        return StageResult(self.name, state, config.steps, *times, self.before, after)
+        return state
+
+    def stop(self, trip: Trip) -> None:
+        """Puts the trip on disk: from here on the stage is one that tripped, whatever happens to this process."""
+        self.checkpoints.wait()  # the good one may be under way
+        times = {"seconds": round(self.clock.seconds, 3), "wall_seconds": round(self.clock.wall_seconds, 3)}
+        self.trip = {"what": trip.what, "value": trip.value, "bound": trip.bound, "step": trip.step, "restored_step": self.good, **times}
+        if jax.process_index() == 0:
+            write_json(self.checkpoints.folder / "tripped.json", self.trip)
+
+    def report_trip(self) -> None:
+        """Says what tripped, in place of the metrics of later steps."""
+        trip = self.trip
+        record = {name: value for name, value in trip.items() if "seconds" not in name}
+        self.writer.begin(self.name, trip["step"])
+        self.writer.event(self.name, trip["step"], trip["seconds"], record)
+        if jax.process_index() == 0:
+            reason = Tripped(Trip(*(trip[name] for name in ("what", "step", "value", "bound"))))
+            print(f"{self.name}: stopped by the guard: {reason}; its checkpoint of step {trip['restored_step']} is restored",
+                  file=sys.stderr, flush=True)  # fmt: skip
 
     def evaluate(self, state: TrainState, number: int) -> None:
         every = self.config.eval_every
@@ -254,8 +319,15 @@ class _Loop:
             "seconds": round(self.clock.seconds, 3),
             "wall_seconds": round(self.clock.wall_seconds, 3),
             "before": self.before,
+            "guard": None,
         }
-        self.checkpoints.save(number, state, self.data.get_state(), meta)
+        if self.guard.config.on:
+            # one written because the run was asked to stop does not count: an uninterrupted run has none there
+            every = self.config.save_every
+            if number == 0 or (every and number % every == 0 and self.guard.fine):
+                self.good = number
+            meta["guard"] = {"statistics": self.guard.statistics(), "good": self.good}
+        self.checkpoints.save(number, state, self.data.get_state(), meta, good=self.good)
 
     def leave_if_asked(self, number: int, flag: StopFlag) -> None:
         if flag.signum:
@@ -271,7 +343,7 @@ class _Loop:
     def log(self, number: int, metrics: dict[str, jax.Array]) -> None:
         """Called when step `number` runs on the device: writes the logged step before it, which is done by now."""
         self.write_pending()
-        self.losses.append((number, metrics["loss"]))
+        self.unread.append((number, {name: metrics[name] for name in self.watched if name in metrics}))
         if number % self.config.log_every == 0 or number in (1, self.config.steps):
             self.pending = number, metrics
         self.bar.update(1)
@@ -279,7 +351,7 @@ class _Loop:
     def flush(self, number: int) -> None:
         """Waits for all steps up to `number`; nothing is saved or evaluated on a broken state."""
         self.write_pending()
-        self.check_finite()
+        self.look()
 
     def write_pending(self) -> None:
         if self.pending is None:
@@ -288,7 +360,7 @@ class _Loop:
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.writer.write(self.name, number, self.clock.seconds, values)
-        self.check_finite(number)
+        self.look(number)
         shown = self.config.headline if self.config.headline in values else "loss"
         if self.bar.disable and jax.process_index() == 0:
             line = f"{self.name} step {number}/{self.config.steps} {shown} {values[shown]:.4f} loss {values['loss']:.4f}"
@@ -296,18 +368,22 @@ class _Loop:
         elif not self.bar.disable:
             self.bar.set_postfix_str(f"{shown} {values[shown]:.4f}")
 
-    def check_finite(self, number: int | None = None) -> None:
-        """Looks at the losses up to step `number` (None: all)."""
-        known = [entry for entry in self.losses if number is None or entry[0] <= number]
-        self.losses = self.losses[len(known) :]
-        losses = np.array(jax.device_get([loss for _, loss in known]))
-        if losses.size and not np.isfinite(losses).all():
-            bad = [step for (step, _), fine in zip(known, np.isfinite(losses), strict=True) if not fine]
-            good = self.checkpoints.latest_step()
-            raise FloatingPointError(
-                f"{self.name}: the loss is not finite at step {bad[0]} (steps {known[0][0]} to {known[-1][0]} were checked); the last "
-                f"checkpoint is of step {good or 0}; lower the learning rate or look at the data of that step"
-            )
+    def look(self, number: int | None = None) -> None:
+        """Looks at the steps up to step `number` (None: all). Raises `Tripped`, or FloatingPointError without a bound for that."""
+        known = [entry for entry in self.unread if number is None or entry[0] <= number]
+        self.unread = self.unread[len(known) :]
+        read = jax.device_get([metrics for _, metrics in known])
+        seen = [(step, {name: float(value) for name, value in metrics.items()}) for (step, _), metrics in zip(known, read, strict=True)]
+        for step, metrics in seen:
+            if not math.isfinite(metrics["loss"]) and not self.guard.config.non_finite:
+                good = self.checkpoints.latest_step()
+                raise FloatingPointError(
+                    f"{self.name}: the loss is not finite at step {step} (steps {seen[0][0]} to {seen[-1][0]} were checked); the last "
+                    f"checkpoint is of step {good or 0}; lower the learning rate or look at the data of that step"
+                )
+            trip = self.guard.observe(step, metrics) if self.guard.config.on else None
+            if trip is not None:
+                raise Tripped(trip)
 
 
 def _on_terminal() -> bool:

@@ -80,11 +80,12 @@ class MetricWriter:
             self._wandb = _start_wandb(self.workdir, wandb_project, config)
 
     def begin(self, stage: str, step: int) -> None:
-        """Starts a stage, or continues it after `step` steps: numbers of later steps, written before a kill, are dropped."""
+        """Starts a stage, or continues it after `step` steps: numbers of later steps, written before a kill, are dropped,
+        and so are its guard's lines."""
         if not self.active:
             return
         lines = read_lines(self.path)
-        kept = [line for line in lines if line["stage"] != stage or line["step"] <= step]
+        kept = [line for line in lines if line["stage"] != stage or (line["step"] <= step and "guard" not in line)]
         write_json_lines(self.path, kept)
         if self._tensorboard:
             self._close_board()
@@ -110,6 +111,16 @@ class MetricWriter:
             self._board.flush()
         if self._wandb is not None:
             self._wandb.log({f"{stage}/step": step} | {f"{stage}/{name}": value for name, value in values.items()})
+
+    def event(self, stage: str, step: int, seconds: float, record: Mapping[str, Any]) -> None:
+        """What the guard did after a step, as the field `guard` of a line of its own: JSON-able, finite numbers."""
+        if not self.active:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, "step": step, "seconds": round(seconds, 3), "guard": dict(record)}) + "\n")
+        self.text("guard", step, json.dumps(record))
+        if self._wandb is not None:
+            self._wandb.log({f"{stage}/step": step, f"{stage}/guard": json.dumps(record)})
 
     def image(self, name: str, step: int, pixels: np.ndarray) -> None:
         """A picture for TensorBoard: uint8 [H, W, 3]."""

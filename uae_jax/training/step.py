@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from uae_jax import trees
+from uae_jax.training.guard import outlier_metrics
 
 PyTree = Any
 Metrics = dict[str, jax.Array | tuple[jax.Array, jax.Array]]
@@ -188,7 +189,7 @@ def make_train_step(
 
     The key is the stage's root key; the streams "rollout" and "loss" are folded by `state.step` inside, so the same state
     gives the same step after a restart. Metrics are float32 scalars: `loss` (mean over updates of sum / count), `grad_norm`
-    (before clipping), `skipped_updates` (total so far), and the algorithm's, sum / count (0 where the count is 0).
+    (before clipping), `skipped_updates` and `outlier_updates` (totals so far), and the algorithm's, sum / count (0 where the count is 0).
 
     Raises:
       ValueError: at trace time, samples that do not divide, a metric name used twice, or an average that is missing.
@@ -214,7 +215,7 @@ def make_train_step(
 
         updates = epochs * updates_per_rollout
         state, (losses, norms, stacked) = jax.lax.scan(update, state, jnp.arange(updates), unroll=updates == 1)
-        own = {"loss": losses.mean(), "grad_norm": norms.mean(), "skipped_updates": state.skipped}
+        own = {"loss": losses.mean(), "grad_norm": norms.mean(), "skipped_updates": state.skipped, **outlier_metrics(state.opt_state)}
         metrics = _join(own, rollout["metrics"], jax.tree.map(lambda x: x.sum(0), stacked))
         return state.replace(step=state.step + 1), metrics
 

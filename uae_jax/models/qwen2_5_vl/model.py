@@ -1,7 +1,7 @@
 """Pure functions of Qwen2.5-VL over `params = {"vision", "language"}` and an optional adapter of the language model."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -189,12 +189,35 @@ def token_log_probs(scaled: Array, tokens: Array) -> tuple[Array, Array]:
     return jnp.sum(jnp.where(at_token, scaled, 0.0), axis=-1) - normaliser, normaliser
 
 
+def scores_with_slopes(score: Callable[[Array, Array], tuple[Array, Array | None]]) -> Callable:
+    """`score` with its gradient taken in the forward pass and kept: that of a log-probability by its own hidden state.
+
+    Each log-probability depends on one hidden state alone, so that the gradient of any function of them is this one times its
+    cotangent: the logits are computed once and neither kept nor computed again. What `score` closes over gets no gradient.
+
+    Args:
+      score: `(hidden [..., D], tokens [...]) -> (log_probs [...], entropy [...] or None)`; the entropy has no gradient.
+    """
+    whole = jax.custom_vjp(score)
+
+    def forward(hidden: Array, tokens: Array) -> tuple[tuple[Array, Array | None], Array]:
+        log_probs, pullback, entropy = jax.vjp(lambda states: score(states, tokens), hidden, has_aux=True)
+        return (log_probs, entropy), pullback(jnp.ones_like(log_probs))[0]
+
+    def backward(slopes: Array, cotangents: tuple[Array, Array | None]) -> tuple[Array, None]:
+        return (cotangents[0][..., None] * slopes).astype(slopes.dtype), None
+
+    whole.defvjp(forward, backward)
+    return whole
+
+
 def score_tokens(
     config: Qwen2_5VLConfig, params: Mapping, hidden: Array, tokens: Array, *, temperature: float | Array = 1.0,
-    chunk: int = SCORE_CHUNK, with_entropy: bool = False) -> TokenScores:
+    chunk: int = SCORE_CHUNK, with_entropy: bool = False, frozen_head: bool = False) -> TokenScores:
     """Log-softmax of `logits / temperature` at the tokens, in float32, `chunk` positions at a time.
 
-    The logits of a chunk are recomputed in the backward pass, so `[N, T, V]` never exists.
+    `[N, T, V]` never exists. The logits of a chunk are recomputed in the backward pass, or, where the head is frozen, the
+    gradient by the hidden states `[N, T, D]` is taken while the logits are there (`scores_with_slopes`).
 
     Args:
       config: sizes.
@@ -204,6 +227,7 @@ def score_tokens(
       temperature: positive; that of the sampler.
       chunk: positions in one piece.
       with_entropy: whether the entropy is computed too.
+      frozen_head: nothing differentiates `params`, as where an adapter is trained.
     """
     rows, length, width = hidden.shape
     chunk = min(chunk, length)
@@ -212,9 +236,7 @@ def score_tokens(
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, pieces, chunk, width).swapaxes(0, 1)
     targets = jnp.pad(tokens, ((0, 0), (0, padding))).reshape(rows, pieces, chunk).swapaxes(0, 1)
 
-    @jax.checkpoint
-    def score(piece: tuple[Array, Array]) -> tuple[Array, Array | None]:
-        states, wanted = piece
+    def score(states: Array, wanted: Array) -> tuple[Array, Array | None]:
         scaled = logits(config, params, states) / temperature
         log_probs, normaliser = token_log_probs(scaled, wanted)
         if not with_entropy:
@@ -222,13 +244,16 @@ def score_tokens(
         scaled, normaliser = jax.lax.stop_gradient((scaled, normaliser))
         return log_probs, normaliser - jnp.sum(jnp.exp(scaled - normaliser[..., None]) * scaled, axis=-1)
 
-    scores = TokenScores(*jax.lax.map(score, (hidden, targets)))
+    score = scores_with_slopes(score) if frozen_head else jax.checkpoint(score)
+    # Unrolled when there is one piece: XLA's CPU backend runs what is inside loops with fewer threads.
+    _, found = jax.lax.scan(lambda _, piece: (None, score(*piece)), None, (hidden, targets), unroll=pieces == 1)
+    scores = TokenScores(*found)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, -1)[:, :length], scores)
 
 
 def completion_log_probs(
     config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, prefix: Prefix, tokens: Array, mask: Array, *,
-    temperature: float | Array = 1.0, chunk: int = SCORE_CHUNK, with_entropy: bool = False) -> TokenScores:
+    temperature: float | Array = 1.0, chunk: int = SCORE_CHUNK, with_entropy: bool = False, frozen_head: bool = False) -> TokenScores:
     """Teacher-forced log-probabilities of completions given their prompts; differentiable, also through the prefix.
 
     Args:
@@ -241,6 +266,7 @@ def completion_log_probs(
       temperature: positive; that of the sampler.
       chunk: positions whose logits exist at once.
       with_entropy: whether the entropy is returned too.
+      frozen_head: see `score_tokens`.
 
     Returns:
       Scores of the shape of `tokens`, zero where masked.
@@ -249,7 +275,7 @@ def completion_log_probs(
     tokens = tokens.reshape(-1, shape[-1])
     hidden = completion_hidden_states(config, params, adapter, prefix, tokens, flat_mask)
     scores = score_tokens(
-        config, params, hidden, tokens, temperature=temperature, chunk=chunk, with_entropy=with_entropy)
+        config, params, hidden, tokens, temperature=temperature, chunk=chunk, with_entropy=with_entropy, frozen_head=frozen_head)
     return jax.tree.map(lambda x: jnp.where(flat_mask, x, 0.0).reshape(shape), scores)
 
 

@@ -57,7 +57,7 @@ def stream(
         read = encode_caption(tokenizer, mixed_caption(scene, rng) if rng.random() < 0.3 else scene_stream.full_caption(scene, rng))
         caption_ids, caption_mask = scene_stream.pad_ids(said, length, pad)
         text_ids, text_mask = scene_stream.pad_ids(read, length, pad)
-        seen = scene_stream.cell_attributes(world, scene)
+        seen = scene_stream.cell_attributes(scene)
         return fields | seen | {"caption_ids": caption_ids, "caption_mask": caption_mask, "text_ids": text_ids, "text_mask": text_mask}
 
     return scene_stream.stream(example, batch_size)

@@ -38,11 +38,11 @@ def clip_stream(world: World, tokenizer, *, seed: int, batch_size: int, side: in
     def example(index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([seed, 11, index])
         scene = world.scene_at("train", index, seed)
-        pair = (scene, scene_stream.edited(world, scene, rng))
+        pair = (scene, scene_stream.edited(scene, rng))
         ids = [scene_stream.pad_ids(encode_caption(tokenizer, scene_stream.full_caption(one, rng)), length, pad)[0] for one in pair]
         return {
             "pixels": np.stack([scene_stream.pixels_of(world, one, side) for one in pair]), "ids": np.stack(ids),
-            **jax.tree.map(lambda *leaves: np.stack(leaves), *(scene_stream.cell_attributes(world, one) for one in pair))}
+            **jax.tree.map(lambda *leaves: np.stack(leaves), *(scene_stream.cell_attributes(one) for one in pair))}
 
     return scene_stream.stream(example, batch_size)
 
@@ -72,7 +72,7 @@ def dino_stream(world: World, *, seed: int, batch_size: int, side: int):
 
     def example(index: int) -> dict[str, np.ndarray]:
         scene = world.scene_at("train", index, seed + 1)
-        return {"pixels": scene_stream.pixels_of(world, scene, side), "classes": scene_stream.cell_classes(world, scene)}
+        return {"pixels": scene_stream.pixels_of(world, scene, side), "classes": scene_stream.cell_classes(scene)}
 
     return scene_stream.stream(example, batch_size)
 

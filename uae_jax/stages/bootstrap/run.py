@@ -6,6 +6,7 @@ stopped. What a phase makes is written to `workdir/model/...` before the next on
 
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ from uae_jax.models.encoders import clip, dino
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config
 from uae_jax.models.encoders.preprocess import Preprocess, clip_preprocessor
 from uae_jax.models.encoders.tables import dinov2_rules
-from uae_jax.models.encoders.weights import pooled_empty_prompt, save_clip
+from uae_jax.models.encoders.weights import open_encoder, pooled_empty_prompt, save_clip
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig
@@ -34,10 +35,11 @@ from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.models.sd3.weights import load_vae, transformer_rules, vae_rules
 from uae_jax.models.uae import UAE
 from uae_jax.stages import pretrain
-from uae_jax.stages.bootstrap import captioner, decoder, encoders, vae
+from uae_jax.stages.bootstrap import caption_scorer, captioner, decoder, encoders, vae
 from uae_jax.stages.bootstrap.scene_stream import World, open_world
 from uae_jax.stages.pretrain import PretrainConfig
 from uae_jax.stages.settings import frozen
+from uae_jax.stages.weights import model_folder
 from uae_jax.training.loop import LoopConfig, run_stage
 from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -171,18 +173,44 @@ def decoder_phase(run: Run) -> None:
         "projector": qwen.init_projector(
             jax.random.fold_in(run.key, 50), language.text.width, phase.projector_width, model.joint_attention_dim),
         "transformer": transformer.init_params(model, jax.random.fold_in(run.key, 51))}
-    data = decoder.stream(
-        run.world, run.tokenizer, seed=config.seed, batch_size=phase.batch_size, side=config.side, length=phase.caption_tokens,
-        pad=run.pad(), full_fraction=phase.full_fraction)
     settings = PretrainConfig(
         steps=phase.steps, batch_size=phase.batch_size, optimizer=OptimizerConfig(), time_shift=phase.time_shift,
         condition_dropout=phase.condition_dropout)
     described = UAE(language, model, vae_config, run.template(), config.side)
-    state = train(run, "decoder", pretrain.algorithm(described, settings), params, parts, data, steps=phase.steps, ema_decay=phase.ema_decay)
+    algorithm = pretrain.algorithm(described, settings)
+
+    def data(batch_size: int, seed: int, mistakes: float):
+        return decoder.stream(
+            run.world, run.tokenizer, seed=seed, batch_size=batch_size, side=config.side, length=phase.caption_tokens, pad=run.pad(),
+            full_fraction=phase.full_fraction, detail_high=phase.detail_high, mistakes=mistakes)
+
+    params = train(
+        run, "decoder", algorithm, params, parts, data(phase.batch_size, config.seed, 0.0), steps=phase.steps, ema_decay=phase.ema_decay).ema
+    last = config.mistakes
+    if last.steps:
+        stream = data(last.batch_size, config.seed + 100, last.probability)
+        params = train(run, "mistakes", algorithm, params, parts, stream, steps=last.steps).params
     write_tensors(
-        run.model / "dit", published_tensors(state.ema["transformer"], transformer_rules(model), STORED), stem="diffusion_pytorch_model")
-    write_tensors(run.model / "llm", qwen_weights.tensors(language, {**parts, "projector": state.ema["projector"]}, STORED))
+        run.model / "dit", published_tensors(params["transformer"], transformer_rules(model), STORED), stem="diffusion_pytorch_model")
+    write_tensors(run.model / "llm", qwen_weights.tensors(language, {**parts, "projector": params["projector"]}, STORED))
     write_json(run.model / "dit" / "config.json", model.published(), indent=1)
+
+
+def caption_scorer_phase(run: Run) -> None:
+    """Writes `caption_scorer`: the image tower of `clip`, and a text tower of its own."""
+    phase, pad = run.config.caption_scorer, run.pad()
+    source = open_encoder(run.model / "clip")
+    towers, preprocess = source.load(), source.preprocess()
+    model = caption_scorer.text_config(source.config, phase.text, pad)
+    data = caption_scorer.stream(
+        run.world, run.tokenizer, seed=run.config.seed, batch_size=phase.batch_size, side=run.config.side,
+        length=run.config.caption_tokens, pad=pad, full_fraction=phase.full_fraction)
+    params = {"text": clip.init_params(model.text, jax.random.fold_in(run.key, 70))["text"], "logit_scale": jnp.float32(model.logit_scale_init_value)}
+    frozen_tower = {"vision": jax.tree.map(jnp.asarray, towers["vision"])}
+    state = train(run, "caption_scorer", caption_scorer.algorithm(model, preprocess), params, frozen_tower, data, steps=phase.steps)
+    folder = run.model / "caption_scorer"
+    save_clip(folder, model, jax.tree.map(np.asarray, {**frozen_tower, **state.params}))
+    write_json(folder / "preprocessor_config.json", clip_preprocessor(run.config.side), indent=1)
 
 
 def write_text_encoders(run: Run) -> None:
@@ -204,7 +232,20 @@ PHASES: dict[str, tuple[str, Callable[[Run], None]]] = {
     "dinov2": ("dinov2/preprocessor_config.json", dinov2_phase),
     "captioner": ("llm/model.safetensors", captioner_phase),
     "decoder": ("dit/config.json", decoder_phase),
+    "caption_scorer": ("caption_scorer/preprocessor_config.json", caption_scorer_phase),
 }
+
+
+def copy_parts(config: Any, model: pathlib.Path) -> None:
+    """Copies what no phase of the config makes from the folder `config.start` (`builtin`: the built-in model), once."""
+    source = model_folder("" if config.start == "builtin" else config.start)
+    made = {PHASES[name][0].split("/")[0] for name in config.phases} - {"llm", "SD3"}
+    for folder in source.iterdir():
+        if folder.is_dir() and folder.name not in made and not (model / folder.name).exists():
+            partial = model / f".{folder.name}.tmp"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(folder, partial)
+            partial.rename(model / folder.name)
 
 
 def bootstrap(config: Any, workdir: pathlib.Path) -> pathlib.Path:
@@ -216,9 +257,19 @@ def bootstrap(config: Any, workdir: pathlib.Path) -> pathlib.Path:
 
     Returns:
       The model's folder.
+
+    Raises:
+      ValueError: an unknown phase.
+      FileNotFoundError: the folder to start from does not exist.
     """
+    for name in config.phases:
+        if name not in PHASES:
+            raise ValueError(f"config.phases names {name!r}; the phases are {', '.join(PHASES)}")
     model = workdir / "model"
     world = open_world(config.data)
+    if config.start:
+        model.mkdir(exist_ok=True)
+        copy_parts(config, model)
     write_scene_tokenizer(
         model / "llm_processor", world.words, patch_size=config.captioner.vision.patch_size, max_pixels=config.side**2)
     writer = MetricWriter(workdir, tensorboard=False)

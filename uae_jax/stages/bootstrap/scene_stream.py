@@ -24,8 +24,7 @@ class World:
     Attributes:
       words: of all captions and of the prompt.
       scene_at: `(split, index, seed) -> scene`; draw: `(scene, side) -> uint8 [side, side, 3]`.
-      values: what the facts of an object can be, the noun's first; a position is none of them.
-      backgrounds: names.
+      values, backgrounds: what the facts of such scenes can be; see `scenes.Scene`.
     """
 
     words: tuple[str, ...]
@@ -46,9 +45,7 @@ class World:
         return 1 + math.prod(len(values) for values in self.values.values())
 
 
-SHAPE_WORLD = World(
-    scene_captions.WORDS, scenes.scene_at, scenes.draw,
-    {"shape": scenes.SHAPES, "colour": tuple(scenes.COLOURS), "size": scenes.SIZES}, tuple(scenes.BACKGROUNDS))
+SHAPE_WORLD = World(scene_captions.WORDS, scenes.scene_at, scenes.draw, scenes.VALUES, scenes.Scene.backgrounds)
 
 
 def open_world(data: Any) -> World:
@@ -63,8 +60,7 @@ def open_world(data: Any) -> World:
     if data.source != "emoji":
         raise ValueError(f"config.data.source is {data.source!r}; the bootstrap knows scenes and emoji")
     found = emoji.EmojiSet(data.folder)
-    return World(
-        found.words, found.scene_at, found.draw, {"name": found.names, "size": scenes.SIZES}, tuple(emoji.BACKGROUNDS))
+    return World(found.words, found.scene_at, found.draw, found.values, emoji.EmojiScene.backgrounds)
 
 
 def stream(example: Callable[[int], dict[str, np.ndarray]], batch_size: int):
@@ -88,14 +84,14 @@ def pad_ids(ids: list[int], length: int, pad: int) -> tuple[np.ndarray, np.ndarr
     return np.array(ids + [pad] * (length - len(ids)), np.int32), np.arange(length) < len(ids)
 
 
-def edited(world: World, scene: scenes.Scene, rng: np.random.Generator) -> scenes.Scene:
+def edited(scene: scenes.Scene, rng: np.random.Generator) -> scenes.Scene:
     """The scene with one fact changed: a hard negative for contrastive learning."""
     position = int(rng.integers(-1, len(scene.objects)))
     if position < 0:
-        others = [name for name in world.backgrounds if name != scene.background]
+        others = [name for name in scene.backgrounds if name != scene.background]
         return dataclasses.replace(scene, background=others[rng.integers(len(others))])
     item = scene.objects[position]
-    field, values = tuple(world.values.items())[rng.integers(len(world.values))]
+    field, values = tuple(scene.values.items())[rng.integers(len(scene.values))]
     others = [value for value in values if value != getattr(item, field)]
     changed = dataclasses.replace(item, **{field: others[rng.integers(len(others))]})
     return dataclasses.replace(scene, objects=(*scene.objects[:position], changed, *scene.objects[position + 1 :]))
@@ -106,22 +102,22 @@ def full_caption(scene: scenes.Scene, rng: np.random.Generator) -> str:
     return caption(scene, rng, 1.0, shuffle=bool(rng.random() < 0.5))
 
 
-def cell_classes(world: World, scene: scenes.Scene) -> np.ndarray:
+def cell_classes(scene: scenes.Scene) -> np.ndarray:
     """int32 `[5]`: the class of each cell in raster order, then that of the background."""
     classes = np.zeros(CELLS + 1, np.int32)
     for item in scene.objects:
         number = 0
-        for name, values in world.values.items():
+        for name, values in scene.values.items():
             number = number * len(values) + values.index(getattr(item, name))
         classes[2 * item.row + item.column] = 1 + number
-    classes[CELLS] = world.backgrounds.index(scene.background)
+    classes[CELLS] = scene.backgrounds.index(scene.background)
     return classes
 
 
-def cell_attributes(world: World, scene: scenes.Scene) -> dict[str, np.ndarray]:
+def cell_attributes(scene: scenes.Scene) -> dict[str, np.ndarray]:
     """`cell` int32 `[4, A]`, the attributes of each cell in raster order (first 0 = nothing), and `background` int32 `[]`."""
-    cells = np.zeros((CELLS, len(world.values)), np.int32)
+    cells = np.zeros((CELLS, len(scene.values)), np.int32)
     for item in scene.objects:
-        known = [values.index(getattr(item, name)) for name, values in world.values.items()]
+        known = [values.index(getattr(item, name)) for name, values in scene.values.items()]
         cells[2 * item.row + item.column] = 1 + known[0], *known[1:]
-    return {"cell": cells, "background": np.int32(world.backgrounds.index(scene.background))}
+    return {"cell": cells, "background": np.int32(scene.backgrounds.index(scene.background))}

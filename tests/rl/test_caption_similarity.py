@@ -1,0 +1,80 @@
+"""The control reward: similarity of captions and pictures, of sampled tokens, without drawings."""
+
+import jax
+import numpy as np
+import pytest
+
+from uae_jax.models.encoders import clip
+from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from uae_jax.models.encoders.preprocess import Preprocess, apply
+from uae_jax.models.encoders.weights import save_clip
+from uae_jax.rl import caption_similarity, rewards
+
+SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
+PAD = 7
+CONFIG = CLIPConfig(
+    CLIPVisionConfig(image_size=16, patch_size=8, **SMALL),
+    CLIPTextConfig(vocab_size=20, max_position_embeddings=9, bos_token_id=PAD, eos_token_id=PAD, pad_token_id=PAD, **SMALL))
+SCORER = caption_similarity.CaptionScorer(CONFIG, Preprocess(size=(16,), crop=(16, 16)))
+LENGTHS = np.array([3, 8, 0, 5, 5, 1], np.int32)
+reward_of = jax.jit(caption_similarity.caption_reward, static_argnums=(0, 5))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return clip.init_params(CONFIG, jax.random.key(0))
+
+
+def tokens(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(8, 20, (6, 8)).astype(np.int32)
+
+
+def pixels() -> np.ndarray:
+    return np.random.default_rng(3).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+
+
+def test_it_is_the_cosine_of_both_towers(params):
+    found = np.asarray(reward_of(SCORER, params, pixels(), tokens(), LENGTHS, 3))
+    images = clip.image_features(CONFIG, params, apply(SCORER.preprocess, (pixels() + 1) / 2))
+    for row, (ids, length) in enumerate(zip(tokens(), LENGTHS)):
+        text = clip.text_features(CONFIG, params, np.array([[*ids[:length], PAD]]))[0]
+        image = images[row // 3]
+        cosine = np.dot(text, image) / np.linalg.norm(text) / np.linalg.norm(image)
+        assert found[row // 3, row % 3] == pytest.approx(float(cosine), abs=1e-5)
+
+
+def test_what_follows_a_caption_does_not_count_and_what_is_in_it_does(params):
+    first, other = tokens(), tokens(1)
+    inside = np.arange(8) < LENGTHS[:, None]
+    rewards = reward_of(SCORER, params, pixels(), first, LENGTHS, 3)
+    np.testing.assert_allclose(reward_of(SCORER, params, pixels(), np.where(inside, first, other), LENGTHS, 3), rewards, atol=1e-6)
+    changed = np.asarray(reward_of(SCORER, params, pixels(), np.where(inside, other, first), LENGTHS, 3))
+    np.testing.assert_array_equal((np.abs(changed - rewards) > 1e-4).reshape(-1), LENGTHS > 0)
+
+
+def test_the_mix_adds_it_with_its_weight(params):
+    said = np.asarray(reward_of(SCORER, params, pixels(), tokens(), LENGTHS, 3))
+    config = rewards.RewardConfig((), (), caption_weight=2.0)
+    alone, terms = rewards.mixed_reward(config, (), {}, pixels(), np.zeros((6, 16, 16, 3)), 3, said)
+    assert set(terms) == {"caption"}
+    np.testing.assert_allclose(alone, 2 * said)
+    config = rewards.RewardConfig((), (), pixel_weight=1.0, caption_weight=0.5)
+    both, terms = rewards.mixed_reward(config, (), {}, pixels(), np.repeat(pixels(), 3, axis=0), 3, said)
+    np.testing.assert_allclose(both, 1 + 0.5 * said, atol=1e-6)
+    with pytest.raises(ValueError, match="no caption similarities"):
+        rewards.mixed_reward(config, (), {}, pixels(), np.zeros((6, 16, 16, 3)), 3)
+    with pytest.raises(ValueError, match="cold_start does not train captions"):
+        config.check_drawings_alone("cold_start")
+
+
+def test_a_folder_that_reads_other_tokens_or_shorter_texts_is_refused(params, tmp_path):
+    save_clip(tmp_path / "both", CONFIG, params)
+    scorer, read = caption_similarity.load_caption_scorer(tmp_path / "both", 20, 8)
+    assert scorer.config == CONFIG and set(read) == {"vision", "text", "logit_scale"}
+    with pytest.raises(ValueError, match="knows 20 tokens and the captioner 43"):
+        caption_similarity.load_caption_scorer(tmp_path / "both", 43, 8)
+    with pytest.raises(ValueError, match="captions of 9 tokens and an end need 10"):
+        caption_similarity.load_caption_scorer(tmp_path / "both", 20, 9)
+    save_clip(tmp_path / "image", CONFIG.vision, params)
+    with pytest.raises(ValueError, match="no CLIP with both towers"):
+        caption_similarity.load_caption_scorer(tmp_path / "image", 20, 8)

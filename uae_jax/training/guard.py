@@ -1,0 +1,209 @@
+"""Divergence guard: bounds on what a stage reports of its steps.
+
+The loop asks `Guard` after every step; when a bound is passed it stops the stage and restores the stage's last good checkpoint.
+A single gradient outlier does no harm: `skip_outliers` leaves its update out inside the compiled step.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+
+# what the guard reads of a step's metrics; a stage that does not report one of them is not judged by it
+WATCHED = ("loss", "grad_norm", "reward", "kl", "truncated_fraction", "outlier_updates")
+# what tripped, in words that continue "... is VALUE, its bound is BOUND"
+MEANINGS = {
+    "non_finite": "the number of recent steps whose loss or gradient is not finite",
+    "gradient_outliers": "the number of recent updates that were left out as gradient outliers",
+    "reward_fall": "the fall of the running-mean reward from its best",
+    "kl": "the running-mean KL to the reference policy",
+    "truncated": "the running share of captions cut off at the length limit"}
+COUNTS = ("non_finite", "gradient_outliers")
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """Bounds of every stage; 0 switches one off.
+
+    Attributes:
+      window: steps of running means and of "recent", and updates of the running median. Means are judged once they are full.
+      reward_fall: the running-mean reward may fall by so much from its best.
+      non_finite: so many recent steps with a loss or gradient that is not finite trip; their updates are left out by the step.
+        With 0 the first such loss ends the run (`FloatingPointError`).
+      gradient_ratio: an update whose gradient norm is more than so many times the running median is left out.
+      gradient_outliers: so many recent updates left out trip.
+      kl: bound of the running-mean metric `kl`.
+      flow_kl: the same for und_for_gen, whose KL is a mean over latent numbers instead of tokens.
+      truncated: bound of the running-mean `truncated_fraction`.
+      margin: a checkpoint is good while nothing exceeds this share of its bound.
+
+    Raises:
+      ValueError: a negative bound, a window below 2, or a margin outside (0, 1].
+    """
+
+    window: int = 10
+    reward_fall: float = 0.0
+    non_finite: int = 0
+    gradient_ratio: float = 0.0
+    gradient_outliers: int = 0
+    kl: float = 0.0
+    flow_kl: float = 0.0
+    truncated: float = 0.0
+    margin: float = 0.5
+
+    def __post_init__(self) -> None:
+        bounds = (*self.bounds().values(), self.gradient_ratio, self.flow_kl)
+        if self.window < 2 or not 0 < self.margin <= 1 or not all(bound >= 0 and math.isfinite(bound) for bound in bounds):
+            raise ValueError("guard: window must be at least 2, margin above 0 and at most 1, and every bound 0 (off) or more")
+        if 0 < self.gradient_ratio <= 1 or (self.gradient_outliers and not self.gradient_ratio):
+            raise ValueError("guard.gradient_ratio must be above 1, and set where gradient_outliers is; 0 switches both off")
+
+    def bounds(self) -> dict[str, float]:
+        """Bound by name (`MEANINGS`), those that are off included."""
+        return {name: getattr(self, name) for name in MEANINGS}
+
+    @property
+    def on(self) -> bool:
+        """Whether anything can trip."""
+        return any(self.bounds().values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Trip:
+    """What passed its bound: a name of `MEANINGS`, after which step, its value and its bound."""
+
+    what: str
+    step: int
+    value: float
+    bound: float
+
+
+class Tripped(Exception):
+    """Ends the steps of a stage; the loop restores its last good checkpoint."""
+
+    def __init__(self, trip: Trip) -> None:
+        super().__init__(f"{MEANINGS[trip.what]} is {trip.value:.4g} after step {trip.step}, its bound is {trip.bound:.4g}")
+        self.trip = trip
+
+
+class Guard:
+    """The running statistics of a stage. Equal metrics in equal order give equal statistics, over restarts too.
+
+    Args:
+      config: bounds.
+      statistics: of `statistics()`, to go on from there.
+    """
+
+    def __init__(self, config: GuardConfig, statistics: Mapping[str, Any] | None = None) -> None:
+        self.config = config
+        saved = statistics or {"recent": {}, "best": None, "outliers": 0}
+        self._recent: dict[str, list[float]] = {name: list(values) for name, values in saved["recent"].items()}
+        self._best: float | None = saved["best"]
+        self._outliers: float = saved["outliers"]
+
+    def statistics(self) -> dict[str, Any]:
+        """Everything the next step is judged by, JSON-able."""
+        return {"recent": {name: list(values) for name, values in self._recent.items()}, "best": self._best, "outliers": self._outliers}
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> Trip | None:
+        """Takes in the metrics of the next step, and says whether a bound is passed.
+
+        Args:
+          step: its number.
+          metrics: those of `WATCHED` that the stage reports; values that are not finite stay out of the means.
+        """
+        lost = not all(math.isfinite(metrics.get(name, 0.0)) for name in ("loss", "grad_norm"))
+        self._append("non_finite", float(lost))
+        outliers = metrics.get("outlier_updates", 0.0)
+        self._append("gradient_outliers", outliers - self._outliers)
+        self._outliers = outliers
+        for name in ("reward", "kl", "truncated_fraction"):
+            if math.isfinite(metrics.get(name, math.nan)):
+                self._append(name, metrics[name])
+        mean = self._mean("reward")
+        if mean is not None:
+            self._best = mean if self._best is None else max(self._best, mean)
+        for name, value in self.measured().items():
+            bound = self.config.bounds()[name]
+            if bound and (value >= bound if name in COUNTS else value > bound):
+                return Trip(name, step, float(value), float(bound))
+        return None
+
+    def measured(self) -> dict[str, float]:
+        """What is compared with the bounds, by name; running means only once their window is full."""
+        mean = self._mean("reward")
+        means = {
+            "reward_fall": None if mean is None else self._best - mean, "kl": self._mean("kl"), "truncated": self._mean("truncated_fraction")}
+        counts = {name: sum(self._recent.get(name, ())) for name in COUNTS}
+        return counts | {name: value for name, value in means.items() if value is not None}
+
+    @property
+    def fine(self) -> bool:
+        """Whether a checkpoint written now is good: nothing exceeds `margin` of its bound."""
+        bounds = self.config.bounds()
+        return all(not bounds[name] or value <= self.config.margin * bounds[name] for name, value in self.measured().items())
+
+    def _append(self, name: str, value: float) -> None:
+        self._recent[name] = [*self._recent.get(name, ()), float(value)][-self.config.window :]
+
+    def _mean(self, name: str) -> float | None:
+        values = self._recent.get(name, ())
+        return math.fsum(values) / len(values) if len(values) == self.config.window else None
+
+
+class OutlierState(NamedTuple):
+    """Optimizer state of `skip_outliers`.
+
+    Attributes:
+      norms: float32 [window], gradient norms of the last updates, 0 where there was none yet.
+      seen: int32 [], norms written so far.
+      outliers: int32 [], updates left out so far.
+      inner: state of the optimizer inside.
+    """
+
+    norms: jax.Array
+    seen: jax.Array
+    outliers: jax.Array
+    inner: PyTree
+
+
+def skip_outliers(optimizer: optax.GradientTransformation, config: GuardConfig) -> optax.GradientTransformation:
+    """The optimizer, which leaves out updates whose gradient norm is more than `gradient_ratio` times the running median.
+
+    An outlier changes neither parameters nor moments. Its norm does enter the window, so that a lasting change of scale is taken
+    for what it is within half a window; norms of 0 (no sample had an advantage) do not. Nothing is left out before the window
+    is full. With `gradient_ratio` 0 the optimizer is returned as it is.
+
+    Args:
+      optimizer: clipping included: norms are measured before it.
+      config: of the guard.
+    """
+    if not config.gradient_ratio:
+        return optimizer
+    window = config.window
+
+    def init(params: PyTree) -> OutlierState:
+        return OutlierState(jnp.zeros(window, jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), optimizer.init(params))
+
+    def update(gradients: PyTree, state: OutlierState, params: PyTree | None = None) -> tuple[PyTree, OutlierState]:
+        norm = optax.tree.norm(gradients).astype(jnp.float32)
+        outlier = (state.seen >= window) & (norm > config.gradient_ratio * jnp.median(state.norms))
+        changes, inner = optimizer.update(gradients, state.inner, params)
+        changes = jax.tree.map(lambda change: jnp.where(outlier, jnp.zeros_like(change), change), changes)
+        inner = jax.tree.map(lambda new, old: jnp.where(outlier, old, new), inner, state.inner)
+        counted = norm > 0
+        norms = jnp.where(counted, state.norms.at[state.seen % window].set(norm), state.norms)
+        return changes, OutlierState(norms, state.seen + counted, state.outliers + outlier, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def outlier_metrics(opt_state: PyTree) -> dict[str, jax.Array]:
+    """`outlier_updates`, the updates left out so far, where the optimizer is one of `skip_outliers`."""
+    return {"outlier_updates": opt_state.outliers} if isinstance(opt_state, OutlierState) else {}
