@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from uae_jax import sharding, trees
 from uae_jax.data.loader import RowBuilder, batch_spec, make_loader
 from uae_jax.data.sources import Example, FolderSource, SceneSource, Source, TfdsSource
+from uae_jax.files.json_files import write_json
 from uae_jax.rl.caption_policy import CaptionPolicy
 from uae_jax.rl.flow_policy import FlowPolicy
 from uae_jax.rl.nft_policy import NftPolicy
@@ -32,7 +33,7 @@ from uae_jax.stages.weights import ModelConfig, load_system
 from uae_jax.training import processes
 from uae_jax.training.guard import GuardConfig, skip_outliers
 from uae_jax.training.loop import Hooks, LoopConfig, StageResult, check_configuration, run_stage
-from uae_jax.training.metrics import MetricWriter, write_json
+from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.report import write_report
 from uae_jax.training.step import TrainState, init_state
