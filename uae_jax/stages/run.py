@@ -157,6 +157,16 @@ def open_sources(config: DataConfig, seed: int, heldout: int) -> tuple[Source, l
     raise ValueError(f"config.data.source is {config.source!r}; choose scenes, folder or tfds")
 
 
+def with_drawing_policy(parts: Mapping) -> dict:
+    """The parts with the whole transformer that und_for_gen has trained, if any, in place of its reference.
+
+    Programs that look at no reference are the same then before and after that stage, and a stage of supervised training goes on from it.
+    """
+    rest = dict(parts)
+    policy = rest.pop("transformer_policy", None)
+    return rest if policy is None else {**rest, "transformer": policy}
+
+
 class Run:
     """What all stages of one run share, and the model's parts as the stages leave them.
 
@@ -207,10 +217,13 @@ class Run:
                 self.policy(stage)
 
     def _with_adapters(self, parts: Mapping) -> dict:
-        """Adapters that are zero, for the stages that will train one: all stages then share their compiled programs."""
+        """Adapters that are zero, for the stages that will train one: all stages then share their compiled programs.
+
+        A stage that trains a whole copy makes it when it begins, of what the stages before it have trained.
+        """
         whole = dict(parts)
         for _, stage in self.config.order():
-            if stage in RL_STAGES:
+            if stage in RL_STAGES and getattr(self.config, stage).train == "lora":
                 whole |= STAGES[stage][1](whole, getattr(self.config, stage), self.key)
         return whole
 
@@ -237,6 +250,8 @@ class Run:
         if stage == "und_for_gen":
             guard = dataclasses.replace(guard, kl=guard.flow_kl)
         optimizer = skip_outliers(make_optimizer(config.optimizer, total), guard)
+        if stage not in RL_STAGES:
+            self.parts = with_drawing_policy(self.parts)
         start = STAGES[stage][1](self.parts, config, trees.name_key(self.key, name))
         state = sharding.make_on(self.mesh, lambda parts: init_state(parts, optimizer, ema=bool(config.ema_decay)), start)
         # from here on the trained parts live in the state alone: a second copy of 8 B weights would not fit
@@ -281,11 +296,11 @@ class Run:
 
     def score(self, state: TrainState, name: str, when: str) -> dict:
         """Held-out scores of a stage's state; samples go to `samples/<name>_<when>`."""
-        return self.evaluator(self.trained(state), self.workdir / "samples" / f"{name}_{when}")
+        return self.evaluator(with_drawing_policy(self.trained(state)), self.workdir / "samples" / f"{name}_{when}")
 
     def score_during(self, state: TrainState, name: str, step: int) -> dict[str, float]:
         """Held-out scores in the middle of a stage; samples go to `samples/<name>_step<step>`."""
-        return self.evaluator.during(self.trained(state), self.workdir / "samples" / f"{name}_step{step}")
+        return self.evaluator.during(with_drawing_policy(self.trained(state)), self.workdir / "samples" / f"{name}_step{step}")
 
     def digest(self) -> str:
         """Of everything in the configuration that changes numbers; a checkpoint of another one is refused."""
