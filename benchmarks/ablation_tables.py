@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import matplotlib.figure
 import numpy as np
 
+from benchmarks.documents import replace_block
 from configs import ablations
 
 RECORD = "arm.json"
-BEGIN, END = "<!-- ablations: written by benchmarks.ablations; do not edit up to the next mark -->", "<!-- end of the ablations -->"
 KINDS = ("background", "position", "size", "colour", "shape")
 # heading -> score; the encoders are named as what they are, whichever of them an arm's reward was
 _SEEN = {"CLIP": "reward", "DINOv2": "heldout_score", "scene accuracy": "scene_accuracy"}
@@ -154,20 +154,6 @@ def _points(axes, height: int, found: Sequence[dict], color: str) -> None:
     axes.plot([np.mean(values)], [height], "o", color=color, ms=5)
 
 
-def replace_block(text: str, block: str) -> str:
-    """A page with the block between the marks, or at its end when it has none.
-
-    Raises:
-      ValueError: the page has one mark without the other.
-    """
-    if (BEGIN in text) != (END in text) or text.find(END) < text.find(BEGIN):
-        raise ValueError(f"the page has one of the marks {BEGIN!r} and {END!r} without the other; restore or delete both")
-    block = f"{BEGIN}\n{block.strip()}\n{END}"
-    if BEGIN in text:
-        return text[:text.index(BEGIN)] + block + text[text.index(END) + len(END):]
-    return f"{text.rstrip()}\n\n{block}\n".lstrip()
-
-
 def write_page(
     page: pathlib.Path, workdir: pathlib.Path, names: Sequence[str], seeds: Sequence[int], same_as: Callable[[str], str] = lambda name: name) -> int:
     """Writes tables into a page and plots into `images/` beside it; what is written by hand stays.
@@ -183,7 +169,7 @@ def write_page(
       The number of runs that are missing.
     """
     text = page.read_text() if page.exists() else ""
-    replace_block(text, "")  # a page that cannot be written is refused before any plot
+    replace_block(text, "ablations", "")  # a page that cannot be written is refused before any plot
     results = {name: {} for name in ablations.ARMS}
     for name in results:
         for seed in seeds:
@@ -203,6 +189,6 @@ def write_page(
             figure.savefig(page.parent / image, dpi=80)
         lines += topic_section(topic, results, rows, seeds, image)
     fresh = page.with_name(f".{page.name}.tmp")
-    fresh.write_text(replace_block(text, "\n".join(lines)))
+    fresh.write_text(replace_block(text, "ablations", "\n".join(lines)))
     fresh.replace(page)
     return sum(seed not in results[name] for name in {same_as(name) for name in shown} for seed in seeds)

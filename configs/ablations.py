@@ -196,6 +196,9 @@ def _stages_config(arm: Arm) -> ml_collections.ConfigDict:
     # generation from short prompts is scored where the decoder is what learns
     draws = TOPICS[arm.topic].scores != "und"
     config.evaluation.images, config.evaluation.geneval_per_tag = 256, 32 if draws else 0
+    config.loop.eval_every = 0
+    # an arm that goes wrong is shown going wrong
+    config.guard.update(dict(reward_fall=0.0, kl=0.0, flow_kl=0.0, truncated=0.0))
     config.model.caption_scorer = ""
     config.gen_for_und.objective = "grpo"
     for stage in ("gen_for_und", "und_for_gen"):

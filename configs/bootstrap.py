@@ -52,7 +52,7 @@ def _tiny() -> dict:
                        joint_attention_dim=128, pooled_projection_dim=32, pos_embed_max_size=8, dual_attention_layers=(),
                        qk_norm="rms_norm")),
         # the end of the decoder's phase: captions in which each fact is wrong with this probability (docs/recipes.md); 0 steps for none
-        mistakes=dict(steps=200, batch_size=64, probability=0.25, optimizer=_optimizer(5e-4, 10)),
+        mistakes=dict(steps=200, batch_size=64, probability=0.25, optimizer=_optimizer(5e-4, 10) | dict(schedule="constant", b2=0.999)),
         caption_scorer=dict(
             steps=1200, batch_size=48, optimizer=_optimizer(1e-3), full_fraction=0.3,
             text=dict(hidden_size=96, intermediate_size=288, num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=40)))

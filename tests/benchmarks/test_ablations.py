@@ -10,6 +10,7 @@ import time
 
 import pytest
 from benchmarks import ablation_tables, ablations
+from benchmarks.documents import marks
 from configs import ablations as configs
 
 ROOT = pathlib.Path(ablations.__file__).parents[1]
@@ -139,11 +140,11 @@ def test_text_by_hand_stays_and_the_block_is_replaced(tmp_path):
     page.write_text("# Results\n\nBy hand.\n")
     ablation_tables.write_page(page, tmp_path, ["kl_0"], (0,))
     first = page.read_text()
-    assert first.startswith("# Results\n\nBy hand.\n\n" + ablation_tables.BEGIN) and first.count("### KL weight") == 1
+    assert first.startswith("# Results\n\nBy hand.\n\n" + marks("ablations")[0]) and first.count("### KL weight") == 1
     page.write_text(first + "\nAfter it.\n")
     ablation_tables.write_page(page, tmp_path, ["kl_0"], (0,))
     assert page.read_text() == first + "\nAfter it.\n"
-    page.write_text(first.replace(ablation_tables.END, ""))
+    page.write_text(first.replace(marks("ablations")[1], ""))
     with pytest.raises(ValueError, match="without the other"):
         ablation_tables.write_page(page, tmp_path, ["kl_0"], (0,))
 

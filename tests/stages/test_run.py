@@ -145,6 +145,21 @@ def test_rl_stages_report_what_is_not_their_reward(finished):
         assert line["stage"] not in run_module.RL_STAGES or "loss" not in line or {"caption_tokens", "truncated_fraction", "repetition"} <= set(line)
 
 
+def test_a_stage_that_trains_a_whole_copy_makes_it_of_what_earlier_stages_trained(config, tmp_path):
+    """At a rate that moves nothing the copy ends as it began, and the scores are those that the first stage has changed."""
+    still = dict(config["und_for_gen"]["optimizer"], learning_rate=1e-30)
+    values = changed(
+        config, stages=("pretrain", "und_for_gen"), und_for_gen=dict(train="full", optimizer=still, ema_decay=0.0),
+        pretrain=dict(train_projector=False, optimizer=dict(config["pretrain"]["optimizer"], learning_rate=0.05)))
+    pretrain, und_for_gen = run_module.run(values, tmp_path / "run")["stages"]
+    assert pretrain["before"] != pretrain["after"] == und_for_gen["after"]
+
+
+def test_supervised_training_goes_on_from_a_whole_copy():
+    copied = run_module.with_drawing_policy({"transformer": 1, "transformer_policy": 2, "vae": 3})
+    assert copied == {"transformer": 2, "vae": 3} == run_module.with_drawing_policy(copied)
+
+
 def test_running_again_changes_nothing(finished, config):
     summary, workdir = finished
     before = (workdir / "metrics.jsonl").read_bytes()

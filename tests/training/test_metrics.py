@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from uae_jax.training.metrics import Clock, MetricWriter, read_lines, write_json
+from uae_jax.files.json_files import write_json
+from uae_jax.training.metrics import Clock, MetricWriter, read_lines
 
 
 def write(workdir, stage, start, steps):

@@ -21,6 +21,7 @@ from uae_jax import sharding, trees
 from uae_jax.data.emoji import EmojiSet, EmojiSource
 from uae_jax.data.loader import RowBuilder, batch_spec, make_loader
 from uae_jax.data.sources import Example, FolderSource, SceneSource, Source, TfdsSource
+from uae_jax.files.json_files import write_json
 from uae_jax.rl.caption_policy import CaptionPolicy
 from uae_jax.rl.flow_policy import FlowPolicy
 from uae_jax.rl.nft_policy import NftPolicy
@@ -34,7 +35,7 @@ from uae_jax.stages.weights import ModelConfig, load_system
 from uae_jax.training import processes
 from uae_jax.training.guard import GuardConfig, skip_outliers
 from uae_jax.training.loop import Hooks, LoopConfig, StageResult, check_configuration, run_stage
-from uae_jax.training.metrics import MetricWriter, write_json
+from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.report import write_report
 from uae_jax.training.step import TrainState, init_state
@@ -159,6 +160,16 @@ def open_sources(config: DataConfig, seed: int, heldout: int) -> tuple[Source, l
     raise ValueError(f"config.data.source is {config.source!r}; choose scenes, emoji, folder or tfds")
 
 
+def with_drawing_policy(parts: Mapping) -> dict:
+    """The parts with the whole transformer that und_for_gen has trained, if any, in place of its reference.
+
+    Programs that look at no reference are the same then before and after that stage, and a stage of supervised training goes on from it.
+    """
+    rest = dict(parts)
+    policy = rest.pop("transformer_policy", None)
+    return rest if policy is None else {**rest, "transformer": policy}
+
+
 class Run:
     """What all stages of one run share, and the model's parts as the stages leave them.
 
@@ -209,10 +220,13 @@ class Run:
                 self.policy(stage)
 
     def _with_adapters(self, parts: Mapping) -> dict:
-        """Adapters that are zero, for the stages that will train one: all stages then share their compiled programs."""
+        """Adapters that are zero, for the stages that will train one: all stages then share their compiled programs.
+
+        A stage that trains a whole copy makes it when it begins, of what the stages before it have trained.
+        """
         whole = dict(parts)
         for _, stage in self.config.order():
-            if stage in RL_STAGES:
+            if stage in RL_STAGES and getattr(self.config, stage).train == "lora":
                 whole |= STAGES[stage][1](whole, getattr(self.config, stage), self.key)
         return whole
 
@@ -239,6 +253,8 @@ class Run:
         if stage == "und_for_gen":
             guard = dataclasses.replace(guard, kl=guard.flow_kl)
         optimizer = skip_outliers(make_optimizer(config.optimizer, total), guard)
+        if stage not in RL_STAGES:
+            self.parts = with_drawing_policy(self.parts)
         start = STAGES[stage][1](self.parts, config, trees.name_key(self.key, name))
         state = sharding.make_on(self.mesh, lambda parts: init_state(parts, optimizer, ema=bool(config.ema_decay)), start)
         # from here on the trained parts live in the state alone: a second copy of 8 B weights would not fit
@@ -283,11 +299,11 @@ class Run:
 
     def score(self, state: TrainState, name: str, when: str) -> dict:
         """Held-out scores of a stage's state; samples go to `samples/<name>_<when>`."""
-        return self.evaluator(self.trained(state), self.workdir / "samples" / f"{name}_{when}")
+        return self.evaluator(with_drawing_policy(self.trained(state)), self.workdir / "samples" / f"{name}_{when}")
 
     def score_during(self, state: TrainState, name: str, step: int) -> dict[str, float]:
         """Held-out scores in the middle of a stage; samples go to `samples/<name>_step<step>`."""
-        return self.evaluator.during(self.trained(state), self.workdir / "samples" / f"{name}_step{step}")
+        return self.evaluator.during(with_drawing_policy(self.trained(state)), self.workdir / "samples" / f"{name}_step{step}")
 
     def digest(self) -> str:
         """Of everything in the configuration that changes numbers; a checkpoint of another one is refused."""

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import jax
 import tqdm
 
+from uae_jax.files.json_files import write_json
 from uae_jax.training.checkpoint import Checkpoints, Restored, abstract
 from uae_jax.training.guard import WATCHED, Guard, GuardConfig, Trip, Tripped
-from uae_jax.training.metrics import Clock, MetricWriter, write_json
+from uae_jax.training.metrics import Clock, MetricWriter
 from uae_jax.training.signals import StopFlag, StopTraining, interrupt_as_terminate, stop_on_signals
 from uae_jax.training.step import TrainState
 

@@ -11,10 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from uae_jax.files.json_files import read_records, write_json, write_json_lines
-
-# write_json is of `files`; the loop and the stages have it from here
-__all__ = ["Clock", "MetricWriter", "read_lines", "write_json"]
+from uae_jax.files.json_files import read_records, write_json_lines
 
 
 class Clock:
