@@ -23,7 +23,7 @@ def _optimizer(learning_rate: float, **changes) -> dict:
 
 
 def _reward() -> dict:
-    return dict(names=("clip",), weights=(1.0,))
+    return dict(names=("clip",), weights=(1.0,), contrast=0.0)
 
 
 def _guard() -> dict:
