@@ -184,7 +184,7 @@ ARMS: dict[str, Arm] = {
     "gen_flow_grpo_independent": _gen("gen_method", "Flow-GRPO, independent noise", _FLOW_GRPO),
     "gen_adapter": _gen("gen_method", "an adapter of rank 32", {"und_for_gen.train": "lora"}),
     "gen_own_captions": _gen("gen_method", "the captioner's captions alone", {"und_for_gen.data_captions": 0.0}),
-    "gen_kl_0.1": _gen("gen_loss", "KL weight 0.1", {"und_for_gen.kl_weight": 0.1}),
+    "gen_kl_0": _gen("gen_loss", "KL weight 0", {"und_for_gen.kl_weight": 0.0}),
     "gen_kl_1": _gen("gen_loss", "KL weight 1", {"und_for_gen.kl_weight": 1.0}),
     "gen_advantage_batch": _gen("gen_loss", "advantages over the batch's deviation", {"und_for_gen.advantage_scale": "batch"}),
     "gen_advantage_none": _gen("gen_loss", "advantages as they are", {"und_for_gen.advantage_scale": "none"}),

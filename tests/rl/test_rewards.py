@@ -17,7 +17,7 @@ SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
 VISION = CLIPVisionConfig(image_size=16, patch_size=8, intermediate_size=64, projection_dim=12, **SMALL)
 SQUARE = Preprocess(size=(16,), crop=(16, 16))
 ENCODER = rewards.Encoder("clip", "clip", VISION, SQUARE)
-cosine_reward = jax.jit(rewards.cosine_reward, static_argnums=(0, 4), static_argnames="clamp")
+cosine_reward = jax.jit(rewards.cosine_reward, static_argnums=(0, 4), static_argnames=("clamp", "contrast"))
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,23 @@ def test_reconstructions_are_grouped_by_original(params):
     expected = np.ones((2, 3), bool)
     expected[0, 1] = False
     np.testing.assert_array_equal(np.asarray(reward) > 1 - 1e-5, expected)
+
+
+def test_a_contrast_takes_off_the_likeness_to_the_other_originals(params):
+    x, y = images(3), images(6, seed=1)
+    features = ENCODER.features(params, y).reshape(3, 2, -1)
+    cosines = np.asarray(jnp.einsum("bgd,cd->bgc", features, ENCODER.features(params, x), precision="highest"))
+    expected = [[cosines[b, g, b] - 0.5 * np.delete(cosines[b, g], b).mean() for g in range(2)] for b in range(3)]
+    np.testing.assert_allclose(cosine_reward(ENCODER, params, x, y, 2, contrast=0.5), expected, atol=1e-6)
+
+
+def test_with_full_contrast_one_drawing_for_every_picture_earns_nothing(params):
+    x, same = images(4), np.repeat(images(1, seed=1), 4, axis=0)
+    reward = cosine_reward(ENCODER, params, x, same, 1, contrast=1.0)
+    assert np.abs(reward).max() > 1e-4
+    np.testing.assert_allclose(np.mean(reward), 0, atol=1e-6)
+    with pytest.raises(ValueError, match="needs a batch of two or more"):
+        cosine_reward(ENCODER, params, x[:1], same[:1], 1, contrast=1.0)
 
 
 def test_identical_reconstructions_get_identical_rewards(params):

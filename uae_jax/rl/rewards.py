@@ -107,8 +107,11 @@ def _groups(original: Array, reconstruction: Array, group: int) -> None:
 
 def cosine_reward(
     encoder: Encoder, params: trees.Tree, original: Array, reconstruction: Array, group: int, *,
-    clamp: str = "hard") -> Array:
+    clamp: str = "hard", contrast: float = 0.0) -> Array:
     """Cosine of the features of each reconstruction and its original (arXiv 2509.09666, eq. 1).
+
+    With a contrast, so many times the mean cosine with the other originals is taken off: a drawing that is a little like every
+    picture, which is the best answer to a caption that says little, then earns nothing by that.
 
     Args:
       encoder: frozen image encoder.
@@ -117,17 +120,24 @@ def cosine_reward(
       reconstruction: `[B * G, H', W', 3]`; the G reconstructions of an original follow one another.
       group: G.
       clamp: see `clamp_image`.
+      contrast: 0 leaves the other originals out.
 
     Returns:
-      float32 `[B, G]` in [-1, 1]. Gradients flow to whatever is passed; callers stop them where they want none.
+      float32 `[B, G]` in [-1, 1] without contrast. Gradients flow to whatever is passed; callers stop them where they want none.
 
     Raises:
-      ValueError: there are not G reconstructions for each original.
+      ValueError: there are not G reconstructions for each original, or a contrast and one original alone.
     """
     _groups(original, reconstruction, group)
+    if contrast and len(original) < 2:
+        raise ValueError("a reward with contrast compares with the batch's other pictures; it needs a batch of two or more")
     target = encoder.features(params, original)
     features = encoder.features(params, clamp_image(reconstruction, clamp)).reshape(len(original), group, -1)
-    return jnp.sum(features * target[:, None], axis=-1)
+    own = jnp.sum(features * target[:, None], axis=-1)
+    if not contrast:
+        return own
+    others = (jnp.einsum("bgd,d->bg", features, target.sum(0), precision="highest") - own) / (len(original) - 1)
+    return own - contrast * others
 
 
 def pixel_reward(original: Array, reconstruction: Array, group: int, *, clamp: str = "hard") -> Array:
@@ -162,16 +172,18 @@ class RewardConfig:
       weights: one for each encoder.
       pixel_weight: of `pixel_reward`; 0 leaves it out.
       caption_weight: of `caption_similarity.caption_reward`, which looks at no drawing; 0 leaves it out. gen_for_und alone has it.
+      contrast: of `cosine_reward`; 0, as in the paper, looks at each drawing's own original alone.
       clamp: see `clamp_image`.
 
     Raises:
-      ValueError: names and weights do not go together, or there is no term at all.
+      ValueError: names and weights do not go together, there is no term at all, or a contrast outside [0, 1].
     """
 
     names: tuple[str, ...] = ("clip",)
     weights: tuple[float, ...] = (1.0,)
     pixel_weight: float = 0.0
     caption_weight: float = 0.0
+    contrast: float = 0.0
     clamp: str = "hard"
 
     def __post_init__(self):
@@ -182,6 +194,8 @@ class RewardConfig:
         others = (self.pixel_weight, self.caption_weight)
         if not all(math.isfinite(weight) for weight in (*self.weights, *others)):
             raise ValueError(f"reward weights must be finite, not {(*self.weights, *others)}")
+        if not 0 <= self.contrast <= 1:
+            raise ValueError(f"reward.contrast is {self.contrast}; it must be from 0 to 1")
         if self.clamp not in CLAMPS:
             raise ValueError(f"clamp {self.clamp!r} is not known; use one of {', '.join(CLAMPS)}")
 
@@ -217,7 +231,7 @@ def mixed_reward(
     if missing:
         raise ValueError(f"reward encoder {missing[0]!r} is not loaded; loaded: {', '.join(sorted(known)) or 'none'}")
     terms = {
-        name: cosine_reward(known[name], params[name], original, reconstruction, group, clamp=config.clamp)
+        name: cosine_reward(known[name], params[name], original, reconstruction, group, clamp=config.clamp, contrast=config.contrast)
         for name in config.names}
     pairs = list(zip(terms.values(), config.weights))
     if config.pixel_weight:
