@@ -123,8 +123,6 @@ def _emoji() -> dict:
     config["data"] |= dict(source="emoji", folder="data/emoji", image_size=64)
     # the prompts of the built-in scenes ask for shapes
     config["evaluation"] |= dict(geneval_per_tag=0)
-    config["pretrain"] |= dict(steps=200)
-    config["gen_for_und"] |= dict(steps=150)
     # 1e-4 at 65,536 latent numbers becomes 4e-4 at 4,096 (docs/correctness.md)
     config["und_for_gen"] |= dict(clip_range=4e-4)
     return config

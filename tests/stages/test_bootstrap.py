@@ -113,8 +113,10 @@ def test_the_decoder_reads_captions_with_mistakes_of_true_pictures(world, tmp_pa
     np.testing.assert_array_equal(true["pixels"], wrong["pixels"])
     for index in range(16):
         scene, words = world.scene_at("train", index, 3), decode_caption(tokenizer, wrong["caption_ids"][index])
-        score = scene_checker.caption_score(scene, words)
-        assert not score.unparsed and score.recall_by_kind["background"] == 0 < score.recall_by_kind["position"]
+        said = scene_checker.parse_caption(words, scene_checker.grammar_of(scene))
+        claimed = {dict(mention.claims)["position"]: dict(mention.claims) for mention in said.mentions}
+        assert not said.unparsed and said.backgrounds != (scene.background,) and claimed.keys() == {item.position for item in scene.objects}
+        assert all(claimed[item.position][name] != getattr(item, name) for item in scene.objects for name in scene.values)
         assert scene_checker.caption_score(scene, decode_caption(tokenizer, true["caption_ids"][index])).fact_recall == 1
 
 
