@@ -52,6 +52,7 @@ def import_libraries(column: str) -> None:
     """Libraries are not counted as a step's memory."""
     if column == "jax":
         import benchmarks.jax_side  # noqa: F401
+        from transformers import AutoTokenizer  # noqa: F401  (it brings torch where that is installed)
     else:
         import benchmarks.torch_side  # noqa: F401
 

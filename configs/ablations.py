@@ -176,6 +176,7 @@ ARMS: dict[str, Arm] = {
         "gen_controls", "both RL stages in turn, half as long, twice", ("gen_for_und", "und_for_gen"),
         {"rounds": 2, "gen_for_und.steps": lambda c: c.gen_for_und.steps // 2, "und_for_gen.steps": lambda c: c.und_for_gen.steps // 2},
         {"model.folder": "base_cold_start"}),
+    "gen_reward_plain": _gen("gen_reward", "CLIP, no contrast to the batch", {"und_for_gen.reward.contrast": 0.0}),
     "gen_reward_dinov2": _gen("gen_reward", "DINOv2", _reward("und_for_gen", "dinov2")),
     "gen_reward_pixels": _gen("gen_reward", "pixels", _reward("und_for_gen", pixels=1.0)),
     "gen_reward_clip_dinov2": _gen("gen_reward", "CLIP and DINOv2", _reward("und_for_gen", "clip", "dinov2")),

@@ -96,7 +96,7 @@ def _tiny() -> dict:
     config["sampler"] |= dict(shift=4.0, schedule="single")
     # captions are sampled as they are in training: the most probable caption would hide how much is left out
     config["evaluation"] |= dict(
-        images=512, images_during=64, batch_size=64, sampler_steps=16, guidance_scale=1.0, temperature=1.0, geneval_per_tag=48)
+        images=512, images_during=64, batch_size=64, sampler_steps=16, guidance_scale=1.0, temperature=1.0, geneval_per_tag=96)
     config["loop"] |= dict(save_every=20, eval_every=20)
     # 128 sampled captions a step are few, and an explored caption may well be long: bounds that healthy runs stay far from
     config["guard"] |= dict(kl=2.0, flow_kl=0.3, truncated=0.6, reward_fall=0.2)
@@ -107,8 +107,10 @@ def _tiny() -> dict:
     config["und_for_gen"] |= dict(
         # Flow-GRPO needs more drawings than two cores make in minutes (docs/results.md); half of the captions are the scenes' own,
         # short prompts among them, since the captioner by now says everything
-        method="nft", steps=50, batch_size=16, group_size=12, updates_per_rollout=1, max_new_tokens=32, data_captions=0.5,
-        sampler_steps=6, time_shift=4.0, advantage_scale="group", kl_weight=0.2, train="full",
+        method="nft", steps=60, batch_size=16, group_size=12, updates_per_rollout=1, max_new_tokens=32, data_captions=0.5,
+        sampler_steps=6, time_shift=4.0, advantage_scale="group", kl_weight=0.1, train="full",
+        # a short prompt is answered best by a picture that is a little like all others; that must not pay
+        reward=_reward() | dict(contrast=1.0),
         # at a constant rate the scores wander once they have risen
         optimizer=_optimizer(3e-4, warmup_steps=3, schedule="cosine"), ema_decay=0.0,
         # of method="flow_grpo": 1e-4 at 65,536 latent numbers becomes 8e-4 at 1,024 (docs/correctness.md)
@@ -136,8 +138,9 @@ def _mini() -> dict:
     config["evaluation"] |= dict(images=8, batch_size=2, sampler_steps=6)
     for name in ("pretrain", "cold_start", "gen_for_und", "und_for_gen"):
         config[name] |= dict(steps=2, batch_size=2, optimizer=config[name]["optimizer"] | dict(warmup_steps=0, schedule="constant"))
-    config["gen_for_und"] |= dict(group_size=4, max_new_tokens=64, sampler_steps=6)
-    config["und_for_gen"] |= dict(group_size=4, max_new_tokens=64, sampler_steps=6, updates_per_rollout=1)
+    # on a CPU small pieces are faster and need a third of the memory (docs/performance.md)
+    config["gen_for_und"] |= dict(group_size=4, max_new_tokens=64, sampler_steps=6, vae_chunk=1, score_chunk=16)
+    config["und_for_gen"] |= dict(group_size=4, max_new_tokens=64, sampler_steps=6, updates_per_rollout=1, vae_chunk=1)
     return config
 
 

@@ -53,7 +53,8 @@ def test_a_notebook_is_for_colab_and_has_nothing_of_its_own(path):
     assert "uae_jax" in imports
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem == "unified_grpo_tiny" else []) for path in NOTEBOOKS])
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
     """Nothing is installed where the package can be imported; one step a stage is enough to see it work."""
     notebook = read(path)

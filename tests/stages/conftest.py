@@ -123,9 +123,11 @@ def config(model_folder):
     values["cold_start"] |= dict(steps=2, batch_size=8, sampler_steps=2, optimizer=optimizer)
     values["gen_for_und"] |= dict(
         steps=2, batch_size=8, group_size=4, max_new_tokens=6, sampler_steps=2, lora_rank=4, optimizer=optimizer)
+    # the method of the full-size presets; tests of the other one name it
     values["und_for_gen"] |= dict(
-        steps=2, batch_size=8, group_size=2, max_new_tokens=6, sampler_steps=3, window=1, window_high=2, lora_rank=4,
-        clip_range=0.5, optimizer=optimizer)
+        method="flow_grpo", train="lora", steps=2, batch_size=8, group_size=2, updates_per_rollout=2, max_new_tokens=6, data_captions=0.0,
+        sampler_steps=3, window=1, window_high=2, lora_rank=4, clip_range=0.5, kl_weight=0.01, advantage_scale="batch",
+        reward=presets._reward(), optimizer=optimizer, ema_decay=0.9)
     return values
 
 

@@ -107,6 +107,7 @@ def test_an_unknown_objective_is_named(whole):
         dataclasses.replace(stage.policy, objective="sft")
 
 
+@pytest.mark.slow
 def test_an_arm_of_the_ablations_runs_to_its_end(config, scorer_folder, tmp_path, monkeypatch):
     values = ablations.get_config("caption_similarity").to_dict()
     values |= {name: config[name] for name in ("data", "evaluation", "sampler", "loop")}

@@ -13,6 +13,7 @@ from uae_jax.training.checkpoint import Checkpoints
 from uae_jax.training.metrics import read_lines
 
 
+@pytest.mark.slow
 def test_a_tripped_stage_hands_its_good_checkpoint_to_the_next(config, tmp_path, monkeypatch):
     make_mesh, results, starts = sharding.make_mesh, {}, {}
     monkeypatch.setattr(sharding, "make_mesh", lambda mesh, devices=None: make_mesh(mesh, devices or jax.devices()[:1]))

@@ -13,7 +13,9 @@ import pytest
 from stage_pieces import changed
 
 from uae_jax import sharding, trees
+from uae_jax.data.scene_checker import FACT_KINDS
 from uae_jax.stages import run as run_module
+from uae_jax.stages.settings import frozen
 from uae_jax.stages.weights import ModelConfig, load_system
 from uae_jax.training.metrics import read_lines
 from uae_jax.training.signals import StopTraining
@@ -137,7 +139,7 @@ def test_rl_stages_report_what_is_not_their_reward(finished):
     measured = {name.removeprefix("eval/") for name in watched["gen_for_und"] if name.startswith("eval/")}
     assert measured == {
         "reward", "unified_score", "heldout_score", "caption_tokens", "truncated", "repetition", "fact_recall", "fact_precision",
-        "scene_accuracy"}
+        "scene_accuracy", *(f"fact_recall_{kind}" for kind in FACT_KINDS)}
     assert measured < set(summary["stages"][0]["after"])
     samples = json.loads((workdir / "samples" / "gen_for_und_step1" / "samples.json").read_text())
     assert len(samples) == 2 and {"clip", "fact_recall"} <= set(samples[0]["scores"])
@@ -145,6 +147,15 @@ def test_rl_stages_report_what_is_not_their_reward(finished):
         assert line["stage"] not in run_module.RL_STAGES or "loss" not in line or {"caption_tokens", "truncated_fraction", "repetition"} <= set(line)
 
 
+def test_whole_copies_are_not_there_before_their_stage(config, whole):
+    settings = frozen(run_module.RunConfig, changed(config, gen_for_und=dict(train="full"), und_for_gen=dict(train="full")))
+    parts = {name: whole.parts[name] for name in ("language", "transformer")}
+    assert run_module.with_adapters(settings, parts, jax.random.key(0)).keys() == parts.keys()
+    lora = dataclasses.replace(settings, und_for_gen=dataclasses.replace(settings.und_for_gen, train="lora"))
+    assert run_module.with_adapters(lora, parts, jax.random.key(0)).keys() == parts.keys() | {"transformer_lora"}
+
+
+@pytest.mark.slow
 def test_a_stage_that_trains_a_whole_copy_makes_it_of_what_earlier_stages_trained(config, tmp_path):
     """At a rate that moves nothing the copy ends as it began, and the scores are those that the first stage has changed."""
     still = dict(config["und_for_gen"]["optimizer"], learning_rate=1e-30)

@@ -14,7 +14,7 @@ from uae_jax import sharding
 from uae_jax.planning.chips import GIB, Topology
 from uae_jax.planning.system import AbstractSystem
 from uae_jax.stages.run import RunConfig
-from uae_jax.stages.steps import STAGES, held, make_step
+from uae_jax.stages.steps import RL_STAGES, STAGES, held, make_step
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.step import TrainState, init_state
 
@@ -89,9 +89,10 @@ def make_program(config: RunConfig, system: AbstractSystem, stage: str, mesh: Me
     """
     settings = getattr(config, stage)
     optimizer = make_optimizer(settings.optimizer, settings.steps * settings.updates_per_rollout)
-    start = jax.eval_shape(lambda parts: STAGES[stage][1](parts, settings, jax.random.key(0)), system.parts)
+    parts = _with_copies(config, system.parts, stage)
+    start = jax.eval_shape(lambda parts: STAGES[stage][1](parts, settings, jax.random.key(0)), parts)
     state = jax.eval_shape(lambda parts: init_state(parts, optimizer, ema=bool(settings.ema_decay)), start)
-    frozen = {name: part for name, part in system.parts.items() if name not in start}
+    frozen = {name: part for name, part in parts.items() if name not in start}
     frozen = jax.eval_shape(lambda parts: held(parts, config.trained_from(stage), config.model.frozen_dtype), frozen)
     batch, key, shardings = system.batch(settings.batch_size), jax.eval_shape(lambda: jax.random.key(0)), None
     if mesh is not None:
@@ -102,6 +103,16 @@ def make_program(config: RunConfig, system: AbstractSystem, stage: str, mesh: Me
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state), whole
     step = make_step(stage, settings, config.sampler, system, optimizer, shardings)
     return Program(stage, settings, step, state, frozen, batch, key)
+
+
+def _with_copies(config: RunConfig, parts: dict, stage: str) -> dict:
+    """Shapes of the parts when a stage begins: with the whole copies that the RL stages before it have trained."""
+    stages = [name for _, name in config.order()]
+    for earlier in stages[:stages.index(stage)] if stage in stages else ():
+        settings = getattr(config, earlier)
+        if earlier in RL_STAGES and settings.train == "full":
+            parts = parts | jax.eval_shape(lambda parts, make=STAGES[earlier][1], settings=settings: make(parts, settings, jax.random.key(0)), parts)
+    return parts
 
 
 def _placed(tree: Any, shardings: Any) -> Any:

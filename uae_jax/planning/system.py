@@ -22,8 +22,7 @@ from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.models.uae import UAE
 from uae_jax.planning import published
 from uae_jax.rl.rewards import Encoder
-from uae_jax.stages.run import RunConfig
-from uae_jax.stages.steps import STAGES
+from uae_jax.stages.run import RunConfig, with_adapters
 from uae_jax.stages.weights import ENCODERS, model_folder
 
 
@@ -66,12 +65,7 @@ def abstract_system(config: RunConfig) -> AbstractSystem:
         system = _from_folder(config)
     else:
         system = _published(config, sizes)
-    parts = dict(system.parts)
-    for _, stage in config.order():
-        if stage in ("gen_for_und", "und_for_gen"):
-            make, settings = STAGES[stage][1], getattr(config, stage)
-            parts |= jax.eval_shape(lambda parts, make=make, settings=settings: make(parts, settings, jax.random.key(0)), parts)
-    return dataclasses.replace(system, parts=parts)
+    return dataclasses.replace(system, parts=jax.eval_shape(lambda parts: with_adapters(config, parts, jax.random.key(0)), system.parts))
 
 
 def _parts(

@@ -160,6 +160,23 @@ def open_sources(config: DataConfig, seed: int, heldout: int) -> tuple[Source, l
     raise ValueError(f"config.data.source is {config.source!r}; choose scenes, emoji, folder or tfds")
 
 
+def with_adapters(config: RunConfig, parts: Mapping, key: jax.Array) -> dict:
+    """The parts, and adapters that are zero for the stages that will train one: all stages then share their compiled programs.
+
+    A stage that trains a whole copy makes it when it begins, of what the stages before it have trained.
+
+    Args:
+      config: of the run.
+      parts: of the loaded model.
+      key: of the run.
+    """
+    whole = dict(parts)
+    for _, stage in config.order():
+        if stage in RL_STAGES and getattr(config, stage).train == "lora":
+            whole |= STAGES[stage][1](whole, getattr(config, stage), key)
+    return whole
+
+
 def with_drawing_policy(parts: Mapping) -> dict:
     """The parts with the whole transformer that und_for_gen has trained, if any, in place of its reference.
 
@@ -195,7 +212,7 @@ class Run:
         if config.data.max_prompt:
             spec = dataclasses.replace(spec, max_prompt=config.data.max_prompt)
         self.rows = RowBuilder(self.system.tokenizer, self.system.processor, spec, config.data.caption_prompt)
-        parts = self._with_adapters(system.parts)
+        parts = with_adapters(config, system.parts, self.key)
         sharding.check_rules(parts, self.mesh)
         self.parts = sharding.shard_tree(parts, self.mesh)
         del parts
@@ -218,17 +235,6 @@ class Run:
             check_batch(stage, getattr(self.config, stage), ways)
             if stage in RL_STAGES:
                 self.policy(stage)
-
-    def _with_adapters(self, parts: Mapping) -> dict:
-        """Adapters that are zero, for the stages that will train one: all stages then share their compiled programs.
-
-        A stage that trains a whole copy makes it when it begins, of what the stages before it have trained.
-        """
-        whole = dict(parts)
-        for _, stage in self.config.order():
-            if stage in RL_STAGES and getattr(self.config, stage).train == "lora":
-                whole |= STAGES[stage][1](whole, getattr(self.config, stage), self.key)
-        return whole
 
     def step(self, stage: str, state: TrainState, optimizer: Any) -> Callable:
         """The compiled train step of a stage."""
