@@ -193,8 +193,8 @@ class JaxSide:
     def _sampling(self, temperature: float, group: int) -> dict[str, Callable[[], None]]:
         """The phase of sampling, and the same for one token."""
         calls = {}
-        for name, tokens in (("sampling", None), (PREFILL, 1)):
-            write = jax.jit(functools.partial(self._write, temperature, group=group, tokens=tokens))
+        for name, count in (("sampling", None), (PREFILL, 1)):
+            write = jax.jit(functools.partial(self._write, temperature, group=group, tokens=count))
             calls[name] = lambda write=write: jax.block_until_ready(write(self.parts, self.batch))
         return calls
 
