@@ -10,8 +10,9 @@ takes longer than all others. Before anything is timed, greedy captions, final l
 One table a stage; with --json one object a line: `side`, `stage`, seconds of each phase and of the whole step (`total`) as
 medians, `cpu_seconds` of all threads, `peak_bytes` above what the process held before it read the model (of the accelerator
 where there is one), `compile_seconds` of a first run and `cached_compile_seconds` of a process that finds the compiled program
-on disk (its peak is our `peak_bytes`; `compile_peak_bytes` is that of the one that compiles), the machine's `load` meanwhile, and two shares of what it can do at best (`benchmarks.machine_rates`):
-`decoding_share` of the copy bandwidth, after the first token, and `denoising_share` of the matrix rate.
+on disk (its peak is our `peak_bytes`; `compile_peak_bytes` is that of the one that compiles), the machine's `load` meanwhile,
+and two shares of what it can do at best (`benchmarks.machine_rates`): `decoding_share` of the copy bandwidth, after the first
+token, and `denoising_share` of the matrix rate.
 """
 
 import argparse
@@ -201,8 +202,8 @@ def run(options: argparse.Namespace, settings: Settings) -> None:
     for stage in options.stages:
         rows += measure_inference(columns, options, settings) if stage == "inference" else measure_stage(columns, stage, options)
         print_stage(rows[-len(columns):], (
-            *PHASES, PREFILL, *INFERENCE, "total", "fastest", "cpu_seconds", "peak_bytes", "compile_peak_bytes", "compile_seconds", "cached_compile_seconds",
-            "decoding_share", "denoising_share", "caption_tokens_per_second", "images_per_second", "load"))
+            *PHASES, PREFILL, *INFERENCE, "total", "fastest", "cpu_seconds", "peak_bytes", "compile_peak_bytes", "compile_seconds",
+            "cached_compile_seconds", "decoding_share", "denoising_share", "caption_tokens_per_second", "images_per_second", "load"))
     if options.json:
         options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
