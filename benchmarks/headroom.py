@@ -9,7 +9,6 @@ learn from that reward: its drawings are all right, all wrong, or judged by some
 """
 
 import argparse
-import pathlib
 import sys
 from collections.abc import Sequence
 

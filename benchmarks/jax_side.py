@@ -114,7 +114,8 @@ class JaxSide:
         start = STEPS[stage][1](system.parts, self.config, self.key) if stage in STAGES else {}
         self.frozen = {name: part for name, part in system.parts.items() if name not in start}
         self.optimizer = make_optimizer(self.config.optimizer, 1000)
-        self.state = init_state(start, self.optimizer)
+        # placed as the step gives it back, so that the second call is the same program as the first
+        self.state = sharding.make_on(sharding.make_mesh(sharding.MeshConfig()), lambda parts: init_state(parts, self.optimizer), start)
         given = ("prefix", "suffix", "negative", "noise", "caption_tokens", "pooled", "stops", "sigmas")
         self.batch = {name: jnp.asarray(array) for name, array in inputs.arrays.items() if name not in given}
         self.captions = jnp.asarray(inputs["caption_tokens"])
@@ -193,8 +194,8 @@ class JaxSide:
     def _sampling(self, temperature: float, group: int) -> dict[str, Callable[[], None]]:
         """The phase of sampling, and the same for one token."""
         calls = {}
-        for name, tokens in (("sampling", None), (PREFILL, 1)):
-            write = jax.jit(functools.partial(self._write, temperature, group=group, tokens=tokens))
+        for name, count in (("sampling", None), (PREFILL, 1)):
+            write = jax.jit(functools.partial(self._write, temperature, group=group, tokens=count))
             calls[name] = lambda write=write: jax.block_until_ready(write(self.parts, self.batch))
         return calls
 

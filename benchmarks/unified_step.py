@@ -10,8 +10,9 @@ takes longer than all others. Before anything is timed, greedy captions, final l
 One table a stage; with --json one object a line: `side`, `stage`, seconds of each phase and of the whole step (`total`) as
 medians, `cpu_seconds` of all threads, `peak_bytes` above what the process held before it read the model (of the accelerator
 where there is one), `compile_seconds` of a first run and `cached_compile_seconds` of a process that finds the compiled program
-on disk, the machine's `load` meanwhile, and two shares of what it can do at best (`benchmarks.machine_rates`):
-`decoding_share` of the copy bandwidth, after the first token, and `denoising_share` of the matrix rate.
+on disk (its peak is our `peak_bytes`; `compile_peak_bytes` is that of the one that compiles), the machine's `load` meanwhile,
+and two shares of what it can do at best (`benchmarks.machine_rates`): `decoding_share` of the copy bandwidth, after the first
+token, and `denoising_share` of the matrix rate.
 """
 
 import argparse
@@ -63,8 +64,7 @@ def work(column: str, stage: str, what: str, folder: pathlib.Path, place: pathli
     Args:
       column: of `COLUMNS`.
       stage: of `STAGES`, or `inference`.
-      what: `time` for the step with its phases (or for inference), `start` for the step's first call alone, `check`, or
-        `rates` of the machine.
+      what: `time` for the step with its phases (or for inference), `start` for the step alone, `check`, or `rates` of the machine.
       folder: the checkpoint.
       place: of the inputs.
       repeats: timed calls.
@@ -83,7 +83,7 @@ def work(column: str, stage: str, what: str, folder: pathlib.Path, place: pathli
         np.savez(place / f"{column}.npz", **side.checks())
         return {}
     calls = side.inference() if stage == "inference" else {"total": side.step()}
-    timed = {name: time_call(call, repeats if what == "time" else 0) for name, call in calls.items()}
+    timed = {name: time_call(call, repeats) for name, call in calls.items()}
     found = {"peak_bytes": side.device_peak() or memory("VmHWM") - before}
     if what == "time" and stage in STAGES:
         timed |= {name: time_call(call, repeats) for name, call in side.phases().items()}
@@ -131,8 +131,9 @@ def measure_stage(columns: Sequence[str], stage: str, options: argparse.Namespac
         if column != "torch":
             row["compile_seconds"] = max(total["first"] - total["seconds"], 0.0)
         if column == "jax":
-            again = in_new_process(column, stage, "start", options, 0)["calls"]["total"]
-            row["cached_compile_seconds"] = max(again["first"] - total["seconds"], 0.0)
+            again = in_new_process(column, stage, "start", options, 1)
+            row["cached_compile_seconds"] = max(again["calls"]["total"]["first"] - total["seconds"], 0.0)
+            row |= {"peak_bytes": again["peak_bytes"], "compile_peak_bytes": found["peak_bytes"]}
         rows.append(row | shares(row, load, options.rates))
     return rows
 
@@ -180,7 +181,7 @@ def print_stage(rows: Sequence[dict], names: Sequence[str]) -> None:
 def _shown(name: str, value: float | None) -> str:
     if value is None:
         return ""
-    if name == "peak_bytes":
+    if name.endswith("peak_bytes"):
         return f"{value / 1e6:.0f} MB"
     if name.endswith("_share"):
         return f"{value:.0%}"
@@ -201,8 +202,8 @@ def run(options: argparse.Namespace, settings: Settings) -> None:
     for stage in options.stages:
         rows += measure_inference(columns, options, settings) if stage == "inference" else measure_stage(columns, stage, options)
         print_stage(rows[-len(columns):], (
-            *PHASES, PREFILL, *INFERENCE, "total", "fastest", "cpu_seconds", "peak_bytes", "compile_seconds", "cached_compile_seconds",
-            "decoding_share", "denoising_share", "caption_tokens_per_second", "images_per_second", "load"))
+            *PHASES, PREFILL, *INFERENCE, "total", "fastest", "cpu_seconds", "peak_bytes", "compile_peak_bytes", "compile_seconds",
+            "cached_compile_seconds", "decoding_share", "denoising_share", "caption_tokens_per_second", "images_per_second", "load"))
     if options.json:
         options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -23,7 +23,7 @@ def _optimizer(learning_rate: float, **changes) -> dict:
 
 
 def _reward() -> dict:
-    return dict(names=("clip",), weights=(1.0,), contrast=0.0)
+    return dict(names=("clip",), weights=(1.0,), contrast=0.0, overlong_penalty=0.0)
 
 
 def _guard() -> dict:
@@ -103,7 +103,9 @@ def _tiny() -> dict:
     config["pretrain"] |= dict(steps=30, batch_size=64, time_shift=4.0, optimizer=_optimizer(3e-4, warmup_steps=10))
     config["cold_start"] |= dict(steps=20, batch_size=16, sampler_steps=6, guidance_scale=1.0, optimizer=_optimizer(1e-5))
     config["gen_for_und"] |= dict(
-        steps=60, batch_size=16, max_new_tokens=32, sampler_steps=6, guidance_scale=1.0, optimizer=_optimizer(1e-3))
+        steps=60, batch_size=16, max_new_tokens=32, sampler_steps=6, guidance_scale=1.0, optimizer=_optimizer(1e-3),
+        # what a caption adds after it has said everything is not drawn, so that the similarity alone never teaches it to end
+        reward=_reward() | dict(overlong_penalty=0.2))
     config["und_for_gen"] |= dict(
         # Flow-GRPO needs more drawings than two cores make in minutes (docs/results.md); half of the captions are the scenes' own,
         # short prompts among them, since the captioner by now says everything

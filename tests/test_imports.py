@@ -12,7 +12,7 @@ ALLOWED = {
     "sharding": {"trees"}, "models": {"files", "nn", "hf", "trees"}, "training": {"files", "sharding", "trees"},
     "rl": {"models", "nn", "diffusion", "sharding", "trees"},
     "stages": {"files", "trees", "nn", "hf", "data", "sharding", "diffusion", "models", "training", "rl"},
-    "planning": {"trees", "nn", "hf", "data", "sharding", "models", "training", "rl", "stages"},
+    "planning": {"files", "trees", "nn", "hf", "data", "sharding", "models", "training", "rl", "stages"},
     "command_line": set(), "main": {"command_line", "stages", "training"}, "plan": {"command_line", "planning"},
     "api": {"stages", "data", "trees", "models"}, "model_flags": {"api"},
     "infer": {"command_line", "api", "data", "files", "model_flags"}, "convert": {"command_line", "stages"},

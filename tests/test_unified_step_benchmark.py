@@ -35,6 +35,12 @@ def test_both_sides_compute_the_same(prepared):
     np.testing.assert_allclose(ours["rewards"], theirs["rewards"], atol=1e-3)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_state_lies_where_a_step_puts_it_so_that_the_second_call_compiles_nothing(prepared, stage):
+    side = JaxSide(*prepared, stage)
+    assert all(isinstance(leaf.sharding, jax.sharding.NamedSharding) and leaf.committed for leaf in jax.tree.leaves(side.state))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_phases_of_a_step_update_the_adapter(prepared, stage):

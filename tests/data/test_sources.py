@@ -24,6 +24,13 @@ def test_scene_source_gives_true_captions_and_repeats(captions):
         assert score.fact_precision == 1 and (captions != "full" or score.fact_recall == 1)
 
 
+def test_short_captions_are_prompts_of_one_or_two_objects():
+    source = sources.SceneSource("train", 3, captions="short")
+    said = [source[index].caption.split() for index in range(100)]
+    assert all({"background", ",", "small", "large"}.isdisjoint(words) and len(words) <= 7 for words in said)
+    assert {"and", "two"} <= {word for words in said for word in words}
+
+
 def test_scene_source_settings_are_checked():
     with pytest.raises(ValueError, match="'dev'"):
         sources.SceneSource("dev")

@@ -67,6 +67,22 @@ def test_the_mix_adds_it_with_its_weight(params):
         config.check_drawings_alone("cold_start")
 
 
+def test_a_caption_without_an_end_earns_the_penalty_less():
+    unfinished = np.array([[False, True, True], [False, False, False]])
+    plain, penalised = (rewards.RewardConfig((), (), pixel_weight=1.0, overlong_penalty=penalty) for penalty in (0.0, 0.25))
+    drawn = np.linspace(-1, 1, 6 * 16 * 16 * 3).reshape(6, 16, 16, 3)
+    without, terms = rewards.mixed_reward(plain, (), {}, pixels(), drawn, 3, None, unfinished)
+    with_penalty, same_terms = rewards.mixed_reward(penalised, (), {}, pixels(), drawn, 3, None, unfinished)
+    np.testing.assert_allclose(with_penalty, np.asarray(without) - 0.25 * unfinished, atol=1e-7)
+    assert set(terms) == set(same_terms) == {"pixel"}  # the terms are as they were
+    with pytest.raises(ValueError, match="which captions have no end"):
+        rewards.mixed_reward(penalised, (), {}, pixels(), drawn, 3)
+    with pytest.raises(ValueError, match="und_for_gen.reward.overlong_penalty is 0.25"):
+        penalised.check_drawings_alone("und_for_gen")
+    with pytest.raises(ValueError, match="must be 0 or more"):
+        rewards.RewardConfig(overlong_penalty=-0.1)
+
+
 def test_a_folder_that_reads_other_tokens_or_shorter_texts_is_refused(params, tmp_path):
     save_clip(tmp_path / "both", CONFIG, params)
     scorer, read = caption_similarity.load_caption_scorer(tmp_path / "both", 20, 8)

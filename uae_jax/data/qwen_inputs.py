@@ -4,13 +4,14 @@ Equal to transformers' Qwen2VLImageProcessorPil, `get_vision_window_index`, `get
 `Qwen2_5_VLModel.get_rope_index` for images, without torch. A grid is (rows, columns) in patches of one image.
 """
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
+
+from uae_jax.files.json_files import read_json
 
 MAX_ASPECT = 200
 
@@ -127,12 +128,7 @@ def load_image_processor(folder: str | pathlib.Path, window_size: int) -> ImageP
       ValueError: the file is not JSON, describes another processor, or switches a step off.
     """
     path = pathlib.Path(folder) / "preprocessor_config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: it holds the settings of the image processor")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+    config = read_json(folder, path.name)
     kind = config.get("image_processor_type", "Qwen2VLImageProcessor")
     if not kind.startswith(("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")):
         raise ValueError(f"{path} is for {kind}: a Qwen2-VL image processor is needed")

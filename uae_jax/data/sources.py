@@ -20,7 +20,7 @@ from uae_jax.data.scenes import SPLITS, Scene, draw, scene_at
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 CAPTION_FILE = "captions.jsonl"
-SCENE_CAPTIONS = ("full", "detail", "mixed")
+SCENE_CAPTIONS = ("full", "detail", "mixed", "short")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,8 @@ class SceneSource:
 
     Attributes:
       split: "train" or "test" (disjoint); `seed` chooses another stream of scenes.
-      captions: "full", "detail" (random level of detail in [low, high]) or "mixed" (that, and short prompts as in text
-        to image: counts, relations, colours).
+      captions: "full", "detail" (random level of detail in [low, high]), "short" (prompts as in text to image: counts, relations,
+        colours) or "mixed" (half of them short, half of random detail).
       mistakes: probability that a fact is said wrong (`scene_captions.mistaken`), as captions from the web or from a model do.
       length: how many scenes count as one epoch.
 
@@ -96,7 +96,7 @@ class SceneSource:
         elif self.captions == "detail":
             text = random_detail_caption(seen, rng, self.low, self.high)
         else:
-            text = mixed_caption(seen, rng)
+            text = mixed_caption(seen, rng, detail_probability=0.5 if self.captions == "mixed" else 0.0)
         return Example(self.draw(scene), text, f"{self.split} {self.kind} {index}", scene)
 
 

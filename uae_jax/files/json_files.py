@@ -8,6 +8,22 @@ from typing import Any
 from uae_jax.files.whole import write_bytes
 
 
+def read_json(folder: str | pathlib.Path, name: str = "config.json") -> dict[str, Any]:
+    """One JSON file of a model folder.
+
+    Raises:
+      FileNotFoundError: the folder has no such file.
+      ValueError: the file is not JSON.
+    """
+    path = pathlib.Path(folder) / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; copy it from where the weights come from")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
+
+
 def write_json(path: str | pathlib.Path, value: Any, indent: int = 2) -> None:
     """Writes a JSON file, whole or not at all, in a folder that is made if absent."""
     write_bytes(path, (json.dumps(value, indent=indent) + "\n").encode("utf-8"))

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from uae_jax.data import tokenizer as tokens
 from uae_jax.data.loader import BatchSpec, batch_shapes, batch_spec
 from uae_jax.data.qwen_inputs import ImageProcessor, load_image_processor
+from uae_jax.files.json_files import read_json
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.models.condition import ConditionTemplate
 from uae_jax.models.encoders import clip, dino
-from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config, read_json
+from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
 from uae_jax.models.encoders.preprocess import Preprocess
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import model as qwen

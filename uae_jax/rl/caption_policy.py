@@ -147,7 +147,7 @@ def rollout(policy: CaptionPolicy, params: Mapping, frozen: Mapping, batch: Mapp
     pixels = draw_captions(policy, parts, completion, batch["sample_id"], key)
     advantage, metrics = reward_advantages(
         policy.reward, policy.encoders, parts["encoders"], batch["pixels"], pixels, group, policy.advantage_scale,
-        caption_similarities(policy, parts, completion, batch["pixels"]))
+        caption_similarities(policy, parts, completion, batch["pixels"]), ~completion.finished.reshape(-1, group))
     samples = {
         **{name: batch[name] for name in PROMPT_FIELDS}, "image_embeds": images, "advantage": advantage,
         "tokens": completion.tokens.reshape(len(images), group, -1), "mask": completion.mask.reshape(len(images), group, -1)}

@@ -173,10 +173,12 @@ class RewardConfig:
       pixel_weight: of `pixel_reward`; 0 leaves it out.
       caption_weight: of `caption_similarity.caption_reward`, which looks at no drawing; 0 leaves it out. gen_for_und alone has it.
       contrast: of `cosine_reward`; 0, as in the paper, looks at each drawing's own original alone.
+      overlong_penalty: taken off where a caption reaches the longest length without an end (DAPO, arXiv 2503.14476, section
+        3.4, as a step); 0, as in the paper, for none. gen_for_und alone has it.
       clamp: see `clamp_image`.
 
     Raises:
-      ValueError: names and weights do not go together, there is no term at all, or a contrast outside [0, 1].
+      ValueError: names and weights do not go together, there is no term at all, a contrast outside [0, 1], or a penalty below 0.
     """
 
     names: tuple[str, ...] = ("clip",)
@@ -184,6 +186,7 @@ class RewardConfig:
     pixel_weight: float = 0.0
     caption_weight: float = 0.0
     contrast: float = 0.0
+    overlong_penalty: float = 0.0
     clamp: str = "hard"
 
     def __post_init__(self):
@@ -196,20 +199,23 @@ class RewardConfig:
             raise ValueError(f"reward weights must be finite, not {(*self.weights, *others)}")
         if not 0 <= self.contrast <= 1:
             raise ValueError(f"reward.contrast is {self.contrast}; it must be from 0 to 1")
+        if not 0 <= self.overlong_penalty < math.inf:
+            raise ValueError(f"reward.overlong_penalty is {self.overlong_penalty}; it must be 0 or more")
         if self.clamp not in CLAMPS:
             raise ValueError(f"clamp {self.clamp!r} is not known; use one of {', '.join(CLAMPS)}")
 
     def check_drawings_alone(self, stage: str) -> None:
-        """Raises ValueError for a caption weight in a stage that does not train the captioner."""
-        if self.caption_weight:
-            raise ValueError(
-                f"{stage}.reward.caption_weight is {self.caption_weight}, but {stage} does not train captions; only gen_for_und can use it")
+        """Raises ValueError for a term about captions in a stage that does not train the captioner."""
+        for name in ("caption_weight", "overlong_penalty"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{stage}.reward.{name} is {getattr(self, name)}, but {stage} does not train captions; only gen_for_und can use it")
 
 
 def mixed_reward(
     config: RewardConfig, encoders: Sequence[Encoder], params: Mapping[str, trees.Tree], original: Array,
-    reconstruction: Array, group: int, said: Array | None = None) -> tuple[Array, dict[str, Array]]:
-    """The weighted sum of the configured similarities.
+    reconstruction: Array, group: int, said: Array | None = None, unfinished: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    """The weighted sum of the configured similarities, less the penalty.
 
     Args:
       config: which terms, with which weights.
@@ -219,12 +225,13 @@ def mixed_reward(
       reconstruction: `[B * G, H, W, 3]`, grouped by original.
       group: G.
       said: caption similarities `[B, G]`; needed with a caption weight.
+      unfinished: bool `[B, G]`, captions without an end; needed with a penalty.
 
     Returns:
       The reward, float32 `[B, G]`, and each term without its weight by name (`pixel` for the pixel term, `caption` for the captions').
 
     Raises:
-      ValueError: an encoder of the config, or the caption similarities, are not given.
+      ValueError: an encoder of the config, or what it needs of the captions, is not given.
     """
     known = {encoder.name: encoder for encoder in encoders}
     missing = [name for name in config.names if name not in known or name not in params]
@@ -242,22 +249,26 @@ def mixed_reward(
             raise ValueError("the reward has a caption weight, but there are no caption similarities; only gen_for_und has them")
         terms["caption"] = said
         pairs.append((said, config.caption_weight))
+    if config.overlong_penalty:
+        if unfinished is None:
+            raise ValueError("the reward has an overlong penalty, but it is not said which captions have no end; only gen_for_und does")
+        pairs.append((unfinished.astype(jnp.float32), -config.overlong_penalty))
     return sum(weight * term for term, weight in pairs), terms
 
 
 def reward_advantages(
     config: RewardConfig, encoders: Sequence[Encoder], params: Mapping[str, trees.Tree], original: Array, reconstruction: Array,
-    group: int, scale: str, said: Array | None = None) -> tuple[Array, dict]:
+    group: int, scale: str, said: Array | None = None, unfinished: Array | None = None) -> tuple[Array, dict]:
     """Rewards of groups of reconstructions, and each one's advantage over its group.
 
     Args:
-      config, encoders, params, original, reconstruction, group, said: see `mixed_reward`.
+      config, encoders, params, original, reconstruction, group, said, unfinished: see `mixed_reward`.
       scale: see `advantages.group_advantages`.
 
     Returns:
       Advantages `[B, G]`, and metrics: `reward`, each term as `reward_<name>`, spread and degenerate groups.
     """
-    reward, terms = mixed_reward(config, encoders, params, original, reconstruction, group, said)
+    reward, terms = mixed_reward(config, encoders, params, original, reconstruction, group, said, unfinished)
     advantage, metrics = group_advantages(reward, scale=scale)
     metrics["reward"] = metrics.pop("reward_mean")
     return advantage, metrics | {f"reward_{name}": jnp.mean(term) for name, term in terms.items()}

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from uae_jax.files.json_files import write_json
+from uae_jax.files.json_files import read_json, write_json
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import write_tensors
-from uae_jax.models.encoders.config import read_json
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.stages.folders.parts import with_dtype

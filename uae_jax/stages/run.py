@@ -52,7 +52,7 @@ class DataConfig:
       image_size: side of the square pictures in pixels.
       max_prompt: room for the caption prompt with its image tokens; 0 for what it needs.
       max_caption: room for a caption with its stop token.
-      detail, rl_detail: captions of scenes and emoji in the supervised and in the RL stages: `full`, `detail` or `mixed`.
+      detail, rl_detail: captions of scenes and emoji in the supervised and in the RL stages: `full`, `detail`, `mixed` or `short`.
       mistakes: probability that a fact is wrong in the scenes' captions of the supervised stages.
       caption_prompt, negative_prompt: texts.
     """

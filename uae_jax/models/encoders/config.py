@@ -1,25 +1,10 @@
 """Configurations of the encoders, read from the `config.json` that transformers writes."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
-
-def read_json(folder: str | pathlib.Path, name: str = "config.json") -> dict[str, Any]:
-    """One JSON file of a model folder.
-
-    Raises:
-      FileNotFoundError: the folder has no such file.
-      ValueError: the file is not JSON.
-    """
-    path = pathlib.Path(folder) / name
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found; give the folder of a model saved by transformers, with its {name}")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
+from uae_jax.files.json_files import read_json
 
 
 def _known_fields(cls: type, raw: dict[str, Any]) -> dict[str, Any]:

@@ -10,13 +10,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from uae_jax import trees
-from uae_jax.files.json_files import write_json
+from uae_jax.files.json_files import read_json, write_json
 from uae_jax.hf.rules import Placement, Rule, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.hf.torch_file import TorchFile, open_tensors
 from uae_jax.models.encoders import clip, dino, openai
 from uae_jax.models.encoders.config import (
-    CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config, LongCLIPTextConfig, read_json)
+    CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config, LongCLIPTextConfig)
 from uae_jax.models.encoders.preprocess import Preprocess, clip_preprocessor
 from uae_jax.models.encoders.tables import (
     DINOV2_ALIASES, DINOV3_ALIASES, POSITION_BUFFERS, clip_rules, dinov2_rules, dinov3_rules)

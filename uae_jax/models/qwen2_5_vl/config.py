@@ -1,11 +1,11 @@
 """Sizes of Qwen2.5-VL (arXiv 2502.13923), read from and written to the published `config.json`."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from uae_jax.files.json_files import read_json
 from uae_jax.nn.remat import POLICIES
 
 DTYPES = ("float32", "bfloat16")
@@ -155,19 +155,12 @@ def from_folder(
       FileNotFoundError: there is no `config.json`.
       ValueError: the file is not JSON, or a setting is not supported; the field is named.
     """
-    file = pathlib.Path(path) / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"model not found: {file} does not exist; copy it from where the weights come from")
-    try:
-        data = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON ({error}); copy it again") from None
-    generation = pathlib.Path(path) / "generation_config.json"
-    stops = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
+    data, folder = read_json(path), pathlib.Path(path)
+    stops = read_json(folder, "generation_config.json").get("eos_token_id") if (folder / "generation_config.json").exists() else None
     try:
         return from_json(data, stops).using(dtype=dtype, remat=remat, lora_alpha=lora_alpha)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
 
 
 def from_json(data: Mapping[str, Any], stop_token_ids: Any = None) -> Qwen2_5VLConfig:

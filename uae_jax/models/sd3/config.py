@@ -1,24 +1,19 @@
 """Sizes of the diffusion transformer and of the auto-encoder, as diffusers writes them in `config.json`."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
+from uae_jax.files.json_files import read_json
 from uae_jax.nn.remat import POLICIES
 
 
-def _read_json(path: str | pathlib.Path, class_name: str) -> dict[str, Any]:
-    file = pathlib.Path(path) / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"model configuration not found: {file} does not exist; copy it from where the weights come from")
-    try:
-        stored = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); copy it again") from None
+def _read(path: str | pathlib.Path, class_name: str) -> dict[str, Any]:
+    stored = read_json(path)
     found = stored.get("_class_name", stored.get("model_type", class_name))
     if found != class_name:
-        raise ValueError(f"{file}: the folder holds a {found!r} model, expected {class_name!r}; give the folder of that model")
+        raise ValueError(
+            f"{pathlib.Path(path) / 'config.json'}: the folder holds a {found!r} model, expected {class_name!r}; give the folder of that model")
     return stored
 
 
@@ -77,7 +72,7 @@ class VAEConfig:
           FileNotFoundError: there is no config.json.
           ValueError: another model, or a field with an unsupported value.
         """
-        stored = _read_json(path, "AutoencoderKL")
+        stored = _read(path, "AutoencoderKL")
         blocks = len(stored.get("block_out_channels", (64,)))
         fixed = {
             "act_fn": ("silu", "silu"), "use_quant_conv": (True, False), "use_post_quant_conv": (True, False),
@@ -184,7 +179,7 @@ class TransformerConfig:
           FileNotFoundError: there is no config.json.
           ValueError: another model, or a field with an unsupported value.
         """
-        stored = _read_json(path, "SD3Transformer2DModel")
+        stored = _read(path, "SD3Transformer2DModel")
         absent = {"num_layers": 18, "num_attention_heads": 18, "pos_embed_max_size": 96, "dual_attention_layers": (),
                   "qk_norm": None}
         ours = ("lora_alpha", "dtype", "remat")

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from uae_jax.hf.adapters import AdapterFiles
-from uae_jax.files.json_files import write_json
+from uae_jax.files.json_files import read_json, write_json
 from uae_jax.hf.inventory import compare
 from uae_jax.hf.items import Item, cast, stored_items, write_items
 from uae_jax.hf.torch_file import open_tensors
-from uae_jax.models.encoders.config import read_json
 from uae_jax.stages.folders import adapters
 from uae_jax.stages.folders.check import check_folder
 from uae_jax.stages.folders.files import check_target, copy_file, replaced, small_files

@@ -9,12 +9,13 @@ from typing import Any
 import jax
 
 from uae_jax import trees
+from uae_jax.files.json_files import read_json
 from uae_jax.hf.adapters import FACTOR, LEAVES
 from uae_jax.hf.rules import Rule, canonical
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.hf.torch_file import TorchFile, open_tensors
 from uae_jax.models.encoders import clip
-from uae_jax.models.encoders.config import CLIPTextConfig, read_json
+from uae_jax.models.encoders.config import CLIPTextConfig
 from uae_jax.models.encoders.openai import MARKS, SplitTensors
 from uae_jax.models.encoders.tables import POSITION_BUFFERS, clip_rules
 from uae_jax.models.encoders.weights import EncoderFolder, open_encoder
