@@ -91,6 +91,7 @@ def _tiny() -> dict:
     config["data"] |= dict(source="scenes", image_size=32, max_prompt=40, max_caption=32, caption_prompt="describe",
                            # fewer than the decoder's bootstrap had, not none, as in captions that a model wrote
                            mistakes=0.12,
+                           rl_detail="short",
                            negative_prompt="")
     # layout and colours of a small picture are decided at high noise, hence the larger shift
     config["sampler"] |= dict(shift=4.0, schedule="single")
@@ -107,9 +108,9 @@ def _tiny() -> dict:
         # what a caption adds after it has said everything is not drawn, so that the similarity alone never teaches it to end
         reward=_reward() | dict(overlong_penalty=0.2))
     config["und_for_gen"] |= dict(
-        # Flow-GRPO needs more drawings than two cores make in minutes (docs/results.md); half of the captions are the scenes' own,
-        # short prompts among them, since the captioner by now says everything
-        method="nft", steps=60, batch_size=16, group_size=12, updates_per_rollout=1, max_new_tokens=32, data_captions=0.5,
+        # Flow-GRPO needs more drawings than two cores make in minutes (docs/results.md); three of four captions are short prompts of
+        # the scenes, since the captioner by now says everything
+        method="nft", steps=60, batch_size=16, group_size=12, updates_per_rollout=1, max_new_tokens=32, data_captions=0.75,
         sampler_steps=6, time_shift=4.0, advantage_scale="group", kl_weight=0.1, train="full",
         # a short prompt is answered best by a picture that is a little like all others; that must not pay
         reward=_reward() | dict(contrast=1.0),
