@@ -56,6 +56,7 @@ def test_bootstrap_learns_from_emoji(tmp_path, monkeypatch):
     assert after["fact_recall"]["n"] == after["scene_accuracy"]["n"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset, side", [("tiny", 32), ("emoji", 64)])
 def test_the_parts_of_a_preset_fit_together(preset, side, tmp_path, monkeypatch):
     """Every phase at its own size, its loss traced on a batch and not computed; what the phases write is a whole model."""

@@ -34,7 +34,7 @@ def test_the_preset_is_a_whole_configuration():
 
 def test_sources_are_split_and_the_rl_stages_see_other_captions(emoji_run):
     assert isinstance(emoji_run.source, EmojiSource) and emoji_run.source.captions == "full"
-    assert emoji_run.source_of("gen_for_und").captions == "mixed" and emoji_run.source_of("pretrain").captions == "full"
+    assert emoji_run.source_of("gen_for_und").captions == "short" and emoji_run.source_of("pretrain").captions == "full"
     assert emoji_run.source_of("gen_for_und").mistakes == 0 < emoji_run.config.data.mistakes == emoji_run.source_of("pretrain").mistakes
     train, heldout = open_sources(emoji_run.config.data, 0, 6)
     assert {split_of(example.scene) for example in heldout} == {"test"}
