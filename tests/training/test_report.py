@@ -150,6 +150,15 @@ def test_a_trip_is_told_and_marked(tmp_path):
     assert [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in marked][-1] == pytest.approx((2 + 40 / 60, 2 + 50 / 60))
 
 
+def test_what_is_taken_off_the_similarity_is_told(tmp_path):
+    make_run(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"gen_for_und": {"reward": {"contrast": 0.0, "overlong_penalty": 0.2}}, "pretrain": {}}))
+    page = write_report(tmp_path).read_text()
+    assert "gen_for_und trains on is the similarity less a penalty for captions without an end:" in page and "likeness" not in page
+    (tmp_path / "config.json").unlink()
+    assert "is the similarity less" not in write_report(tmp_path).read_text()
+
+
 def test_curves_place_scores_at_the_ends_of_their_stage(tmp_path):
     summary = make_run(tmp_path)
     axes = curves_figure(read_lines(tmp_path / "metrics.jsonl"), summary["stages"]).axes[0]

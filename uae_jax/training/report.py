@@ -61,7 +61,7 @@ def write_report(workdir: Path, *, max_samples: int = 8) -> Path:
     """
     workdir = Path(workdir)
     summary, lines = read_summary(workdir), read_lines(workdir / "metrics.jsonl")
-    stages = summary["stages"]
+    stages, config = summary["stages"], read_config(workdir)
     moments = sample_moments(workdir / "samples", stages, max_samples)
     strips = [moment for moment in moments if not moment["during"]]
     environment = jinja2.Environment(
@@ -69,8 +69,8 @@ def write_report(workdir: Path, *, max_samples: int = 8) -> Path:
     )
     page = environment.get_template("report.html").render(
         summary=summary, stages=[described(stage) for stage in stages], curves=curves(lines, stages), findings=findings(stages),
-        columns=score_columns(stages), rows=score_rows(stages), strips=strips, histories=histories(moments), guard=guard_bounds(workdir),
-        meanings=guard.MEANINGS, watched=any("eval/reward" in line for line in lines))  # fmt: skip
+        columns=score_columns(stages), rows=score_rows(stages), strips=strips, histories=histories(moments), guard=guard_bounds(config),
+        deductions=deductions(config, stages), meanings=guard.MEANINGS, watched=any("eval/reward" in line for line in lines))  # fmt: skip
     path = workdir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -140,10 +140,23 @@ def histories(moments: Sequence[Mapping[str, Any]], pictures: int = 3) -> list[d
     return found
 
 
-def guard_bounds(workdir: Path) -> dict[str, float] | None:
-    """The bounds of the run's guard that are on; None where config.json does not say."""
+def read_config(workdir: Path) -> dict[str, Any]:
+    """The run's configuration; empty without a config.json."""
     path = Path(workdir) / "config.json"
-    section = json.loads(path.read_text(encoding="utf-8")).get("guard") if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def deductions(config: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What is taken off the similarity in each stage's reward, in words, by stage; stages that train on it alone are left out."""
+    words = {"contrast": "the mean likeness to the batch's other pictures", "overlong_penalty": "a penalty for captions without an end"}
+    rewards = {stage["name"]: config.get(stage["name"], {}).get("reward", {}) for stage in stages}
+    found = {name: " and ".join(words[field] for field in words if reward.get(field)) for name, reward in rewards.items()}
+    return {name: text for name, text in found.items() if text}
+
+
+def guard_bounds(config: Mapping[str, Any]) -> dict[str, float] | None:
+    """The bounds of the run's guard that are on; None where the configuration does not say."""
+    section = config.get("guard")
     return None if section is None else {name: section[name] for name in (*guard.MEANINGS, "gradient_ratio", "flow_kl") if section.get(name)}
 
 
