@@ -13,7 +13,7 @@ import pytest
 from stage_pieces import changed
 
 from uae_jax import sharding, trees
-from uae_jax.data.scene_checker import FACT_KINDS
+from uae_jax.data.scenes import fact_kinds, scene_at
 from uae_jax.stages import run as run_module
 from uae_jax.stages.settings import frozen
 from uae_jax.stages.weights import ModelConfig, load_system
@@ -139,7 +139,7 @@ def test_rl_stages_report_what_is_not_their_reward(finished):
     measured = {name.removeprefix("eval/") for name in watched["gen_for_und"] if name.startswith("eval/")}
     assert measured == {
         "reward", "unified_score", "heldout_score", "caption_tokens", "truncated", "repetition", "fact_recall", "fact_precision",
-        "scene_accuracy", *(f"fact_recall_{kind}" for kind in FACT_KINDS)}
+        "scene_accuracy", *(f"fact_recall_{kind}" for kind in fact_kinds(scene_at("test", 0, 0)))}
     assert measured < set(summary["stages"][0]["after"])
     samples = json.loads((workdir / "samples" / "gen_for_und_step1" / "samples.json").read_text())
     assert len(samples) == 2 and {"clip", "fact_recall"} <= set(samples[0]["scores"])
