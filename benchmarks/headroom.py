@@ -10,12 +10,14 @@ learn from that reward: its drawings are all right, all wrong, or judged by some
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 import uae_jax
+from uae_jax.api import Model
+from uae_jax.data.loader import to_signed
 from uae_jax.data.scene_checker import picture_scores
 from uae_jax.data.sources import SCENE_CAPTIONS, SceneSource
 from uae_jax.rl.rewards import cosine_reward, load_encoder
@@ -39,19 +41,22 @@ def headroom(accuracy: np.ndarray, reward: np.ndarray) -> dict[str, float]:
         "correlation": float(np.mean([np.corrcoef(*pair)[0, 1] for pair in varied])) if varied else float("nan")}
 
 
-def measure(folder: str, captions: str, scenes: int, drawings: int) -> dict[str, float]:
-    """`headroom` of a model on training scenes of a stream of their own."""
+def measure(model: Model, similar: Callable, captions: str, scenes: int, drawings: int) -> dict[str, float]:
+    """`headroom` of a model on training scenes of a stream of their own.
+
+    Args:
+      model: that draws.
+      similar: the reward `[B]` of originals and drawings `[B, H, W, 3]` in [-1, 1].
+      captions, scenes, drawings: kind of caption, how many, and how often each is drawn.
+    """
     source = SceneSource("train", 5, 32, captions)
     examples = [source[index] for index in range(scenes)]
-    model = uae_jax.load(folder)
-    encoder, params = load_encoder(model_folder(folder) / "clip")
-    originals = np.stack([example.image for example in examples]).astype(np.float32) / 127.5 - 1
-    similar = jax.jit(lambda a, b: cosine_reward(encoder, params, a, b, 1)[:, 0])
+    originals = to_signed(np.stack([example.image for example in examples]))
     found = []
     for number in range(drawings):
         ids = range(number * scenes, (number + 1) * scenes)
         drawn = np.stack([np.asarray(picture) for picture in model.generate([example.caption for example in examples], sample_ids=ids)])
-        found.append((picture_scores([example.scene for example in examples], drawn), similar(originals, drawn.astype(np.float32) / 127.5 - 1)))
+        found.append((picture_scores([example.scene for example in examples], drawn), similar(originals, to_signed(drawn))))
     return headroom(*(np.stack(part, 1) for part in zip(*found)))
 
 
@@ -65,8 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.scenes < 1 or options.drawings < 2:
         parser.error("needs at least one scene and two drawings of each caption")
+    model = uae_jax.load(options.model)
+    encoder, params = load_encoder(model_folder(options.model) / "clip")
+    similar = jax.jit(lambda originals, drawn: cosine_reward(encoder, params, originals, drawn, 1)[:, 0])
     for captions in options.captions:
-        found = measure(options.model, captions, options.scenes, options.drawings)
+        found = measure(model, similar, captions, options.scenes, options.drawings)
         print(
             f"{captions}: scene accuracy {found['mean']:.3f} of the mean drawing, {found['best']:.3f} of the best of {options.drawings} by reward; "
             f"rewards spread by {found['spread']:.3f} in a group; correlation {found['correlation']:.2f}", flush=True)

@@ -33,12 +33,17 @@ from uae_jax.training.step import Algorithm, init_state, make_train_step
 PROMPT = "Describe this image in detail."
 
 
+def own_mesh() -> jax.sharding.Mesh:
+    """This process's devices."""
+    return sharding.make_mesh(sharding.MeshConfig())
+
+
 def open_system(folder: pathlib.Path, image_size: int, dtype: str = "float32") -> System:
     """The model without the folder's adapters, on this process's devices.
 
     In bfloat16 the weights are rounded on the host, so that the device never holds them in float32.
     """
-    mesh = sharding.make_mesh(sharding.MeshConfig())
+    mesh = own_mesh()
     rounded = dtype != "float32"
     system = load_system(ModelConfig(folder=str(folder), adapters=False, dtype=dtype), image_size=image_size, mesh=None if rounded else mesh)
     return dataclasses.replace(system, parts=sharding.shard_tree(held(system.parts, (), dtype), mesh)) if rounded else system
@@ -115,7 +120,7 @@ class JaxSide:
         self.frozen = {name: part for name, part in system.parts.items() if name not in start}
         self.optimizer = make_optimizer(self.config.optimizer, 1000)
         # placed as the step gives it back, so that the second call is the same program as the first
-        self.state = sharding.make_on(sharding.make_mesh(sharding.MeshConfig()), lambda parts: init_state(parts, self.optimizer), start)
+        self.state = sharding.make_on(own_mesh(), lambda parts: init_state(parts, self.optimizer), start)
         given = ("prefix", "suffix", "negative", "noise", "caption_tokens", "pooled", "stops", "sigmas")
         self.batch = {name: jnp.asarray(array) for name, array in inputs.arrays.items() if name not in given}
         self.captions = jnp.asarray(inputs["caption_tokens"])

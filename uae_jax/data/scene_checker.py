@@ -323,17 +323,20 @@ def picture_score(scene: Scene, pixels: np.ndarray) -> float:
     return scene_score(scene, read_like(scene, np.asarray(pixels)[None])[0])
 
 
+def _seen(scenes: list[Scene], pixels: np.ndarray) -> list[tuple[Scene, Scene]]:
+    """Each scene, all of one kind, with what its picture reads as."""
+    if len(scenes) != len(pixels):
+        raise ValueError(f"{len(scenes)} scenes cannot be checked against {len(pixels)} pictures")
+    return list(zip(scenes, read_like(scenes[0], pixels))) if scenes else []
+
+
 def picture_scores(scenes: list[Scene], pixels: np.ndarray) -> np.ndarray:
     """`picture_score` of B scenes and pictures [B, S, S, 3]: float32 [B].
 
     Raises:
       ValueError: different numbers of scenes and pictures.
     """
-    if len(scenes) != len(pixels):
-        raise ValueError(f"{len(scenes)} scenes cannot be checked against {len(pixels)} pictures")
-    if not scenes:
-        return np.zeros(0, np.float32)
-    return np.array([scene_score(scene, seen) for scene, seen in zip(scenes, read_like(scenes[0], pixels))], np.float32)
+    return np.array([scene_score(scene, seen) for scene, seen in _seen(scenes, pixels)], np.float32)
 
 
 def picture_matches(scenes: list[Scene], pixels: np.ndarray) -> np.ndarray:
@@ -342,8 +345,4 @@ def picture_matches(scenes: list[Scene], pixels: np.ndarray) -> np.ndarray:
     Raises:
       ValueError: different numbers of scenes and pictures.
     """
-    if len(scenes) != len(pixels):
-        raise ValueError(f"{len(scenes)} scenes cannot be checked against {len(pixels)} pictures")
-    if not scenes:
-        return np.zeros(0, bool)
-    return np.array([scene == seen for scene, seen in zip(scenes, read_like(scenes[0], pixels))], bool)
+    return np.array([scene == seen for scene, seen in _seen(scenes, pixels)], bool)

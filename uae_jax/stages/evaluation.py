@@ -12,7 +12,7 @@ from jax import Array
 from PIL import Image
 
 from uae_jax import sharding, trees
-from uae_jax.data.loader import RowBuilder, from_signed
+from uae_jax.data.loader import RowBuilder, from_signed, to_signed
 from uae_jax.data.scene_checker import caption_score, picture_scores
 from uae_jax.data.scene_prompts import check_prompt, scene_prompts
 from uae_jax.data.scenes import Scene, fact_kinds
@@ -168,8 +168,7 @@ class Evaluator:
         """The decoder alone: the data set's own captions drawn."""
         pixels = np.stack([self.rows.image_fields(example.image)["pixels"] for example in self.examples])
         drawn = self.draw_texts(parts, [example.caption for example in self.examples])
-        signed = drawn.astype(np.float32) / 127.5 - 1
-        cosines = self._in_batches(lambda a, b: self._compare(parts["encoders"], a, b), pixels, signed)
+        cosines = self._in_batches(lambda a, b: self._compare(parts["encoders"], a, b), pixels, to_signed(drawn))
         scores = {"true_caption_reward": cosines[self.config.encoders[0]]}
         scenes = [example.scene for example in self.examples]
         return scores if None in scenes else scores | {"true_caption_scene_accuracy": picture_scores(scenes, drawn)}

@@ -12,6 +12,7 @@ import grain.python as grain
 import numpy as np
 
 from uae_jax.data import emoji, scene_captions, scenes
+from uae_jax.data.loader import to_signed
 from uae_jax.data.scene_captions import caption
 
 CELLS = 4
@@ -70,7 +71,7 @@ def stream(example: Callable[[int], dict[str, np.ndarray]], batch_size: int):
 
 def pixels_of(world: World, scene: scenes.Scene, side: int) -> np.ndarray:
     """float32 `[side, side, 3]` in [-1, 1]."""
-    return world.draw(scene, side).astype(np.float32) / 127.5 - 1
+    return to_signed(world.draw(scene, side))
 
 
 def pad_ids(ids: list[int], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
