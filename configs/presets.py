@@ -23,7 +23,7 @@ def _optimizer(learning_rate: float, **changes) -> dict:
 
 
 def _reward() -> dict:
-    return dict(names=("clip",), weights=(1.0,), contrast=0.0, overlong_penalty=0.0)
+    return dict(names=("clip",), weights=(1.0,), contrast=0.0, contrast_temperature=0.0, overlong_penalty=0.0)
 
 
 def _guard() -> dict:

@@ -107,11 +107,13 @@ def _groups(original: Array, reconstruction: Array, group: int) -> None:
 
 def cosine_reward(
     encoder: Encoder, params: trees.Tree, original: Array, reconstruction: Array, group: int, *,
-    clamp: str = "hard", contrast: float = 0.0) -> Array:
+    clamp: str = "hard", contrast: float = 0.0, contrast_temperature: float = 0.0) -> Array:
     """Cosine of the features of each reconstruction and its original (arXiv 2509.09666, eq. 1).
 
     With a contrast, so many times the mean cosine with the other originals is taken off: a drawing that is a little like every
-    picture, which is the best answer to a caption that says little, then earns nothing by that.
+    picture, which is the best answer to a caption that says little, then earns nothing by that. At a temperature the mean is a
+    softer maximum, and the reward at contrast 1 the log-odds of the original among the batch's pictures, as in CLIP's loss
+    (arXiv 2103.00020, section 2.3), in units of the temperature.
 
     Args:
       encoder: frozen image encoder.
@@ -121,6 +123,7 @@ def cosine_reward(
       group: G.
       clamp: see `clamp_image`.
       contrast: 0 leaves the other originals out.
+      contrast_temperature: 0 takes the plain mean of the other originals; the lower above 0, the more the likest ones count.
 
     Returns:
       float32 `[B, G]` in [-1, 1] without contrast. Gradients flow to whatever is passed; callers stop them where they want none.
@@ -136,8 +139,12 @@ def cosine_reward(
     own = jnp.sum(features * target[:, None], axis=-1)
     if not contrast:
         return own
-    others = (jnp.einsum("bgd,d->bg", features, target.sum(0), precision="highest") - own) / (len(original) - 1)
-    return own - contrast * others
+    if not contrast_temperature:
+        others = (jnp.einsum("bgd,d->bg", features, target.sum(0), precision="highest") - own) / (len(original) - 1)
+        return own - contrast * others
+    cosines = jnp.einsum("bgd,cd->bgc", features, target, precision="highest")
+    others = jax.nn.logsumexp(cosines / contrast_temperature, axis=-1, where=~jnp.eye(len(original), dtype=bool)[:, None])
+    return own - contrast * contrast_temperature * (others - math.log(len(original) - 1))
 
 
 def pixel_reward(original: Array, reconstruction: Array, group: int, *, clamp: str = "hard") -> Array:
@@ -172,13 +179,14 @@ class RewardConfig:
       weights: one for each encoder.
       pixel_weight: of `pixel_reward`; 0 leaves it out.
       caption_weight: of `caption_similarity.caption_reward`, which looks at no drawing; 0 leaves it out. gen_for_und alone has it.
-      contrast: of `cosine_reward`; 0, as in the paper, looks at each drawing's own original alone.
+      contrast, contrast_temperature: of `cosine_reward`; without contrast, as in the paper, each drawing's own original alone counts.
       overlong_penalty: taken off where a caption reaches the longest length without an end (DAPO, arXiv 2503.14476, section
         3.4, as a step); 0, as in the paper, for none. gen_for_und alone has it.
       clamp: see `clamp_image`.
 
     Raises:
-      ValueError: names and weights do not go together, there is no term at all, a contrast outside [0, 1], or a penalty below 0.
+      ValueError: names and weights do not go together, there is no term at all, a contrast outside [0, 1], or a temperature or a penalty
+        below 0.
     """
 
     names: tuple[str, ...] = ("clip",)
@@ -186,6 +194,7 @@ class RewardConfig:
     pixel_weight: float = 0.0
     caption_weight: float = 0.0
     contrast: float = 0.0
+    contrast_temperature: float = 0.0
     overlong_penalty: float = 0.0
     clamp: str = "hard"
 
@@ -199,8 +208,9 @@ class RewardConfig:
             raise ValueError(f"reward weights must be finite, not {(*self.weights, *others)}")
         if not 0 <= self.contrast <= 1:
             raise ValueError(f"reward.contrast is {self.contrast}; it must be from 0 to 1")
-        if not 0 <= self.overlong_penalty < math.inf:
-            raise ValueError(f"reward.overlong_penalty is {self.overlong_penalty}; it must be 0 or more")
+        for name in ("contrast_temperature", "overlong_penalty"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"reward.{name} is {getattr(self, name)}; it must be 0 or more")
         if self.clamp not in CLAMPS:
             raise ValueError(f"clamp {self.clamp!r} is not known; use one of {', '.join(CLAMPS)}")
 
@@ -238,7 +248,9 @@ def mixed_reward(
     if missing:
         raise ValueError(f"reward encoder {missing[0]!r} is not loaded; loaded: {', '.join(sorted(known)) or 'none'}")
     terms = {
-        name: cosine_reward(known[name], params[name], original, reconstruction, group, clamp=config.clamp, contrast=config.contrast)
+        name: cosine_reward(
+            known[name], params[name], original, reconstruction, group, clamp=config.clamp, contrast=config.contrast,
+            contrast_temperature=config.contrast_temperature)
         for name in config.names}
     pairs = list(zip(terms.values(), config.weights))
     if config.pixel_weight:

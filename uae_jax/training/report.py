@@ -148,7 +148,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
 
 def deductions(config: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What is taken off the similarity in each stage's reward, in words, by stage; stages that train on it alone are left out."""
-    words = {"contrast": "the mean likeness to the batch's other pictures", "overlong_penalty": "a penalty for captions without an end"}
+    words = {"contrast": "the likeness to the batch's other pictures", "overlong_penalty": "a penalty for captions without an end"}
     rewards = {stage["name"]: config.get(stage["name"], {}).get("reward", {}) for stage in stages}
     found = {name: " and ".join(words[field] for field in words if reward.get(field)) for name, reward in rewards.items()}
     return {name: text for name, text in found.items() if text}
