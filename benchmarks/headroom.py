@@ -4,8 +4,8 @@
     python -m benchmarks.headroom runs/tiny --captions=mixed
 
 Draws each caption of built-in scenes several times, and prints the scene accuracy of the mean drawing and of the one with the
-highest reward, and the correlation of the two inside groups. A model whose best drawing is no better than the mean one cannot
-learn from that reward: its drawings are all right, all wrong, or judged by something else.
+highest reward, and the correlation of the two inside groups, all with the built-in model's settings. A model whose best drawing is no
+better than the mean one cannot learn from that reward: its drawings are all right, all wrong, or judged by something else.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import uae_jax
-from uae_jax.api import Model
+from uae_jax.api import Model, builtin_settings
 from uae_jax.data.loader import to_signed
 from uae_jax.data.scene_checker import picture_scores
 from uae_jax.data.sources import SCENE_CAPTIONS, SceneSource
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.scenes < 1 or options.drawings < 2:
         parser.error("needs at least one scene and two drawings of each caption")
-    model = uae_jax.load(options.model)
+    model = uae_jax.load(options.model, **builtin_settings())
     encoder, params = load_encoder(model_folder(options.model) / "clip")
     similar = jax.jit(lambda originals, drawn: cosine_reward(encoder, params, originals, drawn, 1)[:, 0])
     for captions in options.captions:
