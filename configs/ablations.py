@@ -177,6 +177,7 @@ ARMS: dict[str, Arm] = {
         {"rounds": 2, "gen_for_und.steps": lambda c: c.gen_for_und.steps // 2, "und_for_gen.steps": lambda c: c.und_for_gen.steps // 2},
         {"model.folder": "base_cold_start"}),
     "gen_reward_plain": _gen("gen_reward", "CLIP, no contrast to the batch", {"und_for_gen.reward.contrast": 0.0}),
+    "gen_reward_mean_contrast": _gen("gen_reward", "CLIP, contrast to the batch's mean", {"und_for_gen.reward.contrast_temperature": 0.0}),
     "gen_reward_dinov2": _gen("gen_reward", "DINOv2", _reward("und_for_gen", "dinov2")),
     "gen_reward_pixels": _gen("gen_reward", "pixels", _reward("und_for_gen", pixels=1.0)),
     "gen_reward_clip_dinov2": _gen("gen_reward", "CLIP and DINOv2", _reward("und_for_gen", "clip", "dinov2")),
