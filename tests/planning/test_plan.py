@@ -116,6 +116,14 @@ def test_cards_are_estimated_and_the_large_model_needs_more_than_one():
     assert "does not fit" in text_table(*one, "large")
 
 
+@pytest.mark.parametrize("preset", [name for name in presets.PRESETS if name.endswith("@1xH200")])
+def test_the_presets_of_one_card_fit_it(preset):
+    values = settings(preset)
+    plans, topology, _ = make_plan(values, f"gpu:{preset.partition('@')[2]}")
+    assert [plan.stage for plan in plans] == list(values["stages"])
+    assert all(plan.fits(topology) for plan in plans)
+
+
 @pytest.mark.parametrize("topology, sections, message", [
     ("v9:8x8", {}, "v6e:8x8"), ("gpu:6xH200", dict(mesh=dict(data=4, fsdp=1)), "does not fit 6 devices"),
     ("gpu:5xH200", dict(mesh=dict(data=5, fsdp=1)), "must be a multiple of the 5 devices")])

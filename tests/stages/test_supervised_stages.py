@@ -39,6 +39,22 @@ def test_dropped_captions_are_the_negative_prompt(whole, drawn):
     assert np.abs(kept - rows[0]).max() > 1e-2
 
 
+def test_the_frozen_encoders_see_a_part_of_the_batch_at_a_time(whole, drawn):
+    stage, _, samples = drawn
+    rows = len(stage.batch["sample_id"])
+    temporaries = {}
+    for parts in (1, rows):
+        rollout = pretrain.algorithm(whole.system.model, dataclasses.replace(stage.config, micro_batches=parts)).rollout
+        arguments = stage.trained, stage.frozen, stage.batch, step_key(stage.key, "rollout", 0)
+        compiled = jax.jit(rollout).lower(*arguments).compile()
+        temporaries[parts] = compiled.memory_analysis().temp_size_in_bytes
+        found = compiled(*arguments)["samples"]
+        assert largest_gap({name: found[name] for name in ("latents", "hidden")}, {name: samples[name] for name in ("latents", "hidden")}) < 1e-5
+        np.testing.assert_array_equal(found["mask"], samples["mask"])
+        np.testing.assert_array_equal(found["sample_id"], samples["sample_id"])
+    assert temporaries[rows] < 1.5 / rows * temporaries[1]
+
+
 def test_a_perfect_predictor_has_no_loss(drawn, monkeypatch):
     stage, algorithm, samples = drawn
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from uae_jax.training.step import (
-    Algorithm, accumulate_gradients, ema_decay_at, init_state, make_train_step, split_samples, step_key, supervised,
+    Algorithm, accumulate_gradients, ema_decay_at, init_state, make_train_step, map_samples, split_samples, step_key, supervised,
 )  # fmt: skip
 
 PARAMS = {"layer": {"kernel": jnp.arange(6.0).reshape(3, 2) / 10, "bias": jnp.zeros(2)}}
@@ -57,6 +57,19 @@ def test_split_keeps_groups_whole_and_interleaves_them():
     parts = split_samples({"group": jnp.repeat(jnp.arange(4), 3), "member": jnp.tile(jnp.arange(3), 4)}, 2, group_size=3)
     assert parts["group"].tolist() == [[0, 0, 0, 2, 2, 2], [1, 1, 1, 3, 3, 3]]
     assert parts["member"].tolist() == [[0, 1, 2] * 2] * 2
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 6])
+def test_mapped_samples_come_back_in_their_order_a_part_at_a_time(parts):
+    sizes = []
+
+    def double(samples):
+        sizes.append(len(samples["x"]))
+        return {"y": 2 * samples["x"], "n": samples["n"]}
+
+    mapped = map_samples(double, {"x": jnp.arange(12.0).reshape(6, 2), "n": jnp.arange(6)}, parts)
+    assert set(sizes) == {6 // parts} and mapped["n"].tolist() == list(range(6))
+    np.testing.assert_array_equal(mapped["y"], 2 * np.arange(12.0).reshape(6, 2))
 
 
 @pytest.mark.parametrize("samples, message", [({"x": jnp.ones(6)}, "do not divide"), ({"x": jnp.ones(()), "y": jnp.ones(4)}, "leading axis")])

@@ -90,7 +90,7 @@ def _stage_activations(stage: str, settings: Any, s: Shapes, rows: float, length
     parts = settings.micro_batches * settings.updates_per_rollout
     small = max(rows / parts, 1)
     if stage == "pretrain":
-        encode = _language_layer(s, rows, s.context) + _pictures(s, rows, 3)
+        encode = _language_layer(s, small, s.context) + _pictures(s, small, 3)
         return max(encode, _gradient(s, small, language=False, length=length)) + rows * s.context * s.text_width * s.activation
     guided = 1 if settings.guidance_scale == 1 else 2
     if stage == "cold_start":

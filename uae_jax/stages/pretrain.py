@@ -19,7 +19,7 @@ from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.sd3 import vae
 from uae_jax.rl.reconstruction import sample_keys
 from uae_jax.training.optimizer import OptimizerConfig
-from uae_jax.training.step import Algorithm, make_train_step
+from uae_jax.training.step import Algorithm, make_train_step, map_samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PretrainConfig:
 
     Attributes:
       steps, batch_size: train steps, and pictures in each.
-      micro_batches: parts of a batch whose gradients are summed.
+      micro_batches: parts of a batch whose gradients are summed; the frozen encoders see one part of an update at a time too.
       updates_per_rollout: optimizer updates of one batch.
       condition_dropout: share of captions replaced by the negative prompt, for guidance.
       time_scheme, time_shift, weighting: see `diffusion.flow`.
@@ -74,12 +74,17 @@ def algorithm(model: uae.UAE, config: PretrainConfig) -> Algorithm:
         lengths = jnp.sum(batch["caption_mask"], -1, dtype=jnp.int32) - 1
         tokens, lengths = drop_captions(model, batch["caption_ids"], lengths, dropped)
         captioner, _ = uae.captioner_weights(parts, policy=False)
-        ids, mask = condition.place_in_template(model.template, tokens, lengths)
-        hidden = qwen.text_hidden_states(model.captioner, captioner, None, ids, mask)
-        mean, log_variance = vae.encode(model.vae, parts["vae"], batch["pixels"])
-        drawn = jax.vmap(lambda k, m, v: vae.sample_latents(trees.name_key(k, "latents"), m, v))(keys, mean, log_variance)
-        samples = {
-            "latents": vae.to_model_latents(model.vae, drawn), "hidden": hidden, "mask": mask, "sample_id": batch["sample_id"]}
+
+        def encode(inputs: Mapping) -> dict:
+            ids, mask = condition.place_in_template(model.template, inputs["tokens"], inputs["lengths"])
+            hidden = qwen.text_hidden_states(model.captioner, captioner, None, ids, mask)
+            mean, log_variance = vae.encode(model.vae, parts["vae"], inputs["pixels"])
+            drawn = jax.vmap(lambda k, m, v: vae.sample_latents(trees.name_key(k, "latents"), m, v))(inputs["keys"], mean, log_variance)
+            return {"latents": vae.to_model_latents(model.vae, drawn), "hidden": hidden, "mask": mask}
+
+        inputs = {"tokens": tokens, "lengths": lengths, "pixels": batch["pixels"], "keys": keys}
+        # a batch's pictures at full resolution do not fit where only a part of its gradient does
+        samples = map_samples(encode, inputs, config.micro_batches * config.updates_per_rollout) | {"sample_id": batch["sample_id"]}
         return {"samples": samples}
 
     def loss(params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:

@@ -116,6 +116,18 @@ def split_samples(samples: PyTree, parts: int, group_size: int = 1) -> PyTree:
     return jax.tree.map(cut, samples)
 
 
+def map_samples(function: Callable[[PyTree], PyTree], samples: PyTree, parts: int) -> PyTree:
+    """`function` over the parts of `split_samples`, one after the other: its `[N / parts, ...]` leaves joined to `[N, ...]` in the order of `samples`.
+
+    Raises:
+      ValueError: as `split_samples`.
+    """
+    if parts == 1:  # not a loop of one, in which XLA's CPU backend runs convolutions on a single thread
+        return function(samples)
+    mapped = jax.lax.map(function, split_samples(samples, parts))
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), mapped)
+
+
 def accumulate_gradients(
     algorithm: Algorithm, params: PyTree, frozen: PyTree, rollout: dict[str, PyTree], key: jax.Array, micro_batches: int = 1
 ) -> tuple[PyTree, jax.Array, jax.Array, Metrics]:
