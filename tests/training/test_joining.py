@@ -50,7 +50,10 @@ def test_a_message_and_a_code_end_one_process(capsys):
 
 def test_ctrl_c_in_one_of_several_processes_becomes_a_signal_for_all():
     received = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    before = {
+        # a shell starts its background jobs with Ctrl-C ignored
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))}
     try:
         with interrupt_as_terminate() as flag:
             os.kill(os.getpid(), signal.SIGINT)
@@ -58,6 +61,7 @@ def test_ctrl_c_in_one_of_several_processes_becomes_a_signal_for_all():
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
                 signal.pause()
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        for number, handler in before.items():
+            signal.signal(number, handler)
