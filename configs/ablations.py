@@ -83,9 +83,9 @@ TOPICS = {
         "base_und_for_gen", "gen"),
 }
 
-# processor seconds of one gen_for_und step over those of a supervised step with four times its pictures, and of one und_for_gen
+# seconds of one gen_for_und step over those of a supervised step with four times its pictures, and of one und_for_gen
 # step over those of a pretrain step, measured on two cores; the tables show the seconds that each arm took
-STEPS_FOR_CAPTIONS, STEPS_FOR_DRAWINGS = 3.5, 6
+STEPS_FOR_CAPTIONS, STEPS_FOR_DRAWINGS = 2.5, 10
 
 
 def _drawings(stage: str, size: int) -> Changes:
@@ -171,7 +171,7 @@ ARMS: dict[str, Arm] = {
     "clip_higher": _und("loss", "two updates, clip-higher .2/.28 (DAPO)", _TWICE | {"gen_for_und.clip_high": 0.28}),
     "gen_supervised": Arm(
         "gen_controls", "flow matching on true captions, same seconds", ("pretrain",),
-        {"data.detail": "mixed", "pretrain.steps": lambda c: int(STEPS_FOR_DRAWINGS * c.und_for_gen.steps)}, {"model.folder": "base_gen_for_und"}),
+        {"data.detail": "mixed", "data.mistakes": 0.0, "pretrain.steps": lambda c: int(STEPS_FOR_DRAWINGS * c.und_for_gen.steps)}, {"model.folder": "base_gen_for_und"}),
     "alternating": Arm(
         "gen_controls", "both RL stages in turn, half as long, twice", ("gen_for_und", "und_for_gen"),
         {"rounds": 2, "gen_for_und.steps": lambda c: c.gen_for_und.steps // 2, "und_for_gen.steps": lambda c: c.und_for_gen.steps // 2},
