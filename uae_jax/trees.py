@@ -1,4 +1,4 @@
-"""Names of the leaves of parameter trees, and ways to split and merge trees by name.
+"""Names of the leaves of parameter trees, ways to split and merge trees by name, and to work on a batch a part at a time.
 
 A name is the path of a leaf joined by slashes, for example `layers/attention/query/kernel`.
 """
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Tree = Any
@@ -62,3 +63,25 @@ def parameter_count(tree: Tree) -> int:
 def name_key(key: jax.Array, name: str) -> jax.Array:
     """Folds a name into a random key by a hash that is the same in every process (CRC-32)."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def cut(tree: Tree, parts: int, group_size: int = 1) -> Tree:
+    """Cuts `[N, ...]` leaves into `[parts, N / parts, ...]`: group i goes to part i mod parts, groups stay whole and in order.
+
+    Interleaved rather than contiguous: with N sharded over devices, every part keeps the same share of every device.
+    `parts * group_size` has to divide N.
+    """
+
+    def cut_leaf(leaf: jax.Array) -> jax.Array:
+        # [N, ...] -> [N / (parts * G), parts, G, ...] -> [parts, N / parts, ...]
+        blocks = leaf.reshape(-1, parts, group_size, *leaf.shape[1:])
+        return jnp.moveaxis(blocks, 1, 0).reshape(parts, -1, *leaf.shape[1:])
+
+    return jax.tree.map(cut_leaf, tree)
+
+
+def map_parts(function: Callable[[Tree], Tree], parts: Tree) -> Tree:
+    """`function` of one part of `cut` (in groups of one) after the other; what it makes is joined to `[N, ...]` in the order before the cut."""
+    if len(jax.tree.leaves(parts)[0]) == 1:  # not a loop of one, in which XLA's CPU backend runs convolutions on a single thread
+        return function(jax.tree.map(lambda leaf: leaf[0], parts))
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), jax.lax.map(function, parts))

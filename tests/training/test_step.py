@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from uae_jax import trees
 from uae_jax.training.step import (
-    Algorithm, accumulate_gradients, ema_decay_at, init_state, make_train_step, map_samples, split_samples, step_key, supervised,
+    Algorithm, accumulate_gradients, ema_decay_at, init_state, make_train_step, split_samples, step_key, supervised,
 )  # fmt: skip
 
 PARAMS = {"layer": {"kernel": jnp.arange(6.0).reshape(3, 2) / 10, "bias": jnp.zeros(2)}}
@@ -67,7 +68,7 @@ def test_mapped_samples_come_back_in_their_order_a_part_at_a_time(parts):
         sizes.append(len(samples["x"]))
         return {"y": 2 * samples["x"], "n": samples["n"]}
 
-    mapped = map_samples(double, {"x": jnp.arange(12.0).reshape(6, 2), "n": jnp.arange(6)}, parts)
+    mapped = trees.map_parts(double, split_samples({"x": jnp.arange(12.0).reshape(6, 2), "n": jnp.arange(6)}, parts))
     assert set(sizes) == {6 // parts} and mapped["n"].tolist() == list(range(6))
     np.testing.assert_array_equal(mapped["y"], 2 * np.arange(12.0).reshape(6, 2))
 

@@ -19,7 +19,7 @@ from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.sd3 import vae
 from uae_jax.rl.reconstruction import sample_keys
 from uae_jax.training.optimizer import OptimizerConfig
-from uae_jax.training.step import Algorithm, make_train_step, map_samples
+from uae_jax.training.step import Algorithm, make_train_step, split_samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +84,8 @@ def algorithm(model: uae.UAE, config: PretrainConfig) -> Algorithm:
 
         inputs = {"tokens": tokens, "lengths": lengths, "pixels": batch["pixels"], "keys": keys}
         # a batch's pictures at full resolution do not fit where only a part of its gradient does
-        samples = map_samples(encode, inputs, config.micro_batches * config.updates_per_rollout) | {"sample_id": batch["sample_id"]}
-        return {"samples": samples}
+        encoded = trees.map_parts(encode, split_samples(inputs, config.micro_batches * config.updates_per_rollout))
+        return {"samples": encoded | {"sample_id": batch["sample_id"]}}
 
     def loss(params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
         parts, samples = {**frozen, **params}, rollout["samples"]

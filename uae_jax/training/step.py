@@ -92,9 +92,7 @@ def ema_decay_at(updates: jax.Array, decay: float) -> jax.Array:
 
 
 def split_samples(samples: PyTree, parts: int, group_size: int = 1) -> PyTree:
-    """Cuts `[N, ...]` leaves into `[parts, N / parts, ...]`: group i goes to part i mod parts, groups stay whole and in order.
-
-    Interleaved rather than contiguous: with N sharded over devices, every part keeps the same share of every device.
+    """The samples of a rollout as `trees.cut` cuts them.
 
     Raises:
       ValueError: N is no multiple of parts * group_size, or the leaves disagree on N.
@@ -107,25 +105,7 @@ def split_samples(samples: PyTree, parts: int, group_size: int = 1) -> PyTree:
             f"{sizes[0]} samples of a rollout do not divide into {parts} parts of whole groups of {group_size}; change the batch "
             "size, updates_per_rollout or micro_batches"
         )
-
-    def cut(leaf: jax.Array) -> jax.Array:
-        # [N, ...] -> [N / (parts * G), parts, G, ...] -> [parts, N / parts, ...]
-        blocks = leaf.reshape(-1, parts, group_size, *leaf.shape[1:])
-        return jnp.moveaxis(blocks, 1, 0).reshape(parts, -1, *leaf.shape[1:])
-
-    return jax.tree.map(cut, samples)
-
-
-def map_samples(function: Callable[[PyTree], PyTree], samples: PyTree, parts: int) -> PyTree:
-    """`function` over the parts of `split_samples`, one after the other: its `[N / parts, ...]` leaves joined to `[N, ...]` in the order of `samples`.
-
-    Raises:
-      ValueError: as `split_samples`.
-    """
-    if parts == 1:  # not a loop of one, in which XLA's CPU backend runs convolutions on a single thread
-        return function(samples)
-    mapped = jax.lax.map(function, split_samples(samples, parts))
-    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), mapped)
+    return trees.cut(samples, parts, group_size)
 
 
 def accumulate_gradients(

@@ -186,9 +186,7 @@ def decode_latents(config: VAEConfig, params: trees.Tree, model_latents: Array, 
         return decode(config, params, latents)
     if chunk < 1 or batch % chunk:
         raise ValueError(f"a batch of {batch} latents cannot be decoded in chunks of {chunk}; take a divisor of {batch}")
-    parts = latents.reshape(chunk, batch // chunk, *latents.shape[1:]).swapaxes(0, 1)
-    pixels = jax.lax.map(jax.checkpoint(lambda part: decode(config, params, part)), parts)
-    return pixels.swapaxes(0, 1).reshape(batch, *pixels.shape[2:])
+    return trees.map_parts(jax.checkpoint(lambda part: decode(config, params, part)), trees.cut(latents, batch // chunk))
 
 
 def init_params(config: VAEConfig, key: Array) -> dict:
