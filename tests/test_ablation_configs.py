@@ -6,7 +6,7 @@ import pytest
 from configs import ablations, presets
 
 from uae_jax.stages.bootstrap.run import PHASES
-from uae_jax.stages.run import RunConfig
+from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.settings import frozen
 from uae_jax.stages.steps import check_batch
 

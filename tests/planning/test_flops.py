@@ -9,7 +9,7 @@ from configs import presets
 from uae_jax.planning.flops import count_work
 from uae_jax.planning.plan import step_work
 from uae_jax.planning.system import abstract_system
-from uae_jax.stages.run import RunConfig
+from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.settings import frozen
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -15,13 +15,13 @@ from configs import presets
 from uae_jax import trees
 from uae_jax.planning import published
 from uae_jax.planning.chips import GIB, parse_topology
-from uae_jax.planning.compile import Memory, _too_large, largest_results, make_program, plan_mesh, resident_bytes
+from uae_jax.planning.compile import Memory, _too_large, largest_results, plan_mesh, resident_bytes
 from uae_jax.planning.flops import Count, Work
 from uae_jax.planning.plan import make_plan
 from uae_jax.planning.roofline import MeshSizes, roofline
 from uae_jax.planning.system import abstract_system
 from uae_jax.planning.table import StagePlan, as_json, text_table
-from uae_jax.stages.run import RunConfig
+from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.settings import frozen
 from uae_jax.stages.weights import load_system
 
@@ -66,7 +66,7 @@ def test_frozen_parts_are_held_in_bfloat16_once_nothing_trains_them():
     system = abstract_system(config)
     kinds = {}
     for stage in ("pretrain", "gen_for_und"):
-        program = make_program(config, system, stage, None)
+        program = make_program(config, system, system.parts, system.batch, stage)
         kinds[stage] = {name: {leaf.dtype.name for leaf in jax.tree.leaves(part)} for name, part in program.frozen.items()}
         assert {leaf.dtype.name for leaf in jax.tree.leaves(program.state.params)} == {"float32"}
     assert kinds["pretrain"]["language"] == kinds["gen_for_und"]["transformer"] == {"bfloat16"}
@@ -100,8 +100,8 @@ def test_cutting_parameters_makes_the_arguments_of_a_device_smaller(compiled):
 
 def test_resident_bytes_are_those_of_the_shards():
     config = frozen(RunConfig, settings("tiny", mesh=dict(data=1, fsdp=8)))
-    topology = parse_topology("cpu:8")
-    program = make_program(config, abstract_system(config), "pretrain", plan_mesh(config, topology))
+    topology, system = parse_topology("cpu:8"), abstract_system(config)
+    program = make_program(config, system, system.parts, system.batch, "pretrain", plan_mesh(config, topology))
     real = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), (program.state, program.frozen, program.batch))
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(real))
     assert resident_bytes(program) == held + 8  # and the random key

@@ -10,7 +10,8 @@ import types
 import jax
 import numpy as np
 import pytest
-from stage_pieces import changed
+from configs import presets
+from stage_pieces import changed, make_run
 
 from uae_jax import sharding, trees
 from uae_jax.data.scenes import fact_kinds, scene_at
@@ -171,11 +172,14 @@ def test_supervised_training_goes_on_from_a_whole_copy():
     assert copied == {"transformer": 2, "vae": 3} == run_module.with_drawing_policy(copied)
 
 
-def test_running_again_changes_nothing(finished, config):
+def test_running_again_changes_nothing(finished, config, monkeypatch):
+    """The export of the last stage is never replaced by one of an earlier stage, which a kill would leave there."""
     summary, workdir = finished
-    before = (workdir / "metrics.jsonl").read_bytes()
+    before, written, write = (workdir / "metrics.jsonl").read_bytes(), [], run_module._write_outputs
+    monkeypatch.setattr(run_module, "_write_outputs", lambda whole, results: written.append(len(results)) or write(whole, results))
     assert run_module.run(config, workdir) == summary
     assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert written == [len(STAGES)]
 
 
 def _stopping(stage):
@@ -224,10 +228,49 @@ def test_another_configuration_is_refused_and_overwrites_nothing(finished, confi
     assert {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in workdir.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.parametrize("stages, message", [
+    (("und_for_gen",), "checkpoints of the stage cold_start"), ((), "checkpoints of the stage cold_start"),
+    (("pretrain", "cold_start", "und_for_gen", "gen_for_und"), "another configuration")])
+def test_other_stages_are_refused_in_a_workdir_and_overwrite_nothing(finished, config, stages, message):
+    """A stage read back after other stages than it was trained after would stand on parts that it never saw."""
+    _, workdir = finished
+    before = {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in workdir.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=f"{message}.*new --workdir"):
+        run_module.run(changed(config, stages=stages), workdir)
+    assert {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in workdir.rglob("*") if file.is_file()} == before
+
+
+def test_settings_of_stages_to_come_may_change(config):
+    """A correction of the last stage must not cost the first one's days; what a stage saw must be as it was."""
+    def digests(**changes):
+        settings = frozen(run_module.RunConfig, changed(config, **changes))
+        return [settings.digest(name) for name, _ in settings.order()]
+
+    first = digests()
+    assert len(set(first)) == len(STAGES) and digests(evaluation=dict(images=3), loop=dict(save_every=1), mesh=dict(fsdp=2)) == first
+    assert digests(rounds=2)[: len(STAGES)] == first
+    assert [old == new for old, new in zip(first, digests(gen_for_und=dict(kl_weight=0.5)))] == [True, True, False, False]
+    assert not set(first) & set(digests(data=dict(detail="mixed"))) and not set(first) & set(digests(seed=1))
+    folder = dict(source="folder", folder="pictures")
+    assert not set(digests(data=folder)) & set(digests(data=folder, evaluation=dict(images=3))), "held-out pictures are not trained on"
+
+
+def test_scores_are_drawn_through_the_captioner_where_training_does(config, whole, tmp_path):
+    assert not whole.config.policy_condition() and not whole.evaluator.denoising.policy_condition
+    policy = make_run(changed(config, und_for_gen=dict(condition_model="policy")), tmp_path)
+    assert policy.config.policy_condition() and policy.evaluator.denoising.policy_condition
+    alone = changed(config, stages=("gen_for_und",), und_for_gen=dict(condition_model="policy"))
+    assert not frozen(run_module.RunConfig, alone).policy_condition()
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(gen_for_und=dict(group_sice=4)), "did you mean config.gen_for_und.group_size"),
     (dict(stages=("pretrain", "warm_start")), "warm_start"), (dict(mesh=dict(data=3)), "does not divide|devices"),
-    (dict(evaluation=dict(encoders=("longclip",))), "longclip"), (dict(data=dict(source="folder")), "config.data.folder")])
+    (dict(evaluation=dict(encoders=("longclip",))), "longclip"), (dict(data=dict(source="folder")), "config.data.folder"),
+    (dict(und_for_gen=dict(optimizer=presets._optimizer(1e-2, warmup_steps=9))), "und_for_gen: optimizer.warmup_steps is 9 in a run of 4"),
+    (dict(und_for_gen=dict(vae_chunk=5)), "und_for_gen: a batch of 16 latents cannot be decoded in chunks of 5"),
+    (dict(und_for_gen=dict(batch_size=3)), "und_for_gen: 6 samples of a rollout do not divide into 2 parts of whole groups"),
+    (dict(gen_for_und=dict(aggregation="mean")), "gen_for_und: .*aggregation")])
 def test_wrong_settings_name_themselves_and_write_nothing(config, tmp_path, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_module.run(changed(config, **change), tmp_path / "new")

@@ -3,20 +3,15 @@
 import dataclasses
 import re
 import time
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from uae_jax import sharding
 from uae_jax.planning.chips import GIB, Topology
-from uae_jax.planning.system import AbstractSystem
-from uae_jax.stages.run import RunConfig
-from uae_jax.stages.steps import RL_STAGES, STAGES, held, make_step
-from uae_jax.training.optimizer import make_optimizer
-from uae_jax.training.step import TrainState, init_state
+from uae_jax.stages.program import Program
+from uae_jax.stages.run_config import RunConfig
 
 TYPES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 # instructions that only name what another one made
@@ -31,30 +26,6 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # libtpu schedules the instructions of one 3x3 convolution of the auto-encoder for 7 to 37 seconds by default, and for less than
 # one with the least effort; its temporaries are then not smaller, since fewer of them stay on the chip
 QUICK = -1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A stage's step and the shapes of its arguments.
-
-    Attributes:
-      stage: its name; config: its settings.
-      step: the jitted `train_step`.
-      state, frozen, batch, key: `jax.ShapeDtypeStruct` leaves, with shardings where there is a mesh.
-    """
-
-    stage: str
-    config: Any
-    step: Callable
-    state: TrainState
-    frozen: dict
-    batch: dict
-    key: jax.ShapeDtypeStruct
-
-    @property
-    def arguments(self) -> tuple:
-        """Of `step`, in order."""
-        return self.state, self.frozen, self.batch, self.key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,47 +47,6 @@ class Memory:
     largest: tuple[tuple[float, str, str], ...] = ()
     seconds: float = 0.0
     estimated: bool = False
-
-
-def make_program(config: RunConfig, system: AbstractSystem, stage: str, mesh: Mesh | None) -> Program:
-    """The step of a stage as a run builds it, from shapes.
-
-    Args:
-      config: of the run.
-      system: without weights.
-      stage: a name of `STAGES`.
-      mesh: where arguments lie; None leaves them without shardings, for counting.
-    """
-    settings = getattr(config, stage)
-    optimizer = make_optimizer(settings.optimizer, settings.steps * settings.updates_per_rollout)
-    parts = _with_copies(config, system.parts, stage)
-    start = jax.eval_shape(lambda parts: STAGES[stage][1](parts, settings, jax.random.key(0)), parts)
-    state = jax.eval_shape(lambda parts: init_state(parts, optimizer, ema=bool(settings.ema_decay)), start)
-    frozen = {name: part for name, part in parts.items() if name not in start}
-    frozen = jax.eval_shape(lambda parts: held(parts, config.trained_from(stage), config.model.frozen_dtype), frozen)
-    batch, key, shardings = system.batch(settings.batch_size), jax.eval_shape(lambda: jax.random.key(0)), None
-    if mesh is not None:
-        rows, whole = NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), NamedSharding(mesh, PartitionSpec())
-        state, frozen = (_placed(tree, sharding.tree_shardings(tree, mesh)) for tree in (state, frozen))
-        batch = _placed(batch, jax.tree.map(lambda leaf: rows, batch))
-        key = _placed(key, whole)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state), whole
-    step = make_step(stage, settings, config.sampler, system, optimizer, shardings)
-    return Program(stage, settings, step, state, frozen, batch, key)
-
-
-def _with_copies(config: RunConfig, parts: dict, stage: str) -> dict:
-    """Shapes of the parts when a stage begins: with the whole copies that the RL stages before it have trained."""
-    stages = [name for _, name in config.order()]
-    for earlier in stages[:stages.index(stage)] if stage in stages else ():
-        settings = getattr(config, earlier)
-        if earlier in RL_STAGES and settings.train == "full":
-            parts = parts | jax.eval_shape(lambda parts, make=STAGES[earlier][1], settings=settings: make(parts, settings, jax.random.key(0)), parts)
-    return parts
-
-
-def _placed(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), tree, shardings)
 
 
 def resident_bytes(program: Program) -> float:

@@ -14,7 +14,7 @@ import jax
 from uae_jax import sharding, trees
 from uae_jax.planning.compile import Memory, Program
 from uae_jax.planning.roofline import MeshSizes
-from uae_jax.stages.run import RunConfig
+from uae_jax.stages.run_config import RunConfig
 
 FLOAT = 4
 

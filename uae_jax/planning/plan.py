@@ -9,13 +9,14 @@ from jax.sharding import Mesh
 from uae_jax import sharding, trees
 from uae_jax.nn.attention import use_attention
 from uae_jax.planning.chips import Topology, parse_topology
-from uae_jax.planning.compile import compile_program, make_program, plan_mesh
+from uae_jax.planning.compile import compile_program, plan_mesh
 from uae_jax.planning.estimate import estimate_memory
 from uae_jax.planning.flops import Count, count_work
 from uae_jax.planning.roofline import MeshSizes, roofline
 from uae_jax.planning.system import AbstractSystem, abstract_system
 from uae_jax.planning.table import StagePlan
-from uae_jax.stages.run import RunConfig
+from uae_jax.stages.program import make_program
+from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.settings import frozen
 from uae_jax.stages.steps import STAGES, check_batch
 
@@ -43,7 +44,7 @@ def step_work(config: RunConfig, system: AbstractSystem, stage: str) -> Count:
     Attention is counted in its plain form, whose backward pass computes nothing twice; the kernels' recomputation of a few
     percent is left out, as is what they save where a causal mask hides half of the pairs.
     """
-    program = make_program(config, system, stage, None)
+    program = make_program(config, system, system.parts, system.batch, stage)
     with use_attention("plain"):
         return count_work(program.step, program.arguments, (0, 1), trips=getattr(program.config, "max_new_tokens", 1))
 
@@ -61,7 +62,7 @@ def without_recomputation(config: RunConfig) -> RunConfig:
 def plan_stage(
     config: RunConfig, system: AbstractSystem, stage: str, topology: Topology, mesh: Mesh | None, sizes: MeshSizes) -> StagePlan:
     """Counts a stage and finds its memory: compiled for a mesh, estimated without one."""
-    program = make_program(config, system, stage, mesh)
+    program = make_program(config, system, system.parts, system.batch, stage, mesh)
     memory = estimate_memory(program, config, sizes, system.model) if mesh is None else compile_program(program, mesh)
     count = step_work(config, system, stage)
     plain = without_recomputation(config)

@@ -23,7 +23,8 @@ from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.models.uae import UAE
 from uae_jax.planning import published
 from uae_jax.rl.rewards import Encoder
-from uae_jax.stages.run import RunConfig, with_adapters
+from uae_jax.stages.run import with_adapters
+from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import ENCODERS, model_folder
 
 

@@ -75,7 +75,7 @@ class Evaluator:
         self, system: System, config: EvaluationConfig, denoising: Denoising, examples: Sequence[Example], rows: RowBuilder,
         max_new_tokens: int, seed: int):
         self.system, self.config, self.examples, self.rows = system, config, list(examples), rows
-        self.key, self.width = jax.random.key(seed), max_new_tokens
+        self.denoising, self.key, self.width = denoising, jax.random.key(seed), max_new_tokens
         names = {name for name in (*config.encoders, config.heldout_encoder) if name in system.encoders}
         self.encoders = {name: system.encoders[name] for name in sorted(names)}
         sampling = SamplingConfig(config.temperature)

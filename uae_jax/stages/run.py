@@ -6,8 +6,6 @@ read back, the stage that was interrupted goes on from its newest checkpoint.
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,115 +17,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from uae_jax import sharding, trees
 from uae_jax.data.emoji import EmojiSet, EmojiSource
-from uae_jax.data.loader import RowBuilder, batch_spec, make_loader
+from uae_jax.data.loader import RowBuilder, batch_shapes, batch_spec, make_loader
 from uae_jax.data.sources import Example, FolderSource, SceneSource, Source, TfdsSource
 from uae_jax.files.json_files import write_json
 from uae_jax.rl.caption_policy import CaptionPolicy
 from uae_jax.rl.flow_policy import FlowPolicy
 from uae_jax.rl.nft_policy import NftPolicy
-from uae_jax.sharding import MeshConfig
-from uae_jax.stages import cold_start, gen_for_und, pretrain, und_for_gen
-from uae_jax.stages.evaluation import EvaluationConfig, Evaluator
+from uae_jax.stages.evaluation import Evaluator
 from uae_jax.stages.export import export_system
+from uae_jax.stages.program import make_program
+from uae_jax.stages.run_config import DataConfig, RunConfig
 from uae_jax.stages.settings import frozen
-from uae_jax.stages.steps import RL_STAGES, STAGES, SamplerConfig, check_batch, held, make_denoising, make_policy, make_step
-from uae_jax.stages.weights import ModelConfig, load_system
+from uae_jax.stages.steps import RL_STAGES, STAGES, check_batch, held, make_denoising, make_policy, make_step, with_drawing_policy
+from uae_jax.stages.weights import load_system
 from uae_jax.training import processes
-from uae_jax.training.guard import GuardConfig, skip_outliers
+from uae_jax.training.guard import skip_outliers
 from uae_jax.training.loop import Hooks, LoopConfig, StageResult, check_configuration, run_stage
 from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.report import write_report
 from uae_jax.training.step import TrainState, init_state
 from uae_jax.training.summary import write_summary
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where pictures come from, and fixed shapes.
-
-    Attributes:
-      source: `scenes` (built in), `emoji` (of `uae_jax.fetch_emoji`), `folder` or `tfds`.
-      folder: of `captions.jsonl` and images, or of emoji; heldout_folder: the same for scores, or empty to hold out the last rows.
-      name, split, data_dir, image_key, caption_key: of a TFDS data set; heldout_split: for scores.
-      image_size: side of the square pictures in pixels.
-      max_prompt: room for the caption prompt with its image tokens; 0 for what it needs.
-      max_caption: room for a caption with its stop token.
-      detail, rl_detail: captions of scenes and emoji in the supervised and in the RL stages: `full`, `detail`, `mixed` or `short`.
-      mistakes: probability that a fact is wrong in the scenes' captions of the supervised stages.
-      caption_prompt, negative_prompt: texts.
-    """
-
-    source: str = "scenes"
-    folder: str = ""
-    name: str = ""
-    split: str = "train"
-    data_dir: str = ""
-    image_key: str = "image"
-    caption_key: str = "caption"
-    heldout_folder: str = ""
-    heldout_split: str = "test"
-    image_size: int = 512
-    max_prompt: int = 0
-    max_caption: int = 512
-    detail: str = "full"
-    rl_detail: str = "mixed"
-    mistakes: float = 0.0
-    caption_prompt: str = ""
-    negative_prompt: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopSettings:
-    """How often things are written: in steps; `keep` newest checkpoints. `eval_every` is of the RL stages; 0 for never."""
-
-    log_every: int = 1
-    save_every: int = 50
-    eval_every: int = 0
-    keep: int = 2
-    wandb_project: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """A whole configuration file, frozen."""
-
-    preset: str
-    seed: int
-    stages: tuple[str, ...]
-    rounds: int
-    model: ModelConfig
-    data: DataConfig
-    sampler: SamplerConfig
-    mesh: MeshConfig
-    evaluation: EvaluationConfig
-    loop: LoopSettings
-    pretrain: pretrain.PretrainConfig
-    cold_start: cold_start.ColdStartConfig
-    gen_for_und: gen_for_und.GenForUndConfig
-    und_for_gen: und_for_gen.UndForGenConfig
-    guard: GuardConfig = GuardConfig()
-
-    def __post_init__(self):
-        """Raises ValueError for a stage that does not exist or fewer than one round."""
-        for name in self.stages:
-            if name not in STAGES:
-                raise ValueError(f"config.stages names {name!r}; the stages are {', '.join(STAGES)}")
-        if self.rounds < 1:
-            raise ValueError(f"config.rounds is {self.rounds}; it must be at least 1")
-
-    def order(self) -> list[tuple[str, str]]:
-        """(run name, stage) in order; the RL stages repeat for every round, with the round's number from 2 on."""
-        listed = [(stage, stage) for stage in self.stages]
-        again = [stage for stage in self.stages if stage in RL_STAGES]
-        return listed + [(f"{stage}_{number}", stage) for number in range(2, self.rounds + 1) for stage in again]
-
-    def trained_from(self, stage: str) -> set[str]:
-        """Parts that a stage or one after its first turn trains as they are (adapters and copies have names of their own)."""
-        stages = [kind for _, kind in self.order()]
-        later = stages[stages.index(stage):]
-        own = {"pretrain": ("transformer", "projector") if self.pretrain.train_projector else ("transformer",),
-               "cold_start": ("transformer", "projector")}
-        return {name for kind in later for name in own.get(kind, ())}
 
 
 def open_sources(config: DataConfig, seed: int, heldout: int) -> tuple[Source, list[Example]]:
@@ -177,16 +87,6 @@ def with_adapters(config: RunConfig, parts: Mapping, key: jax.Array) -> dict:
     return whole
 
 
-def with_drawing_policy(parts: Mapping) -> dict:
-    """The parts with the whole transformer that und_for_gen has trained, if any, in place of its reference.
-
-    Programs that look at no reference are the same then before and after that stage, and a stage of supervised training goes on from it.
-    """
-    rest = dict(parts)
-    policy = rest.pop("transformer_policy", None)
-    return rest if policy is None else {**rest, "transformer": policy}
-
-
 class Run:
     """What all stages of one run share, and the model's parts as the stages leave them.
 
@@ -218,7 +118,8 @@ class Run:
         del parts
         self.evaluator = Evaluator(
             self.system, config.evaluation,
-            make_denoising(config.sampler, config.evaluation.sampler_steps, config.evaluation.guidance_scale),
+            make_denoising(
+                config.sampler, config.evaluation.sampler_steps, config.evaluation.guidance_scale, policy_condition=config.policy_condition()),
             heldout, self.rows, config.data.max_caption, config.seed)
 
     def _check_encoders(self) -> None:
@@ -229,12 +130,32 @@ class Run:
             raise FileNotFoundError(f"the reward needs the image encoder {missing[0]!r}; put it at {self.system.folder / missing[0]}")
 
     def _check_stages(self) -> None:
-        """Builds every stage's description now, so that a setting of the last stage does not fail after the first ones ran."""
+        """Builds every stage's description, which checks most settings in an instant."""
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         for _, stage in self.config.order():
             check_batch(stage, getattr(self.config, stage), ways)
             if stage in RL_STAGES:
                 self.policy(stage)
+
+    def check_programs(self) -> None:
+        """Traces the step of every stage without computing, so that a setting of the last one does not fail after the first ones ran.
+
+        Raises:
+          ValueError: a setting with which a step cannot be built.
+        """
+        shapes = jax.eval_shape(dict, self.parts)
+
+        def batch(size: int) -> dict:
+            fields = batch_shapes(self.rows.spec, size, self.rows.processor)
+            return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in fields.items()}
+
+        with sharding.in_use(self.mesh):
+            for stage in dict.fromkeys(stage for _, stage in self.config.order()):
+                try:
+                    program = make_program(self.config, self.system, shapes, batch, stage)
+                    jax.eval_shape(program.step, *program.arguments)
+                except ValueError as error:
+                    raise ValueError(f"{stage}: {error}") from error
 
     def step(self, stage: str, state: TrainState, optimizer: Any) -> Callable:
         """The compiled train step of a stage."""
@@ -280,7 +201,7 @@ class Run:
             hooks=Hooks(
                 before=lambda state: self.score_before(state, name, previous), after=lambda state: self.score(state, name, "after"),
                 evaluate=lambda state, step: self.score_during(state, name, step)),
-            guard=guard, digest=self.digest())
+            guard=guard, digest=self.config.digest(name))
         self.parts = self.trained(result.state)
         return result
 
@@ -311,13 +232,6 @@ class Run:
         """Held-out scores in the middle of a stage; samples go to `samples/<name>_step<step>`."""
         return self.evaluator.during(with_drawing_policy(self.trained(state)), self.workdir / "samples" / f"{name}_step{step}")
 
-    def digest(self) -> str:
-        """Of everything in the configuration that changes numbers; a checkpoint of another one is refused."""
-        values = dataclasses.asdict(self.config)
-        for name in ("loop", "evaluation", "mesh", "stages"):
-            del values[name]
-        return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
 
 def run(config: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
     """Runs all stages of a configuration and returns the contents of `summary.json`.
@@ -332,24 +246,42 @@ def run(config: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
     """
     settings = frozen(RunConfig, config)
     whole = Run(settings, workdir)
-    for name, _ in settings.order():
-        check_configuration(workdir, name, whole.digest())
+    _check_workdir(settings, workdir)
+    whole.check_programs()
     workdir.mkdir(exist_ok=True)
     processes.check_shared(workdir)
+    finished = {name for name, _ in settings.order() if (workdir / "checkpoints" / name / "finished.json").exists()}
     if jax.process_index() == 0:
         write_json(workdir / "config.json", dataclasses.asdict(settings))
     writer = MetricWriter(workdir, wandb_project=settings.loop.wandb_project, config=dataclasses.asdict(settings))
     results: list[StageResult] = []
+    summary = None
     with sharding.in_use(whole.mesh):
         for name, stage in settings.order():
             results.append(whole.run_stage(name, stage, writer, results[-1] if results else None))
-            _write_outputs(whole, results)
+            if name not in finished:  # else the outputs may be those of a later stage
+                summary = _write_outputs(whole, results)
         if not results:
             scores = whole.evaluator(whole.parts, workdir / "samples" / "evaluate_after")
             results.append(StageResult("evaluate", None, 0, 0.0, 0.0, {}, scores))
-    summary = _write_outputs(whole, results)
+    summary = summary or _write_outputs(whole, results)
     writer.close()
     return summary
+
+
+def _check_workdir(config: RunConfig, workdir: pathlib.Path) -> None:
+    """Refuses a workdir in which another configuration has trained.
+
+    Raises:
+      ValueError: it has a stage that this run has not, or one of other settings, or after other stages.
+    """
+    names = [name for name, _ in config.order()]
+    folder = workdir / "checkpoints"
+    others = sorted(path.name for path in folder.iterdir() if path.name not in names) if folder.is_dir() else []
+    if others:
+        raise ValueError(f"{workdir} has checkpoints of the stage {others[0]}, which this configuration does not run; use a new --workdir")
+    for name in names:
+        check_configuration(workdir, name, config.digest(name))
 
 
 def _write_outputs(whole: Run, results: list[StageResult]) -> dict[str, Any]:

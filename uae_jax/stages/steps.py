@@ -65,6 +65,16 @@ def held(parts: Mapping, trained: Collection[str], dtype: str) -> dict:
         for name, part in parts.items()}
 
 
+def with_drawing_policy(parts: Mapping) -> dict:
+    """The parts with the whole transformer that und_for_gen has trained, if any, in place of its reference.
+
+    Programs that look at no reference are the same then before and after that stage, and a stage of supervised training goes on from it.
+    """
+    rest = dict(parts)
+    policy = rest.pop("transformer_policy", None)
+    return rest if policy is None else {**rest, "transformer": policy}
+
+
 def check_batch(stage: str, config: Any, ways: int) -> None:
     """Checks that a stage's batch can be cut as its settings say.
 
