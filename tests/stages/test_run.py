@@ -267,7 +267,7 @@ def test_scores_are_drawn_through_the_captioner_where_training_does(config, whol
     (dict(gen_for_und=dict(group_sice=4)), "did you mean config.gen_for_und.group_size"),
     (dict(stages=("pretrain", "warm_start")), "warm_start"), (dict(mesh=dict(data=3)), "does not divide|devices"),
     (dict(evaluation=dict(encoders=("longclip",))), "longclip"), (dict(data=dict(source="folder")), "config.data.folder"),
-    (dict(und_for_gen=dict(optimizer=presets._optimizer(1e-2, warmup_steps=9))), "und_for_gen: optimizer.warmup_steps is 9 in a run of 4"),
+    (dict(und_for_gen=dict(optimizer=presets._optimizer(1e-2, warmup_steps=9, schedule="cosine"))), "und_for_gen: optimizer.warmup_steps is 9 in a run of 4"),
     (dict(und_for_gen=dict(vae_chunk=5)), "und_for_gen: a batch of 16 latents cannot be decoded in chunks of 5"),
     (dict(und_for_gen=dict(batch_size=3)), "und_for_gen: 6 samples of a rollout do not divide into 2 parts of whole groups"),
     (dict(gen_for_und=dict(aggregation="mean")), "gen_for_und: .*aggregation")])
