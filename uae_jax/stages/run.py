@@ -122,12 +122,18 @@ class RunConfig:
         return listed + [(f"{stage}_{number}", stage) for number in range(2, self.rounds + 1) for stage in again]
 
     def trained_from(self, stage: str) -> set[str]:
-        """Parts that a stage or one after its first turn trains as they are (adapters and copies have names of their own)."""
+        """Parts that a stage or one after its first turn trains as they are, and parts that a later one copies to train them whole.
+
+        Adapters and copies have names of their own.
+        """
         stages = [kind for _, kind in self.order()]
-        later = stages[stages.index(stage):]
+        first = stages.index(stage)
+        later, begin = stages[first:], set(stages[first + 1:]) - set(stages[:first + 1])
         own = {"pretrain": ("transformer", "projector") if self.pretrain.train_projector else ("transformer",),
                "cold_start": ("transformer", "projector")}
-        return {name for kind in later for name in own.get(kind, ())}
+        copied = {name for kind, name in (("gen_for_und", "language"), ("und_for_gen", "transformer"))
+                  if kind in begin and getattr(self, kind).train == "full"}
+        return {name for kind in later for name in own.get(kind, ())} | copied
 
 
 def open_sources(config: DataConfig, seed: int, heldout: int) -> tuple[Source, list[Example]]:
@@ -169,10 +175,14 @@ def with_adapters(config: RunConfig, parts: Mapping, key: jax.Array) -> dict:
       config: of the run.
       parts: of the loaded model.
       key: of the run.
+
+    Raises:
+      ValueError: see `gen_for_und.check_start`.
     """
     whole = dict(parts)
-    for _, stage in config.order():
-        if stage in RL_STAGES and getattr(config, stage).train == "lora":
+    for stage in (stage for _, stage in config.order() if stage in RL_STAGES):
+        gen_for_und.check_start(parts, stage, getattr(config, stage).train)
+        if getattr(config, stage).train == "lora":
             whole |= STAGES[stage][1](whole, getattr(config, stage), key)
     return whole
 
