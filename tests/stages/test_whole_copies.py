@@ -142,6 +142,17 @@ def test_check_and_export_know_the_reference(trained, tmp_path, capsys):
     assert_same(load(tmp_path / "imported").parts, parts)
 
 
+def test_the_transformers_adapter_is_merged_beside_a_reference(trained, adapted, tmp_path):
+    folder = shutil.copytree(trained[1], tmp_path / "both")
+    shutil.copytree(adapted / "dit_lora", folder / "dit_lora")
+    apart = load(folder)
+    convert.main(["export", str(folder), str(tmp_path / "merged"), "--merge-adapters"])
+    merged = load(tmp_path / "merged").parts
+    total = merge_adapter(apart.parts["transformer"], apart.parts["transformer_lora"], apart.model.transformer.lora_alpha)
+    assert largest_gap(merged.pop("transformer"), total) < 1e-6
+    assert_same(merged, {name: part for name, part in trained[0].items() if name != "transformer"})
+
+
 @pytest.mark.parametrize("stage, adapter", [("gen_for_und", "llm_lora"), ("und_for_gen", "dit_lora")])
 def test_a_whole_copy_of_a_model_with_an_adapter_is_refused(config, adapted, tmp_path, stage, adapter):
     whole = {name: dict(train="full") for name in ("gen_for_und", "und_for_gen")}
@@ -213,6 +224,12 @@ def test_plans_hold_the_same_precisions(config, monkeypatch, tmp_path):
         program = make_program(settings, abstract_system(settings), stage, None)
         for planned, real in ((program.state.params, params), (program.frozen, held)):
             assert {name: dtypes(part) for name, part in planned.items()} == {name: dtypes(part) for name, part in real.items()}
+
+
+def test_plans_know_the_copy_of_a_folder(config, trained):
+    settings = frozen(run_module.RunConfig, changed(config, model=dict(folder=str(trained[1])), stages=("und_for_gen",)))
+    planned = {name: leaf.shape for name, leaf in trees.flatten(abstract_system(settings).parts).items() if "_lora/" not in name}
+    assert planned == {name: leaf.shape for name, leaf in trees.flatten(trained[0]).items()}
 
 
 def test_a_rounded_model_is_copied_in_single_precision(whole):

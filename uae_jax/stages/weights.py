@@ -153,12 +153,14 @@ def _load_models(
     folder: pathlib.Path, config: ModelConfig, mesh: Mesh | None
 ) -> tuple[qwen_config.Qwen2_5VLConfig, TransformerConfig, VAEConfig, dict]:
     """Captioner, transformer and auto-encoder with their adapters: descriptions and the dictionary of parameters."""
+    trained_whole = _has_reference(folder, config)
     # its two text towers are on the host only until the vector is known, so they come before all that stays
     pooled = pooled_empty_prompt([folder / "SD3" / name for name in ("text_encoder", "text_encoder_2")])
     overrides = dict(dtype=config.dtype, remat=config.remat, lora_alpha=config.lora_alpha)
     captioner, parts = _load_captioner(folder, overrides, _placement(mesh))
-    if (folder / REFERENCE).is_dir():
-        _add_reference(folder, captioner, parts, config, mesh)
+    if trained_whole:
+        parts |= {"language_policy": parts["language"]} if config.adapters else {}
+        parts["language"] = qwen_weights.load_language(folder / REFERENCE, captioner, np.float32, _placement(mesh))
     transformer_folder = folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer"
     transformer, parts["transformer"] = sd3_weights.load_transformer(
         transformer_folder, params_dtype=np.float32, placement=_placement(mesh, "transformer"), **overrides)
@@ -235,24 +237,22 @@ def _load_captioner(
     return config, parts
 
 
-def _add_reference(
-    folder: pathlib.Path, captioner: qwen_config.Qwen2_5VLConfig, parts: dict, config: ModelConfig, mesh: Mesh | None) -> None:
-    """Puts the reference in the place of the language model, and that beside it as the policy.
+def _has_reference(folder: pathlib.Path, config: ModelConfig) -> bool:
+    """Whether the folder's `llm` was trained whole, with its reference beside it.
 
     Raises:
       ValueError: there is an adapter too, or adapters are to be merged.
     """
     reference = folder / REFERENCE
+    if not reference.is_dir():
+        return False
     if (folder / "llm_lora").is_dir():
         raise ValueError(f"{folder} holds both llm_lora and {REFERENCE}; a captioner is trained by an adapter or whole, so remove one of them")
     if config.merge_adapters:
         raise ValueError(
             f"config.model.merge_adapters cannot merge llm with its reference {reference}; remove {REFERENCE}, so that llm is the "
             "reference too, or merge dit_lora alone by `convert export --merge-adapters`")
-    policy = parts.pop("language")
-    parts["language"] = qwen_weights.load_language(reference, captioner, np.float32, _placement(mesh))
-    if config.adapters:
-        parts["language_policy"] = policy
+    return True
 
 
 def _add_language_adapter(

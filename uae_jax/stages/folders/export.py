@@ -201,7 +201,8 @@ def _captioner(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> 
         outputs.append(_language_adapter(part, adapted, files, base, config, dtype))
     if reference:
         items = [item for item in part_items(reference) if config.layout == "official" or not item.name.startswith("projector.")]
-        outputs.append(dataclasses.replace(_plain(reference, reference.name, dtype, items), note="the decoder's text encoder, llm before it was trained"))
+        note = "the decoder's text encoder: llm before it was trained"
+        outputs.append(dataclasses.replace(_plain(reference, reference.name, dtype, items), note=note))
     return outputs
 
 
