@@ -127,7 +127,8 @@ def load(
     Args:
       folder: official UAE folder, training workdir, or "" for the built-in model of 32-pixel scenes.
       dtype: precision of activations, `float32` or `bfloat16`.
-      adapters: False leaves out the folder's `llm_lora` and `dit_lora`: the model as it was before they were trained.
+      adapters: False leaves out the folder's `llm_lora` and `dit_lora`, and an `llm` beside its `llm_reference`: the model as it
+        was before they were trained.
       devices: over which the parameters are cut; None takes the first one.
       **settings: fields of `InferenceConfig` such as `steps`, `guidance_scale`, `size`, `seed`, `temperature`; what is not
         given is taken from `default_settings`.

@@ -25,6 +25,7 @@ IMPORTED = {
     "llm_processor": "tokenizer and image processor (default: those in --llm)",
     "projector": "UAE's projector as `export --layout hub` writes it (default: a new one when --llm has none)",
     "dit": "transformer (default: the pipeline's)", "llm_lora": "adapter of the captioner", "dit_lora": "adapter of the transformer",
+    "llm_reference": "the captioner before --llm was trained whole, as `export` writes it",
     "clip": "CLIP folder", "longclip": "Long-CLIP folder, or the published .pt or safetensors file", "dinov2": "DINOv2 folder", "dinov3": "DINOv3 folder"}
 
 

@@ -23,7 +23,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy_condition", action=argparse.BooleanOptionalAction,
         help="encode captions through the captioner's adapter (default: as the run was trained; yes for the release's own folder)")
-    parser.add_argument("--without_adapters", action="store_true", help="leave out llm_lora and dit_lora: the model before they were trained")
+    parser.add_argument("--without_adapters", action="store_true", help="leave out llm_lora, dit_lora, and an llm beside its llm_reference: the model before they were trained")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of activations")
 
 

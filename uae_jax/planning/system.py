@@ -25,7 +25,7 @@ from uae_jax.planning import published
 from uae_jax.rl.rewards import Encoder
 from uae_jax.stages.run import with_adapters
 from uae_jax.stages.run_config import RunConfig
-from uae_jax.stages.weights import ENCODERS, model_folder
+from uae_jax.stages.weights import ENCODERS, REFERENCE, model_folder
 
 
 
@@ -114,6 +114,8 @@ def _from_folder(config: RunConfig) -> AbstractSystem:
         spec = dataclasses.replace(spec, max_prompt=data.max_prompt)
     encoders = {name: _encoder(folder / name) for name in ENCODERS if (folder / name).is_dir()}
     parts = _parts(captioner, decoder, autoencoder, _projector_width(folder / "llm", captioner), encoders)
+    if settings.adapters and (folder / REFERENCE).is_dir():
+        parts["language_policy"] = parts["language"]
     model = UAE(captioner, decoder, autoencoder, template, data.image_size)
     return AbstractSystem(model, parts, encoders, tokens.stop_ids(tokenizer), processor, spec)
 

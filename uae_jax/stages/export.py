@@ -13,7 +13,7 @@ from uae_jax.hf.safetensors import write_tensors
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.stages.folders.parts import with_dtype
-from uae_jax.stages.weights import ENCODERS, System, config_folder
+from uae_jax.stages.weights import ENCODERS, REFERENCE, System, config_folder
 
 
 def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: np.dtype = np.float32) -> None:
@@ -29,10 +29,14 @@ def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: n
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     captioner, parts = system.model.captioner, jax.device_get(dict(parts))
-    language = parts.get("language_policy", parts["language"])
-    whole = {"vision": parts["vision"], "language": language, "projector": parts["projector"]}
-    write_tensors(fresh / "llm", qwen_weights.tensors(captioner, whole, dtype))
-    _write_captioner_config(system, fresh / "llm", dtype)
+    # captions are written by the copy that was trained, the decoder reads them through the reference
+    languages = {"llm": parts["language"]}
+    if "language_policy" in parts:
+        languages = {"llm": parts["language_policy"], REFERENCE: parts["language"]}
+    for name, language in languages.items():
+        whole = {"vision": parts["vision"], "language": language, "projector": parts["projector"]}
+        write_tensors(fresh / name, qwen_weights.tensors(captioner, whole, dtype))
+        _write_captioner_config(system, fresh / name, dtype)
     if "language_lora" in parts:
         write_tensors(fresh / "llm_lora", qwen_weights.adapter_tensors(captioner, parts["language_lora"], dtype=dtype), stem="adapter_model")
         write_json(fresh / "llm_lora" / "adapter_config.json", qwen_weights.adapter_config(captioner, parts["language_lora"]), indent=1)

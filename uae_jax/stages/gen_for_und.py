@@ -5,6 +5,7 @@ import functools
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 
@@ -90,8 +91,29 @@ def check_choices(stage: str, train: str, condition_model: str) -> None:
         raise ValueError(f"{stage}.condition_model is {condition_model!r}; choose reference or policy")
 
 
+def check_start(parts: Mapping, stage: str, train: str) -> None:
+    """Checks that a model as it was read can be trained as an RL stage's settings say.
+
+    Args:
+      parts: the model's dictionary.
+      stage: `gen_for_und` or `und_for_gen`; train: of its settings.
+
+    Raises:
+      ValueError: the model has an adapter that a whole copy would leave out, or a whole copy that an adapter would.
+    """
+    name, adapter = ("language", "llm_lora") if stage == "gen_for_und" else ("transformer", "dit_lora")
+    if train == "full" and f"{name}_lora" in parts:
+        raise ValueError(
+            f"config.{stage}.train is 'full', but the model's folder has an adapter, {adapter}, which a whole copy would leave out; add it to "
+            f"the weights by --config.model.merge_adapters=True, or train it on by --config.{stage}.train=lora")
+    if train == "lora" and f"{name}_policy" in parts:
+        raise ValueError(
+            f"config.{stage}.train is 'lora', but the model's folder has a {name} model that was trained whole, llm beside llm_reference; train "
+            f"it on by --config.{stage}.train=full, or remove llm_reference, so that llm is the reference too")
+
+
 def trainable_copy(parts: Mapping, name: str, train: str, rank: int, pattern: str, key: Array) -> dict:
-    """The adapter or full copy that an RL stage trains: the one there is, or a new one equal to the base.
+    """The adapter or full copy that an RL stage trains: the one there is, or a new one equal to the base, in float32.
 
     Args:
       parts: the model's dictionary.
@@ -103,7 +125,7 @@ def trainable_copy(parts: Mapping, name: str, train: str, rank: int, pattern: st
     if part in parts:
         return {part: parts[part]}
     if train == "full":
-        return {part: parts[name]}
+        return {part: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), parts[name])}
     return {part: init_lora(trees.name_key(key, part), parts[name], pattern, rank)}
 
 

@@ -23,6 +23,7 @@ from uae_jax.files.json_files import write_json
 from uae_jax.rl.caption_policy import CaptionPolicy
 from uae_jax.rl.flow_policy import FlowPolicy
 from uae_jax.rl.nft_policy import NftPolicy
+from uae_jax.stages import gen_for_und
 from uae_jax.stages.evaluation import Evaluator
 from uae_jax.stages.export import export_system
 from uae_jax.stages.program import make_program
@@ -79,10 +80,14 @@ def with_adapters(config: RunConfig, parts: Mapping, key: jax.Array) -> dict:
       config: of the run.
       parts: of the loaded model.
       key: of the run.
+
+    Raises:
+      ValueError: see `gen_for_und.check_start`.
     """
     whole = dict(parts)
-    for _, stage in config.order():
-        if stage in RL_STAGES and getattr(config, stage).train == "lora":
+    for stage in (stage for _, stage in config.order() if stage in RL_STAGES):
+        gen_for_und.check_start(parts, stage, getattr(config, stage).train)
+        if getattr(config, stage).train == "lora":
             whole |= STAGES[stage][1](whole, getattr(config, stage), key)
     return whole
 

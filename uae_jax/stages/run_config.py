@@ -93,12 +93,18 @@ class RunConfig:
         return listed + [(f"{stage}_{number}", stage) for number in range(2, self.rounds + 1) for stage in again]
 
     def trained_from(self, stage: str) -> set[str]:
-        """Parts that a stage or one after its first turn trains as they are (adapters and copies have names of their own)."""
+        """Parts that a stage or one after its first turn trains as they are, and parts that a later one copies to train them whole.
+
+        Adapters and copies have names of their own.
+        """
         stages = [kind for _, kind in self.order()]
-        later = stages[stages.index(stage):]
+        first = stages.index(stage)
+        later, begin = stages[first:], set(stages[first + 1:]) - set(stages[:first + 1])
         own = {"pretrain": ("transformer", "projector") if self.pretrain.train_projector else ("transformer",),
                "cold_start": ("transformer", "projector")}
-        return {name for kind in later for name in own.get(kind, ())}
+        copied = {name for kind, name in (("gen_for_und", "language"), ("und_for_gen", "transformer"))
+                  if kind in begin and getattr(self, kind).train == "full"}
+        return {name for kind in later for name in own.get(kind, ())} | copied
 
     def policy_condition(self) -> bool:
         """Whether scores are drawn through the captioner as it is trained: where an RL stage, of this run or before it, draws so."""

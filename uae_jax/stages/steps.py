@@ -51,13 +51,13 @@ class Described(Protocol):
 
 
 def held(parts: Mapping, trained: Collection[str], dtype: str) -> dict:
-    """The parts of a model as a stage holds them: large ones that neither it nor a later stage trains in another precision.
+    """The parts of a model as a stage holds them: large ones that neither it nor a later stage trains or copies in another precision.
 
     Auto-encoder and image encoders compute in float32 and stay as they are.
 
     Args:
       parts: the model's dictionary, arrays or tracers.
-      trained: names that this stage or a later one trains.
+      trained: names that this stage or a later one trains, or a later one copies (`RunConfig.trained_from`).
       dtype: of the others among `HELD`.
     """
     return {

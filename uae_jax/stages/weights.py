@@ -1,6 +1,7 @@
 """A model folder in the official layout: read into one description and one dictionary (`stages.export` writes it back).
 
     llm/ llm_processor/ [llm_lora/]            captioner with projector; tokenizer, template, image processor; adapter
+    [llm_reference/]                           the captioner before its language model was trained whole, the decoder's text encoder
     SD3/{vae, scheduler, text_encoder, text_encoder_2[, transformer]}
     dit/ [dit_lora/]                           transformer (or SD3/transformer); adapter
     clip/ [dinov2/ dinov3/]                    image encoders for the reward and for the scores
@@ -33,6 +34,7 @@ from uae_jax.rl.rewards import Encoder, load_encoder
 
 BUILTIN = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
 ENCODERS = ("clip", "longclip", "dinov2", "dinov3")
+REFERENCE = "llm_reference"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,8 @@ class ModelConfig:
         from them; otherwise they are kept apart and train on.
       caption_scorer: folder or workdir with the `caption_scorer` that a reward with a caption weight needs
         (`rl.caption_similarity`); empty for none.
-      adapters: False leaves the adapters of the folder unread, for the model as it was before they were trained.
+      adapters: False leaves the adapters of the folder unread, and a language model beside its `llm_reference`, for the
+        model as it was before they were trained.
     """
 
     folder: str = ""
@@ -150,10 +153,14 @@ def _load_models(
     folder: pathlib.Path, config: ModelConfig, mesh: Mesh | None
 ) -> tuple[qwen_config.Qwen2_5VLConfig, TransformerConfig, VAEConfig, dict]:
     """Captioner, transformer and auto-encoder with their adapters: descriptions and the dictionary of parameters."""
+    trained_whole = _has_reference(folder, config)
     # its two text towers are on the host only until the vector is known, so they come before all that stays
     pooled = pooled_empty_prompt([folder / "SD3" / name for name in ("text_encoder", "text_encoder_2")])
     overrides = dict(dtype=config.dtype, remat=config.remat, lora_alpha=config.lora_alpha)
     captioner, parts = _load_captioner(folder, overrides, _placement(mesh))
+    if trained_whole:
+        parts |= {"language_policy": parts["language"]} if config.adapters else {}
+        parts["language"] = qwen_weights.load_language(folder / REFERENCE, captioner, np.float32, _placement(mesh))
     transformer_folder = folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer"
     transformer, parts["transformer"] = sd3_weights.load_transformer(
         transformer_folder, params_dtype=np.float32, placement=_placement(mesh, "transformer"), **overrides)
@@ -228,6 +235,24 @@ def _load_captioner(
     if "projector" not in parts:
         raise ValueError(f"{base} has no projector.0 and projector.2 tensors; UAE's own llm folder has them")
     return config, parts
+
+
+def _has_reference(folder: pathlib.Path, config: ModelConfig) -> bool:
+    """Whether the folder's `llm` was trained whole, with its reference beside it.
+
+    Raises:
+      ValueError: there is an adapter too, or adapters are to be merged.
+    """
+    reference = folder / REFERENCE
+    if not reference.is_dir():
+        return False
+    if (folder / "llm_lora").is_dir():
+        raise ValueError(f"{folder} holds both llm_lora and {REFERENCE}; a captioner is trained by an adapter or whole, so remove one of them")
+    if config.merge_adapters:
+        raise ValueError(
+            f"config.model.merge_adapters cannot merge llm with its reference {reference}; remove {REFERENCE}, so that llm is the "
+            "reference too, or merge dit_lora alone by `convert export --merge-adapters`")
+    return True
 
 
 def _add_language_adapter(

@@ -149,6 +149,22 @@ def load_projector(
                        dtype=dtype, placement=placement)["projector"]
 
 
+def load_language(
+    path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.dtype | None = None, placement: Placement | None = None) -> dict:
+    """Reads the language model alone from a folder of the whole model, placed as by `load`; its other tensors are not read.
+
+    Raises:
+      FileNotFoundError: no such folder or weights.
+      ValueError: config and tensors do not fit, both ways; all are named.
+    """
+    folder = TensorFolder(path)
+    table, abstract, ignore = contents(folder, config)
+    others = (re.escape(name) for rule in table if not rule.ours.startswith("language/") for name in rule.sources())
+    return load_params(
+        folder, language_rules(config.text), {"language": abstract["language"]}, aliases=ALIASES, ignore="|".join((ignore, *others)),
+        dtype=dtype, placement=placement)["language"]
+
+
 def holds_base(path: str | pathlib.Path) -> bool:
     """Whether a folder holds weights of the model itself beside those of an adapter, as the release's `llm_lora` does."""
     return any(not re.search(r"\.lora_|\.alpha$", name) for name in TensorFolder(path).names())

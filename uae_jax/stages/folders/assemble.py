@@ -34,6 +34,7 @@ class Sources:
       projector: UAE's projector, as `export --layout hub` writes it.
       dit: a transformer to use in place of the pipeline's.
       llm_lora, dit_lora: adapters.
+      llm_reference: the captioner before `llm` was trained whole, as `export` writes it.
       clip, longclip, dinov2, dinov3: image encoders; `longclip` may be the published file.
     """
 
@@ -44,6 +45,7 @@ class Sources:
     dit: str = ""
     llm_lora: str = ""
     dit_lora: str = ""
+    llm_reference: str = ""
     clip: str = ""
     longclip: str = ""
     dinov2: str = ""
@@ -93,7 +95,7 @@ def gather(sources: Sources) -> Folder:
         raise ValueError(f"--sd3 {sources.sd3} is no SD3 pipeline folder; give one with vae, scheduler, text_encoder and text_encoder_2")
     parts = {"llm": _expect("llm", sources.llm)}
     parts |= {name: _expect(name, getattr(sources, name)) for name in (
-        "projector", "llm_lora", "dit_lora", "dit", *ENCODERS) if getattr(sources, name)}
+        "projector", "llm_lora", "dit_lora", "llm_reference", "dit", *ENCODERS) if getattr(sources, name)}
     for name in _COMPONENTS:
         parts[f"SD3/{name}"] = pipeline.part(f"SD3/{name}")
         if parts[f"SD3/{name}"] is None:
@@ -116,7 +118,7 @@ def _expect(name: str, path: str) -> Part:
     if not (folder.is_dir() or name == "longclip" and folder.is_file()):
         raise FileNotFoundError(f"--{name} {folder} {'does not exist' if not folder.exists() else 'is not a folder'}")
     found = identify(folder)
-    same = {"longclip": "clip"}.get(name, name)
+    same = {"longclip": "clip", "llm_reference": "llm"}.get(name, name)
     if found not in (name, same):
         raise ValueError(f"--{name} {folder} holds {f'the part {found}' if found else 'no model that is known'}, not {name}; give the folder of that model")
     return Part(name, folder)

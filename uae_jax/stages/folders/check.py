@@ -206,6 +206,7 @@ def check_fit(rows: dict[str, Row], folder: Folder) -> None:
     if sizes and config("SD3/vae") and config("SD3/vae").latent_channels != sizes.in_channels:
         rows["SD3/vae"].problems.append(
             f"{rows['SD3/vae'].folder} has {config('SD3/vae').latent_channels} latent channels, {decoder.folder} needs {sizes.in_channels}")
+    _check_reference(rows, folder)
     texts = [config(f"SD3/{name}") for name in ("text_encoder", "text_encoder_2")]
     if sizes and all(texts) and sum(text.projection_dim for text in texts) != sizes.pooled_projection_dim:
         rows["SD3/text_encoder"].problems.append(
@@ -215,6 +216,19 @@ def check_fit(rows: dict[str, Row], folder: Folder) -> None:
         rows["llm_processor"].problems.append(
             f"{rows['llm_processor'].folder} has {config('llm_processor')[0]:,} tokens, {captioner.folder} embeds "
             f"{captioner.config.text.vocab_size:,}; copy the tokenizer of this model")
+
+
+def _check_reference(rows: dict[str, Row], folder: Folder) -> None:
+    """The captioner as it was before its language model was trained whole is of the same sizes, and none has an adapter."""
+    captioner, reference = rows.get("llm"), rows.get("llm_reference")
+    if reference is None or reference.config is None:
+        return
+    reference.notes.append("the decoder's text encoder, and the reference of llm")
+    if "llm_lora" in rows:
+        reference.problems.append(
+            f"{reference.folder} and {rows['llm_lora'].folder} are both there; a captioner is trained by an adapter or whole, so remove one of them")
+    if captioner and captioner.config and captioner.config.text != reference.config.text:
+        reference.problems.append(f"{reference.folder} and {captioner.folder} have language models of other sizes; take both from one export")
 
 
 def _projector_features(folder: Folder, own: Row | None) -> int | None:

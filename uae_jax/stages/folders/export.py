@@ -187,7 +187,7 @@ def _captioner(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> 
     if part is None:
         return []
     base = [*part_items(part), *_projector_items(folder, part)]
-    files = adapters.survey(adapted, folder) if adapted else None
+    files, reference = adapters.survey(adapted, folder) if adapted else None, folder.part("llm_reference")
     items = adapters.merged(base, files, dtype) if files and config.merge_adapters else base
     if config.layout == "hub":
         outputs = _hub_captioner(part, items, dtype, processor)
@@ -199,6 +199,10 @@ def _captioner(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> 
             outputs += [Output("llm_processor", copies=copies)] if copies else []
     if files and not config.merge_adapters:
         outputs.append(_language_adapter(part, adapted, files, base, config, dtype))
+    if reference:
+        items = [item for item in part_items(reference) if config.layout == "official" or not item.name.startswith("projector.")]
+        note = "the decoder's text encoder: llm before it was trained"
+        outputs.append(dataclasses.replace(_plain(reference, reference.name, dtype, items), note=note))
     return outputs
 
 

@@ -28,7 +28,7 @@ from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 
 # part -> what it holds, in the order of tables and files
 KINDS = {
-    "llm": "captioner", "projector": "projector", "llm_lora": "language adapter", "llm_processor": "processor",
+    "llm": "captioner", "projector": "projector", "llm_lora": "language adapter", "llm_processor": "processor", "llm_reference": "captioner",
     "SD3/transformer": "transformer", "SD3/vae": "vae", "SD3/text_encoder": "text encoder", "SD3/text_encoder_2": "text encoder",
     "SD3/scheduler": "scheduler", "dit": "transformer", "dit_lora": "transformer adapter", "clip": "image encoder",
     "longclip": "image encoder", "dinov2": "image encoder", "dinov3": "image encoder"}
