@@ -81,6 +81,24 @@ def _ratio_metrics(ratio, advantage, weight, clip_low, clip_high):
     }
 
 
+def gap_metrics(name: str, now, sampled, mask=None) -> dict:
+    """How far what a loss scores is from what was sampled: 0 but for rounding while parameters are those of sampling.
+
+    Args:
+      name: of the metric.
+      now, sampled: any one shape; no gradient flows.
+      mask: bool of that shape, False leaves an entry out; None takes all.
+
+    Returns:
+      `name`, the mean absolute difference, and `name`_max, the largest (averaged over micro-batches), as (sum, count) pairs.
+    """
+    gap = jnp.abs(jax.lax.stop_gradient(now).astype(jnp.float32) - jax.lax.stop_gradient(sampled).astype(jnp.float32))
+    if mask is not None:
+        gap = jnp.where(mask, gap, 0.0)
+    count = jnp.float32(gap.size) if mask is None else mask.sum(dtype=jnp.float32)
+    return {name: (gap.sum(), count), f"{name}_max": (gap.max(), jnp.ones(()))}
+
+
 def token_grpo_loss(
     log_prob,
     old_log_prob,
