@@ -148,6 +148,17 @@ def test_bfloat16_computation_keeps_float32_rewards(params):
     np.testing.assert_allclose(full, half, atol=0.02)
 
 
+def test_recomputed_encoders_have_the_same_gradient(params):
+    x, y = images(2), images(2, seed=1)
+
+    def slope(encoder):
+        return jax.jit(jax.grad(lambda y: jnp.sum(cosine_reward(encoder, params, x, y, 1))))(y)
+
+    plain, again = (slope(dataclasses.replace(ENCODER, remat=remat)) for remat in (False, True))
+    assert np.abs(plain).max() > 1e-5
+    np.testing.assert_allclose(again, plain, atol=1e-5 * np.abs(plain).max())
+
+
 def test_folders_are_read_by_their_model_type(tmp_path):
     config = CLIPConfig(VISION, CLIPTextConfig(
         vocab_size=20, projection_dim=12, intermediate_size=32, max_position_embeddings=8, **SMALL))

@@ -65,6 +65,60 @@ def test_replayed_log_probs_are_those_of_sampling(caption_stage):
     assert np.abs(np.asarray(rollout["samples"]["old"] - rollout["samples"]["reference"])).max() > 1e-2
 
 
+def _loss_of(stage, policy, loss, rest=None):
+    """`(samples) -> (sum, count, gradient), metrics` of the stage's trained adapter, each compiled with and without metrics."""
+    def both(samples):
+        def total(params):
+            found, count, metrics = loss(policy, params, stage.frozen, {"samples": samples, "shared": rest}, stage.key)
+            return found, (count, metrics)
+        (found, (count, metrics)), gradient = jax.value_and_grad(total, has_aux=True)(stage.adapter)
+        return (found, count, gradient), metrics
+    return jax.jit(both), jax.jit(lambda samples: both(samples)[0])
+
+
+def _values(metrics):
+    return {name: float(total) / float(count) for name, (total, count) in metrics.items()}
+
+
+def test_a_wrong_sampled_log_prob_shows_in_the_gap_and_nowhere_else(caption_stage):
+    stage, _, rollout = caption_stage
+    samples = {name: value for name, value in rollout["samples"].items() if name != "old"}
+    samples["sampled_log_prob"] = rollout["samples"]["old"]
+    wrong = samples | {"sampled_log_prob": samples["sampled_log_prob"].at[0, 1, 0].add(0.25).at[1, 0, -1].add(9.0 * ~samples["mask"][1, 0, -1])}
+    with_metrics, alone = _loss_of(stage, dataclasses.replace(stage.policy, replay=False), caption_policy.loss)
+    right, metrics = with_metrics(samples)
+    same, moved = with_metrics(wrong)
+    jax.tree.map(np.testing.assert_array_equal, right, same)
+    assert largest_gap(right, alone(wrong)) < 1e-5  # another program, which may round otherwise
+    metrics, moved, tokens = _values(metrics), _values(moved), int(samples["mask"].sum())
+    assert metrics["log_prob_gap_max"] < 1e-5
+    assert moved["log_prob_gap_max"] == pytest.approx(0.25, abs=1e-4)
+    assert moved["log_prob_gap"] == pytest.approx(0.25 / tokens, abs=1e-5)
+    assert {name: value for name, value in metrics.items() if "gap" not in name} == {
+        name: value for name, value in moved.items() if "gap" not in name}
+
+
+def test_a_wrong_velocity_shows_in_the_gaps_of_one_update(flow_stage):
+    stage, _, rollout = flow_stage
+    unguided = dataclasses.replace(stage.policy, denoising=dataclasses.replace(stage.policy.denoising, guidance_scale=1.0))
+    now = jax.jit(lambda params: flow_policy.replay(
+        unguided, {**stage.frozen, **params}, rollout["samples"], rollout["shared"], trained=True))(stage.adapter)
+    samples = rollout["samples"] | {"velocity": now.velocities.swapaxes(0, 1), "sampled_log_prob": now.log_probs.T}
+    with_metrics, alone = _loss_of(stage, unguided, flow_policy.loss, rollout["shared"])
+    right, metrics = with_metrics(samples)
+    assert largest_gap(right, alone(samples)) < 1e-5  # another program, which may round otherwise
+    metrics = _values(metrics)
+    assert all(metrics[name] < 1e-5 for name in ("velocity_gap", "velocity_gap_max", "log_prob_gap", "log_prob_gap_max"))
+    wrong = samples | {"velocity": samples["velocity"].at[1, 0, 0, 0, 0].add(0.5)}
+    moved = _values(with_metrics(wrong)[1])
+    assert moved["velocity_gap_max"] == pytest.approx(0.5, abs=1e-4)
+    assert moved["velocity_gap"] == pytest.approx(0.5 / samples["velocity"].size, abs=1e-5)
+    same, moved = with_metrics(samples | {"sampled_log_prob": samples["sampled_log_prob"].at[0, -1].add(0.5)})
+    jax.tree.map(np.testing.assert_array_equal, right, same)
+    moved = _values(moved)
+    assert moved["log_prob_gap_max"] == pytest.approx(0.5, abs=1e-4) and moved["velocity_gap_max"] < 1e-5
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_share_of_the_images_keeps_the_captions_of_the_data(flow_stage, share):
     stage, _, _ = flow_stage

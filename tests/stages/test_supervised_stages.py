@@ -106,6 +106,21 @@ def test_cold_start_gradient_is_the_slope_of_its_loss(cold):
     assert (float(ends[0]) - float(ends[1])) / (2 * size) == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_image_encoders_are_recomputed_where_the_transformer_is(whole, monkeypatch, remat):
+    model, seen, mixed_reward = whole.system.model, [], cold_start.mixed_reward
+
+    def watched(config, encoders, *more):
+        seen.extend(encoder.remat for encoder in encoders)
+        return mixed_reward(config, encoders, *more)
+
+    monkeypatch.setattr(cold_start, "mixed_reward", watched)
+    model = dataclasses.replace(model, transformer=dataclasses.replace(model.transformer, remat=remat))
+    trained, function = _value_and_gradient(whole, model)
+    jax.eval_shape(function, trained)
+    assert seen and set(seen) == {remat == "full"}
+
+
 @pytest.mark.slow
 def test_recomputing_layers_changes_no_gradient(whole, cold):
     trained, _, value, gradient = cold

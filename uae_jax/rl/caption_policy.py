@@ -21,7 +21,7 @@ from uae_jax.rl import caption_similarity
 from uae_jax.rl.advantages import check_group_size
 from uae_jax.rl.caption_similarity import CaptionScorer
 from uae_jax.rl.captioning import caption_metrics, encode_batch_images, sample_captions
-from uae_jax.rl.losses import token_grpo_loss
+from uae_jax.rl.losses import gap_metrics, token_grpo_loss
 from uae_jax.rl.reconstruction import Denoising, draw, initial_noise
 from uae_jax.rl.rewards import Encoder, RewardConfig, reward_advantages
 
@@ -152,14 +152,20 @@ def rollout(policy: CaptionPolicy, params: Mapping, frozen: Mapping, batch: Mapp
         **{name: batch[name] for name in PROMPT_FIELDS}, "image_embeds": images, "advantage": advantage,
         "tokens": completion.tokens.reshape(len(images), group, -1), "mask": completion.mask.reshape(len(images), group, -1)}
     samples |= scored(policy, parts, samples)
+    sampled = completion.log_probs.reshape(samples["tokens"].shape)
     if policy.replay:
-        gap = jnp.abs(samples["old"] - completion.log_probs.reshape(samples["old"].shape))
-        metrics["log_prob_gap"] = (jnp.sum(gap), jnp.sum(samples["mask"]))
+        metrics |= gap_metrics("log_prob_gap", samples["old"], sampled, samples["mask"])
+    else:
+        samples["sampled_log_prob"] = sampled
     return {"samples": constrain_rows(samples), "metrics": metrics | caption_metrics(completion, group)}
 
 
 def loss(policy: CaptionPolicy, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
-    """The clipped token loss of a rollout; sum, count and metrics as `losses.token_grpo_loss`."""
+    """The clipped token loss of a rollout; sum, count and metrics as `losses.token_grpo_loss`.
+
+    Where the rollout was not replayed, whose metrics then have it, the metrics say how far these log-probabilities are from those
+    that the captions were sampled with.
+    """
     del key
     samples = constrain_rows(rollout["samples"])
     scores = score_captions(policy, {**frozen, **params}, samples, trained=True)
@@ -168,10 +174,13 @@ def loss(policy: CaptionPolicy, params: Mapping, frozen: Mapping, rollout: Mappi
         return samples[name].reshape(-1, samples[name].shape[-1]) if name in samples else None
 
     mask = flat("mask")
-    return token_grpo_loss(
+    total, count, metrics = token_grpo_loss(
         scores.log_probs.reshape(mask.shape), flat("old"), flat("reference"), samples["advantage"].reshape(-1), mask,
         clip_low=policy.clip_low, clip_high=policy.clip_high, kl_weight=policy.kl_weight, aggregation=policy.aggregation,
         max_tokens=policy.max_new_tokens, entropy=jax.lax.stop_gradient(scores.entropy).reshape(mask.shape))
+    if "sampled_log_prob" in samples:
+        metrics |= gap_metrics("log_prob_gap", scores.log_probs, samples["sampled_log_prob"], samples["mask"])
+    return total, count, metrics
 
 
 def supervised_loss(policy: CaptionPolicy, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:

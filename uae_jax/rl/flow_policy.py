@@ -20,7 +20,7 @@ from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rl.advantages import check_group_size
 from uae_jax.rl.captioning import caption_metrics, drawn_captions, sample_captions
-from uae_jax.rl.losses import flow_grpo_loss
+from uae_jax.rl.losses import flow_grpo_loss, gap_metrics
 from uae_jax.rl.reconstruction import Context, Denoising, decode, encode_condition, initial_noise, predictor, sample_keys
 from uae_jax.rl.rewards import Encoder, RewardConfig, reward_advantages
 from uae_jax.rl.step_sums import sum_over_steps
@@ -124,7 +124,7 @@ def rollout(policy: FlowPolicy, params: Mapping, frozen: Mapping, batch: Mapping
     samples, shared = stored(trajectory, positive, negative, advantage).values()
     samples |= scored(policy, parts, samples, shared)
     if policy.replay:
-        metrics["log_prob_gap"] = jnp.mean(jnp.abs(samples["old_log_prob"] - samples["sampled_log_prob"]))
+        metrics |= gap_metrics("log_prob_gap", samples["old_log_prob"], samples["sampled_log_prob"])
     metrics |= caption_metrics(completion, 1)
     return {"samples": constrain_rows(samples), "shared": shared, "metrics": metrics}
 
@@ -146,21 +146,23 @@ def replay(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping
     return _scored_by(policy, predict, samples, shared)
 
 
-def _replay_unchanged(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping) -> Replay:
-    """`replay` of one step, W = 1, by the very parameters that sampled it.
+def _replay_unchanged(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping) -> tuple[Replay, dict]:
+    """`replay` of one step, W = 1, by the very parameters that sampled it, and how far it is from sampling.
 
     The value is then the velocity that was sampled with, and the gradient is that of the positive half of guidance times its
-    scale: the negative half, which has none, is not evaluated again.
+    scale: the negative half, which has none, is not evaluated again. So the metrics compare the velocities, and the
+    log-probabilities that they imply, where there is no guidance; with guidance there is nothing to compare.
     """
-    how = policy.denoising
-    given = predictor(
+    how, sampled = policy.denoising, samples["velocity"][:, 0]
+    predict = predictor(
         policy.model, parts, dataclasses.replace(how, guidance_scale=1.0), (samples["context"], samples["context_mask"]), None)
-
-    def predict(latents: Array, sigma: Array) -> Array:
-        velocity = given(latents, sigma)
-        return samples["velocity"][:, 0] + how.guidance_scale * (velocity - jax.lax.stop_gradient(velocity))
-
-    return _scored_by(policy, predict, samples, shared)
+    velocity = predict(samples["latents"][:, 0], jnp.asarray(how.sigmas)[shared["sigma_indices"][0]])
+    fixed = jax.lax.stop_gradient(velocity)
+    now = _scored_by(policy, lambda *_: sampled + how.guidance_scale * (velocity - fixed), samples, shared)
+    if how.guidance_scale != 1:
+        return now, {}
+    implied = _scored_by(policy, lambda *_: fixed, samples, shared).log_probs.T
+    return now, gap_metrics("velocity_gap", fixed, sampled) | gap_metrics("log_prob_gap", implied, samples["sampled_log_prob"])
 
 
 def _scored_by(policy: FlowPolicy, predict: Callable[[Array, Array], Array], samples: Mapping, shared: Mapping) -> Replay:
@@ -196,7 +198,10 @@ def _kl(policy: FlowPolicy, now: Replay, reference: Array) -> Array:
 
 
 def loss(policy: FlowPolicy, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
-    """The clipped loss of a window's steps; sum, count and metrics as `losses.flow_grpo_loss`."""
+    """The clipped loss of a window's steps; sum, count and metrics as `losses.flow_grpo_loss`.
+
+    Without replay and guidance the metrics say how far velocities and log-probabilities are from those of sampling.
+    """
     del key
     samples, shared = constrain_rows(rollout["samples"]), rollout["shared"]
     steps = {name: samples[name].swapaxes(0, 1) for name in STEP_FIELDS if name in samples}
@@ -209,13 +214,16 @@ def loss(policy: FlowPolicy, params: Mapping, frozen: Mapping, rollout: Mapping,
         return total, (count, metrics)
 
     total, (count, metrics) = sum_over_steps(step_loss, params, steps)
-    largest = metrics.pop("ratio_deviation_max")
-    return total, count.sum(), jax.tree.map(jnp.sum, metrics) | {"ratio_deviation_max": (largest[0].max(), largest[1][0])}
+    largest = {name: (metrics[name][0].max(), metrics[name][1][0]) for name in metrics if name.endswith("_max")}
+    return total, count.sum(), jax.tree.map(jnp.sum, metrics) | largest
 
 
 def _window_loss(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: Mapping) -> tuple[Array, Array, dict]:
     """`loss` of the one step that `samples` and `shared` hold; without replay there has been no update since it was sampled."""
-    now = replay(policy, parts, samples, shared, trained=True) if policy.replay else _replay_unchanged(policy, parts, samples, shared)
+    if policy.replay:
+        now, gaps = replay(policy, parts, samples, shared, trained=True), {}
+    else:
+        now, gaps = _replay_unchanged(policy, parts, samples, shared)
     kl = _kl(policy, now, samples["reference"]) if policy.kl_weight else None
     guard = {}
     if policy.guard:
@@ -226,7 +234,4 @@ def _window_loss(policy: FlowPolicy, parts: Mapping, samples: Mapping, shared: M
     total, count, metrics = flow_grpo_loss(
         log_probs, samples.get("old_log_prob"), samples["advantage"], clip_range=policy.clip_range, kl=kl, kl_weight=policy.kl_weight,
         **guard)
-    if not policy.replay:
-        gap = jnp.abs(jax.lax.stop_gradient(log_probs) - samples["sampled_log_prob"])
-        metrics["log_prob_gap"] = (gap.sum(), count)
-    return total, count, metrics
+    return total, count, metrics | gaps

@@ -55,16 +55,14 @@ class Encoder:
 
 
 def load_encoder(
-    folder: str | pathlib.Path, name: str | None = None, *, variant: str = "published", remat: bool = False,
-    dtype: str = "float32", placement: Callable[[trees.Tree], trees.Tree] | None = None) -> tuple[Encoder, dict]:
+    folder: str | pathlib.Path, name: str | None = None, *, variant: str = "published",
+    placement: Callable[[trees.Tree], trees.Tree] | None = None) -> tuple[Encoder, dict]:
     """An encoder and its parameters from a CLIP, Long-CLIP, DINOv2 or DINOv3 folder.
 
     Args:
       folder: see `weights.open_encoder`.
       name: the encoder's name; None takes `clip`, `longclip`, `dinov2` or `dinov3`.
       variant: image processing: `published`, or `uae` (see `Preprocess.from_folder`).
-      remat: see `Encoder`.
-      dtype: see `Encoder`.
       placement: where the parameters go, see `hf.rules.load_params`.
 
     Returns:
@@ -76,7 +74,7 @@ def load_encoder(
     """
     source = weights.open_encoder(folder).image_tower()
     kind = "clip" if source.kind == "longclip" else source.kind
-    encoder = Encoder(name or source.kind, kind, source.config, source.preprocess(variant), remat, dtype)
+    encoder = Encoder(name or source.kind, kind, source.config, source.preprocess(variant))
     return encoder, source.load(placement=placement)
 
 

@@ -87,8 +87,10 @@ def answer_context(model: uae.UAE, parts: Mapping, how: Denoising, batch: Mappin
 
 
 def algorithm(model: uae.UAE, config: ColdStartConfig, denoising: Denoising, encoders: tuple[Encoder, ...]) -> Algorithm:
-    """The semantic reconstruction loss of captioned pictures."""
+    """The semantic reconstruction loss of captioned pictures; encoders are recomputed where the transformer is."""
     reward = dataclasses.replace(config.reward, clamp=config.clamp)
+    if model.transformer.remat != "none":  # no other stage differentiates the encoders
+        encoders = tuple(dataclasses.replace(encoder, remat=True) for encoder in encoders)
 
     def loss(params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
         parts, batch = {**frozen, **params}, rollout["samples"]
