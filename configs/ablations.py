@@ -201,10 +201,6 @@ def _stages_config(arm: Arm) -> ml_collections.ConfigDict:
     config.loop.eval_every = 0
     # an arm that goes wrong is shown going wrong
     config.guard.update(dict(reward_fall=0.0, kl=0.0, flow_kl=0.0, truncated=0.0))
-    config.model.caption_scorer = ""
-    config.gen_for_und.objective = "grpo"
-    for stage in ("gen_for_und", "und_for_gen"):
-        config[stage].reward.update(dict(pixel_weight=0.0, caption_weight=0.0))
     return config
 
 

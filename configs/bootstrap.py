@@ -2,7 +2,8 @@
 
     python -m uae_jax.main --config=configs/bootstrap.py --workdir=runs/bootstrap
 
-The result is `runs/bootstrap/model`, in the official folder layout. It starts as the paper's model does: a captioner that
+The result is `runs/bootstrap/model`, in the official folder layout. The same workdir continues; another configuration of a phase that
+has begun needs a new one. It starts as the paper's model does: a captioner that
 is right but says little, and a decoder that draws what a caption says. The preset `emoji` makes a model of 64-pixel scenes of
 emoji (docs/emoji.md):
 

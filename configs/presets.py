@@ -18,12 +18,14 @@ NEGATIVE_PROMPT = "Generate a random, low quality, ugly, blur, bad and anime, ca
 def _optimizer(learning_rate: float, **changes) -> dict:
     # AdamW .9/.999, weight decay 1e-4 and clip-norm 1 are flow_grpo's (config/base.py)
     return dict(
-        learning_rate=learning_rate, schedule="constant", warmup_steps=0, b1=0.9, b2=0.999, eps=1e-8,
-        weight_decay=1e-4, max_grad_norm=1.0) | changes
+        learning_rate=learning_rate, schedule="constant", warmup_steps=0, final_fraction=0.0, b1=0.9, b2=0.999, eps=1e-8,
+        weight_decay=1e-4, decayed=r"(^|/)(kernel|embedding|a|b)$", max_grad_norm=1.0, multipliers=()) | changes
 
 
 def _reward() -> dict:
-    return dict(names=("clip",), weights=(1.0,), contrast=0.0, contrast_temperature=0.0, overlong_penalty=0.0)
+    return dict(
+        names=("clip",), weights=(1.0,), pixel_weight=0.0, caption_weight=0.0, contrast=0.0, contrast_temperature=0.0,
+        overlong_penalty=0.0, clamp="hard")
 
 
 def _guard() -> dict:
@@ -45,15 +47,14 @@ def _stages() -> dict:
             steps=500, batch_size=32, micro_batches=1, updates_per_rollout=1,
             # the released code: 10 Euler steps, guidance 5
             sampler_steps=10, guidance_scale=5.0, gradient_steps=0, condition="reencoded_caption", clamp="straight_through",
-            vae_chunk=0,
-            optimizer=_optimizer(1e-5, warmup_steps=20), ema_decay=0.0),
+            vae_chunk=0, reward=_reward(), optimizer=_optimizer(1e-5, warmup_steps=20), ema_decay=0.0),
         gen_for_und=dict(
             # TRL: learning rate 1e-6 full, 1e-5 with adapters; groups of 8, temperature 1
             steps=1_000, batch_size=64, micro_batches=1, updates_per_rollout=1, group_size=8, temperature=1.0,
             max_new_tokens=512, sampler_steps=10, guidance_scale=5.0, shared_noise=True, condition_model="reference", gather_weights=False,
             aggregation="grpo", clip_low=0.2, clip_high=0.2, kl_weight=0.02, advantage_scale="group",
             vae_chunk=0, score_chunk=64,
-            train="lora", lora_rank=32, reward=_reward(), optimizer=_optimizer(1e-5, warmup_steps=10), ema_decay=0.0),
+            train="lora", lora_rank=32, reward=_reward(), objective="grpo", optimizer=_optimizer(1e-5, warmup_steps=10), ema_decay=0.0),
         und_for_gen=dict(
             # flow_grpo: 48 groups of 24, noise .7, 10 steps, learning rate 3e-4, clip 1e-4, two updates a rollout
             steps=1_000, batch_size=48, method="flow_grpo", micro_batches=1, updates_per_rollout=2, group_size=24, temperature=0.7,
@@ -70,7 +71,8 @@ def _base(preset: str) -> dict:
     return dict(
         preset=preset, seed=0, stages=("pretrain", "cold_start", "gen_for_und", "und_for_gen"), rounds=1,
         # what is not trained is held in bfloat16, as flow_grpo holds it (scripts/train_sd3.py: inference_dtype)
-        model=dict(folder="", lora_alpha=64.0, frozen_dtype="bfloat16", dtype="bfloat16", remat="full", merge_adapters=False),
+        model=dict(folder="", lora_alpha=64.0, frozen_dtype="bfloat16", dtype="bfloat16", remat="full", merge_adapters=False, adapters=True,
+                   caption_scorer=""),
         data=dict(
             source="folder", folder="", name="", split="train", data_dir="", image_key="image", caption_key="caption",
             heldout_folder="", heldout_split="test", image_size=512, max_prompt=192, max_caption=512, detail="full", rl_detail="mixed", mistakes=0.0,

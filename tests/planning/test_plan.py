@@ -21,6 +21,8 @@ from uae_jax.planning.plan import make_plan
 from uae_jax.planning.roofline import MeshSizes, roofline
 from uae_jax.planning.system import abstract_system
 from uae_jax.planning.table import StagePlan, as_json, text_table
+from uae_jax.stages.folders.assemble import MAX_PIXELS
+from uae_jax.stages.program import make_program
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.settings import frozen
 from uae_jax.stages.weights import load_system
@@ -54,11 +56,14 @@ def test_published_sizes_have_the_published_numbers_of_parameters(preset, billio
     assert captioner / 1e9 == pytest.approx(3.75, abs=0.01)
     assert trees.parameter_count(system.parts["vae"]) / 1e6 == pytest.approx(83.8, abs=0.1)
     assert system.spec.max_patches == 18 * 18 and system.spec.max_prompt == 192
+    assert published.PROCESSOR.max_pixels == MAX_PIXELS
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="need 161 tokens"):
+    with pytest.raises(ValueError, match="max_prompt is 128, .* needs 161 tokens; set it to 0"):
         abstract_system(frozen(RunConfig, settings(LARGE, data=dict(max_prompt=128))))
+    with pytest.raises(ValueError, match="max_prompt is 8, .* tokens; set it to 0"):  # of a folder
+        abstract_system(frozen(RunConfig, settings("tiny", data=dict(max_prompt=8))))
 
 
 def test_frozen_parts_are_held_in_bfloat16_once_nothing_trains_them():

@@ -1,5 +1,7 @@
 """The built-in model is made from nothing by one command; here with one step a phase and smaller parts."""
 
+import json
+
 import emoji_pieces
 import jax
 import numpy as np
@@ -9,11 +11,12 @@ from configs import bootstrap as config_file
 from configs import presets
 from uae_jax.data import scene_checker, scenes
 from uae_jax.data.tokenizer import decode_caption, load_tokenizer, write_scene_tokenizer
+from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.stages.bootstrap import decoder, scene_stream
 from uae_jax.stages.bootstrap import run as bootstrap_run
 from uae_jax.stages.bootstrap.run import bootstrap
 from uae_jax.stages.run import run
-from uae_jax.stages.weights import ModelConfig, load_system
+from uae_jax.stages.weights import BUILTIN, ModelConfig, load_system
 from uae_jax.training.step import TrainState
 
 
@@ -54,6 +57,27 @@ def test_bootstrap_learns_from_emoji(tmp_path, monkeypatch):
     values["pretrain"] |= dict(steps=1, batch_size=8, optimizer=presets._optimizer(1e-4))
     after = run(values, tmp_path / "emoji_run")["stages"][0]["after"]
     assert after["fact_recall"]["n"] == after["scene_accuracy"]["n"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, part", [("captioner", "llm"), ("vae", "SD3/vae")])
+def test_a_part_alone_is_made_beside_copies_of_the_others(tmp_path, name, part):
+    config = small_config()
+    config.start, config.phases = "builtin", (name,)
+    if name == "captioner":  # its embeddings go into the projector that is kept
+        config.captioner.text.width = config.captioner.vision.out_width = 128
+    model = bootstrap(config, tmp_path)
+    steps = [json.loads(line)["stage"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [f"bootstrap_{name}"]
+    copied = {path.relative_to(BUILTIN) for path in BUILTIN.rglob("*") if path.is_file()}
+    same = {path for path in copied if part not in path.as_posix() and path.parts[0] != "llm_processor"}
+    assert all((model / path).read_bytes() == (BUILTIN / path).read_bytes() for path in same)
+    made, builtin = TensorFolder(model / part), TensorFolder(BUILTIN / part)
+    assert made.names() != builtin.names()  # smaller than the built-in one
+    if name == "captioner":
+        for tensor in ("projector.0.weight", "projector.2.bias"):
+            np.testing.assert_array_equal(made.read(tensor), builtin.read(tensor))
+    assert bootstrap(config, tmp_path) == model
 
 
 @pytest.mark.slow

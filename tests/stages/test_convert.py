@@ -1,5 +1,6 @@
 """Folders that are checked, exported and built: what a person sees, what is refused, and that no bit changes."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from stage_pieces import exported, nudged
 
 from uae_jax import convert, infer
 from uae_jax.data import scenes
+from uae_jax.data.qwen_inputs import load_image_processor
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import TensorFolder, write_tensors
 from uae_jax.models.encoders import clip, openai
@@ -168,6 +170,21 @@ def test_plain_models_become_a_folder_that_runs(hub, tmp_path, capsys):
         "reconstruct", str(tmp_path / "scene.png"), "--checkpoint", str(out), "--out", str(tmp_path / "drawn"), "--size", "16", "--steps", "2",
         "--max_new_tokens", "4", "--prompt", "describe", "--guidance_scale", "1"])
     assert (tmp_path / "drawn" / "scene_strip.png").exists()
+
+
+@pytest.mark.parametrize("published", [
+    {"max_pixels": 12845056}, {"max_pixels": None, "size": {"shortest_edge": 64, "longest_edge": 12845056}}])
+def test_import_lowers_the_published_number_of_pixels(hub, tmp_path, capsys, published):
+    llm = shutil.copytree(hub / "llm", tmp_path / "llm")
+    settings = json.loads((llm / "preprocessor_config.json").read_text()) | published
+    (llm / "preprocessor_config.json").write_text(json.dumps(settings))
+    converted("import", "--llm", llm, "--sd3", hub / "SD3", "--fast", "--link", tmp_path / "new")
+    assert "lowered from 12845056 to the release's 65536" in capsys.readouterr().out
+    for name in ("llm_processor", "llm"):
+        assert load_image_processor(tmp_path / "new" / name, 16) == dataclasses.replace(load_image_processor(llm, 16), max_pixels=65536)
+    assert json.loads((llm / "preprocessor_config.json").read_text()) == settings  # links did not change the source
+    converted("import", "--llm", tmp_path / "new" / "llm", "--sd3", hub / "SD3", "--fast", tmp_path / "again")
+    assert "lowered" not in capsys.readouterr().out
 
 
 def test_check_reads_every_kind_of_folder(adapted, hub, model_folder, capsys):

@@ -39,6 +39,14 @@ def batch_spec(tokenizer, processor: ImageProcessor, image_size: int, prompt: st
     return BatchSpec(image_size, grid[0] * grid[1], -(-length // multiple) * multiple, max_caption)
 
 
+def check_max_prompt(given: int, needed: int, image_size: int) -> None:
+    """Raises ValueError when the caption prompt with its picture of `image_size` pixels has more tokens than the room that was given."""
+    if given < needed:
+        raise ValueError(
+            f"config.data.max_prompt is {given}, but the caption prompt with its picture of {image_size} pixels needs {needed} tokens; set it to "
+            "0 (what they need), or lower max_pixels in the model's llm_processor/preprocessor_config.json")
+
+
 def batch_shapes(spec: BatchSpec, batch_size: int, processor: ImageProcessor) -> dict[str, tuple[tuple, np.dtype]]:
     """Shape and dtype of every field of a batch of `batch_size` rows, for compiling without data."""
     patches, prompt, side = spec.max_patches, spec.max_prompt, spec.image_size
@@ -100,6 +108,7 @@ class RowBuilder:
         image = processor(np.zeros((spec.image_size, spec.image_size, 3), np.uint8))
         ids = tokenizers.caption_prompt_ids(tokenizer, prompt, [processor.image_tokens(image[1])])
         image_pad = tokenizers.token_id(tokenizer, tokenizers.IMAGE_PAD)
+        check_max_prompt(spec.max_prompt, len(ids), spec.image_size)
         # Every image is a square of one size, so all fields but the patches are the same in every row.
         self.constant = prompt_fields(ids, [image], processor, image_pad, spec.max_patches, spec.max_prompt)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from uae_jax.data import tokenizer as tokens
-from uae_jax.data.loader import BatchSpec, batch_shapes, batch_spec
+from uae_jax.data.loader import BatchSpec, batch_shapes, batch_spec, check_max_prompt
 from uae_jax.data.qwen_inputs import ImageProcessor, load_image_processor
 from uae_jax.files.json_files import read_json
 from uae_jax.hf.safetensors import TensorFolder
@@ -88,8 +88,7 @@ def _published(config: RunConfig, sizes: TransformerConfig) -> AbstractSystem:
     captioner, decoder = published.using(sizes, dtype=settings.dtype, remat=settings.remat, lora_alpha=settings.lora_alpha)
     rows, columns = grid = published.PROCESSOR.grid_of(data.image_size, data.image_size)
     prompt = published.CAPTION_PROMPT_TOKENS + published.PROCESSOR.image_tokens(grid)
-    if data.max_prompt and data.max_prompt < prompt:
-        raise ValueError(f"config.data.max_prompt is {data.max_prompt}; the caption prompt and its picture need {prompt} tokens")
+    check_max_prompt(data.max_prompt or prompt, prompt, data.image_size)
     spec = BatchSpec(data.image_size, rows * columns, data.max_prompt or prompt, data.max_caption)
     model = UAE(captioner, decoder, published.VAE, published.template(), data.image_size)
     parts = _parts(captioner, decoder, published.VAE, published.PROJECTOR_WIDTH, published.ENCODERS)
@@ -111,6 +110,7 @@ def _from_folder(config: RunConfig) -> AbstractSystem:
     processor = load_image_processor(words, captioner.vision.window_size)
     spec = batch_spec(tokenizer, processor, data.image_size, data.caption_prompt, data.max_caption)
     if data.max_prompt:
+        check_max_prompt(data.max_prompt, spec.max_prompt, data.image_size)
         spec = dataclasses.replace(spec, max_prompt=data.max_prompt)
     encoders = {name: _encoder(folder / name) for name in ENCODERS if (folder / name).is_dir()}
     parts = _parts(captioner, decoder, autoencoder, _projector_width(folder / "llm", captioner), encoders)

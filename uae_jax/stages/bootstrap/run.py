@@ -1,13 +1,16 @@
 """Makes the built-in tiny model from nothing, phase by phase, in the official folder layout.
 
 Each phase is a jitted train step of its own under the same loop as the stages of the method, and continues where it
-stopped. What a phase makes is written to `workdir/model/...` before the next one starts; finished phases are read back.
+stopped. What a phase makes is written to `workdir/model/...` before the next one starts; finished phases are read back, and
+`workdir/phases.json` says which they are and by what configuration.
 """
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +20,7 @@ import numpy as np
 from uae_jax.data.qwen_inputs import load_image_processor
 from uae_jax.data.tokenizer import (
     END_OF_TEXT, IMAGE_PAD, condition_template, load_tokenizer, stop_ids, token_id, write_scene_tokenizer)
-from uae_jax.files.json_files import write_json
+from uae_jax.files.json_files import read_json, write_json
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import write_tensors
 from uae_jax.models.condition import ConditionTemplate
@@ -40,11 +43,14 @@ from uae_jax.stages.bootstrap.scene_stream import World, open_world
 from uae_jax.stages.pretrain import PretrainConfig
 from uae_jax.stages.settings import frozen
 from uae_jax.stages.weights import model_folder
-from uae_jax.training.loop import LoopConfig, run_stage
+from uae_jax.training.loop import LoopConfig, check_configuration, run_stage
 from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import OptimizerConfig, make_optimizer
 from uae_jax.training.step import Algorithm, TrainState, init_state, make_train_step
 
+# of every phase; what else a phase depends on is its own section of the configuration, and what it reads
+SHARED = ("data", "seed", "side", "caption_tokens")
+NEEDED = {"decoder": ("vae", "captioner"), "mistakes": ("decoder",), "caption_scorer": ("clip",)}
 # half precision keeps the built-in model under 12 MB and rounds weights by one part in 2,000
 STORED = np.float16
 
@@ -85,7 +91,8 @@ def train(
     loop = LoopConfig(steps=steps, log_every=run.config.log_every, save_every=run.config.save_every, headline="accuracy")
     result = run_stage(
         f"bootstrap_{name}", step, state=init_state(params, optimizer, ema=ema_decay is not None), frozen=frozen_params,
-        data=data, key=jax.random.fold_in(run.key, 1), workdir=run.workdir, config=loop, writer=run.writer)
+        data=data, key=jax.random.fold_in(run.key, 1), workdir=run.workdir, config=loop, writer=run.writer,
+        digest=digest(run.config, finished_phases(run.workdir), name))
     return result.state
 
 
@@ -139,7 +146,7 @@ def dinov2_phase(run: Run) -> None:
 
 
 def captioner_phase(run: Run) -> None:
-    """Writes `llm`, without projector until the decoder has one."""
+    """Writes `llm`, without projector until the decoder has one; a captioner alone keeps the one that was copied."""
     phase, config = run.config.captioner, run.config
     stops = stop_ids(run.tokenizer)
     model = Qwen2_5VLConfig(
@@ -147,6 +154,8 @@ def captioner_phase(run: Run) -> None:
         image_token_id=token_id(run.tokenizer, IMAGE_PAD), video_token_id=token_id(run.tokenizer, "<|video_pad|>"),
         vision_start_token_id=token_id(run.tokenizer, "<|vision_start|>"),
         vision_end_token_id=token_id(run.tokenizer, "<|vision_end|>"), pad_token_id=run.pad(), stop_token_ids=stops)
+    copied = config.start and "decoder" not in config.phases
+    projector = qwen_weights.load_projector(run.model / "llm", model, np.float32) if copied else None
     processor = load_image_processor(run.model / "llm_processor", model.vision.window_size)
     data = captioner.stream(
         run.world, run.tokenizer, processor, seed=config.seed, batch_size=phase.batch_size, side=config.side, length=config.caption_tokens,
@@ -157,7 +166,8 @@ def captioner_phase(run: Run) -> None:
     algorithm = captioner.algorithm(run.world, model, run.template(), phase.text_weight)
     state = train(run, "captioner", algorithm, params, {}, data, steps=phase.steps)
     captioner.write_config(run.model / "llm", model, stops)
-    write_tensors(run.model / "llm", qwen_weights.tensors(model, state.params, STORED))  # without the readouts
+    parts = state.params if projector is None else {**state.params, "projector": projector}
+    write_tensors(run.model / "llm", qwen_weights.tensors(model, parts, STORED))  # without the readouts
 
 
 def decoder_phase(run: Run) -> None:
@@ -236,10 +246,61 @@ PHASES: dict[str, tuple[str, Callable[[Run], None]]] = {
 }
 
 
+# folders with parts of several phases: copied from `config.start` whatever the phases are, which then replace their own part
+COPIED = ("llm", "SD3")
+
+
+def trainings(name: str) -> tuple[str, ...]:
+    """The sections of the configuration by which a phase trains, one after the other."""
+    return ("decoder", "mistakes") if name == "decoder" else (name,)
+
+
+def finished_phases(workdir: pathlib.Path) -> dict[str, str]:
+    """Digests of the trainings whose phase is finished, by name."""
+    return read_json(workdir, "phases.json") if (workdir / "phases.json").exists() else {}
+
+
+def digest(config: Any, finished: Mapping[str, str], name: str) -> str:
+    """Of all that changes the numbers of a training, such as `decoder` or `mistakes`: its settings, the shared ones, what it reads.
+
+    What it reads is made by a phase of this configuration, by one that was finished earlier, or comes from `config.start`.
+    """
+    made = {training for phase in config.phases for training in trainings(phase)}
+    sources = [
+        digest(config, finished, part) if part in made else finished.get(part, config.start) for part in NEEDED.get(name, ())]
+    values = config.to_dict()
+    values = [{shared: values[shared] for shared in SHARED}, values[name], sources]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_phases(config: Any, workdir: pathlib.Path) -> None:
+    """Refuses a workdir in which a phase of the configuration was trained by another one, before anything is written there.
+
+    Raises:
+      ValueError: such a phase, one whose checkpoint cannot be read, or a part of which nothing says how it was made.
+    """
+    finished = finished_phases(workdir)
+    for name in config.phases:
+        for training in trainings(name):
+            now = digest(config, finished, training)
+            if training not in finished:
+                check_configuration(workdir, f"bootstrap_{training}", now)
+            elif finished[training] != now:
+                raise ValueError(
+                    f"the phase {name} of {workdir} was made with another configuration (digest {finished[training]}, now {now}); use "
+                    f"the configuration in {workdir / 'config.json'}, or a new --workdir")
+        part = workdir / "model" / PHASES[name][0]
+        known = name in finished or (workdir / "checkpoints" / f"bootstrap_{name}").is_dir()
+        if part.exists() and not known and not (config.start and PHASES[name][0].startswith(COPIED)):
+            raise ValueError(
+                f"{part} is there, but neither phases.json nor checkpoints in {workdir} say how it was made; leave the phase {name} out of "
+                "config.phases, or use a new --workdir")
+
+
 def copy_parts(config: Any, model: pathlib.Path) -> None:
     """Copies what no phase of the config makes from the folder `config.start` (`builtin`: the built-in model), once."""
     source = model_folder("" if config.start == "builtin" else config.start)
-    made = {PHASES[name][0].split("/")[0] for name in config.phases} - {"llm", "SD3"}
+    made = {PHASES[name][0].split("/")[0] for name in config.phases} - set(COPIED)
     for folder in source.iterdir():
         if folder.is_dir() and folder.name not in made and not (model / folder.name).exists():
             partial = model / f".{folder.name}.tmp"
@@ -259,7 +320,7 @@ def bootstrap(config: Any, workdir: pathlib.Path) -> pathlib.Path:
       The model's folder.
 
     Raises:
-      ValueError: an unknown phase.
+      ValueError: an unknown phase, or a workdir of another configuration; nothing was written.
       FileNotFoundError: the folder to start from does not exist.
     """
     for name in config.phases:
@@ -267,6 +328,8 @@ def bootstrap(config: Any, workdir: pathlib.Path) -> pathlib.Path:
             raise ValueError(f"config.phases names {name!r}; the phases are {', '.join(PHASES)}")
     model = workdir / "model"
     world = open_world(config.data)
+    check_phases(config, workdir)
+    write_json(workdir / "config.json", config.to_dict())
     if config.start:
         model.mkdir(exist_ok=True)
         copy_parts(config, model)
@@ -276,7 +339,9 @@ def bootstrap(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     run = Run(config, workdir, writer, jax.random.key(config.seed), load_tokenizer(model / "llm_processor"), world)
     for name in config.phases:
         done, phase = PHASES[name]
-        if not (model / done).exists():
+        if name not in finished_phases(workdir) or not (model / done).exists():
             phase(run)
+            finished = finished_phases(workdir)
+            write_json(workdir / "phases.json", finished | {training: digest(config, finished, training) for training in trainings(name)})
     writer.close()
     return model

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from uae_jax.files.json_files import write_json
+from uae_jax.data.qwen_inputs import load_image_processor
+from uae_jax.files.json_files import read_json, write_json
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import TensorFolder, dtype_name, write_tensors
 from uae_jax.models.qwen2_5_vl import model as qwen
@@ -19,6 +20,7 @@ from uae_jax.stages.folders.parts import (
     ENCODERS, KINDS, Folder, Part, find_parts, has_tokenizer, identify, part_config, projector_sizes)
 
 PROJECTOR_FACTOR = 4  # inner width over the language model's, as in the release: 2048, 8192, 4096
+MAX_PIXELS = 65536  # of a picture that the captioner reads, as in the release's demo.py; Qwen2.5-VL publishes 12,845,056
 _COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "scheduler")
 _MODEL_FILES = ("config.json", "generation_config.json")
 
@@ -146,9 +148,25 @@ def _build(folder: Folder, sources: Sources, fresh: pathlib.Path, seed: int, lin
     if not sources.dit:
         notes.append(f"dit is the pipeline's own transformer, {folder.part('dit').folder}")
     notes += _add_projector(folder, fresh, seed)
+    notes += _bound_pictures(fresh)
     if not any(folder.part(name) for name in ENCODERS):
         notes.append("no image encoder was given: inference works, training needs --clip for its reward")
     return notes
+
+
+def _bound_pictures(fresh: pathlib.Path) -> list[str]:
+    """Lowers `max_pixels` of the image processor to the release's, wherever a copy of its settings lies."""
+    before = load_image_processor(fresh / "llm_processor", 1 << 20).max_pixels
+    if before <= MAX_PIXELS:
+        return []
+    for name in ("llm_processor", "llm"):  # the second is there when both were published in one folder, and exports have it
+        path = fresh / name / "preprocessor_config.json"
+        if path.exists():
+            settings = read_json(path.parent, path.name)
+            if settings.get("size"):
+                settings["size"] |= {"longest_edge": MAX_PIXELS}
+            write_json(path, settings | {"max_pixels": MAX_PIXELS})  # a new file: a hard link must not change the source
+    return [f"max_pixels of the image processor is lowered from {before} to the release's {MAX_PIXELS} (docs/weights.md)"]
 
 
 def _add_projector(folder: Folder, fresh: pathlib.Path, seed: int) -> list[str]:
