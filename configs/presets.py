@@ -52,7 +52,7 @@ def _stages() -> dict:
             # TRL: learning rate 1e-6 full, 1e-5 with adapters; groups of 8, temperature 1
             steps=1_000, batch_size=64, micro_batches=1, updates_per_rollout=1, group_size=8, temperature=1.0,
             max_new_tokens=512, sampler_steps=10, guidance_scale=5.0, shared_noise=True, condition_model="reference", gather_weights=False,
-            aggregation="grpo", clip_low=0.2, clip_high=0.2, kl_weight=0.02, advantage_scale="group",
+            aggregation="grpo", clip_low=0.2, clip_high=0.2, dual_clip=0.0, kl_weight=0.02, kl_estimator="k3", advantage_scale="group",
             vae_chunk=0, score_chunk=64,
             train="lora", lora_rank=32, reward=_reward(), objective="grpo", optimizer=_optimizer(1e-5, warmup_steps=10), ema_decay=0.0),
         und_for_gen=dict(

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uae_jax.rl.advantages import check_group_size, group_advantages
+from uae_jax.rl.advantages import check_group_size, combine_advantages, group_advantages
 
 REWARDS = np.array([[0.1, 0.5, 0.9, 0.3], [2.0, 1.0, 4.0, 3.0], [0.2, 0.25, 0.2, 0.3]])
 
@@ -143,6 +143,31 @@ def test_jit_and_sharding_do_not_change_advantages():
     np.testing.assert_allclose(sharded, group_advantages(rewards, ids, 3)[0], rtol=1e-5)
 
 
+def test_weighted_sum_of_rewards():
+    rewards = {"a": REWARDS, "b": REWARDS[::-1]}
+    combined, metrics = combine_advantages(rewards, {"a": 1.0, "b": 0.5})
+    expected, _ = group_advantages(REWARDS + 0.5 * REWARDS[::-1])
+    np.testing.assert_allclose(combined, expected, rtol=1e-5)
+    assert _value(metrics["a/reward_mean"]) == pytest.approx(REWARDS.mean(), rel=1e-5)
+
+
+def test_normalising_first_lets_a_small_reward_count():
+    rng = np.random.default_rng(1)
+    rewards = {"large": rng.normal(size=(4, 8)), "small": 0.01 * rng.normal(size=(4, 8))}
+    weights = {"large": 1.0, "small": 1.0}
+
+    def correlations(method):
+        combined, _ = combine_advantages(rewards, weights, method=method)
+        alone = [_expected(r, 1, 1e-4) for r in rewards.values()]
+        return [np.corrcoef(combined.ravel(), a.ravel())[0, 1] for a in alone]
+
+    assert correlations("weighted_sum")[0] > 0.9 > 0.5 > correlations("weighted_sum")[1]
+    assert min(correlations("normalize_then_sum")) > 0.5
+    combined, _ = combine_advantages(rewards, weights, method="normalize_then_sum")
+    np.testing.assert_allclose(combined.sum(axis=1), 0, atol=1e-4)
+    np.testing.assert_allclose(combined.std(), 1, rtol=1e-3)
+
+
 def test_bad_requests_are_named():
     with pytest.raises(ValueError, match="variance"):
         group_advantages(REWARDS, scale="variance")
@@ -150,3 +175,7 @@ def test_bad_requests_are_named():
         group_advantages(REWARDS.ravel())
     with pytest.raises(ValueError, match="num_groups"):
         group_advantages(REWARDS.ravel(), np.zeros(12, int))
+    with pytest.raises(ValueError, match="same names"):
+        combine_advantages({"a": REWARDS}, {"b": 1.0})
+    with pytest.raises(ValueError, match="mean"):
+        combine_advantages({"a": REWARDS}, {"a": 1.0}, method="mean")

@@ -65,30 +65,37 @@ def test_gradient_vanishes_in_exactly_two_corners(advantage, ratio):
     assert _value(metrics["ratio_deviation_max"]) == pytest.approx(abs(ratio - 1), abs=1e-6)
 
 
-def test_asymmetric_clip():
+def test_asymmetric_and_dual_clip():
     ratio = jnp.array([1.25, 1.35, 5.0, 5.0])
     advantage = jnp.array([1.0, 1.0, -1.0, -0.5])
     loss = losses.clipped_surrogate(ratio, advantage, 0.2, 0.28)
     np.testing.assert_allclose(loss, [-1.25, -1.28, 5.0, 2.5], rtol=1e-6)
+    capped = losses.clipped_surrogate(ratio, advantage, 0.2, 0.28, dual_clip=3.0)
+    np.testing.assert_allclose(capped, [-1.25, -1.28, 3.0, 1.5], rtol=1e-6)
 
 
-def test_kl_estimate_is_k3():
+def test_kl_estimators():
     log_prob = jnp.linspace(-3, 0, 13)
     ref = jnp.full(13, -1.5)
     d = ref - log_prob
-    k3 = losses.kl_estimate(log_prob, ref)
+    np.testing.assert_allclose(losses.kl_estimate(log_prob, ref, "k1"), -d, atol=1e-6)
+    np.testing.assert_allclose(losses.kl_estimate(log_prob, ref, "k2"), d**2 / 2, atol=1e-6)
+    k3 = losses.kl_estimate(log_prob, ref, "k3")
     np.testing.assert_allclose(k3, np.exp(d) - d - 1, atol=1e-5)
     assert (k3 >= 0).all() and k3[6] == 0
     gradient = jax.grad(lambda x: losses.kl_estimate(x, ref).sum())(log_prob)
     assert gradient[6] == 0 and (gradient[:6] < 0).all() and (gradient[7:] > 0).all()
+    with pytest.raises(ValueError, match="k4"):
+        losses.kl_estimate(log_prob, ref, "k4")
 
 
 def test_k3_is_unbiased_on_policy():
     policy = jax.nn.log_softmax(jnp.array([0.3, -0.2, 1.0]))
     reference = jax.nn.log_softmax(jnp.array([-0.4, 0.6, 0.5]))
     exact = (jnp.exp(policy) * (policy - reference)).sum()
-    estimate = jnp.exp(policy) * losses.kl_estimate(policy, reference)
-    np.testing.assert_allclose(estimate.sum(), exact, rtol=1e-5)
+    for estimator in ("k1", "k3"):
+        estimate = jnp.exp(policy) * losses.kl_estimate(policy, reference, estimator)
+        np.testing.assert_allclose(estimate.sum(), exact, rtol=1e-5)
 
 
 def test_far_tokens_stay_finite_and_keep_their_gradient():
@@ -326,6 +333,14 @@ def test_guard_centres_the_log_ratio():
     assert abs(float(guarded / count) - 1) < tolerance
 
 
+def test_clip_range_scales_with_the_spread_of_the_log_ratio():
+    assert losses.clip_range_for(65536) == 1e-4
+    assert losses.clip_range_for(4096) == pytest.approx(4e-4)
+    assert losses.clip_range_for(65536, 1e-5) == 1e-5
+    with pytest.raises(ValueError, match="dimension"):
+        losses.clip_range_for(0)
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_token_bandit_learns_the_rewarded_token(sign):
     """Two tokens, reward sign for token 1: its probability moves one way at every step."""
@@ -372,7 +387,7 @@ def test_diffusion_bandit_moves_towards_the_reward(sign):
             )
             total, count, _ = losses.flow_grpo_loss(
                 scored.log_probs.T, played.log_probs.T, advantage.ravel(),
-                clip_range=1e-4 * (65536 / dimensions) ** 0.5,
+                clip_range=losses.clip_range_for(dimensions),
             )
             return total / count
 

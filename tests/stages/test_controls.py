@@ -114,6 +114,7 @@ def test_an_arm_of_the_ablations_runs_to_its_end(config, scorer_folder, tmp_path
     values["model"] |= dict(folder=config["model"]["folder"], caption_scorer=str(scorer_folder))
     small = ("steps", "batch_size", "group_size", "max_new_tokens", "sampler_steps", "lora_rank", "optimizer")
     values["gen_for_und"] |= {name: config["gen_for_und"][name] for name in small}
+    values["gen_for_und"]["reward"] |= dict(overlong_penalty=0.0)
     make_mesh = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
     (stage,) = run_module.run(values, tmp_path / "run")["stages"]

@@ -98,6 +98,24 @@ def test_a_wrong_sampled_log_prob_shows_in_the_gap_and_nowhere_else(caption_stag
         name: value for name, value in moved.items() if "gap" not in name}
 
 
+def test_dual_clip_and_the_estimator_of_kl_reach_the_loss(caption_stage):
+    stage, _, rollout = caption_stage
+    # policy twice as far above its sampled self as dual_clip allows, where the advantage is negative
+    samples = rollout["samples"] | {"old": rollout["samples"]["old"] - np.log(6.0), "advantage": -jnp.ones_like(rollout["samples"]["advantage"])}
+
+    def loss(**settings):
+        policy = dataclasses.replace(stage.policy, **({"kl_weight": 0.0} | settings))
+        total, count, metrics = jax.jit(lambda params: caption_policy.loss(
+            policy, params, stage.frozen, {"samples": samples, "shared": {}}, stage.key))(stage.adapter)
+        return float(total) / float(count), _values(metrics)
+
+    assert loss()[0] == pytest.approx(6.0, rel=1e-4) and loss(dual_clip=3.0)[0] == pytest.approx(3.0, rel=1e-4)
+    first, third = loss(kl_weight=1.0, kl_estimator="k1")[1]["kl"], loss(kl_weight=1.0)[1]["kl"]
+    assert third > 0 and abs(first - third) > 1e-6
+    with pytest.raises(ValueError, match="dual_clip is 0.5"):
+        dataclasses.replace(stage.policy, dual_clip=0.5)
+
+
 def test_a_wrong_velocity_shows_in_the_gaps_of_one_update(flow_stage):
     stage, _, rollout = flow_stage
     unguided = dataclasses.replace(stage.policy, denoising=dataclasses.replace(stage.policy.denoising, guidance_scale=1.0))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 SCALES = ("group", "batch", "none")
+COMBINATIONS = ("weighted_sum", "normalize_then_sum")
 
 # Rewards closer than this are a tie: float32 rounding, not a preference.
 _TIE = 1e-6
@@ -137,3 +138,62 @@ def group_advantages(
 
 def _as_float(metrics):
     return jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
+
+
+def combine_advantages(
+    rewards: dict,
+    weights: dict,
+    group_ids=None,
+    num_groups: int | None = None,
+    *,
+    method: str = "weighted_sum",
+    eps: float = 1e-4,
+    clip: float | None = 5.0,
+    **options,
+):
+    """Advantages from several rewards.
+
+    Args:
+      rewards: name -> rewards, each as `group_advantages` takes them.
+      weights: name -> weight, the same names.
+      group_ids, num_groups: as in `group_advantages`.
+      method: "weighted_sum" adds the rewards first (Flow-GRPO); a sample with one missing reward
+        is excluded. "normalize_then_sum" normalises each reward in its group, adds the weighted
+        advantages, and divides by their standard deviation over the batch, so that a reward with
+        a small spread still counts (GDPO); a missing reward adds 0.
+      eps, clip, options: as in `group_advantages`.
+
+    Returns:
+      (advantages float32 shaped as one reward, metrics of (sum, count) pairs; per-reward metrics
+      are prefixed with "NAME/").
+
+    Raises:
+      ValueError: for an unknown method or names that differ.
+    """
+    if method not in COMBINATIONS:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(COMBINATIONS)}")
+    if set(rewards) != set(weights) or not rewards:
+        raise ValueError(
+            f"rewards {sorted(rewards)} and weights {sorted(weights)} must have the same names"
+        )
+    each = {
+        name: group_advantages(value, group_ids, num_groups, eps=eps, clip=None, **options)
+        for name, value in rewards.items()
+    }
+    metrics = {
+        f"{name}/{key}": pair for name, (_, values) in each.items() for key, pair in values.items()
+    }
+    if method == "weighted_sum":
+        total = sum(weights[name] * jnp.asarray(value) for name, value in rewards.items())
+        advantages, of_total = group_advantages(
+            total, group_ids, num_groups, eps=eps, clip=clip, **options
+        )
+        return advantages, metrics | of_total
+    total = sum(weights[name] * advantages for name, (advantages, _) in each.items())
+    # Each term already sums to 0 over its group, so only the spread is left to divide out.
+    mask = options.get("mask")
+    count = total.size if mask is None else jnp.maximum(jnp.asarray(mask, bool).sum(), 1)
+    advantages = total / (jnp.sqrt((total**2).sum() / count) + eps)
+    if clip is not None:
+        advantages = jnp.clip(advantages, -clip, clip)
+    return advantages, metrics

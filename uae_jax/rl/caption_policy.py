@@ -44,7 +44,7 @@ class CaptionPolicy:
       max_new_tokens: T.
       shared_noise: one noise for the whole group, so that the advantage measures the caption alone.
       advantage_scale: `group`, `batch` or `none`.
-      aggregation, clip_low, clip_high, kl_weight: see `losses.token_grpo_loss`.
+      aggregation, clip_low, clip_high, dual_clip (0 for none), kl_weight, kl_estimator: see `losses.token_grpo_loss`.
       score_chunk: caption positions whose logits `[N, score_chunk, V]` exist at once.
       gather_weights: see `captioning.sample_captions`.
       replay: score the rollout again for the old log-probabilities; not needed when each rollout has one update.
@@ -52,7 +52,7 @@ class CaptionPolicy:
       objective: `grpo`, or `supervised` for the control: cross-entropy of the data set's captions instead of a reward.
 
     Raises:
-      ValueError: a group of one, a temperature of 0, an unknown objective, or a caption weight without a scorer.
+      ValueError: a group of one, a temperature of 0, an unknown objective, a dual clip of 1 or less, or a caption weight without a scorer.
     """
 
     model: uae.UAE
@@ -66,6 +66,8 @@ class CaptionPolicy:
     shared_noise: bool = True
     advantage_scale: str = "group"
     aggregation: str = "grpo"
+    dual_clip: float = 0.0
+    kl_estimator: str = "k3"
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_weight: float = 0.0
@@ -80,6 +82,8 @@ class CaptionPolicy:
         SamplingConfig(self.temperature).for_training()
         if self.objective not in OBJECTIVES:
             raise ValueError(f"gen_for_und.objective is {self.objective!r}; choose grpo or supervised")
+        if self.dual_clip and self.dual_clip <= 1:
+            raise ValueError(f"gen_for_und.dual_clip is {self.dual_clip}; it must be above 1, or 0 for none")
         if self.reward.caption_weight and self.scorer is None:
             raise ValueError(
                 "gen_for_und.reward.caption_weight needs model.caption_scorer, a folder that configs/bootstrap.py makes with "
@@ -176,8 +180,8 @@ def loss(policy: CaptionPolicy, params: Mapping, frozen: Mapping, rollout: Mappi
     mask = flat("mask")
     total, count, metrics = token_grpo_loss(
         scores.log_probs.reshape(mask.shape), flat("old"), flat("reference"), samples["advantage"].reshape(-1), mask,
-        clip_low=policy.clip_low, clip_high=policy.clip_high, kl_weight=policy.kl_weight, aggregation=policy.aggregation,
-        max_tokens=policy.max_new_tokens, entropy=jax.lax.stop_gradient(scores.entropy).reshape(mask.shape))
+        clip_low=policy.clip_low, clip_high=policy.clip_high, dual_clip=policy.dual_clip or None, kl_weight=policy.kl_weight,
+        kl_estimator=policy.kl_estimator, aggregation=policy.aggregation, max_tokens=policy.max_new_tokens, entropy=jax.lax.stop_gradient(scores.entropy).reshape(mask.shape))
     if "sampled_log_prob" in samples:
         metrics |= gap_metrics("log_prob_gap", scores.log_probs, samples["sampled_log_prob"], samples["mask"])
     return total, count, metrics

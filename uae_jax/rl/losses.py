@@ -6,10 +6,13 @@ and divide by the total count once, and no split of the batch changes the result
 (sum, count) pairs, added up in the same way.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 AGGREGATIONS = ("grpo", "dr_grpo", "token_mean", "gspo")
+KL_ESTIMATORS = ("k1", "k2", "k3")
 
 # exp of this is far outside any clip range, and still finite with its square in float32.
 _LOG_RATIO_BOUND = 20.0
@@ -19,20 +22,25 @@ def _ratio(log_ratio):
     return jnp.exp(jnp.clip(log_ratio, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND))
 
 
-def clipped_surrogate(ratio, advantage, clip_low, clip_high):
+def clipped_surrogate(ratio, advantage, clip_low, clip_high, dual_clip=None):
     """`max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))`, shaped as ratio.
 
     The gradient vanishes in two of four corners: A > 0 with rho above the range, A < 0 with rho
-    below it. Source: arXiv 1707.06347, equation 7.
+    below it. dual_clip (a number above 1, 3 in verl) also bounds the loss at `-A dual_clip` for
+    A < 0. Source: arXiv 1707.06347, equation 7; arXiv 1912.09729, equation 5 (dual clip).
     """
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-    return jnp.maximum(-advantage * ratio, -advantage * clipped)
+    loss = jnp.maximum(-advantage * ratio, -advantage * clipped)
+    if dual_clip is not None:
+        loss = jnp.where(advantage < 0, jnp.minimum(loss, -advantage * dual_clip), loss)
+    return loss
 
 
-def kl_estimate(log_prob, ref_log_prob, bound: float = 10.0):
-    """Per-token estimate of KL(policy || reference) on tokens the policy sampled, k3.
+def kl_estimate(log_prob, ref_log_prob, estimator: str = "k3", bound: float = 10.0):
+    """Per-token estimate of KL(policy || reference) on tokens the policy sampled.
 
-    With `d = ref_log_prob - log_prob` it is exp(d) - d - 1, which is never negative. d is bounded to +-bound in value, but its gradient passes straight through,
+    With `d = ref_log_prob - log_prob`: "k1" is -d, "k2" is d^2 / 2, "k3" is exp(d) - d - 1, which
+    is never negative. d is bounded to +-bound in value, but its gradient passes straight through,
     so that a token far from the reference is still pulled back. Unbiased only for samples of the
     present policy. Source: GRPO, arXiv 2402.03300, equation 4 (k3).
 
@@ -41,9 +49,20 @@ def kl_estimate(log_prob, ref_log_prob, bound: float = 10.0):
 
     Returns:
       float32 of that shape.
+
+    Raises:
+      ValueError: for an unknown estimator.
     """
+    if estimator not in KL_ESTIMATORS:
+        raise ValueError(
+            f"unknown KL estimator {estimator!r}: choose one of {', '.join(KL_ESTIMATORS)}"
+        )
     d = jax.lax.stop_gradient(ref_log_prob.astype(jnp.float32)) - log_prob.astype(jnp.float32)
     d = d + jax.lax.stop_gradient(jnp.clip(d, -bound, bound) - d)
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return 0.5 * d**2
     return jnp.expm1(d) - d
 
 
@@ -90,8 +109,10 @@ def token_grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     kl_weight: float = 0.0,
+    kl_estimator: str = "k3",
     aggregation: str = "grpo",
     max_tokens: int | None = None,
+    dual_clip: float | None = None,
     entropy=None,
 ):
     """GRPO on sampled tokens.
@@ -106,13 +127,15 @@ def token_grpo_loss(
       mask: [N, T], True up to and including the first end token.
       clip_low, clip_high: the ratio's range is [1 - clip_low, 1 + clip_high]
         (0.2 / 0.2; DAPO 0.2 / 0.28; for "gspo" 3e-4 / 4e-4).
-      kl_weight: weight of the `kl_estimate`, added per token before the aggregation.
+      kl_weight: weight of the KL estimate, added per token before the aggregation.
+      kl_estimator: see `kl_estimate`.
       aggregation: with L the per-token loss, m the mask,
         "grpo": sum_i (sum_t m L / max(sum_t m, 1)), count N sequences;
         "dr_grpo": sum_it m L, count N * max_tokens (arXiv 2503.20783; not the padded width);
         "token_mean": sum_it m L, count sum_it m (DAPO, arXiv 2503.14476);
         "gspo": one ratio a sequence, exp(mean_t of log ratios), count N (arXiv 2507.18071).
       max_tokens: the longest completion allowed, for "dr_grpo".
+      dual_clip: see `clipped_surrogate`.
       entropy: optional [N, T], only for the metric.
 
     Returns:
@@ -138,12 +161,12 @@ def token_grpo_loss(
         log_ratio = log_ratio.sum(axis=1, keepdims=True) / lengths[:, None]
         ratio_weight = jnp.ones_like(advantage)
     ratio = _ratio(log_ratio)
-    loss = clipped_surrogate(ratio, advantage, clip_low, clip_high)
+    loss = clipped_surrogate(ratio, advantage, clip_low, clip_high, dual_clip)
     metrics = _ratio_metrics(ratio, advantage, ratio_weight, clip_low, clip_high)
     # A sequence ratio's loss is spread over the tokens, whose mean gives it back.
     loss = jnp.broadcast_to(loss, mask.shape) if aggregation == "gspo" else loss
     if ref_log_prob is not None:
-        kl = kl_estimate(log_prob, jnp.where(mask, ref_log_prob, 0.0))
+        kl = kl_estimate(log_prob, jnp.where(mask, ref_log_prob, 0.0), kl_estimator)
         loss = loss + kl_weight * kl
         metrics["kl"] = (jax.lax.stop_gradient(kl).sum(), weight.sum())
     if entropy is not None:
@@ -194,9 +217,8 @@ def flow_grpo_loss(
         gradient.
       old_log_prob: the same under the rollout policy [N, W]; None for the first update.
       advantage: [N].
-      clip_range: the ratio's range is [1 - clip_range, 1 + clip_range]. The published 1e-4 belongs
-        to a mean over 16 * 64 * 64 = 65536 dimensions; the spread of log rho, and so the range that
-        clips equally often, grows with 1 / sqrt(dimensions). GRPO-Guard's own is 2e-6.
+      clip_range: the ratio's range is [1 - clip_range, 1 + clip_range]; see `clip_range_for`.
+        GRPO-Guard's own is 2e-6.
       kl: `gaussian_kl` of each step [N, W], or None.
       kl_weight: its weight in the loss.
       guard: with `d = log_prob - old_log_prob`, use
@@ -299,3 +321,23 @@ def nft_loss(
 def _step_mask(mask, shape):
     mask = jnp.asarray(mask, bool)
     return jnp.broadcast_to(mask[:, None] if mask.ndim == 1 else mask, shape)
+
+
+def clip_range_for(dimensions: int, reference: float = 1e-4) -> float:
+    """The clip range for latents of another size: `reference * sqrt(65536 / dimensions)`.
+
+    The step's log-probability is a mean over D dimensions. When the policy moves by a KL of k a
+    dimension, log rho has mean -k and standard deviation sqrt(2 k / D): at equal k the spread,
+    and so the range that clips equally often, grows with 1 / sqrt(D). The published 1e-4 belongs
+    to D = 16 * 64 * 64 = 65536, a 512 x 512 image.
+
+    Args:
+      dimensions: D, the number of latent values of one sample.
+      reference: clip range at D = 65536 (1e-4 for all steps, 1e-5 for a short window).
+
+    Returns:
+      A positive float. Raises ValueError when dimensions is below 1.
+    """
+    if dimensions < 1:
+        raise ValueError(f"a latent has at least 1 dimension, got {dimensions}")
+    return reference * math.sqrt(65536 / dimensions)

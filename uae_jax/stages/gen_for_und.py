@@ -33,7 +33,7 @@ class GenForUndConfig:
       sampler_steps, guidance_scale: of the drawings.
       shared_noise: one noise for the drawings of a group.
       condition_model: `reference` encodes captions with the adapter off; `policy` with it on, as the release does.
-      aggregation, clip_low, clip_high, kl_weight: see `rl.losses.token_grpo_loss`.
+      aggregation, clip_low, clip_high, dual_clip (0 for none), kl_weight, kl_estimator: see `rl.losses.token_grpo_loss`.
       advantage_scale: `group`, `batch` or `none`.
       vae_chunk: pictures decoded at once; 0 for all.
       score_chunk: caption positions whose logits exist at once.
@@ -62,6 +62,8 @@ class GenForUndConfig:
     shared_noise: bool = True
     condition_model: str = "reference"
     aggregation: str = "grpo"
+    dual_clip: float = 0.0
+    kl_estimator: str = "k3"
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_weight: float = 0.02
