@@ -13,12 +13,12 @@ from stage_pieces import changed, exported, largest_gap, make_run, nudged
 from uae_jax import convert, sharding, trees
 from uae_jax.data import scenes
 from uae_jax.nn.lora import merge_adapter
-from uae_jax.planning.compile import make_program
 from uae_jax.planning.system import abstract_system
 from uae_jax.sharding import MeshConfig, make_mesh
 from uae_jax.stages import run as run_module
 from uae_jax.stages.export import export_system
 from uae_jax.stages.inference import Inference, InferenceConfig, Row
+from uae_jax.stages.program import make_program
 from uae_jax.stages.settings import frozen
 from uae_jax.stages.weights import ModelConfig, load_system
 from uae_jax.training.loop import StageResult
@@ -220,8 +220,9 @@ def test_an_earlier_stage_does_not_round_what_is_copied(config, monkeypatch, tmp
 def test_plans_hold_the_same_precisions(config, monkeypatch, tmp_path):
     config = changed(config, stages=("gen_for_und", "und_for_gen"), **FULL)
     settings, seen = frozen(run_module.RunConfig, config), stages_of(config, monkeypatch, tmp_path)
+    system = abstract_system(settings)
     for stage, (params, held) in seen.items():
-        program = make_program(settings, abstract_system(settings), stage, None)
+        program = make_program(settings, system, system.parts, system.batch, stage)
         for planned, real in ((program.state.params, params), (program.frozen, held)):
             assert {name: dtypes(part) for name, part in planned.items()} == {name: dtypes(part) for name, part in real.items()}
 

@@ -181,7 +181,8 @@ def loss(policy: CaptionPolicy, params: Mapping, frozen: Mapping, rollout: Mappi
     total, count, metrics = token_grpo_loss(
         scores.log_probs.reshape(mask.shape), flat("old"), flat("reference"), samples["advantage"].reshape(-1), mask,
         clip_low=policy.clip_low, clip_high=policy.clip_high, dual_clip=policy.dual_clip or None, kl_weight=policy.kl_weight,
-        kl_estimator=policy.kl_estimator, aggregation=policy.aggregation, max_tokens=policy.max_new_tokens, entropy=jax.lax.stop_gradient(scores.entropy).reshape(mask.shape))
+        kl_estimator=policy.kl_estimator, aggregation=policy.aggregation, max_tokens=policy.max_new_tokens,
+        entropy=jax.lax.stop_gradient(scores.entropy).reshape(mask.shape))
     if "sampled_log_prob" in samples:
         metrics |= gap_metrics("log_prob_gap", scores.log_probs, samples["sampled_log_prob"], samples["mask"])
     return total, count, metrics
