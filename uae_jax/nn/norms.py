@@ -40,29 +40,43 @@ class LayerNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group norm over space and channel groups (arXiv 1803.08494)."""
+    """Group norm over space and channel groups (arXiv 1803.08494).
+
+    The variance is the mean of squares less the square of the mean, so that both come from one reading of the picture. Its relative
+    error is about 1e-7 of `1 + mean^2 / variance`.
+
+    Attributes:
+      groups: of channels.
+      epsilon: added to the variance.
+      interleaved: pictures whose columns take turns in one wide picture; each has its own statistics.
+    """
 
     groups: int
     epsilon: float = 1e-6
+    interleaved: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        """`[B, H, W, C]` (W * interleaved columns where pictures take turns) to the same."""
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        width = self.interleaved * channels
+        x32 = x.reshape(*x.shape[:-2], -1, width).astype(jnp.float32)
 
         def over_groups(y: Array) -> Array:
-            """`[B, H, W, C]` to `[B, 1, 1, C]`: the mean over space and over each channel's group.
+            """`[B, H, W, n C]` to `[B, 1, 1, n C]`: the mean over space and over each channel's group.
 
             Only the small result of the mean over space is cut into groups: cutting the picture's channels splits the lanes
             of a TPU's registers, which costs time and minutes of compilation.
             """
             mean = jnp.mean(y, (-3, -2), keepdims=True)
-            grouped = jnp.mean(mean.reshape(*mean.shape[:-1], self.groups, -1), -1)
+            grouped = jnp.mean(mean.reshape(*mean.shape[:-1], self.interleaved * self.groups, -1), -1)
             return jnp.repeat(grouped, channels // self.groups, axis=-1)
 
-        x32 = x.astype(jnp.float32)
-        centred = x32 - over_groups(x32)
-        y = centred * lax.rsqrt(over_groups(jnp.square(centred)) + self.epsilon)
-        return (y * scale + bias).astype(x.dtype)
+        mean = over_groups(x32)
+        variance = jnp.maximum(over_groups(jnp.square(x32)) - jnp.square(mean), 0.0)
+        factor = lax.rsqrt(variance + self.epsilon) * jnp.tile(scale, self.interleaved)
+        # small and needed for every pixel: without the barrier XLA's CPU backend computes them anew for each
+        factor, shift = lax.optimization_barrier((factor, jnp.tile(bias, self.interleaved) - mean * factor))
+        return (x32 * factor + shift).reshape(x.shape).astype(x.dtype)

@@ -12,22 +12,28 @@ from jax import Array
 
 from uae_jax import trees
 from uae_jax.models.sd3.config import VAEConfig
-from uae_jax.nn.attention import attention
+from uae_jax.nn.attention import attention, on_one_cpu
 from uae_jax.nn.linear import Conv, Dense
 from uae_jax.nn.norms import GroupNorm
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions after group norm and SiLU, with a 1x1 shortcut where the width changes."""
+    """Two 3x3 convolutions after group norm and SiLU, with a 1x1 shortcut where the width changes.
+
+    `interleaved`, here and below: see `interleave`.
+    """
 
     features: int
     groups: int
+    interleaved: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """`[B, H, W, C]` to `[B, H, W, features]`."""
-        y = Conv(self.features, name="conv1")(nn.silu(GroupNorm(self.groups, name="norm1")(x)))
-        y = Conv(self.features, name="conv2")(nn.silu(GroupNorm(self.groups, name="norm2")(y)))
+        norm = functools.partial(GroupNorm, self.groups, interleaved=self.interleaved)
+        conv = functools.partial(Conv, self.features, interleaved=self.interleaved)
+        y = conv(name="conv1")(nn.silu(norm(name="norm1")(x)))
+        y = conv(name="conv2")(nn.silu(norm(name="norm2")(y)))
         if x.shape[-1] != self.features:
             x = Conv(self.features, kernel_size=1, padding=((0, 0), (0, 0)), name="conv_shortcut")(x)
         return x + y
@@ -37,30 +43,33 @@ class SpatialAttention(nn.Module):
     """Single-head self-attention over all positions, with a residual connection."""
 
     groups: int
+    interleaved: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
-        batch, height, width, channels = x.shape
-        y = GroupNorm(self.groups, name="group_norm")(x).reshape(batch, height * width, channels)
+        y = separate(GroupNorm(self.groups, interleaved=self.interleaved, name="group_norm")(x), self.interleaved)
+        batch, height, width, channels = y.shape
+        y = y.reshape(batch, height * width, channels)
         query, key, value = (Dense(channels, name=name)(y)[:, :, None] for name in ("query", "key", "value"))
         y = Dense(channels, name="output")(attention(query, key, value)[:, :, 0])
-        return x + y.reshape(x.shape)
+        return x + interleave(y.reshape(batch, height, width, channels), self.interleaved)
 
 
 class MiddleBlock(nn.Module):
     """Residual block, attention, residual block, at the lowest resolution."""
 
     config: VAEConfig
+    interleaved: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """`[B, h, w, C]` to `[B, h, w, C]`."""
         groups = self.config.norm_num_groups
-        x = ResidualBlock(x.shape[-1], groups, name="resnets_0")(x)
+        x = ResidualBlock(x.shape[-1], groups, self.interleaved, name="resnets_0")(x)
         if self.config.mid_block_add_attention:
-            x = SpatialAttention(groups, name="attention")(x)
-        return ResidualBlock(x.shape[-1], groups, name="resnets_1")(x)
+            x = SpatialAttention(groups, self.interleaved, name="attention")(x)
+        return ResidualBlock(x.shape[-1], groups, self.interleaved, name="resnets_1")(x)
 
 
 class Encoder(nn.Module):
@@ -88,27 +97,50 @@ class Decoder(nn.Module):
     """Latents to picture."""
 
     config: VAEConfig
+    interleaved: int = 1
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
-        """`[B, h, w, C]` to `[B, H, W, 3]`."""
-        config = self.config
-        x = Conv(config.block_out_channels[-1], name="conv_in")(z)
-        x = MiddleBlock(config, name="mid_block")(x)
+        """`[B, h, w, C]` to `[B, H, W, 3]`; B is a multiple of `interleaved`."""
+        config, pictures = self.config, self.interleaved
+        conv = functools.partial(Conv, interleaved=pictures)
+        x = conv(config.block_out_channels[-1], name="conv_in")(interleave(z, pictures))
+        x = MiddleBlock(config, pictures, name="mid_block")(x)
         for level, features in enumerate(reversed(config.block_out_channels)):
             for layer in range(config.layers_per_block + 1):
-                x = ResidualBlock(features, config.norm_num_groups, name=f"up_blocks_{level}_resnets_{layer}")(x)
+                x = ResidualBlock(features, config.norm_num_groups, pictures, name=f"up_blocks_{level}_resnets_{layer}")(x)
             if level < len(config.block_out_channels) - 1:
-                x = Conv(features, name=f"up_blocks_{level}_upsampler")(_double(x))
-        x = nn.silu(GroupNorm(config.norm_num_groups, name="conv_norm_out")(x))
-        return Conv(config.out_channels, name="conv_out")(x)
+                x = conv(features, name=f"up_blocks_{level}_upsampler")(_double(x, pictures))
+        x = nn.silu(GroupNorm(config.norm_num_groups, interleaved=pictures, name="conv_norm_out")(x))
+        return separate(conv(config.out_channels, name="conv_out")(x), pictures)
 
 
-def _double(x: Array) -> Array:
+def _double(x: Array, interleaved: int) -> Array:
     """Nearest-neighbour enlargement, `[B, H, W, C]` to `[B, 2H, 2W, C]`."""
     batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    x = x.reshape(batch, height, 1, width // interleaved, 1, interleaved * channels)
+    x = jnp.broadcast_to(x, (batch, height, 2, width // interleaved, 2, interleaved * channels))
     return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def interleave(x: Array, pictures: int) -> Array:
+    """Wide pictures, each of so many neighbouring ones, whose columns take turns: `[B, H, W, C]` to `[B / n, H, W n, C]`.
+
+    A convolution whose taps are n columns apart then sees each picture by itself, without a border between them. XLA's CPU backend
+    cuts a convolution along columns alone, so that one narrow picture occupies one core (`docs/performance.md`).
+    """
+    if pictures == 1:
+        return x
+    batch, height, width, channels = x.shape
+    return x.reshape(-1, pictures, height, width, channels).transpose(0, 2, 3, 1, 4).reshape(-1, height, width * pictures, channels)
+
+
+def separate(x: Array, pictures: int) -> Array:
+    """The inverse of `interleave`."""
+    if pictures == 1:
+        return x
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height, -1, pictures, channels).transpose(0, 3, 1, 2, 4).reshape(-1, height, width // pictures, channels)
 
 
 def encode(config: VAEConfig, params: trees.Tree, pixels: Array) -> tuple[Array, Array]:
@@ -148,22 +180,23 @@ def from_model_latents(config: VAEConfig, model_latents: Array) -> Array:
     return model_latents / config.scaling_factor + config.shift_factor
 
 
-def decode(config: VAEConfig, params: trees.Tree, latents: Array) -> Array:
+def decode(config: VAEConfig, params: trees.Tree, latents: Array, interleaved: int = 1) -> Array:
     """Pictures of the auto-encoder's latents.
 
     Args:
       config: sizes.
       params: parameters of the auto-encoder; only `decoder` is read.
       latents: `[B, h, w, C]` in the scale of `encode`.
+      interleaved: pictures computed as one wide picture (`interleave`), a divisor of B.
 
     Returns:
       `[B, H, W, 3]` in float32, about [-1, 1], not clipped.
     """
-    return Decoder(config).apply({"params": params["decoder"]}, latents.astype(jnp.float32))
+    return Decoder(config, interleaved).apply({"params": params["decoder"]}, latents.astype(jnp.float32))
 
 
 def decode_latents(config: VAEConfig, params: trees.Tree, model_latents: Array, chunk: int | None = None) -> Array:
-    """Pictures of the diffusion model's latents, some at a time when memory is short.
+    """Pictures of the diffusion model's latents, some at a time when memory is short; on a single CPU device interleaved.
 
     Each chunk takes every (B / chunk)-th row, so that a batch that is split over devices stays where it is when their
     number divides `chunk`. The activations of a chunk are computed again in the backward pass.
@@ -182,11 +215,13 @@ def decode_latents(config: VAEConfig, params: trees.Tree, model_latents: Array, 
     """
     latents = from_model_latents(config, model_latents.astype(jnp.float32))
     batch = latents.shape[0]
-    if chunk is None or chunk >= batch:
-        return decode(config, params, latents)
+    chunk = batch if chunk is None else min(chunk, batch)
     if chunk < 1 or batch % chunk:
         raise ValueError(f"a batch of {batch} latents cannot be decoded in chunks of {chunk}; take a divisor of {batch}")
-    return trees.map_parts(jax.checkpoint(lambda part: decode(config, params, part)), trees.cut(latents, batch // chunk))
+    interleaved = chunk if on_one_cpu() else 1
+    if chunk == batch:
+        return decode(config, params, latents, interleaved)
+    return trees.map_parts(jax.checkpoint(lambda part: decode(config, params, part, interleaved)), trees.cut(latents, batch // chunk))
 
 
 def init_params(config: VAEConfig, key: Array) -> dict:

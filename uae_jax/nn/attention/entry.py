@@ -97,6 +97,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def on_one_cpu() -> bool:
+    """Whether the computation is on a single CPU device, so that axes of a batch may be merged with others."""
+    mesh = _mesh()
+    return platform() == "cpu" and (jax.device_count() if mesh is None else mesh.size) == 1
+
+
 def _mesh() -> AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
