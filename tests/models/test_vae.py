@@ -107,6 +107,44 @@ def test_chunked_decoding_equals_decoding_at_once_with_its_gradient():
         vae.decode_latents(config, params, latents, 4)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_interleaved_pictures_are_decoded_as_they_are_alone(size):
+    config = VAEConfig(**SIZES[size])
+    params = jax.jit(vae.init_params, static_argnums=0)(config, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(1), leaf.shape), params)
+    latents = jax.random.normal(jax.random.key(2), (6, 3, 2, config.latent_channels))
+    latents = latents * jnp.arange(1, 7)[:, None, None, None]  # no two pictures share statistics
+
+    def energy(latents, interleaved):
+        pixels = vae.decode(config, params, latents, interleaved)
+        return jnp.sum(jnp.square(pixels)), pixels
+
+    results = [jax.jit(jax.value_and_grad(energy, has_aux=True), static_argnums=1)(latents, count) for count in (1, 3, 6)]
+    for others in results[1:]:
+        for alone, beside in zip(jax.tree.leaves(results[0]), jax.tree.leaves(others)):
+            assert relative_error(beside, alone) <= 1e-4
+
+
+def test_interleaving_and_separating_are_inverses():
+    x = jnp.arange(4 * 2 * 3 * 5.0).reshape(4, 2, 3, 5)
+    wide = vae.interleave(x, 2)
+    assert wide.shape == (2, 2, 6, 5)
+    np.testing.assert_array_equal(wide[0, :, ::2], x[0])
+    np.testing.assert_array_equal(wide[1, :, 1::2], x[3])
+    np.testing.assert_array_equal(vae.separate(wide, 2), x)
+
+
+def test_only_a_single_cpu_interleaves(monkeypatch):
+    config, params = small()
+    latents, seen = jnp.zeros((4, 2, 2, 16)), []
+    decode = vae.decode
+    monkeypatch.setattr(vae, "decode", lambda *x: seen.append(x[3]) or decode(*x))
+    for devices, chunk in ((1, None), (1, 2), (8, None)):
+        with jax.set_mesh(jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])):
+            vae.decode_latents(config, params, latents, chunk)
+    assert seen == [4, 2, 1]
+
+
 def test_model_latents_are_shifted_and_scaled_both_ways():
     latents = jax.random.normal(jax.random.key(0), (2, 3, 3, 16))
     scaled = vae.to_model_latents(VAEConfig(), latents)

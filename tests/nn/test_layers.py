@@ -89,3 +89,16 @@ def test_names_and_trees_are_inverses():
     assert trees.merge(tree, {"a": {"b": 5}}) == {"a": {"b": 5, "c": {"d": 2}}, "e": 3}
     with pytest.raises(KeyError, match="absent"):
         trees.merge(tree, {"absent": 1})
+
+
+def test_group_norm_of_values_far_from_zero():
+    x = np.random.default_rng(0).standard_normal((1, 64, 64, 4)) + 30.0
+    found = GroupNorm(2).apply({"params": {"scale": np.ones(4, np.float32), "bias": np.zeros(4, np.float32)}}, np.float32(x))
+    grouped = x.reshape(1, 64, 64, 2, 2)
+    wanted = (grouped - grouped.mean((1, 2, 4), keepdims=True)) / grouped.std((1, 2, 4), keepdims=True)
+    np.testing.assert_allclose(found, wanted.reshape(x.shape), atol=1e-4)
+
+
+def test_group_norm_of_a_constant_picture_is_its_bias():
+    found = GroupNorm(1).apply({"params": {"scale": np.ones(2, np.float32), "bias": np.array([1.0, 2.0], np.float32)}}, np.full((1, 9, 9, 2), 7.3, np.float32))
+    np.testing.assert_allclose(found, np.broadcast_to([1.0, 2.0], (1, 9, 9, 2)), atol=1e-2)

@@ -42,9 +42,6 @@ class LayerNorm(nn.Module):
 class GroupNorm(nn.Module):
     """Group norm over space and channel groups (arXiv 1803.08494).
 
-    The variance is the mean of squares less the square of the mean, so that both come from one reading of the picture. Its relative
-    error is about 1e-7 of `1 + mean^2 / variance`.
-
     Attributes:
       groups: of channels.
       epsilon: added to the variance.
@@ -74,9 +71,9 @@ class GroupNorm(nn.Module):
             grouped = jnp.mean(mean.reshape(*mean.shape[:-1], self.interleaved * self.groups, -1), -1)
             return jnp.repeat(grouped, channels // self.groups, axis=-1)
 
-        mean = over_groups(x32)
-        variance = jnp.maximum(over_groups(jnp.square(x32)) - jnp.square(mean), 0.0)
+        # behind barriers what is small and needed for every pixel: XLA's CPU backend would compute it anew for each
+        mean = lax.optimization_barrier(over_groups(x32))
+        variance = over_groups(jnp.square(x32 - mean))
         factor = lax.rsqrt(variance + self.epsilon) * jnp.tile(scale, self.interleaved)
-        # small and needed for every pixel: without the barrier XLA's CPU backend computes them anew for each
         factor, shift = lax.optimization_barrier((factor, jnp.tile(bias, self.interleaved) - mean * factor))
         return (x32 * factor + shift).reshape(x.shape).astype(x.dtype)
