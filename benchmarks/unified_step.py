@@ -170,7 +170,7 @@ def print_stage(rows: Sequence[dict], names: Sequence[str]) -> None:
     """One line a quantity, one column a side, and how many times as long the others take."""
     ours, *others = rows if rows[0]["side"] == "jax" and len(rows) > 1 else (None, *rows)
     heads = [f"{row['side']} / jax" for row in others] if ours else []
-    print(f"\n| {rows[0]['stage']} | " + " | ".join([row["side"] for row in rows] + heads) + " |\n|---" * (1 + len(rows) + len(heads)) + "|")
+    print(f"\n| {rows[0]['stage']} | " + " | ".join([row["side"] for row in rows] + heads) + " |\n" + "|---" * (1 + len(rows) + len(heads)) + "|")
     for name in names:
         if any(name in row for row in rows):
             values = [_shown(name, row.get(name)) for row in rows]
