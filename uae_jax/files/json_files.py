@@ -1,5 +1,6 @@
 """JSON files, written whole; JSON-lines files too, and read with every fault named by its line."""
 
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +28,11 @@ def read_json(folder: str | pathlib.Path, name: str = "config.json") -> dict[str
 def write_json(path: str | pathlib.Path, value: Any, indent: int = 2) -> None:
     """Writes a JSON file, whole or not at all, in a folder that is made if absent."""
     write_bytes(path, (json.dumps(value, indent=indent) + "\n").encode("utf-8"))
+
+
+def json_digest(value: Any) -> str:
+    """Sixteen hexadecimal digits that tell one value from another; keys in any order, what JSON has no form for as its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def write_json_lines(path: str | pathlib.Path, values: Iterable[Any]) -> None:

@@ -250,8 +250,8 @@ def run(config: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
       StopTraining: asked to stop; the same call continues.
     """
     settings = frozen(RunConfig, config)
-    whole = Run(settings, workdir)
     _check_workdir(settings, workdir)
+    whole = Run(settings, workdir)
     whole.check_programs()
     workdir.mkdir(exist_ok=True)
     processes.check_shared(workdir)

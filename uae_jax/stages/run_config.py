@@ -1,9 +1,8 @@
 """A whole configuration as frozen dataclasses: what a file in `configs/` becomes."""
 
 import dataclasses
-import hashlib
-import json
 
+from uae_jax.files.json_files import json_digest
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages import cold_start, gen_for_und, pretrain, und_for_gen
 from uae_jax.stages.evaluation import EvaluationConfig
@@ -125,4 +124,4 @@ class RunConfig:
         if self.data.source == "folder" and not self.data.heldout_folder:
             values["heldout"] = self.evaluation.images  # these pictures are taken from the training set
         values |= {"seed": self.seed, "stages": [(run_name, dataclasses.asdict(getattr(self, stage))) for run_name, stage in upto]}
-        return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return json_digest(values)

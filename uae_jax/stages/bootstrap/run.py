@@ -6,8 +6,6 @@ stopped. What a phase makes is written to `workdir/model/...` before the next on
 """
 
 import dataclasses
-import hashlib
-import json
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,7 +18,7 @@ import numpy as np
 from uae_jax.data.qwen_inputs import load_image_processor
 from uae_jax.data.tokenizer import (
     END_OF_TEXT, IMAGE_PAD, condition_template, load_tokenizer, stop_ids, token_id, write_scene_tokenizer)
-from uae_jax.files.json_files import read_json, write_json
+from uae_jax.files.json_files import json_digest, read_json, write_json
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import write_tensors
 from uae_jax.models.condition import ConditionTemplate
@@ -270,7 +268,7 @@ def digest(config: Any, finished: Mapping[str, str], name: str) -> str:
         digest(config, finished, part) if part in made else finished.get(part, config.start) for part in NEEDED.get(name, ())]
     values = config.to_dict()
     values = [{shared: values[shared] for shared in SHARED}, values[name], sources]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return json_digest(values)
 
 
 def check_phases(config: Any, workdir: pathlib.Path) -> None:
