@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from uae_jax import trees
-from uae_jax.nn.linear import Dense
+from uae_jax.nn.linear import Dense, adapted
 from uae_jax.nn.lora import init_lora, merge_adapter
 from uae_jax.nn.norms import GroupNorm, LayerNorm, RMSNorm
 from uae_jax.nn.rope import apply_rope
@@ -71,6 +71,29 @@ def test_new_adapters_change_nothing_and_trained_ones_equal_the_merged_kernel(la
     assert np.abs(apply(base, trained, 1) - apply(base, None, 1)).max() > 0.1
     np.testing.assert_allclose(apply(base, trained, 1), apply(merged, None, 1), atol=1e-4)
     np.testing.assert_array_equal(merged["head"]["kernel"], base["head"]["kernel"])
+
+
+@pytest.mark.parametrize("tokens, merged", [((2,), False), ((2, 1), False), ((3,), True), ((2, 40), True)])
+def test_both_orders_of_the_adapters_products_have_the_same_value_and_gradients(tokens, merged):
+    """6 x 5 kernels: from three tokens on, the sum of kernels is less work; its backward pass never differentiates that sum."""
+    arguments = normal(3, *tokens, 6), normal(4, 6, 5), normal(5, 6, 2), normal(6, 2, 5)
+    assert ("custom_vjp_call" in str(jax.make_jaxpr(lambda *x: adapted(*x, 0.5))(*arguments))) == merged
+    weight = normal(7, *tokens, 5)
+
+    def formula(x, kernel, a, b):
+        return x @ kernel + 0.5 * (x @ a @ b)
+
+    def outcome(function):
+        return jax.value_and_grad(lambda *x: jnp.sum(weight * function(*x)), argnums=(0, 1, 2, 3))(*arguments)
+
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4, rtol=1e-5), outcome(lambda *x: adapted(*x, 0.5)), outcome(formula))
+
+
+def test_half_precision_keeps_an_adapter_that_is_small_beside_its_kernel():
+    x, kernel, a, b = (jnp.asarray(z, jnp.bfloat16) for z in (jnp.ones((300, 6)), jnp.ones((6, 5)), jnp.full((6, 2), 0.01), jnp.full((2, 5), 0.01)))
+    lone = adapted(x, jnp.zeros_like(kernel), a, b, 1.0)
+    assert (lone > 0).all() and (kernel + a @ b == kernel).all()
+    np.testing.assert_array_equal(adapted(x, kernel, a, b, 1.0), x @ kernel + lone)
 
 
 def test_adapters_depend_on_names_and_must_match_something(layers):

@@ -96,10 +96,12 @@ class JointAttention(nn.Module):
           `[B, P, D]` and `[B, T, D]`, the second None without context or without `context_output`.
         """
         config = self.config
-        parts = self._heads(x, "")
+        query, key, value = self._heads(x, "")
         if context is not None:
-            parts = tuple(jnp.concatenate(pair, axis=1) for pair in zip(parts, self._heads(context, "context_")))
-        mixed = attention(*parts, mask)
+            context_query, *others = self._heads(context, "context_")
+            key, value = (jnp.concatenate(pair, axis=1) for pair in zip((key, value), others))
+            query = jnp.concatenate([query, context_query], axis=1) if self.context_output else query
+        mixed = attention(query, key, value, mask)
         mixed = mixed.reshape(*mixed.shape[:2], config.width)
         patches = x.shape[1]
         x = Dense(config.width, lora_alpha=config.lora_alpha, name="output")(mixed[:, :patches])
