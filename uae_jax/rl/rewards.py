@@ -48,7 +48,14 @@ class Encoder:
         Returns:
           float32 `[B, D]`.
         """
-        images = apply(self.preprocess, (pixels.astype(jnp.float32) + 1) / 2).astype(self.dtype)
+        return self.embed(params, self.prepare(pixels))
+
+    def prepare(self, pixels: Array) -> Array:
+        """Pictures `[B, H, W, 3]` in [-1, 1] as the encoder wants them, `[B, S, S', 3]`."""
+        return apply(self.preprocess, (pixels.astype(jnp.float32) + 1) / 2).astype(self.dtype)
+
+    def embed(self, params: trees.Tree, images: Array) -> Array:
+        """Features of length 1, float32 `[B, D]`, of prepared pictures."""
         model = clip.image_features if self.kind == "clip" else dino.cls_features
         features = model(self.config, params, images, remat=self.remat).astype(jnp.float32)
         return features * jax.lax.rsqrt(jnp.sum(jnp.square(features), -1, keepdims=True) + 1e-12)
@@ -103,6 +110,22 @@ def _groups(original: Array, reconstruction: Array, group: int) -> None:
             f"{len(reconstruction)} reconstructions are not groups of {group} for {len(original)} originals")
 
 
+def _group_features(encoder: Encoder, params: trees.Tree, original: Array, reconstruction: Array, group: int) -> tuple[Array, Array]:
+    """Features of the originals `[B, D]` and of their reconstructions `[B, G, D]`.
+
+    Groups go through the encoder with their original, in one batch that is cut over devices as they are. A single reconstruction does
+    not: where a loss is differentiated (cold start), the original would be, too, and the backward pass twice as long.
+    """
+    pictures = encoder.prepare(original), encoder.prepare(reconstruction)
+    if group == 1:
+        target, features = (encoder.embed(params, images) for images in pictures)
+        return target, features[:, None]
+    rows = [images.reshape(len(original), -1, *images.shape[1:]) for images in pictures]
+    features = encoder.embed(params, jnp.concatenate(rows, axis=1).reshape(-1, *pictures[0].shape[1:]))
+    features = features.reshape(len(original), 1 + group, -1)
+    return features[:, 0], features[:, 1:]
+
+
 def cosine_reward(
     encoder: Encoder, params: trees.Tree, original: Array, reconstruction: Array, group: int, *,
     clamp: str = "hard", contrast: float = 0.0, contrast_temperature: float = 0.0) -> Array:
@@ -132,8 +155,7 @@ def cosine_reward(
     _groups(original, reconstruction, group)
     if contrast and len(original) < 2:
         raise ValueError("a reward with contrast compares with the batch's other pictures; it needs a batch of two or more")
-    target = encoder.features(params, original)
-    features = encoder.features(params, clamp_image(reconstruction, clamp)).reshape(len(original), group, -1)
+    target, features = _group_features(encoder, params, original, clamp_image(reconstruction, clamp), group)
     own = jnp.sum(features * target[:, None], axis=-1)
     if not contrast:
         return own
