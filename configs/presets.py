@@ -144,7 +144,7 @@ def _mini() -> dict:
     for name in ("pretrain", "cold_start", "gen_for_und", "und_for_gen"):
         config[name] |= dict(steps=2, batch_size=2, optimizer=config[name]["optimizer"] | dict(warmup_steps=0, schedule="constant"))
     # on a CPU small pieces are faster and need a third of the memory (docs/performance.md)
-    config["gen_for_und"] |= dict(group_size=4, max_new_tokens=64, sampler_steps=6, vae_chunk=4, score_chunk=16)
+    config["gen_for_und"] |= dict(group_size=4, max_new_tokens=64, sampler_steps=6, vae_chunk=4, score_chunk=4)
     config["und_for_gen"] |= dict(group_size=4, max_new_tokens=64, sampler_steps=6, updates_per_rollout=1, vae_chunk=4)
     return config
 

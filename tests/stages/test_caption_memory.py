@@ -1,6 +1,7 @@
 """The vocabulary's logits never exist for a whole caption, in the compiled step of gen_for_und and in its pieces."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -21,22 +22,24 @@ def stage(whole):
     return stage_of(whole, "gen_for_und", max_new_tokens=TOKENS, updates_per_rollout=2)
 
 
-def largest_with(function, arguments, vocabulary: int) -> int:
-    """Numbers in the largest array that a traced function makes and that has the vocabulary as an axis."""
+def lengths_beside(function, arguments, vocabulary: int) -> set[int]:
+    """The other lengths of arrays that a traced function makes and that have the vocabulary as an axis."""
     shapes = {
         variable.aval.shape for equation in equations(function, *arguments) for variable in equation.outvars
         if vocabulary in getattr(variable.aval, "shape", ())}
-    return max(int(np.prod(shape)) for shape in shapes)
+    return {math.prod(shape) // vocabulary for shape in shapes}
 
 
 @pytest.mark.parametrize("chunk", [2, TOKENS])
-def test_no_array_of_the_step_has_logits_of_more_positions_than_a_chunk(stage, chunk):
+def test_no_array_of_the_step_has_more_logits_than_those_of_a_chunk(stage, chunk):
+    """All positions see a block of the vocabulary, as large as a chunk of positions with the whole vocabulary."""
     policy = dataclasses.replace(stage.policy, score_chunk=chunk)
     optimizer = make_optimizer(stage.config.optimizer, 10)
     arguments = init_state(stage.trained, optimizer), stage.frozen, stage.batch, stage.key
     vocabulary, rows = policy.model.captioner.text.vocab_size, stage.config.batch_size * stage.config.group_size
-    found = largest_with(gen_for_und.make_step(policy, stage.config, optimizer), arguments, vocabulary)
-    assert found == rows * chunk * vocabulary
+    step, blocks = gen_for_und.make_step(policy, stage.config, optimizer), -(-TOKENS // chunk)
+    assert (rows * TOKENS in lengths_beside(step, arguments, vocabulary)) == (blocks == 1)
+    assert rows * TOKENS in lengths_beside(step, arguments, -(-vocabulary // blocks))
 
 
 def test_the_scoring_chunk_changes_neither_scores_nor_gradient(stage):

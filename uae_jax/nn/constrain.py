@@ -13,6 +13,12 @@ from jax.sharding import PartitionSpec
 LOGICAL = {"batch": ("data", "fsdp"), "heads": ("tensor",), "hidden": ("tensor",), "vocab": ("tensor",)}
 
 
+def ways(name: str) -> int:
+    """Into how many parts the mesh in use cuts an activation's axis, a key of `LOGICAL`; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in LOGICAL[name])
+
+
 def constrain(x: Array, *names: str | None) -> Array:
     """Fixes the placement of an activation.
 

@@ -1,7 +1,7 @@
 """Pure functions of Qwen2.5-VL over `params = {"vision", "language"}` and an optional adapter of the language model."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -11,6 +11,7 @@ from jax import Array
 
 from uae_jax import trees
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
+from uae_jax.models.qwen2_5_vl.frozen_head import frozen_head_scores
 from uae_jax.models.qwen2_5_vl.text import KV, LanguageModel, Memory
 from uae_jax.models.qwen2_5_vl.vision import VisionTower
 from uae_jax.nn.constrain import constrain
@@ -189,35 +190,13 @@ def token_log_probs(scaled: Array, tokens: Array) -> tuple[Array, Array]:
     return jnp.sum(jnp.where(at_token, scaled, 0.0), axis=-1) - normaliser, normaliser
 
 
-def scores_with_slopes(score: Callable[[Array, Array], tuple[Array, Array | None]]) -> Callable:
-    """`score` with its gradient taken in the forward pass and kept: that of a log-probability by its own hidden state.
-
-    Each log-probability depends on one hidden state alone, so that the gradient of any function of them is this one times its
-    cotangent: the logits are computed once and neither kept nor computed again. What `score` closes over gets no gradient.
-
-    Args:
-      score: `(hidden [..., D], tokens [...]) -> (log_probs [...], entropy [...] or None)`; the entropy has no gradient.
-    """
-    whole = jax.custom_vjp(score)
-
-    def forward(hidden: Array, tokens: Array) -> tuple[tuple[Array, Array | None], Array]:
-        log_probs, pullback, entropy = jax.vjp(lambda states: score(states, tokens), hidden, has_aux=True)
-        return (log_probs, entropy), pullback(jnp.ones_like(log_probs))[0]
-
-    def backward(slopes: Array, cotangents: tuple[Array, Array | None]) -> tuple[Array, None]:
-        return (cotangents[0][..., None] * slopes).astype(slopes.dtype), None
-
-    whole.defvjp(forward, backward)
-    return whole
-
-
 def score_tokens(
     config: Qwen2_5VLConfig, params: Mapping, hidden: Array, tokens: Array, *, temperature: float | Array = 1.0,
     chunk: int = SCORE_CHUNK, with_entropy: bool = False, frozen_head: bool = False) -> TokenScores:
     """Log-softmax of `logits / temperature` at the tokens, in float32, `chunk` positions at a time.
 
-    `[N, T, V]` never exists. The logits of a chunk are recomputed in the backward pass, or, where the head is frozen, the
-    gradient by the hidden states `[N, T, D]` is taken while the logits are there (`scores_with_slopes`).
+    `[N, T, V]` never exists. The logits of a chunk are recomputed in the backward pass. Where the head is frozen, logits of all
+    positions and of a part of the vocabulary exist at once, as many as those of a chunk (`frozen_head_scores`).
 
     Args:
       config: sizes.
@@ -232,6 +211,12 @@ def score_tokens(
     rows, length, width = hidden.shape
     chunk = min(chunk, length)
     pieces = -(-length // chunk)
+    if frozen_head:
+        language, tied = params["language"], config.text.tied
+        head = language["embedding"]["table"] if tied else language["head"]["kernel"]
+        found = frozen_head_scores(
+            head, tied, hidden.reshape(-1, width), tokens.reshape(-1), temperature=temperature, blocks=pieces, with_entropy=with_entropy)
+        return jax.tree.map(lambda x: x.reshape(rows, length), TokenScores(*found))
     padding = pieces * chunk - length
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, pieces, chunk, width).swapaxes(0, 1)
     targets = jnp.pad(tokens, ((0, 0), (0, padding))).reshape(rows, pieces, chunk).swapaxes(0, 1)
@@ -244,9 +229,8 @@ def score_tokens(
         scaled, normaliser = jax.lax.stop_gradient((scaled, normaliser))
         return log_probs, normaliser - jnp.sum(jnp.exp(scaled - normaliser[..., None]) * scaled, axis=-1)
 
-    score = scores_with_slopes(score) if frozen_head else jax.checkpoint(score)
     # Unrolled when there is one piece: XLA's CPU backend runs what is inside loops with fewer threads.
-    _, found = jax.lax.scan(lambda _, piece: (None, score(*piece)), None, (hidden, targets), unroll=pieces == 1)
+    _, found = jax.lax.scan(lambda _, piece: (None, jax.checkpoint(score)(*piece)), None, (hidden, targets), unroll=pieces == 1)
     scores = TokenScores(*found)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, -1)[:, :length], scores)
 
