@@ -45,7 +45,7 @@ class CaptionPolicy:
       shared_noise: one noise for the whole group, so that the advantage measures the caption alone.
       advantage_scale: `group`, `batch` or `none`.
       aggregation, clip_low, clip_high, dual_clip (0 for none), kl_weight, kl_estimator: see `losses.token_grpo_loss`.
-      score_chunk: caption positions whose logits `[N, score_chunk, V]` exist at once.
+      score_chunk: caption positions whose logits `[N, score_chunk, V]` exist at once, or as many of all positions and a part of V.
       gather_weights: see `captioning.sample_captions`.
       replay: score the rollout again for the old log-probabilities; not needed when each rollout has one update.
       scorer: of captions without drawings, for a reward with a caption weight.

@@ -36,7 +36,7 @@ class GenForUndConfig:
       aggregation, clip_low, clip_high, dual_clip (0 for none), kl_weight, kl_estimator: see `rl.losses.token_grpo_loss`.
       advantage_scale: `group`, `batch` or `none`.
       vae_chunk: pictures decoded at once; 0 for all.
-      score_chunk: caption positions whose logits exist at once.
+      score_chunk: caption positions whose logits exist at once, or as many logits of all positions and a part of the vocabulary.
       gather_weights: with parameters cut over fsdp, gather the language model once a rollout instead of once a token; costs one
         copy of it on every device.
       train: `lora` or `full`; lora_rank: rank of a new adapter.
