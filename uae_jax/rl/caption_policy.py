@@ -145,7 +145,7 @@ def rollout(policy: CaptionPolicy, params: Mapping, frozen: Mapping, batch: Mapp
     Returns:
       `samples` with leading axis B, and `metrics`.
     """
-    parts, group = {**frozen, **params}, policy.group_size
+    parts, group = jax.lax.stop_gradient({**frozen, **params}), policy.group_size
     images = encode_batch_images(policy.model, parts, batch)
     completion = write_captions(policy, parts, batch, images, key)
     pixels = draw_captions(policy, parts, completion, batch["sample_id"], key)

@@ -88,7 +88,7 @@ def rollout(policy: NftPolicy, params: Mapping, frozen: Mapping, batch: Mapping,
     Returns:
       `samples` with leading axis B * G, and `metrics`.
     """
-    parts, group, how = {**frozen, **params}, policy.group_size, policy.denoising
+    parts, group, how = jax.lax.stop_gradient({**frozen, **params}), policy.group_size, policy.denoising
     completion = sample_captions(
         policy.model, parts, batch, key, max_new_tokens=policy.max_new_tokens, stops=policy.stops,
         sampling=SamplingConfig(policy.temperature), gather_weights=policy.gather_weights)
