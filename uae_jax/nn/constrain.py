@@ -41,8 +41,7 @@ def constrain(x: Array, *names: str | None) -> Array:
         if name is None:
             return None
         axes = tuple(axis for axis in LOGICAL[name] if mesh.shape.get(axis, 1) > 1)
-        whole = size % math.prod(mesh.shape[axis] for axis in axes)
-        return PartitionSpec.UNCONSTRAINED if whole else axes or None
+        return PartitionSpec.UNCONSTRAINED if size % ways(name) else axes or None
 
     return lax.with_sharding_constraint(x, PartitionSpec(*(place(size, name) for size, name in zip(x.shape, names))))
 

@@ -116,10 +116,9 @@ def _group_features(encoder: Encoder, params: trees.Tree, original: Array, recon
     Groups go through the encoder with their original, in one batch that is cut over devices as they are. A single reconstruction does
     not: where a loss is differentiated (cold start), the original would be, too, and the backward pass twice as long.
     """
-    pictures = encoder.prepare(original), encoder.prepare(reconstruction)
     if group == 1:
-        target, features = (encoder.embed(params, images) for images in pictures)
-        return target, features[:, None]
+        return encoder.features(params, original), encoder.features(params, reconstruction)[:, None]
+    pictures = encoder.prepare(original), encoder.prepare(reconstruction)
     rows = [images.reshape(len(original), -1, *images.shape[1:]) for images in pictures]
     features = encoder.embed(params, jnp.concatenate(rows, axis=1).reshape(-1, *pictures[0].shape[1:]))
     features = features.reshape(len(original), 1 + group, -1)

@@ -50,17 +50,15 @@ class Blocks(NamedTuple):
         return cls((jnp.pad(head, room) if room[axis][1] else head).reshape(shape), tied, vocabulary)
 
     @property
-    def padded(self) -> bool:
-        """Whether some of the tokens are padding."""
-        axes = slice(0, 3) if self.tied else slice(1, 4)
-        return math.prod(self.head.shape[axes]) > self.vocabulary
+    def shape(self) -> tuple[int, int, int]:
+        """W, blocks, S."""
+        return self.head.shape[:3] if self.tied else self.head.shape[1:]
 
     def block(self, index: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
         """One block, `[W S, D]` or `[D, W S]`, and its tokens `[W S]`."""
-        axis = 1 if self.tied else 2
-        devices, blocks, size = self.head.shape[axis - 1:axis + 2]
+        devices, blocks, size = self.shape
         tokens = jnp.arange(devices)[:, None] * (blocks * size) + index * size + jnp.arange(size)
-        part = jax.lax.dynamic_index_in_dim(self.head, index, axis, keepdims=False).astype(dtype)
+        part = jax.lax.dynamic_index_in_dim(self.head, index, 1 if self.tied else 2, keepdims=False).astype(dtype)
         shape = (devices * size, -1) if self.tied else (-1, devices * size)
         return part.reshape(shape), tokens.reshape(-1)
 
@@ -69,11 +67,12 @@ def _pass(blocks: Blocks, hidden: Array, temperature: float | Array, with_rows: 
     """The sums over the whole vocabulary; `hidden` `[N, D]`."""
     letters = "vd" if blocks.tied else "dv"
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    padded = math.prod(blocks.shape) > blocks.vocabulary
 
     def add(sums: _Sums, index: Array) -> tuple[_Sums, None]:
         part, ids = blocks.block(index, hidden.dtype)
         scaled = constrain(product(f"nd,{letters}->nv", hidden, part), "batch", "vocab") / temperature
-        if blocks.padded:
+        if padded:
             scaled = jnp.where(ids < blocks.vocabulary, scaled, MASKED)
         largest = jnp.maximum(sums.largest, jnp.max(scaled, -1))
         shrink, weights = jnp.exp(sums.largest - largest), jnp.exp(scaled - largest[:, None])
@@ -84,7 +83,7 @@ def _pass(blocks: Blocks, hidden: Array, temperature: float | Array, with_rows: 
 
     zero = jnp.zeros(len(hidden), jnp.float32)
     start = _Sums(zero + MASKED, zero, jnp.zeros(hidden.shape, jnp.float32) if with_rows else None)
-    count = blocks.head.shape[1 if blocks.tied else 2]
+    count = blocks.shape[1]
     # Unrolled when there is one block: XLA's CPU backend runs what is inside loops with fewer threads.
     return jax.lax.scan(add, start, jnp.arange(count), unroll=count == 1)[0]
 

@@ -221,6 +221,7 @@ def score_tokens(
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, pieces, chunk, width).swapaxes(0, 1)
     targets = jnp.pad(tokens, ((0, 0), (0, padding))).reshape(rows, pieces, chunk).swapaxes(0, 1)
 
+    @jax.checkpoint
     def score(states: Array, wanted: Array) -> tuple[Array, Array | None]:
         scaled = logits(config, params, states) / temperature
         log_probs, normaliser = token_log_probs(scaled, wanted)
@@ -230,7 +231,7 @@ def score_tokens(
         return log_probs, normaliser - jnp.sum(jnp.exp(scaled - normaliser[..., None]) * scaled, axis=-1)
 
     # Unrolled when there is one piece: XLA's CPU backend runs what is inside loops with fewer threads.
-    _, found = jax.lax.scan(lambda _, piece: (None, jax.checkpoint(score)(*piece)), None, (hidden, targets), unroll=pieces == 1)
+    _, found = jax.lax.scan(lambda _, piece: (None, score(*piece)), None, (hidden, targets), unroll=pieces == 1)
     scores = TokenScores(*found)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, -1)[:, :length], scores)
 
