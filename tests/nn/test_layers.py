@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from uae_jax import trees
 from uae_jax.nn.linear import Dense, adapted
@@ -89,6 +90,14 @@ def test_both_orders_of_the_adapters_products_have_the_same_value_and_gradients(
         return whole, adapter
 
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4, rtol=1e-5), outcome(lambda *x: adapted(*x, 0.5)), outcome(formula))
+
+
+def test_matrix_units_that_round_their_operands_see_the_adapter_apart():
+    chip = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    arguments = normal(0, 300, 6), normal(1, 6, 5), normal(2, 6, 2), normal(3, 2, 5)
+    assert "custom_vjp_call" in str(jax.make_jaxpr(lambda *x: adapted(*x, 0.5))(*arguments))
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=chip)):
+        assert "custom_vjp_call" not in str(jax.make_jaxpr(lambda *x: adapted(*x, 0.5))(*arguments))
 
 
 def test_half_precision_keeps_an_adapter_that_is_small_beside_its_kernel():

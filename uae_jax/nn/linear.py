@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from uae_jax.nn.attention.entry import platform
 from uae_jax.nn.constrain import constrain
 
 # XLA's CPU backend hands a convolution of up to 16 channels to its fast library only where it makes more than those (jax 0.10.2):
@@ -18,8 +19,9 @@ NARROW, WIDE = 16, 20
 def adapted(x: Array, kernel: Array, a: Array, b: Array, scale: float) -> Array:
     """`x @ kernel + scale * x @ a @ b`, in the order of products that is least work (LoRA, arXiv 2106.09685, eq. 3).
 
-    More than about in * out / (in + out) tokens are multiplied with `kernel + scale * a @ b`; in half precision that sum would round a
-    young adapter away, and tokens pass through the adapter, as few of them do.
+    On CPUs, in float32, more than about in * out / (in + out) tokens are multiplied with `kernel + scale * a @ b`. In half precision that
+    sum would round a young adapter away, and so would the matrix units of TPUs and GPUs, which round float32 operands by default: there all
+    tokens pass through the adapter, as few of them do on CPUs.
 
     Args:
       x: `[..., in]`.
@@ -32,7 +34,7 @@ def adapted(x: Array, kernel: Array, a: Array, b: Array, scale: float) -> Array:
       `[..., out]` in the precision of `x`.
     """
     tokens, (fan_in, fan_out) = math.prod(x.shape[:-1]), kernel.shape
-    if x.dtype == jnp.float32 and tokens * (fan_in + fan_out) > fan_in * fan_out:
+    if platform() == "cpu" and x.dtype == jnp.float32 and tokens * (fan_in + fan_out) > fan_in * fan_out:
         return _merged_product(x, kernel.astype(x.dtype), a.astype(x.dtype), b.astype(x.dtype), scale)
     return x @ kernel.astype(x.dtype) + scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
 
