@@ -16,7 +16,8 @@ from absl import app, flags
 
 from uae_jax.nn.attention import IMPLEMENTATIONS, Mask
 from uae_jax.nn.attention.cudnn import supported
-from uae_jax.nn.attention.entry import choose, platform
+from uae_jax.nn.attention.entry import choose
+from uae_jax.nn.device import platform
 
 REPEATS = flags.DEFINE_integer("repeats", 5, "timed calls of each form, after one that compiles", lower_bound=1)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "precision of queries, keys and values")

@@ -9,14 +9,16 @@ import jax
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from uae_jax.nn.device import current_mesh
+
 # name of an activation's axis -> mesh axes that cut it
 LOGICAL = {"batch": ("data", "fsdp"), "heads": ("tensor",), "hidden": ("tensor",), "vocab": ("tensor",)}
 
 
 def ways(name: str) -> int:
     """Into how many parts the mesh in use cuts an activation's axis, a key of `LOGICAL`; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in LOGICAL[name])
+    mesh = current_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in LOGICAL[name])
 
 
 def constrain(x: Array, *names: str | None) -> Array:
@@ -33,8 +35,8 @@ def constrain(x: Array, *names: str | None) -> Array:
     Raises:
       KeyError: a name that is not in `LOGICAL`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1:
         return x
 
     def place(size: int, name: str | None) -> object:

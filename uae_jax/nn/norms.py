@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
+from uae_jax.nn.device import settle
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned scale (arXiv 1910.07467, eq. 4)."""
@@ -45,7 +47,7 @@ class GroupNorm(nn.Module):
     Attributes:
       groups: of channels.
       epsilon: added to the variance.
-      interleaved: pictures whose columns take turns in one wide picture; each has its own statistics.
+      interleaved: pictures in the channels (`nn.conv`); each has its own statistics.
     """
 
     groups: int
@@ -54,12 +56,11 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """`[B, H, W, C]` (W * interleaved columns where pictures take turns) to the same."""
-        channels = x.shape[-1]
+        """`[B, H, W, n C]` of n interleaved pictures to the same."""
+        channels = x.shape[-1] // self.interleaved
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
-        width = self.interleaved * channels
-        x32 = x.reshape(*x.shape[:-2], -1, width).astype(jnp.float32)
+        x32 = x.astype(jnp.float32)
 
         def over_groups(y: Array) -> Array:
             """`[B, H, W, n C]` to `[B, 1, 1, n C]`: the mean over space and over each channel's group.
@@ -71,9 +72,9 @@ class GroupNorm(nn.Module):
             grouped = jnp.mean(mean.reshape(*mean.shape[:-1], self.interleaved * self.groups, -1), -1)
             return jnp.repeat(grouped, channels // self.groups, axis=-1)
 
-        # behind barriers what is small and needed for every pixel: XLA's CPU backend would compute it anew for each
-        mean = lax.optimization_barrier(over_groups(x32))
+        # the CPU backend would compute what is small and needed for every pixel anew for each
+        mean = settle(over_groups(x32))
         variance = over_groups(jnp.square(x32 - mean))
-        factor = lax.rsqrt(variance + self.epsilon) * jnp.tile(scale, self.interleaved)
-        factor, shift = lax.optimization_barrier((factor, jnp.tile(bias, self.interleaved) - mean * factor))
-        return (x32 * factor + shift).reshape(x.shape).astype(x.dtype)
+        factor = settle(lax.rsqrt(variance + self.epsilon) * jnp.tile(scale, self.interleaved))
+        shift = settle(jnp.tile(bias, self.interleaved) - mean * factor)
+        return (x32 * factor + shift).astype(x.dtype)

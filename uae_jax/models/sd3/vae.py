@@ -12,8 +12,10 @@ from jax import Array
 
 from uae_jax import trees
 from uae_jax.models.sd3.config import VAEConfig
-from uae_jax.nn.attention import attention, on_one_cpu
-from uae_jax.nn.linear import Conv, Dense
+from uae_jax.nn.attention import attention
+from uae_jax.nn.conv import Conv, DoublingConv
+from uae_jax.nn.device import on_one_cpu
+from uae_jax.nn.linear import Dense
 from uae_jax.nn.norms import GroupNorm
 
 
@@ -34,8 +36,8 @@ class ResidualBlock(nn.Module):
         conv = functools.partial(Conv, self.features, interleaved=self.interleaved)
         y = conv(name="conv1")(nn.silu(norm(name="norm1")(x)))
         y = conv(name="conv2")(nn.silu(norm(name="norm2")(y)))
-        if x.shape[-1] != self.features:
-            x = Conv(self.features, kernel_size=1, padding=((0, 0), (0, 0)), name="conv_shortcut")(x)
+        if x.shape[-1] != y.shape[-1]:
+            x = conv(kernel_size=1, padding=((0, 0), (0, 0)), name="conv_shortcut")(x)
         return x + y
 
 
@@ -66,10 +68,10 @@ class MiddleBlock(nn.Module):
     def __call__(self, x: Array) -> Array:
         """`[B, h, w, C]` to `[B, h, w, C]`."""
         groups = self.config.norm_num_groups
-        x = ResidualBlock(x.shape[-1], groups, self.interleaved, name="resnets_0")(x)
+        x = ResidualBlock(x.shape[-1] // self.interleaved, groups, self.interleaved, name="resnets_0")(x)
         if self.config.mid_block_add_attention:
             x = SpatialAttention(groups, self.interleaved, name="attention")(x)
-        return ResidualBlock(x.shape[-1], groups, self.interleaved, name="resnets_1")(x)
+        return ResidualBlock(x.shape[-1] // self.interleaved, groups, self.interleaved, name="resnets_1")(x)
 
 
 class Encoder(nn.Module):
@@ -110,29 +112,17 @@ class Decoder(nn.Module):
             for layer in range(config.layers_per_block + 1):
                 x = ResidualBlock(features, config.norm_num_groups, pictures, name=f"up_blocks_{level}_resnets_{layer}")(x)
             if level < len(config.block_out_channels) - 1:
-                x = conv(features, name=f"up_blocks_{level}_upsampler")(_double(x, pictures))
+                x = DoublingConv(features, pictures, name=f"up_blocks_{level}_upsampler")(x)
         x = nn.silu(GroupNorm(config.norm_num_groups, interleaved=pictures, name="conv_norm_out")(x))
         return separate(conv(config.out_channels, name="conv_out")(x), pictures)
 
 
-def _double(x: Array, interleaved: int) -> Array:
-    """Nearest-neighbour enlargement, `[B, H, W, C]` to `[B, 2H, 2W, C]`."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height, 1, width // interleaved, 1, interleaved * channels)
-    x = jnp.broadcast_to(x, (batch, height, 2, width // interleaved, 2, interleaved * channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
-
-
 def interleave(x: Array, pictures: int) -> Array:
-    """Wide pictures, each of so many neighbouring ones, whose columns take turns: `[B, H, W, C]` to `[B / n, H, W n, C]`.
-
-    A convolution whose taps are n columns apart then sees each picture by itself, without a border between them. XLA's CPU backend
-    cuts a convolution along columns alone, so that one narrow picture occupies one core (`docs/performance.md`).
-    """
+    """So many neighbouring pictures as channels of one (`nn.conv`): `[B, H, W, C]` to `[B / n, H, W, n C]`."""
     if pictures == 1:
         return x
     batch, height, width, channels = x.shape
-    return x.reshape(-1, pictures, height, width, channels).transpose(0, 2, 3, 1, 4).reshape(-1, height, width * pictures, channels)
+    return x.reshape(-1, pictures, height, width, channels).transpose(0, 2, 3, 1, 4).reshape(-1, height, width, pictures * channels)
 
 
 def separate(x: Array, pictures: int) -> Array:
@@ -140,7 +130,7 @@ def separate(x: Array, pictures: int) -> Array:
     if pictures == 1:
         return x
     batch, height, width, channels = x.shape
-    return x.reshape(batch, height, -1, pictures, channels).transpose(0, 3, 1, 2, 4).reshape(-1, height, width // pictures, channels)
+    return x.reshape(batch, height, width, pictures, -1).transpose(0, 3, 1, 2, 4).reshape(-1, height, width, channels // pictures)
 
 
 def encode(config: VAEConfig, params: trees.Tree, pixels: Array) -> tuple[Array, Array]:

@@ -2,7 +2,6 @@
 
 from uae_jax.nn.attention.entry import IMPLEMENTATIONS as IMPLEMENTATIONS
 from uae_jax.nn.attention.entry import attention as attention
-from uae_jax.nn.attention.entry import on_one_cpu as on_one_cpu
 from uae_jax.nn.attention.entry import use_attention as use_attention
 from uae_jax.nn.attention.mask import Mask as Mask
 from uae_jax.nn.attention.mask import SharedKeys as SharedKeys

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from uae_jax.nn.attention import plain as xla
 from uae_jax.nn.attention.cudnn import cudnn, supported
 from uae_jax.nn.attention.mask import Mask, SharedKeys
 from uae_jax.nn.attention.splash import splash
+from uae_jax.nn.device import current_mesh, platform
 
 IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Mask], Array]] = {
     "plain": xla.plain, "by_query_blocks": xla.by_query_blocks, "by_head": xla.by_head, "splash": splash, "cudnn": cudnn}
@@ -86,26 +87,9 @@ def choose(device: str, query: Array, size: int) -> str:
         return "plain"
     if device == "gpu" and supported(query):
         return "cudnn"
-    if device in ("cpu", "tpu") and (_mesh() is not None or jax.device_count() == 1):
+    if device in ("cpu", "tpu") and (current_mesh() is not None or jax.device_count() == 1):
         return {"cpu": "by_head", "tpu": "splash"}[device]
     return "by_query_blocks"
-
-
-def platform() -> str:
-    """`cpu`, `gpu` or `tpu`: the devices of the current mesh, else the default ones."""
-    device = getattr(_mesh(), "abstract_device", None)
-    return jax.default_backend() if device is None else device.platform
-
-
-def on_one_cpu() -> bool:
-    """Whether the computation is on a single CPU device, so that axes of a batch may be merged with others."""
-    mesh = _mesh()
-    return platform() == "cpu" and (jax.device_count() if mesh is None else mesh.size) == 1
-
-
-def _mesh() -> AbstractMesh | None:
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty else mesh
 
 
 def _joined(key: Array, value: Array, mask: Mask, shared: tuple[SharedKeys, ...]) -> tuple[Array, Array, Mask]:
@@ -131,7 +115,7 @@ def on_each_device(
     divides the query heads and fits the key heads, which are repeated if they are fewer. Without a mesh, or inside a `shard_map`,
     the implementation is called as it is.
     """
-    mesh = _mesh()
+    mesh = current_mesh()
     if mesh is None or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return implementation(query, key, value, mask)
     axes: tuple[str, ...] = ()
