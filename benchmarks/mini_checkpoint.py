@@ -55,7 +55,7 @@ class Size:
     block_heads: int = 6
     head_width: int = 64
     sample: int = 32
-    positions: int = 24
+    positions: int = 32
     dual: tuple[int, ...] = ()
     channels: tuple[int, ...] = (16, 32, 64, 64)
     norm_groups: int = 8

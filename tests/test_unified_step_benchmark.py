@@ -1,12 +1,14 @@
 """The benchmark of whole steps: both sides agree on a small model, and its calls run."""
 
 import dataclasses
+import json
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import unified_step
+from benchmarks import inference_scaling, unified_step
 from benchmarks.inference_scaling import Case, cases, line, measure
 from benchmarks.jax_side import JaxSide, make_inputs, open_system
 from benchmarks.machine_rates import machine_rates
@@ -111,3 +113,13 @@ def test_every_case_of_inference_runs_once(prepared):
     assert len(set(cases())) == len(list(cases())) and {case.kind for case in cases()} == {"captions", "pictures"}
     found = measure(open_system(prepared[0], 64), Case("pictures", 64, 5, group=2, batch=1), steps=2, guidance_scale=5.0, repeats=1)
     assert found["seconds"] > 0 and len(line(found).split("|")) == 11
+
+
+def test_a_size_that_the_checkpoint_does_not_take_costs_no_other_case(prepared, monkeypatch, tmp_path, capsys):
+    sizes = Case("pictures", 64, 5, batch=1), Case("pictures", 1024, 5, batch=1), Case("pictures", 64, 5, batch=2)
+    monkeypatch.setattr(inference_scaling, "cases", lambda: iter(sizes))
+    monkeypatch.setattr(sys, "argv", ["inference_scaling", f"--checkpoint={prepared[0]}", "--repeats=0", f"--json={tmp_path / 'rows'}"])
+    inference_scaling.main()
+    assert [json.loads(row)["batch"] for row in (tmp_path / "rows").read_text().splitlines()] == [1, 2]
+    said = capsys.readouterr()
+    assert said.out.count("| pictures | 64 |") == 2 and "image_size=1024" in said.err and "pos_embed_max_size" in said.err
