@@ -115,11 +115,11 @@ def test_every_case_of_inference_runs_once(prepared):
     assert found["seconds"] > 0 and len(line(found).split("|")) == 11
 
 
-def test_a_size_that_the_checkpoint_does_not_take_costs_no_other_case(prepared, monkeypatch, tmp_path, capsys):
+def test_a_picture_that_the_decoder_cannot_draw_costs_no_other_case(prepared, monkeypatch, tmp_path, capsys):
     sizes = Case("pictures", 64, 5, batch=1), Case("pictures", 1024, 5, batch=1), Case("pictures", 64, 5, batch=2)
     monkeypatch.setattr(inference_scaling, "cases", lambda: iter(sizes))
     monkeypatch.setattr(sys, "argv", ["inference_scaling", f"--checkpoint={prepared[0]}", "--repeats=0", f"--json={tmp_path / 'rows'}"])
     inference_scaling.main()
     assert [json.loads(row)["batch"] for row in (tmp_path / "rows").read_text().splitlines()] == [1, 2]
     said = capsys.readouterr()
-    assert said.out.count("| pictures | 64 |") == 2 and "image_size=1024" in said.err and "pos_embed_max_size" in said.err
+    assert said.out.count("| pictures | 64 |") == 2 and "pictures of 1024" in said.err

@@ -1,6 +1,7 @@
 """The auto-encoder against diffusers, its scale, its chunked decoding and its file layout."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -15,6 +16,7 @@ from uae_jax.hf.safetensors import TensorFolder, write_tensors
 from uae_jax.models.sd3 import vae
 from uae_jax.models.sd3.config import VAEConfig
 from uae_jax.models.sd3.weights import load_vae, vae_rules
+from uae_jax.nn import device
 
 SIZES = {
     "two_levels": dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4),
@@ -87,6 +89,10 @@ def test_export_writes_the_published_files(pair, tmp_path):
     assert VAEConfig.from_folder(tmp_path) == config
 
 
+def on_devices(count: int):
+    return jax.set_mesh(jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count]))
+
+
 def small() -> tuple[VAEConfig, dict]:
     config = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
     return config, jax.jit(vae.init_params, static_argnums=0)(config, jax.random.key(0))
@@ -115,14 +121,23 @@ def test_interleaved_pictures_are_decoded_as_they_are_alone(size):
     latents = jax.random.normal(jax.random.key(2), (6, 3, 2, config.latent_channels))
     latents = latents * jnp.arange(1, 7)[:, None, None, None]  # no two pictures share statistics
 
-    def energy(latents, interleaved):
-        pixels = vae.decode(config, params, latents, interleaved)
-        return jnp.sum(jnp.square(pixels)), pixels
+    def outcome(decode):
+        def energy(latents):
+            pixels = decode(latents)
+            return jnp.sum(jnp.square(pixels)), pixels
 
-    results = [jax.jit(jax.value_and_grad(energy, has_aux=True), static_argnums=1)(latents, count) for count in (1, 3, 6)]
-    for others in results[1:]:
-        for alone, beside in zip(jax.tree.leaves(results[0]), jax.tree.leaves(others)):
-            assert relative_error(beside, alone) <= 1e-4
+        return jax.jit(jax.value_and_grad(energy, has_aux=True))(latents)
+
+    def in_parts(latents):
+        return vae.decode_latents(config, params, vae.to_model_latents(config, latents), 3)
+
+    alone = outcome(lambda latents: vae.decode(config, params, latents))
+    with on_devices(1):
+        assert device.on_one_cpu()
+        others = [outcome(functools.partial(vae.decode, config, params, interleaved=count)) for count in (1, 3, 6)] + [outcome(in_parts)]
+    for other in others:
+        for expected, found in zip(jax.tree.leaves(alone), jax.tree.leaves(other), strict=True):
+            assert relative_error(found, expected) <= 1e-4
 
 
 def test_interleaving_and_separating_are_inverses():
@@ -140,7 +155,7 @@ def test_only_a_single_cpu_interleaves(monkeypatch):
     decode = vae.decode
     monkeypatch.setattr(vae, "decode", lambda *x: seen.append(x[3]) or decode(*x))
     for devices, chunk in ((1, None), (1, 2), (8, None)):
-        with jax.set_mesh(jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])):
+        with on_devices(devices):
             vae.decode_latents(config, params, latents, chunk)
     assert seen == [4, 2, 1]
 

@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
+from uae_jax.nn.apart import apart, settle
 from uae_jax.nn.constrain import constrain
-from uae_jax.nn.device import apart, settle
 
 # XLA's CPU backend hands a convolution of up to 16 channels to its fast library only where it makes more than those (jax 0.10.2):
 # 16 to 20 channels take 1.3 ms for a picture of 256 x 256, 16 to 16 take 2.3.
@@ -25,9 +25,9 @@ class Conv(nn.Module):
     Attributes:
       features: output channels of a picture.
       kernel_size: side of the square window.
-      stride: step in both directions.
+      stride: step in both directions; 1 where pictures are interleaved.
       padding: rows and columns added to a picture: ((top, bottom), (left, right)).
-      interleaved: pictures in the channels; with several the stride is 1.
+      interleaved: pictures in the channels.
     """
 
     features: int
@@ -38,15 +38,20 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Maps `[B, H, W, n in]` to `[B, H', W', n features]`."""
+        """Maps `[B, H, W, n in]` to `[B, H', W', n features]`.
+
+        Raises:
+          ValueError: interleaved pictures and a stride.
+        """
         kernel, bias = _parameters(self, x, self.kernel_size)
-        return constrain(convolve(x, kernel, self.padding, self.interleaved, self.stride) + bias, "batch")
+        y = _convolve(x, kernel.astype(x.dtype), self.padding, self.interleaved, self.stride)
+        return constrain(y + bias, "batch")
 
 
 class DoublingConv(nn.Module):
     """A 3x3 convolution of a picture that nearest-neighbour enlargement has doubled, without making that picture.
 
-    A pixel of the result sees 2x2 pixels of the input, some by the sum of several taps: 16 products where the enlarged picture takes 36.
+    A pixel of the result sees 2x2 pixels of the input, some by the sum of several taps: 4 products in place of 9.
 
     Attributes:
       features: output channels of a picture.
@@ -61,57 +66,62 @@ class DoublingConv(nn.Module):
         """Maps `[B, H, W, n in]` to `[B, 2 H, 2 W, n features]`."""
         kernel, bias = _parameters(self, x, 3)
         # sums[a][u]: which taps fall on the u-th of the two input rows that a row of parity a sees; columns alike
-        sums = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)
-        kernels = jnp.einsum("aur,bvs,rsif->auvibf", sums, sums, kernel, precision=lax.Precision.HIGHEST)
-        rows = [convolve(x, kernels[parity].reshape(2, 2, kernel.shape[2], -1), ((1 - parity, parity), (1, 1)), self.interleaved)
-                for parity in (0, 1)]
-        return constrain(apart(self._in_turn)(*rows) + bias, "batch")
-
-    def _in_turn(self, *rows: Array) -> Array:
-        """Rows of even and of odd number, `[B, H, W + 1, n (2 features)]`; their even columns start at the first, odd ones at the second."""
-        batch, height, width = rows[0].shape[:3]
-        parts = [y.reshape(batch, height, width, self.interleaved, 2, self.features) for y in rows]
-        lines = [jnp.stack([y[:, :, :-1, :, 0], y[:, :, 1:, :, 1]], axis=3) for y in parts]
-        return jnp.stack(lines, axis=2).reshape(batch, 2 * height, 2 * (width - 1), -1)
+        sums = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], jnp.float32)
+        kernels = jnp.einsum("aur,bvs,rsif->auvibf", sums, sums, kernel, precision=lax.Precision.HIGHEST).astype(x.dtype)
+        even, odd = (
+            _convolve(x, kernels[parity].reshape(2, 2, kernel.shape[2], -1), ((1 - parity, parity), (1, 1)), self.interleaved)
+            for parity in (0, 1))
+        return constrain(apart(_join_parities, even, odd, interleaved=self.interleaved) + bias, "batch")
 
 
 def _parameters(module: Conv | DoublingConv, x: Array, size: int) -> tuple[Array, Array]:
-    """Kernel `[size, size, in, features]` and bias `[n features]`, in the precision of the input."""
+    """Kernel `[size, size, in, features]` in float32, and bias `[n features]` in the precision of the input."""
     shape = (size, size, x.shape[-1] // module.interleaved, module.features)
     kernel = module.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
     bias = module.param("bias", nn.initializers.zeros, (module.features,), jnp.float32)
-    return kernel.astype(x.dtype), settle(jnp.tile(bias.astype(x.dtype), module.interleaved))
+    bias = bias.astype(x.dtype)
+    return kernel, bias if module.interleaved == 1 else settle(jnp.tile(bias, module.interleaved))
 
 
-def convolve(x: Array, kernel: Array, padding: Padding, interleaved: int = 1, stride: int = 1) -> Array:
-    """The convolution of pictures that may be interleaved.
+def _join_parities(even: Array, odd: Array, *, interleaved: int) -> Array:
+    """The picture of these rows.
 
     Args:
-      x: `[B, H, W, n in]`.
-      kernel: `[h, w, in, out]`.
-      padding: ((top, bottom), (left, right)).
-      interleaved: n; above 1 the stride is 1.
-      stride: step in both directions.
+      even, odd: rows of even and of odd number, `[B, H, W + 1, n (2 C)]`: even columns of the picture in the first half of 2 C, from the
+        first place on, odd ones in the second half, from the second place on.
+      interleaved: n.
 
     Returns:
-      `[B, H', W', n out]`.
+      `[B, 2 H, 2 W, n C]`.
     """
-    if kernel.shape[:2] == (1, 1) and stride == 1 and interleaved == 1:
-        return x @ kernel[0, 0]
+    batch, height, width = even.shape[:3]
+    parts = (rows.reshape(batch, height, width, interleaved, 2, -1) for rows in (even, odd))
+    lines = [jnp.stack([y[:, :, :-1, :, 0], y[:, :, 1:, :, 1]], axis=3) for y in parts]
+    return jnp.stack(lines, axis=2).reshape(batch, 2 * height, 2 * (width - 1), -1)
+
+
+def _convolve(x: Array, kernel: Array, padding: Padding, interleaved: int, stride: int = 1) -> Array:
+    """`[B, H, W, n in]` and `[h, w, in, out]` to `[B, H', W', n out]`."""
     if interleaved == 1:
-        return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return apart(lambda *given: _convolve_in_turn(*given, padding, interleaved))(x, kernel)
+        return _product(x, kernel, padding, stride)
+    if stride != 1:
+        raise ValueError(f"interleaved pictures are convolved in steps of 1, not {stride}")
+    return apart(_convolve_interleaved, x, kernel, padding=padding, interleaved=interleaved)
 
 
-def _convolve_in_turn(x: Array, kernel: Array, padding: Padding, interleaved: int) -> Array:
+def _convolve_interleaved(x: Array, kernel: Array, *, padding: Padding, interleaved: int) -> Array:
     batch, height, width = x.shape[:3]
     inputs, outputs = kernel.shape[2:]
     x = x.reshape(batch, height, width * interleaved, inputs)
-    if kernel.shape[:2] == (1, 1):
-        return (x @ kernel[0, 0]).reshape(batch, height, width, -1)
     if inputs <= NARROW:
         kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, 0), (0, max(WIDE - outputs, 0))))
-    columns = tuple(interleaved * side for side in padding[1])
-    y = lax.conv_general_dilated(
-        x, kernel, (1, 1), (padding[0], columns), rhs_dilation=(1, interleaved), dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return y[..., :outputs].reshape(batch, y.shape[1], -1, interleaved * outputs)
+    y = _product(x, kernel, (padding[0], tuple(interleaved * side for side in padding[1])), 1, interleaved)[..., :outputs]
+    return y.reshape(*y.shape[:2], -1, interleaved * outputs)
+
+
+def _product(x: Array, kernel: Array, padding: Padding, stride: int, dilation: int = 1) -> Array:
+    """The convolution with taps so many columns apart, `[B, H, W, in]` to `[B, H', W', out]`."""
+    if kernel.shape[:2] == (1, 1) and stride == 1 and padding == ((0, 0), (0, 0)):
+        return x @ kernel[0, 0]
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, rhs_dilation=(1, dilation), dimension_numbers=("NHWC", "HWIO", "NHWC"))

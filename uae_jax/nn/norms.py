@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
-from uae_jax.nn.device import settle
+from uae_jax.nn.apart import settle
 
 
 class RMSNorm(nn.Module):
@@ -72,7 +72,7 @@ class GroupNorm(nn.Module):
             grouped = jnp.mean(mean.reshape(*mean.shape[:-1], self.interleaved * self.groups, -1), -1)
             return jnp.repeat(grouped, channels // self.groups, axis=-1)
 
-        # the CPU backend would compute what is small and needed for every pixel anew for each
+        # small and needed for every pixel: the CPU backend would compute it anew for each
         mean = settle(over_groups(x32))
         variance = over_groups(jnp.square(x32 - mean))
         factor = settle(lax.rsqrt(variance + self.epsilon) * jnp.tile(scale, self.interleaved))

@@ -31,7 +31,7 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """`[B, H, W, C]` to `[B, H, W, features]`."""
+        """`[B, H, W, n C]` to `[B, H, W, n features]`."""
         norm = functools.partial(GroupNorm, self.groups, interleaved=self.interleaved)
         conv = functools.partial(Conv, self.features, interleaved=self.interleaved)
         y = conv(name="conv1")(nn.silu(norm(name="norm1")(x)))
@@ -49,7 +49,7 @@ class SpatialAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        """`[B, H, W, n C]` to the same."""
         y = separate(GroupNorm(self.groups, interleaved=self.interleaved, name="group_norm")(x), self.interleaved)
         batch, height, width, channels = y.shape
         y = y.reshape(batch, height * width, channels)
@@ -66,7 +66,7 @@ class MiddleBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """`[B, h, w, C]` to `[B, h, w, C]`."""
+        """`[B, h, w, n C]` to the same."""
         groups = self.config.norm_num_groups
         x = ResidualBlock(x.shape[-1] // self.interleaved, groups, self.interleaved, name="resnets_0")(x)
         if self.config.mid_block_add_attention:
@@ -177,7 +177,7 @@ def decode(config: VAEConfig, params: trees.Tree, latents: Array, interleaved: i
       config: sizes.
       params: parameters of the auto-encoder; only `decoder` is read.
       latents: `[B, h, w, C]` in the scale of `encode`.
-      interleaved: pictures computed as one wide picture (`interleave`), a divisor of B.
+      interleaved: pictures held as channels of one (`interleave`), a divisor of B.
 
     Returns:
       `[B, H, W, 3]` in float32, about [-1, 1], not clipped.
