@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from uae_jax.nn.apart import apart, settle
 from uae_jax.nn.constrain import constrain
+from uae_jax.nn.device import on_one_cpu
 
 # XLA's CPU backend hands a convolution of up to 16 channels to its fast library only where it makes more than those (jax 0.10.2):
 # 16 to 20 channels take 1.3 ms for a picture of 256 x 256, 16 to 16 take 2.3.
@@ -49,9 +50,11 @@ class Conv(nn.Module):
 
 
 class DoublingConv(nn.Module):
-    """A 3x3 convolution of a picture that nearest-neighbour enlargement has doubled, without making that picture.
+    """A 3x3 convolution of a picture that nearest-neighbour enlargement doubles first.
 
-    A pixel of the result sees 2x2 pixels of the input, some by the sum of several taps: 4 products in place of 9.
+    On a single CPU the enlarged picture is never made: a pixel of the result sees 2x2 pixels of the input, some by the sum of several taps,
+    4 products in place of 9. For a TPU v5e libtpu expects that to take 1.4 to 1.5 times as long, since the rows and columns that it
+    computes apart must be moved together and the products are not what takes the time there (`docs/performance.md`).
 
     Attributes:
       features: output channels of a picture.
@@ -65,13 +68,26 @@ class DoublingConv(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps `[B, H, W, n in]` to `[B, 2 H, 2 W, n features]`."""
         kernel, bias = _parameters(self, x, 3)
-        # sums[a][u]: which taps fall on the u-th of the two input rows that a row of parity a sees; columns alike
-        sums = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], jnp.float32)
-        kernels = jnp.einsum("aur,bvs,rsif->auvibf", sums, sums, kernel, precision=lax.Precision.HIGHEST).astype(x.dtype)
-        even, odd = (
-            _convolve(x, kernels[parity].reshape(2, 2, kernel.shape[2], -1), ((1 - parity, parity), (1, 1)), self.interleaved)
-            for parity in (0, 1))
-        return constrain(apart(_join_parities, even, odd, interleaved=self.interleaved) + bias, "batch")
+        form = _double_by_parity if on_one_cpu() else _double_and_convolve
+        return constrain(form(x, kernel, self.interleaved) + bias, "batch")
+
+
+def _double_and_convolve(x: Array, kernel: Array, interleaved: int) -> Array:
+    """`[B, H, W, n in]` and `[3, 3, in, out]` to `[B, 2 H, 2 W, n out]`."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels)).reshape(batch, 2 * height, 2 * width, channels)
+    return _convolve(x, kernel.astype(x.dtype), ((1, 1), (1, 1)), interleaved)
+
+
+def _double_by_parity(x: Array, kernel: Array, interleaved: int) -> Array:
+    """The same from the picture itself, rows of even and of odd number by a convolution each."""
+    # sums[a][u]: which taps fall on the u-th of the two input rows that a row of parity a sees; columns alike
+    sums = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], jnp.float32)
+    kernels = jnp.einsum("aur,bvs,rsif->auvibf", sums, sums, kernel, precision=lax.Precision.HIGHEST).astype(x.dtype)
+    even, odd = (
+        _convolve(x, kernels[parity].reshape(2, 2, kernel.shape[2], -1), ((1 - parity, parity), (1, 1)), interleaved)
+        for parity in (0, 1))
+    return apart(_join_parities, even, odd, interleaved=interleaved)
 
 
 def _parameters(module: Conv | DoublingConv, x: Array, size: int) -> tuple[Array, Array]:
