@@ -18,6 +18,11 @@ def equations(function, *arguments) -> Iterator:
                     todo.append(getattr(value, "jaxpr", value))
 
 
+def on_devices(count: int):
+    """Context in which programs are for so many of the faked devices, all in the mesh axis `data`."""
+    return jax.set_mesh(jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count]))
+
+
 def compiler_flags(devices: int = 1) -> str:
     """XLA_FLAGS for another process: those of the tests, with another number of faked devices."""
     count = "--xla_force_host_platform_device_count="

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from programs import on_devices
 
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import TensorFolder, write_tensors
@@ -87,10 +88,6 @@ def test_export_writes_the_published_files(pair, tmp_path):
     again = AutoencoderKL.from_pretrained(tmp_path)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
     assert VAEConfig.from_folder(tmp_path) == config
-
-
-def on_devices(count: int):
-    return jax.set_mesh(jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count]))
 
 
 def small() -> tuple[VAEConfig, dict]:

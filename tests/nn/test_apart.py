@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from programs import on_devices
 
 from uae_jax.nn.apart import apart, settle
 
@@ -29,9 +29,8 @@ def in_turn(x):
 
 def compiled_calls(function, devices):
     """Calls that were not inlined in the compiled program, and its result."""
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     x = jnp.arange(6.0)
-    with jax.set_mesh(mesh):
+    with on_devices(devices):
         program = jax.jit(function).lower(x).compile()
         return len(re.findall(r" call\([^\n]*inlineable=\"false\"", program.as_text())), program(x)
 
@@ -53,7 +52,7 @@ def test_equal_calls_are_traced_once():
         traced.append(power)
         return x**power
 
-    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])):
+    with on_devices(1):
         for power in (2, 2, 3, 2):
             np.testing.assert_allclose(apart(function, jnp.full(3, 2.0), power=power), 2.0**power)
     assert traced == [2, 3]

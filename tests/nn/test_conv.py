@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from programs import on_devices
 
 from uae_jax.models.sd3.vae import interleave, separate
 from uae_jax.nn.conv import Conv, DoublingConv
@@ -14,11 +14,6 @@ PICTURES = 4
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def devices(count):
-    mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
-    return jax.set_mesh(mesh)
 
 
 def outcome(convolution, params, x, pictures):
@@ -45,7 +40,7 @@ def test_interleaved_pictures_are_convolved_each_by_itself(channels, features, s
     def convolution(pictures):
         return lambda params, x: Conv(features, size, padding=padding, interleaved=pictures).apply({"params": params}, x)
 
-    with devices(1):
+    with on_devices(1):
         alone = outcome(convolution(1), params, x, 1)
         for pictures in (2, PICTURES):
             check_same(outcome(convolution(pictures), params, x, pictures), alone)
@@ -61,7 +56,7 @@ def test_a_doubling_convolution_is_the_convolution_of_the_doubled_picture(channe
         return Conv(features).apply({"params": params}, jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
 
     for count in (1, 8):  # both forms
-        with devices(count):
+        with on_devices(count):
             found = outcome(lambda params, x: DoublingConv(features, pictures).apply({"params": params}, x), params, x, pictures)
             check_same(found, outcome(enlarged, params, x, 1))
 
@@ -70,7 +65,7 @@ def test_sums_of_taps_are_rounded_once():
     params, x = {"kernel": normal(0, 3, 3, 16, 16), "bias": np.zeros(16, np.float32)}, jnp.asarray(normal(2, 1, 8, 8, 16), jnp.bfloat16)
 
     def doubled(count, x):
-        with devices(count):
+        with on_devices(count):
             return np.asarray(jax.jit(lambda x: DoublingConv(16).apply({"params": params}, x).astype(jnp.float32))(x))
 
     exact = doubled(1, x.astype(jnp.float32))
