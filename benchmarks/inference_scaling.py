@@ -4,8 +4,8 @@
 
 From one starting point each size is varied alone. Every case is one compiled program: its seconds, its seconds a row, and its
 memory beside parameters, as the compiler reports it (`memory_analysis`), in all and a row. Without a checkpoint it makes one
-of the preset `mini`'s size; --repeats=0 compiles only. One table; with --json one object a line. Pictures
-that the decoder's position table has no room for are named and left out.
+of the preset `mini`'s size; --repeats=0 compiles only. One table; with --json one object a line. Pictures that the decoder's
+position table has no room for are named and left out.
 """
 
 import argparse
@@ -129,11 +129,12 @@ def main() -> None:
         if options.checkpoint is None:
             write_checkpoint(folder)
         system = open_system(folder, Case("captions").image_size)
+    largest = largest_picture(system)
     print("| kind | side | tokens | group | batch | seconds | ms a row | temporary MB | MB a row |\n" + "|---" * 9 + "|")
     with options.json.open("w") if options.json else contextlib.nullcontext() as lines:
         for case in cases():
-            if case.kind == "pictures" and case.image_size > largest_picture(system):
-                print(f"left out: pictures of {case.image_size}, as the decoder's position table ends at {largest_picture(system)}", file=sys.stderr)
+            if case.kind == "pictures" and case.image_size > largest:
+                print(f"left out: pictures of {case.image_size}, as the decoder's position table ends at {largest}", file=sys.stderr)
                 continue
             row = measure(system, case, steps=options.steps, guidance_scale=options.guidance_scale, repeats=options.repeats)
             print(line(row), flush=True)
