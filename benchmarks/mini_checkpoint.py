@@ -137,7 +137,6 @@ def write_checkpoint(folder: pathlib.Path, size: Size = Size(), seed: int = 0) -
       seed: of the weights.
     """
     import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler
 
     torch.manual_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -150,6 +149,30 @@ def write_checkpoint(folder: pathlib.Path, size: Size = Size(), seed: int = 0) -
             parameter.mul_(6.0 if parameter.ndim == 2 else 1.0)  # or tied embeddings would echo the last token
     for name, module in modules.items():
         module.save_pretrained(folder / name)
+    _write_other_files(folder, size)
+
+
+def write_configs(folder: pathlib.Path, size: Size = Size()) -> None:
+    """The same folder without a weight: enough to plan and to compile.
+
+    Args:
+      folder: made if absent.
+      size: of all parts.
+    """
+    import torch
+
+    with torch.device("meta"):
+        modules = _modules(size)
+    for name, module in modules.items():
+        config = getattr(module, "save_config", None) or module.config.save_pretrained  # of diffusers, of transformers
+        config(folder / name)
+    _write_other_files(folder, size)
+
+
+def _write_other_files(folder: pathlib.Path, size: Size) -> None:
+    """Schedule, tokenizer and image processors."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0).save_pretrained(folder / "SD3" / "scheduler")
     words = "describe this image in detail".split() + [f"word{number}" for number in range(300)]
     write_scene_tokenizer(folder / "llm_processor", words, patch_size=PATCH, min_pixels=56 * 56, max_pixels=28 * 28 * 1280)

@@ -13,6 +13,7 @@ from uae_jax.models.qwen2_5_vl import model
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig
 from uae_jax.models.qwen2_5_vl.generate import generate
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig, sample_tokens, truncate
+from uae_jax.nn.attention.entry import MULTIPLES
 from uae_jax.nn.lora import init_lora, merge_adapter
 
 CONFIG = Qwen2_5VLConfig(
@@ -141,6 +142,15 @@ def test_padding_of_the_prompt_changes_neither_scores_nor_gradient(params, adapt
     alone |= {name: value[:, :4] for name, value in alone.items() if name.startswith("patch")}
     scores = score(params, adapter, alone, rollout.tokens[GROUP:], rollout.mask[GROUP:])
     assert_close(scores.log_probs, score(params, adapter, narrow, *arguments).log_probs[GROUP:])
+
+
+def test_the_length_that_a_device_prefers_changes_no_state_of_a_text(params, adapter, monkeypatch):
+    ids, mask = jnp.arange(14).reshape(2, 7) + 12, jnp.arange(7) < jnp.array([[7], [4]])
+    exact = model.text_hidden_states(CONFIG, params, adapter, ids, mask)
+    monkeypatch.setitem(MULTIPLES, "cpu", 16)
+    found = model.text_hidden_states(CONFIG, params, adapter, ids, mask)
+    assert found.shape == exact.shape == (2, 7, 32)
+    np.testing.assert_allclose(found[mask], exact[mask], atol=1e-5)
 
 
 def test_sharing_a_prompt_in_a_group_equals_repeating_it(params, adapter, rollout):

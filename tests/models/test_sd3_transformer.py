@@ -17,6 +17,7 @@ from uae_jax.hf.safetensors import TensorFolder, write_tensors
 from uae_jax.models.sd3 import transformer as sd3
 from uae_jax.models.sd3.config import TransformerConfig
 from uae_jax.models.sd3.weights import load_transformer, transformer_rules
+from uae_jax.nn.attention.entry import MULTIPLES
 
 BASE = dict(
     sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
@@ -125,6 +126,27 @@ def test_masked_padding_equals_exact_length(random_model):
     np.testing.assert_allclose(both[1], shorter[1], atol=1e-5)
     # without a mask padding changes the picture, as in the official code
     assert relative_error(velocity(config, params, latents, timestep, padded, pooled), np.asarray(exact)) > 1e-3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_length_that_a_device_prefers_changes_neither_velocity_nor_gradient(random_model, masked, monkeypatch):
+    config, params = random_model
+    given = inputs(config)  # 6 image and 5 context tokens, and 16 where lengths are multiples of 16
+    mask = np.arange(5) < np.array([[5], [3]]) if masked else None
+
+    def outcome():
+        def energy(params, context):
+            found = sd3.Transformer(config).apply({"params": params}, *given[:2], context, given[3], mask)
+            return jnp.sum(found**2), found
+
+        # a function of its own each time: what was traced for the other length is not used again
+        return jax.jit(lambda *x: jax.grad(energy, argnums=(0, 1), has_aux=True)(*x))(params, given[2])
+
+    exact = outcome()
+    monkeypatch.setitem(MULTIPLES, "cpu", 16)
+    padded, kept = sd3.padded_context(jnp.asarray(given[2]), mask, 6)
+    assert padded.shape[1] == 10 and kept.valid.shape == (2, 16) and kept.valid.sum() == (20 if masked else 22)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(b).max())), outcome(), exact)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Which devices a computation is for."""
 
+import re
+
 import jax
 from jax.sharding import AbstractMesh
 
@@ -14,6 +16,25 @@ def platform() -> str:
     """`cpu`, `gpu` or `tpu`: the devices of the current mesh, else the default ones."""
     device = getattr(current_mesh(), "abstract_device", None)
     return jax.default_backend() if device is None else device.platform
+
+
+# of cards older than Ampere, by words of the name that CUDA gives them (developer.nvidia.com/cuda-gpus); all others are 8.0 or newer
+_OLDER = ((r"\bT4\b|Quadro RTX [3-8]000\b|RTX 20\d\d|TITAN RTX|GTX 16\d\d", (7, 5)), (r"V100|TITAN V\b", (7, 0)), (r"P100|P40\b|P4\b|GTX 10\d\d", (6, 0)))
+
+
+def compute_capability() -> tuple[int, int]:
+    """Generation of the NVIDIA card that a computation is for, as (major, minor): that of the current mesh, else of the process.
+
+    (0, 0) is a card of another maker. A card that is not there is known by its name alone; (8, 0) stands for every one that is not older.
+    """
+    device = getattr(current_mesh(), "abstract_device", None)
+    present = jax.local_devices() if jax.default_backend() == "gpu" else []
+    for real in present:
+        if device is None or device.device_kind == real.device_kind:
+            found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(real, "compute_capability", "")))
+            return (int(found[1]), int(found[2])) if found else (0, 0)  # a card of another maker
+    name = "" if device is None else device.device_kind
+    return next((version for words, version in _OLDER if re.search(words, name)), (8, 0))
 
 
 def on_one_cpu() -> bool:

@@ -52,12 +52,14 @@ class Encoder:
 
     def prepare(self, pixels: Array) -> Array:
         """Pictures `[B, H, W, 3]` in [-1, 1] as the encoder wants them, `[B, S, S', 3]`."""
-        return apply(self.preprocess, (pixels.astype(jnp.float32) + 1) / 2).astype(self.dtype)
+        with jax.named_scope("image_encoder"):
+            return apply(self.preprocess, (pixels.astype(jnp.float32) + 1) / 2).astype(self.dtype)
 
     def embed(self, params: trees.Tree, images: Array) -> Array:
         """Features of length 1, float32 `[B, D]`, of prepared pictures."""
         model = clip.image_features if self.kind == "clip" else dino.cls_features
-        features = model(self.config, params, images, remat=self.remat).astype(jnp.float32)
+        with jax.named_scope("image_encoder"):
+            features = model(self.config, params, images, remat=self.remat).astype(jnp.float32)
         return features * jax.lax.rsqrt(jnp.sum(jnp.square(features), -1, keepdims=True) + 1e-12)
 
 

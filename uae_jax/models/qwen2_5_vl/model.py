@@ -14,6 +14,7 @@ from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
 from uae_jax.models.qwen2_5_vl.frozen_head import frozen_head_scores
 from uae_jax.models.qwen2_5_vl.text import KV, LanguageModel, Memory
 from uae_jax.models.qwen2_5_vl.vision import VisionTower
+from uae_jax.nn.attention import preferred_length
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
 
@@ -266,8 +267,11 @@ def completion_log_probs(
 
 def text_hidden_states(config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, ids: Array, mask: Array) -> Array:
     """Final hidden states `[N, T, D]` of right-padded text `[N, T]`, which the projector maps to the decoder's context."""
-    positions = text_positions(jnp.zeros(ids.shape[0], jnp.int32), ids.shape[1])
-    return hidden_states(config, params, adapter, embed_tokens(config, params, ids), positions, mask)
+    rows, length = ids.shape
+    room = ((0, 0), (0, preferred_length(length) - length))
+    ids, mask = jnp.pad(ids, room, constant_values=config.pad_token_id), jnp.pad(mask, room)
+    positions = text_positions(jnp.zeros(rows, jnp.int32), ids.shape[1])
+    return hidden_states(config, params, adapter, embed_tokens(config, params, ids), positions, mask)[:, :length]
 
 
 class Projector(nn.Module):

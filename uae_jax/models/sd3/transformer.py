@@ -12,7 +12,7 @@ from jax import Array
 from uae_jax import trees
 from uae_jax.models.sd3.blocks import Block, Modulation, modulated_norm
 from uae_jax.models.sd3.config import TransformerConfig
-from uae_jax.nn.attention import Mask
+from uae_jax.nn.attention import Mask, preferred_length
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.remat import remat
@@ -124,9 +124,7 @@ class Transformer(nn.Module):
         conditioning += Embedder(config, name="pooled_embedder")(pooled.astype(dtype))
         conditioning = nn.silu(conditioning)
         context = Dense(config.width, lora_alpha=alpha, name="context_embedder")(context.astype(dtype))
-        mask = Mask()
-        if context_mask is not None:
-            mask = Mask(valid=jnp.pad(context_mask, ((0, 0), (x.shape[1], 0)), constant_values=True), right_padded=True)
+        context, mask = padded_context(context, context_mask, x.shape[1])
         x = self._blocks(x, context, conditioning, mask)
         scale, shift = Modulation(config, 2, name="norm_out")(conditioning)
         y = Dense(config.patch_size**2 * config.out_channels, lora_alpha=alpha, name="proj_out")(modulated_norm(x, scale, shift))
@@ -143,6 +141,26 @@ class Transformer(nn.Module):
         last = remat(Block, config.remat, in_scan=False)(config, dual=last_dual, last=True, name="last_block")
         (x, _), _ = last(streams, conditioning, mask)
         return x
+
+
+def padded_context(context: Array, context_mask: Array | None, patches: int) -> tuple[Array, Mask]:
+    """The context with padding that no block needs to add again, and what the joint sequence of image and context may attend to.
+
+    Args:
+      context: `[B, T, D]`.
+      context_mask: bool `[B, T]`, valid tokens first; None for all.
+      patches: P image tokens, which come first.
+
+    Returns:
+      `[B, T', D]`, where P + T' suits the attention of the devices, and the mask of P + T' keys.
+    """
+    batch, tokens, _ = context.shape
+    room = preferred_length(patches + tokens) - patches - tokens
+    if context_mask is None and not room:
+        return context, Mask()
+    valid = jnp.ones((batch, tokens), bool) if context_mask is None else context_mask
+    valid = jnp.pad(jnp.pad(valid, ((0, 0), (patches, 0)), constant_values=True), ((0, 0), (0, room)))
+    return jnp.pad(context, ((0, 0), (0, room), (0, 0))), Mask(valid=valid, right_padded=True)
 
 
 def patchify(latents: Array, patch_size: int) -> Array:

@@ -150,7 +150,8 @@ def encode(config: VAEConfig, params: trees.Tree, pixels: Array) -> tuple[Array,
     height, width = pixels.shape[1:3]
     if height % config.downsampling or width % config.downsampling:
         raise ValueError(f"a picture of {height}x{width} does not divide into latents; both must be multiples of {config.downsampling}")
-    moments = Encoder(config).apply({"params": params["encoder"]}, pixels.astype(jnp.float32))
+    with jax.named_scope("autoencoder"):
+        moments = Encoder(config).apply({"params": params["encoder"]}, pixels.astype(jnp.float32))
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean, jnp.clip(log_variance, -30.0, 20.0)
 
@@ -182,7 +183,8 @@ def decode(config: VAEConfig, params: trees.Tree, latents: Array, interleaved: i
     Returns:
       `[B, H, W, 3]` in float32, about [-1, 1], not clipped.
     """
-    return Decoder(config, interleaved).apply({"params": params["decoder"]}, latents.astype(jnp.float32))
+    with jax.named_scope("autoencoder"):
+        return Decoder(config, interleaved).apply({"params": params["decoder"]}, latents.astype(jnp.float32))
 
 
 def decode_latents(config: VAEConfig, params: trees.Tree, model_latents: Array, chunk: int | None = None) -> Array:

@@ -7,11 +7,13 @@ from jax import Array
 from uae_jax.nn.attention.mask import Mask
 
 LARGEST_WIDTH = 128  # of a head, on every generation that cuDNN's kernels know
+OLDEST = (8, 0)  # compute capability, Ampere
 
 
-def supported(query: Array) -> bool:
-    """Whether the kernels take queries `[B, T, H, K]` of this precision and head width."""
-    return query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= LARGEST_WIDTH and query.shape[-1] % 8 == 0
+def supported(query: Array, capability: tuple[int, int] = OLDEST) -> bool:
+    """Whether the kernels take queries `[B, T, H, K]` of this precision and head width on a card of this compute capability."""
+    width = query.shape[-1]
+    return capability >= OLDEST and query.dtype in (jnp.bfloat16, jnp.float16) and width <= LARGEST_WIDTH and width % 8 == 0
 
 
 def arguments(mask: Mask, batch: int, length: int, size: int) -> dict:
@@ -36,6 +38,9 @@ def arguments(mask: Mask, batch: int, length: int, size: int) -> dict:
 def cudnn(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     """Attention as in `plain.plain`; see `supported`.
 
+    JAX refuses odd lengths where there is a gradient, with or without a table. They are padded here, which copies the operand:
+    callers that can choose take an even length (`entry.preferred_length`).
+
     Args:
       query: `[B, T, H, K]`.
       key: `[B, S, H', K]`.
@@ -47,8 +52,16 @@ def cudnn(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     """
     batch, length, size = query.shape[0], query.shape[1], key.shape[1]
     found = arguments(mask, batch, length, size)
-    if "mask" in found:  # tables of odd sides are not taken where there is a gradient
-        query = jnp.pad(query, ((0, 0), (0, length % 2), (0, 0), (0, 0)))
-        key, value = (jnp.pad(x, ((0, 0), (0, size % 2), (0, 0), (0, 0))) for x in (key, value))
-        found["mask"] = jnp.pad(found["mask"], ((0, 0), (0, 0), (0, length % 2), (0, size % 2)))
+    query, key, value = (_even(x, 1) for x in (query, key, value))
+    if "mask" in found:
+        found["mask"] = _even(_even(found["mask"], 2), 3)
+    elif size % 2 and not mask.causal:  # a causal mask hides the padding from every query but its own
+        found.setdefault("key_value_seq_lengths", jnp.full(batch, size, jnp.int32))
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **found)[:, :length]
+
+
+def _even(x: Array, axis: int) -> Array:
+    """Zeros, or False, behind an axis of odd length."""
+    room = [(0, 0)] * x.ndim
+    room[axis] = (0, x.shape[axis] % 2)
+    return jnp.pad(x, room) if x.shape[axis] % 2 else x

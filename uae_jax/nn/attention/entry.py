@@ -14,11 +14,13 @@ from uae_jax.nn.attention import plain as xla
 from uae_jax.nn.attention.cudnn import cudnn, supported
 from uae_jax.nn.attention.mask import Mask, SharedKeys
 from uae_jax.nn.attention.splash import splash
-from uae_jax.nn.device import current_mesh, platform
+from uae_jax.nn.device import compute_capability, current_mesh, platform
 
 IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Mask], Array]] = {
     "plain": xla.plain, "by_query_blocks": xla.by_query_blocks, "by_head": xla.by_head, "splash": splash, "cudnn": cudnn}
 SMALL = 128 * 128  # pairs of query and key; up to here the plain formula is as fast as any other form, on every device
+# lengths that need no padding inside a kernel (docs/gpu.md); CPUs take any
+MULTIPLES = {"gpu": 16, "tpu": 16, "cpu": 1}
 BATCH_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"
 
 _chosen: contextvars.ContextVar[str] = contextvars.ContextVar("attention", default="auto")
@@ -85,11 +87,17 @@ def choose(device: str, query: Array, size: int) -> str:
     """
     if query.shape[1] == 1 or query.shape[1] * size <= SMALL:
         return "plain"
-    if device == "gpu" and supported(query):
+    if device == "gpu" and supported(query, compute_capability()):
         return "cudnn"
     if device in ("cpu", "tpu") and (current_mesh() is not None or jax.device_count() == 1):
         return {"cpu": "by_head", "tpu": "splash"}[device]
     return "by_query_blocks"
+
+
+def preferred_length(length: int) -> int:
+    """The next length that the kernels of the current devices take without a copy; callers pad to it once, and mask the rest."""
+    multiple = MULTIPLES.get(platform(), 1)
+    return -(-length // multiple) * multiple
 
 
 def _joined(key: Array, value: Array, mask: Mask, shared: tuple[SharedKeys, ...]) -> tuple[Array, Array, Mask]:
