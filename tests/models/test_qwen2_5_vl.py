@@ -313,3 +313,22 @@ def test_number_of_keys_and_sizes_are_checked(params):
         Qwen2_5VLConfig(text=TextConfig(mrope_section=(1, 2, 3)))
     with pytest.raises(ValueError, match="remat"):
         CONFIG.using(remat="some")
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "base"])
+def test_the_form_that_gpus_decode_with_samples_the_same_captions(params, adapter, adapted):
+    """With an adapter of some modules alone, too: those without one keep their kernel."""
+    lora = {"layers": {"attention": {name: adapter["layers"]["attention"][name] for name in ("query", "value", "output")},
+                       "mlp": adapter["layers"]["mlp"]}} if adapted else None
+    prefix = model.prompt_prefix(CONFIG, params, lora, prompts())
+
+    def captions(packed):
+        return generate(
+            CONFIG, params, lora, prefix, jax.random.split(jax.random.key(7), 2 * GROUP), max_new_tokens=NEW, stop_ids=STOPS,
+            sampling=SamplingConfig(TEMPERATURE), group=GROUP, packed=packed)
+
+    scanned, packed = captions(False), captions(True)
+    np.testing.assert_array_equal(packed.tokens, scanned.tokens)
+    np.testing.assert_allclose(packed.log_probs, scanned.log_probs, atol=2e-5)
+    scores = model.completion_log_probs(CONFIG, params, lora, prefix, packed.tokens, packed.mask, temperature=TEMPERATURE)
+    np.testing.assert_allclose(packed.log_probs, scores.log_probs, atol=2e-5)

@@ -31,7 +31,8 @@ def adapted(x: Array, kernel: Array, a: Array, b: Array, scale: float) -> Array:
     tokens, (fan_in, fan_out) = math.prod(x.shape[:-1]), kernel.shape
     if platform() == "cpu" and x.dtype == jnp.float32 and tokens * (fan_in + fan_out) > fan_in * fan_out:
         return _merged_product(x, kernel.astype(x.dtype), a.astype(x.dtype), b.astype(x.dtype), scale)
-    return x @ kernel.astype(x.dtype) + scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
+    # the scale meets the narrow product: behind the wide one a GPU would read and write all tokens once more for it
+    return x @ kernel.astype(x.dtype) + (scale * (x @ a.astype(x.dtype))) @ b.astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -1,14 +1,19 @@
 """Accelerators: what one chip or card can hold and do, from the vendors' pages, and what a topology's name means.
 
 Sources: docs.cloud.google.com/tpu/docs/{v4, v5e, v5p, v6e, tpu7x} (system architecture tables: memory, bandwidth of the memory
-and of the links between chips (half of the figure for both directions), peak in bfloat16 a chip); NVIDIA's data sheets of H100 SXM and H200 SXM (dense bfloat16).
+and of the links between chips (half of the figure for both directions), peak in bfloat16 a chip); NVIDIA's data sheets (dense bfloat16 with
+float32 sums; links: NVLink in one direction, or PCI Express x16); memory as the cards report it, less what they keep for error correction.
 """
 
 import dataclasses
 import math
 import re
 
+from uae_jax.planning.cards import TARGETS
+
 GIB = 2**30
+# of one card between hosts: a network of 400 Gbit/s a card, as in NVIDIA's DGX H100
+NETWORK = 50e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +44,18 @@ CHIPS = {chip.name: chip for chip in (
     Chip("v6e", 32 * GIB, 918e12, 1638e9, 400e9, "TPU v6 lite"),
     # each of the two chiplets of a chip is a device: half of 192 GiB, 2307 TFLOP/s, 7380 GB/s and 600 GB/s a direction
     Chip("7x", 96 * GIB, 1153.5e12, 3690e9, 300e9, "TPU7x"),
-    # 80 GB and 141 GB as the cards report them; NVLink 4: 450 GB/s in each direction
-    Chip("H100", 79.6 * GIB, 989e12, 3350e9, 450e9, "NVIDIA H100"),
-    Chip("H200", 139.8 * GIB, 989e12, 4800e9, 450e9, "NVIDIA H200"))}
+    Chip("H100", 84942979072, 989e12, 3352e9, 450e9, "NVIDIA H100 80GB HBM3"),
+    Chip("H200", 150.1e9, 989e12, 4800e9, 450e9, "NVIDIA H200"),
+    Chip("A100-40", 42298834944, 312e12, 1555e9, 300e9, "NVIDIA A100-SXM4-40GB"),
+    Chip("A100-80", 79.2 * GIB, 312e12, 2039e9, 300e9, "NVIDIA A100-SXM4-80GB"),
+    Chip("L4", 22.0 * GIB, 121e12, 300e9, 32e9, "NVIDIA L4"),
+    Chip("L40S", 44.5 * GIB, 362e12, 864e9, 32e9, "NVIDIA L40S"),
+    Chip("RTX3090", 23.6 * GIB, 71e12, 936e9, 32e9, "NVIDIA GeForce RTX 3090"),
+    Chip("RTX4090", 23.6 * GIB, 165e12, 1008e9, 32e9, "NVIDIA GeForce RTX 4090"),
+    Chip("RTX5090", 31.4 * GIB, 209e12, 1792e9, 64e9, "NVIDIA GeForce RTX 5090"),
+    Chip("B200", 191514411008, 2250e12, 7672e9, 900e9, "NVIDIA B200"),
+    # float16: Turing's matrix units know no bfloat16
+    Chip("T4", 14.7 * GIB, 65e12, 320e9, 16e9, "Tesla T4"))}
 # faked devices on the host stand for no chip; a plan on them shows bytes and operations, and never refuses
 CPU = Chip("cpu", math.inf, math.nan, math.nan, math.nan, "cpu")
 USABLE = 0.92  # of a chip's memory; the rest is the runtime's, and fragmentation
@@ -53,32 +67,38 @@ class Topology:
 
     Attributes:
       name: as given.
-      kind: `tpu` (compiled ahead of time), `cpu` (compiled for faked devices) or `gpu` (estimated).
+      kind: `tpu` or `gpu` (compiled ahead of time where the compiler is installed), or `cpu` (compiled for faked devices).
       chip: of which kind.
       devices: how many.
+      hosts: of cards; 1 for slices of TPUs, whose links do not depend on hosts.
     """
 
     name: str
     kind: str
     chip: Chip
     devices: int
+    hosts: int = 1
 
 
 def parse_topology(name: str) -> Topology:
-    """A topology by name: `v6e:8x8`, `v5p:4x4x4`, `cpu:8`, `gpu:8xH200`.
+    """A topology by name: `v6e:8x8`, `v5p:4x4x4`, `cpu:8`, `gpu:8xH200`, or `gpu:2x8xH200` for two hosts.
 
     Raises:
       ValueError: not such a name, or a chip that is not in the table.
     """
-    known = ", ".join(CHIPS)
-    kind, colon, rest = name.partition(":")
+    kind, _, rest = name.partition(":")
     if kind == "cpu" and re.fullmatch(r"[1-9]\d*", rest):
         return Topology(name, "cpu", CPU, int(rest))
-    if kind == "gpu" and (found := re.fullmatch(r"([1-9]\d*)x(\w+)", rest)):
-        if found[2] not in CHIPS or not CHIPS[found[2]].device_kind.startswith("NVIDIA"):
-            raise ValueError(f"topology {name!r} names the GPU {found[2]!r}; known are H100 and H200")
-        return Topology(name, "gpu", CHIPS[found[2]], int(found[1]))
-    if kind in CHIPS and CHIPS[kind].device_kind.startswith("TPU") and re.fullmatch(r"\d+(x\d+){1,2}", rest):
+    if kind == "gpu" and (found := re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)x([A-Za-z][\w-]*)", rest)):
+        if found[3] not in TARGETS:
+            raise ValueError(f"topology {name!r} names the card {found[3]!r}; known are {', '.join(TARGETS)}")
+        hosts, chip = int(found[1] or 1), CHIPS[found[3]]
+        if hosts > 1:
+            chip = dataclasses.replace(chip, link_bandwidth=min(chip.link_bandwidth, NETWORK))
+        return Topology(name, "gpu", chip, hosts * int(found[2]), hosts)
+    if kind in CHIPS and kind not in TARGETS and re.fullmatch(r"\d+(x\d+){1,2}", rest):
         cores = 2 if kind == "7x" else 1
         return Topology(name, "tpu", CHIPS[kind], cores * math.prod(map(int, rest.split("x"))))
-    raise ValueError(f"topology is {name!r}; give a TPU slice such as v6e:8x8 or v5p:4x4x4, gpu:8xH200 or cpu:8 (chips: {known})")
+    raise ValueError(
+        f"topology is {name!r}; give a TPU slice such as v6e:8x8 or v5p:4x4x4, cards such as gpu:8xH200 or gpu:2x8xH100 (hosts x cards), "
+        f"or cpu:8 (chips: {', '.join(CHIPS)})")

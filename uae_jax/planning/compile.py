@@ -1,14 +1,17 @@
 """A stage's step compiled for devices that need not be there, and what the compiler says about its memory."""
 
 import dataclasses
+import pathlib
 import re
 import time
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from uae_jax import sharding
+from uae_jax.planning.cards import target_text
 from uae_jax.planning.chips import GIB, Topology
 from uae_jax.stages.program import Program
 from uae_jax.stages.run_config import RunConfig
@@ -26,6 +29,8 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # libtpu schedules the instructions of one 3x3 convolution of the auto-encoder for 7 to 37 seconds by default, and for less than
 # one with the least effort; its temporaries are then not smaller, since fewer of them stay on the chip
 QUICK = -1.0
+# of XLA's GPU compiler, which takes twice as long by default; libraries take the products that its own kernels would compete for
+QUICK_GPU = {"xla_gpu_enable_triton_gemm": False, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,36 +67,49 @@ def resident_bytes(program: Program) -> float:
 
 
 def plan_mesh(config: RunConfig, topology: Topology) -> Mesh:
-    """The configured mesh over a topology's devices: libtpu's description of a slice, or the host's faked devices.
+    """The configured mesh over a topology's devices: a compiler's description of them, or the host's faked devices.
 
     Raises:
       ValueError: no such slice, or a mesh that does not divide it.
-      ImportError: libtpu is not installed.
+      ImportError: libtpu, or the CUDA wheels, are not installed.
     """
-    if topology.kind == "cpu":
-        return sharding.make_mesh(config.mesh, jax.devices()[:topology.devices])
-    from jax.experimental import topologies
+    devices = {"cpu": lambda: jax.devices()[:topology.devices], "tpu": lambda: _slice(topology), "gpu": lambda: _cards(topology)}
+    return sharding.make_mesh(config.mesh, devices[topology.kind]())
 
+
+def _slice(topology: Topology) -> list:
     # v4's two cores are one device in the configuration that its slices run in, and two in libtpu's default
     more = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
     try:
-        described = topologies.get_topology_desc(topology.name.replace("7x:", "tpu7x:"), platform="tpu", **more)
+        return list(topologies.get_topology_desc(topology.name.replace("7x:", "tpu7x:"), platform="tpu", **more).devices)
     except RuntimeError as error:
         if "not installed" in str(error):
             raise ImportError("libtpu is not installed; install the extra `tpu` (pip install 'uae_jax[tpu]')") from error
         raise ValueError(f"libtpu does not know the topology {topology.name!r}: {str(error).splitlines()[0]}") from error
-    return sharding.make_mesh(config.mesh, list(described.devices))
 
 
-def compile_program(program: Program, mesh: Mesh, effort: float = QUICK) -> Memory:
+def _cards(topology: Topology) -> list:
+    chip = topology.chip
+    text = target_text(chip.name, chip.memory, chip.memory_bandwidth, chip.device_kind)
+    try:
+        # slices x hosts x devices of a host
+        found = topologies.get_topology_desc(
+            platform="cuda", topology_name="", target_config=text, topology=f"1x{topology.hosts}x{topology.devices // topology.hosts}")
+    except (NotImplementedError, RuntimeError) as error:
+        raise ImportError("the CUDA wheels are not installed; install the extra `cuda` (pip install 'uae_jax[cuda]')") from error
+    return list(found.devices)
+
+
+def compile_program(program: Program, mesh: Mesh, effort: float = QUICK, text: pathlib.Path | None = None) -> Memory:
     """Compiles a step for the devices of a mesh; a program that does not fit them is reported, not raised.
 
     Args:
       program: with shardings on the mesh.
       mesh: its devices need not be there.
       effort: libtpu's, from -1 to 1; 0 is what a run gets.
+      text: file for the compiled program's text.
     """
-    options = {"exec_time_optimization_effort": effort} if mesh.devices.flat[0].platform == "tpu" else None
+    options = {"tpu": {"exec_time_optimization_effort": effort}, "gpu": QUICK_GPU}.get(mesh.devices.flat[0].platform)
     begin, resident = time.monotonic(), resident_bytes(program)
     with sharding.in_use(mesh):
         lowered = program.step.lower(*program.arguments)
@@ -99,11 +117,13 @@ def compile_program(program: Program, mesh: Mesh, effort: float = QUICK) -> Memo
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             return _too_large(str(error), resident, time.monotonic() - begin)
-    seconds, stats = time.monotonic() - begin, compiled.memory_analysis()
+    seconds, stats, written = time.monotonic() - begin, compiled.memory_analysis(), compiled.as_text()
+    if text is not None:
+        text.write_text(written)
     temporaries = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
     results = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
     return Memory(
-        resident, temporaries, resident + temporaries + results, largest_results(compiled.as_text()), seconds)
+        resident, temporaries, resident + temporaries + results, largest_results(written), seconds)
 
 
 def _too_large(message: str, resident: float, seconds: float) -> Memory:

@@ -1,6 +1,7 @@
 """All stages of a configuration on a topology: counted, compiled or estimated, one after the other."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,10 +61,14 @@ def without_recomputation(config: RunConfig) -> RunConfig:
 
 
 def plan_stage(
-    config: RunConfig, system: AbstractSystem, stage: str, topology: Topology, mesh: Mesh | None, sizes: MeshSizes) -> StagePlan:
-    """Counts a stage and finds its memory: compiled for a mesh, estimated without one."""
+    config: RunConfig, system: AbstractSystem, stage: str, topology: Topology, mesh: Mesh | None, sizes: MeshSizes,
+    texts: pathlib.Path | None = None) -> StagePlan:
+    """Counts a stage and finds its memory: compiled for a mesh, estimated without one; see `make_plan`."""
     program = make_program(config, system, system.parts, system.batch, stage, mesh)
-    memory = estimate_memory(program, config, sizes, system.model) if mesh is None else compile_program(program, mesh)
+    if mesh is None:
+        memory = estimate_memory(program, config, sizes, system.model)
+    else:
+        memory = compile_program(program, mesh, text=texts and texts / f"{stage}.hlo")
     count = step_work(config, system, stage)
     plain = without_recomputation(config)
     model_flops = step_work(plain, abstract_system(plain), stage).flops
@@ -72,9 +77,19 @@ def plan_stage(
         memory, count.flops, model_flops, roofline(count, model_flops, topology, sizes, _gathers(program.config)))
 
 
+def _mesh(config: RunConfig, chips: Topology) -> Mesh | None:
+    """The mesh to compile for; None for cards where the CUDA wheels are absent, whose plan is then an estimate."""
+    try:
+        return plan_mesh(config, chips)
+    except ImportError:
+        if chips.kind != "gpu":
+            raise
+        return None
+
+
 def make_plan(
     config: Mapping[str, Any], topology: str, stages: tuple[str, ...] = (), report: Callable[[StagePlan], None] = lambda plan: None,
-) -> tuple[list[StagePlan], Topology, MeshSizes]:
+    texts: pathlib.Path | None = None) -> tuple[list[StagePlan], Topology, MeshSizes]:
     """Plans the stages of a configuration.
 
     Args:
@@ -82,6 +97,7 @@ def make_plan(
       topology: see `chips.parse_topology`.
       stages: which; empty for those of the configuration.
       report: called with each stage's plan as soon as it is there.
+      texts: folder for the text of each compiled stage.
 
     Raises:
       ValueError: an unknown topology or stage, or a mesh or batch that does not divide.
@@ -95,10 +111,10 @@ def make_plan(
     wanted = stages or tuple(dict.fromkeys(stage for _, stage in settings.order()))
     for stage in wanted:
         check_batch(stage, getattr(settings, stage), sizes.batch)
-    mesh = None if chips.kind == "gpu" else plan_mesh(settings, chips)
+    mesh = _mesh(settings, chips)
     system = abstract_system(settings)
     sharding.check_rules(system.parts, sizes)
     for stage in wanted:
-        plans.append(plan_stage(settings, system, stage, chips, mesh, sizes))
+        plans.append(plan_stage(settings, system, stage, chips, mesh, sizes, texts))
         report(plans[-1])
     return plans, chips, sizes

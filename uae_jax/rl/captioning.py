@@ -11,6 +11,8 @@ from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.generate import Completion, generate
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.nn.constrain import ways
+from uae_jax.nn.device import platform
 from uae_jax.rl.reconstruction import sample_keys
 from uae_jax.sharding import gather_over_fsdp
 
@@ -37,19 +39,25 @@ def sample_captions(
       stops: ids that end a caption.
       sampling: temperature and truncation.
       group: captions of an image.
-      gather_weights: gather the language model once, before the loop over tokens (`sharding.gather_over_fsdp`).
+      gather_weights: gather the language model once, before the loop over tokens (`sharding.gather_over_fsdp`); on GPUs in the form
+        of `qwen2_5_vl.decoding`, unless heads are cut over devices.
 
     Returns:
       `[B * group, T]`, rows of a group together.
     """
     params, adapter = uae.captioner_weights(parts, policy=True)
     images = encode_batch_images(model, parts, batch) if image_embeds is None else image_embeds
+    packed = gather_weights and platform() == "gpu" and ways("heads") == 1
     if gather_weights:
-        params = params | {"language": gather_over_fsdp(params["language"], model.captioner.text.dtype)}
+        language, dtype = params["language"], model.captioner.text.dtype
+        # packing gathers the layers one by one: all of them would stand in memory twice
+        read = {name: part for name, part in language.items() if not (packed and name == "layers")}
+        params = params | {"language": language | gather_over_fsdp(read, dtype)}
+        adapter = adapter if packed or adapter is None else gather_over_fsdp(adapter, dtype)
     prefix = qwen.prompt_prefix(model.captioner, params, adapter, batch, images)
     keys = sample_keys(trees.name_key(key, "caption"), batch["sample_id"], group)
     return generate(
-        model.captioner, params, adapter, prefix, keys, max_new_tokens=max_new_tokens, stop_ids=stops, sampling=sampling, group=group)
+        model.captioner, params, adapter, prefix, keys, max_new_tokens=max_new_tokens, stop_ids=stops, sampling=sampling, group=group, packed=packed)
 
 
 def drawn_captions(share: float, completion: Completion, batch: Mapping, key: Array) -> tuple[Array, Array]:

@@ -1,13 +1,13 @@
 """Caption sampling as one loop inside the compiled step: key-value cache as loop state, early end, per-row keys."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from uae_jax.models.qwen2_5_vl import model
+from uae_jax.models.qwen2_5_vl import decoding, model
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig, sample_tokens, truncate
 from uae_jax.models.qwen2_5_vl.text import KV, Memory
@@ -34,13 +34,18 @@ class Completion(NamedTuple):
 class _State(NamedTuple):
     step: Array
     completion: Completion
-    cache: KV
+    cache: Any
     hidden: Array
+
+
+# `advance(cache, tokens [N], step) -> (hidden states [N, D], cache)`, and the cache before the first token
+Decoder = tuple[Callable[[Any, Array, Array], tuple[Array, Any]], Any]
 
 
 def generate(
     config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, prefix: model.Prefix, keys: Array, *,
-    max_new_tokens: int, stop_ids: tuple[int, ...], sampling: SamplingConfig = SamplingConfig(), group: int = 1) -> Completion:
+    max_new_tokens: int, stop_ids: tuple[int, ...], sampling: SamplingConfig = SamplingConfig(), group: int = 1,
+    packed: bool = False) -> Completion:
     """Samples `group` completions of each prompt; ends as soon as all rows have ended.
 
     Args:
@@ -53,6 +58,7 @@ def generate(
       stop_ids: tokens that end a row; empty samples T tokens for every row.
       sampling: temperature and truncation.
       group: completions of each prompt.
+      packed: copy the layers into the form of `decoding` first.
 
     Raises:
       ValueError: the number of keys is not B * group.
@@ -60,7 +66,7 @@ def generate(
     rows = prefix.next_position.shape[0] * group
     if keys.shape != (rows,):
         raise ValueError(f"{rows} completions need as many random keys, not {keys.shape}")
-    start = jnp.repeat(prefix.next_position, group)
+    advance, cache = (_packed if packed else _scanned)(config, params, adapter, prefix, max_new_tokens, group)
 
     def body(state: _State) -> _State:
         step, done = state.step, state.completion.finished
@@ -71,29 +77,53 @@ def generate(
             mask=state.completion.mask.at[:, step].set(~done),
             log_probs=state.completion.log_probs.at[:, step].set(jnp.where(done, 0.0, log_prob)),
             finished=done | _is_stop(token, stop_ids))
-        earlier = jnp.broadcast_to(jnp.arange(max_new_tokens) < step, (rows, max_new_tokens))
-        hidden, kv = model.hidden_states_and_kv(
-            config, params, adapter, model.embed_tokens(config, params, token[:, None]),
-            model.text_positions(start + step, 1), jnp.ones((rows, 1), bool), (prefix.memory, Memory(state.cache, earlier)))
-        cache = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, step, axis=2), state.cache, kv)
-        return _State(step + 1, completion, cache, hidden[:, 0])
+        hidden, cache = advance(state.cache, token, step)
+        return _State(step + 1, completion, cache, hidden)
 
     def unfinished(state: _State) -> Array:
         return (state.step < max_new_tokens) & ~jnp.all(state.completion.finished)
 
-    return lax.while_loop(unfinished, body, _initial(config, prefix, rows, max_new_tokens, group)).completion
+    empty = Completion(
+        tokens=jnp.full((rows, max_new_tokens), config.pad_token_id, jnp.int32), mask=jnp.zeros((rows, max_new_tokens), bool),
+        log_probs=jnp.zeros((rows, max_new_tokens), jnp.float32), finished=jnp.zeros(rows, bool))
+    hidden = constrain(jnp.repeat(prefix.last_hidden, group, axis=0), "batch")
+    return lax.while_loop(unfinished, body, _State(jnp.zeros((), jnp.int32), empty, cache, hidden)).completion
 
 
-def _initial(config: Qwen2_5VLConfig, prefix: model.Prefix, rows: int, length: int, group: int) -> _State:
+def _scanned(
+    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, prefix: model.Prefix, length: int, group: int) -> Decoder:
+    """The model's own forward pass over stacked layers; a group shares the keys and values of its prompt."""
+    rows = prefix.next_position.shape[0] * group
+    start = jnp.repeat(prefix.next_position, group)
+
+    def advance(cache: KV, token: Array, step: Array) -> tuple[Array, KV]:
+        earlier = jnp.broadcast_to(jnp.arange(length) < step, (rows, length))
+        hidden, kv = model.hidden_states_and_kv(
+            config, params, adapter, model.embed_tokens(config, params, token[:, None]),
+            model.text_positions(start + step, 1), jnp.ones((rows, 1), bool), (prefix.memory, Memory(cache, earlier)))
+        return hidden[:, 0], jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, step, axis=2), cache, kv)
+
     def empty(prompt: Array) -> Array:
         layers, _, _, heads, width = prompt.shape
         return constrain(jnp.zeros((layers, rows, length, heads, width), prompt.dtype), None, "batch", None, "heads", None)
 
-    completion = Completion(
-        tokens=jnp.full((rows, length), config.pad_token_id, jnp.int32), mask=jnp.zeros((rows, length), bool),
-        log_probs=jnp.zeros((rows, length), jnp.float32), finished=jnp.zeros(rows, bool))
-    hidden = constrain(jnp.repeat(prefix.last_hidden, group, axis=0), "batch")
-    return _State(jnp.zeros((), jnp.int32), completion, jax.tree.map(empty, prefix.memory.kv), hidden)
+    return advance, jax.tree.map(empty, prefix.memory.kv)
+
+
+def _packed(
+    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, prefix: model.Prefix, length: int, group: int) -> Decoder:
+    """The form of `decoding`."""
+    layers = decoding.pack(config.text, params["language"], adapter)
+    start, prompt = (jnp.repeat(x, group, axis=0) for x in (prefix.next_position, prefix.memory.mask))
+    size = prompt.shape[1]
+
+    def advance(caches: Any, token: Array, step: Array) -> tuple[Array, Any]:
+        written = jnp.broadcast_to(jnp.arange(length) <= step, (len(start), length))
+        return decoding.decode_token(
+            config.text, layers, params["language"]["final_norm"]["scale"], caches, model.embed_tokens(config, params, token),
+            start + step, size + step, jnp.concatenate([prompt, written], axis=1))
+
+    return advance, decoding.start_caches(config.text, prefix.memory, group, length)
 
 
 def _draw(

@@ -1,0 +1,172 @@
+"""One token at a time in the form that GPUs read fastest: layers apart, few products, one cache of prompt and caption.
+
+A loop over stacked layers copies a layer's weights out of the stack before it multiplies with them, and XLA joins products of one
+input by joining their weights anew for every token: both together move four times the bytes of the weights (docs/gpu.md). Here
+weights are joined once, before the loop over tokens, for the memory of one copy of the language model in its own precision.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from uae_jax.models.qwen2_5_vl.config import TextConfig
+from uae_jax.models.qwen2_5_vl.text import Memory, mrope_angles
+from uae_jax.nn.attention.mask import MASKED
+from uae_jax.nn.constrain import constrain
+from uae_jax.nn.norms import RMSNorm
+from uae_jax.nn.rope import apply_rope
+
+
+class Product(NamedTuple):
+    """Affine maps of one input side by side, with their adapters.
+
+    Attributes:
+      kernel: `[D, F]`.
+      first: `[D, R]`, the adapters' first factors; None without adapters.
+      second: `[R, F]`, their scaled second factors on a block diagonal.
+      bias: `[F]`, or None.
+    """
+
+    kernel: Array
+    first: Array | None
+    second: Array | None
+    bias: Array | None
+
+
+class PackedLayer(NamedTuple):
+    """The weights of one layer.
+
+    Attributes:
+      attention_scale, mlp_scale: of the norms, `[D]`.
+      inputs: query, key and value; output, gate_and_up, down: the other products.
+    """
+
+    attention_scale: Array
+    inputs: Product
+    output: Product
+    mlp_scale: Array
+    gate_and_up: Product
+    down: Product
+
+
+class Cache(NamedTuple):
+    """Rotated keys and values of one layer, prompt and caption, `[N, H', S + T, K]` each."""
+
+    key: Array
+    value: Array
+
+
+def pack(config: TextConfig, language: Mapping, adapter: Mapping | None) -> tuple[PackedLayer, ...]:
+    """The layers of a language model as the loop over tokens reads them.
+
+    Args:
+      config: sizes, precision and adapter scale.
+      language: parameters with stacked layers; adapter: of the same layers, or None.
+    """
+    def layer(index: int) -> PackedLayer:
+        own, factors = (jax.tree.map(lambda leaf: leaf[index], tree) for tree in (language["layers"], (adapter or {}).get("layers", {})))
+
+        def product(part: str, *names: str) -> Product:
+            return _product(config, [own[part][name] for name in names], [factors.get(part, {}).get(name) for name in names])
+
+        return PackedLayer(
+            own["attention_norm"]["scale"], product("attention", "query", "key", "value"), product("attention", "output"),
+            own["mlp_norm"]["scale"], product("mlp", "gate", "up"), product("mlp", "down"))
+
+    return tuple(layer(index) for index in range(config.layers))
+
+
+def _product(config: TextConfig, maps: Sequence[Mapping], adapters: Sequence[Mapping | None]) -> Product:
+    features = [map_["kernel"].shape[-1] for map_ in maps]
+    first, second, start = [], [], 0
+    for adapter, width in zip(adapters, features):
+        if adapter is not None:
+            first.append(adapter["a"])
+            block = config.lora_alpha / adapter["b"].shape[0] * adapter["b"].astype(jnp.float32)
+            second.append(jnp.pad(block, ((0, 0), (start, sum(features) - start - width))))
+        start += width
+    biases = [map_["bias"] for map_ in maps if "bias" in map_]
+
+    def joined(parts: Sequence[Array], axis: int) -> Array | None:
+        # whole on every device: what the loop over tokens reads, no token may gather
+        return constrain(jnp.concatenate(parts, axis).astype(config.dtype), None) if parts else None
+
+    return Product(joined([map_["kernel"] for map_ in maps], 1), joined(first, 1), joined(second, 0), joined(biases, 0))
+
+
+def _apply(product: Product, x: Array) -> Array:
+    """`[N, D]` to `[N, F]`."""
+    y = x @ product.kernel
+    if product.first is not None:
+        # without the barrier XLA joins both products of x, and their weights with them, for every token
+        y = y + (lax.optimization_barrier(x) @ product.first) @ product.second
+    return y if product.bias is None else y + product.bias
+
+
+def start_caches(config: TextConfig, memory: Memory, group: int, length: int) -> tuple[Cache, ...]:
+    """The prompt's keys and values for every row of its group, with room for a caption.
+
+    Args:
+      config: sizes.
+      memory: of B prompts of S tokens.
+      group: G captions of a prompt, N = B * G.
+      length: T tokens of a caption.
+    """
+    def rows(x: Array) -> Array:
+        x = jnp.repeat(x.transpose(0, 2, 1, 3), group, axis=0)  # from [B, S, H', K]
+        return constrain(jnp.pad(x, ((0, 0), (0, 0), (0, length), (0, 0))), "batch", "heads")
+
+    return tuple(Cache(rows(memory.kv.key[index]), rows(memory.kv.value[index])) for index in range(config.layers))
+
+
+def decode_token(
+    config: TextConfig, layers: Sequence[PackedLayer], final_scale: Array, caches: Sequence[Cache], embeds: Array, positions: Array,
+    index: Array, visible: Array) -> tuple[Array, tuple[Cache, ...]]:
+    """One token of every row through all layers.
+
+    Args:
+      config: sizes.
+      layers: of `pack`; final_scale: of the last norm, `[D]`.
+      caches: of `start_caches`, filled so far.
+      embeds: `[N, D]`; positions: int `[N]`, the same on all three axes.
+      index: where this token's keys are written, S + t.
+      visible: bool `[N, S + T]`, which entries of the cache count, this token's own included.
+
+    Returns:
+      Hidden states after the final norm `[N, D]`, and the caches with this token.
+    """
+    angles = mrope_angles(config, jnp.broadcast_to(positions[:, None, None], (len(positions), 1, 3)))[:, 0]
+    x, filled = embeds, []
+    for layer, cache in zip(layers, caches):
+        x, cache = _layer(config, layer, cache, constrain(x, "batch"), angles, index, visible)
+        filled.append(cache)
+    return _norm(config, final_scale, x), tuple(filled)
+
+
+def _norm(config: TextConfig, scale: Array, x: Array) -> Array:
+    return RMSNorm(config.norm_epsilon).apply({"params": {"scale": scale}}, x)
+
+
+def _layer(
+    config: TextConfig, layer: PackedLayer, cache: Cache, x: Array, angles: Array, index: Array, visible: Array) -> tuple[Array, Cache]:
+    rows, width = len(x), config.head_width
+    inputs = _apply(layer.inputs, _norm(config, layer.attention_scale, x))
+    query, key, value = jnp.split(inputs, [config.heads * width, (config.heads + config.key_heads) * width], axis=1)
+    query = apply_rope(query.reshape(rows, config.heads, width), angles)
+    key = apply_rope(key.reshape(rows, config.key_heads, width), angles)
+    new = Cache(key, value.reshape(rows, config.key_heads, width))
+    cache = Cache(*(lax.dynamic_update_slice_in_dim(old, part[:, :, None], index, axis=2) for old, part in zip(cache, new)))
+    mixed = _attend(query.reshape(rows, config.key_heads, -1, width), cache, visible)
+    x = x + _apply(layer.output, mixed.reshape(rows, -1))
+    gate, up = jnp.split(_apply(layer.gate_and_up, _norm(config, layer.mlp_scale, x)), 2, axis=1)
+    return x + _apply(layer.down, jax.nn.silu(gate) * up), cache
+
+
+def _attend(query: Array, cache: Cache, visible: Array) -> Array:
+    """Queries `[N, H', H / H', K]` over a cache; logits and softmax are float32."""
+    logits = jnp.einsum("nhrk,nhsk->nhrs", query, cache.key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, MASKED), axis=-1)
+    return jnp.einsum("nhrs,nhsk->nhrk", weights.astype(cache.value.dtype), cache.value)
