@@ -15,8 +15,8 @@ Needs xpk (pip install xpk), gcloud and a cluster that xpk made. Buckets must be
 /mnt/BUCKET, so that every pod sees one and the same work folder:
   xpk storage attach BUCKET --type=gcsfuse --bucket=BUCKET --mount-point=/mnt/BUCKET --readonly=false --size=1 --auto-mount=false \
       --mount-options=implicit-dirs,rename-dir-limit=100000 --cluster=CLUSTER --zone=ZONE
-The checkout is added to the base image; each pod installs it and starts uae_jax.main. A pod that is evicted gets SIGTERM, all
-processes save, and the JobSet starts again in the same WORKDIR.
+The checkout is added to the base image; each pod installs it and starts uae_jax.main. Pods with GPUs are checked first, and flags
+of XLA and NCCL are set. A pod that is evicted gets SIGTERM, all processes save, and the JobSet starts again in the same WORKDIR.
 
 Options:
   --tpu-type TYPE       such as v5litepod-64, v6e-64, v5p-128; or
@@ -40,8 +40,8 @@ read_options "tpu-type device-type slices nodes storage image restarts priority 
 tpu=${option[tpu-type]:-} device=${option[device-type]:-}
 if [ -z "$tpu$device" ] || { [ -n "$tpu" ] && [ -n "$device" ]; }; then fail "give one of --tpu-type and --device-type"; fi
 
-extra=cuda shape=(--device-type="$device" --num-nodes="${option[nodes]:-1}")
-if [ -n "$tpu" ]; then extra=tpu shape=(--tpu-type="$tpu" --num-slices="${option[slices]:-1}"); fi
+extra=cuda start="bash launch/on_cards.sh python" shape=(--device-type="$device" --num-nodes="${option[nodes]:-1}")
+if [ -n "$tpu" ]; then extra=tpu start=python shape=(--tpu-type="$tpu" --num-slices="${option[slices]:-1}"); fi
 for name in zone project; do
   if [ -n "${option[$name]:-}" ]; then shape+=("--$name=${option[$name]}"); fi
 done
@@ -61,4 +61,4 @@ done
 do_it xpk workload create --cluster="${positional[0]}" --workload="${positional[1]}" "${shape[@]}" \
   --base-docker-image="${option[image]:-python:3.12}" --script-dir=. --priority="${option[priority]:-medium}" \
   --max-restarts="${option[restarts]:-100}" --restart-on-user-code-failure --termination-grace-period-seconds=120 \
-  --command="pip install -q '.[$extra]' && mkdir -p $(printf %q "$parent") && exec python -m uae_jax.main$arguments"
+  --command="pip install -q '.[$extra]' && mkdir -p $(printf %q "$parent") && exec $start -m uae_jax.main$arguments"

@@ -12,6 +12,7 @@ Usage: launch/local.sh [options] CONFIG WORKDIR [--config.x.y=value ...]
 
 Makes .venv with the jax build of this machine (CUDA where nvidia-smi works) on the first run. One process uses all devices;
 several are for tests of multi-process runs, and for hosts where one process a GPU is faster. The same command continues a run.
+On GPUs the host is checked first (driver, cards, shared memory), and flags of XLA and NCCL are set; those of the environment win.
 
 Options:
   --processes N   so many processes over jax.distributed, each with its own GPU where there are GPUs (default 1)
@@ -25,6 +26,8 @@ TEXT
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/options.sh
 . launch/options.sh
+# shellcheck source=launch/gpu.sh
+. launch/gpu.sh
 read_options "processes port python" "" 2 "$@"
 processes=${option[processes]:-1} port=${option[port]:-12355} python=${option[python]:-.venv/bin/python}
 if ! [[ $processes =~ ^[1-9][0-9]*$ ]]; then fail "--processes is $processes; it must be a positive number"; fi
@@ -32,10 +35,19 @@ if ! [[ $port =~ ^[0-9]+$ ]]; then fail "--port is $port; it must be a number"; 
 main=("$python" -m uae_jax.main --config="${positional[0]}" --workdir="${positional[1]}" "${positional[@]:2}")
 
 gpus=false
-if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then gpus=true; fi
+if command -v nvidia-smi >/dev/null 2>&1; then
+  if nvidia-smi >/dev/null 2>&1; then gpus=true; else caution "nvidia-smi fails, so the run is on the CPU; run it to see why"; fi
+fi
+extra=$($gpus && echo '.[cuda]' || echo .)
+if ! cards_wanted; then gpus=false; fi
+if $gpus; then
+  if ! $dry_run; then gpu_checks "$processes" 1; fi
+  gpu_flags
+  if $dry_run; then show_flags; fi
+fi
 if [ -z "${option[python]:-}" ] && [ ! -x .venv/bin/python ]; then
   do_it python3 -m venv .venv
-  do_it .venv/bin/pip install -q "$($gpus && echo '.[cuda]' || echo .)"
+  do_it .venv/bin/pip install -q "$extra"
 fi
 
 running=()

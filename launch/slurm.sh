@@ -18,6 +18,7 @@ Usage: sbatch [--nodes=N ...] launch/slurm.sh [options] CONFIG WORKDIR [--config
   sbatch --nodes=2 --ntasks-per-node=1 --cpus-per-task=64 launch/slurm.sh --task-per node configs/unified_grpo.py /shared/run
 
 Expects .venv with `pip install '.[cuda]'` in the folder where sbatch is called, and WORKDIR on a file system that all nodes share.
+Every node is checked first (driver, cards, shared memory), and flags of XLA and NCCL are set; those of the environment win.
 Two minutes before the time limit, or at a preemption, the run saves and the job is queued again; it then goes on.
 
 Options:
@@ -48,11 +49,13 @@ case $per in
   *) fail "--task-per is $per; choose gpu or node" ;;
 esac
 step=(srun --kill-on-bad-exit=1)
+# srun of SLURM 22.05 and later does not take it from sbatch, and a task would have one core
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then step+=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi
 if [ "$per" = node ]; then step+=(--ntasks-per-node=1 --ntasks="${SLURM_NNODES:-1}"); fi
 
 code=0
-do_it "${step[@]}" "${tasks[@]}" "$python" -m uae_jax.main --config="${positional[0]}" --workdir="${positional[1]}" \
-  "${positional[@]:2}" || code=$?
+do_it "${step[@]}" "${tasks[@]}" bash launch/on_cards.sh "$python" -m uae_jax.main --config="${positional[0]}" \
+  --workdir="${positional[1]}" "${positional[@]:2}" || code=$?
 # 143: all tasks saved after SIGTERM
 if [ "$code" -eq 143 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${option[max-restarts]:-100}" ]; then
   do_it scontrol requeue "$SLURM_JOB_ID"
