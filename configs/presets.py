@@ -164,18 +164,24 @@ SLICES = {
     "v5p-64": dict(
         mesh=dict(data=1, fsdp=64), pretrain=dict(micro_batches=1), cold_start=dict(vae_chunk=64), gen_for_und=dict(vae_chunk=256),
         und_for_gen=dict(vae_chunk=256, micro_batches=2)),
-    # 8 cards of 141 GB
+    # 8 cards of 80 or 141 GB
     "8xH200": dict(
-        mesh=dict(data=1, fsdp=8), pretrain=dict(micro_batches=8), cold_start=dict(micro_batches=8, vae_chunk=8),
-        gen_for_und=dict(micro_batches=8, vae_chunk=16), und_for_gen=dict(micro_batches=16, vae_chunk=16)),
-    # one card of 141 GB: adapters alone; fewer pictures a step, each alone in its micro-batch
+        mesh=dict(data=1, fsdp=8), pretrain=dict(micro_batches=2), cold_start=dict(micro_batches=4, vae_chunk=8),
+        gen_for_und=dict(micro_batches=2, vae_chunk=16), und_for_gen=dict(micro_batches=4, vae_chunk=16)),
+    # one card of 80 or 141 GB: fewer pictures a step; of the large model adapters alone
     "1xH200": dict(
         mesh=dict(data=1, fsdp=1), pretrain=dict(micro_batches=64), cold_start=dict(batch_size=16, micro_batches=16, vae_chunk=1),
-        gen_for_und=dict(batch_size=8, micro_batches=8, vae_chunk=4),
-        und_for_gen=dict(batch_size=4, group_size=24, micro_batches=12, vae_chunk=4)),
+        gen_for_und=dict(batch_size=8, micro_batches=2, vae_chunk=4),
+        und_for_gen=dict(batch_size=4, group_size=24, micro_batches=4, vae_chunk=4)),
+    # one card of 24 GB: adapters alone, and no copy of the language model for sampling
+    "1x24GB": dict(
+        mesh=dict(data=1, fsdp=1), gen_for_und=dict(batch_size=8, micro_batches=8, vae_chunk=2, gather_weights=False),
+        und_for_gen=dict(batch_size=4, group_size=24, micro_batches=12, vae_chunk=2, gather_weights=False)),
 }
-# 8.1 B weights with AdamW's moments and a gradient take 130 GB: one card trains the adapters of the large model only
-ADAPTERS_ALONE = ("qwen2_5_vl_3b_sd3_5_large@1xH200",)
+# 8.1 B weights with AdamW's moments and a gradient take 130 GB, 2.5 B 40 GB: such a card trains adapters only
+ADAPTERS_ALONE = ("qwen2_5_vl_3b_sd3_5_large@1xH200", "qwen2_5_vl_3b_sd3_5_medium@1x24GB")
+# the weights alone are more than the card holds
+TOO_LARGE = ("qwen2_5_vl_3b_sd3_5_large@1x24GB",)
 
 
 def _full(preset: str) -> dict:
@@ -196,7 +202,8 @@ def _full(preset: str) -> dict:
 
 FULL = ("qwen2_5_vl_3b_sd3_5_medium", "qwen2_5_vl_3b_sd3_5_large")
 PRESETS = {"tiny": _tiny, "emoji": _emoji, "mini": _mini} | {
-    name: functools.partial(_full, name) for base in FULL for name in (base, *(f"{base}@{machine}" for machine in SLICES))}
+    name: functools.partial(_full, name) for base in FULL for name in (base, *(f"{base}@{machine}" for machine in SLICES))
+    if name not in TOO_LARGE}
 
 
 def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDict:

@@ -15,9 +15,11 @@ from jax import Array, lax
 from uae_jax.models.qwen2_5_vl.config import TextConfig
 from uae_jax.models.qwen2_5_vl.text import Memory, mrope_angles
 from uae_jax.nn.attention.mask import MASKED
-from uae_jax.nn.constrain import constrain
+from uae_jax.nn.constrain import constrain, ways
 from uae_jax.nn.norms import RMSNorm
 from uae_jax.nn.rope import apply_rope
+
+ROWS = 8  # that cuBLAS's tensor cores take at once in half precision
 
 
 class Product(NamedTuple):
@@ -106,17 +108,26 @@ def _apply(product: Product, x: Array) -> Array:
     return y if product.bias is None else y + product.bias
 
 
+def whole_tiles(x: Array) -> Array:
+    """`[N, ...]` with zeros behind its rows up to a multiple of 8: XLA would pad operands and results of every product to it.
+
+    Rows that are cut over devices stay as they are.
+    """
+    room = -len(x) % ROWS if ways("batch") == 1 else 0
+    return jnp.pad(x, ((0, room), *((0, 0),) * (x.ndim - 1)))
+
+
 def start_caches(config: TextConfig, memory: Memory, group: int, length: int) -> tuple[Cache, ...]:
     """The prompt's keys and values for every row of its group, with room for a caption.
 
     Args:
       config: sizes.
       memory: of B prompts of S tokens.
-      group: G captions of a prompt, N = B * G.
+      group: G captions of a prompt, N = B * G before `whole_tiles`.
       length: T tokens of a caption.
     """
     def rows(x: Array) -> Array:
-        x = jnp.repeat(x.transpose(0, 2, 1, 3), group, axis=0)  # from [B, S, H', K]
+        x = whole_tiles(jnp.repeat(x.transpose(0, 2, 1, 3), group, axis=0))  # from [B, S, H', K]
         return constrain(jnp.pad(x, ((0, 0), (0, 0), (0, length), (0, 0))), "batch", "heads")
 
     return tuple(Cache(rows(memory.kv.key[index]), rows(memory.kv.value[index])) for index in range(config.layers))

@@ -114,14 +114,16 @@ def _packed(
     config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, prefix: model.Prefix, length: int, group: int) -> Decoder:
     """The form of `decoding`."""
     layers = decoding.pack(config.text, params["language"], adapter)
-    start, prompt = (jnp.repeat(x, group, axis=0) for x in (prefix.next_position, prefix.memory.mask))
+    start, prompt = (decoding.whole_tiles(jnp.repeat(x, group, axis=0)) for x in (prefix.next_position, prefix.memory.mask))
     size = prompt.shape[1]
 
     def advance(caches: Any, token: Array, step: Array) -> tuple[Array, Any]:
         written = jnp.broadcast_to(jnp.arange(length) <= step, (len(start), length))
-        return decoding.decode_token(
-            config.text, layers, params["language"]["final_norm"]["scale"], caches, model.embed_tokens(config, params, token),
-            start + step, size + step, jnp.concatenate([prompt, written], axis=1))
+        hidden, caches = decoding.decode_token(
+            config.text, layers, params["language"]["final_norm"]["scale"], caches,
+            model.embed_tokens(config, params, decoding.whole_tiles(token)), start + step, size + step,
+            jnp.concatenate([prompt, written], axis=1))
+        return hidden[:len(token)], caches
 
     return advance, decoding.start_caches(config.text, prefix.memory, group, length)
 

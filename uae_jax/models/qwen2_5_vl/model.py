@@ -267,10 +267,10 @@ def completion_log_probs(
 
 def text_hidden_states(config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, ids: Array, mask: Array) -> Array:
     """Final hidden states `[N, T, D]` of right-padded text `[N, T]`, which the projector maps to the decoder's context."""
-    rows, length = ids.shape
+    length = ids.shape[1]
     room = ((0, 0), (0, preferred_length(length) - length))
     ids, mask = jnp.pad(ids, room, constant_values=config.pad_token_id), jnp.pad(mask, room)
-    positions = text_positions(jnp.zeros(rows, jnp.int32), ids.shape[1])
+    positions = text_positions(jnp.zeros(1, jnp.int32), ids.shape[1])  # the same for all rows
     return hidden_states(config, params, adapter, embed_tokens(config, params, ids), positions, mask)[:, :length]
 
 

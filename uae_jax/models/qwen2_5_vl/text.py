@@ -176,7 +176,7 @@ class LanguageModel(nn.Module):
 
         Args:
           embeds: `[N, T, D]`.
-          positions: int `[N, T, 3]`, M-RoPE positions (time, row, column).
+          positions: int `[N, T, 3]`, M-RoPE positions (time, row, column); `[1, T, 3]` where all rows have the same.
           mask: bool `[N, T]`, False for padding, which is on the right.
           memories: keys and values that precede these tokens.
 
