@@ -41,8 +41,13 @@ def own_mesh() -> jax.sharding.Mesh:
 def open_system(folder: pathlib.Path, image_size: int, dtype: str = "float32") -> System:
     """The model without the folder's adapters, on this process's devices.
 
-    In bfloat16 the weights are rounded on the host, so that the device never holds them in float32.
+    In bfloat16 the weights are rounded on the host, so that the device never holds them in float32. A folder of configs
+    alone (`mini_checkpoint.write_configs`) gets random weights, made on the device.
     """
+    if not any((folder / "llm").glob("*.safetensors")):
+        from benchmarks.gpu_check.random_model import random_system
+
+        return random_system(folder, image_size, dtype)
     mesh = own_mesh()
     rounded = dtype != "float32"
     system = load_system(ModelConfig(folder=str(folder), adapters=False, dtype=dtype), image_size=image_size, mesh=None if rounded else mesh)
@@ -94,7 +99,9 @@ def stage_config(stage: str, settings: Settings):
             window_high=settings.steps - 1, noise_level=settings.noise_level, ema_decay=0.0)}[stage]
     return frozen(STEPS[stage][0], preset | own | dict(
         batch_size=settings.images, group_size=settings.group, max_new_tokens=settings.tokens, sampler_steps=settings.steps,
-        guidance_scale=settings.guidance_scale, lora_rank=settings.lora_rank, optimizer=optimizer))
+        guidance_scale=settings.guidance_scale, lora_rank=settings.lora_rank, optimizer=optimizer,
+        # as at full size; on one device it changes only the form in which GPUs sample captions
+        gather_weights=True))
 
 
 class JaxSide:
@@ -194,7 +201,7 @@ class JaxSide:
         """`group` captions of each picture, `[B * group, T]`."""
         return sample_captions(
             self.policy.model, parts, batch, self.key, max_new_tokens=tokens or self.settings.tokens, stops=(),
-            sampling=SamplingConfig(temperature), group=group).tokens
+            sampling=SamplingConfig(temperature), group=group, gather_weights=self.config.gather_weights).tokens
 
     def _sampling(self, temperature: float, group: int) -> dict[str, Callable[[], None]]:
         """The phase of sampling, and the same for one token."""

@@ -19,15 +19,28 @@ TRANSFORMER_TARGETS = [f"attn.{name}" for name in (
     "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")]
 
 
-def _projector(folder: pathlib.Path) -> nn.Sequential:
-    """The two linear maps that the release stores among the captioner's tensors."""
-    state = {}
+def _opened(kind: type, folder: pathlib.Path, device: str, **how) -> nn.Module:
+    """A model of a folder; one of random weights, made on the device, where the folder has configs alone."""
+    if any(folder.glob("*.safetensors")):
+        return kind.from_pretrained(folder, **how)
+    with torch.device(device):
+        if hasattr(kind, "load_config"):  # of diffusers
+            return kind.from_config(kind.load_config(folder)).to(how["torch_dtype"])
+        return kind._from_config(kind.config_class.from_pretrained(folder), **how)
+
+
+def _projector(folder: pathlib.Path, llm: nn.Module, context: int) -> nn.Sequential:
+    """The two linear maps that the release stores among the captioner's tensors, or random ones of that form."""
+    state, width = {}, llm.config.text_config.hidden_size
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             state |= {name.removeprefix("projector."): tensors.get_tensor(name) for name in tensors.keys() if name.startswith("projector.")}
-    sizes = [state[f"{index}.weight"].shape for index in (0, 2)]
+    sizes = [(4 * width, width), (context, 4 * width)]
+    if state:
+        sizes = [state[f"{index}.weight"].shape for index in (0, 2)]
     projector = nn.Sequential(nn.Linear(*reversed(sizes[0])), nn.GELU(), nn.Linear(*reversed(sizes[1])))
-    projector.load_state_dict(state)
+    if state:
+        projector.load_state_dict(state)
     return projector
 
 
@@ -48,11 +61,13 @@ class TorchModel:
         self.device, self.dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, self.settings.dtype)
         if self.device == "cuda":
             torch.set_float32_matmul_precision("high")
-        self.llm = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "llm", dtype=self.dtype, attn_implementation="sdpa")
-        self.projector = _projector(folder / "llm").to(self.dtype)
-        self.dit = SD3Transformer2DModel.from_pretrained(folder / "dit", torch_dtype=self.dtype)
-        self.vae = AutoencoderKL.from_pretrained(folder / "SD3" / "vae", torch_dtype=torch.float32)
-        self.clip = CLIPVisionModelWithProjection.from_pretrained(folder / "clip", dtype=torch.float32, attn_implementation="sdpa")
+        self.llm = _opened(
+            Qwen2_5_VLForConditionalGeneration, folder / "llm", self.device, dtype=self.dtype, attn_implementation="sdpa")
+        self.dit = _opened(SD3Transformer2DModel, folder / "dit", self.device, torch_dtype=self.dtype)
+        self.projector = _projector(folder / "llm", self.llm, self.dit.config.joint_attention_dim).to(self.dtype)
+        self.vae = _opened(AutoencoderKL, folder / "SD3" / "vae", self.device, torch_dtype=torch.float32)
+        self.clip = _opened(
+            CLIPVisionModelWithProjection, folder / "clip", self.device, dtype=torch.float32, attn_implementation="sdpa")
         for module in (self.llm, self.projector, self.dit, self.vae, self.clip):
             module.eval().requires_grad_(False).to(self.device)
         rank = self.settings.lora_rank
