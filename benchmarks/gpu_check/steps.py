@@ -102,7 +102,7 @@ def compile_step(config: RunConfig, system: AbstractSystem, program: Program) ->
     stats, resident = compiled.memory_analysis(), resident_bytes(program)
     temporaries = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
     results = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
-    estimate = estimate_memory(program, config, mesh_sizes(config, 1), system.model)
+    estimate = estimate_memory(program, config, mesh_sizes(config, 1), system)
     chip = chip_of(jax.devices()[0])
     return compiled, {
         "compile_seconds": seconds, "from_disk": programs is not None and stored_programs() == programs,

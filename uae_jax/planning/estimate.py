@@ -1,8 +1,8 @@
 """Bytes of one device by formulas, where nothing is compiled.
 
-Parameters, optimizer and batch are exact: they follow from shapes and sharding rules. Activations are those that a
-rematerialised program keeps: the input of every layer of the part that is differentiated, the working set of one layer, and
-the buffers of sampling and drawing. Numbers of copies in a working set are those of a pre-norm layer with a gated MLP.
+Parameters, optimizer and batch are exact: they follow from shapes and sharding rules. Temporaries are the largest phase of a stage:
+writing captions, drawing them, comparing images, or a gradient. Numbers of copies in a working set were fitted to compiled stages of the
+full-size presets on cards; a test holds the estimate between 1 and 1.15 times their peaks (docs/cards.md).
 """
 
 import dataclasses
@@ -15,13 +15,21 @@ from uae_jax import sharding, trees
 from uae_jax.planning.compile import Memory, Program
 from uae_jax.planning.roofline import MeshSizes
 from uae_jax.stages.run_config import RunConfig
+from uae_jax.stages.steps import Described
 
 FLOAT = 4
+BLOCK = 512  # queries whose logits exist at once (`nn.attention.plain`)
+# numbers of a layer that are kept, in units of its input, where nothing is recomputed; attention's weights are the most
+WHOLE_LAYER = 50
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """What the formulas read of a model, for one device: widths, lengths and bytes of a number."""
+    """What the formulas read of a model, for one device: widths, lengths and bytes of a number.
+
+    `encoder` counts the logits that blocks of attention of the first image encoder hold for an image; `whole_layers` says that
+    nothing is recomputed.
+    """
 
     activation: int
     tensor: int
@@ -34,76 +42,99 @@ class Shapes:
     layers: int
     tokens: int
     context: int
+    context_width: int
     pixels: int
     vae_width: int
     prompt: int
+    encoder: int
+    whole_layers: bool
 
 
-def _shapes(config: RunConfig, program: Program, sizes: MeshSizes, model: Any, caption: int) -> Shapes:
+def _shapes(config: RunConfig, program: Program, sizes: MeshSizes, system: Described, caption: int) -> Shapes:
+    model, names = system.model, getattr(getattr(program.config, "reward", None), "names", ())
     text, decoder = model.captioner.text, model.transformer
     side = model.image_size // model.vae.downsampling // decoder.patch_size
     context = model.template.length(caption)
+    encoder = max((_encoder_logits(system.encoders[name].config) for name in names), default=0)
     return Shapes(
         activation=2 if config.model.dtype == "bfloat16" else 4, tensor=sizes.tensor, text_width=text.width, text_mlp=text.mlp_width,
         text_layers=text.layers, cache=2 * text.layers * text.key_heads * text.head_width, vocabulary=text.vocab_size,
-        width=decoder.width, layers=decoder.num_layers, tokens=side**2 + context, context=context,
-        pixels=model.image_size**2, vae_width=model.vae.block_out_channels[0], prompt=program.batch["prompt_ids"].shape[1])
+        width=decoder.width, layers=decoder.num_layers, tokens=side**2 + context, context=context, context_width=decoder.joint_attention_dim,
+        pixels=model.image_size**2, vae_width=model.vae.block_out_channels[0], prompt=program.batch["prompt_ids"].shape[1],
+        encoder=encoder, whole_layers=config.model.remat == "none")
 
 
-def _transformer_layer(s: Shapes, rows: float) -> float:
-    # input, norm, three projections, attention, output, and the inner width 4 D twice
-    return rows * s.tokens * s.width * (7 + 8 / s.tensor) * s.activation
+def _encoder_logits(config: Any) -> int:
+    """Numbers of attention's logits that an image encoder holds for an image at once."""
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    return config.num_attention_heads * min(BLOCK, tokens) * tokens
+
+
+def _transformer_layer(s: Shapes, rows: float, copies: float) -> float:
+    return rows * s.tokens * s.width * copies * s.activation
 
 
 def _language_layer(s: Shapes, rows: float, length: int) -> float:
     return rows * length * (7 * s.text_width + 3 * s.text_mlp / s.tensor) * s.activation
 
 
-def _pictures(s: Shapes, rows: float, kept: int) -> float:
-    """`kept` float32 maps of the decoder's first width at full resolution; the last level begins with twice that width."""
-    return rows * s.pixels * 2 * s.vae_width * FLOAT * kept
+def _maps(s: Shapes, rows: float, kept: float) -> float:
+    """`kept` float32 maps of the auto-encoder's first width at full resolution."""
+    return rows * s.pixels * s.vae_width * FLOAT * kept
 
 
 def _drawing(s: Shapes, rows: float, guidance: float, chunk: float) -> float:
     both = rows * (1 if guidance == 1 else 2)
-    layer = _transformer_layer(s, both) + both * s.context * s.width * s.activation
-    return max(layer, _pictures(s, min(chunk or rows, rows), 3)) + rows * s.pixels * 3 * FLOAT
+    context = both * s.context * s.width * s.activation
+    # the decoder's last level begins with twice the first width
+    return max(_transformer_layer(s, both, 6) + context, _maps(s, min(chunk or rows, rows), 8)) + rows * s.pixels * 3 * FLOAT
 
 
-def _writing(s: Shapes, rows: float, groups: float, length: int) -> float:
-    cache = (rows * length + groups * s.prompt) * s.cache * s.activation
-    return cache + rows * s.vocabulary * FLOAT * 3
+def _comparing(s: Shapes, rows: float, groups: float) -> float:
+    """Images, and the logits of attention of the image encoder, in float32."""
+    return 3 * rows * s.pixels * 3 * FLOAT + 2 * (rows + groups) * s.encoder * FLOAT
 
 
-def _gradient(shapes: Shapes, rows: float, *, language: bool, length: int) -> float:
-    """Layer inputs that are kept, and one layer in the backward pass: its working set twice."""
-    s = shapes
-    if language:
-        kept = rows * length * s.text_width * s.text_layers * s.activation
-        # logits of 128 positions, their softmax and their gradient
-        return kept + 2 * _language_layer(s, rows, length) + 3 * rows * min(128, length) * s.vocabulary * FLOAT
-    return rows * s.tokens * s.width * s.layers * s.activation + 2 * _transformer_layer(s, rows)
+def _writing(s: Shapes, rows: float, groups: float, length: int, packed: bool) -> float:
+    own = rows * (length + s.prompt) if packed else rows * length
+    return (own + groups * s.prompt) * s.cache * s.activation + 3 * rows * s.vocabulary * FLOAT
 
 
-def _stage_activations(stage: str, settings: Any, s: Shapes, rows: float, length: int, gathered: float) -> float:
-    """The largest phase of a stage; `rows` pictures of a batch and `gathered` bytes of sampling weights on one device."""
+def _language_gradient(s: Shapes, rows: float, length: int, chunk: int) -> float:
+    """What is kept of every layer, its input or all of it, one layer in the backward pass, and logits of `chunk` positions twice."""
+    layer, inputs = _language_layer(s, rows, length), rows * length * s.text_width * s.activation
+    return s.text_layers * (WHOLE_LAYER * inputs if s.whole_layers else inputs) + 2 * layer + 2 * rows * min(chunk, length) * s.vocabulary * FLOAT
+
+
+def _gradient(s: Shapes, rows: float) -> float:
+    """The same of the transformer."""
+    layer, inputs = _transformer_layer(s, rows, 7 + 8 / s.tensor), _transformer_layer(s, rows, 1)
+    return s.layers * (WHOLE_LAYER * inputs if s.whole_layers else inputs) + 2.2 * layer
+
+
+def _stage_activations(stage: str, settings: Any, s: Shapes, rows: float, length: int, gathered: float, trained: float, ways: int) -> float:
+    """The largest phase of a stage on one of `ways` devices: `rows` images of a batch, bytes of sampling weights and of trained ones."""
     parts = settings.micro_batches * settings.updates_per_rollout
     small = max(rows / parts, 1)
+    # of a layer of the trained transformer, before devices have added them up: together as many as a device's share
+    unsummed = trained if ways > 1 else 0.0
     if stage == "pretrain":
-        encode = _language_layer(s, small, s.context) + _pictures(s, small, 3)
-        return max(encode, _gradient(s, small, language=False, length=length)) + rows * s.context * s.text_width * s.activation
+        encode = _language_layer(s, small, s.context) + _maps(s, small, 3)
+        return max(encode, _gradient(s, small) + unsummed) + rows * s.context * s.text_width * s.activation
     guided = 1 if settings.guidance_scale == 1 else 2
     if stage == "cold_start":
         steps = small * s.pixels / 64 * 16 * FLOAT * settings.sampler_steps
-        return steps + max(_gradient(s, small * guided, language=False, length=length), _pictures(s, min(settings.vae_chunk or small, small), 12))
-    chunk = settings.vae_chunk
-    drawing = _drawing(s, rows * settings.group_size, settings.guidance_scale, chunk)
+        return steps + max(_gradient(s, small * guided) + unsummed, _maps(s, min(max(settings.vae_chunk / ways, 1) if settings.vae_chunk else small, small), 22))
+    chunk, group = settings.vae_chunk and max(settings.vae_chunk / ways, 1), settings.group_size
+    drawing = max(_drawing(s, rows * group, settings.guidance_scale, chunk), _comparing(s, rows * group, rows))
     if stage == "gen_for_und":
-        writing = gathered + _writing(s, rows * settings.group_size, rows, length)
-        return max(writing, drawing, _gradient(s, small * settings.group_size, language=True, length=length))
-    window = 3 * settings.window * rows * settings.group_size * s.pixels / 64 * 16 * FLOAT
-    gradient = _gradient(s, small * settings.group_size * guided, language=False, length=length)
-    return window + max(gathered + _writing(s, rows, rows, length), drawing, gradient)
+        writing = gathered + _writing(s, rows * group, rows, length, bool(gathered))
+        return max(writing, drawing, _language_gradient(s, small * group, length, settings.score_chunk))
+    steps = getattr(settings, "window", 0) if settings.method == "flow_grpo" else settings.noise_levels
+    # what a rollout keeps for its updates: latents of the window, and every drawing's context
+    window = 3 * steps * rows * group * s.pixels / 64 * 16 * FLOAT + rows * group * s.context * s.context_width * s.activation
+    gradient = _gradient(s, max(rows * group / parts, 1) * guided)
+    return window + max(gathered + _writing(s, rows, rows, length, bool(gathered)), drawing, gradient)
 
 
 def _share(tree: Any, sizes: MeshSizes) -> float:
@@ -117,30 +148,41 @@ def _share(tree: Any, sizes: MeshSizes) -> float:
     return total
 
 
-def estimate_memory(program: Program, config: RunConfig, sizes: MeshSizes, model: Any) -> Memory:
+def estimate_memory(program: Program, config: RunConfig, sizes: MeshSizes, system: Described) -> Memory:
     """The memory of a stage on one device, without compiling.
 
     Args:
       program: the stage, without shardings.
       config: of the run.
       sizes: of the mesh.
-      model: the description.
+      system: without weights.
     """
-    settings = program.config
+    settings, state = program.config, program.state
     length = getattr(settings, "max_new_tokens", 0) or program.batch["caption_ids"].shape[1]
-    shapes = _shapes(config, program, sizes, model, length)
+    shapes = _shapes(config, program, sizes, system, length)
     batch = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.batch)) / sizes.batch
-    resident = _share(program.state, sizes) + _share(program.frozen, sizes) + batch
-    gradients = 2 * _share(program.state.params, sizes)  # their sum, and those of a micro-batch
+    trained = _share(state.params, sizes)
+    resident = _share(state, sizes) + _share(program.frozen, sizes) + batch
+    # the sum of gradients and those of a micro-batch; loops over denoising steps read a copy in the precision of activations
+    gradients = 2 * trained + (trained * shapes.activation / FLOAT if program.stage == "cold_start" and shapes.activation < FLOAT else 0)
     layers = _largest_layer(program, sizes)
-    rows, gathered = settings.batch_size / sizes.batch, 0.0
-    if getattr(settings, "gather_weights", False) and sizes.fsdp > 1:
-        gathered = trees.parameter_count(program.frozen["language"]) * shapes.activation / sizes.tensor
+    rows, gathered = settings.batch_size / sizes.batch, _sampling_weights(program, sizes, shapes)
     entries = (
         (gradients, "float32", "gradients"), (layers, config.model.dtype, "gathered weights of two layers"),
-        (_stage_activations(program.stage, settings, shapes, rows, length, gathered), config.model.dtype, "activations"))
+        (_stage_activations(program.stage, settings, shapes, rows, length, gathered, trained, sizes.batch), config.model.dtype, "activations"))
     temporaries = sum(size for size, _, _ in entries)
     return Memory(resident, temporaries, resident + temporaries, tuple(sorted(entries, reverse=True)), estimated=True)
+
+
+def _sampling_weights(program: Program, sizes: MeshSizes, s: Shapes) -> float:
+    """Bytes of the copy of the language model that sampling reads (`gather_weights`); the next gathers are under way meanwhile."""
+    if not getattr(program.config, "gather_weights", False):
+        return 0.0
+    language = program.frozen["language"] if "language" in program.frozen else program.state.params["language"]
+    layers = trees.parameter_count(language["layers"]) * s.activation / sizes.tensor
+    if sizes.fsdp == 1:
+        return layers
+    return 1.25 * layers + (trees.parameter_count(language) * s.activation / sizes.tensor - layers)
 
 
 def _largest_layer(program: Program, sizes: MeshSizes) -> float:

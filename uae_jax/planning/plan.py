@@ -66,7 +66,7 @@ def plan_stage(
     """Counts a stage and finds its memory: compiled for a mesh, estimated without one; see `make_plan`."""
     program = make_program(config, system, system.parts, system.batch, stage, mesh)
     if mesh is None:
-        memory = estimate_memory(program, config, sizes, system.model)
+        memory = estimate_memory(program, config, sizes, system)
     else:
         memory = compile_program(program, mesh, text=texts and texts / f"{stage}.hlo")
     count = step_work(config, system, stage)
