@@ -45,6 +45,8 @@ def main() -> None:
     parser.add_argument("plans", nargs="+", type=pathlib.Path)
     try:
         presets = read(parser.parse_args().plans)
+    except KeyError as error:
+        raise SystemExit(f"error: a file has no field {error}; make it with --json of uae_jax.plan") from error
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     for preset, stages in sorted(presets.items()):

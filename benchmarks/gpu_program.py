@@ -4,7 +4,8 @@
     python -m benchmarks.gpu_program hlo/gen_for_und.hlo hlo/und_for_gen.hlo --topology=gpu:1xH100
 
 Seconds are the roofline of the compiled instructions: each takes the longer of its operations at the card's peak in bfloat16 and its
-bytes at the memory's bandwidth. Launches, caches and float32 products cost more than that; a step is never faster.
+bytes at the memory's bandwidth; collectives take the bytes of their results at the links' bandwidth, as if nothing ran beside them.
+Launches, caches and float32 products cost more than that.
 """
 
 import argparse
@@ -33,18 +34,23 @@ class Cost:
     traffic: float = 0.0
     seconds: float = 0.0
 
-    def add(self, times: float, flops: float, traffic: float, chip: Chip) -> None:
+    def add(self, times: float, flops: float, traffic: float, seconds: float) -> None:
         """An instruction that runs so many times."""
         self.launches += times
         self.flops += times * flops
         self.traffic += times * traffic
-        self.seconds += times * max(flops / chip.flops, traffic / chip.memory_bandwidth)
+        self.seconds += times * seconds
+
+
+def collective(use: Use) -> str:
+    """The kind of a collective; empty for every other instruction."""
+    return next((name for name in COLLECTIVES if use.instruction.opcode.startswith(name)), "")
 
 
 def runner(use: Use) -> str:
     """Who runs an instruction."""
     instruction = use.instruction
-    if any(instruction.opcode.startswith(name) for name in COLLECTIVES):
+    if collective(use):
         return "NCCL"
     for name, words in (("cuDNN attention", "fmha"), ("cuDNN convolutions", "__cudnn$conv"), ("cuBLAS", "__cublas")):
         if words in instruction.target:
@@ -68,7 +74,11 @@ def costs(module: Module, chip: Chip, group: Callable[[Use], str]) -> dict[str, 
     """Costs by group, the longest first."""
     found: dict[str, Cost] = defaultdict(Cost)
     for use in module.uses():
-        found[group(use)].add(use.times, module.flops(use), module.traffic(use), chip)
+        flops, traffic = module.flops(use), module.traffic(use)
+        seconds = max(flops / chip.flops, traffic / chip.memory_bandwidth)
+        if collective(use):
+            seconds = use.instruction.bytes / chip.link_bandwidth
+        found[group(use)].add(use.times, flops, traffic, seconds)
     return dict(sorted(found.items(), key=lambda item: -item[1].seconds))
 
 
@@ -76,8 +86,7 @@ def collectives(module: Module) -> dict[tuple[str, str], tuple[float, float]]:
     """How often each kind of collective runs, and bytes of its results, by the loop that it stands in."""
     found: dict[tuple[str, str], tuple[float, float]] = {}
     for use in module.uses():
-        kind = next((name for name in COLLECTIVES if use.instruction.opcode.startswith(name)), None)
-        if kind:
+        if kind := collective(use):
             loop = re.sub(r"jit\(train_step\)/|closed_call/|body/|checkpoint/", "", use.loops[-1]) if use.loops else "outside of loops"
             count, size = found.get((kind, loop), (0.0, 0.0))
             found[kind, loop] = count + use.times, size + use.times * use.instruction.bytes
@@ -118,12 +127,19 @@ def main() -> None:
     parser.add_argument("--topology", required=True, help="the one that they were compiled for")
     parser.add_argument("--tokens", type=int, default=512, help="max_new_tokens of the stage")
     options = parser.parse_args()
+    if options.tokens < 1:
+        parser.error(f"--tokens is {options.tokens}; it must be positive")
     try:
-        chip, texts = parse_topology(options.topology).chip, [path.read_text() for path in options.texts]
+        topology, texts = parse_topology(options.topology), [path.read_text() for path in options.texts]
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    if topology.kind != "gpu":
+        raise SystemExit(f"error: {topology.name} has no cards; give the topology that the files were compiled for")
     for path, text in zip(options.texts, texts):
-        print(report(path.stem, Module(text, options.tokens), chip, options.tokens) + "\n")
+        module = Module(text, options.tokens)
+        if not module.entry:
+            raise SystemExit(f"error: {path} is no compiled program; make it with --hlo of uae_jax.plan")
+        print(report(path.stem, module, topology.chip, options.tokens) + "\n")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.device == "cpu":
         time_here(options.batch or 1, options.layers, options.repeats)
     else:
-        compile_for(options.device, options.batch or 16, options.layers)
+        try:
+            compile_for(options.device, options.batch or 16, options.layers)
+        except (ValueError, ImportError) as error:
+            raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

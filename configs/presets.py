@@ -210,11 +210,13 @@ def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDi
     """The configuration of a preset, running the given stages.
 
     Raises:
-      ValueError: there is no such preset.
+      ValueError: there is no such preset, or it has none of the stages.
     """
     name = name or "tiny"
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     config = ml_collections.ConfigDict(PRESETS[name]())
     config.stages = tuple(stage for stage in stages if name not in ADAPTERS_ALONE or stage.endswith(("_for_und", "_for_gen")))
+    if stages and not config.stages:
+        raise ValueError(f"the preset {name!r} trains adapters only, in gen_for_und and und_for_gen; its card is too small for {stages[0]}")
     return config

@@ -274,6 +274,8 @@ def test_without_cards_wanted_nothing_is_checked_or_set(host):
     (["No devices were found"], {}, ("lists no card", "--gpus all")),
     ([H100], {"CUDA_VISIBLE_DEVICES": ""}, ("CUDA_VISIBLE_DEVICES is ''", "hides every card", "unset it")),
     ([H100] * 2, {"CUDA_VISIBLE_DEVICES": "-1"}, ("hides every card",)),
+    ([H100] * 2, {"CUDA_VISIBLE_DEVICES": "0,7"}, ("names card 7", "this host has 2")),
+    ([H100] * 2, {"JAX_LOCAL_DEVICE_IDS": "first"}, ("JAX_LOCAL_DEVICE_IDS is 'first'", "give numbers")),
     ([H100] * 4, {"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, ("8 processes need a card each and CUDA sees 4", "--gpus-per-node")),
     ([H100] * 4, {"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "CUDA_VISIBLE_DEVICES": "0,2"}, ("4 processes", "CUDA sees 2")),
     ([H100] * 4, {"JAX_LOCAL_DEVICE_IDS": "0,1,2,3,4"}, ("JAX_LOCAL_DEVICE_IDS names card 4", "CUDA sees 4"))])

@@ -61,3 +61,13 @@ def test_a_field_is_set_from_the_command_line(monkeypatch, setting, value, read)
     holder = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
     values(arguments)
     assert read(frozen(RunConfig, holder.value.to_dict()))
+
+
+def test_a_preset_of_a_small_card_has_the_stages_that_fit():
+    name = "qwen2_5_vl_3b_sd3_5_medium@1x24GB"
+    assert presets.preset(name, ("pretrain", "cold_start", "gen_for_und", "und_for_gen")).stages == ("gen_for_und", "und_for_gen")
+    assert presets.preset(name, ()).stages == ()
+    with pytest.raises(ValueError, match="trains adapters only.*too small for pretrain"):
+        presets.preset(name, ("pretrain",))
+    with pytest.raises(ValueError, match="unknown preset"):
+        presets.preset("qwen2_5_vl_3b_sd3_5_large@1x24GB", ())

@@ -55,6 +55,8 @@ def main(argv: list[str]) -> None:
             raise FileNotFoundError(f"the folder of --json={_JSON.value} does not exist; make it first")
         texts = pathlib.Path(_HLO.value) if _HLO.value else None
         if texts:
+            if texts.exists() and not texts.is_dir():
+                raise NotADirectoryError(f"--hlo={texts} is a file; give a folder")
             texts.mkdir(parents=True, exist_ok=True)
         plans, topology, sizes = make_plan(
             config, _TOPOLOGY.value, tuple(_STAGES.value),

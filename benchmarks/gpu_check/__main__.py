@@ -56,7 +56,10 @@ def check(
         else:
             used = f"{60 * minutes - left:.0f} of {60 * minutes:.0f} s"
             print(f"[{used}] {part.name}, at most {limit:.0f} s ...", flush=True)
+            before = report["parts"].get(part.name, {}).get("figures", {})
             found = report["parts"][part.name] = outcome(part, size, work, limit)
+            if found["status"] != "ok" and len(before) > len(found.get("figures", {})):
+                found["figures"] = before  # of an earlier run that came further
             said = f"{part.name}: {found['status']} in {found['seconds']:.0f} s"
             print(said, *found.get("error", ())[-3:], sep="\n    ", flush=True)
         waiting.pop(0)

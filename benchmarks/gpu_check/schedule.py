@@ -34,12 +34,11 @@ class Part:
     command: tuple[str, ...] = ()
 
 
+# most of the time of a step is its compilation; the stages with the longest loops take the longest (docs/cards.md)
 PARTS = (
-    Part("device", 20, 8),
-    *(Part(f"steps:{stage}", 60, 20) for stage in ("gen_for_und", "und_for_gen", "pretrain", "cold_start")),
-    Part("attention", 45, 20),
-    *(Part(f"phases:{stage}", 50, 20) for stage in ("gen_for_und", "und_for_gen")),
-    *(Part(f"torch:{stage}", 60, 25) for stage in ("gen_for_und", "und_for_gen")))
+    Part("device", 15, 8), Part("steps:gen_for_und", 80, 20), Part("steps:und_for_gen", 90, 20), Part("attention", 35, 20),
+    Part("phases:gen_for_und", 45, 20), Part("torch:gen_for_und", 50, 25), Part("steps:pretrain", 50, 20),
+    Part("steps:cold_start", 85, 20), Part("phases:und_for_gen", 40, 20), Part("torch:und_for_gen", 45, 25))
 
 
 def select(names: str, parts: Sequence[Part] = PARTS) -> list[Part]:

@@ -48,8 +48,7 @@ def check_config(size: str) -> RunConfig:
 
 def chip_of(device: Any) -> Chip | None:
     """The row of `planning.chips` for a device; None for a card that is not in the table."""
-    fitting = [chip for chip in CHIPS.values() if device.device_kind.startswith(chip.device_kind)]
-    return max(fitting, key=lambda chip: len(chip.device_kind), default=None)
+    return next((chip for chip in CHIPS.values() if device.device_kind == chip.device_kind), None)
 
 
 def peak_bytes() -> int | None:
@@ -76,6 +75,8 @@ def run(size: str, stage: str, until: float, report: Callable[[dict], None]) -> 
     figures: dict[str, Any] = {
         "preset": config.preset, "images": program.config.batch_size,
         "trainable": trees.parameter_count(program.state.params), "frozen": trees.parameter_count(program.frozen)}
+    figures |= planned(config, system, program)
+    report(figures)  # what is known stays where compilation takes all of the time
     with sharding.in_use(mesh):
         compiled, found = compile_step(config, system, program)
         figures |= found
@@ -90,8 +91,16 @@ def run(size: str, stage: str, until: float, report: Callable[[dict], None]) -> 
         raise RuntimeError(f"a step is not finite: {figures['metrics']}, {figures['skipped']} updates skipped")
 
 
+def planned(config: RunConfig, system: AbstractSystem, program: Program) -> dict:
+    """What is known before anything is compiled: memory by estimate, and the card's peak."""
+    estimate, chip = estimate_memory(program, config, mesh_sizes(config, 1), system), chip_of(jax.devices()[0])
+    return {
+        "peak_flops": chip.flops if chip else None,
+        "estimate": {"arguments": estimate.arguments, "temporaries": estimate.temporaries, "peak": estimate.peak}}
+
+
 def compile_step(config: RunConfig, system: AbstractSystem, program: Program) -> tuple[Callable, dict]:
-    """The compiled step, and what is known before it runs: seconds, operations, memory by compiler and by estimate."""
+    """The compiled step, and what is then known of it: seconds, operations, memory by the compiler."""
     begin, programs = time.perf_counter(), stored_programs()
     lowered = program.step.lower(*program.arguments)
     with ThreadPoolExecutor(1) as pool:  # the compiler leaves the interpreter free
@@ -102,13 +111,10 @@ def compile_step(config: RunConfig, system: AbstractSystem, program: Program) ->
     stats, resident = compiled.memory_analysis(), resident_bytes(program)
     temporaries = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
     results = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
-    estimate = estimate_memory(program, config, mesh_sizes(config, 1), system)
-    chip = chip_of(jax.devices()[0])
     return compiled, {
         "compile_seconds": seconds, "from_disk": programs is not None and stored_programs() == programs,
-        "flops": flops, "model_flops": model_flops, "peak_flops": chip.flops if chip else None,
-        "compiler": {"arguments": resident, "temporaries": temporaries, "peak": resident + temporaries + results},
-        "estimate": {"arguments": estimate.arguments, "temporaries": estimate.temporaries, "peak": estimate.peak}}
+        "flops": flops, "model_flops": model_flops,
+        "compiler": {"arguments": resident, "temporaries": temporaries, "peak": resident + temporaries + results}}
 
 
 def stored_programs() -> int | None:

@@ -16,7 +16,8 @@ from uae_jax.nn.device import compute_capability
 @pytest.mark.parametrize("kind, expected", [
     ("Tesla T4", (7, 5)), ("Quadro RTX 6000", (7, 5)), ("NVIDIA GeForce RTX 2080 Ti", (7, 5)), ("Tesla V100-SXM2-16GB", (7, 0)),
     ("Tesla P4", (6, 0)), ("NVIDIA A100-SXM4-40GB", (8, 0)), ("NVIDIA L4", (8, 0)), ("NVIDIA L40S", (8, 0)), ("NVIDIA GeForce RTX 4090", (8, 0)),
-    ("NVIDIA RTX 6000 Ada Generation", (8, 0)), ("NVIDIA B200", (8, 0))])
+    ("NVIDIA RTX 6000 Ada Generation", (8, 0)), ("NVIDIA RTX 2000 Ada Generation", (8, 0)), ("NVIDIA B200", (8, 0)), ("NVIDIA T400", (7, 5)),
+    ("Tesla M60", (6, 0)), ("AMD Instinct MI300X", (0, 0))])
 def test_the_name_of_a_card_that_is_not_there_tells_whether_it_is_too_old(kind, expected):
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     with cards(kind), sharding.in_use(mesh):

@@ -111,3 +111,67 @@ def test_traffic_is_that_of_the_layer_and_of_the_update_and_not_of_the_stack():
     assert traffic["kernel"] == 2 * 64 * 32 * 2 + 4  # read, written, and its index
     assert traffic["filled"] == 2 * 8 * 4 * 2 + 4
     assert traffic["y"] == (8 * 64 + 64 * 32 + 8 * 32) * 2  # without the library's workspace
+
+
+STARTS = """HloModule jit_step
+
+%left (p: f32[64,64]) -> f32[64,64] {
+  %p = f32[64,64]{1,0} parameter(0)
+  ROOT %dot = f32[64,64]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%right (p: f32[64,64]) -> f32[64,64] {
+  %p = f32[64,64]{1,0} parameter(0)
+  %one = f32[64,64]{1,0} copy(%p)
+  ROOT %two = f32[64,64]{1,0} copy(%one)
+}
+
+%go (carry: (f32[64,64])) -> pred[] {
+  %carry = (f32[64,64]{1,0}) parameter(0)
+  %x = f32[64,64]{1,0} get-tuple-element(%carry), index=0
+  %all = pred[]{} all-reduce(%x), channel_id=2
+  ROOT %more = pred[] not(%all)
+}
+
+%pass (carry: (f32[64,64])) -> (f32[64,64]) {
+  %carry = (f32[64,64]{1,0}) parameter(0)
+  %x = f32[64,64]{1,0} get-tuple-element(%carry), index=0
+  %y = f32[64,64]{1,0} copy(%x)
+  ROOT %next = (f32[64,64]{1,0}) tuple(%y)
+}
+
+%fused (p0: f32[8,512], p1: f32[8,1], p2: s32[]) -> (f32[8,512], f32[8,1]) {
+  %p0 = f32[8,512]{1,0} parameter(0)
+  %p1 = f32[8,1]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %update = f32[8,512]{1,0} dynamic-update-slice(%p0, %p1, %p2, %p2)
+  ROOT %both = (f32[8,512]{1,0}, f32[8,1]{1,0}) tuple(%update, %p1)
+}
+
+ENTRY %main (a: f32[64,64], b: pred[], c: f32[8,512], d: f32[8,1], e: s32[]) -> f32[64,64] {
+  %a = f32[64,64]{1,0} parameter(0)
+  %b = pred[] parameter(1)
+  %c = f32[8,512]{1,0} parameter(2)
+  %d = f32[8,1]{1,0} parameter(3)
+  %e = s32[] parameter(4)
+  %chosen = f32[64,64]{1,0} conditional(%b, %a, %a), true_computation=%left, false_computation=%right
+  %gather = (f32[64,64]{1,0}, f32[512,64]{1,0}) all-gather-start(%a), channel_id=1, dimensions={0}
+  %gathered = f32[512,64]{1,0} all-gather-done(%gather)
+  %reduce = f32[64,64]{1,0} all-reduce-start(%a), channel_id=3
+  %moved = (f32[64,64]{1,0}, f32[64,64]{1,0}, u32[]) copy-start(%a)
+  %filled = (f32[8,512]{1,0}, f32[8,1]{1,0}) fusion(%c, %d, %e), kind=kLoop, calls=%fused
+  %start = (f32[64,64]{1,0}) tuple(%a)
+  %loop = (f32[64,64]{1,0}) while(%start), condition=%go, body=%pass
+  ROOT %result = f32[64,64]{1,0} get-tuple-element(%loop), index=0
+}
+"""
+
+
+def test_transfers_branches_and_conditions_are_counted_once_each():
+    found = Module(STARTS, trips=5)
+    uses = {use.instruction.name: use for use in found.uses()}
+    assert found.flops(uses["dot"]) == 2 * 64**3 and "two" not in uses  # the branch that costs more
+    assert uses["gather"].instruction.bytes == 512 * 64 * 4 and uses["reduce"].instruction.bytes == 64 * 64 * 4
+    assert found.traffic(uses["moved"]) == 2 * 64 * 64 * 4
+    assert found.traffic(uses["filled"]) == 8 * 4 + 2 * 8 * 4 + 4  # read and written: a column, not the array
+    assert (uses["all"].times, uses["y"].times) == (6, 5)  # before every pass, and once more

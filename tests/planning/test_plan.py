@@ -9,15 +9,17 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from configs import presets
 
-from uae_jax import trees
+from uae_jax import sharding, trees
+from uae_jax.nn.attention import attention
 from uae_jax.planning import plan, published
 from uae_jax.planning.cards import TARGETS
 from uae_jax.planning.chips import GIB, USABLE, parse_topology
-from uae_jax.planning.compile import Memory, _too_large, largest_results, plan_mesh, resident_bytes
+from uae_jax.planning.compile import QUICK_GPU, Memory, _too_large, largest_results, plan_mesh, resident_bytes
 from uae_jax.planning.estimate import estimate_memory
 from uae_jax.planning.flops import Count, Work
 from uae_jax.planning.plan import make_plan, mesh_sizes
@@ -198,6 +200,22 @@ def test_cards_are_described_to_the_compiler_or_it_is_said_what_to_install(name)
         mesh = plan_mesh(config, topology)
         assert mesh.shape == {"data": 2, "fsdp": 4, "tensor": 1} and mesh.devices.flat[0].device_kind == topology.chip.device_kind
         assert [device.process_index for device in mesh.devices.flat] == [0] * 4 + [1] * 4
+        text = compile_for_cards(mesh)
+        assert ("fmha" in text) == (name != "T4") and "__cudnn$conv" in text and "all-reduce" in text
+
+
+def compile_for_cards(mesh: jax.sharding.Mesh) -> str:
+    """The compiled gradient of a convolution, a product and attention, with rows over all devices."""
+    def energy(images, matrix, kernel):
+        y = jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        heads = (y.reshape(len(y), 256, 128).astype(jnp.bfloat16) @ matrix).reshape(len(y), 256, 2, 64)
+        return attention(heads, heads, heads).astype(jnp.float32).sum()
+
+    rows, whole = (jax.NamedSharding(mesh, spec) for spec in (jax.P(("data", "fsdp")), jax.P()))
+    shapes = (((mesh.size, 16, 16, 128), jnp.float32, rows), ((128, 128), jnp.bfloat16, whole), ((3, 3, 128, 128), jnp.float32, whole))
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=at) for shape, dtype, at in shapes]
+    with sharding.in_use(mesh):
+        return jax.jit(jax.grad(energy, argnums=(1, 2))).lower(*arguments).compile(compiler_options=QUICK_GPU).as_text()
 
 
 def test_a_mesh_that_leaves_a_large_parameter_whole_is_refused():

@@ -1,13 +1,16 @@
 """A model folder goes straight to its mesh; cut over several devices it says and draws the same."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from stage_pieces import make_run
+import pytest
+from stage_pieces import changed, make_run
 
 from uae_jax import sharding, trees
 from uae_jax.data import scenes
 from uae_jax.sharding import MeshConfig, make_mesh
 from uae_jax.stages.inference import Inference, InferenceConfig, Row
+from uae_jax.stages.steps import HELD, held
 from uae_jax.stages.weights import ModelConfig, load_system
 
 
@@ -28,6 +31,36 @@ def test_every_part_lies_on_the_mesh_by_the_rules_of_the_whole_model(model_folde
 def test_a_run_holds_its_parameters_once(config, tmp_path):
     run = make_run(config, tmp_path, devices=2)
     assert run.system.parts == {} and all(len(leaf.devices()) == 2 for leaf in jax.tree.leaves(run.parts))
+
+
+# what each run trains, and the parts that may then be rounded while they are read
+HALVED = {
+    "adapters": (dict(stages=("gen_for_und", "und_for_gen")), {"vision", "language", "projector", "transformer"}),
+    "supervised": (dict(stages=("pretrain", "gen_for_und")), {"vision", "language"}),
+    "projector frozen": (dict(stages=("pretrain",), pretrain=dict(train_projector=False)), {"vision", "language", "projector"}),
+    "captioner whole": (dict(stages=("gen_for_und",), gen_for_und=dict(train="full")), {"vision", "projector", "transformer"}),
+    "decoder whole": (dict(stages=("gen_for_und", "und_for_gen"), und_for_gen=dict(train="full")), {"vision", "language", "projector"}),
+    "scores alone": (dict(stages=()), set())}
+
+
+@pytest.mark.parametrize("case", HALVED)
+def test_a_run_reads_what_nothing_trains_in_the_precision_in_which_it_is_held(config, tmp_path, case):
+    changes, halved = HALVED[case]
+    values = changed(config, model=dict(frozen_dtype="bfloat16"), **changes)
+    run = make_run(values, tmp_path)
+    kinds = {name: {leaf.dtype.name for leaf in jax.tree.leaves(run.parts[name])} for name in HELD}
+    assert kinds == {name: {"bfloat16" if name in halved else "float32"} for name in HELD}
+    # the same numbers as those of a stage that rounds what was read in float32
+    exact = load_system(ModelConfig(folder=values["model"]["folder"]), image_size=16).parts
+    for name in halved:
+        rounded = held({name: jax.tree.map(jnp.asarray, exact[name])}, (), "bfloat16")[name]
+        jax.tree.map(np.testing.assert_array_equal, run.parts[name], rounded)
+
+
+def test_adapters_are_merged_into_weights_in_float32(config, tmp_path):
+    values = changed(config, model=dict(frozen_dtype="bfloat16", merge_adapters=True), stages=("gen_for_und",))
+    run = make_run(values, tmp_path)
+    assert {leaf.dtype.name for name in HELD for leaf in jax.tree.leaves(run.parts[name])} == {"float32"}
 
 
 def test_inference_over_several_devices_says_and_draws_the_same(model_folder, monkeypatch):

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def canonical(name: str, aliases: Sequence[tuple[str, str]]) -> str:
 
 def load_params(
     folder: TensorFolder, rules: Sequence[Rule], abstract: trees.Tree, *, aliases: Sequence[tuple[str, str]] = (),
-    ignore: str = "", dtype: np.dtype | None = None, placement: Placement | None = None) -> dict:
+    ignore: str = "", dtype: np.dtype | Mapping[str, np.dtype] | None = None, placement: Placement | None = None) -> dict:
     """Reads every parameter of a model, after checking that names and shapes agree both ways.
 
     Parameters are read one after the other, and of each only what this process's devices hold: with a placement, host
@@ -90,7 +90,7 @@ def load_params(
       abstract: the model's parameters as shapes (`jax.eval_shape` of its initialisation).
       aliases: (regular expression, replacement) pairs that turn other published names into those of the rules.
       ignore: regular expression of published names that are not parameters (buffers, tied copies, other parts).
-      dtype: precision to cast floating tensors to; None keeps what is stored.
+      dtype: precision to cast floating tensors to, or one by the first word of a leaf's name; None keeps what is stored.
       placement: where the parameters go: a function from the tree of shapes to a tree of shardings. None leaves them on
         the host.
 
@@ -108,7 +108,8 @@ def load_params(
     shardings = None if placement is None else trees.flatten(placement(abstract))
     leaves = {}
     for rule in rules:
-        stored = _Stored(folder, rule, [published[source] for source in rule.sources()], tuple(wanted[rule.ours].shape), dtype)
+        own = dtype.get(rule.ours.partition("/")[0]) if isinstance(dtype, Mapping) else dtype
+        stored = _Stored(folder, rule, [published[source] for source in rule.sources()], tuple(wanted[rule.ours].shape), own)
         leaves[rule.ours] = stored.read() if shardings is None else stored.place(shardings[rule.ours])
     return trees.unflatten(leaves)
 

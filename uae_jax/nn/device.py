@@ -19,7 +19,9 @@ def platform() -> str:
 
 
 # of cards older than Ampere, by words of the name that CUDA gives them (developer.nvidia.com/cuda-gpus); all others are 8.0 or newer
-_OLDER = ((r"\bT4\b|Quadro RTX [3-8]000\b|RTX 20\d\d|TITAN RTX|GTX 16\d\d", (7, 5)), (r"V100|TITAN V\b", (7, 0)), (r"P100|P40\b|P4\b|GTX 10\d\d", (6, 0)))
+_OLDER = (
+    (r"\bT4\b|\bT[1246]00\b|\bT[12][02]00\b|T2000|Quadro RTX [3-8]000\b|GeForce RTX 20\d\d|TITAN RTX|GTX 16\d\d|MX450", (7, 5)),
+    (r"V100|TITAN V\b", (7, 0)), (r"P100|P40\b|P4\b|GTX 10\d\d|GTX 9\d\d|M60|TITAN X", (6, 0)), (r"^AMD|^gfx", (0, 0)))
 
 
 def compute_capability() -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """NVIDIA cards as XLA's compiler wants them described, so that it compiles for one that is not there.
 
 The compiler refuses no program for its size: `planning.table` compares with the card's memory. Library workspaces count as nothing,
-since no library is asked (cuDNN's attention takes 33 to 74 MiB in its backward pass, docs/gpu.md).
+since no library is asked.
 Sources: XLA's own target descriptions of H100, H200, A100, B200 and RTX PRO 6000 (github.com/openxla/xla, target_config/specs), NVIDIA's
 data sheets, and table 16 of the CUDA programming guide (limits of a compute capability).
 """

@@ -95,8 +95,10 @@ def _cards(topology: Topology) -> list:
         # slices x hosts x devices of a host
         found = topologies.get_topology_desc(
             platform="cuda", topology_name="", target_config=text, topology=f"1x{topology.hosts}x{topology.devices // topology.hosts}")
-    except (NotImplementedError, RuntimeError) as error:
+    except NotImplementedError as error:  # of JAX, where no plugin knows the platform
         raise ImportError("the CUDA wheels are not installed; install the extra `cuda` (pip install 'uae_jax[cuda]')") from error
+    except RuntimeError as error:
+        raise ValueError(f"XLA does not take the topology {topology.name!r}: {str(error).splitlines()[0]}") from error
     return list(found.devices)
 
 

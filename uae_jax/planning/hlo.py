@@ -18,7 +18,10 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
-_CALLED = re.compile(r"(calls|body|condition|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_CALLED = re.compile(r"(calls|body|condition|to_apply|true_computation|false_computation|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+
+
+_TRIPS = r'"known_trip_count":\{"n":"(\d+)"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +73,12 @@ class Instruction:
 
     @property
     def bytes(self) -> float:
-        """Of all results; a library's workspace, which is not always written, is left out."""
+        """Of all results; a library's workspace is left out, and what the start of a transfer only passes on."""
         made = self.results
+        if self.opcode.endswith("-start"):
+            # a copy's result comes first; those of a collective follow its operands, or stand alone
+            count = len(self.operands)
+            made = made[:1] if self.opcode == "copy-start" else made[count:2 * count] or made
         if self.opcode == "custom-call":
             made = made[:1] + tuple(array for array in made[1:] if array.dtype not in ("s8", "u8"))
         return sum(array.bytes for array in made)
@@ -130,10 +137,13 @@ class Module:
         for instruction in self.computations.get(name, {}).values():
             called = instruction.called
             if instruction.opcode == "while":
+                if not instruction.value(_TRIPS):  # such a loop looks at its data before every pass, and once more
+                    yield from self._walk(called["condition"][0], times * (self.trips + 1), (*loops, instruction.path))
                 yield from self._walk(called["body"][0], times * self.trips_of(instruction), (*loops, instruction.path))
             elif instruction.opcode == "conditional":
-                branches = called.get("branch_computations", ())
-                yield from max(([*self._walk(branch, times, loops)] for branch in branches), key=len, default=[])
+                words = ("branch_computations", "true_computation", "false_computation")
+                branches = [[*self._walk(branch, times, loops)] for word in words for branch in called.get(word, ())]
+                yield from max(branches, key=lambda uses: sum(use.times * (self.flops(use) + self.traffic(use)) for use in uses), default=[])
             elif instruction.opcode in ("call", "async-start"):
                 for inner in (*called.get("to_apply", ()), *called.get("calls", ()), *called.get("called_computations", ())):
                     yield from self._walk(inner, times, loops)
@@ -142,7 +152,7 @@ class Module:
 
     def trips_of(self, loop: Instruction) -> int:
         """How often a loop's body runs."""
-        return int(loop.value(r'"known_trip_count":\{"n":"(\d+)"') or self.trips)
+        return int(loop.value(_TRIPS) or self.trips)
 
     def flops(self, use: Use) -> float:
         """Operations of the products and convolutions of one run of an instruction, two for a multiplication and an addition."""
@@ -202,13 +212,20 @@ def _read(parameter: Instruction, inside: dict[str, Instruction], whole: float) 
 
 def _written(instruction: Instruction, inside: dict[str, Instruction]) -> float:
     """Bytes of the results; of an update in place, those of the update."""
-    where = inside if inside else {instruction.name: instruction}
-    root = next((i for i in where.values() if i.root), instruction)
-    while root.opcode == "bitcast" and root.operands and root.operands[0] in where:
-        root = where[root.operands[0]]
-    if root.opcode == "dynamic-update-slice" and len(root.operands) > 1 and root.operands[1] in where:
-        return where[root.operands[1]].bytes
-    return instruction.bytes
+    root = next((i for i in inside.values() if i.root), None)
+    if root is None:
+        return _of_root(instruction, {}) if instruction.opcode != "dynamic-update-slice" else 0.0
+    if root.opcode == "tuple":
+        return sum(_of_root(inside[name], inside) for name in root.operands if name in inside)
+    return _of_root(root, inside)
+
+
+def _of_root(root: Instruction, inside: dict[str, Instruction]) -> float:
+    while root.opcode == "bitcast" and root.operands and root.operands[0] in inside:
+        root = inside[root.operands[0]]
+    if root.opcode == "dynamic-update-slice" and len(root.operands) > 1 and root.operands[1] in inside:
+        return inside[root.operands[1]].bytes
+    return root.bytes
 
 
 def _parse(line: str) -> Instruction | None:

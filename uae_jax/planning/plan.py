@@ -112,6 +112,8 @@ def make_plan(
     for stage in wanted:
         check_batch(stage, getattr(settings, stage), sizes.batch)
     mesh = _mesh(settings, chips)
+    if texts is not None and mesh is None:
+        raise ValueError("--hlo needs compiled stages, and the CUDA wheels are not installed; install the extra `cuda` (pip install 'uae_jax[cuda]')")
     system = abstract_system(settings)
     sharding.check_rules(system.parts, sizes)
     for stage in wanted:

@@ -106,7 +106,7 @@ class Run:
         self.key = jax.random.key(config.seed)
         system = load_system(
             config.model, image_size=config.data.image_size, negative_prompt=config.data.negative_prompt, mesh=self.mesh,
-            max_caption=config.gen_for_und.max_new_tokens)
+            max_caption=config.gen_for_und.max_new_tokens, frozen=config.frozen_from_start())
         # the stages replace and donate parameters: no second name may keep the first ones alive
         self.system = dataclasses.replace(system, parts={})
         self._check_encoders()
@@ -190,10 +190,11 @@ class Run:
         start = STAGES[stage][1](self.parts, config, trees.name_key(self.key, name))
         state = sharding.make_on(self.mesh, lambda parts: init_state(parts, optimizer, ema=bool(config.ema_decay)), start)
         # from here on the trained parts live in the state alone: a second copy of 8 B weights would not fit
-        self.parts = held(
-            {key: value for key, value in self.parts.items() if key not in start}, self.config.trained_from(stage),
-            self.config.model.frozen_dtype)
+        parts, self.parts = {key: value for key, value in self.parts.items() if key not in start}, {}
         del start
+        for key in list(parts):  # one by one: a part is gone before the next is copied
+            parts |= held({key: parts.pop(key)}, self.config.trained_from(stage), self.config.model.frozen_dtype)
+        self.parts = parts
         index, count = sharding.batch_slice(self.mesh)
         data = make_loader(self.source_of(stage), self.rows, config.batch_size, self.config.seed, process_index=index, process_count=count)
         settings = self.config.loop

@@ -6,7 +6,7 @@ from uae_jax.files.json_files import json_digest
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages import cold_start, gen_for_und, pretrain, und_for_gen
 from uae_jax.stages.evaluation import EvaluationConfig
-from uae_jax.stages.steps import RL_STAGES, STAGES, SamplerConfig
+from uae_jax.stages.steps import HELD, RL_STAGES, STAGES, SamplerConfig
 from uae_jax.stages.weights import ModelConfig
 from uae_jax.training.guard import GuardConfig
 
@@ -104,6 +104,15 @@ class RunConfig:
         copied = {name for kind, name in (("gen_for_und", "language"), ("und_for_gen", "transformer"))
                   if kind in begin and getattr(self, kind).train == "full"}
         return {name for kind in later for name in own.get(kind, ())} | copied
+
+    def frozen_from_start(self) -> set[str]:
+        """Parts that may be held in `model.frozen_dtype` from the first stage on: nothing trains them, and nothing copies them to train."""
+        order = self.order()
+        if not order:
+            return set()
+        copies = {"gen_for_und": "language", "und_for_gen": "transformer"}
+        copied = {copies[stage] for _, stage in order if stage in copies and getattr(self, stage).train == "full"}
+        return set(HELD) - self.trained_from(order[0][1]) - copied
 
     def policy_condition(self) -> bool:
         """Whether scores are drawn through the captioner as it is trained: where an RL stage, of this run or before it, draws so."""

@@ -9,9 +9,10 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (numpy then knows bfloat16 by name)
 import numpy as np
 from jax.sharding import Mesh
 
@@ -35,6 +36,7 @@ from uae_jax.rl.rewards import Encoder, load_encoder
 BUILTIN = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
 ENCODERS = ("clip", "longclip", "dinov2", "dinov3")
 REFERENCE = "llm_reference"
+CAPTIONER = ("vision", "language", "projector")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +112,8 @@ def model_folder(path: str | pathlib.Path) -> pathlib.Path:
 
 def load_system(
     config: ModelConfig, *, image_size: int, negative_prompt: str = "", attend_padding: bool = False,
-    mesh: Mesh | None = None, max_caption: int = 0) -> System:
-    """Reads every part of a folder in float32, with both-way checks of names and shapes.
+    mesh: Mesh | None = None, max_caption: int = 0, frozen: Collection[str] = ()) -> System:
+    """Reads every part of a folder, in float32 unless it is frozen, with both-way checks of names and shapes.
 
     With a mesh each parameter goes from its file to its shards on the devices, one after the other: the host holds no
     more than one besides (`hf.rules.load_params`).
@@ -123,6 +125,7 @@ def load_system(
       attend_padding: see `ConditionTemplate`.
       mesh: where the parameters lie, by the rules of `sharding`; None leaves them on the host as numpy arrays.
       max_caption: tokens that a caption scorer must be able to read.
+      frozen: parts that are read into `frozen_dtype`, since nothing trains them; the others are float32.
 
     Raises:
       FileNotFoundError, ValueError: a part is absent or does not fit; the message names file, tensor and remedy.
@@ -130,7 +133,7 @@ def load_system(
     folder = model_folder(config.folder)
     processor_folder = folder / "llm_processor" if (folder / "llm_processor").is_dir() else folder / "llm"
     tokenizer = tokens.load_tokenizer(processor_folder)
-    captioner, transformer, vae, parts = _load_models(folder, config, mesh)
+    captioner, transformer, vae, parts = _load_models(folder, config, mesh, frozen)
     prefix, suffix = tokens.condition_template(tokenizer)
     negative = tokens.encode_caption(tokenizer, negative_prompt)[:-1]
     template = ConditionTemplate(tuple(prefix), tuple(suffix), tuple(negative), captioner.pad_token_id, attend_padding)
@@ -150,20 +153,24 @@ def load_system(
 
 
 def _load_models(
-    folder: pathlib.Path, config: ModelConfig, mesh: Mesh | None
+    folder: pathlib.Path, config: ModelConfig, mesh: Mesh | None, frozen: Collection[str]
 ) -> tuple[qwen_config.Qwen2_5VLConfig, TransformerConfig, VAEConfig, dict]:
     """Captioner, transformer and auto-encoder with their adapters: descriptions and the dictionary of parameters."""
     trained_whole = _has_reference(folder, config)
     # its two text towers are on the host only until the vector is known, so they come before all that stays
     pooled = pooled_empty_prompt([folder / "SD3" / name for name in ("text_encoder", "text_encoder_2")])
     overrides = dict(dtype=config.dtype, remat=config.remat, lora_alpha=config.lora_alpha)
-    captioner, parts = _load_captioner(folder, overrides, _placement(mesh))
+    # an adapter is added to weights in float32
+    frozen = () if config.merge_adapters else frozen
+    precision = {name: np.dtype(config.frozen_dtype if name in frozen else np.float32) for name in (*CAPTIONER, "transformer")}
+    stored = precision | {"language": np.dtype(np.float32)} if trained_whole else precision
+    captioner, parts = _load_captioner(folder, overrides, _placement(mesh), stored)
     if trained_whole:
         parts |= {"language_policy": parts["language"]} if config.adapters else {}
-        parts["language"] = qwen_weights.load_language(folder / REFERENCE, captioner, np.float32, _placement(mesh))
+        parts["language"] = qwen_weights.load_language(folder / REFERENCE, captioner, precision["language"], _placement(mesh))
     transformer_folder = folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer"
     transformer, parts["transformer"] = sd3_weights.load_transformer(
-        transformer_folder, params_dtype=np.float32, placement=_placement(mesh, "transformer"), **overrides)
+        transformer_folder, params_dtype=precision["transformer"], placement=_placement(mesh, "transformer"), **overrides)
     vae, parts["vae"] = sd3_weights.load_vae(folder / "SD3" / "vae", placement=_placement(mesh, "vae"))
     parts["pooled"] = _placed("pooled", pooled, mesh)
     _check_widths(folder, transformer_folder, parts, transformer, vae)
@@ -222,15 +229,16 @@ def config_folder(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _load_captioner(
-    folder: pathlib.Path, overrides: Mapping, placement: Placement | None) -> tuple[qwen_config.Qwen2_5VLConfig, dict]:
-    """The captioner and its projector, wherever the folder keeps them."""
+    folder: pathlib.Path, overrides: Mapping, placement: Placement | None, precision: Mapping[str, np.dtype]
+) -> tuple[qwen_config.Qwen2_5VLConfig, dict]:
+    """The captioner and its projector, wherever the folder keeps them, each part in its precision."""
     base = captioner_folder(folder)
     config = qwen_config.from_folder(config_folder(folder), **overrides)
-    _, parts = qwen_weights.load(base, config, np.float32, placement)
+    _, parts = qwen_weights.load(base, config, precision, placement)
     if base != folder / "llm" and list((folder / "llm").glob("*.safetensors")):
         qwen_weights.check(folder / "llm", config)  # not used, but a damaged copy should not pass unseen
     if "projector" not in parts and (folder / "llm").is_dir():
-        projector = qwen_weights.load_projector(folder / "llm", config, np.float32, placement)
+        projector = qwen_weights.load_projector(folder / "llm", config, precision["projector"], placement)
         parts |= {} if projector is None else {"projector": projector}
     if "projector" not in parts:
         raise ValueError(f"{base} has no projector.0 and projector.2 tensors; UAE's own llm folder has them")

@@ -79,14 +79,14 @@ def rules(config: Qwen2_5VLConfig, projector: bool) -> list[Rule]:
 
 
 def load(
-    path: str | pathlib.Path, config: Qwen2_5VLConfig | None = None, dtype: np.dtype | None = None,
+    path: str | pathlib.Path, config: Qwen2_5VLConfig | None = None, dtype: np.dtype | Mapping[str, np.dtype] | None = None,
     placement: Placement | None = None) -> tuple[Qwen2_5VLConfig, dict]:
     """Reads a model folder of either generation, or the release's peft-wrapped one (without its adapter).
 
     Args:
       path: folder with safetensors files, and `config.json` unless `config` is given.
       config: sizes, when known.
-      dtype: precision to store the parameters in; None keeps that of the files.
+      dtype: precision to store the parameters in, or one by part; None keeps that of the files.
       placement: where the parameters go, see `hf.rules.load_params`.
 
     Returns:
