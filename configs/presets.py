@@ -213,6 +213,8 @@ def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDi
       ValueError: there is no such preset, or it has none of the stages.
     """
     name = name or "tiny"
+    if name in TOO_LARGE:
+        raise ValueError(f"there is no preset {name!r}: the weights alone are more than such a card holds; choose a smaller model or more cards")
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     config = ml_collections.ConfigDict(PRESETS[name]())

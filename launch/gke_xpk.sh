@@ -7,9 +7,11 @@ usage() {
 Usage: launch/gke_xpk.sh [options] CLUSTER WORKLOAD CONFIG WORKDIR [--config.x.y=value ...]
 
   launch/gke_xpk.sh --tpu-type v6e-64 --zone us-east5-b --storage bucket my-cluster uae-large \
-      configs/unified_grpo.py:qwen2_5_vl_3b_sd3_5_large gs://bucket/run --config.model.folder=gs://bucket/UAE
+      configs/unified_grpo.py:qwen2_5_vl_3b_sd3_5_large gs://bucket/run --config.model.folder=gs://bucket/UAE \
+      --config.data.folder=gs://bucket/longcap
   launch/gke_xpk.sh --device-type h200-141gb-8 --nodes 2 --zone us-east5-b --storage bucket my-cluster uae-medium \
-      configs/unified_grpo.py:qwen2_5_vl_3b_sd3_5_medium gs://bucket/run
+      configs/unified_grpo.py:qwen2_5_vl_3b_sd3_5_medium gs://bucket/run \
+      --config.model.folder=gs://bucket/UAE --config.data.folder=gs://bucket/longcap
 
 Needs xpk (pip install xpk), gcloud and a cluster that xpk made. Buckets must be attached to the cluster once, mounted at
 /mnt/BUCKET, so that every pod sees one and the same work folder:

@@ -8,7 +8,7 @@ Usage: launch/local.sh [options] CONFIG WORKDIR [--config.x.y=value ...]
 
   launch/local.sh configs/unified_grpo.py runs/tiny
   launch/local.sh --processes 8 configs/unified_grpo.py:qwen2_5_vl_3b_sd3_5_medium /data/run \
-      --config.model.folder=/weights/UAE --config.mesh.data=1 --config.mesh.fsdp=-1
+      --config.model.folder=/weights/UAE --config.data.folder=/data/longcap
 
 Makes .venv with the jax build of this machine (CUDA where nvidia-smi works) on the first run. One process uses all devices;
 several are for tests of multi-process runs, and for hosts where one process a GPU is faster. The same command continues a run.

@@ -14,7 +14,8 @@ usage() {
   cat <<'TEXT'
 Usage: sbatch [--nodes=N ...] launch/slurm.sh [options] CONFIG WORKDIR [--config.x.y=value ...]
 
-  sbatch --nodes=2 launch/slurm.sh configs/unified_grpo.py:qwen2_5_vl_3b_sd3_5_medium /shared/run --config.model.folder=/weights/UAE
+  sbatch --nodes=2 launch/slurm.sh configs/unified_grpo.py:qwen2_5_vl_3b_sd3_5_medium /shared/run \
+      --config.model.folder=/weights/UAE --config.data.folder=/data/longcap
   sbatch --nodes=2 --ntasks-per-node=1 --cpus-per-task=64 launch/slurm.sh --task-per node configs/unified_grpo.py /shared/run
 
 Expects .venv with `pip install '.[cuda]'` in the folder where sbatch is called, and WORKDIR on a file system that all nodes share.

@@ -1,9 +1,7 @@
 """The card: what it is called, what drives it, and what it does at best."""
 
 import ctypes
-import importlib.metadata
 import os
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +10,7 @@ import jax
 from benchmarks import machine_rates
 from benchmarks.gpu_check.card import query_card
 from benchmarks.gpu_check.steps import chip_of
+from uae_jax.training import summary
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers", "peft")
 CUDNN = ("libcudnn.so.9", "libcudnn.so.8")
@@ -31,13 +30,8 @@ def cudnn_version() -> str:
 
 def versions() -> dict[str, str]:
     """Of Python, the packages that are installed, and cuDNN."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found | ({"cudnn": cudnn_version()} if cudnn_version() else {})
+    installed = {name: version for name, version in summary.versions(PACKAGES).items() if version != "source tree"}
+    return installed | ({"cudnn": cudnn_version()} if cudnn_version() else {})
 
 
 def run(size: str, report: Callable[[dict], None]) -> None:

@@ -156,7 +156,7 @@ def compiled_peaks() -> dict[tuple[str, str], dict[str, float]]:
 
 def test_every_row_of_the_page_fits_its_card():
     shares = [int(share) for share in re.findall(r"\| (\d+) % \|", (ROOT / "docs" / "cards.md").read_text())]
-    assert len(shares) > 20 and max(shares) <= 100 * USABLE
+    assert len(shares) > 30 and max(shares) <= 100 * USABLE
 
 
 def test_the_page_of_cards_has_every_preset_of_a_card():

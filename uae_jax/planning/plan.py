@@ -107,6 +107,8 @@ def make_plan(
     for stage in stages:
         if stage not in STAGES:
             raise ValueError(f"--stages names {stage!r}; the stages are {', '.join(STAGES)}")
+        if stage not in settings.stages:
+            raise ValueError(f"--stages names {stage!r}, which this configuration does not run; it runs {', '.join(settings.stages)}")
     sizes, plans = mesh_sizes(settings, chips.devices), []
     wanted = stages or tuple(dict.fromkeys(stage for _, stage in settings.order()))
     for stage in wanted:

@@ -42,10 +42,10 @@ def intervals(scores: Mapping[str, Sequence[float]]) -> dict[str, dict[str, floa
     return {name: interval(values) for name, values in scores.items()}
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of what decides the numbers."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Installed versions of Python and of packages, by default of what decides the numbers."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
