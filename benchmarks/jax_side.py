@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from benchmarks.gpu_check.random_model import plain_ids, random_system
 from benchmarks.step_settings import PREFILL, STAGES, Inputs, Settings
 from configs import presets
 from uae_jax import sharding, trees
@@ -45,8 +46,6 @@ def open_system(folder: pathlib.Path, image_size: int, dtype: str = "float32") -
     alone (`mini_checkpoint.write_configs`) gets random weights, made on the device.
     """
     if not any((folder / "llm").glob("*.safetensors")):
-        from benchmarks.gpu_check.random_model import random_system
-
         return random_system(folder, image_size, dtype)
     mesh = own_mesh()
     rounded = dtype != "float32"
@@ -72,10 +71,7 @@ def make_inputs(folder: pathlib.Path, settings: Settings, seed: int = 0) -> Inpu
     """
     system, rng = open_system(folder, settings.image_size), np.random.default_rng(seed)
     batch = picture_rows(system, settings.image_size, settings.images, settings.tokens + 1)
-    captioner = system.model.captioner
-    special = {*system.stops, captioner.image_token_id, captioner.video_token_id, captioner.vision_start_token_id,
-               captioner.vision_end_token_id, captioner.pad_token_id}
-    plain = np.array(sorted(set(range(captioner.text.vocab_size)) - special), np.int32)
+    plain = plain_ids(system)
     prefix, suffix = tokens.condition_template(system.tokenizer)
     return Inputs(settings, batch | {
         "caption_tokens": rng.choice(plain, (settings.rows, settings.tokens)), "negative": rng.choice(plain, settings.tokens),

@@ -152,7 +152,7 @@ def _row(system: AbstractSystem, rng: np.random.Generator) -> dict[str, np.ndarr
             ids, [(patches, grid)], system.processor, captioner.image_token_id, spec.max_patches, spec.max_prompt)}
 
 
-def plain_ids(system: AbstractSystem) -> np.ndarray:
+def plain_ids(system: AbstractSystem | System) -> np.ndarray:
     """Token ids, int32, that neither end a text nor stand for a picture."""
     captioner = system.model.captioner
     special = {*system.stops, captioner.image_token_id, captioner.video_token_id, captioner.vision_start_token_id,

@@ -15,7 +15,7 @@ from benchmarks.gpu_check.random_model import random_batch, random_parts
 from configs import presets
 from uae_jax import sharding, trees
 from uae_jax.planning.chips import CHIPS, Chip
-from uae_jax.planning.compile import resident_bytes
+from uae_jax.planning.compile import Memory, memory_of, resident_bytes
 from uae_jax.planning.estimate import estimate_memory
 from uae_jax.planning.plan import mesh_sizes, step_work, without_recomputation
 from uae_jax.planning.system import AbstractSystem, abstract_system
@@ -94,9 +94,12 @@ def run(size: str, stage: str, until: float, report: Callable[[dict], None]) -> 
 def planned(config: RunConfig, system: AbstractSystem, program: Program) -> dict:
     """What is known before anything is compiled: memory by estimate, and the card's peak."""
     estimate, chip = estimate_memory(program, config, mesh_sizes(config, 1), system), chip_of(jax.devices()[0])
-    return {
-        "peak_flops": chip.flops if chip else None,
-        "estimate": {"arguments": estimate.arguments, "temporaries": estimate.temporaries, "peak": estimate.peak}}
+    return {"peak_flops": chip.flops if chip else None, "estimate": figures_of(estimate)}
+
+
+def figures_of(memory: Memory) -> dict[str, float]:
+    """Bytes for the report."""
+    return {"arguments": memory.arguments, "temporaries": memory.temporaries, "peak": memory.peak}
 
 
 def compile_step(config: RunConfig, system: AbstractSystem, program: Program) -> tuple[Callable, dict]:
@@ -108,13 +111,11 @@ def compile_step(config: RunConfig, system: AbstractSystem, program: Program) ->
         compiled = lowered.compile()
         seconds = time.perf_counter() - begin
         flops, model_flops = counted.result()
-    stats, resident = compiled.memory_analysis(), resident_bytes(program)
-    temporaries = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-    results = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
+    memory = memory_of(compiled, resident_bytes(program))
     return compiled, {
         "compile_seconds": seconds, "from_disk": programs is not None and stored_programs() == programs,
         "flops": flops, "model_flops": model_flops,
-        "compiler": {"arguments": resident, "temporaries": temporaries, "peak": resident + temporaries + results}}
+        "compiler": figures_of(memory)}
 
 
 def stored_programs() -> int | None:

@@ -119,13 +119,18 @@ def compile_program(program: Program, mesh: Mesh, effort: float = QUICK, text: p
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             return _too_large(str(error), resident, time.monotonic() - begin)
-    seconds, stats, written = time.monotonic() - begin, compiled.memory_analysis(), compiled.as_text()
+    seconds, written = time.monotonic() - begin, compiled.as_text()
     if text is not None:
         text.write_text(written)
+    return memory_of(compiled, resident, largest_results(written), seconds)
+
+
+def memory_of(compiled: jax.stages.Compiled, resident: float, largest: tuple = (), seconds: float = 0.0) -> Memory:
+    """What the compiler's buffer assignment says of a step whose arguments have so many bytes (`resident_bytes`)."""
+    stats = compiled.memory_analysis()
     temporaries = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
     results = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
-    return Memory(
-        resident, temporaries, resident + temporaries + results, largest_results(written), seconds)
+    return Memory(resident, temporaries, resident + temporaries + results, largest, seconds)
 
 
 def _too_large(message: str, resident: float, seconds: float) -> Memory:
