@@ -17,21 +17,29 @@ KINDS = ("background", "position", "size", "colour", "shape")
 _SEEN = {"CLIP": "reward", "DINOv2": "heldout_score", "scene accuracy": "scene_accuracy"}
 _SAID = {"tokens": "caption_tokens", "cut": "truncated", "recall": "fact_recall", "precision": "fact_precision"}
 _DRAWN = {"scene accuracy, true captions": "true_caption_scene_accuracy"}
-COLUMNS = {"und": _SEEN | _SAID, "gen": _SEEN | _DRAWN | {"geneval": "geneval"}, "both": _SEEN | _SAID | _DRAWN | {"geneval": "geneval"}}
+COLUMNS = {
+    "und": _SEEN | _SAID,
+    "gen": _SEEN | _DRAWN | {"geneval": "geneval"},
+    "both": _SEEN | _SAID | _DRAWN | {"geneval": "geneval"},
+}
 PANELS = {
     "und": ("fact_recall", "fact_precision", "scene_accuracy", "caption_tokens"),
     "gen": ("scene_accuracy", "true_caption_scene_accuracy", "heldout_score", "geneval"),
-    "both": ("fact_recall", "scene_accuracy", "true_caption_scene_accuracy", "geneval")}
-INTRODUCTION = """Held-out scenes of the built-in model, two CPU cores. With one seed: value [95 % interval over scenes]. With more: mean over
-seeds (lowest to highest). CLIP and DINOv2 are cosines of drawing and original under these encoders, whichever was the arm's reward;
-scene accuracy is the share of the original's facts that the exact checker finds in the drawing, never a reward. Tokens, recall and
-precision are of captions, "cut" the share of them that reach the longest length; "which facts" is the recall of background / place / size / colour / shape. The row "before" is what the
-reference row started from."""
+    "both": ("fact_recall", "scene_accuracy", "true_caption_scene_accuracy", "geneval"),
+}
+INTRODUCTION = """Held-out scenes of the built-in model on two cores. With one seed: value [95 % interval over scenes].
+With more: mean over seeds (lowest to highest). CLIP and DINOv2 are cosines of drawing and original under these
+encoders, whichever was the arm's reward; scene accuracy is the share of the original's facts that the exact checker
+finds in the drawing, never a reward. Tokens, recall and precision are of captions, "cut" the share of them that reach
+the longest length; "which facts" is the recall of background / place / size / colour / shape. The row "before" is what
+the reference row started from."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A finished arm with one seed: scores `before` its first stage and `after` its last, and `seconds` of training steps."""
+    """A finished arm with one seed: scores `before` its first stage and `after` its last, and `seconds` of training
+    steps.
+    """
 
     before: dict
     after: dict
@@ -57,7 +65,9 @@ def read_result(workdir: pathlib.Path, name: str, seed: int) -> Result | None:
         stages = json.loads((folder / "summary.json").read_text())["stages"]
         return Result(stages[0]["before"], stages[-1]["after"], sum(stage["seconds"] for stage in stages))
     except (KeyError, IndexError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / 'summary.json'} is damaged ({error!r}); delete {record} to run the arm again") from error
+        raise ValueError(
+            f"{folder / 'summary.json'} is damaged ({error!r}); delete {record} to run the arm again"
+        ) from error
 
 
 def headline(workdir: pathlib.Path, name: str, seed: int) -> str:
@@ -77,7 +87,11 @@ def cell(scores: Sequence[dict]) -> str:
     digits = 1 if max(map(abs, values)) >= 2 else 3
     low, high = (scores[0]["low"], scores[0]["high"]) if len(scores) == 1 else (min(values), max(values))
     text = f"{np.mean(values):.{digits}f}"
-    return f"{text} [{low:.{digits}f}, {high:.{digits}f}]" if len(scores) == 1 else f"{text} ({low:.{digits}f} to {high:.{digits}f})"
+    return (
+        f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
+        if len(scores) == 1
+        else f"{text} ({low:.{digits}f} to {high:.{digits}f})"
+    )
 
 
 def which_facts(scores: Sequence[dict]) -> str:
@@ -106,10 +120,14 @@ def topic_rows(topic: str, names: Sequence[str], same_as: Callable[[str], str]) 
     equal = [ablations.ARMS[name].label for name in mine if name != reference and same_as(name) == same_as(reference)]
     own = ablations.ARMS[reference].label if ablations.ARMS[reference].topic == topic else "the recipe"
     label = f"{equal[0]} (the recipe)" if equal else own
-    return {reference: label} | {name: ablations.ARMS[name].label for name in mine if same_as(name) != same_as(reference)}
+    return {reference: label} | {
+        name: ablations.ARMS[name].label for name in mine if same_as(name) != same_as(reference)
+    }
 
 
-def topic_section(topic: str, results: dict[str, dict[int, Result]], rows: dict[str, str], seeds: Sequence[int], image: str) -> list[str]:
+def topic_section(
+    topic: str, results: dict[str, dict[int, Result]], rows: dict[str, str], seeds: Sequence[int], image: str
+) -> list[str]:
     """Heading, question, table, plot and what is missing."""
     about = ablations.TOPICS[topic]
     columns = COLUMNS[about.scores]
@@ -131,7 +149,9 @@ def plot(topic: str, results: dict[str, dict[int, Result]], rows: dict[str, str]
     if not with_results:
         return None
     panels = PANELS[about.scores]
-    figure = matplotlib.figure.Figure(figsize=(2.6 + 2.1 * len(panels), 1.0 + 0.3 * len(with_results)), layout="constrained")
+    figure = matplotlib.figure.Figure(
+        figsize=(2.6 + 2.1 * len(panels), 1.0 + 0.3 * len(with_results)), layout="constrained"
+    )
     for number, score in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), number + 1)
         for height, name in enumerate(with_results):
@@ -155,7 +175,12 @@ def _points(axes, height: int, found: Sequence[dict], color: str) -> None:
 
 
 def write_page(
-    page: pathlib.Path, workdir: pathlib.Path, names: Sequence[str], seeds: Sequence[int], same_as: Callable[[str], str] = lambda name: name) -> int:
+    page: pathlib.Path,
+    workdir: pathlib.Path,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    same_as: Callable[[str], str] = lambda name: name,
+) -> int:
     """Writes tables into a page and plots into `images/` beside it; what is written by hand stays.
 
     Args:
@@ -177,7 +202,17 @@ def write_page(
                 results[name][seed] = found
     images = page.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
-    lines, shown = ["## Ablations and controls", "", INTRODUCTION, "", "`python -m benchmarks.ablations --workdir=...` makes and continues them.", ""], set()
+    lines, shown = (
+        [
+            "## Ablations and controls",
+            "",
+            INTRODUCTION,
+            "",
+            "`python -m benchmarks.ablations --workdir=...` makes and continues them.",
+            "",
+        ],
+        set(),
+    )
     for topic in ablations.TOPICS:
         rows = topic_rows(topic, names, same_as)
         if not rows:

@@ -2,12 +2,14 @@
 
     python -m benchmarks.ablations --workdir=runs/ablations                       everything, three seeds
     python -m benchmarks.ablations --workdir=runs/ablations --seeds=0 --arms=caption_similarity,supervised_captions
-    python -m benchmarks.ablations --workdir=runs/ablations --list                what there is, what is done, the commands
-    python -m benchmarks.ablations --workdir=runs/ablations --tables_only         tables and plots of what is done
+    python -m benchmarks.ablations --workdir=runs/ablations --list                what there is, what is done, the
+    commands python -m benchmarks.ablations --workdir=runs/ablations --tables_only         tables and plots of what is
+    done
 
-Every arm is a process of its own, `uae_jax.main`, in WORKDIR/ARM/seed_N with its log. Arms that start from another one's export make
-it first; an arm that changes nothing (a group size that is the recipe's) reads the other one's results. Ctrl-C and SIGTERM stop
-between two steps; the same command continues there. An arm that fails is told in one line, the others go on, and the exit code is 1.
+Every arm is a process of its own, `uae_jax.main`, in WORKDIR/ARM/seed_N with its log. Arms that start from another
+one's export make it first; an arm that changes nothing (a group size that is the recipe's) reads the other one's
+results. Ctrl-C and SIGTERM stop between two steps; the same command continues there. An arm that fails is told in one
+line, the others go on, and the exit code is 1.
 """
 
 import argparse
@@ -33,7 +35,9 @@ POLL = 0.2  # seconds between looks at a running arm
 
 @functools.cache
 def same_as(name: str) -> str:
-    """The first arm with the same settings and the same start, the arm itself where there is none; scores do not count."""
+    """The first arm with the same settings and the same start, the arm itself where there is none; scores do not
+    count.
+    """
     return next(other for other in ablations.ARMS if _identity(other) == _identity(name))
 
 
@@ -41,11 +45,14 @@ def same_as(name: str) -> str:
 def _identity(name: str) -> str:
     values = ablations.get_config(name).to_dict()
     values.pop("evaluation", None)
-    return json.dumps([values, {field: same_as(other) for field, other in ablations.ARMS[name].start.items()}], sort_keys=True)
+    return json.dumps(
+        [values, {field: same_as(other) for field, other in ablations.ARMS[name].start.items()}], sort_keys=True
+    )
 
 
 def with_starts(names: Sequence[str]) -> list[str]:
-    """The arms to run for these, in order: their references and what they start from too, each of several equal arms once.
+    """The arms to run for these, in order: their references and what they start from too, each of several equal arms
+    once.
 
     Raises:
       ValueError: an arm does not exist.
@@ -65,7 +72,9 @@ def with_starts(names: Sequence[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One arm with one seed: `name`, `seed`, the `workdir` of all, and `changes` (field=value) to every arm that has the field."""
+    """One arm with one seed: `name`, `seed`, the `workdir` of all, and `changes` (field=value) to every arm that has
+    the field.
+    """
 
     name: str
     seed: int
@@ -79,7 +88,10 @@ class Job:
 
     def starts(self) -> dict[str, "Job"]:
         """Config field to the job whose workdir goes there."""
-        return {field: dataclasses.replace(self, name=same_as(other)) for field, other in ablations.ARMS[self.name].start.items()}
+        return {
+            field: dataclasses.replace(self, name=same_as(other))
+            for field, other in ablations.ARMS[self.name].start.items()
+        }
 
     def overrides(self) -> list[str]:
         """The `changes` that the arm's configuration has a field for."""
@@ -96,8 +108,11 @@ class Job:
         """Of the process."""
         fields = {"seed": str(self.seed)} | {field: str(job.folder) for field, job in self.starts().items()}
         return [
-            f"--config={ROOT / 'configs' / 'ablations.py'}:{self.name}", f"--workdir={self.folder}",
-            *(f"--config.{field}={value}" for field, value in fields.items()), *(f"--config.{change}" for change in self.overrides())]
+            f"--config={ROOT / 'configs' / 'ablations.py'}:{self.name}",
+            f"--workdir={self.folder}",
+            *(f"--config.{field}={value}" for field, value in fields.items()),
+            *(f"--config.{change}" for change in self.overrides()),
+        ]
 
     def settings(self) -> dict:
         """What decides the result, as JSON keeps it; of the loop nothing does."""
@@ -113,7 +128,10 @@ class Job:
 
     def write_record(self, finished: bool, minutes: float) -> None:
         """Replaces `arm.json` as a whole."""
-        write_json(self.folder / ablation_tables.RECORD, {"settings": self.settings(), "finished": finished, "minutes": round(minutes, 3)})
+        write_json(
+            self.folder / ablation_tables.RECORD,
+            {"settings": self.settings(), "finished": finished, "minutes": round(minutes, 3)},
+        )
 
 
 def difference(now: dict, then: dict, path: str = "") -> str:
@@ -127,7 +145,9 @@ def difference(now: dict, then: dict, path: str = "") -> str:
 
 
 class Stop:
-    """Remembers the first SIGINT or SIGTERM and passes it on to the running arm; the second one ends the arm at once."""
+    """Remembers the first SIGINT or SIGTERM and passes it on to the running arm; the second one ends the arm at
+    once.
+    """
 
     def __init__(self):
         self.signum, self.process = 0, None
@@ -151,18 +171,27 @@ def run_job(job: Job, command: Sequence[str], stop: Stop) -> str:
     job.folder.mkdir(parents=True, exist_ok=True)
     record = job.record()
     if record and record["settings"] != job.settings():
-        return f"{job.folder} was made with other settings ({difference(job.settings(), record['settings'])}); move it away, or choose another --workdir"
+        changed = difference(job.settings(), record["settings"])
+        return f"{job.folder} was made with other settings ({changed}); move it away, or choose another --workdir"
     spent = record.get("minutes", 0.0)
     job.write_record(False, spent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    }
     # most arms share most of their compiled programs
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(job.workdir / "compiled"))
     begin, log = time.monotonic(), job.folder / "log.txt"
     with log.open("a") as output:
         # a session of its own: Ctrl-C in the terminal reaches this command alone, which asks the arm once
         stop.process = subprocess.Popen(
-            [*command, *job.arguments()], stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT, env=environment,
-            start_new_session=True)
+            [*command, *job.arguments()],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+        )
         if stop.signum:
             stop.process.terminate()
         while (code := stop.process.poll()) is None:
@@ -179,7 +208,11 @@ def last_line(path: pathlib.Path) -> str:
     """The last words of a log."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 4000))
-        lines = [line.strip() for line in file.read().decode(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+        lines = [
+            line.strip()
+            for line in file.read().decode(errors="replace").replace("\r", "\n").splitlines()
+            if line.strip()
+        ]
     return lines[-1] if lines else ""
 
 
@@ -207,7 +240,9 @@ def run_all(jobs: Sequence[Job], command: Sequence[str], stop: Stop) -> int:
             print(f"{what}: failed: {wrong}", file=sys.stderr, flush=True)
         else:
             took.append(job.record()["minutes"])
-            print(f"{what}: {ablation_tables.headline(job.workdir, job.name, job.seed)} in {took[-1]:.1f} min", flush=True)
+            print(
+                f"{what}: {ablation_tables.headline(job.workdir, job.name, job.seed)} in {took[-1]:.1f} min", flush=True
+            )
     if stop.signum:
         print("stopped; the same command continues", file=sys.stderr)
         return 128 + stop.signum
@@ -223,7 +258,10 @@ def print_list(jobs: Sequence[Job], names: Sequence[str]) -> None:
         states = [job for job in jobs if job.name == equal]
         done = [job.record()["minutes"] for job in states if job.record().get("finished")]
         state = f"{len(done)} of {len(states)} seeds done" + (f", {sum(done) / len(done):.1f} min each" if done else "")
-        print(f"{name:24s} {ablations.TOPICS[arm.topic].title}: {arm.label} [{state}]" + (f" = {equal}" if equal != name else ""))
+        print(
+            f"{name:24s} {ablations.TOPICS[arm.topic].title}: {arm.label} [{state}]"
+            + (f" = {equal}" if equal != name else "")
+        )
     print()
     for job in jobs:
         if not job.record().get("finished"):
@@ -235,14 +273,32 @@ MAIN = (sys.executable, "-m", "uae_jax.main")
 
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
-    made = argparse.ArgumentParser(prog="python -m benchmarks.ablations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.ablations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of all runs; the same one continues")
     made.add_argument("--arms", default="", help="names with commas between; all when empty")
-    made.add_argument("--seeds", default="0,1,2", help="numbers with commas between (0,1,2); every arm runs with the first one before the second one starts")
-    made.add_argument("--docs", type=pathlib.Path, default=None, help="Markdown page for the tables, such as docs/results.md, between two marks or at its end; plots go to images/ beside it. WORKDIR/results.md when not given")
+    made.add_argument(
+        "--seeds",
+        default="0,1,2",
+        help="numbers with commas between (0,1,2); every arm runs with the first one before the second one starts",
+    )
+    made.add_argument(
+        "--docs",
+        type=pathlib.Path,
+        default=None,
+        help="Markdown page for the tables, such as docs/results.md, between two marks or at its end; plots go to "
+        "images/ beside it. WORKDIR/results.md when not given",
+    )
     made.add_argument("--list", action="store_true", help="list the arms and the commands to run, and end")
     made.add_argument("--tables_only", action="store_true", help="write tables and plots of what is done, and end")
-    made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="the same change in every arm that has the field, to try the command: --set=evaluation.images=8")
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="the same change in every arm that has the field, to try the command: --set=evaluation.images=8",
+    )
     made.add_argument("--command", default="", help=argparse.SUPPRESS)  # in place of uae_jax.main, for tests
     return made
 

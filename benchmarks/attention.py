@@ -2,8 +2,8 @@
 
     python -m benchmarks.attention --repeats=5
 
-The sizes are those of the benchmark model: denoising tokens of 256x256 pictures with their captions, caption scoring, image
-patches, and the auto-encoder's single wide head. The last column is the form that `nn.attention` picks here.
+The sizes are those of the benchmark model: denoising tokens of 256x256 pictures with their captions, caption scoring,
+image patches, and the auto-encoder's single wide head. The last column is the form that `nn.attention` picks here.
 """
 
 import statistics
@@ -46,8 +46,12 @@ def make_mask(kind: str, batch: int, length: int) -> Mask:
     """The masks of the cases, with a tenth of the keys as padding."""
     valid = jnp.broadcast_to(jnp.arange(length) < length - length // 10, (batch, length))
     groups = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32) // 64, (batch, length))
-    return {"all": Mask(), "valid": Mask(valid=valid, right_padded=True), "groups": Mask(groups=groups),
-            "causal": Mask(valid=valid, causal=True, right_padded=True)}[kind]
+    return {
+        "all": Mask(),
+        "valid": Mask(valid=valid, right_padded=True),
+        "groups": Mask(groups=groups),
+        "causal": Mask(valid=valid, causal=True, right_padded=True),
+    }[kind]
 
 
 def forms(query: jax.Array) -> list[str]:
@@ -66,10 +70,16 @@ def compare(name: str) -> None:
     for form in forms(arrays[0]):
         attend = IMPLEMENTATIONS[form]
         forward = jax.jit(attend)
-        gradient = jax.jit(jax.grad(lambda q, k, v, m, attend=attend: attend(q, k, v, m).astype(jnp.float32).sum(), argnums=(0, 1, 2)))
+        gradient = jax.jit(
+            jax.grad(lambda q, k, v, m, attend=attend: attend(q, k, v, m).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+        )
         picked = "*" if form == choose(platform(), arrays[0], length) else ""
         size = f"{batch} x {length} x {heads}/{key_heads} x {width}"
-        print(f"| {name} | {size} | {form}{picked} | {median_ms(forward, *arrays, mask):.0f} | {median_ms(gradient, *arrays, mask):.0f} |", flush=True)
+        print(
+            f"| {name} | {size} | {form}{picked} | {median_ms(forward, *arrays, mask):.0f} | "
+            f"{median_ms(gradient, *arrays, mask):.0f} |",
+            flush=True,
+        )
 
 
 def main(arguments: list[str]) -> None:

@@ -1,7 +1,7 @@
 """The tables of docs/cards.md from plans that were compiled for cards.
 
-    python -m uae_jax.plan --config=configs/unified_grpo.py:PRESET --topology=gpu:8xH100 --json=plans/a.json   # as many as wanted
-    python -m benchmarks.card_tables plans/*.json
+    python -m uae_jax.plan --config=configs/unified_grpo.py:PRESET --topology=gpu:8xH100 --json=plans/a.json   # as many
+    as wanted python -m benchmarks.card_tables plans/*.json
 
 Plans of one preset and topology may lie in several files, a stage each.
 """
@@ -11,7 +11,17 @@ import json
 import pathlib
 
 STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
-HEAD = ("cards", "stage", "images", "stays on a card", "temporaries", "peak", "of the card", "step s, at least", "compile s")
+HEAD = (
+    "cards",
+    "stage",
+    "images",
+    "stays on a card",
+    "temporaries",
+    "peak",
+    "of the card",
+    "step s, at least",
+    "compile s",
+)
 GIB = 2**30
 
 
@@ -27,15 +37,24 @@ def read(paths: list[pathlib.Path]) -> dict[str, dict[tuple[str, str], dict]]:
         for stage in plan["stages"]:
             if stage["memory"]["estimated"]:
                 raise ValueError(f"{path} is an estimate; compile it with the extra `cuda` installed")
-            found.setdefault(plan["preset"], {})[plan["topology"], stage["stage"]] = stage | {"card": plan["chip"]["memory"]}
+            found.setdefault(plan["preset"], {})[plan["topology"], stage["stage"]] = stage | {
+                "card": plan["chip"]["memory"]
+            }
     return found
 
 
 def row(topology: str, stage: dict) -> str:
     """One line of Markdown."""
     memory = stage["memory"]
-    cells = [topology.removeprefix("gpu:"), stage["stage"], str(stage["images"]), *(f"{memory[name] / GIB:.2f}" for name in ("arguments", "temporaries", "peak")),
-             f"{100 * memory['peak'] / stage['card']:.0f} %", f"{stage['time']['seconds']:.1f}", f"{memory['seconds']:.0f}"]
+    cells = [
+        topology.removeprefix("gpu:"),
+        stage["stage"],
+        str(stage["images"]),
+        *(f"{memory[name] / GIB:.2f}" for name in ("arguments", "temporaries", "peak")),
+        f"{100 * memory['peak'] / stage['card']:.0f} %",
+        f"{stage['time']['seconds']:.1f}",
+        f"{memory['seconds']:.0f}",
+    ]
     return "| " + " | ".join(cells) + " |"
 
 

@@ -19,8 +19,10 @@ def replace_block(text: str, name: str, block: str) -> str:
     """
     begin, end = marks(name)
     if (begin in text) != (end in text) or text.find(end) < text.find(begin):
-        raise ValueError(f"the page has one of the marks {begin!r} and {end!r} without the other; restore or delete both")
+        raise ValueError(
+            f"the page has one of the marks {begin!r} and {end!r} without the other; restore or delete both"
+        )
     block = f"{begin}\n{block.strip()}\n{end}"
     if begin in text:
-        return text[:text.index(begin)] + block + text[text.index(end) + len(end):]
+        return text[: text.index(begin)] + block + text[text.index(end) + len(end) :]
     return f"{text.rstrip()}\n\n{block}\n".lstrip()

@@ -1,11 +1,11 @@
 """What XLA made of a stage for a card: who runs the operations, where the bytes go, how many launches a token takes.
 
-    python -m uae_jax.plan --config=configs/unified_grpo.py:qwen2_5_vl_3b_sd3_5_medium@1xH200 --topology=gpu:1xH100 --hlo=hlo
-    python -m benchmarks.gpu_program hlo/gen_for_und.hlo hlo/und_for_gen.hlo --topology=gpu:1xH100
+    python -m uae_jax.plan --config=configs/unified_grpo.py:qwen2_5_vl_3b_sd3_5_medium@1xH200 --topology=gpu:1xH100
+    --hlo=hlo python -m benchmarks.gpu_program hlo/gen_for_und.hlo hlo/und_for_gen.hlo --topology=gpu:1xH100
 
-Seconds are the roofline of the compiled instructions: each takes the longer of its operations at the card's peak in bfloat16 and its
-bytes at the memory's bandwidth; collectives take the bytes of their results at the links' bandwidth, as if nothing ran beside them.
-Launches, caches and float32 products cost more than that.
+Seconds are the roofline of the compiled instructions: each takes the longer of its operations at the card's peak in
+bfloat16 and its bytes at the memory's bandwidth; collectives take the bytes of their results at the links' bandwidth,
+as if nothing ran beside them. Launches, caches and float32 products cost more than that.
 """
 
 import argparse
@@ -19,9 +19,15 @@ from uae_jax.planning.chips import Chip, parse_topology
 from uae_jax.planning.hlo import COLLECTIVES, Module, Use
 
 # the first pattern that the path of an instruction and of its loops holds
-PHASES = (("auto-encoder", "autoencoder"), ("image encoders", "image_encoder"), ("denoiser, update", r"(jvp|transpose).*Transformer"),
-          ("denoiser", "Transformer"), ("captioner's vision", "VisionTower"), ("captions' update", r"(jvp|transpose).*LanguageModel"),
-          ("text encoding and prompts", "LanguageModel"))
+PHASES = (
+    ("auto-encoder", "autoencoder"),
+    ("image encoders", "image_encoder"),
+    ("denoiser, update", r"(jvp|transpose).*Transformer"),
+    ("denoiser", "Transformer"),
+    ("captioner's vision", "VisionTower"),
+    ("captions' update", r"(jvp|transpose).*LanguageModel"),
+    ("text encoding and prompts", "LanguageModel"),
+)
 TEXT = "captions' loop over tokens"
 
 
@@ -87,7 +93,11 @@ def collectives(module: Module) -> dict[tuple[str, str], tuple[float, float]]:
     found: dict[tuple[str, str], tuple[float, float]] = {}
     for use in module.uses():
         if kind := collective(use):
-            loop = re.sub(r"jit\(train_step\)/|closed_call/|body/|checkpoint/", "", use.loops[-1]) if use.loops else "outside of loops"
+            loop = (
+                re.sub(r"jit\(train_step\)/|closed_call/|body/|checkpoint/", "", use.loops[-1])
+                if use.loops
+                else "outside of loops"
+            )
             count, size = found.get((kind, loop), (0.0, 0.0))
             found[kind, loop] = count + use.times, size + use.times * use.instruction.bytes
     return dict(sorted(found.items(), key=lambda item: -item[1][1]))
@@ -100,22 +110,42 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def report(name: str, module: Module, chip: Chip, tokens: int) -> str:
     """All tables of one stage."""
+
     def rows(found: dict[str, Cost]) -> list[list[str]]:
         whole = sum(cost.flops for cost in found.values()) or 1.0
-        return [[key, f"{cost.launches:,.0f}", f"{100 * cost.flops / whole:.1f} %", f"{cost.traffic / 1e9:,.0f}", f"{cost.seconds:.2f}"]
-                for key, cost in found.items()]
+        return [
+            [
+                key,
+                f"{cost.launches:,.0f}",
+                f"{100 * cost.flops / whole:.1f} %",
+                f"{cost.traffic / 1e9:,.0f}",
+                f"{cost.seconds:.2f}",
+            ]
+            for key, cost in found.items()
+        ]
 
     head = ("launches", "of all operations", "GB", "seconds")
     by_phase = costs(module, chip, lambda use: phase(use, tokens))
-    parts = [f"### {name} on {chip.name}", "", table(("who", *head), rows(costs(module, chip, runner))), "",
-             table(("phase", *head), rows(by_phase))]
+    parts = [
+        f"### {name} on {chip.name}",
+        "",
+        table(("who", *head), rows(costs(module, chip, runner))),
+        "",
+        table(("phase", *head), rows(by_phase)),
+    ]
     if TEXT in by_phase:
         loop = by_phase[TEXT]
-        parts += ["", f"A token: {loop.launches / tokens:,.0f} launches, {loop.traffic / tokens / 1e9:.2f} GB, "
-                      f"{1e3 * loop.seconds / tokens:.2f} ms of the roofline."]
+        parts += [
+            "",
+            f"A token: {loop.launches / tokens:,.0f} launches, {loop.traffic / tokens / 1e9:.2f} GB, "
+            f"{1e3 * loop.seconds / tokens:.2f} ms of the roofline.",
+        ]
     moved = collectives(module)
     if moved:
-        lines = [[kind, loop, f"{count:,.0f}", f"{size / 1e9:,.2f}"] for (kind, loop), (count, size) in list(moved.items())[:12]]
+        lines = [
+            [kind, loop, f"{count:,.0f}", f"{size / 1e9:,.2f}"]
+            for (kind, loop), (count, size) in list(moved.items())[:12]
+        ]
         parts += ["", table(("collective", "loop", "runs", "GB of results"), lines)]
     return "\n".join(parts)
 

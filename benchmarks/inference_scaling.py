@@ -2,10 +2,10 @@
 
     python -m benchmarks.inference_scaling [--checkpoint=DIR] [--repeats=3] [--json=FILE]
 
-From one starting point each size is varied alone. Every case is one compiled program: its seconds, its seconds a row, and its
-memory beside parameters, as the compiler reports it (`memory_analysis`), in all and a row. Without a checkpoint it makes one
-of the preset `mini`'s size; --repeats=0 compiles only. One table; with --json one object a line. Pictures that the decoder's
-position table has no room for are named and left out.
+From one starting point each size is varied alone. Every case is one compiled program: its seconds, its seconds a row,
+and its memory beside parameters, as the compiler reports it (`memory_analysis`), in all and a row. Without a checkpoint
+it makes one of the preset `mini`'s size; --repeats=0 compiles only. One table; with --json one object a line. Pictures
+that the decoder's position table has no room for are named and left out.
 """
 
 import argparse
@@ -56,13 +56,16 @@ class Case:
 
 VARIED = {
     "captions": {"tokens": (64, 128, 256, 512), "image_size": (128, 256, 512), "group": (1, 4, 16), "batch": (1, 2, 4)},
-    "pictures": {"tokens": (64, 256), "image_size": (128, 256, 512), "group": (1, 4), "batch": (1, 2, 4)}}
+    "pictures": {"tokens": (64, 256), "image_size": (128, 256, 512), "group": (1, 4), "batch": (1, 2, 4)},
+}
 
 
 def cases() -> Iterator[Case]:
     """The starting point of each kind, and each size varied alone; no case twice."""
     for kind, sizes in VARIED.items():
-        varied = [Case(kind)] + [dataclasses.replace(Case(kind), **{name: value}) for name, values in sizes.items() for value in values]
+        varied = [Case(kind)] + [
+            dataclasses.replace(Case(kind), **{name: value}) for name, values in sizes.items() for value in values
+        ]
         yield from dict.fromkeys(varied)
 
 
@@ -75,12 +78,22 @@ def largest_picture(system: System) -> int:
 def build(system: System, case: Case, steps: int, guidance_scale: float) -> tuple:
     """The jitted function of a case, and its arguments."""
     if case.kind == "captions":
-        batch = {name: jnp.asarray(rows) for name, rows in picture_rows(system, case.image_size, case.batch, case.tokens + 1).items()}
+        batch = {
+            name: jnp.asarray(rows)
+            for name, rows in picture_rows(system, case.image_size, case.batch, case.tokens + 1).items()
+        }
 
         def captions(parts: dict, batch: dict) -> jax.Array:
             return sample_captions(
-                system.model, parts, batch, jax.random.key(0), max_new_tokens=case.tokens, stops=(), sampling=SamplingConfig(0.7),
-                group=case.group).tokens
+                system.model,
+                parts,
+                batch,
+                jax.random.key(0),
+                max_new_tokens=case.tokens,
+                stops=(),
+                sampling=SamplingConfig(0.7),
+                group=case.group,
+            ).tokens
 
         return jax.jit(captions), (system.parts, batch)
     model = dataclasses.replace(system.model, image_size=case.image_size)
@@ -112,13 +125,21 @@ def line(row: dict) -> str:
     seconds = row.get("seconds")
     times = (f"{seconds:.2f}", f"{1e3 * seconds / count:.0f}") if seconds is not None else ("", "")
     sizes = (f"{row['temporary_bytes'] / 1e6:.0f}", f"{row['temporary_bytes'] / count / 1e6:.1f}")
-    return "| " + " | ".join([row["kind"], *(str(row[name]) for name in ("image_size", "tokens", "group", "batch")), *times, *sizes]) + " |"
+    return (
+        "| "
+        + " | ".join(
+            [row["kind"], *(str(row[name]) for name in ("image_size", "tokens", "group", "batch")), *times, *sizes]
+        )
+        + " |"
+    )
 
 
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=pathlib.Path, help="folder in the official layout; made if it is not given")
+    parser.add_argument(
+        "--checkpoint", type=pathlib.Path, help="folder in the official layout; made if it is not given"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each case; 0 compiles only")
     parser.add_argument("--steps", type=int, default=6, help="Euler steps of a drawing")
     parser.add_argument("--guidance_scale", type=float, default=5.0, help="of a drawing")
@@ -130,13 +151,20 @@ def main() -> None:
             write_checkpoint(folder)
         system = open_system(folder, Case("captions").image_size)
     largest = largest_picture(system)
-    print("| kind | side | tokens | group | batch | seconds | ms a row | temporary MB | MB a row |\n" + "|---" * 9 + "|")
+    print(
+        "| kind | side | tokens | group | batch | seconds | ms a row | temporary MB | MB a row |\n" + "|---" * 9 + "|"
+    )
     with options.json.open("w") if options.json else contextlib.nullcontext() as lines:
         for case in cases():
             if case.kind == "pictures" and case.image_size > largest:
-                print(f"left out: pictures of {case.image_size}, as the decoder's position table ends at {largest}", file=sys.stderr)
+                print(
+                    f"left out: pictures of {case.image_size}, as the decoder's position table ends at {largest}",
+                    file=sys.stderr,
+                )
                 continue
-            row = measure(system, case, steps=options.steps, guidance_scale=options.guidance_scale, repeats=options.repeats)
+            row = measure(
+                system, case, steps=options.steps, guidance_scale=options.guidance_scale, repeats=options.repeats
+            )
             print(line(row), flush=True)
             if lines:
                 print(json.dumps(row), file=lines, flush=True)

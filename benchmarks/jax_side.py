@@ -1,4 +1,6 @@
-"""This package's side of `benchmarks.unified_step`: its compiled steps, and their phases as separately compiled pieces."""
+"""This package's side of `benchmarks.unified_step`: its compiled steps, and their phases as separately compiled
+pieces.
+"""
 
 import dataclasses
 import functools
@@ -49,14 +51,25 @@ def open_system(folder: pathlib.Path, image_size: int, dtype: str = "float32") -
         return random_system(folder, image_size, dtype)
     mesh = own_mesh()
     rounded = dtype != "float32"
-    system = load_system(ModelConfig(folder=str(folder), adapters=False, dtype=dtype), image_size=image_size, mesh=None if rounded else mesh)
-    return dataclasses.replace(system, parts=sharding.shard_tree(held(system.parts, (), dtype), mesh)) if rounded else system
+    system = load_system(
+        ModelConfig(folder=str(folder), adapters=False, dtype=dtype),
+        image_size=image_size,
+        mesh=None if rounded else mesh,
+    )
+    return (
+        dataclasses.replace(system, parts=sharding.shard_tree(held(system.parts, (), dtype), mesh))
+        if rounded
+        else system
+    )
 
 
 def picture_rows(system: System, image_size: int, count: int, max_caption: int) -> dict[str, np.ndarray]:
     """A batch of `count` built-in scenes (`data.loader`), drawn at a size and with prompts of one length."""
     spec = batch_spec(system.tokenizer, system.processor, image_size, PROMPT, max_caption)
-    rows, source = RowBuilder(system.tokenizer, system.processor, spec, PROMPT), SceneSource("train", 0, image_size, "full")
+    rows, source = (
+        RowBuilder(system.tokenizer, system.processor, spec, PROMPT),
+        SceneSource("train", 0, image_size, "full"),
+    )
     fields = [rows(index, source[index]) for index in range(count)]
     return {name: np.stack([row[name] for row in fields]) for name in fields[0]}
 
@@ -73,31 +86,61 @@ def make_inputs(folder: pathlib.Path, settings: Settings, seed: int = 0) -> Inpu
     batch = picture_rows(system, settings.image_size, settings.images, settings.tokens + 1)
     plain = plain_ids(system)
     prefix, suffix = tokens.condition_template(system.tokenizer)
-    return Inputs(settings, batch | {
-        "caption_tokens": rng.choice(plain, (settings.rows, settings.tokens)), "negative": rng.choice(plain, settings.tokens),
-        "prefix": np.array(prefix, np.int32), "suffix": np.array(suffix, np.int32),
-        "noise": rng.standard_normal((settings.rows, *system.model.latent_shape), np.float32),
-        "pooled": np.asarray(system.parts["pooled"]), "stops": np.array(system.stops, np.int32),
-        "sigmas": system.schedule.sigmas(settings.steps)})
+    return Inputs(
+        settings,
+        batch
+        | {
+            "caption_tokens": rng.choice(plain, (settings.rows, settings.tokens)),
+            "negative": rng.choice(plain, settings.tokens),
+            "prefix": np.array(prefix, np.int32),
+            "suffix": np.array(suffix, np.int32),
+            "noise": rng.standard_normal((settings.rows, *system.model.latent_shape), np.float32),
+            "pooled": np.asarray(system.parts["pooled"]),
+            "stops": np.array(system.stops, np.int32),
+            "sigmas": system.schedule.sigmas(settings.steps),
+        },
+    )
 
 
 def stage_config(stage: str, settings: Settings):
     """The preset `mini` of a stage, with the sizes of the benchmark."""
     preset = presets.preset("mini", (stage,)).to_dict()[stage]
     optimizer = preset["optimizer"] | dict(
-        learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
+        learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm
+    )
     own = {
         "gen_for_und": dict(
-            temperature=settings.caption_temperature, kl_weight=settings.caption_kl, clip_low=settings.caption_clip,
-            clip_high=settings.caption_clip),
+            temperature=settings.caption_temperature,
+            kl_weight=settings.caption_kl,
+            clip_low=settings.caption_clip,
+            clip_high=settings.caption_clip,
+        ),
         "und_for_gen": dict(
-            temperature=settings.flow_temperature, kl_weight=settings.flow_kl, clip_range=settings.flow_clip, window=settings.window,
-            window_high=settings.steps - 1, noise_level=settings.noise_level, ema_decay=0.0)}[stage]
-    return frozen(STEPS[stage][0], preset | own | dict(
-        batch_size=settings.images, group_size=settings.group, max_new_tokens=settings.tokens, sampler_steps=settings.steps,
-        guidance_scale=settings.guidance_scale, lora_rank=settings.lora_rank, optimizer=optimizer,
-        # as at full size; on one device it changes only the form in which GPUs sample captions
-        gather_weights=True))
+            temperature=settings.flow_temperature,
+            kl_weight=settings.flow_kl,
+            clip_range=settings.flow_clip,
+            window=settings.window,
+            window_high=settings.steps - 1,
+            noise_level=settings.noise_level,
+            ema_decay=0.0,
+        ),
+    }[stage]
+    return frozen(
+        STEPS[stage][0],
+        preset
+        | own
+        | dict(
+            batch_size=settings.images,
+            group_size=settings.group,
+            max_new_tokens=settings.tokens,
+            sampler_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            lora_rank=settings.lora_rank,
+            optimizer=optimizer,
+            # as at full size; on one device it changes only the form in which GPUs sample captions
+            gather_weights=True,
+        ),
+    )
 
 
 class JaxSide:
@@ -116,7 +159,10 @@ class JaxSide:
         model = dataclasses.replace(system.model, template=template)
         self.system = dataclasses.replace(system, model=model, parts={}, stops=())
         self.stage = stage if stage in STAGES else STAGES[0]
-        self.config, self.sampler = stage_config(self.stage, self.settings), SamplerConfig(system.schedule.shift, system.schedule.kind)
+        self.config, self.sampler = (
+            stage_config(self.stage, self.settings),
+            SamplerConfig(system.schedule.shift, system.schedule.kind),
+        )
         self.policy = make_policy(self.stage, self.config, self.sampler, self.system)
         self.key = jax.random.key(0)
         start = STEPS[stage][1](system.parts, self.config, self.key) if stage in STAGES else {}
@@ -157,7 +203,8 @@ class JaxSide:
         settings = self.settings
         group = settings.group if self.stage == "gen_for_und" else 1
         sampling = count_work(
-            functools.partial(self._write, 1.0, group=group), (self.parts, self.batch), (0,), trips=settings.tokens - 1).decoding
+            functools.partial(self._write, 1.0, group=group), (self.parts, self.batch), (0,), trips=settings.tokens - 1
+        ).decoding
         contexts = jax.eval_shape(self._condition, self.parts, self.captions)
         denoising = count_work(self._denoise, (self.parts, *contexts, self.noise), (0,))
         return {"decoding_bytes": sampling.weight_bytes + sampling.other_bytes, "denoising_flops": denoising.flops}
@@ -170,17 +217,26 @@ class JaxSide:
         picture = jax.jit(lambda parts, ids, noise: draw(policy.model, parts, policy.denoising, ids, lengths, noise))
         return {
             "captions": lambda: jax.block_until_ready(write(self.parts, self.batch)),
-            "pictures": lambda: jax.block_until_ready(picture(self.parts, self.captions[:count], self.noise[:count]))}
+            "pictures": lambda: jax.block_until_ready(picture(self.parts, self.captions[:count], self.noise[:count])),
+        }
 
     def checks(self) -> dict[str, np.ndarray]:
-        """What must be equal on both sides: greedy captions `[B, T]`, final latents `[N, h, w, C]`, rewards `[B, G]`."""
+        """What must be equal on both sides: greedy captions `[B, T]`, final latents `[N, h, w, C]`, rewards `[B,
+        G]`.
+        """
         policy, group = self.policy, self.settings.group
 
         def compute(parts: dict, batch: dict, ids: Array, noise: Array) -> tuple[Array, Array, Array]:
             positive, negative = self._condition(parts, ids)
             latents = self._denoise(parts, positive, negative, noise)
             reward, _ = mixed_reward(
-                policy.reward, policy.encoders, parts["encoders"], batch["pixels"], decode(policy.model, parts, policy.denoising, latents), group)
+                policy.reward,
+                policy.encoders,
+                parts["encoders"],
+                batch["pixels"],
+                decode(policy.model, parts, policy.denoising, latents),
+                group,
+            )
             return self._write(0.0, parts, batch), latents, reward
 
         names = ("greedy_ids", "latents", "rewards")
@@ -196,8 +252,16 @@ class JaxSide:
     def _write(self, temperature: float, parts: dict, batch: dict, group: int = 1, tokens: int | None = None) -> Array:
         """`group` captions of each picture, `[B * group, T]`."""
         return sample_captions(
-            self.policy.model, parts, batch, self.key, max_new_tokens=tokens or self.settings.tokens, stops=(),
-            sampling=SamplingConfig(temperature), group=group, gather_weights=self.config.gather_weights).tokens
+            self.policy.model,
+            parts,
+            batch,
+            self.key,
+            max_new_tokens=tokens or self.settings.tokens,
+            stops=(),
+            sampling=SamplingConfig(temperature),
+            group=group,
+            gather_weights=self.config.gather_weights,
+        ).tokens
 
     def _sampling(self, temperature: float, group: int) -> dict[str, Callable[[], None]]:
         """The phase of sampling, and the same for one token."""
@@ -219,12 +283,22 @@ class JaxSide:
         """The phases that both stages share, decoding and reward, and advantages `[B, G]`."""
         policy = self.policy
         decoding = jax.jit(lambda parts, latents: decode(policy.model, parts, policy.denoising, latents))
-        reward = jax.jit(lambda parts, batch, pixels: reward_advantages(
-            policy.reward, policy.encoders, parts["encoders"], batch["pixels"], pixels, policy.group_size, policy.advantage_scale)[0])
+        reward = jax.jit(
+            lambda parts, batch, pixels: reward_advantages(
+                policy.reward,
+                policy.encoders,
+                parts["encoders"],
+                batch["pixels"],
+                pixels,
+                policy.group_size,
+                policy.advantage_scale,
+            )[0]
+        )
         pixels = decoding(self.parts, self.noise)
         return {
             "decoding": lambda: jax.block_until_ready(decoding(self.parts, self.noise)),
-            "reward": lambda: jax.block_until_ready(reward(self.parts, self.batch, pixels))}, reward(self.parts, self.batch, pixels)
+            "reward": lambda: jax.block_until_ready(reward(self.parts, self.batch, pixels)),
+        }, reward(self.parts, self.batch, pixels)
 
     def _update(self, algorithm: Algorithm, samples: dict) -> Callable[[], None]:
         compiled = jax.jit(make_train_step(algorithm, self.optimizer), donate_argnames="state")
@@ -237,17 +311,26 @@ class JaxSide:
         pictures, advantage = self._pictures()
         shape = (settings.images, settings.group, settings.tokens)
         samples = {name: self.batch[name] for name in caption_policy.PROMPT_FIELDS} | {
-            "image_embeds": jax.jit(lambda parts, batch: encode_batch_images(policy.model, parts, batch))(self.parts, self.batch),
-            "advantage": advantage, "tokens": self.captions.reshape(shape), "mask": jnp.ones(shape, bool)}
+            "image_embeds": jax.jit(lambda parts, batch: encode_batch_images(policy.model, parts, batch))(
+                self.parts, self.batch
+            ),
+            "advantage": advantage,
+            "tokens": self.captions.reshape(shape),
+            "mask": jnp.ones(shape, bool),
+        }
         algorithm = Algorithm(
             lambda params, frozen, samples, key: {
-                "samples": samples | caption_policy.scored(policy, {**frozen, **params}, samples)},
-            functools.partial(caption_policy.loss, policy))
+                "samples": samples | caption_policy.scored(policy, {**frozen, **params}, samples)
+            },
+            functools.partial(caption_policy.loss, policy),
+        )
         return {
             **self._sampling(policy.temperature, settings.group),
             "condition": lambda: jax.block_until_ready(condition(self.parts, self.captions)),
             "denoising": lambda: jax.block_until_ready(denoise(self.parts, positive, negative, self.noise)),
-            **pictures, "update": self._update(algorithm, samples)}
+            **pictures,
+            "update": self._update(algorithm, samples),
+        }
 
     def _flow_phases(self) -> dict[str, Callable[[], None]]:
         policy, settings = self.policy, self.settings
@@ -259,8 +342,14 @@ class JaxSide:
         def explore(parts: dict, positive: tuple, negative: tuple, noise: Array, ids: Array, key: Array) -> Trajectory:
             how = policy.denoising
             return sample_window(
-                predictor(policy.model, parts, how, positive, negative), noise, jnp.asarray(how.sigmas), policy.rule, jnp.int32(0),
-                policy.window, sample_keys(trees.name_key(key, "steps"), ids, policy.group_size))
+                predictor(policy.model, parts, how, positive, negative),
+                noise,
+                jnp.asarray(how.sigmas),
+                policy.rule,
+                jnp.int32(0),
+                policy.window,
+                sample_keys(trees.name_key(key, "steps"), ids, policy.group_size),
+            )
 
         condition, denoise = jax.jit(prepare), jax.jit(explore)
         captions = self.captions[:: settings.group]
@@ -272,10 +361,16 @@ class JaxSide:
         algorithm = Algorithm(
             lambda params, frozen, rollout, key: {
                 "shared": rollout["shared"],
-                "samples": rollout["samples"] | flow_policy.scored(policy, {**frozen, **params}, **rollout)},
-            functools.partial(flow_policy.loss, policy))
+                "samples": rollout["samples"] | flow_policy.scored(policy, {**frozen, **params}, **rollout),
+            },
+            functools.partial(flow_policy.loss, policy),
+        )
         return {
             **self._sampling(policy.temperature, 1),
             "condition": lambda: jax.block_until_ready(condition(self.parts, captions)),
-            "denoising": lambda: jax.block_until_ready(denoise(self.parts, positive, negative, self.noise, ids, self.key)),
-            **pictures, "update": self._update(algorithm, rollout)}
+            "denoising": lambda: jax.block_until_ready(
+                denoise(self.parts, positive, negative, self.noise, ids, self.key)
+            ),
+            **pictures,
+            "update": self._update(algorithm, rollout),
+        }

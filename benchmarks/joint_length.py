@@ -1,12 +1,14 @@
-"""To which multiple the joint sequence of the denoiser is padded: seconds on this CPU, and what compilers say for cards and TPUs.
+"""To which multiple the joint sequence of the denoiser is padded: seconds on this CPU, and what compilers say for cards
+and TPUs.
 
     python -m benchmarks.joint_length cpu             # seconds, the multiples in turn
     python -m benchmarks.joint_length gpu:1xH100      # needs the extra `cuda`; no card
     python -m benchmarks.joint_length v5e:2x2         # needs the extra `tpu`; no TPU
 
-Blocks of SD3.5 medium's size, 512 x 512 images and captions of 512 tokens: 1,024 image and 531 context tokens. For devices that
-are not there the forward pass and the gradient are compiled in bfloat16: temporaries, bytes moved, and the seconds of a roofline of
-the compiled instructions (cards; see `benchmarks.gpu_program`). Multiple 1 leaves padding to the kernels.
+Blocks of SD3.5 medium's size, 512 x 512 images and captions of 512 tokens: 1,024 image and 531 context tokens. For
+devices that are not there the forward pass and the gradient are compiled in bfloat16: temporaries, bytes moved, and the
+seconds of a roofline of the compiled instructions (cards; see `benchmarks.gpu_program`). Multiple 1 leaves padding to
+the kernels.
 """
 
 import argparse
@@ -32,8 +34,12 @@ def build(batch: int, layers: int, dtype: str) -> tuple[Callable, Callable, tupl
     config = TransformerConfig(num_layers=layers, dual_attention_layers=(), dtype=dtype, remat="full")
     side = config.patch_size * TOKENS
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(config))
-    shapes = ((batch, side, side, config.in_channels), (batch,), (batch, CONTEXT, config.joint_attention_dim),
-              (batch, config.pooled_projection_dim))
+    shapes = (
+        (batch, side, side, config.in_channels),
+        (batch,),
+        (batch, CONTEXT, config.joint_attention_dim),
+        (batch, config.pooled_projection_dim),
+    )
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     mask = jax.ShapeDtypeStruct((batch, CONTEXT), bool)
 
@@ -74,7 +80,9 @@ def compile_for(topology: str, batch: int, layers: int) -> None:
                 compiled = jax.jit(lambda *x, f=function: f(*x)).lower(*shapes).compile(compiler_options=options)
             found = costs(Module(compiled.as_text()), chips.chip, lambda use: "all")["all"]
             size = compiled.memory_analysis().temp_size_in_bytes / 2**20
-            print(f"| {multiple} | {name} | {size:,.0f} | {found.traffic / 1e9:.2f} | {found.seconds:.5f} |", flush=True)
+            print(
+                f"| {multiple} | {name} | {size:,.0f} | {found.traffic / 1e9:.2f} | {found.seconds:.5f} |", flush=True
+            )
 
 
 def time_here(batch: int, layers: int, repeats: int) -> None:

@@ -3,10 +3,10 @@
     python -m benchmarks.loading --checkpoint=DIR [--json=FILE]
     python -m benchmarks.loading --make-gb=1 [--json=FILE]
 
-The second makes a folder of random weights in the real layout, of that many GB, in a temporary folder. Each part, and all
-parts one after the other, is read by each side in a process of its own, as float32, from files that were read before (so from the page
-cache). Memory is how far the process grew at most while reading, libraries not counted; seconds are of the clock and of the
-processor. One table; with --json one object a row.
+The second makes a folder of random weights in the real layout, of that many GB, in a temporary folder. Each part, and
+all parts one after the other, is read by each side in a process of its own, as float32, from files that were read
+before (so from the page cache). Memory is how far the process grew at most while reading, libraries not counted;
+seconds are of the clock and of the processor. One table; with --json one object a row.
 """
 
 import argparse
@@ -38,10 +38,15 @@ from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 
 # part of the folder: its class in diffusers or transformers
 PARTS = {
-    "llm": "transformers.Qwen2_5_VLForConditionalGeneration", "dit": "diffusers.SD3Transformer2DModel",
-    "SD3/vae": "diffusers.AutoencoderKL", "SD3/text_encoder": "transformers.CLIPTextModelWithProjection",
-    "SD3/text_encoder_2": "transformers.CLIPTextModelWithProjection", "clip": "transformers.CLIPModel",
-    "dinov2": "transformers.Dinov2Model", "dinov3": "transformers.DINOv3ViTModel"}
+    "llm": "transformers.Qwen2_5_VLForConditionalGeneration",
+    "dit": "diffusers.SD3Transformer2DModel",
+    "SD3/vae": "diffusers.AutoencoderKL",
+    "SD3/text_encoder": "transformers.CLIPTextModelWithProjection",
+    "SD3/text_encoder_2": "transformers.CLIPTextModelWithProjection",
+    "clip": "transformers.CLIPModel",
+    "dinov2": "transformers.Dinov2Model",
+    "dinov3": "transformers.DINOv3ViTModel",
+}
 SIDES = ("uae_jax", "from_pretrained")
 
 
@@ -87,7 +92,11 @@ def measure(folder: pathlib.Path, side: str, parts: Sequence[str]) -> dict:
     jax.block_until_ready(jax.device_put(np.zeros(8))) if side == "uae_jax" else _import_libraries(parts)
     before, begin, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
     models = [read(folder, part) for part in parts]
-    result = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu, "peak_bytes": memory("VmHWM") - before}
+    result = {
+        "seconds": time.perf_counter() - begin,
+        "cpu_seconds": time.process_time() - cpu,
+        "peak_bytes": memory("VmHWM") - before,
+    }
     del models
     return result
 
@@ -105,7 +114,13 @@ def _import_libraries(parts: Sequence[str]) -> None:
 
 def in_new_process(folder: pathlib.Path, side: str, parts: Sequence[str]) -> dict:
     """`measure` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.loading", f"--checkpoint={folder}", f"--measure={side}:{','.join(parts)}"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.loading",
+        f"--checkpoint={folder}",
+        f"--measure={side}:{','.join(parts)}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -126,23 +141,59 @@ def make_folder(folder: pathlib.Path, gigabytes: float) -> None:
     """Random weights in the official layout: about six tenths captioner, three tenths transformer."""
     layers = max(2, round((0.6e9 * gigabytes - 131e6) / 62e6))
     captioner = qwen_config.Qwen2_5VLConfig(
-        vision=qwen_config.VisionConfig(depth=2, width=256, heads=4, mlp_width=512, out_width=1024, full_attention_blocks=(1,)),
+        vision=qwen_config.VisionConfig(
+            depth=2, width=256, heads=4, mlp_width=512, out_width=1024, full_attention_blocks=(1,)
+        ),
         text=qwen_config.TextConfig(
-            vocab_size=32000, width=1024, layers=layers, heads=16, key_heads=4, mlp_width=4096, mrope_section=(8, 12, 12)),
-        image_token_id=31990, video_token_id=31991, vision_start_token_id=31992, vision_end_token_id=31993, pad_token_id=31994,
-        stop_token_ids=(31995,))
+            vocab_size=32000,
+            width=1024,
+            layers=layers,
+            heads=16,
+            key_heads=4,
+            mlp_width=4096,
+            mrope_section=(8, 12, 12),
+        ),
+        image_token_id=31990,
+        video_token_id=31991,
+        vision_start_token_id=31992,
+        vision_end_token_id=31993,
+        pad_token_id=31994,
+        stop_token_ids=(31995,),
+    )
     decoder = TransformerConfig(
-        num_layers=max(2, round(0.3e9 * gigabytes / 130e6)), num_attention_heads=16, joint_attention_dim=1024, pooled_projection_dim=256,
-        pos_embed_max_size=64, dual_attention_layers=())
+        num_layers=max(2, round(0.3e9 * gigabytes / 130e6)),
+        num_attention_heads=16,
+        joint_attention_dim=1024,
+        pooled_projection_dim=256,
+        pos_embed_max_size=64,
+        dual_attention_layers=(),
+    )
     encoder = VAEConfig(block_out_channels=(64, 128, 256, 256))
     towers = CLIPConfig(
         CLIPVisionConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8),
-        CLIPTextConfig(vocab_size=1000, num_hidden_layers=2))
+        CLIPTextConfig(vocab_size=1000, num_hidden_layers=2),
+    )
     parts: dict[str, tuple[list[Rule], trees.Tree, dict, str]] = {
-        "llm": (qwen_weights.rules(captioner, False), qwen.abstract_params(captioner), qwen_config.to_json(captioner), "model"),
-        "dit": (sd3_weights.transformer_rules(decoder), transformer.abstract_params(decoder), decoder.published(), "diffusion_pytorch_model"),
-        "SD3/vae": (sd3_weights.vae_rules(encoder), vae.abstract_params(encoder), encoder.published(), "diffusion_pytorch_model"),
-        "clip": (encoder_weights.clip_rules(towers), clip.abstract_params(towers), towers.to_dict(), "model")}
+        "llm": (
+            qwen_weights.rules(captioner, False),
+            qwen.abstract_params(captioner),
+            qwen_config.to_json(captioner),
+            "model",
+        ),
+        "dit": (
+            sd3_weights.transformer_rules(decoder),
+            transformer.abstract_params(decoder),
+            decoder.published(),
+            "diffusion_pytorch_model",
+        ),
+        "SD3/vae": (
+            sd3_weights.vae_rules(encoder),
+            vae.abstract_params(encoder),
+            encoder.published(),
+            "diffusion_pytorch_model",
+        ),
+        "clip": (encoder_weights.clip_rules(towers), clip.abstract_params(towers), towers.to_dict(), "model"),
+    }
     for part, (rules, abstract, config, stem) in parts.items():
         write_tensors(folder / part, random_tensors(rules, abstract), stem=stem)
         (folder / part / "config.json").write_text(json.dumps(config))
@@ -163,7 +214,10 @@ def compare(folder: pathlib.Path, show: Callable[[dict], None]) -> None:
 
 def print_row(row: dict) -> None:
     """One line of the table."""
-    cells = [f"{row[side]['seconds']:8.2f} {row[side]['cpu_seconds']:8.2f} {row[side]['peak_bytes'] / 1e6:8.0f}" for side in SIDES]
+    cells = [
+        f"{row[side]['seconds']:8.2f} {row[side]['cpu_seconds']:8.2f} {row[side]['peak_bytes'] / 1e6:8.0f}"
+        for side in SIDES
+    ]
     print(f"{row['part']:20s} {row['file_bytes'] / 1e6:8.0f}   {'   '.join(cells)}", flush=True)
 
 

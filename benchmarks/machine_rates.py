@@ -41,4 +41,5 @@ def machine_rates(dtype: str) -> dict[str, float]:
     scaled = jax.jit(lambda x: x * jnp.float32(1.0001), donate_argnums=0)
     return {
         "matrix_rate": 2 * side**3 / _fastest(lambda x: product(x, matrix), matrix),
-        "copy_bandwidth": 2 * length / _fastest(scaled, jnp.ones(length // 4, jnp.float32))}
+        "copy_bandwidth": 2 * length / _fastest(scaled, jnp.ones(length // 4, jnp.float32)),
+    }

@@ -2,9 +2,9 @@
 
     python -m benchmarks.mini_checkpoint DIR [--size=mini|full]
 
-`mini` has about 75 million parameters, 58 of them the token table: large enough to time on two cores, small enough for eager
-PyTorch. `full` has the sizes of Qwen2.5-VL-3B, SD3.5-medium with its auto-encoder, and CLIP-L, in bfloat16: 13 GB, made on a
-GPU if there is one.
+`mini` has about 75 million parameters, 58 of them the token table: large enough to time on two cores, small enough for
+eager PyTorch. `full` has the sizes of Qwen2.5-VL-3B, SD3.5-medium with its auto-encoder, and CLIP-L, in bfloat16: 13
+GB, made on a GPU if there is one.
 """
 
 import argparse
@@ -69,14 +69,59 @@ class Size:
 
 
 SMALL = Size(
-    vocabulary=600, width=64, layers=2, heads=4, key_heads=2, mlp=128, mrope=(2, 3, 3), vision=32, vision_mlp=64, vision_heads=2,
-    window=56, projector=128, context=64, blocks=3, block_heads=4, head_width=16, sample=8, channels=(16, 16, 16, 16), clip=32,
-    clip_layers=2, clip_heads=2, clip_image=56, clip_features=32, pooled=(16, 24))
+    vocabulary=600,
+    width=64,
+    layers=2,
+    heads=4,
+    key_heads=2,
+    mlp=128,
+    mrope=(2, 3, 3),
+    vision=32,
+    vision_mlp=64,
+    vision_heads=2,
+    window=56,
+    projector=128,
+    context=64,
+    blocks=3,
+    block_heads=4,
+    head_width=16,
+    sample=8,
+    channels=(16, 16, 16, 16),
+    clip=32,
+    clip_layers=2,
+    clip_heads=2,
+    clip_image=56,
+    clip_features=32,
+    pooled=(16, 24),
+)
 FULL = Size(
-    width=2048, layers=36, heads=16, mlp=11008, mrope=(16, 24, 24), vision=1280, vision_mlp=3420, vision_layers=32, vision_heads=16,
-    full_attention=(7, 15, 23, 31), projector=8192, context=4096, blocks=24, block_heads=24, sample=128, positions=384,
-    dual=tuple(range(13)), channels=(128, 256, 512, 512), norm_groups=32, clip=1024, clip_layers=24, clip_heads=16, clip_image=224,
-    clip_features=768, pooled=(768, 1280), dtype="bfloat16")
+    width=2048,
+    layers=36,
+    heads=16,
+    mlp=11008,
+    mrope=(16, 24, 24),
+    vision=1280,
+    vision_mlp=3420,
+    vision_layers=32,
+    vision_heads=16,
+    full_attention=(7, 15, 23, 31),
+    projector=8192,
+    context=4096,
+    blocks=24,
+    block_heads=24,
+    sample=128,
+    positions=384,
+    dual=tuple(range(13)),
+    channels=(128, 256, 512, 512),
+    norm_groups=32,
+    clip=1024,
+    clip_layers=24,
+    clip_heads=16,
+    clip_image=224,
+    clip_features=768,
+    pooled=(768, 1280),
+    dtype="bfloat16",
+)
 SIZES = {"mini": Size(), "small": SMALL, "full": FULL}
 
 
@@ -84,20 +129,50 @@ def _captioner(size: Size):
     from torch import nn
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    ids = {name: SPECIAL_TOKENS.index(f"<|{name}|>") for name in ("endoftext", "im_end", "image_pad", "video_pad", "vision_start", "vision_end")}
+    ids = {
+        name: SPECIAL_TOKENS.index(f"<|{name}|>")
+        for name in ("endoftext", "im_end", "image_pad", "video_pad", "vision_start", "vision_end")
+    }
     text = dict(
-        vocab_size=size.vocabulary, hidden_size=size.width, num_hidden_layers=size.layers, num_attention_heads=size.heads,
-        num_key_value_heads=size.key_heads, intermediate_size=size.mlp, tie_word_embeddings=True, max_position_embeddings=4096,
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.key_heads,
+        intermediate_size=size.mlp,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
         rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=list(size.mrope)),
-        bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"])
+        bos_token_id=ids["endoftext"],
+        eos_token_id=ids["im_end"],
+        pad_token_id=ids["endoftext"],
+    )
     vision = dict(
-        depth=size.vision_layers, hidden_size=size.vision, num_heads=size.vision_heads, intermediate_size=size.vision_mlp,
-        out_hidden_size=size.width, fullatt_block_indexes=list(size.full_attention), window_size=size.window,
-        patch_size=PATCH, spatial_merge_size=2, temporal_patch_size=2)
-    captioner = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"]))
-    captioner.projector = nn.Sequential(nn.Linear(size.width, size.projector), nn.GELU(), nn.Linear(size.projector, size.context))
+        depth=size.vision_layers,
+        hidden_size=size.vision,
+        num_heads=size.vision_heads,
+        intermediate_size=size.vision_mlp,
+        out_hidden_size=size.width,
+        fullatt_block_indexes=list(size.full_attention),
+        window_size=size.window,
+        patch_size=PATCH,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+    )
+    captioner = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=text,
+            vision_config=vision,
+            tie_word_embeddings=True,
+            image_token_id=ids["image_pad"],
+            video_token_id=ids["video_pad"],
+            vision_start_token_id=ids["vision_start"],
+            vision_end_token_id=ids["vision_end"],
+        )
+    )
+    captioner.projector = nn.Sequential(
+        nn.Linear(size.width, size.projector), nn.GELU(), nn.Linear(size.projector, size.context)
+    )
     return captioner
 
 
@@ -106,26 +181,68 @@ def _modules(size: Size) -> dict:
     from diffusers import AutoencoderKL, SD3Transformer2DModel
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
 
-    texts = [CLIPTextModelWithProjection(CLIPTextConfig(
-        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4, projection_dim=width,
-        hidden_act=act)) for width, act in zip(size.pooled, ("quick_gelu", "gelu"))]
+    texts = [
+        CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                projection_dim=width,
+                hidden_act=act,
+            )
+        )
+        for width, act in zip(size.pooled, ("quick_gelu", "gelu"))
+    ]
     tower = dict(
-        hidden_size=size.clip, intermediate_size=4 * size.clip, num_attention_heads=size.clip_heads, projection_dim=size.clip_features)
+        hidden_size=size.clip,
+        intermediate_size=4 * size.clip,
+        num_attention_heads=size.clip_heads,
+        projection_dim=size.clip_features,
+    )
     return {
         "llm": _captioner(size),
         "dit": SD3Transformer2DModel(
-            sample_size=size.sample, patch_size=2, in_channels=16, out_channels=16, num_layers=size.blocks,
-            attention_head_dim=size.head_width, num_attention_heads=size.block_heads, joint_attention_dim=size.context,
-            caption_projection_dim=size.block_heads * size.head_width, pooled_projection_dim=sum(size.pooled),
-            pos_embed_max_size=size.positions, dual_attention_layers=size.dual, qk_norm="rms_norm"),
+            sample_size=size.sample,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=size.blocks,
+            attention_head_dim=size.head_width,
+            num_attention_heads=size.block_heads,
+            joint_attention_dim=size.context,
+            caption_projection_dim=size.block_heads * size.head_width,
+            pooled_projection_dim=sum(size.pooled),
+            pos_embed_max_size=size.positions,
+            dual_attention_layers=size.dual,
+            qk_norm="rms_norm",
+        ),
         "SD3/vae": AutoencoderKL(
-            in_channels=3, out_channels=3, latent_channels=16, block_out_channels=list(size.channels), layers_per_block=2,
-            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, norm_num_groups=size.norm_groups,
-            scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
-        "SD3/text_encoder": texts[0], "SD3/text_encoder_2": texts[1],
-        "clip": CLIPModel(CLIPConfig(
-            vision_config=dict(tower, num_hidden_layers=size.clip_layers, image_size=size.clip_image, patch_size=PATCH),
-            text_config=dict(tower, num_hidden_layers=2), projection_dim=size.clip_features))}
+            in_channels=3,
+            out_channels=3,
+            latent_channels=16,
+            block_out_channels=list(size.channels),
+            layers_per_block=2,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            norm_num_groups=size.norm_groups,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        "SD3/text_encoder": texts[0],
+        "SD3/text_encoder_2": texts[1],
+        "clip": CLIPModel(
+            CLIPConfig(
+                vision_config=dict(
+                    tower, num_hidden_layers=size.clip_layers, image_size=size.clip_image, patch_size=PATCH
+                ),
+                text_config=dict(tower, num_hidden_layers=2),
+                projection_dim=size.clip_features,
+            )
+        ),
+    }
 
 
 def write_checkpoint(folder: pathlib.Path, size: Size = Size(), seed: int = 0) -> None:
@@ -175,12 +292,28 @@ def _write_other_files(folder: pathlib.Path, size: Size) -> None:
 
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0).save_pretrained(folder / "SD3" / "scheduler")
     words = "describe this image in detail".split() + [f"word{number}" for number in range(300)]
-    write_scene_tokenizer(folder / "llm_processor", words, patch_size=PATCH, min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
+    write_scene_tokenizer(
+        folder / "llm_processor", words, patch_size=PATCH, min_pixels=56 * 56, max_pixels=28 * 28 * 1280
+    )
     side = size.clip_image
-    (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(dict(
-        image_processor_type="CLIPImageProcessor", do_resize=True, do_rescale=True, do_normalize=True, do_center_crop=True,
-        do_convert_rgb=True, resample=3, rescale_factor=1 / 255, size=dict(shortest_edge=side), crop_size=dict(height=side, width=side),
-        image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])))
+    (folder / "clip" / "preprocessor_config.json").write_text(
+        json.dumps(
+            dict(
+                image_processor_type="CLIPImageProcessor",
+                do_resize=True,
+                do_rescale=True,
+                do_normalize=True,
+                do_center_crop=True,
+                do_convert_rgb=True,
+                resample=3,
+                rescale_factor=1 / 255,
+                size=dict(shortest_edge=side),
+                crop_size=dict(height=side, width=side),
+                image_mean=[0.48145466, 0.4578275, 0.40821073],
+                image_std=[0.26862954, 0.26130258, 0.27577711],
+            )
+        )
+    )
 
 
 def main() -> None:

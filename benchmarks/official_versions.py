@@ -1,7 +1,7 @@
 """Parity with the libraries of the official release's time: a small model made by them, read and computed here.
 
-The release was saved with transformers 4.50, whose classes, names and configs differ from today's. Its libraries need an
-environment of their own, which writes the model and what it computes; this package's environment reads and compares:
+The release was saved with transformers 4.50, whose classes, names and configs differ from today's. Its libraries need
+an environment of their own, which writes the model and what it computes; this package's environment reads and compares:
 
     python3.11 -m venv official
     official/bin/pip install torch==2.13.0 transformers==4.50.0 'peft==0.17.*' 'diffusers==0.35.*' safetensors
@@ -21,8 +21,16 @@ import numpy as np
 TOLERANCE = 1e-4
 IMAGE, START, END, PAD = 290, 286, 287, 283
 GRID, RANK = (6, 10), 4
-ATTENTION = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
-             "attn.to_add_out"]
+ATTENTION = [
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+]
 
 
 def build():
@@ -30,19 +38,59 @@ def build():
     import torch
     from diffusers import SD3Transformer2DModel
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
     torch.manual_seed(0)
-    llm = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        vocab_size=300, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
-        max_position_embeddings=512, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True, bos_token_id=PAD,
-        eos_token_id=285, rope_scaling=dict(type="mrope", mrope_section=[2, 3, 3]), image_token_id=IMAGE, video_token_id=291,
-        vision_start_token_id=START, vision_end_token_id=END, vision_config=dict(
-            depth=3, hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=64, fullatt_block_indexes=[1],
-            window_size=16, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, in_chans=3, tokens_per_second=2)))
+    llm = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            vocab_size=300,
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=96,
+            max_position_embeddings=512,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            tie_word_embeddings=True,
+            bos_token_id=PAD,
+            eos_token_id=285,
+            rope_scaling=dict(type="mrope", mrope_section=[2, 3, 3]),
+            image_token_id=IMAGE,
+            video_token_id=291,
+            vision_start_token_id=START,
+            vision_end_token_id=END,
+            vision_config=dict(
+                depth=3,
+                hidden_size=32,
+                num_heads=2,
+                intermediate_size=48,
+                out_hidden_size=64,
+                fullatt_block_indexes=[1],
+                window_size=16,
+                patch_size=4,
+                spatial_merge_size=2,
+                temporal_patch_size=2,
+                in_chans=3,
+                tokens_per_second=2,
+            ),
+        )
+    )
     llm.projector = torch.nn.Sequential(torch.nn.Linear(64, 40), torch.nn.GELU(), torch.nn.Linear(40, 24))
     dit = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=10, pos_embed_max_size=12,
-        dual_attention_layers=(0, 1), qk_norm="rms_norm")
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        caption_projection_dim=16,
+        pooled_projection_dim=10,
+        pos_embed_max_size=12,
+        dual_attention_layers=(0, 1),
+        qk_norm="rms_norm",
+    )
     with torch.no_grad():
         for module in (llm, dit):
             for parameter in module.float().eval().parameters():
@@ -53,24 +101,41 @@ def build():
 def captioner_arrays(llm, arrays: dict, suffix: str) -> dict:
     """Logits after a prompt with an image, and the projected states of text."""
     import torch
+
     ids, text = torch.tensor(arrays["prompt_ids"]), torch.tensor(arrays["text_ids"])
-    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.tensor(arrays["pixel_values"]),
-                 image_grid_thw=torch.tensor([[1, *GRID]]))
+    batch = dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=torch.tensor(arrays["pixel_values"]),
+        image_grid_thw=torch.tensor([[1, *GRID]]),
+    )
     import transformers
+
     if int(transformers.__version__.split(".")[0]) >= 5:
         batch["mm_token_type_ids"] = (ids == IMAGE).int()
     with torch.no_grad():
         states = llm(input_ids=text, attention_mask=torch.ones_like(text), output_hidden_states=True).hidden_states[-1]
-        return {f"logits{suffix}": llm(**batch).logits[:, -1].numpy(), f"prompt_embeds{suffix}": llm.projector(states).numpy()}
+        return {
+            f"logits{suffix}": llm(**batch).logits[:, -1].numpy(),
+            f"prompt_embeds{suffix}": llm.projector(states).numpy(),
+        }
 
 
 def velocity_array(dit, arrays: dict) -> np.ndarray:
     """The velocity of the latents, channels last."""
     import torch
-    latents, timestep, context, pooled = (torch.tensor(arrays[name]) for name in ("latents", "timestep", "context", "pooled"))
+
+    latents, timestep, context, pooled = (
+        torch.tensor(arrays[name]) for name in ("latents", "timestep", "context", "pooled")
+    )
     with torch.no_grad():
-        velocity = dit(hidden_states=latents.permute(0, 3, 1, 2), timestep=timestep, encoder_hidden_states=context,
-                       pooled_projections=pooled, return_dict=False)[0]
+        velocity = dit(
+            hidden_states=latents.permute(0, 3, 1, 2),
+            timestep=timestep,
+            encoder_hidden_states=context,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
     return velocity.permute(0, 2, 3, 1).numpy()
 
 
@@ -80,16 +145,25 @@ def inputs() -> dict:
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     words = rng.integers(0, 280, 20)
     ids = [*words[:5], START, *[IMAGE] * (GRID[0] * GRID[1] // 4), END, *words[5:9]]
-    return {"prompt_ids": np.array([ids]), "text_ids": words[None, 9:], "pixel_values": normal(GRID[0] * GRID[1], 3 * 2 * 4 * 4),
-            "latents": normal(2, 4, 6, 4), "timestep": np.array([900.0, 20.0], np.float32), "context": normal(2, 5, 24),
-            "pooled": normal(2, 10)}
+    return {
+        "prompt_ids": np.array([ids]),
+        "text_ids": words[None, 9:],
+        "pixel_values": normal(GRID[0] * GRID[1], 3 * 2 * 4 * 4),
+        "latents": normal(2, 4, 6, 4),
+        "timestep": np.array([900.0, 20.0], np.float32),
+        "context": normal(2, 5, 24),
+        "pooled": normal(2, 10),
+    }
 
 
 def write_captioner(out: pathlib.Path, llm, arrays: dict) -> None:
-    """`llm`, and `llm_lora` as the release has it: the whole state after peft wrapped the text model, in three shards."""
+    """`llm`, and `llm_lora` as the release has it: the whole state after peft wrapped the text model, in three
+    shards.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import save_file
+
     arrays.update(captioner_arrays(llm, arrays, ""))
     llm.save_pretrained(out / "llm")
     torch.manual_seed(1)
@@ -112,15 +186,19 @@ def write_transformer(out: pathlib.Path, dit, arrays: dict) -> None:
     from diffusers.loaders import SD3LoraLoaderMixin
     from peft import LoraConfig, get_peft_model
     from peft.utils import get_peft_model_state_dict
+
     arrays["velocity"] = velocity_array(dit, arrays)
     dit.save_pretrained(out / "dit")
     torch.manual_seed(2)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=ATTENTION, init_lora_weights=False)
     wrapped = get_peft_model(dit, config).eval()
     wrapped.save_pretrained(out / "dit_lora")
-    layers = {name.removeprefix("base_model.model."): value for name, value in get_peft_model_state_dict(wrapped).items()}
+    layers = {
+        name.removeprefix("base_model.model."): value for name, value in get_peft_model_state_dict(wrapped).items()
+    }
     SD3LoraLoaderMixin.save_lora_weights(
-        out / "dit_diffusers", transformer_lora_layers=layers, transformer_lora_adapter_metadata=config.to_dict())
+        out / "dit_diffusers", transformer_lora_layers=layers, transformer_lora_adapter_metadata=config.to_dict()
+    )
     arrays["velocity_lora"] = velocity_array(wrapped, arrays)
 
 
@@ -130,6 +208,7 @@ def write(out: pathlib.Path) -> None:
     import peft
     import torch
     import transformers
+
     out.mkdir(parents=True)
     llm, dit = build()
     arrays = inputs()
@@ -148,6 +227,7 @@ def our_captioner(path: pathlib.Path, arrays: dict, suffix: str) -> dict[str, np
     from uae_jax.data.qwen_inputs import ImageProcessor, prompt_fields
     from uae_jax.models.qwen2_5_vl import config as configs
     from uae_jax.models.qwen2_5_vl import model, weights
+
     config = configs.from_folder(path / "llm")
     _, params = weights.load(path / ("llm_lora" if suffix else "llm"), config)
     adapter = None
@@ -162,11 +242,15 @@ def our_captioner(path: pathlib.Path, arrays: dict, suffix: str) -> dict[str, np
     last = model.prompt_prefix(config, params, adapter, batch).last_hidden
     text = jnp.asarray(arrays["text_ids"])
     states = model.text_hidden_states(config, params, adapter, text, jnp.ones(text.shape, bool))
-    return {f"logits{suffix}": model.logits(config, params, last), f"prompt_embeds{suffix}": model.project(params["projector"], states)}
+    return {
+        f"logits{suffix}": model.logits(config, params, last),
+        f"prompt_embeds{suffix}": model.project(params["projector"], states),
+    }
 
 
 def leaves(tree) -> list:
     import jax
+
     return jax.tree.leaves(tree)
 
 
@@ -174,6 +258,7 @@ def our_transformer(path: pathlib.Path, arrays: dict) -> dict[str, np.ndarray]:
     """What this package computes from the transformer's folders."""
     from uae_jax.models.sd3 import weights
     from uae_jax.models.sd3.transformer import Transformer
+
     config, params = weights.load_transformer(path / "dit")
     values = [arrays[name] for name in ("latents", "timestep", "context", "pooled")]
     found = {"velocity": Transformer(config).apply({"params": params}, *values)}
@@ -186,6 +271,7 @@ def our_transformer(path: pathlib.Path, arrays: dict) -> dict[str, np.ndarray]:
 def check(out: pathlib.Path) -> bool:
     """Prints each array's error relative to its largest value; True if all are within `TOLERANCE`."""
     import jax
+
     arrays, good = dict(np.load(out / "arrays.npz")), True
     print("written by", json.loads((out / "versions.json").read_text()))
     with jax.default_matmul_precision("highest"):
@@ -195,7 +281,10 @@ def check(out: pathlib.Path) -> bool:
         error = float(np.abs(np.asarray(value) - theirs).max() / np.abs(theirs).max())
         good &= error <= TOLERANCE
         print(f"{name:28s} {error:.1e} {'' if error <= TOLERANCE else 'DIFFERS'}")
-    changed = {name: float(np.abs(arrays[f"{name}_lora"] - arrays[name]).max()) for name in ("logits", "prompt_embeds", "velocity")}
+    changed = {
+        name: float(np.abs(arrays[f"{name}_lora"] - arrays[name]).max())
+        for name in ("logits", "prompt_embeds", "velocity")
+    }
     print("largest change by the adapters:", {name: round(value, 3) for name, value in changed.items()})
     return good and min(changed.values()) > 1e-2
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.round_trip FOLDER [--json=FILE]
 
-FOLDER is an official folder (`llm`, `llm_lora`, `llm_processor`, `SD3`, `dit`, `dit_lora`, `clip`, `dinov2`, `dinov3`) with
-`reference.npz`, what PyTorch computed from it in float32, channels first, on the prompts below:
+FOLDER is an official folder (`llm`, `llm_lora`, `llm_processor`, `SD3`, `dit`, `dit_lora`, `clip`, `dinov2`, `dinov3`)
+with `reference.npz`, what PyTorch computed from it in float32, channels first, on the prompts below:
 
     image [H, W, 3] uint8; pixel_values, image_grid_thw, caption_prompt_ids: what the processor and tokenizer make of it
     caption_logits [1, V] after the prompt; caption_ids [1, N]: N greedy tokens, none of which ends the caption
@@ -12,9 +12,9 @@ FOLDER is an official folder (`llm`, `llm_lora`, `llm_processor`, `SD3`, `dit`, 
     prompt_embeds_lora, velocity_first_lora: through the adapters, the latter of prompt_embeds without guidance
     encoded_mean: of the image in [-1, 1]; {clip,dinov2,dinov3}_pixels, clip_features, dinov2_cls, dinov3_cls
 
-Exact arrays must be equal, all others agree within 1e-4 of their largest value. Then `convert export` writes both layouts:
-the official one must load as the same model bit for bit, the other open in transformers, diffusers and peft and compute the
-same arrays. One table; the exit code is 1 if a line of it fails.
+Exact arrays must be equal, all others agree within 1e-4 of their largest value. Then `convert export` writes both
+layouts: the official one must load as the same model bit for bit, the other open in transformers, diffusers and peft
+and compute the same arrays. One table; the exit code is 1 if a line of it fails.
 """
 
 import argparse
@@ -63,7 +63,10 @@ class Table:
     def add(self, step: str, what: str, good: bool, error: float | None = None) -> None:
         """One line."""
         self.rows.append({"step": step, "what": what, "error": error, "ok": bool(good)})
-        print(f"{step:<10} {what:<52} {'' if error is None else f'{error:9.1e}':>9}  {'ok' if good else 'DIFFERS'}", flush=True)
+        print(
+            f"{step:<10} {what:<52} {'' if error is None else f'{error:9.1e}':>9}  {'ok' if good else 'DIFFERS'}",
+            flush=True,
+        )
 
     def equal(self, step: str, what: str, ours, theirs) -> None:
         """A line that asks for equality."""
@@ -72,7 +75,9 @@ class Table:
     def near(self, step: str, what: str, ours, theirs) -> None:
         """A line that asks for agreement within the tolerance."""
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-        error = float(np.abs(ours - theirs).max() / np.abs(theirs).max()) if ours.shape == theirs.shape else float("inf")
+        error = (
+            float(np.abs(ours - theirs).max() / np.abs(theirs).max()) if ours.shape == theirs.shape else float("inf")
+        )
         self.add(step, what, error <= TOLERANCE, error)
 
 
@@ -113,15 +118,28 @@ def check_captions(table: Table, system: System, parts: dict, ref: dict) -> None
     table.equal("caption", "image_grid_thw", [[1, *grid]], ref["image_grid_thw"])
     table.equal("caption", "caption_prompt_ids", [ids], ref["caption_prompt_ids"])
     row = prompt_fields(
-        ids, [(patches, grid)], system.processor, tokens.token_id(system.tokenizer, tokens.IMAGE_PAD), len(patches) + 8, len(ids) + 5)
+        ids,
+        [(patches, grid)],
+        system.processor,
+        tokens.token_id(system.tokenizer, tokens.IMAGE_PAD),
+        len(patches) + 8,
+        len(ids) + 5,
+    )
     config, (base, _) = system.model.captioner, uae.captioner_weights(parts, policy=False)
 
     @jax.jit
     def caption(params, batch):
         prefix = qwen.prompt_prefix(config, params, None, batch)
         greedy = generate(
-            config, params, None, prefix, jax.random.split(jax.random.key(0), 1), max_new_tokens=ref["caption_ids"].shape[1],
-            stop_ids=(), sampling=SamplingConfig(0.0))
+            config,
+            params,
+            None,
+            prefix,
+            jax.random.split(jax.random.key(0), 1),
+            max_new_tokens=ref["caption_ids"].shape[1],
+            stop_ids=(),
+            sampling=SamplingConfig(0.0),
+        )
         return qwen.logits(config, params, prefix.last_hidden), greedy.tokens
 
     logits, caption_ids = caption(base, {name: value[None] for name, value in row.items()})
@@ -136,7 +154,10 @@ def check_conditions(table: Table, system: System, parts: dict, ref: dict) -> No
     negative = [*template.prefix, *template.negative, *template.suffix]
     table.equal("condition", "condition_ids", [text], ref["condition_ids"])
     for name, ids, policy in (
-        ("prompt_embeds", text, False), ("negative_prompt_embeds", negative, False), ("prompt_embeds_lora", text, True)):
+        ("prompt_embeds", text, False),
+        ("negative_prompt_embeds", negative, False),
+        ("prompt_embeds_lora", text, True),
+    ):
         params, adapter = uae.captioner_weights(parts, policy=policy)
         states = qwen.text_hidden_states(config, params, adapter, jnp.asarray([ids]), jnp.ones((1, len(ids)), bool))
         table.near("condition", name, qwen.project(parts["projector"], states), ref[name])
@@ -150,13 +171,21 @@ def check_pictures(table: Table, system: System, parts: dict, ref: dict) -> None
     table.near("picture", "sigmas", sigmas, ref["sigmas"])
     how = Denoising(tuple(map(float, sigmas)), GUIDANCE)
     ids = tokens.encode_caption(system.tokenizer, CONDITION)[:-1]
-    predict = predictor(model, parts, how, *encode_condition(model, parts, how, jnp.asarray([ids]), jnp.array([len(ids)])), policy=False)
+    predict = predictor(
+        model, parts, how, *encode_condition(model, parts, how, jnp.asarray([ids]), jnp.array([len(ids)])), policy=False
+    )
     start = channels_last(ref["latents_init"])
     final = jax.jit(lambda x: sample(predict, x, jnp.asarray(sigmas)))(start)
-    table.near("picture", "velocity_first, guided", channels_first(jax.jit(predict)(start, sigmas[0])), ref["velocity_first"])
+    table.near(
+        "picture", "velocity_first, guided", channels_first(jax.jit(predict)(start, sigmas[0])), ref["velocity_first"]
+    )
     table.near("picture", f"latents_final, {steps} steps", channels_first(final), ref["latents_final"])
-    table.near("picture", "decoded", channels_first(jax.jit(lambda x: decode(model, parts, how, x))(final)), ref["decoded"])
-    table.near("picture", "velocity_first_lora", our_velocity(system, parts, ref, policy=True), ref["velocity_first_lora"])
+    table.near(
+        "picture", "decoded", channels_first(jax.jit(lambda x: decode(model, parts, how, x))(final)), ref["decoded"]
+    )
+    table.near(
+        "picture", "velocity_first_lora", our_velocity(system, parts, ref, policy=True), ref["velocity_first_lora"]
+    )
     pixels = np.float32(ref["image"][None] / 127.5 - 1)
     mean = jax.jit(lambda pixels: vae.encode(model.vae, parts["vae"], pixels)[0])(pixels)
     table.near("picture", "encoded_mean", channels_first(mean), ref["encoded_mean"])
@@ -165,21 +194,31 @@ def check_pictures(table: Table, system: System, parts: dict, ref: dict) -> None
 def check_encoders(table: Table, system: System, parts: dict, ref: dict) -> None:
     """Image features of the reward and the scores."""
     for name, array, features in (
-        ("clip", "clip_features", clip.image_features), ("dinov2", "dinov2_cls", dino.cls_features), ("dinov3", "dinov3_cls", dino.cls_features)):
+        ("clip", "clip_features", clip.image_features),
+        ("dinov2", "dinov2_cls", dino.cls_features),
+        ("dinov3", "dinov3_cls", dino.cls_features),
+    ):
         pixels = channels_last(ref[f"{name}_pixels"])
-        table.near("encoder", array, features(system.encoders[name].config, parts["encoders"][name], pixels), ref[array])
+        table.near(
+            "encoder", array, features(system.encoders[name].config, parts["encoders"][name], pixels), ref[array]
+        )
 
 
 def our_velocity(system: System, parts: dict, ref: dict, *, policy: bool) -> np.ndarray:
     """Of the first latents and the stored prompt, without guidance."""
     context = ref["prompt_embeds"]
-    velocity = jax.jit(lambda x: uae.velocity(
-        system.model, parts, x, jnp.ones(1), (context, jnp.ones(context.shape[:2], bool)), policy=policy))(channels_last(ref["latents_init"]))
+    velocity = jax.jit(
+        lambda x: uae.velocity(
+            system.model, parts, x, jnp.ones(1), (context, jnp.ones(context.shape[:2], bool)), policy=policy
+        )
+    )(channels_last(ref["latents_init"]))
     return channels_first(velocity)
 
 
 def check_torch_captioner(table: Table, hub: pathlib.Path, ref: dict) -> None:
-    """transformers and peft on the exported captioner: logits of the picture, and the condition through projector and adapter."""
+    """transformers and peft on the exported captioner: logits of the picture, and the condition through projector and
+    adapter.
+    """
     import torch
     from peft import PeftModel
     from safetensors.torch import load_file
@@ -188,20 +227,31 @@ def check_torch_captioner(table: Table, hub: pathlib.Path, ref: dict) -> None:
     llm = Qwen2_5_VLForConditionalGeneration.from_pretrained(hub / "llm").float().eval()
     ids = torch.tensor(ref["caption_prompt_ids"])
     batch = dict(
-        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.tensor(ref["pixel_values"]),
-        image_grid_thw=torch.tensor(ref["image_grid_thw"]), mm_token_type_ids=(ids == llm.config.image_token_id).int())
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=torch.tensor(ref["pixel_values"]),
+        image_grid_thw=torch.tensor(ref["image_grid_thw"]),
+        mm_token_type_ids=(ids == llm.config.image_token_id).int(),
+    )
     weights = load_file(hub / "projector" / "model.safetensors")
 
     def condition(model) -> torch.Tensor:
         text = torch.tensor(ref["condition_ids"])
-        states = model(input_ids=text, attention_mask=torch.ones_like(text), output_hidden_states=True).hidden_states[-1]
+        states = model(input_ids=text, attention_mask=torch.ones_like(text), output_hidden_states=True).hidden_states[
+            -1
+        ]
         inner = torch.nn.functional.gelu(states @ weights["projector.0.weight"].T + weights["projector.0.bias"])
         return inner @ weights["projector.2.weight"].T + weights["projector.2.bias"]
 
     with torch.no_grad():
         table.near("reopened", "transformers: caption_logits", llm(**batch).logits[:, -1], ref["caption_logits"])
         table.near("reopened", "transformers: prompt_embeds", condition(llm), ref["prompt_embeds"])
-        table.near("reopened", "peft: prompt_embeds_lora", condition(PeftModel.from_pretrained(llm, hub / "llm_lora").eval()), ref["prompt_embeds_lora"])
+        table.near(
+            "reopened",
+            "peft: prompt_embeds_lora",
+            condition(PeftModel.from_pretrained(llm, hub / "llm_lora").eval()),
+            ref["prompt_embeds_lora"],
+        )
 
 
 def check_torch_decoder(table: Table, hub: pathlib.Path, ref: dict, plain: np.ndarray) -> None:
@@ -210,11 +260,19 @@ def check_torch_decoder(table: Table, hub: pathlib.Path, ref: dict, plain: np.nd
     from diffusers import StableDiffusion3Pipeline
     from peft import PeftModel
 
-    absent = [name for name in ("text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3") if not (hub / "SD3" / name).is_dir()]
+    absent = [
+        name
+        for name in ("text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+        if not (hub / "SD3" / name).is_dir()
+    ]
     pipeline = StableDiffusion3Pipeline.from_pretrained(hub / "SD3", **dict.fromkeys(absent))
     inputs = dict(
-        hidden_states=torch.tensor(ref["latents_init"]), timestep=torch.tensor([1000.0]),
-        encoder_hidden_states=torch.tensor(ref["prompt_embeds"]), pooled_projections=torch.tensor(ref["pooled_prompt_embeds"]), return_dict=False)
+        hidden_states=torch.tensor(ref["latents_init"]),
+        timestep=torch.tensor([1000.0]),
+        encoder_hidden_states=torch.tensor(ref["prompt_embeds"]),
+        pooled_projections=torch.tensor(ref["pooled_prompt_embeds"]),
+        return_dict=False,
+    )
     config = pipeline.vae.config
     latents = torch.tensor(ref["latents_final"]) / config.scaling_factor + config.shift_factor
     with torch.no_grad():
@@ -256,7 +314,9 @@ def round_trip(folder: pathlib.Path, out: pathlib.Path) -> list[dict]:
     command(table, "check", out / "official")
     again = read(out / "official", size)
     same = jax.tree.map(np.array_equal, again.parts, system.parts)
-    table.add("official", "loads as the same model, bit for bit", again.model == system.model and all(jax.tree.leaves(same)))
+    table.add(
+        "official", "loads as the same model, bit for bit", again.model == system.model and all(jax.tree.leaves(same))
+    )
     check_torch_captioner(table, out / "hub", ref)
     check_torch_decoder(table, out / "hub", ref, our_velocity(system, parts, ref, policy=False))
     check_torch_encoders(table, out / "hub", ref)

@@ -3,9 +3,9 @@
     python -m uae_jax.main --config=configs/unified_grpo.py --workdir=runs/seed_1 --config.seed=1    # and so on
     python -m benchmarks.seeds runs/seed_0 runs/seed_1 [--docs=docs/results.md]
 
-A score is up when its 95 % interval after the stage lies above the one before it. The loss of cold_start is one minus the reward
-of drawings of true captions, so that `true_caption_reward` is its reconstruction loss on held-out scenes. The exit code is 1 when a
-claim does not hold in some run.
+A score is up when its 95 % interval after the stage lies above the one before it. The loss of cold_start is one minus
+the reward of drawings of true captions, so that `true_caption_reward` is its reconstruction loss on held-out scenes.
+The exit code is 1 when a claim does not hold in some run.
 """
 
 import argparse
@@ -19,8 +19,17 @@ from collections.abc import Sequence
 from benchmarks.documents import replace_block
 
 SCORES = (
-    "reward", "unified_score", "heldout_score", "caption_tokens", "fact_recall", "fact_precision", "scene_accuracy",
-    "true_caption_reward", "true_caption_scene_accuracy", "geneval")
+    "reward",
+    "unified_score",
+    "heldout_score",
+    "caption_tokens",
+    "fact_recall",
+    "fact_precision",
+    "scene_accuracy",
+    "true_caption_reward",
+    "true_caption_scene_accuracy",
+    "geneval",
+)
 # more tokens are neither better nor worse
 JUDGED = tuple(name for name in SCORES if name != "caption_tokens")
 
@@ -50,9 +59,12 @@ class Claim:
     def words(self) -> str:
         """Such as `from at most 0.6 to at least 0.9`."""
         said = [
-            f"from at most {self.before:g}" if math.isfinite(self.before) else "", f"to at least {self.after:g}" if math.isfinite(self.after) else "",
-            f"at least {self.times:g} times" if self.times else "", f"up by at least {self.rise:g}" if math.isfinite(self.rise) else "",
-            "up, outside the intervals" if self.outside else ""]
+            f"from at most {self.before:g}" if math.isfinite(self.before) else "",
+            f"to at least {self.after:g}" if math.isfinite(self.after) else "",
+            f"at least {self.times:g} times" if self.times else "",
+            f"up by at least {self.rise:g}" if math.isfinite(self.rise) else "",
+            "up, outside the intervals" if self.outside else "",
+        ]
         return ", ".join(part for part in said if part)
 
     def holds(self, before: dict, after: dict) -> bool:
@@ -69,7 +81,8 @@ CLAIMS = (
     Claim("gen_for_und", "fact_precision", after=0.95, outside=False),
     Claim("gen_for_und", "caption_tokens", times=1.5, outside=False),
     *(Claim("gen_for_und", score) for score in ("unified_score", "heldout_score", "scene_accuracy")),
-    *(Claim("und_for_gen", score, rise=0.05) for score in ("scene_accuracy", "geneval")))
+    *(Claim("und_for_gen", score, rise=0.05) for score in ("scene_accuracy", "geneval")),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +114,32 @@ def shown(score: dict) -> str:
 
 
 def claim_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, list[tuple[str, bool]]]]:
-    """(stage, score, claim, (text, holds) of each run); claims about stages or scores that a run has not are left out."""
+    """(stage, score, claim, (text, holds) of each run); claims about stages or scores that a run has not are left
+    out.
+    """
     rows = []
     for claim in CLAIMS:
         pairs = [(run.stages().get(claim.stage, {"before": {}, "after": {}})) for run in runs]
         if all(claim.score in pair["before"] and claim.score in pair["after"] for pair in pairs):
             found = [(pair["before"][claim.score], pair["after"][claim.score]) for pair in pairs]
-            rows.append((claim.stage, claim.score, claim.words(), [(f"{shown(a)} to {shown(b)}", claim.holds(a, b)) for a, b in found]))
+            rows.append(
+                (
+                    claim.stage,
+                    claim.score,
+                    claim.words(),
+                    [(f"{shown(a)} to {shown(b)}", claim.holds(a, b)) for a, b in found],
+                )
+            )
     if all("cold_start" in run.stages() for run in runs):
-        rows.insert(2, ("cold_start", "every other score", "not down outside its interval", [_worse(run.stages()["cold_start"]) for run in runs]))
+        rows.insert(
+            2,
+            (
+                "cold_start",
+                "every other score",
+                "not down outside its interval",
+                [_worse(run.stages()["cold_start"]) for run in runs],
+            ),
+        )
     return rows
 
 
@@ -125,22 +155,42 @@ def page_block(runs: Sequence[Run]) -> tuple[str, bool]:
     rows = claim_rows(runs)
     lines = ["### Claims", "", f"| stage | score | claim | {' | '.join(names)} |", "|---" * (3 + len(runs)) + "|"]
     for stage, score, words, cells in rows:
-        lines.append(f"| {stage} | {score} | {words} | " + " | ".join(text if holds else f"**no:** {text}" for text, holds in cells) + " |")
+        lines.append(
+            f"| {stage} | {score} | {words} | "
+            + " | ".join(text if holds else f"**no:** {text}" for text, holds in cells)
+            + " |"
+        )
     for name, run in zip(names, runs):
         stages = run.summary["stages"]
         columns = [stages[0]["before"], *(stage["after"] for stage in stages)]
         count = columns[0]["reward"]["n"]
-        lines += ["", f"### Scores, {name}", "", f"{run.summary['seconds'] / 60:.1f} minutes of stages and scores on {run.summary['device']}; {count} held-out scenes.", "",
-                  "| score | start | " + " | ".join(f"after {stage['name']}" for stage in stages) + " |", "|---" * (1 + len(columns)) + "|"]
-        lines += [f"| {score} | " + " | ".join(shown(column[score]) for column in columns) + " |" for score in SCORES if all(score in column for column in columns)]
+        lines += [
+            "",
+            f"### Scores, {name}",
+            "",
+            f"{run.summary['seconds'] / 60:.1f} minutes of stages and scores on {run.summary['device']}; {count} "
+            "held-out scenes.",
+            "",
+            "| score | start | " + " | ".join(f"after {stage['name']}" for stage in stages) + " |",
+            "|---" * (1 + len(columns)) + "|",
+        ]
+        lines += [
+            f"| {score} | " + " | ".join(shown(column[score]) for column in columns) + " |"
+            for score in SCORES
+            if all(score in column for column in columns)
+        ]
     return "\n".join(lines), all(holds for *_, cells in rows for _, holds in cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.seeds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.seeds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("workdirs", type=pathlib.Path, nargs="+", help="of finished runs")
-    parser.add_argument("--docs", type=pathlib.Path, help="Markdown page for the tables, between two marks or at its end")
+    parser.add_argument(
+        "--docs", type=pathlib.Path, help="Markdown page for the tables, between two marks or at its end"
+    )
     options = parser.parse_args(arguments)
     try:
         block, held = page_block([read_run(workdir) for workdir in options.workdirs])

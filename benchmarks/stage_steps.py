@@ -38,7 +38,11 @@ def time_stage(whole: Run, stage: str, repeats: int) -> dict:
     data = make_loader(whole.source, whole.rows, config.batch_size, 0)
     key = trees.name_key(whole.key, stage)
     begin = time.perf_counter()
-    compiled = whole.step(stage, state, optimizer).lower(state, frozen_parts, sharding.shard_batch(next(data), whole.mesh), key).compile()
+    compiled = (
+        whole.step(stage, state, optimizer)
+        .lower(state, frozen_parts, sharding.shard_batch(next(data), whole.mesh), key)
+        .compile()
+    )
     compile_seconds = time.perf_counter() - begin
     seconds = []
     for _ in range(repeats + 1):
@@ -49,7 +53,12 @@ def time_stage(whole: Run, stage: str, repeats: int) -> dict:
         seconds.append(time.perf_counter() - begin)
     memory = compiled.memory_analysis()
     peak = int(memory.temp_size_in_bytes + memory.argument_size_in_bytes) if memory else None
-    return {"stage": stage, "compile_seconds": round(compile_seconds, 2), "step_seconds": round(float(np.median(seconds[1:])), 4), "peak_bytes": peak}
+    return {
+        "stage": stage,
+        "compile_seconds": round(compile_seconds, 2),
+        "step_seconds": round(float(np.median(seconds[1:])), 4),
+        "peak_bytes": peak,
+    }
 
 
 def main(_) -> None:
@@ -57,9 +66,15 @@ def main(_) -> None:
     with tempfile.TemporaryDirectory() as folder:
         whole = Run(frozen(RunConfig, _CONFIG.value.to_dict()), pathlib.Path(folder))
         rows = [time_stage(whole, stage, _REPEATS.value) for stage in whole.config.stages]
-    print(f"{'stage':14s} {'compile s':>10s} {'step s':>9s} {'MB':>8s}   on {jax.device_count()} x {jax.devices()[0].device_kind}")
+    print(
+        f"{'stage':14s} {'compile s':>10s} {'step s':>9s} {'MB':>8s}   on {jax.device_count()} x "
+        f"{jax.devices()[0].device_kind}"
+    )
     for row in rows:
-        print(f"{row['stage']:14s} {row['compile_seconds']:10.2f} {row['step_seconds']:9.4f} {row['peak_bytes'] / 1e6:8.0f}")
+        print(
+            f"{row['stage']:14s} {row['compile_seconds']:10.2f} {row['step_seconds']:9.4f} "
+            f"{row['peak_bytes'] / 1e6:8.0f}"
+        )
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text("".join(json.dumps(row) + "\n" for row in rows))
 

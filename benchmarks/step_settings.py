@@ -72,8 +72,9 @@ class Inputs:
     """Settings and arrays, by name; written once, read by each side.
 
     `pixels`, `patches`, `patch_positions`, `prompt_ids`, `prompt_mask` and the other fields of a batch `[B, ...]`;
-    `caption_tokens` int32 `[N, T]`; `prefix`, `suffix`, `negative` ids of the condition, the negative as long as a caption, so
-    that neither side has padding; `noise` `[N, h, w, C]`; `pooled` `[Dp]`; `sigmas` `[steps + 1]`; `stops` ids.
+    `caption_tokens` int32 `[N, T]`; `prefix`, `suffix`, `negative` ids of the condition, the negative as long as a
+    caption, so that neither side has padding; `noise` `[N, h, w, C]`; `pooled` `[Dp]`; `sigmas` `[steps + 1]`; `stops`
+    ids.
     """
 
     settings: Settings

@@ -1,6 +1,6 @@
 """The README's picture: held-out pictures, captions and drawings before and after a run.
 
-    python -m benchmarks.strip runs/tiny docs/images/strip.png
+python -m benchmarks.strip runs/tiny docs/images/strip.png
 """
 
 import argparse

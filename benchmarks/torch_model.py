@@ -15,8 +15,10 @@ from transformers.utils import logging
 from benchmarks.step_settings import Inputs
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-TRANSFORMER_TARGETS = [f"attn.{name}" for name in (
-    "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")]
+TRANSFORMER_TARGETS = [
+    f"attn.{name}"
+    for name in ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
+]
 
 
 def _opened(kind: type, folder: pathlib.Path, device: str, **how) -> nn.Module:
@@ -34,7 +36,11 @@ def _projector(folder: pathlib.Path, llm: nn.Module, context: int) -> nn.Sequent
     state, width = {}, llm.config.text_config.hidden_size
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            state |= {name.removeprefix("projector."): tensors.get_tensor(name) for name in tensors.keys() if name.startswith("projector.")}
+            state |= {
+                name.removeprefix("projector."): tensors.get_tensor(name)
+                for name in tensors.keys()
+                if name.startswith("projector.")
+            }
     sizes = [(4 * width, width), (context, 4 * width)]
     if state:
         sizes = [state[f"{index}.weight"].shape for index in (0, 2)]
@@ -45,7 +51,8 @@ def _projector(folder: pathlib.Path, llm: nn.Module, context: int) -> nn.Sequent
 
 
 class TorchModel:
-    """All parts on the GPU if there is one, frozen but for the adapter of the stage; auto-encoder and reward are float32.
+    """All parts on the GPU if there is one, frozen but for the adapter of the stage; auto-encoder and reward are
+    float32.
 
     Args:
       folder: the checkpoint.
@@ -62,19 +69,26 @@ class TorchModel:
         if self.device == "cuda":
             torch.set_float32_matmul_precision("high")
         self.llm = _opened(
-            Qwen2_5_VLForConditionalGeneration, folder / "llm", self.device, dtype=self.dtype, attn_implementation="sdpa")
+            Qwen2_5_VLForConditionalGeneration,
+            folder / "llm",
+            self.device,
+            dtype=self.dtype,
+            attn_implementation="sdpa",
+        )
         self.dit = _opened(SD3Transformer2DModel, folder / "dit", self.device, torch_dtype=self.dtype)
         self.projector = _projector(folder / "llm", self.llm, self.dit.config.joint_attention_dim).to(self.dtype)
         self.vae = _opened(AutoencoderKL, folder / "SD3" / "vae", self.device, torch_dtype=torch.float32)
         self.clip = _opened(
-            CLIPVisionModelWithProjection, folder / "clip", self.device, dtype=torch.float32, attn_implementation="sdpa")
+            CLIPVisionModelWithProjection, folder / "clip", self.device, dtype=torch.float32, attn_implementation="sdpa"
+        )
         for module in (self.llm, self.projector, self.dit, self.vae, self.clip):
             module.eval().requires_grad_(False).to(self.device)
         rank = self.settings.lora_rank
         config = dict(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian")
         if stage == "gen_for_und":
             self.llm.model.language_model = get_peft_model(
-                self.llm.model.language_model, LoraConfig(target_modules="all-linear", **config))
+                self.llm.model.language_model, LoraConfig(target_modules="all-linear", **config)
+            )
         if stage == "und_for_gen":
             self.dit = get_peft_model(self.dit, LoraConfig(target_modules=TRANSFORMER_TARGETS, **config))
         self.trained = [p for module in (self.llm, self.dit) for p in module.parameters() if p.requires_grad]
@@ -86,8 +100,15 @@ class TorchModel:
         """Layer by layer, as the libraries advise: one graph serves all layers."""
         torch._dynamo.config.recompile_limit = 128
         language, transformer = (
-            part.get_base_model() if isinstance(part, PeftModel) else part for part in (self.llm.model.language_model, self.dit))
-        for layer in (*language.layers, *self.llm.model.visual.blocks, *transformer.transformer_blocks, *self.clip.vision_model.encoder.layers):
+            part.get_base_model() if isinstance(part, PeftModel) else part
+            for part in (self.llm.model.language_model, self.dit)
+        )
+        for layer in (
+            *language.layers,
+            *self.llm.model.visual.blocks,
+            *transformer.transformer_blocks,
+            *self.clip.vision_model.encoder.layers,
+        ):
             layer.compile()
         self.vae.decoder.compile()
 
@@ -95,12 +116,17 @@ class TorchModel:
         arrays = self.inputs.arrays
         if not arrays["prompt_mask"].all() or (arrays["patch_images"] < 0).any():
             raise ValueError("the PyTorch side wants prompts and pictures of one length, without padding")
-        tensors = {name: torch.from_numpy(arrays[name]).to(self.device) for name in arrays if arrays[name].dtype != bool}
+        tensors = {
+            name: torch.from_numpy(arrays[name]).to(self.device) for name in arrays if arrays[name].dtype != bool
+        }
         ids, grid = tensors["prompt_ids"].long(), tensors["patch_positions"].amax(1).long() + 1
         self.prompt = dict(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=tensors["patches"].flatten(0, 1),
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=tensors["patches"].flatten(0, 1),
             image_grid_thw=torch.cat([torch.ones_like(grid[:, :1]), grid], 1),
-            mm_token_type_ids=(ids == self.llm.config.image_token_id).int())
+            mm_token_type_ids=(ids == self.llm.config.image_token_id).int(),
+        )
         self.captions = tensors["caption_tokens"].long()
         self.affixes = [tensors[name].long() for name in ("prefix", "suffix")]
         self.negative = tensors["negative"].long()[None]
@@ -111,15 +137,23 @@ class TorchModel:
     @torch.inference_mode()
     def write(self, temperature: float, group: int) -> Tensor:
         """`group` captions of each picture, `[B * group, T]`."""
-        sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+        sampling = (
+            dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+        )
         if self.compiled:
             config = CompileConfig(fullgraph=False, dynamic=False)
             config._compile_all_devices = True
             sampling |= dict(cache_implementation="static", compile_config=config)
         self.llm.generation_config.eos_token_id = None  # no caption ends early
         found = self.llm.generate(
-            **self.prompt, **sampling, max_new_tokens=self.settings.tokens, pad_token_id=0, num_return_sequences=group, use_cache=True)
-        return found[:, self.prompt["input_ids"].shape[1]:]
+            **self.prompt,
+            **sampling,
+            max_new_tokens=self.settings.tokens,
+            pad_token_id=0,
+            num_return_sequences=group,
+            use_cache=True,
+        )
+        return found[:, self.prompt["input_ids"].shape[1] :]
 
     @torch.inference_mode()
     def condition(self, captions: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,11 +170,21 @@ class TorchModel:
         return self.projector(language(input_ids=ids, use_cache=False).last_hidden_state)
 
     def velocity(self, x: Tensor, sigma: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-        """Guided velocity of `[N, C, h, w]`, both halves as one batch; no gradient through the negative one (flow_grpo)."""
+        """Guided velocity of `[N, C, h, w]`, both halves as one batch; no gradient through the negative one
+        (flow_grpo).
+        """
         contexts = torch.cat([negative.expand(len(x), -1, -1), positive])
-        without, given = self.dit(
-            hidden_states=torch.cat([x, x]).to(self.dtype), timestep=(1000 * sigma).expand(2 * len(x)), encoder_hidden_states=contexts,
-            pooled_projections=self.pooled.expand(2 * len(x), -1), return_dict=False)[0].float().chunk(2)
+        without, given = (
+            self.dit(
+                hidden_states=torch.cat([x, x]).to(self.dtype),
+                timestep=(1000 * sigma).expand(2 * len(x)),
+                encoder_hidden_states=contexts,
+                pooled_projections=self.pooled.expand(2 * len(x), -1),
+                return_dict=False,
+            )[0]
+            .float()
+            .chunk(2)
+        )
         without = without.detach()
         return without + self.settings.guidance_scale * (given - without)
 

@@ -40,7 +40,8 @@ class TorchSide:
         self.model, self.settings, self.stage = TorchModel(folder, inputs, stage, compiled), inputs.settings, stage
         if self.model.trained:
             self.optimizer = torch.optim.AdamW(
-                self.model.trained, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay)
+                self.model.trained, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
+            )
 
     def step(self) -> Callable[[], None]:
         """The stage's whole step."""
@@ -68,21 +69,28 @@ class TorchSide:
         model, settings = self.model, self.settings
         decoded, scale = model.decode(model.noise), "group" if self.stage == "gen_for_und" else "batch"
         advantage = group_advantages(model.reward(decoded), scale).flatten().clone()
-        shared = {"decoding": lambda: model.decode(model.noise), "reward": lambda: group_advantages(model.reward(decoded), scale)}
+        shared = {
+            "decoding": lambda: model.decode(model.noise),
+            "reward": lambda: group_advantages(model.reward(decoded), scale),
+        }
         if self.stage == "gen_for_und":
             contexts = model.condition(model.captions)
             return {
                 "sampling": lambda: model.write(settings.caption_temperature, settings.group),
                 "condition": lambda: model.condition(model.captions),
-                "denoising": lambda: model.denoise(*contexts, model.noise), **shared,
-                "update": lambda: self._update_captioner(model.captions, advantage)}
+                "denoising": lambda: model.denoise(*contexts, model.noise),
+                **shared,
+                "update": lambda: self._update_captioner(model.captions, advantage),
+            }
         contexts = self._repeated(model.captions[:: settings.group])
         trajectory = self._explore(*contexts)
         return {
             "sampling": lambda: model.write(settings.flow_temperature, 1),
             "condition": lambda: self._repeated(model.captions[:: settings.group]),
-            "denoising": lambda: self._explore(*contexts), **shared,
-            "update": lambda: self._update_transformer(*contexts, trajectory, advantage)}
+            "denoising": lambda: self._explore(*contexts),
+            **shared,
+            "update": lambda: self._update_transformer(*contexts, trajectory, advantage),
+        }
 
     def inference(self) -> dict[str, Callable[[], None]]:
         """Captions of the pictures, and drawings of as many captions."""
@@ -98,8 +106,10 @@ class TorchSide:
         model = self.model
         latents = model.denoise(*model.condition(model.captions), model.noise)
         return {
-            "greedy_ids": model.write(0.0, 1).cpu().numpy(), "latents": latents.permute(0, 2, 3, 1).cpu().numpy(),
-            "rewards": model.reward(model.decode(latents)).cpu().numpy()}
+            "greedy_ids": model.write(0.0, 1).cpu().numpy(),
+            "latents": latents.permute(0, 2, 3, 1).cpu().numpy(),
+            "rewards": model.reward(model.decode(latents)).cpu().numpy(),
+        }
 
     def _caption_step(self) -> None:
         """Captions, drawings, rewards and one update of the captioner."""
@@ -109,7 +119,9 @@ class TorchSide:
         self._update_captioner(captions.clone(), group_advantages(reward, "group").flatten().clone())
 
     def _log_probs(self, captions: Tensor, with_entropy: bool) -> Tensor:
-        """Log-probabilities `[N, T]` of captions after their prompts; the entropies that TRL logs are computed beside them."""
+        """Log-probabilities `[N, T]` of captions after their prompts; the entropies that TRL logs are computed beside
+        them.
+        """
         prompt, group, length = self.model.prompt, self.settings.group, captions.shape[1]
 
         def grouped(x: Tensor, rows: int) -> Tensor:
@@ -119,13 +131,23 @@ class TorchSide:
         inputs |= dict(
             input_ids=torch.cat([inputs["input_ids"], captions], 1),
             attention_mask=inputs["input_ids"].new_ones(len(captions), inputs["input_ids"].shape[1] + length),
-            mm_token_type_ids=torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(captions, dtype=torch.int32)], 1))
-        logits = self.model.llm(**inputs, logits_to_keep=length + 1, use_cache=False).logits[:, :-1].float() / self.settings.caption_temperature
+            mm_token_type_ids=torch.cat(
+                [inputs["mm_token_type_ids"], torch.zeros_like(captions, dtype=torch.int32)], 1
+            ),
+        )
+        logits = (
+            self.model.llm(**inputs, logits_to_keep=length + 1, use_cache=False).logits[:, :-1].float()
+            / self.settings.caption_temperature
+        )
         if with_entropy:
             with torch.no_grad():
-                self.entropy = torch.stack([torch.distributions.Categorical(logits=row, validate_args=False).entropy() for row in logits])
+                self.entropy = torch.stack(
+                    [torch.distributions.Categorical(logits=row, validate_args=False).entropy() for row in logits]
+                )
         # TRL's selective_log_softmax: one row at a time, to keep the peak low
-        return logits.gather(-1, captions[..., None])[..., 0] - torch.stack([torch.logsumexp(row, -1) for row in logits])
+        return logits.gather(-1, captions[..., None])[..., 0] - torch.stack(
+            [torch.logsumexp(row, -1) for row in logits]
+        )
 
     def _update_captioner(self, captions: Tensor, advantage: Tensor) -> None:
         """GRPO with one update a rollout: the old log-probabilities are the present ones (TRL, num_iterations 1)."""
@@ -156,7 +178,9 @@ class TorchSide:
         step = following - sigma
         remaining = 1 - (self.model.sigmas[1] if sigma >= 1 else sigma)
         drift = level**2 / (2 * remaining)
-        return x + (velocity + drift * (x + (1 - sigma) * velocity)) * step, level * torch.sqrt(sigma * -step / remaining)
+        return x + (velocity + drift * (x + (1 - sigma) * velocity)) * step, level * torch.sqrt(
+            sigma * -step / remaining
+        )
 
     @staticmethod
     def _log_density(outcome: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -178,7 +202,9 @@ class TorchSide:
             x = after
         return {name: torch.stack(values) for name, values in kept.items()} | {"final": x}
 
-    def _update_transformer(self, positive: Tensor, negative: Tensor, trajectory: dict[str, Tensor], advantage: Tensor) -> None:
+    def _update_transformer(
+        self, positive: Tensor, negative: Tensor, trajectory: dict[str, Tensor], advantage: Tensor
+    ) -> None:
         """Flow-GRPO, a step of the window at a time; the log-probabilities of the rollout are the old ones."""
         model, settings = self.model, self.settings
         for index in range(settings.window):
@@ -187,7 +213,11 @@ class TorchSide:
                 reference, _ = self._transition(x, model.velocity(x, sigma, positive, negative), index)
             mean, std = self._transition(x, model.velocity(x, sigma, positive, negative), index)
             log_ratio = self._log_density(after, mean, std) - trajectory["log_probs"][index]
-            kl = ((mean - reference) ** 2).flatten(1).mean(1) / (2 * std**2) * (model.sigmas[index] - model.sigmas[index + 1])
+            kl = (
+                ((mean - reference) ** 2).flatten(1).mean(1)
+                / (2 * std**2)
+                * (model.sigmas[index] - model.sigmas[index + 1])
+            )
             loss = clipped_loss(log_ratio, advantage, settings.flow_clip) + settings.flow_kl * kl
             (loss.mean() / settings.window).backward()
         self._apply(None)

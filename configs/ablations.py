@@ -1,10 +1,11 @@
 """Ablations and controls of the built-in model: one changed setting an arm.
 
     python -m benchmarks.ablations --workdir=runs/ablations
-    python -m uae_jax.main --config=configs/ablations.py:group_size_4 --workdir=runs/group_size_4 --config.model.folder=runs/cold_start
+    python -m uae_jax.main --config=configs/ablations.py:group_size_4 --workdir=runs/group_size_4
+    --config.model.folder=runs/cold_start
 
-The first command runs all of them, each from the arm that it starts from; the second runs one, from any model folder or workdir.
-Settings are those of the `tiny` preset but for the `changes` of the arm.
+The first command runs all of them, each from the arm that it starts from; the second runs one, from any model folder or
+workdir. Settings are those of the `tiny` preset but for the `changes` of the arm.
 """
 
 import dataclasses
@@ -45,7 +46,9 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Topic:
-    """A table: its title, the question that it answers, the arm that the others are compared with, and `und` or `gen` scores."""
+    """A table: its title, the question that it answers, the arm that the others are compared with, and `und` or `gen`
+    scores.
+    """
 
     title: str
     question: str
@@ -56,31 +59,65 @@ class Topic:
 TOPICS = {
     "recipe": Topic("The recipe", "What does each stage change?", "base_pretrain", "both"),
     "reward": Topic(
-        "Reward", "Does it matter what judges the drawings: a language-supervised encoder, a self-supervised one, pixels, or mixes?",
-        "base_gen_for_und", "und"),
-    "group": Topic("Group size", "How many captions of a picture, at an equal number of drawings?", "base_gen_for_und", "und"),
-    "noise": Topic("Decoder noise", "Should the drawings of a group begin with the same noise?", "base_gen_for_und", "und"),
+        "Reward",
+        "Does it matter what judges the drawings: a language-supervised encoder, a self-supervised one, pixels, or "
+        "mixes?",
+        "base_gen_for_und",
+        "und",
+    ),
+    "group": Topic(
+        "Group size", "How many captions of a picture, at an equal number of drawings?", "base_gen_for_und", "und"
+    ),
+    "noise": Topic(
+        "Decoder noise", "Should the drawings of a group begin with the same noise?", "base_gen_for_und", "und"
+    ),
     "cold_start": Topic(
-        "Cold start", "Is the differentiable start needed, and should the decoder read text or the answer's states?", "base_gen_for_und", "und"),
+        "Cold start",
+        "Is the differentiable start needed, and should the decoder read text or the answer's states?",
+        "base_gen_for_und",
+        "und",
+    ),
     "kl": Topic("KL weight", "How close must captions stay to the reference?", "base_gen_for_und", "und"),
     "loss": Topic("GRPO variants", "Which aggregation, advantage scale and clip range?", "base_gen_for_und", "und"),
     "decoder": Topic(
-        "Captions in pretraining", "Must the decoder be pretrained on long captions? A decoder from nothing each, then gen_for_und.",
-        "decoder_mixed_und", "und"),
+        "Captions in pretraining",
+        "Must the decoder be pretrained on long captions? A decoder from nothing each, then gen_for_und.",
+        "decoder_mixed_und",
+        "und",
+    ),
     "controls": Topic(
         "Controls of gen_for_und",
-        "Is it reconstruction that makes captions grow, or any image-text similarity? What does telling the answers teach?",
-        "base_gen_for_und", "und"),
+        "Is it reconstruction that makes captions grow, or any image-text similarity? What does telling the answers "
+        "teach?",
+        "base_gen_for_und",
+        "und",
+    ),
     "gen_reward": Topic("Reward in und_for_gen", "As above, for the decoder.", "base_und_for_gen", "gen"),
-    "gen_group": Topic("Group size in und_for_gen", "How many drawings of a caption, at an equal number of drawings?", "base_und_for_gen", "gen"),
+    "gen_group": Topic(
+        "Group size in und_for_gen",
+        "How many drawings of a caption, at an equal number of drawings?",
+        "base_und_for_gen",
+        "gen",
+    ),
     "gen_method": Topic(
         "Method of und_for_gen",
-        "DiffusionNFT, or Flow-GRPO at as many drawings, their groups beginning with one noise or with one each? What is trained, and on what?",
-        "base_und_for_gen", "gen"),
-    "gen_loss": Topic("KL and advantages in und_for_gen", "How close to the reference, and what scales the advantages?", "base_und_for_gen", "gen"),
+        "DiffusionNFT, or Flow-GRPO at as many drawings, their groups beginning with one noise or with one each? "
+        "What is trained, and on what?",
+        "base_und_for_gen",
+        "gen",
+    ),
+    "gen_loss": Topic(
+        "KL and advantages in und_for_gen",
+        "How close to the reference, and what scales the advantages?",
+        "base_und_for_gen",
+        "gen",
+    ),
     "gen_controls": Topic(
-        "Controls of und_for_gen", "What does flow matching on true captions do in the same time? Do the two RL stages help each other in turn?",
-        "base_und_for_gen", "gen"),
+        "Controls of und_for_gen",
+        "What does flow matching on true captions do in the same time? Do the two RL stages help each other in turn?",
+        "base_und_for_gen",
+        "gen",
+    ),
 }
 
 # seconds of one gen_for_und step over those of a supervised step with four times its pictures, and of one und_for_gen
@@ -90,10 +127,15 @@ STEPS_FOR_CAPTIONS, STEPS_FOR_DRAWINGS = 2.5, 10
 
 def _drawings(stage: str, size: int) -> Changes:
     """Groups of `size` with the same number of drawings a step, rounded down to whole groups."""
-    return {f"{stage}.group_size": size, f"{stage}.batch_size": lambda c: max(1, c[stage].batch_size * c[stage].group_size // size)}
+    return {
+        f"{stage}.group_size": size,
+        f"{stage}.batch_size": lambda c: max(1, c[stage].batch_size * c[stage].group_size // size),
+    }
 
 
-def _reward(stage: str, *names: str, weights: tuple[float, ...] | None = None, pixels: float = 0.0, caption: float = 0.0) -> Changes:
+def _reward(
+    stage: str, *names: str, weights: tuple[float, ...] | None = None, pixels: float = 0.0, caption: float = 0.0
+) -> Changes:
     weights = tuple(1 / len(names) for _ in names) if weights is None else weights
     values = dict(names=names, weights=weights, pixel_weight=pixels, caption_weight=caption)
     return {f"{stage}.reward.{name}": value for name, value in values.items()}
@@ -104,7 +146,13 @@ def _base(label: str, stage: str, start: str | None) -> Arm:
 
 
 def _und(topic: str, label: str, changes: Changes, start: str = "base_cold_start", **more: str) -> Arm:
-    return Arm(topic, label, ("gen_for_und",), changes, {"model.folder": start} | {name.replace("__", "."): arm for name, arm in more.items()})
+    return Arm(
+        topic,
+        label,
+        ("gen_for_und",),
+        changes,
+        {"model.folder": start} | {name.replace("__", "."): arm for name, arm in more.items()},
+    )
 
 
 def _gen(topic: str, label: str, changes: Changes) -> Arm:
@@ -112,7 +160,13 @@ def _gen(topic: str, label: str, changes: Changes) -> Arm:
 
 
 def _bootstrap(topic: str, label: str, phase: str, **changes: Any) -> Arm:
-    return Arm(topic, label, (phase,), {"mistakes.steps": 0} | {f"{phase}.{name}": value for name, value in changes.items()}, {})
+    return Arm(
+        topic,
+        label,
+        (phase,),
+        {"mistakes.steps": 0} | {f"{phase}.{name}": value for name, value in changes.items()},
+        {},
+    )
 
 
 def _condition(label: str, condition: str) -> Arm:
@@ -125,8 +179,12 @@ _DR_GRPO = {"gen_for_und.aggregation": "dr_grpo", "gen_for_und.advantage_scale":
 _GSPO = {"gen_for_und.aggregation": "gspo", "gen_for_und.clip_low": 3e-4, "gen_for_und.clip_high": 4e-4}
 # at its best rate of those tried in docs/results.md
 _FLOW_GRPO = {
-    "und_for_gen.method": "flow_grpo", "und_for_gen.sampler_steps": 8, "und_for_gen.train": "lora", "und_for_gen.advantage_scale": "batch",
-    "und_for_gen.optimizer.learning_rate": 1e-3}
+    "und_for_gen.method": "flow_grpo",
+    "und_for_gen.sampler_steps": 8,
+    "und_for_gen.train": "lora",
+    "und_for_gen.advantage_scale": "batch",
+    "und_for_gen.optimizer.learning_rate": 1e-3,
+}
 _TWICE = {"gen_for_und.updates_per_rollout": 2}
 
 ARMS: dict[str, Arm] = {
@@ -140,12 +198,21 @@ ARMS: dict[str, Arm] = {
     "decoder_short": _bootstrap("decoder", "short alone", "decoder", steps=1000, full_fraction=0.0, detail_high=0.35),
     # the reviewers' questions first
     "caption_similarity": _und(
-        "controls", "similarity of caption and picture, no drawing", _reward("gen_for_und", caption=1.0), model__caption_scorer="caption_scorer"),
+        "controls",
+        "similarity of caption and picture, no drawing",
+        _reward("gen_for_und", caption=1.0),
+        model__caption_scorer="caption_scorer",
+    ),
     "supervised_captions": _und(
-        "controls", "cross-entropy of full captions, same seconds",
-        {"gen_for_und.objective": "supervised", "data.rl_detail": "full",
-         "gen_for_und.batch_size": lambda c: 4 * c.gen_for_und.batch_size,
-         "gen_for_und.steps": lambda c: int(STEPS_FOR_CAPTIONS * c.gen_for_und.steps)}),
+        "controls",
+        "cross-entropy of full captions, same seconds",
+        {
+            "gen_for_und.objective": "supervised",
+            "data.rl_detail": "full",
+            "gen_for_und.batch_size": lambda c: 4 * c.gen_for_und.batch_size,
+            "gen_for_und.steps": lambda c: int(STEPS_FOR_CAPTIONS * c.gen_for_und.steps),
+        },
+    ),
     "decoder_mixed_und": _und("decoder", "full, partial and short", {}, "decoder_mixed"),
     "decoder_long_und": _und("decoder", "full alone", {}, "decoder_long"),
     "decoder_short_und": _und("decoder", "short alone", {}, "decoder_short"),
@@ -170,25 +237,48 @@ ARMS: dict[str, Arm] = {
     "two_updates": _und("loss", "two updates a rollout", _TWICE),
     "clip_higher": _und("loss", "two updates, clip-higher .2/.28 (DAPO)", _TWICE | {"gen_for_und.clip_high": 0.28}),
     "gen_supervised": Arm(
-        "gen_controls", "flow matching on true captions, same seconds", ("pretrain",),
-        {"data.detail": "mixed", "data.mistakes": 0.0, "pretrain.steps": lambda c: int(STEPS_FOR_DRAWINGS * c.und_for_gen.steps)}, {"model.folder": "base_gen_for_und"}),
+        "gen_controls",
+        "flow matching on true captions, same seconds",
+        ("pretrain",),
+        {
+            "data.detail": "mixed",
+            "data.mistakes": 0.0,
+            "pretrain.steps": lambda c: int(STEPS_FOR_DRAWINGS * c.und_for_gen.steps),
+        },
+        {"model.folder": "base_gen_for_und"},
+    ),
     "alternating": Arm(
-        "gen_controls", "both RL stages in turn, half as long, twice", ("gen_for_und", "und_for_gen"),
-        {"rounds": 2, "gen_for_und.steps": lambda c: c.gen_for_und.steps // 2, "und_for_gen.steps": lambda c: c.und_for_gen.steps // 2},
-        {"model.folder": "base_cold_start"}),
+        "gen_controls",
+        "both RL stages in turn, half as long, twice",
+        ("gen_for_und", "und_for_gen"),
+        {
+            "rounds": 2,
+            "gen_for_und.steps": lambda c: c.gen_for_und.steps // 2,
+            "und_for_gen.steps": lambda c: c.und_for_gen.steps // 2,
+        },
+        {"model.folder": "base_cold_start"},
+    ),
     "gen_reward_plain": _gen("gen_reward", "CLIP, no contrast to the batch", {"und_for_gen.reward.contrast": 0.0}),
-    "gen_reward_mean_contrast": _gen("gen_reward", "CLIP, contrast to the batch's mean", {"und_for_gen.reward.contrast_temperature": 0.0}),
+    "gen_reward_mean_contrast": _gen(
+        "gen_reward", "CLIP, contrast to the batch's mean", {"und_for_gen.reward.contrast_temperature": 0.0}
+    ),
     "gen_reward_dinov2": _gen("gen_reward", "DINOv2", _reward("und_for_gen", "dinov2")),
     "gen_reward_pixels": _gen("gen_reward", "pixels", _reward("und_for_gen", pixels=1.0)),
     "gen_reward_clip_dinov2": _gen("gen_reward", "CLIP and DINOv2", _reward("und_for_gen", "clip", "dinov2")),
-    **{f"gen_group_size_{size}": _gen("gen_group", str(size), _drawings("und_for_gen", size)) for size in (2, 4, 8, 16)},
-    "gen_flow_grpo_shared": _gen("gen_method", "Flow-GRPO, shared noise", _FLOW_GRPO | {"und_for_gen.shared_noise": True}),
+    **{
+        f"gen_group_size_{size}": _gen("gen_group", str(size), _drawings("und_for_gen", size)) for size in (2, 4, 8, 16)
+    },
+    "gen_flow_grpo_shared": _gen(
+        "gen_method", "Flow-GRPO, shared noise", _FLOW_GRPO | {"und_for_gen.shared_noise": True}
+    ),
     "gen_flow_grpo_independent": _gen("gen_method", "Flow-GRPO, independent noise", _FLOW_GRPO),
     "gen_adapter": _gen("gen_method", "an adapter of rank 32", {"und_for_gen.train": "lora"}),
     "gen_own_captions": _gen("gen_method", "the captioner's captions alone", {"und_for_gen.data_captions": 0.0}),
     "gen_kl_0": _gen("gen_loss", "KL weight 0", {"und_for_gen.kl_weight": 0.0}),
     "gen_kl_1": _gen("gen_loss", "KL weight 1", {"und_for_gen.kl_weight": 1.0}),
-    "gen_advantage_batch": _gen("gen_loss", "advantages over the batch's deviation", {"und_for_gen.advantage_scale": "batch"}),
+    "gen_advantage_batch": _gen(
+        "gen_loss", "advantages over the batch's deviation", {"und_for_gen.advantage_scale": "batch"}
+    ),
     "gen_advantage_none": _gen("gen_loss", "advantages as they are", {"und_for_gen.advantage_scale": "none"}),
 }
 
@@ -211,12 +301,16 @@ def get_config(arm: str | None = None) -> ml_collections.ConfigDict:
       ValueError: no arm was named, or one that does not exist.
     """
     if arm not in ARMS:
-        raise ValueError(f"configs/ablations.py needs an arm after a colon, not {arm!r}; choose one of {', '.join(ARMS)}")
+        raise ValueError(
+            f"configs/ablations.py needs an arm after a colon, not {arm!r}; choose one of {', '.join(ARMS)}"
+        )
     chosen = ARMS[arm]
     if chosen.bootstraps:
         config = bootstrap.get_config()
         config.phases, config.start = chosen.stages, "builtin"
     else:
         config = _stages_config(chosen)
-    config.update_from_flattened_dict({name: value(config) if callable(value) else value for name, value in chosen.changes.items()})
+    config.update_from_flattened_dict(
+        {name: value(config) if callable(value) else value for name, value in chosen.changes.items()}
+    )
     return config

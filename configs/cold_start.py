@@ -1,6 +1,6 @@
 """The cold_start stage alone.
 
-    python -m uae_jax.main --config=configs/cold_start.py --workdir=runs/cold_start
+python -m uae_jax.main --config=configs/cold_start.py --workdir=runs/cold_start
 """
 
 from configs import presets

@@ -1,6 +1,6 @@
 """No training: scores the model on held-out pictures and writes summary.json and report.html.
 
-    python -m uae_jax.main --config=configs/evaluate.py --workdir=runs/evaluate --config.model.folder=runs/tiny/export
+python -m uae_jax.main --config=configs/evaluate.py --workdir=runs/evaluate --config.model.folder=runs/tiny/export
 """
 
 from configs import presets

@@ -1,6 +1,6 @@
 """The gen_for_und stage alone.
 
-    python -m uae_jax.main --config=configs/gen_for_und.py --workdir=runs/gen_for_und
+python -m uae_jax.main --config=configs/gen_for_und.py --workdir=runs/gen_for_und
 """
 
 from configs import presets

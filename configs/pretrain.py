@@ -1,6 +1,6 @@
 """The pretrain stage alone.
 
-    python -m uae_jax.main --config=configs/pretrain.py --workdir=runs/pretrain
+python -m uae_jax.main --config=configs/pretrain.py --workdir=runs/pretrain
 """
 
 from configs import presets

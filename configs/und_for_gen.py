@@ -1,6 +1,6 @@
 """The und_for_gen stage alone.
 
-    python -m uae_jax.main --config=configs/und_for_gen.py --workdir=runs/und_for_gen
+python -m uae_jax.main --config=configs/und_for_gen.py --workdir=runs/und_for_gen
 """
 
 from configs import presets

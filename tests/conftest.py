@@ -11,7 +11,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 flags = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in flags:
     flags += " --xla_force_host_platform_device_count=8"
-# without these a program compiles twice as fast again, and those of tests are run once; jaxlib 0.12 does not know the name
+# without these a program compiles twice as fast again, and those of tests are run once; jaxlib 0.12 does not know the
+# name
 if "fusion_emitters" not in flags and importlib.metadata.version("jaxlib").startswith("0.10."):
     flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = flags
@@ -24,7 +25,9 @@ import pytest  # noqa: E402
 
 def pytest_collection_modifyitems(items):
     """The longest files come first: a parallel worker that met them last would work on alone."""
-    items.sort(key=lambda item: (item.path.name not in ("test_run.py", "test_notebooks.py"), "stages" not in item.path.parts))
+    items.sort(
+        key=lambda item: (item.path.name not in ("test_run.py", "test_notebooks.py"), "stages" not in item.path.parts)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +47,8 @@ def compiled_programs_are_dropped():
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Programs that were compiled once are read back, also by the other parallel workers: most tests build the same ones again.
+    """Programs that were compiled once are read back, also by the other parallel workers: most tests build the same
+    ones again.
 
     A folder that JAX_COMPILATION_CACHE_DIR names is used instead, also by later sessions.
     """
@@ -52,7 +56,9 @@ def compilation_cache(tmp_path_factory):
         yield
         return
     base = tmp_path_factory.getbasetemp()
-    base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base  # workers have folders of their own in that of the session
+    base = (
+        base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    )  # workers have folders of their own in that of the session
     names = {"jax_compilation_cache_dir": str(base / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0.2}
     before = {name: getattr(jax.config, name) for name in names}
     for name, value in names.items():

@@ -13,9 +13,15 @@ from uae_jax.data import emoji_files
 
 # name, character, colour; the last ones are not to be taken
 DRAWN = [
-    ("dog", "\U0001f415", "brown"), ("cat", "\U0001f408", "orange"), ("red apple", "\U0001f34e", "red"), ("fish", "\U0001f41f", "blue"),
-    ("green apple", "\U0001f34f", "green"), ("dove", "\U0001f54a\ufe0f", "white"), ("top hat", "\U0001f3a9", "black"),
-    ("hot dog", "\U0001f32d", "yellow")]
+    ("dog", "\U0001f415", "brown"),
+    ("cat", "\U0001f408", "orange"),
+    ("red apple", "\U0001f34e", "red"),
+    ("fish", "\U0001f41f", "blue"),
+    ("green apple", "\U0001f34f", "green"),
+    ("dove", "\U0001f54a\ufe0f", "white"),
+    ("top hat", "\U0001f3a9", "black"),
+    ("hot dog", "\U0001f32d", "yellow"),
+]
 TAKEN = [name for name, _, _ in DRAWN[:6]]
 
 
@@ -44,8 +50,11 @@ def write_archives(folder: pathlib.Path) -> None:
     """Both archives, under the names of the real ones."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {
-        f"package/assets/{character.replace(chr(0xfe0f), '').encode('utf-32-be').hex().lstrip('0')}.webp": picture(number, colour)
-        for number, (_, character, colour) in enumerate(DRAWN)}
+        f"package/assets/{character.replace(chr(0xFE0F), '').encode('utf-32-be').hex().lstrip('0')}.webp": picture(
+            number, colour
+        )
+        for number, (_, character, colour) in enumerate(DRAWN)
+    }
     write_tar(folder / emoji_files.PICTURE_ARCHIVE.file, pictures)
     names = {character: {"name": name, "group": "Food & Drink"} for name, character, _ in DRAWN}
     write_tar(folder / emoji_files.NAME_ARCHIVE.file, {"package/data-by-emoji.json": json.dumps(names).encode()})

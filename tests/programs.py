@@ -13,14 +13,18 @@ def equations(function, *arguments) -> Iterator:
     while todo:
         for equation in todo.pop().eqns:
             yield equation
-            for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            for value in jax.tree.leaves(
+                tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+            ):
                 if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
                     todo.append(getattr(value, "jaxpr", value))
 
 
 def on_devices(count: int):
     """Context in which programs are for so many of the faked devices, all in the mesh axis `data`."""
-    return jax.set_mesh(jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count]))
+    return jax.set_mesh(
+        jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
+    )
 
 
 def compiler_flags(devices: int = 1) -> str:

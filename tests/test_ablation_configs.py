@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
-from configs import ablations, presets
 
+from configs import ablations, presets
 from uae_jax.stages.bootstrap.run import PHASES
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.settings import frozen
@@ -64,4 +64,6 @@ def test_an_arm_must_be_named(name):
 def test_every_topic_has_an_arm_beside_its_reference():
     for name, topic in ablations.TOPICS.items():
         assert [arm for arm in ablations.ARMS if ablations.ARMS[arm].topic == name and arm != topic.reference]
-        assert topic.scores in ("und", "gen", "both") and dataclasses.asdict(topic)["question"].endswith(("?", "decoder.", "gen_for_und."))
+        assert topic.scores in ("und", "gen", "both") and dataclasses.asdict(topic)["question"].endswith(
+            ("?", "decoder.", "gen_for_und.")
+        )

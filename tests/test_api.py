@@ -75,21 +75,33 @@ def test_a_bad_picture_is_named_and_the_others_are_done(model, pictures, tmp_pat
         model.caption(inputs)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda model: model.caption("a.png"), "give a list"), (lambda model: model.generate("red circle"), "give a list"),
-    (lambda model: model.reconstruct(np.zeros((32, 32, 3), np.uint8)), "give a list"),
-    (lambda model: model.generate(["red", "blue"], sample_ids=[1]), "1 sample_ids for 2 inputs"),
-    (lambda model: model.generate(["red"], sample_ids=[-1]), r"sample_ids\[0\] is -1"),
-    (lambda model: model.generate(["red " * 13]), "longer than 12 tokens"),
-    (lambda model: model.caption([np.zeros((8, 8, 3))]), "must be uint8")])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda model: model.caption("a.png"), "give a list"),
+        (lambda model: model.generate("red circle"), "give a list"),
+        (lambda model: model.reconstruct(np.zeros((32, 32, 3), np.uint8)), "give a list"),
+        (lambda model: model.generate(["red", "blue"], sample_ids=[1]), "1 sample_ids for 2 inputs"),
+        (lambda model: model.generate(["red"], sample_ids=[-1]), r"sample_ids\[0\] is -1"),
+        (lambda model: model.generate(["red " * 13]), "longer than 12 tokens"),
+        (lambda model: model.caption([np.zeros((8, 8, 3))]), "must be uint8"),
+    ],
+)
 def test_wrong_inputs_are_one_sentence(model, call, message):
     with pytest.raises(ValueError, match=message):
         call(model)
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(stepz=3), "settings.stepz does not exist; did you mean settings.steps"), (dict(steps=0), "steps is 0"),
-    (dict(steps="3"), "settings.steps"), (dict(size=33), "multiples of 8 up to 64, such as 32"), (dict(top_p=0.0), "top_p")])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(stepz=3), "settings.stepz does not exist; did you mean settings.steps"),
+        (dict(steps=0), "steps is 0"),
+        (dict(steps="3"), "settings.steps"),
+        (dict(size=33), "multiples of 8 up to 64, such as 32"),
+        (dict(top_p=0.0), "top_p"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         uae_jax.load(**settings)
@@ -100,16 +112,30 @@ def test_settings_suit_the_folder(tmp_path):
     official = tmp_path / "official"
     (official / "llm").mkdir(parents=True)
     assert api.default_settings(official) == dict(
-        prompt=api.RELEASE_PROMPT, negative_prompt=api.RELEASE_NEGATIVE, policy_condition=False)
+        prompt=api.RELEASE_PROMPT, negative_prompt=api.RELEASE_NEGATIVE, policy_condition=False
+    )
     run = dict(
-        stages=["gen_for_und"], gen_for_und=dict(condition_model="policy"), und_for_gen=dict(condition_model="reference"),
+        stages=["gen_for_und"],
+        gen_for_und=dict(condition_model="policy"),
+        und_for_gen=dict(condition_model="reference"),
         data=dict(image_size=48, max_caption=20, caption_prompt="say", negative_prompt="no"),
-        evaluation=dict(sampler_steps=7, guidance_scale=2.0, batch_size=64), sampler=dict(shift=2.0, schedule="single"))
+        evaluation=dict(sampler_steps=7, guidance_scale=2.0, batch_size=64),
+        sampler=dict(shift=2.0, schedule="single"),
+    )
     (tmp_path / "run" / "export" / "llm").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text(json.dumps(run))
     expected = dict(
-        size=48, steps=7, guidance_scale=2.0, shift=2.0, schedule="single", max_new_tokens=20, prompt="say", negative_prompt="no",
-        batch_size=8, policy_condition=True)
+        size=48,
+        steps=7,
+        guidance_scale=2.0,
+        shift=2.0,
+        schedule="single",
+        max_new_tokens=20,
+        prompt="say",
+        negative_prompt="no",
+        batch_size=8,
+        policy_condition=True,
+    )
     assert api.default_settings(tmp_path / "run") == expected == api.default_settings(tmp_path / "run" / "export")
     shutil.copy(BUILTIN / "dit" / "config.json", official / "config.json")  # of a single model
     assert api.default_settings(official)["prompt"] == api.RELEASE_PROMPT
@@ -117,10 +143,15 @@ def test_settings_suit_the_folder(tmp_path):
 
 def test_a_strip_shows_original_caption_and_drawing(pictures):
     drawn = Image.new("RGB", (32, 32), "red")
-    strip, without = (np.asarray(api.Reconstruction(Image.fromarray(pictures[0]), said, drawn).strip(side=128)) for said in ("large red circle " * 9, ""))
+    strip, without = (
+        np.asarray(api.Reconstruction(Image.fromarray(pictures[0]), said, drawn).strip(side=128))
+        for said in ("large red circle " * 9, "")
+    )
     assert strip.shape == (128 + 2 * 4, 3 * 128 + 4 * 4, 3)
     enlarged = np.asarray(Image.fromarray(pictures[0]).resize((128, 128), Image.Resampling.NEAREST))
     np.testing.assert_array_equal(strip[4:132, 4:132], enlarged)
     assert (strip[4:132, 268:396] == (255, 0, 0)).all() and (without[:, 136:264] == 255).all()
     letters = np.argwhere((strip != without).any(-1))
-    assert letters[:, 1].min() >= 136 and letters[:, 1].max() < 264 and letters[:, 0].max() > 50  # inside their square, in several lines
+    assert (
+        letters[:, 1].min() >= 136 and letters[:, 1].max() < 264 and letters[:, 0].max() > 50
+    )  # inside their square, in several lines

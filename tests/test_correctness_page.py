@@ -7,8 +7,11 @@ import re
 import pytest
 
 TESTS = pathlib.Path(__file__).parent
-ROWS = [[cell.strip() for cell in line.strip().strip("|").split("|")]
-        for line in (TESTS.parent / "docs" / "correctness.md").read_text().splitlines() if re.match(r"\| \d+ \|", line)]
+ROWS = [
+    [cell.strip() for cell in line.strip().strip("|").split("|")]
+    for line in (TESTS.parent / "docs" / "correctness.md").read_text().splitlines()
+    if re.match(r"\| \d+ \|", line)
+]
 
 
 def test_the_forty_traps_are_listed_in_order():
@@ -19,7 +22,11 @@ def test_the_forty_traps_are_listed_in_order():
 def functions(file: str) -> list[str]:
     path = TESTS / f"{file}.py"
     assert path.exists(), f"tests/{file}.py does not exist"
-    return [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    return [
+        node.name
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
@@ -33,5 +40,7 @@ def test_every_named_test_exists(row):
         assert file, f"row {row[0]} names {entry} before any file"
         written = functions(file)
         if colon or "/" not in entry:
-            assert any(test.startswith(f"test_{name or entry}") for test in written), f"tests/{file}.py has no test_{name or entry}"
+            assert any(test.startswith(f"test_{name or entry}") for test in written), (
+                f"tests/{file}.py has no test_{name or entry}"
+            )
         assert written

@@ -93,7 +93,9 @@ def test_wrong_flags_are_one_line():
 
 @pytest.mark.slow
 def test_the_page_works_in_a_browser(address, picture, tmp_path):
-    """A picture is uploaded, captioned, redrawn and compared; the caption is edited and drawn again; an error is shown."""
+    """A picture is uploaded, captioned, redrawn and compared; the caption is edited and drawn again; an error is
+    shown.
+    """
     browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     assert browser_path, "this test drives a real browser: install chromium or google-chrome"
     from playwright.sync_api import expect, sync_playwright

@@ -23,7 +23,13 @@ from uae_jax import trees
 from uae_jax.hf.rules import Rule, published_tensors
 from uae_jax.models.encoders import clip, dino, openai, tables
 from uae_jax.models.encoders.config import (
-    CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config, LongCLIPTextConfig)
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov3Config,
+    LongCLIPTextConfig,
+)
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
@@ -39,43 +45,145 @@ QWEN_FILE_NAMES = ((r"^model\.language_model\.", "model."), (r"^model\.visual\."
 
 # the published config.json files, what transformers and diffusers read of them
 QWEN_VISION = dict(
-    depth=32, hidden_act="silu", hidden_size=1280, intermediate_size=3420, num_heads=16, in_chans=3, out_hidden_size=2048,
-    patch_size=14, spatial_merge_size=2, spatial_patch_size=14, window_size=112, fullatt_block_indexes=[7, 15, 23, 31],
-    tokens_per_second=2, temporal_patch_size=2)
+    depth=32,
+    hidden_act="silu",
+    hidden_size=1280,
+    intermediate_size=3420,
+    num_heads=16,
+    in_chans=3,
+    out_hidden_size=2048,
+    patch_size=14,
+    spatial_merge_size=2,
+    spatial_patch_size=14,
+    window_size=112,
+    fullatt_block_indexes=[7, 15, 23, 31],
+    tokens_per_second=2,
+    temporal_patch_size=2,
+)
 QWEN = dict(
-    architectures=["Qwen2_5_VLForConditionalGeneration"], model_type="qwen2_5_vl", bos_token_id=151643, eos_token_id=151645,
-    vision_start_token_id=151652, vision_end_token_id=151653, vision_token_id=151654, image_token_id=151655,
-    video_token_id=151656, hidden_act="silu", hidden_size=2048, intermediate_size=11008, max_position_embeddings=128000,
-    num_attention_heads=16, num_hidden_layers=36, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1000000.0,
-    sliding_window=32768, tie_word_embeddings=True, use_sliding_window=False, vocab_size=151936,
-    rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]), vision_config=QWEN_VISION)
+    architectures=["Qwen2_5_VLForConditionalGeneration"],
+    model_type="qwen2_5_vl",
+    bos_token_id=151643,
+    eos_token_id=151645,
+    vision_start_token_id=151652,
+    vision_end_token_id=151653,
+    vision_token_id=151654,
+    image_token_id=151655,
+    video_token_id=151656,
+    hidden_act="silu",
+    hidden_size=2048,
+    intermediate_size=11008,
+    max_position_embeddings=128000,
+    num_attention_heads=16,
+    num_hidden_layers=36,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-6,
+    rope_theta=1000000.0,
+    sliding_window=32768,
+    tie_word_embeddings=True,
+    use_sliding_window=False,
+    vocab_size=151936,
+    rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+    vision_config=QWEN_VISION,
+)
 SD3_SHARED = dict(
-    attention_head_dim=64, in_channels=16, out_channels=16, joint_attention_dim=4096, patch_size=2, pooled_projection_dim=2048,
-    qk_norm="rms_norm", sample_size=128)
+    attention_head_dim=64,
+    in_channels=16,
+    out_channels=16,
+    joint_attention_dim=4096,
+    patch_size=2,
+    pooled_projection_dim=2048,
+    qk_norm="rms_norm",
+    sample_size=128,
+)
 SD3_MEDIUM = dict(
-    SD3_SHARED, num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
-    dual_attention_layers=list(range(13)))
+    SD3_SHARED,
+    num_layers=24,
+    num_attention_heads=24,
+    caption_projection_dim=1536,
+    pos_embed_max_size=384,
+    dual_attention_layers=list(range(13)),
+)
 SD3_LARGE = dict(
-    SD3_SHARED, num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192,
-    dual_attention_layers=[])
+    SD3_SHARED,
+    num_layers=38,
+    num_attention_heads=38,
+    caption_projection_dim=2432,
+    pos_embed_max_size=192,
+    dual_attention_layers=[],
+)
 SD3_VAE = dict(
-    act_fn="silu", block_out_channels=[128, 256, 512, 512], down_block_types=["DownEncoderBlock2D"] * 4,
-    up_block_types=["UpDecoderBlock2D"] * 4, in_channels=3, out_channels=3, latent_channels=16, layers_per_block=2,
-    norm_num_groups=32, sample_size=1024, scaling_factor=1.5305, shift_factor=0.0609, force_upcast=True,
-    use_quant_conv=False, use_post_quant_conv=False)
+    act_fn="silu",
+    block_out_channels=[128, 256, 512, 512],
+    down_block_types=["DownEncoderBlock2D"] * 4,
+    up_block_types=["UpDecoderBlock2D"] * 4,
+    in_channels=3,
+    out_channels=3,
+    latent_channels=16,
+    layers_per_block=2,
+    norm_num_groups=32,
+    sample_size=1024,
+    scaling_factor=1.5305,
+    shift_factor=0.0609,
+    force_upcast=True,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+)
 CLIP_VISION = dict(
-    hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24, image_size=224, patch_size=14,
-    projection_dim=768, hidden_act="quick_gelu")
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_attention_heads=16,
+    num_hidden_layers=24,
+    image_size=224,
+    patch_size=14,
+    projection_dim=768,
+    hidden_act="quick_gelu",
+)
 CLIP_TEXT = dict(
-    hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12, max_position_embeddings=77,
-    vocab_size=49408, projection_dim=768, hidden_act="quick_gelu", bos_token_id=0, eos_token_id=2)
+    hidden_size=768,
+    intermediate_size=3072,
+    num_attention_heads=12,
+    num_hidden_layers=12,
+    max_position_embeddings=77,
+    vocab_size=49408,
+    projection_dim=768,
+    hidden_act="quick_gelu",
+    bos_token_id=0,
+    eos_token_id=2,
+)
 DINOV2 = dict(
-    hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, mlp_ratio=4, hidden_act="gelu", image_size=518,
-    patch_size=14, layer_norm_eps=1e-6, layerscale_value=1.0, qkv_bias=True, use_swiglu_ffn=False, use_mask_token=True)
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    mlp_ratio=4,
+    hidden_act="gelu",
+    image_size=518,
+    patch_size=14,
+    layer_norm_eps=1e-6,
+    layerscale_value=1.0,
+    qkv_bias=True,
+    use_swiglu_ffn=False,
+    use_mask_token=True,
+)
 DINOV3 = dict(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, hidden_act="gelu", image_size=224,
-    patch_size=16, num_register_tokens=4, layer_norm_eps=1e-5, layerscale_value=1.0, rope_theta=100.0, query_bias=True,
-    key_bias=False, value_bias=True, proj_bias=True, mlp_bias=True, use_gated_mlp=False)
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    hidden_act="gelu",
+    image_size=224,
+    patch_size=16,
+    num_register_tokens=4,
+    layer_norm_eps=1e-5,
+    layerscale_value=1.0,
+    rope_theta=100.0,
+    query_bias=True,
+    key_bias=False,
+    value_bias=True,
+    proj_bias=True,
+    mlp_bias=True,
+    use_gated_mlp=False,
+)
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
@@ -123,7 +231,9 @@ def captioner(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llm")
     (folder / "config.json").write_text(json.dumps(QWEN))
     theirs = transformers.Qwen2_5_VLConfig.from_pretrained(folder)
-    return qwen_config.from_folder(folder), lambda: on_meta(lambda: transformers.Qwen2_5_VLForConditionalGeneration(theirs))
+    return qwen_config.from_folder(folder), lambda: on_meta(
+        lambda: transformers.Qwen2_5_VLForConditionalGeneration(theirs)
+    )
 
 
 def test_qwen2_5_vl_3b(captioner):
@@ -132,7 +242,9 @@ def test_qwen2_5_vl_3b(captioner):
     published = shapes_of(model, *QWEN_FILE_NAMES)
     assert published.pop("lm_head.weight") == published["model.embed_tokens.weight"]  # tied: not in the files
     assert len(published) == 824
-    assert trees.parameter_count(abstract) == sum(parameter.numel() for parameter in model.parameters()) == 3_754_622_976
+    assert (
+        trees.parameter_count(abstract) == sum(parameter.numel() for parameter in model.parameters()) == 3_754_622_976
+    )
     check_both_ways(qwen_weights.rules(config, projector=False), abstract, published)
 
 
@@ -151,7 +263,9 @@ def test_the_release_of_the_captioner(captioner):
 
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     inner = model.model.language_model
-    model.model.language_model = on_meta(lambda: get_peft_model(inner, LoraConfig(r=RANK, lora_alpha=64, target_modules=modules)))
+    model.model.language_model = on_meta(
+        lambda: get_peft_model(inner, LoraConfig(r=RANK, lora_alpha=64, target_modules=modules))
+    )
     wrapped = shapes_of(model, *QWEN_FILE_NAMES) | projected
     adapter = jax.eval_shape(lambda: init_lora(jax.random.key(0), params["language"], qwen.ADAPTER_PATTERN, RANK))
     written = list(wrapped_tensors(config, blank(params), blank(adapter)))
@@ -161,7 +275,11 @@ def test_the_release_of_the_captioner(captioner):
     assert wrapped[f"{layer}self_attn.k_proj.base_layer.bias"] == (256,)
     assert wrapped[f"{layer}mlp.down_proj.lora_A.default.weight"] == (32, 11008)
     assert wrapped[f"{layer}mlp.down_proj.lora_B.default.weight"] == (2048, 32)
-    saved = {name.removeprefix("model.").replace(".default.", "."): shape for name, shape in wrapped.items() if ".lora_" in name}
+    saved = {
+        name.removeprefix("model.").replace(".default.", "."): shape
+        for name, shape in wrapped.items()
+        if ".lora_" in name
+    }
     check_both_ways(qwen_weights.adapter_rules(36), adapter, saved)
     assert trees.parameter_count(adapter) == 59_867_136
 
@@ -179,8 +297,10 @@ def test_sd3_5_and_its_adapter(tmp_path, published_config, tensors, billions, ad
     check_both_ways(sd3_weights.transformer_rules(config), abstract, published)
 
     # flow_grpo's targets: projections of the joint attention alone, by suffix
-    targets = [f"attn.{name}" for name in (
-        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
+    targets = [
+        f"attn.{name}"
+        for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    ]
     wrapped = on_meta(lambda: get_peft_model(model, LoraConfig(r=RANK, lora_alpha=64, target_modules=targets)))
     saved = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(wrapped).items()}
     assert len(saved) == adapted
@@ -196,14 +316,28 @@ def test_sd3_vae(tmp_path):
     check_both_ways(sd3_weights.vae_rules(config), abstract, published)
 
 
-TEXT_BIGG = dict(CLIP_TEXT, hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32,
-                 projection_dim=1280, hidden_act="gelu")
+TEXT_BIGG = dict(
+    CLIP_TEXT,
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_attention_heads=20,
+    num_hidden_layers=32,
+    projection_dim=1280,
+    hidden_act="gelu",
+)
 TOWERS = {
     "clip_l_vision": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", CLIPVisionConfig, CLIP_VISION, 392, 304.0),
     "clip_l_text": ("CLIPTextModelWithProjection", "CLIPTextConfig", CLIPTextConfig, CLIP_TEXT, 197, 123.7),
     "clip_bigg_text": ("CLIPTextModelWithProjection", "CLIPTextConfig", CLIPTextConfig, TEXT_BIGG, 517, 694.7),
-    "clip_l": ("CLIPModel", "CLIPConfig", CLIPConfig,
-               dict(projection_dim=768, vision_config=CLIP_VISION, text_config=CLIP_TEXT), 590, 427.6)}
+    "clip_l": (
+        "CLIPModel",
+        "CLIPConfig",
+        CLIPConfig,
+        dict(projection_dim=768, vision_config=CLIP_VISION, text_config=CLIP_TEXT),
+        590,
+        427.6,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -219,12 +353,34 @@ def test_clip(name):
 
 
 DINO_FILE_NAMES = {
-    "dinov2": ((r"attention\.q_proj", "attention.attention.query"), (r"attention\.k_proj", "attention.attention.key"),
-               (r"attention\.v_proj", "attention.attention.value"), (r"attention\.o_proj", "attention.output.dense")),
-    "dinov3": ((r"^model\.layer\.", "layer."),)}
+    "dinov2": (
+        (r"attention\.q_proj", "attention.attention.query"),
+        (r"attention\.k_proj", "attention.attention.key"),
+        (r"attention\.v_proj", "attention.attention.value"),
+        (r"attention\.o_proj", "attention.output.dense"),
+    ),
+    "dinov3": ((r"^model\.layer\.", "layer."),),
+}
 DINOS = {
-    "dinov2": (transformers.Dinov2Model, transformers.Dinov2Config, Dinov2Config, tables.dinov2_rules, DINOV2, 439, 304.4),
-    "dinov3": (transformers.DINOv3ViTModel, transformers.DINOv3ViTConfig, Dinov3Config, tables.dinov3_rules, DINOV3, 415, 303.1)}
+    "dinov2": (
+        transformers.Dinov2Model,
+        transformers.Dinov2Config,
+        Dinov2Config,
+        tables.dinov2_rules,
+        DINOV2,
+        439,
+        304.4,
+    ),
+    "dinov3": (
+        transformers.DINOv3ViTModel,
+        transformers.DINOv3ViTConfig,
+        Dinov3Config,
+        tables.dinov3_rules,
+        DINOV3,
+        415,
+        303.1,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", DINOS)
@@ -239,20 +395,43 @@ def test_dino(name):
 
 def longclip_l() -> Shapes:
     """The state of longclip-L.pt, written out from the paper's sizes and the official model's names."""
+
     def block(prefix: str, width: int) -> Shapes:
-        return {f"{prefix}.{name}": shape for name, shape in {
-            "ln_1.weight": (width,), "ln_1.bias": (width,), "ln_2.weight": (width,), "ln_2.bias": (width,),
-            "attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
-            "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
-            "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,),
-            "mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,)}.items()}
+        return {
+            f"{prefix}.{name}": shape
+            for name, shape in {
+                "ln_1.weight": (width,),
+                "ln_1.bias": (width,),
+                "ln_2.weight": (width,),
+                "ln_2.bias": (width,),
+                "attn.in_proj_weight": (3 * width, width),
+                "attn.in_proj_bias": (3 * width,),
+                "attn.out_proj.weight": (width, width),
+                "attn.out_proj.bias": (width,),
+                "mlp.c_fc.weight": (4 * width, width),
+                "mlp.c_fc.bias": (4 * width,),
+                "mlp.c_proj.weight": (width, 4 * width),
+                "mlp.c_proj.bias": (width,),
+            }.items()
+        }
 
     state = {
-        "visual.class_embedding": (1024,), "visual.positional_embedding": (257, 1024), "visual.proj": (1024, 768),
-        "visual.conv1.weight": (1024, 3, 14, 14), "visual.ln_pre.weight": (1024,), "visual.ln_pre.bias": (1024,),
-        "visual.ln_post.weight": (1024,), "visual.ln_post.bias": (1024,), "token_embedding.weight": (49408, 768),
-        "positional_embedding": (248, 768), "positional_embedding_res": (248, 768), "ln_final.weight": (768,),
-        "ln_final.bias": (768,), "text_projection": (768, 768), "logit_scale": ()}
+        "visual.class_embedding": (1024,),
+        "visual.positional_embedding": (257, 1024),
+        "visual.proj": (1024, 768),
+        "visual.conv1.weight": (1024, 3, 14, 14),
+        "visual.ln_pre.weight": (1024,),
+        "visual.ln_pre.bias": (1024,),
+        "visual.ln_post.weight": (1024,),
+        "visual.ln_post.bias": (1024,),
+        "token_embedding.weight": (49408, 768),
+        "positional_embedding": (248, 768),
+        "positional_embedding_res": (248, 768),
+        "ln_final.weight": (768,),
+        "ln_final.bias": (768,),
+        "text_projection": (768, 768),
+        "logit_scale": (),
+    }
     for layer in range(24):
         state |= block(f"visual.transformer.resblocks.{layer}", 1024)
     for layer in range(12):

@@ -40,7 +40,10 @@ def test_a_notebook_is_for_colab_and_has_nothing_of_its_own(path):
     first, install = notebook.cells[0], code(notebook)[0]
     badge = re.fullmatch(BADGE % re.escape(path.name), first.source)
     assert first.cell_type == "markdown" and badge
-    assert f"git clone -q https://github.com/{badge[1]} " in install.source and 'find_spec("uae_jax") is None' in install.source
+    assert (
+        f"git clone -q https://github.com/{badge[1]} " in install.source
+        and 'find_spec("uae_jax") is None' in install.source
+    )
     assert notebook.metadata.accelerator == "GPU" and notebook.metadata.colab.gpuType
     assert notebook.metadata.kernelspec.name == "python3" and notebook.metadata.kernelspec.language == "python"
     imports = set()
@@ -53,19 +56,37 @@ def test_a_notebook_is_for_colab_and_has_nothing_of_its_own(path):
     assert "uae_jax" in imports
 
 
-@pytest.mark.parametrize("path", [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem == "unified_grpo_tiny" else []) for path in NOTEBOOKS])
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem == "unified_grpo_tiny" else [])
+        for path in NOTEBOOKS
+    ],
+)
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
     """Nothing is installed where the package can be imported; one step a stage is enough to see it work."""
     notebook = read(path)
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "UAE_STEPS": "1", "UAE_IMAGES": "8", "TMPDIR": str(tmp_path),
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiler_flags(), "PIP_NO_INDEX": "1", "IPYTHONDIR": str(tmp_path / "ipython"),
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "UAE_STEPS": "1",
+        "UAE_IMAGES": "8",
+        "TMPDIR": str(tmp_path),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": compiler_flags(),
+        "PIP_NO_INDEX": "1",
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
     client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
     client.execute(env=environment)
     assert code(notebook)[0].outputs == []
     pictures = [output for cell in code(notebook) for output in cell.outputs if "image/png" in output.get("data", {})]
     assert len(pictures) >= 8
-    wrong = [output.text for cell in code(notebook) for output in cell.outputs if output.get("name") == "stderr" and "Error" in output.text]
+    wrong = [
+        output.text
+        for cell in code(notebook)
+        for output in cell.outputs
+        if output.get("name") == "stderr" and "Error" in output.text
+    ]
     assert not wrong

@@ -1,4 +1,6 @@
-"""Every setting that the stages have can be changed from the command line: the configuration is locked, so it must be there."""
+"""Every setting that the stages have can be changed from the command line: the configuration is locked, so it must be
+there.
+"""
 
 import dataclasses
 import sys
@@ -6,9 +8,9 @@ import typing
 
 import pytest
 from absl import flags
-from configs import presets
 from ml_collections import config_flags
 
+from configs import presets
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.settings import frozen
 from uae_jax.training.optimizer import OptimizerConfig
@@ -45,15 +47,24 @@ def test_the_written_defaults_of_adam_are_those_of_the_optimizer():
     default = dataclasses.asdict(OptimizerConfig())
     chosen = {"learning_rate", "schedule", "warmup_steps", "weight_decay"}
     assert {name: value for name, value in values.items() if name not in chosen} == {
-        name: value for name, value in default.items() if name not in chosen}
+        name: value for name, value in default.items() if name not in chosen
+    }
 
 
-@pytest.mark.parametrize("setting, value, read", [
-    ("gen_for_und.objective", "supervised", lambda config: config.gen_for_und.objective == "supervised"),
-    ("und_for_gen.reward.pixel_weight", "0.5", lambda config: config.und_for_gen.reward.pixel_weight == 0.5),
-    ("cold_start.reward.names", "('dinov2',)", lambda config: config.cold_start.reward.names == ("dinov2",)),
-    ("model.adapters", "False", lambda config: config.model.adapters is False),
-    ("pretrain.optimizer.multipliers", "(('projector',0.1),)", lambda config: config.pretrain.optimizer.multipliers == (("projector", 0.1),))])
+@pytest.mark.parametrize(
+    "setting, value, read",
+    [
+        ("gen_for_und.objective", "supervised", lambda config: config.gen_for_und.objective == "supervised"),
+        ("und_for_gen.reward.pixel_weight", "0.5", lambda config: config.und_for_gen.reward.pixel_weight == 0.5),
+        ("cold_start.reward.names", "('dinov2',)", lambda config: config.cold_start.reward.names == ("dinov2",)),
+        ("model.adapters", "False", lambda config: config.model.adapters is False),
+        (
+            "pretrain.optimizer.multipliers",
+            "(('projector',0.1),)",
+            lambda config: config.pretrain.optimizer.multipliers == (("projector", 0.1),),
+        ),
+    ],
+)
 def test_a_field_is_set_from_the_command_line(monkeypatch, setting, value, read):
     arguments = ["main", "--config=configs/unified_grpo.py", f"--config.{setting}={value}"]
     monkeypatch.setattr(sys, "argv", arguments)  # where overrides are looked up
@@ -65,7 +76,10 @@ def test_a_field_is_set_from_the_command_line(monkeypatch, setting, value, read)
 
 def test_a_preset_of_a_small_card_has_the_stages_that_fit():
     name = "qwen2_5_vl_3b_sd3_5_medium@1x24GB"
-    assert presets.preset(name, ("pretrain", "cold_start", "gen_for_und", "und_for_gen")).stages == ("gen_for_und", "und_for_gen")
+    assert presets.preset(name, ("pretrain", "cold_start", "gen_for_und", "und_for_gen")).stages == (
+        "gen_for_und",
+        "und_for_gen",
+    )
     assert presets.preset(name, ()).stages == ()
     with pytest.raises(ValueError, match="trains adapters only.*too small for pretrain"):
         presets.preset(name, ("pretrain",))

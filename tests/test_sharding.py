@@ -21,8 +21,15 @@ from uae_jax.nn.lora import init_lora
 from uae_jax.sharding import MeshConfig, check_rules, make_mesh, parameter_spec
 
 MEDIUM = TransformerConfig(
-    num_layers=24, num_attention_heads=24, pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
-LARGE = TransformerConfig(num_layers=38, num_attention_heads=38, pos_embed_max_size=192, dual_attention_layers=(), qk_norm="rms_norm")
+    num_layers=24,
+    num_attention_heads=24,
+    pos_embed_max_size=384,
+    dual_attention_layers=tuple(range(13)),
+    qk_norm="rms_norm",
+)
+LARGE = TransformerConfig(
+    num_layers=38, num_attention_heads=38, pos_embed_max_size=192, dual_attention_layers=(), qk_norm="rms_norm"
+)
 
 
 def mesh(data=2, fsdp=2, tensor=2):
@@ -42,9 +49,15 @@ def whole_model(config: TransformerConfig) -> dict:
     layers = dict(num_hidden_layers=24, num_attention_heads=16, hidden_size=1024, image_size=224, patch_size=14)
     picture = CLIPVisionConfig(**layers, intermediate_size=4096, projection_dim=768)
     parts["encoders"] = {
-        "clip": clip.abstract_params(CLIPConfig(picture, CLIPTextConfig())), "dinov2": dino.abstract_params(Dinov2Config(**layers))}
-    parts["language_lora"] = jax.eval_shape(lambda: init_lora(jax.random.key(0), parts["language"], qwen.ADAPTER_PATTERN, 32))
-    parts["transformer_lora"] = jax.eval_shape(lambda: init_lora(jax.random.key(0), parts["transformer"], ATTENTION_ADAPTER, 32))
+        "clip": clip.abstract_params(CLIPConfig(picture, CLIPTextConfig())),
+        "dinov2": dino.abstract_params(Dinov2Config(**layers)),
+    }
+    parts["language_lora"] = jax.eval_shape(
+        lambda: init_lora(jax.random.key(0), parts["language"], qwen.ADAPTER_PATTERN, 32)
+    )
+    parts["transformer_lora"] = jax.eval_shape(
+        lambda: init_lora(jax.random.key(0), parts["transformer"], ATTENTION_ADAPTER, 32)
+    )
     return parts | {"pooled": jax.ShapeDtypeStruct((2048,), jnp.float32)}
 
 
@@ -58,26 +71,39 @@ def test_one_axis_may_take_the_devices_that_are_left():
     assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
 
 
-@pytest.mark.parametrize("axes, message", [
-    ((3, 1, 1), "does not divide 8 devices"), ((2, 2, 1), "needs 4 devices, there are 8"), ((-1, -1, 1), "at most one may be -1"),
-    ((0, 1, 1), "must be positive"), ((-2, 1, 1), "must be positive")])
+@pytest.mark.parametrize(
+    "axes, message",
+    [
+        ((3, 1, 1), "does not divide 8 devices"),
+        ((2, 2, 1), "needs 4 devices, there are 8"),
+        ((-1, -1, 1), "at most one may be -1"),
+        ((0, 1, 1), "must be positive"),
+        ((-2, 1, 1), "must be positive"),
+    ],
+)
 def test_meshes_that_cannot_be_are_refused(axes, message):
     with pytest.raises(ValueError, match=message):
         mesh(*axes)
 
 
-@pytest.mark.parametrize("name, shape, expected", [
-    # first matrix of a pair along its output, second along its input, fsdp on what is left
-    ("language/layers/attention/query/kernel", (4, 256, 512), (None, "fsdp", "tensor")),
-    ("language/layers/mlp/down/kernel", (4, 512, 256), (None, "tensor", "fsdp")),
-    ("transformer/blocks_0/attention/context_output/kernel", (2, 256, 256), (None, "tensor", "fsdp")),
-    ("language/embedding/table", (1024, 256), ("tensor", "fsdp")), ("transformer/pos_embed/table", (1, 1024, 256), (None, None, "fsdp")),
-    ("vae/decoder/conv_in/kernel", (3, 3, 16, 512), (None, None, None, "fsdp")),
-    # a dimension that does not divide is left alone; fsdp then goes to the widest that does
-    ("language/layers/attention/key/kernel", (4, 512, 255), (None, "fsdp", None)),
-    ("language/layers/attention/key/kernel", (4, 511, 256), ("fsdp", None, "tensor")),
-    # what is small is copied, and so are vectors
-    ("language/layers/attention/query/kernel", (4, 32, 32), ()), ("language/layers/mlp/up/bias", (64, 4096), ())])
+@pytest.mark.parametrize(
+    "name, shape, expected",
+    [
+        # first matrix of a pair along its output, second along its input, fsdp on what is left
+        ("language/layers/attention/query/kernel", (4, 256, 512), (None, "fsdp", "tensor")),
+        ("language/layers/mlp/down/kernel", (4, 512, 256), (None, "tensor", "fsdp")),
+        ("transformer/blocks_0/attention/context_output/kernel", (2, 256, 256), (None, "tensor", "fsdp")),
+        ("language/embedding/table", (1024, 256), ("tensor", "fsdp")),
+        ("transformer/pos_embed/table", (1, 1024, 256), (None, None, "fsdp")),
+        ("vae/decoder/conv_in/kernel", (3, 3, 16, 512), (None, None, None, "fsdp")),
+        # a dimension that does not divide is left alone; fsdp then goes to the widest that does
+        ("language/layers/attention/key/kernel", (4, 512, 255), (None, "fsdp", None)),
+        ("language/layers/attention/key/kernel", (4, 511, 256), ("fsdp", None, "tensor")),
+        # what is small is copied, and so are vectors
+        ("language/layers/attention/query/kernel", (4, 32, 32), ()),
+        ("language/layers/mlp/up/bias", (64, 4096), ()),
+    ],
+)
 def test_parameters_lie_by_role_and_size(name, shape, expected):
     assert parameter_spec(name, shape, mesh()) == PartitionSpec(*expected)
 
@@ -92,7 +118,9 @@ def test_a_mesh_of_data_alone_copies_all_parameters():
     assert not any(parameter_spec("language/layers/mlp/up/kernel", (4, 256, 512), mesh(8, 1, 1)))
 
 
-@pytest.mark.parametrize("axes", [dict(fsdp=8), dict(fsdp=64), dict(fsdp=128), dict(fsdp=16, tensor=4), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize(
+    "axes", [dict(fsdp=8), dict(fsdp=64), dict(fsdp=128), dict(fsdp=16, tensor=4), dict(data=2, fsdp=2, tensor=2)]
+)
 def test_full_size_models_use_every_rule_and_cut_all_that_is_large(full_size, axes):
     check_rules(full_size, sizes(**axes))
     cut, total = 0, 0
@@ -102,11 +130,15 @@ def test_full_size_models_use_every_rule_and_cut_all_that_is_large(full_size, ax
         assert all(leaf.shape[at] % axes[axis] == 0 for at, axis in enumerate(spec) if axis), name
         cut, total = cut + leaf.size / ways, total + leaf.size
     # a device holds its share, and little more
-    assert cut < 1.1 * total / (axes.get("fsdp", 1)) and cut < 1.3 * total / (axes.get("fsdp", 1) * axes.get("tensor", 1))
+    assert cut < 1.1 * total / (axes.get("fsdp", 1)) and cut < 1.3 * total / (
+        axes.get("fsdp", 1) * axes.get("tensor", 1)
+    )
 
 
 def test_a_large_tensor_that_would_be_copied_is_named(full_size):
-    with pytest.raises(ValueError, match=r"of shape .* would be copied to every device.*set config.mesh.fsdp to a divisor"):
+    with pytest.raises(
+        ValueError, match=r"of shape .* would be copied to every device.*set config.mesh.fsdp to a divisor"
+    ):
         check_rules(full_size, sizes(fsdp=7))
     check_rules(full_size, sizes(data=64))  # nothing is to be cut
 
@@ -143,14 +175,22 @@ def test_batches_are_cut_over_data_and_fsdp():
 
 def on_processes(owners, data, fsdp, tensor):
     """A mesh whose devices belong to the given processes."""
-    devices = np.array([types.SimpleNamespace(process_index=owner) for owner in owners], object).reshape(data, fsdp, tensor)
+    devices = np.array([types.SimpleNamespace(process_index=owner) for owner in owners], object).reshape(
+        data, fsdp, tensor
+    )
     return types.SimpleNamespace(devices=devices, shape={"data": data, "fsdp": fsdp, "tensor": tensor})
 
 
-@pytest.mark.parametrize("owners, axes, slices", [
-    ((0, 0, 1, 1), (4, 1, 1), [(0, 2), (1, 2)]), ((0, 0, 1, 1), (1, 2, 2), [(0, 2), (1, 2)]),
-    # the tensor axis spans processes, which then feed the same rows
-    ((0, 1, 2, 3), (2, 1, 2), [(0, 2), (0, 2), (1, 2), (1, 2)]), ((0, 0, 1, 1), (1, 1, 4), [(0, 1), (0, 1)])])
+@pytest.mark.parametrize(
+    "owners, axes, slices",
+    [
+        ((0, 0, 1, 1), (4, 1, 1), [(0, 2), (1, 2)]),
+        ((0, 0, 1, 1), (1, 2, 2), [(0, 2), (1, 2)]),
+        # the tensor axis spans processes, which then feed the same rows
+        ((0, 1, 2, 3), (2, 1, 2), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ((0, 0, 1, 1), (1, 1, 4), [(0, 1), (0, 1)]),
+    ],
+)
 def test_each_process_feeds_the_rows_of_its_devices(owners, axes, slices):
     found = [sharding.batch_slice(on_processes(owners, *axes), process) for process in sorted(set(owners))]
     assert found == slices
@@ -183,6 +223,9 @@ def test_weights_can_be_gathered_over_fsdp_and_stay_cut_over_tensor():
     tree = sharding.shard_tree({"up": {"kernel": jnp.ones((512, 256))}, "norm": {"scale": jnp.ones(256)}}, mesh())
     with sharding.in_use(mesh()):
         gathered = jax.jit(lambda t: sharding.gather_over_fsdp(t, jnp.bfloat16))(tree)
-    assert gathered["up"]["kernel"].sharding.spec == PartitionSpec(None, "tensor") and gathered["up"]["kernel"].dtype == jnp.bfloat16
+    assert (
+        gathered["up"]["kernel"].sharding.spec == PartitionSpec(None, "tensor")
+        and gathered["up"]["kernel"].dtype == jnp.bfloat16
+    )
     assert gathered["norm"]["scale"].dtype == jnp.float32
     assert sharding.gather_over_fsdp(tree, jnp.bfloat16) is tree

@@ -30,9 +30,14 @@ def prepared(tmp_path_factory):
 
 def test_both_sides_compute_the_same(prepared):
     folder, inputs = prepared
-    ours, theirs = JaxSide(folder, inputs, "inference").checks(), TorchSide(folder, inputs, "inference", compiled=False).checks()
+    ours, theirs = (
+        JaxSide(folder, inputs, "inference").checks(),
+        TorchSide(folder, inputs, "inference", compiled=False).checks(),
+    )
     np.testing.assert_array_equal(ours["greedy_ids"], theirs["greedy_ids"])
-    assert ours["greedy_ids"].shape == (SIZES.images, SIZES.tokens) and len(set(ours["greedy_ids"].ravel().tolist())) > 2
+    assert (
+        ours["greedy_ids"].shape == (SIZES.images, SIZES.tokens) and len(set(ours["greedy_ids"].ravel().tolist())) > 2
+    )
     np.testing.assert_allclose(ours["latents"], theirs["latents"], atol=1e-4 * np.abs(theirs["latents"]).max())
     np.testing.assert_allclose(ours["rewards"], theirs["rewards"], atol=1e-3)
 
@@ -40,7 +45,9 @@ def test_both_sides_compute_the_same(prepared):
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_state_lies_where_a_step_puts_it_so_that_the_second_call_compiles_nothing(prepared, stage):
     side = JaxSide(*prepared, stage)
-    assert all(isinstance(leaf.sharding, jax.sharding.NamedSharding) and leaf.committed for leaf in jax.tree.leaves(side.state))
+    assert all(
+        isinstance(leaf.sharding, jax.sharding.NamedSharding) and leaf.committed for leaf in jax.tree.leaves(side.state)
+    )
 
 
 @pytest.mark.slow
@@ -84,12 +91,17 @@ def test_shares_come_from_the_work_of_the_phases(prepared):
     longer = dataclasses.replace(SIZES, steps=2 * SIZES.steps, tokens=2 * SIZES.tokens - 1)
     twice = JaxSide(folder, Inputs(longer, inputs.arrays), "gen_for_und").work()
     assert twice["denoising_flops"] == 2 * once["denoising_flops"] > 0
-    assert twice["decoding_bytes"] >= 2 * once["decoding_bytes"] > 2 * (SIZES.tokens - 1) * 4 * SMALL.vocabulary * SMALL.width
+    assert (
+        twice["decoding_bytes"]
+        >= 2 * once["decoding_bytes"]
+        > 2 * (SIZES.tokens - 1) * 4 * SMALL.vocabulary * SMALL.width
+    )
     rates = machine_rates("float32")
     assert 1e8 < rates["matrix_rate"] < 1e15 and 1e7 < rates["copy_bandwidth"] < 1e13
     row = {"denoising": 2.0, "sampling": 3.0, PREFILL: 1.0}
-    assert unified_step.shares(row, {"denoising_flops": 4.0, "decoding_bytes": 6.0}, {"matrix_rate": 8.0, "copy_bandwidth": 12.0}) == {
-        "denoising_share": 0.25, "decoding_share": 0.25}
+    assert unified_step.shares(
+        row, {"denoising_flops": 4.0, "decoding_bytes": 6.0}, {"matrix_rate": 8.0, "copy_bandwidth": 12.0}
+    ) == {"denoising_share": 0.25, "decoding_share": 0.25}
     assert unified_step.shares(row, {}, rates) == {}
 
 
@@ -102,7 +114,9 @@ def test_memory_of_inference_grows_linearly_with_the_caption(prepared):
     system = open_system(prepared[0], 64)
     settings = dict(steps=2, guidance_scale=5.0, repeats=0)
     first, second, fourth = (
-        measure(system, Case("captions", 64, tokens, group=8, batch=1), **settings)["temporary_bytes"] for tokens in (256, 512, 1024))
+        measure(system, Case("captions", 64, tokens, group=8, batch=1), **settings)["temporary_bytes"]
+        for tokens in (256, 512, 1024)
+    )
     text = system.model.captioner.text
     cache = 8 * 2 * 4 * text.layers * text.key_heads * text.head_width  # of one token of all rows
     assert abs((fourth - second) - 2 * (second - first)) < 0.1 * (fourth - second)
@@ -111,14 +125,18 @@ def test_memory_of_inference_grows_linearly_with_the_caption(prepared):
 
 def test_every_case_of_inference_runs_once(prepared):
     assert len(set(cases())) == len(list(cases())) and {case.kind for case in cases()} == {"captions", "pictures"}
-    found = measure(open_system(prepared[0], 64), Case("pictures", 64, 5, group=2, batch=1), steps=2, guidance_scale=5.0, repeats=1)
+    found = measure(
+        open_system(prepared[0], 64), Case("pictures", 64, 5, group=2, batch=1), steps=2, guidance_scale=5.0, repeats=1
+    )
     assert found["seconds"] > 0 and len(line(found).split("|")) == 11
 
 
 def test_a_picture_that_the_decoder_cannot_draw_costs_no_other_case(prepared, monkeypatch, tmp_path, capsys):
     sizes = Case("pictures", 64, 5, batch=1), Case("pictures", 1024, 5, batch=1), Case("pictures", 64, 5, batch=2)
     monkeypatch.setattr(inference_scaling, "cases", lambda: iter(sizes))
-    monkeypatch.setattr(sys, "argv", ["inference_scaling", f"--checkpoint={prepared[0]}", "--repeats=0", f"--json={tmp_path / 'rows'}"])
+    monkeypatch.setattr(
+        sys, "argv", ["inference_scaling", f"--checkpoint={prepared[0]}", "--repeats=0", f"--json={tmp_path / 'rows'}"]
+    )
     inference_scaling.main()
     assert [json.loads(row)["batch"] for row in (tmp_path / "rows").read_text().splitlines()] == [1, 2]
     said = capsys.readouterr()

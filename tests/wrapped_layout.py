@@ -1,4 +1,6 @@
-"""The layout of the released `llm_lora` folder, which the package reads and `convert export` writes from stored files."""
+"""The layout of the released `llm_lora` folder, which the package reads and `convert export` writes from stored
+files.
+"""
 
 import re
 from collections.abc import Iterator, Mapping

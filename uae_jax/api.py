@@ -2,14 +2,14 @@
 
     import uae_jax
 
-    model = uae_jax.load("runs/tiny", steps=20)       # a training workdir, an official folder, or "" for the built-in model
-    captions = model.caption(["a.png", "b.jpg"])
+    model = uae_jax.load("runs/tiny", steps=20)       # a training workdir, an official folder, or "" for the built-in
+    model captions = model.caption(["a.png", "b.jpg"])
     pictures = model.generate(["gray background , top left large red circle"])
     for result in model.reconstruct(["a.png"], progress=True):
         result.image.save("a_again.png")
 
-The lists come back in the order of what was given. `each_caption`, `each_drawing` and `each_reconstruction` give every batch
-as soon as it is done, hold no more than that in memory, and go on after a picture that cannot be read.
+The lists come back in the order of what was given. `each_caption`, `each_drawing` and `each_reconstruction` give every
+batch as soon as it is done, hold no more than that in memory, and go on after a picture that cannot be read.
 """
 
 import dataclasses
@@ -37,9 +37,11 @@ ImageLike = str | os.PathLike | Image.Image | np.ndarray
 Failed = Callable[[int, Exception], None]
 
 RELEASE_PROMPT = (
-    "You are an expert vision-language model.  \nYour task is: Given an input image, generate a **textual description** "
+    "You are an expert vision-language model.  \nYour task is: Given an input image, generate a **textual "
+    "description** "
     'of the image. If there is text in the image, transcribe it inside double quotes "".  \nNow, carefully analyze the '
-    "input image and output the full description. ")
+    "input image and output the full description. "
+)
 RELEASE_NEGATIVE = "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."
 
 
@@ -55,12 +57,17 @@ class Reconstruction:
         """Original (its centre square), caption and reconstruction side by side, each square `side` pixels."""
         gap = side // 32
         strip = Image.new("RGB", (3 * side + 4 * gap, side + 2 * gap), "white")
-        for column, picture in ((0, Image.fromarray(square_image(self.original, min(self.original.size)))), (2, self.image)):
+        for column, picture in (
+            (0, Image.fromarray(square_image(self.original, min(self.original.size)))),
+            (2, self.image),
+        ):
             filter_ = Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
             strip.paste(picture.resize((side, side), filter_), (gap + column * (side + gap), gap))
         font = ImageFont.load_default(max(10, side // 21))
         lines = _wrapped(self.caption, font, side)[: int(side / (font.size * 1.3))]
-        ImageDraw.Draw(strip).multiline_text((2 * gap + side, gap), "\n".join(lines), fill="black", font=font, spacing=font.size * 0.2)
+        ImageDraw.Draw(strip).multiline_text(
+            (2 * gap + side, gap), "\n".join(lines), fill="black", font=font, spacing=font.size * 0.2
+        )
         return strip
 
 
@@ -92,14 +99,23 @@ def default_settings(folder: str | os.PathLike = "") -> dict[str, Any]:
     if run is None:
         wrapped = model / "llm_lora"
         return dict(
-            prompt=RELEASE_PROMPT, negative_prompt=RELEASE_NEGATIVE,
-            policy_condition=wrapped.is_dir() and qwen_weights.holds_base(wrapped))
+            prompt=RELEASE_PROMPT,
+            negative_prompt=RELEASE_NEGATIVE,
+            policy_condition=wrapped.is_dir() and qwen_weights.holds_base(wrapped),
+        )
     data, evaluation = run["data"], run["evaluation"]
     return dict(
-        size=data["image_size"], steps=evaluation["sampler_steps"], guidance_scale=evaluation["guidance_scale"],
-        shift=run["sampler"]["shift"], schedule=run["sampler"]["schedule"], max_new_tokens=data["max_caption"],
-        prompt=data["caption_prompt"], negative_prompt=data["negative_prompt"],
-        batch_size=min(evaluation["batch_size"], 8), policy_condition=_conditions_through_policy(run))
+        size=data["image_size"],
+        steps=evaluation["sampler_steps"],
+        guidance_scale=evaluation["guidance_scale"],
+        shift=run["sampler"]["shift"],
+        schedule=run["sampler"]["schedule"],
+        max_new_tokens=data["max_caption"],
+        prompt=data["caption_prompt"],
+        negative_prompt=data["negative_prompt"],
+        batch_size=min(evaluation["batch_size"], 8),
+        policy_condition=_conditions_through_policy(run),
+    )
 
 
 def _conditions_through_policy(run: Mapping) -> bool:
@@ -120,18 +136,23 @@ def _run_config(folder: pathlib.Path) -> dict | None:
 
 
 def load(
-    folder: str | os.PathLike = "", *, dtype: str = "float32", adapters: bool = True,
-    devices: Sequence[jax.Device] | None = None, **settings: Any) -> "Model":
+    folder: str | os.PathLike = "",
+    *,
+    dtype: str = "float32",
+    adapters: bool = True,
+    devices: Sequence[jax.Device] | None = None,
+    **settings: Any,
+) -> "Model":
     """A model ready to caption, draw and reconstruct.
 
     Args:
       folder: official UAE folder, training workdir, or "" for the built-in model of 32-pixel scenes.
       dtype: precision of activations, `float32` or `bfloat16`.
-      adapters: False leaves out the folder's `llm_lora` and `dit_lora`, and an `llm` beside its `llm_reference`: the model as it
-        was before they were trained.
+      adapters: False leaves out the folder's `llm_lora` and `dit_lora`, and an `llm` beside its `llm_reference`: the
+        model as it was before they were trained.
       devices: over which the parameters are cut; None takes the first one.
-      **settings: fields of `InferenceConfig` such as `steps`, `guidance_scale`, `size`, `seed`, `temperature`; what is not
-        given is taken from `default_settings`.
+      **settings: fields of `InferenceConfig` such as `steps`, `guidance_scale`, `size`, `seed`, `temperature`; what is
+        not given is taken from `default_settings`.
 
     Raises:
       FileNotFoundError, ValueError: the folder cannot be read, or a setting does not exist or cannot be.
@@ -159,7 +180,8 @@ class Model:
         return self.engine.config
 
     def caption(
-        self, images: Sequence[ImageLike], *, sample_ids: Sequence[int] | None = None, progress: bool = False) -> list[str]:
+        self, images: Sequence[ImageLike], *, sample_ids: Sequence[int] | None = None, progress: bool = False
+    ) -> list[str]:
         """A caption of each picture.
 
         Args:
@@ -173,12 +195,14 @@ class Model:
         return _in_order(self.each_caption(images, sample_ids=sample_ids), len(_listed(images)), "caption", progress)
 
     def generate(
-        self, texts: Sequence[str], *, sample_ids: Sequence[int] | None = None, progress: bool = False) -> list[Image.Image]:
+        self, texts: Sequence[str], *, sample_ids: Sequence[int] | None = None, progress: bool = False
+    ) -> list[Image.Image]:
         """A picture of each text, `size` pixels square.
 
         Args:
           texts: what to draw.
-          sample_ids: numbers in 0 .. 2**31 - 1 that the noise follows from; with the same number and text a picture is the same.
+          sample_ids: numbers in 0 .. 2**31 - 1 that the noise follows from; with the same number and text a picture is
+            the same.
           progress: draw a bar on stderr.
 
         Raises:
@@ -199,22 +223,28 @@ class Model:
         Raises:
           FileNotFoundError, ValueError: a picture cannot be read.
         """
-        return _in_order(self.each_reconstruction(images, sample_ids=sample_ids), len(_listed(images)), "reconstruct", progress)
+        return _in_order(
+            self.each_reconstruction(images, sample_ids=sample_ids), len(_listed(images)), "reconstruct", progress
+        )
 
     def each_caption(
         self, images: Sequence[ImageLike], *, sample_ids: Sequence[int] | None = None, failed: Failed | None = None
     ) -> Iterator[tuple[int, str]]:
-        """(index, caption) of each picture, batch by batch; pictures of one shape go together, so that others may overtake.
+        """(index, caption) of each picture, batch by batch; pictures of one shape go together, so that others may
+        overtake.
 
         Args:
           images: pictures; files are read when their turn comes.
           sample_ids: see `caption`.
-          failed: called with index and error of a picture that cannot be read, which is then left out; None raises the error.
+          failed: called with index and error of a picture that cannot be read, which is then left out; None raises the
+            error.
 
         Raises:
           FileNotFoundError, ValueError: a picture cannot be read, and there is no `failed`.
         """
-        for row, caption in self.engine.captions(self._rows(images, sample_ids, failed, lambda image: self._opened(image)[1])):
+        for row, caption in self.engine.captions(
+            self._rows(images, sample_ids, failed, lambda image: self._opened(image)[1])
+        ):
             yield row.index, caption
 
     def each_drawing(

@@ -1,4 +1,6 @@
-"""What the commands share: expected errors and warnings are one line; configuration files can import their neighbours."""
+"""What the commands share: expected errors and warnings are one line; configuration files can import their
+neighbours.
+"""
 
 import contextlib
 import pathlib

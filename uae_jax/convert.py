@@ -2,10 +2,11 @@
 
     python -m uae_jax.convert check /weights/UAE
     python -m uae_jax.convert export runs/medium medium_hub --layout hub --dtype bfloat16
-    python -m uae_jax.convert import --llm Qwen2.5-VL-3B-Instruct --sd3 stable-diffusion-3.5-medium --clip clip-vit-large-patch14 UAE_new
+    python -m uae_jax.convert import --llm Qwen2.5-VL-3B-Instruct --sd3 stable-diffusion-3.5-medium --clip
+    clip-vit-large-patch14 UAE_new
 
-check reads every tensor of an official UAE folder, a training workdir, a diffusers SD3 pipeline, or the folder of one model
-(Qwen2.5-VL, SD3 transformer, VAE, CLIP, DINO, peft adapter); its exit code is 1 when a part is not whole.
+check reads every tensor of an official UAE folder, a training workdir, a diffusers SD3 pipeline, or the folder of one
+model (Qwen2.5-VL, SD3 transformer, VAE, CLIP, DINO, peft adapter); its exit code is 1 when a part is not whole.
 export writes the official layout, or folders that transformers, diffusers and peft open (`--layout hub`).
 import builds the official folder that `uae_jax.main` and `uae_jax.infer` take.
 Nothing is written unless everything that is read is whole.
@@ -21,12 +22,19 @@ from uae_jax.command_line import plain_errors
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 IMPORTED = {
-    "llm": "Qwen2.5-VL folder, with or without UAE's projector", "sd3": "SD3 or SD3.5 pipeline folder",
+    "llm": "Qwen2.5-VL folder, with or without UAE's projector",
+    "sd3": "SD3 or SD3.5 pipeline folder",
     "llm_processor": "tokenizer and image processor (default: those in --llm)",
     "projector": "UAE's projector as `export --layout hub` writes it (default: a new one when --llm has none)",
-    "dit": "transformer (default: the pipeline's)", "llm_lora": "adapter of the captioner", "dit_lora": "adapter of the transformer",
+    "dit": "transformer (default: the pipeline's)",
+    "llm_lora": "adapter of the captioner",
+    "dit_lora": "adapter of the transformer",
     "llm_reference": "the captioner before --llm was trained whole, as `export` writes it",
-    "clip": "CLIP folder", "longclip": "Long-CLIP folder, or the published .pt or safetensors file", "dinov2": "DINOv2 folder", "dinov3": "DINOv3 folder"}
+    "clip": "CLIP folder",
+    "longclip": "Long-CLIP folder, or the published .pt or safetensors file",
+    "dinov2": "DINOv2 folder",
+    "dinov3": "DINOv3 folder",
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,17 +49,33 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("source", metavar="SOURCE", help="official UAE folder or training workdir")
     export.add_argument("out", metavar="OUT", help="a new folder")
     export.add_argument("--layout", choices=("official", "hub"), default="official", help="(default: %(default)s)")
-    export.add_argument("--dtype", choices=("keep", "float32", "bfloat16", "float16"), default="keep", help="of the weights (default: as stored)")
+    export.add_argument(
+        "--dtype",
+        choices=("keep", "float32", "bfloat16", "float16"),
+        default="keep",
+        help="of the weights (default: as stored)",
+    )
     export.add_argument("--merge-adapters", action="store_true", help="add the adapters to their models")
-    export.add_argument("--llm-lora", choices=("peft", "wrapped"), default="peft", help="adapter folder, or the release's whole state in three files")
-    export.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="size limit of one file (default: %(default)s)")
-    export.add_argument("--parts", nargs="+", default=(), metavar="PART", help="write these parts only, such as llm SD3/vae dit_lora")
+    export.add_argument(
+        "--llm-lora",
+        choices=("peft", "wrapped"),
+        default="peft",
+        help="adapter folder, or the release's whole state in three files",
+    )
+    export.add_argument(
+        "--max-shard-gb", type=float, default=5.0, metavar="GB", help="size limit of one file (default: %(default)s)"
+    )
+    export.add_argument(
+        "--parts", nargs="+", default=(), metavar="PART", help="write these parts only, such as llm SD3/vae dit_lora"
+    )
     build = commands.add_parser("import", help="build an official folder from published models")
     for name, text in IMPORTED.items():
         build.add_argument(f"--{name}", default="", metavar="DIR", required=name in ("llm", "sd3"), help=text)
     build.add_argument("out", metavar="OUT", help="a new folder")
     build.add_argument("--seed", type=int, default=0, help="of a new projector (default: %(default)s)")
-    build.add_argument("--link", action="store_true", help="hard links instead of copies, where both folders are on one disk")
+    build.add_argument(
+        "--link", action="store_true", help="hard links instead of copies, where both folders are on one disk"
+    )
     build.add_argument("--fast", action="store_true", help="check names and shapes only, not the numbers")
     for command in (export, build):
         command.add_argument("--overwrite", action="store_true", help="replace the model folder OUT")
@@ -81,8 +105,15 @@ def _export(options: argparse.Namespace) -> int:
     from uae_jax.stages.folders.export import ExportConfig, export_folder
 
     config = ExportConfig(
-        options.layout, options.dtype, options.merge_adapters, options.llm_lora, options.max_shard_gb, tuple(options.parts))
+        options.layout,
+        options.dtype,
+        options.merge_adapters,
+        options.llm_lora,
+        options.max_shard_gb,
+        tuple(options.parts),
+    )
     with _bar("writing") as bar:
+
         def progress(count: int, total: int) -> None:
             bar.total = total
             bar.update(count)
@@ -105,13 +136,22 @@ def _import(options: argparse.Namespace) -> int:
     sources = Sources(**{name: getattr(options, name) for name in IMPORTED})
     with _bar("checking") as bar:
         rows, notes = import_folder(
-            sources, options.out, seed=options.seed, link=options.link, overwrite=options.overwrite, fast=options.fast,
-            progress=bar.update)
+            sources,
+            options.out,
+            seed=options.seed,
+            link=options.link,
+            overwrite=options.overwrite,
+            fast=options.fast,
+            progress=bar.update,
+        )
     for row in rows:
         print(f"{row.part:<20} {row.folder}")
     for note in notes:
         print(note)
-    print(f"written to {options.out}; use it as --checkpoint {options.out} or --config.model.folder={pathlib.Path(options.out).absolute()}")
+    print(
+        f"written to {options.out}; use it as --checkpoint {options.out} or "
+        f"--config.model.folder={pathlib.Path(options.out).absolute()}"
+    )
     return 0
 
 

@@ -1,4 +1,5 @@
-"""A page to try a model in a browser: a picture, its caption (edit it), what is drawn from the caption, and how alike they are.
+"""A page to try a model in a browser: a picture, its caption (edit it), what is drawn from the caption, and how alike
+they are.
 
     pip install "uae_jax[demo]"
     python -m uae_jax.demo
@@ -26,7 +27,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 ENCODERS = {
-    "clip": "CLIP folder", "longclip": "Long-CLIP folder, or the published file", "dinov2": "DINOv2 folder", "dinov3": "DINOv3 folder"}
+    "clip": "CLIP folder",
+    "longclip": "Long-CLIP folder, or the published file",
+    "dinov2": "DINOv2 folder",
+    "dinov3": "DINOv3 folder",
+}
 HEADERS = ("encoder", "similarity")
 # small pictures fill their frame, pixel by pixel
 STYLE = ".picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }"
@@ -71,7 +76,11 @@ class Page:
         if not text.strip():
             raise ValueError("write a text first, or press Caption")
         drawn = self.model.generate([text], sample_ids=[int(number)])[0]
-        rows = [] if picture is None else [[name, f"{value:.3f}"] for name, value in self.similarities(picture, drawn).items()]
+        rows = (
+            []
+            if picture is None
+            else [[name, f"{value:.3f}"] for name, value in self.similarities(picture, drawn).items()]
+        )
         return drawn, rows
 
     def reconstruct(self, picture: "Image.Image | None", number: float) -> "tuple[str, Image.Image, Rows]":
@@ -90,18 +99,38 @@ def build(page: Page, name: str) -> "gradio.Blocks":
     import gradio as gr
 
     with gr.Blocks(title="UAE", analytics_enabled=False) as blocks:
-        gr.Markdown(f"# UAE: an auto-encoder whose code is text\nModel: {name}. A caption is written from the picture, and the drawing from the caption alone.")
+        gr.Markdown(
+            f"# UAE: an auto-encoder whose code is text\nModel: {name}. A caption is written from the picture, and "
+            "the drawing from the caption alone."
+        )
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(type="pil", format="png", label="Picture", height=320, elem_classes="picture", elem_id="picture")
+                picture = gr.Image(
+                    type="pil", format="png", label="Picture", height=320, elem_classes="picture", elem_id="picture"
+                )
                 with gr.Row():
                     scene = gr.Number(0, label="Built-in scene", precision=0, minimum=0, elem_id="scene")
                     show = gr.Button("Show this scene", elem_id="show")
                 text = gr.Textbox(label="Caption (edit it, and draw again)", lines=4, elem_id="caption")
             with gr.Column():
-                drawn = gr.Image(type="pil", format="png", label="Reconstruction", height=320, interactive=False, elem_classes="picture", elem_id="drawn")
-                table = gr.Dataframe(headers=list(HEADERS), label="Similarity of the two pictures (cosine)", interactive=False, elem_id="table")
-                number = gr.Number(0, label="Number of the noise", precision=0, minimum=0, maximum=2**31 - 1, elem_id="number")
+                drawn = gr.Image(
+                    type="pil",
+                    format="png",
+                    label="Reconstruction",
+                    height=320,
+                    interactive=False,
+                    elem_classes="picture",
+                    elem_id="drawn",
+                )
+                table = gr.Dataframe(
+                    headers=list(HEADERS),
+                    label="Similarity of the two pictures (cosine)",
+                    interactive=False,
+                    elem_id="table",
+                )
+                number = gr.Number(
+                    0, label="Number of the noise", precision=0, minimum=0, maximum=2**31 - 1, elem_id="number"
+                )
         with gr.Row():
             caption = gr.Button("Caption", elem_id="write")
             draw = gr.Button("Draw the caption", elem_id="draw")
@@ -110,7 +139,9 @@ def build(page: Page, name: str) -> "gradio.Blocks":
         show.click(_told(page.scene), scene, picture, api_name="scene")
         caption.click(_told(page.caption), [picture, number], text, api_name="caption", **one_at_a_time)
         draw.click(_told(page.draw), [picture, text, number], [drawn, table], api_name="draw", **one_at_a_time)
-        both.click(_told(page.reconstruct), [picture, number], [text, drawn, table], api_name="reconstruct", **one_at_a_time)
+        both.click(
+            _told(page.reconstruct), [picture, number], [text, drawn, table], api_name="reconstruct", **one_at_a_time
+        )
     return blocks
 
 
@@ -129,11 +160,22 @@ def _told(function: Callable) -> Callable:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m uae_jax.demo", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="python -m uae_jax.demo",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_model_flags(parser)
     for name, text in ENCODERS.items():
-        parser.add_argument(f"--{name}", default="", metavar="PATH", help=f"{text}, to compare under (default: the checkpoint's, if it has one)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 for the whole network (default: %(default)s)")
+        parser.add_argument(
+            f"--{name}",
+            default="",
+            metavar="PATH",
+            help=f"{text}, to compare under (default: the checkpoint's, if it has one)",
+        )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 for the whole network (default: %(default)s)"
+    )
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     parser.add_argument("--share", action="store_true", help="also serve through a public address of gradio's")
     return parser

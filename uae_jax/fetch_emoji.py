@@ -2,8 +2,8 @@
 
     python -m uae_jax.fetch_emoji --folder=data/emoji
 
-Packages come through the `npm` command, from the registry that it is set up for, and stay in FOLDER/packages; those that are
-there already are not fetched again. Without npm, put the files named in the message there by hand.
+Packages come through the `npm` command, from the registry that it is set up for, and stay in FOLDER/packages; those
+that are there already are not fetched again. Without npm, put the files named in the message there by hand.
 """
 
 import argparse
@@ -39,13 +39,23 @@ def fetch(archive: Archive, folder: pathlib.Path) -> None:
     print(f"{archive.file}: fetching {archive.megabytes} MB", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as part:
-        command = [npm, "pack", f"{archive.package}@{archive.version}", f"--pack-destination={part}", "--loglevel=error",
-                   "--fetch-retries=2", "--fetch-retry-mintimeout=2000", "--fetch-retry-maxtimeout=8000"]
+        command = [
+            npm,
+            "pack",
+            f"{archive.package}@{archive.version}",
+            f"--pack-destination={part}",
+            "--loglevel=error",
+            "--fetch-retries=2",
+            "--fetch-retry-mintimeout=2000",
+            "--fetch-retry-maxtimeout=8000",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, cwd=part)
         files = list(pathlib.Path(part).glob("*.tgz"))
         if done.returncode or len(files) != 1:
-            raise ConnectionError(f"npm cannot fetch {archive.package}@{archive.version} ({_reason(done.stderr)}): the same "
-                                  "command tries again")
+            raise ConnectionError(
+                f"npm cannot fetch {archive.package}@{archive.version} ({_reason(done.stderr)}): the same "
+                "command tries again"
+            )
         check_archive(files[0], archive)
         files[0].replace(path)
 
@@ -59,7 +69,8 @@ def _reason(text: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Fetches, chooses and writes; does nothing for a folder that is whole."""
     parser = argparse.ArgumentParser(
-        prog="python -m uae_jax.fetch_emoji", description="Fetches the emoji data set.", allow_abbrev=False)
+        prog="python -m uae_jax.fetch_emoji", description="Fetches the emoji data set.", allow_abbrev=False
+    )
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="where pictures and emoji.json are written")
     parser.add_argument("--count", type=int, default=COUNT, help="how many emoji are taken (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -67,7 +78,9 @@ def main(arguments: list[str] | None = None) -> None:
         if (options.folder / INDEX_FILE).is_file():
             there = len(EmojiSet(options.folder).names)
             if there != options.count:
-                raise ValueError(f"{options.folder} holds {there} emoji, not {options.count}: choose another folder, or remove it")
+                raise ValueError(
+                    f"{options.folder} holds {there} emoji, not {options.count}: choose another folder, or remove it"
+                )
             print(f"{options.folder} holds {there} emoji already")
             return
         for archive in ARCHIVES:

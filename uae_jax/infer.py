@@ -8,8 +8,8 @@ Without --checkpoint the built-in model of 32-pixel scenes is used. --checkpoint
 training workdir. Settings that are not given are the run's own, or the release's: 1024 pixels, 40 steps, guidance 5,
 temperature 0.7, top_p 1, seed 42.
 
-Results are written as each batch is done; pictures of other shapes may overtake. A picture that cannot be read is reported,
-the others are done, and the exit code is 1.
+Results are written as each batch is done; pictures of other shapes may overtake. A picture that cannot be read is
+reported, the others are done, and the exit code is 1.
 """
 
 import argparse
@@ -32,10 +32,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m uae_jax.infer", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="python -m uae_jax.infer",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("command", choices=("caption", "generate", "reconstruct"))
-    parser.add_argument("inputs", nargs="+", metavar="IMAGE|TEXT", help="image files, folders or patterns; texts for `generate`")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder of the pictures (default: %(default)s)")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="IMAGE|TEXT", help="image files, folders or patterns; texts for `generate`"
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder of the pictures (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_model_flags(parser)
     return parser
@@ -72,7 +80,12 @@ def _results(options: argparse.Namespace, model: "Model", inputs: list, failed: 
             file, strip = out / f"{names[index]}.png", out / f"{names[index]}_strip.png"
             save_picture(result.image, file, result.caption)
             save_picture(result.strip(), strip, result.caption)
-            record = {"image": str(inputs[index]), "caption": result.caption, "reconstruction": str(file), "strip": str(strip)}
+            record = {
+                "image": str(inputs[index]),
+                "caption": result.caption,
+                "reconstruction": str(file),
+                "strip": str(strip),
+            }
             yield record, f"{inputs[index]}: {result.caption}\n  -> {strip}"
 
 
@@ -80,8 +93,8 @@ def run(options: argparse.Namespace) -> None:
     """Does one command; results are printed and written as they come.
 
     Raises:
-      ValueError, FileNotFoundError: a bad image, folder or setting; what was done before stays, and of several inputs the
-        others are done first.
+      ValueError, FileNotFoundError: a bad image, folder or setting; what was done before stays, and of several inputs
+        the others are done first.
     """
     from tqdm import tqdm
 
@@ -91,6 +104,7 @@ def run(options: argparse.Namespace) -> None:
     model = load_model(options, len(inputs))
     problems: list[str] = []
     with tqdm(total=len(inputs), desc=options.command, disable=None) as bar:
+
         def report(record: dict, text: str) -> None:
             bar.update(1)
             tqdm.write(json.dumps(record) if options.json else text, file=sys.stdout)

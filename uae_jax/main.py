@@ -17,8 +17,12 @@ from ml_collections import config_flags
 
 from uae_jax.command_line import error_line, import_configs, parse_flags, plain_warning
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, as configs/unified_grpo.py[:PRESET].", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics, samples, report and export; the same one continues.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, as configs/unified_grpo.py[:PRESET].", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of checkpoints, metrics, samples, report and export; the same one continues."
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the cluster does not say it.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, with --coordinator.")
@@ -57,9 +61,15 @@ def main(argv: list[str]) -> None:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
     except Exception as error:
-        if processes.lost_process(error):  # first: a lost connection may come as a ValueError of the array that was read
+        if processes.lost_process(
+            error
+        ):  # first: a lost connection may come as a ValueError of the array that was read
             reason = str(error).splitlines()[0]
-            processes.leave(f"error: another process of this run is gone ({reason}); see what it said last. {CONTINUE}", 1, wait=False)
+            processes.leave(
+                f"error: another process of this run is gone ({reason}); see what it said last. {CONTINUE}",
+                1,
+                wait=False,
+            )
         if isinstance(error, EXPECTED):
             processes.leave(error_line(error), 1)
         if processes.alone():

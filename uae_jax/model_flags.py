@@ -8,22 +8,38 @@ if TYPE_CHECKING:
 
 # fields of stages.inference.InferenceConfig
 SETTINGS = {
-    "seed": (int, "of captions and noise"), "steps": (int, "denoising steps"), "guidance_scale": (float, "1 is without guidance"),
-    "size": (int, "side of the drawings in pixels"), "temperature": (float, "of captions; 0 is greedy"),
-    "top_p": (float, "share of the probability that captions are drawn from"), "max_new_tokens": (int, "longest caption"),
-    "prompt": (str, "what the captioner is asked"), "negative_prompt": (str, "what guidance moves away from"),
-    "batch_size": (int, "pictures in one compiled call"), "shift": (float, "static shift of the noise levels")}
+    "seed": (int, "of captions and noise"),
+    "steps": (int, "denoising steps"),
+    "guidance_scale": (float, "1 is without guidance"),
+    "size": (int, "side of the drawings in pixels"),
+    "temperature": (float, "of captions; 0 is greedy"),
+    "top_p": (float, "share of the probability that captions are drawn from"),
+    "max_new_tokens": (int, "longest caption"),
+    "prompt": (str, "what the captioner is asked"),
+    "negative_prompt": (str, "what guidance moves away from"),
+    "batch_size": (int, "pictures in one compiled call"),
+    "shift": (float, "static shift of the noise levels"),
+}
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Adds --checkpoint, the settings of inference, and how the folder is read."""
-    parser.add_argument("--checkpoint", default="", help="official UAE folder or training workdir (default: the built-in model)")
+    parser.add_argument(
+        "--checkpoint", default="", help="official UAE folder or training workdir (default: the built-in model)"
+    )
     for name, (kind, text) in SETTINGS.items():
         parser.add_argument(f"--{name}", type=kind, help=text)
     parser.add_argument(
-        "--policy_condition", action=argparse.BooleanOptionalAction,
-        help="encode captions through the captioner's adapter (default: as the run was trained; yes for the release's own folder)")
-    parser.add_argument("--without_adapters", action="store_true", help="leave out llm_lora, dit_lora, and an llm beside its llm_reference: the model before they were trained")
+        "--policy_condition",
+        action=argparse.BooleanOptionalAction,
+        help="encode captions through the captioner's adapter (default: as the run was trained; yes for the "
+        "release's own folder)",
+    )
+    parser.add_argument(
+        "--without_adapters",
+        action="store_true",
+        help="leave out llm_lora, dit_lora, and an llm beside its llm_reference: the model before they were trained",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of activations")
 
 

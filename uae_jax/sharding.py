@@ -1,8 +1,8 @@
 """One mesh, and rules that say how each parameter lies on it.
 
 Axes: `data` (batch only), `fsdp` (batch, and parameters cut to save memory), `tensor` (heads and hidden widths).
-Placement is data: a table of (pattern, axes) pairs over parameter names. Models never see a mesh; they name the axes of their
-activations (`nn.constrain`).
+Placement is data: a table of (pattern, axes) pairs over parameter names. Models never see a mesh; they name the axes of
+their activations (`nn.constrain`).
 """
 
 import contextlib
@@ -23,18 +23,20 @@ BATCH = ("data", "fsdp")
 WIDEST = "widest"
 Rule = tuple[str, tuple[str | None, ...] | str]
 
-# (pattern of the whole name, mesh axes of the LAST axes of the leaf), so that stacked layers need no rule of their own; the first
-# match counts. An axis that does not divide its dimension goes to the widest one that it does divide, and `WIDEST` asks for
-# that at once. Optimizer slots, adapters, copies and averages end in the name of their parameter.
+# (pattern of the whole name, mesh axes of the LAST axes of the leaf), so that stacked layers need no rule of their own;
+# the first match counts. An axis that does not divide its dimension goes to the widest one that it does divide, and
+# `WIDEST` asks for that at once. Optimizer slots, adapters, copies and averages end in the name of their parameter.
 RULES: tuple[Rule, ...] = (
     (r"(.*/)?(scale|bias)", ()),
     # the table is cropped along its positions, so these stay whole
     (r"(.*/)?pos_embed/table", (None, "fsdp")),
     (r"(.*/)?embedding/table", ("tensor", "fsdp")),
-    # Megatron's placement (arXiv 1909.08053): the first matrix of a pair is cut along its output, the second along its input
+    # Megatron's placement (arXiv 1909.08053): the first matrix of a pair is cut along its output, the second along its
+    # input
     (r"(.*/)?((context_)?(query|key|value)|gate|up|fc1|first|linear|linear_1)/(kernel|b)", ("fsdp", "tensor")),
     (r"(.*/)?((context_)?output|out|down|fc2|second|linear_2)/(kernel|a)", ("tensor", "fsdp")),
-    (r".*", WIDEST))
+    (r".*", WIDEST),
+)
 # below this many numbers a gather costs more than the memory it saves
 SMALL = 2**16
 # above this many numbers (16 MiB in float32) a copy on every device is a mistake
@@ -51,7 +53,8 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of all devices, those of a process side by side, so that each process holds neighbouring rows of a batch.
+    """The mesh of all devices, those of a process side by side, so that each process holds neighbouring rows of a
+    batch.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -65,8 +68,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         raise ValueError(f"mesh {dict(zip(AXES, sizes))} does not divide {len(devices)} devices; change config.mesh")
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if int(np.prod(sizes)) != len(devices):
-        raise ValueError(f"mesh {dict(zip(AXES, sizes))} needs {int(np.prod(sizes))} devices, there are {len(devices)}; change config.mesh")
-    ordered = sorted(devices, key=lambda device: (getattr(device, "slice_index", 0) or 0, device.process_index, device.id))
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes))} needs {int(np.prod(sizes))} devices, there are {len(devices)}; change "
+            "config.mesh"
+        )
+    ordered = sorted(
+        devices, key=lambda device: (getattr(device, "slice_index", 0) or 0, device.process_index, device.id)
+    )
     return Mesh(np.asarray(ordered).reshape(sizes), AXES)
 
 
@@ -91,7 +99,8 @@ def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequenc
     """Where one parameter lies: copied when it is small, else by its rule.
 
     Args:
-      name: leaf name, such as `language/layers/attention/query/kernel`; optimizer slots and averages carry the same ending.
+      name: leaf name, such as `language/layers/attention/query/kernel`; optimizer slots and averages carry the same
+        ending.
       shape: its shape; stacked layers have a leading layer axis.
       mesh: sizes of the axes.
       rules: the table.
@@ -126,14 +135,16 @@ def check_rules(tree: trees.Tree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> 
       rules: the table.
 
     Raises:
-      ValueError: a rule that is never the first match, a leaf without a rule, or a leaf of more than `LARGE` numbers that
-        every device would hold whole although parameters are to be cut (`fsdp` or `tensor` above 1).
+      ValueError: a rule that is never the first match, a leaf without a rule, or a leaf of more than `LARGE` numbers
+        that every device would hold whole although parameters are to be cut (`fsdp` or `tensor` above 1).
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in trees.flatten(tree).items()}
     used = {matching_rule(name, rules)[0] for name in shapes}
     for pattern, _ in rules:
         if pattern not in used:
-            raise ValueError(f"the sharding rule {pattern!r} matches nothing in the model; correct its pattern or remove it")
+            raise ValueError(
+                f"the sharding rule {pattern!r} matches nothing in the model; correct its pattern or remove it"
+            )
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     if fsdp * tensor == 1:
         return
@@ -141,20 +152,25 @@ def check_rules(tree: trees.Tree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> 
         numbers = int(np.prod(shape, dtype=np.int64))
         if numbers > LARGE and not any(parameter_spec(name, shape, mesh, rules)):
             raise ValueError(
-                f"{name} of shape {shape} ({numbers / 1e6:.0f} M numbers) would be copied to every device: none of its axes divides by "
-                f"fsdp = {fsdp}, and its rule names none for tensor = {tensor}; set config.mesh.fsdp to a divisor of one of its axes")
+                f"{name} of shape {shape} ({numbers / 1e6:.0f} M numbers) would be copied to every device: none of "
+                "its axes divides by "
+                f"fsdp = {fsdp}, and its rule names none for tensor = {tensor}; set config.mesh.fsdp to a divisor of "
+                "one of its axes"
+            )
 
 
 def tree_shardings(tree: trees.Tree, mesh: Mesh) -> trees.Tree:
     """A `NamedSharding` for each leaf of parameters, adapters, optimizer state or averages."""
-    return trees.map_with_name(lambda name, leaf: NamedSharding(mesh, parameter_spec(name, tuple(leaf.shape), mesh)), tree)
+    return trees.map_with_name(
+        lambda name, leaf: NamedSharding(mesh, parameter_spec(name, tuple(leaf.shape), mesh)), tree
+    )
 
 
 def gather_over_fsdp(tree: trees.Tree, dtype: Any) -> trees.Tree:
     """Inside a compiled function: matrices in the precision they are used in, cut over `tensor` alone.
 
-    A loop that reads its weights in every pass, such as the sampling of captions, then gathers them once, for the memory of one
-    copy. Without a mesh in use (`in_use`) nothing happens.
+    A loop that reads its weights in every pass, such as the sampling of captions, then gathers them once, for the
+    memory of one copy. Without a mesh in use (`in_use`) nothing happens.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
@@ -170,7 +186,9 @@ def gather_over_fsdp(tree: trees.Tree, dtype: Any) -> trees.Tree:
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """A leaf on the mesh. Every process holds the whole value of a leaf that is not on a mesh of several processes yet."""
+    """A leaf on the mesh. Every process holds the whole value of a leaf that is not on a mesh of several processes
+    yet.
+    """
     if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
         return jax.device_put(leaf, sharding)
     value = np.asarray(leaf)
@@ -228,8 +246,10 @@ def batch_slice(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     first, size = int(shards[0]), len(shards)
     if shards[-1] - first + 1 != size or first % size or ways % size:
         raise ValueError(
-            f"the devices of process {process} hold the parts {shards.tolist()} of a batch cut into {ways}; choose config.mesh.tensor "
-            f"so that it divides, or is a multiple of, the devices of a process")
+            f"the devices of process {process} hold the parts {shards.tolist()} of a batch cut into {ways}; choose "
+            "config.mesh.tensor "
+            f"so that it divides, or is a multiple of, the devices of a process"
+        )
     return first // size, ways // size
 
 

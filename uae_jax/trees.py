@@ -1,4 +1,5 @@
-"""Names of the leaves of parameter trees, ways to split and merge trees by name, and to work on a batch a part at a time.
+"""Names of the leaves of parameter trees, ways to split and merge trees by name, and to work on a batch a part at a
+time.
 
 A name is the path of a leaf joined by slashes, for example `layers/attention/query/kernel`.
 """
@@ -66,7 +67,8 @@ def name_key(key: jax.Array, name: str) -> jax.Array:
 
 
 def cut(tree: Tree, parts: int, group_size: int = 1) -> Tree:
-    """Cuts `[N, ...]` leaves into `[parts, N / parts, ...]`: group i goes to part i mod parts, groups stay whole and in order.
+    """Cuts `[N, ...]` leaves into `[parts, N / parts, ...]`: group i goes to part i mod parts, groups stay whole and in
+    order.
 
     Interleaved rather than contiguous: with N sharded over devices, every part keeps the same share of every device.
     `parts * group_size` has to divide N.
@@ -81,7 +83,13 @@ def cut(tree: Tree, parts: int, group_size: int = 1) -> Tree:
 
 
 def map_parts(function: Callable[[Tree], Tree], parts: Tree) -> Tree:
-    """`function` of one part of `cut` (in groups of one) after the other; what it makes is joined to `[N, ...]` in the order before the cut."""
-    if len(jax.tree.leaves(parts)[0]) == 1:  # not a loop of one, in which XLA's CPU backend runs convolutions on a single thread
+    """`function` of one part of `cut` (in groups of one) after the other; what it makes is joined to `[N, ...]` in the
+    order before the cut.
+    """
+    if (
+        len(jax.tree.leaves(parts)[0]) == 1
+    ):  # not a loop of one, in which XLA's CPU backend runs convolutions on a single thread
         return function(jax.tree.map(lambda leaf: leaf[0], parts))
-    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), jax.lax.map(function, parts))
+    return jax.tree.map(
+        lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), jax.lax.map(function, parts)
+    )

@@ -24,8 +24,8 @@ from uae_jax.files.json_files import read_json
 
 
 def check(
-    parts: Sequence[Part], out: pathlib.Path, work: pathlib.Path, size: str, minutes: float,
-    setup_seconds: float = 0.0) -> dict:
+    parts: Sequence[Part], out: pathlib.Path, work: pathlib.Path, size: str, minutes: float, setup_seconds: float = 0.0
+) -> dict:
     """Runs the parts that are not done, one after the other, and writes the report after each.
 
     Args:
@@ -87,8 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=("full", "small"), default="full", help="small is a dry run, on any machine")
     names = ", ".join(part.name for part in PARTS)
     parser.add_argument("--parts", default="", help=f"some of {names}; `steps` stands for all four")
-    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()) / "uae_jax_gpu_check",
-                        help="folder of compiled programs and inputs, for a second run; delete it afterwards")
+    parser.add_argument(
+        "--work",
+        type=pathlib.Path,
+        default=pathlib.Path(tempfile.gettempdir()) / "uae_jax_gpu_check",
+        help="folder of compiled programs and inputs, for a second run; delete it afterwards",
+    )
     parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:

@@ -8,8 +8,12 @@ import subprocess
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = ("uae_jax", "benchmarks", "configs")
 QUERIED = {
-    "name": "card", "driver_version": "driver", "memory.total": "memory", "compute_cap": "compute_capability",
-    "power.limit": "power_limit"}
+    "name": "card",
+    "driver_version": "driver",
+    "memory.total": "memory",
+    "compute_cap": "compute_capability",
+    "power.limit": "power_limit",
+}
 
 
 def query_card() -> dict[str, str]:

@@ -44,9 +44,16 @@ def run(size: str, report: Callable[[dict], None]) -> None:
         machine_rates.SIDES["cpu"] = 512
     chip = chip_of(device)
     figures: dict[str, Any] = {
-        **query_card(), "device_kind": device.device_kind, "backend": jax.default_backend(), "versions": versions(),
-        "compute_capability": str(getattr(device, "compute_capability", "")), "cpus": os.cpu_count(),
-        "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"), "peak_flops": chip.flops if chip else None,
-        "memory_bandwidth": chip.memory_bandwidth if chip else None, "dtype": "bfloat16" if on_card else "float32"}
+        **query_card(),
+        "device_kind": device.device_kind,
+        "backend": jax.default_backend(),
+        "versions": versions(),
+        "compute_capability": str(getattr(device, "compute_capability", "")),
+        "cpus": os.cpu_count(),
+        "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
+        "peak_flops": chip.flops if chip else None,
+        "memory_bandwidth": chip.memory_bandwidth if chip else None,
+        "dtype": "bfloat16" if on_card else "float32",
+    }
     report(figures)
     report(figures | machine_rates.machine_rates(figures["dtype"]))

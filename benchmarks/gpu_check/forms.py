@@ -71,8 +71,13 @@ def make_inputs(system: AbstractSystem, sizes: Sizes, seed: int = 0) -> Inputs:
     shape = (sizes.images, *system.model.latent_shape)
     latents, cotangent = (jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(2))
     return Inputs(
-        batch, jnp.asarray(rng.choice(plain_ids(system), (sizes.images, sizes.caption))), jnp.asarray(lengths), latents,
-        cotangent, jnp.linspace(0.2, 0.9, sizes.images))
+        batch,
+        jnp.asarray(rng.choice(plain_ids(system), (sizes.images, sizes.caption))),
+        jnp.asarray(lengths),
+        latents,
+        cotangent,
+        jnp.linspace(0.2, 0.9, sizes.images),
+    )
 
 
 def compute(model: uae.UAE, parts: Mapping, inputs: Inputs) -> Results:
@@ -95,14 +100,17 @@ def write(model: uae.UAE, tokens: int, parts: Mapping, prefix: qwen.Prefix, ids:
     keys, sampling = sample_keys(jax.random.key(0), ids), SamplingConfig(temperature=0.0)
     with use_attention("plain"):
         return generate(
-            model.captioner, parts, None, prefix, keys, max_new_tokens=tokens, stop_ids=(), sampling=sampling).tokens
+            model.captioner, parts, None, prefix, keys, max_new_tokens=tokens, stop_ids=(), sampling=sampling
+        ).tokens
 
 
 def in_precision(model: uae.UAE, dtype: str) -> uae.UAE:
     """The model with activations in a precision."""
     return dataclasses.replace(
-        model, captioner=model.captioner.using(dtype=dtype, remat="full", lora_alpha=64.0),
-        transformer=dataclasses.replace(model.transformer, dtype=dtype, remat="full"))
+        model,
+        captioner=model.captioner.using(dtype=dtype, remat="full", lora_alpha=64.0),
+        transformer=dataclasses.replace(model.transformer, dtype=dtype, remat="full"),
+    )
 
 
 def run(size: str, report: Callable[[dict], None]) -> None:
@@ -116,7 +124,11 @@ def run(size: str, report: Callable[[dict], None]) -> None:
     shapes = jax.eval_shape(lambda parts: held(parts, (), "bfloat16"), {name: system.parts[name] for name in PARTS})
     parts, inputs = random_parts(shapes, system.model.transformer), make_inputs(system, sizes)
     figures: dict[str, Any] = {
-        "preset": config.preset, "forms": [*forms(), EXACT], "greedy_tokens": sizes.images * sizes.greedy, "errors": {}}
+        "preset": config.preset,
+        "forms": [*forms(), EXACT],
+        "greedy_tokens": sizes.images * sizes.greedy,
+        "errors": {},
+    }
     found: dict[str, dict[str, np.ndarray]] = {}
     half = in_precision(system.model, "bfloat16")
     writer = jax.jit(functools.partial(write, half, sizes.greedy))
@@ -134,7 +146,8 @@ def run(size: str, report: Callable[[dict], None]) -> None:
 
 
 def _results(
-    form: str, model: uae.UAE, writer: Callable, sizes: Sizes, parts: dict, inputs: Inputs) -> dict[str, np.ndarray]:
+    form: str, model: uae.UAE, writer: Callable, sizes: Sizes, parts: dict, inputs: Inputs
+) -> dict[str, np.ndarray]:
     """Arrays by name, on the host."""
     exact = form == EXACT
     described = in_precision(model, "float32" if exact else "bfloat16")
@@ -160,7 +173,7 @@ def compared(found: Mapping[str, np.ndarray], plain: Mapping[str, np.ndarray]) -
       value, and `NAME_rms`, the root mean square of the differences over that of the values.
     """
     equal = found["tokens"] == plain["tokens"]
-    distances = {"equal_tokens": float(equal.mean()), "equal_first": float(equal[:, :-(-equal.shape[1] // 2)].mean())}
+    distances = {"equal_tokens": float(equal.mean()), "equal_first": float(equal[:, : -(-equal.shape[1] // 2)].mean())}
     for name in Results._fields[:-1]:
         gap = found[name].astype(np.float64) - plain[name]
         distances[name] = float(np.abs(gap).max() / np.abs(plain[name]).max())

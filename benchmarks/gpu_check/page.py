@@ -10,12 +10,15 @@ STAGES = ("gen_for_und", "und_for_gen", "pretrain", "cold_start")
 GOALS = (
     ("times_as_fast", "whole step, times as fast as compiled PyTorch", 2.0),
     ("denoising_share", "denoising, share of the matrix rate", 0.55),
-    ("decoding_share", "decoding, share of the copy bandwidth", 0.60))
+    ("decoding_share", "decoding, share of the copy bandwidth", 0.60),
+)
 DEVICE = ("card", "device_kind", "driver", "memory", "compute_capability", "power_limit", "backend", "cpus")
 RATES = (
-    ("matrix_rate", "matrix rate", "TFLOP/s", 1e12), ("copy_bandwidth", "copy bandwidth", "GB/s", 1e9),
+    ("matrix_rate", "matrix rate", "TFLOP/s", 1e12),
+    ("copy_bandwidth", "copy bandwidth", "GB/s", 1e9),
     ("peak_flops", "peak of the data sheet", "TFLOP/s", 1e12),
-    ("memory_bandwidth", "bandwidth of the data sheet", "GB/s", 1e9))
+    ("memory_bandwidth", "bandwidth of the data sheet", "GB/s", 1e9),
+)
 COMPARED = ("hidden", "hidden_rms", "velocity", "velocity_rms", "gradient", "gradient_rms")
 
 
@@ -72,8 +75,10 @@ def runs(found: Sequence[Mapping]) -> list[str]:
 
 def status_table(parts: Mapping[str, dict]) -> list[str]:
     """How each part ended."""
-    rows = [(name, part["status"], *(shown(part.get(key), "{:.0f}") for key in ("seconds", "limit")))
-            for name, part in parts.items()]
+    rows = [
+        (name, part["status"], *(shown(part.get(key), "{:.0f}") for key in ("seconds", "limit")))
+        for name, part in parts.items()
+    ]
     return table("Parts", ("part", "status", "seconds", "at most"), rows)
 
 
@@ -82,8 +87,11 @@ def goals_table(derived: Mapping[str, dict]) -> list[str]:
     rows = []
     for name, words, least in GOALS:
         form = shown if least > 1 else percent
-        rows += [(words, stage, form(least), form(row[name]), "yes" if row[name] >= least else "no")
-                 for stage, row in derived.items() if name in row]
+        rows += [
+            (words, stage, form(least), form(row[name]), "yes" if row[name] >= least else "no")
+            for stage, row in derived.items()
+            if name in row
+        ]
     return table("Goals", ("goal", "stage", "at least", "measured", "reached"), rows)
 
 
@@ -106,14 +114,30 @@ def steps_table(parts: Mapping[str, dict], derived: Mapping[str, dict]) -> list[
         if not steps:
             continue
         preset, known = steps["preset"], " (from disk)" if steps.get("from_disk") else ""
-        rows.append((
-            stage, str(steps["images"]), shown(steps.get("compile_seconds"), "{:.1f}") + known,
-            ", ".join(f"{seconds:.2f}" for seconds in steps.get("step_seconds", ())),
-            shown(steps.get("images_per_second")), shown(steps.get("model_flops"), "{:.2e}"),
-            percent(row.get("of_peak")), percent(row.get("of_matrix_rate")),
-            {True: "yes", False: "**no**"}.get(steps.get("finite"), "-")))
-    head = ("stage", "images", "compile s", "steps, s", "images/s", "model FLOPs", "of the peak", "of the matrix rate",
-            "finite")
+        rows.append(
+            (
+                stage,
+                str(steps["images"]),
+                shown(steps.get("compile_seconds"), "{:.1f}") + known,
+                ", ".join(f"{seconds:.2f}" for seconds in steps.get("step_seconds", ())),
+                shown(steps.get("images_per_second")),
+                shown(steps.get("model_flops"), "{:.2e}"),
+                percent(row.get("of_peak")),
+                percent(row.get("of_matrix_rate")),
+                {True: "yes", False: "**no**"}.get(steps.get("finite"), "-"),
+            )
+        )
+    head = (
+        "stage",
+        "images",
+        "compile s",
+        "steps, s",
+        "images/s",
+        "model FLOPs",
+        "of the peak",
+        "of the matrix rate",
+        "finite",
+    )
     note = "Random weights. Model FLOPs are counted without recomputation, over the median step."
     return table(f"Steps of `{preset}`", head, rows, note)
 
@@ -127,8 +151,16 @@ def memory_table(parts: Mapping[str, dict], derived: Mapping[str, dict]) -> list
             planned = steps["compiler"]["arguments"], steps["compiler"]["peak"], steps["estimate"]["peak"]
             sizes = *planned, steps.get("peak_before_steps"), steps.get("peak_bytes")
             rows.append((stage, *map(gib, sizes), percent(row.get("of_compiler")), percent(row.get("of_estimate"))))
-    head = ("stage", "arguments", "compiler's peak", "estimated peak", "peak before the steps", "measured peak",
-            "of the compiler's", "of the estimate")
+    head = (
+        "stage",
+        "arguments",
+        "compiler's peak",
+        "estimated peak",
+        "peak before the steps",
+        "measured peak",
+        "of the compiler's",
+        "of the estimate",
+    )
     return table("Memory, GiB", head, rows)
 
 
@@ -139,8 +171,10 @@ def attention_table(attention: Mapping[str, Any]) -> list[str]:
         tokens = percent(row["equal_tokens"]), percent(row["equal_first"])
         rows.append((form, *tokens, *(shown(row[name], "{:.1e}") for name in COMPARED)))
     forms = ", ".join(attention.get("forms", ()))
-    note = (f"Against `plain` in bfloat16. Forms: {forms}. Largest differences over the largest value, and root mean "
-            "squares. `float32 plain` shows what bfloat16 itself changes.")
+    note = (
+        f"Against `plain` in bfloat16. Forms: {forms}. Largest differences over the largest value, and root mean "
+        "squares. `float32 plain` shows what bfloat16 itself changes."
+    )
     head = ("form", "equal greedy tokens", "in the first half", *(name.replace("_", " ") for name in COMPARED))
     return table("Attention", head, rows, note)
 
@@ -172,7 +206,8 @@ def _shares(row: Mapping[str, float]) -> str:
     words = (
         ("denoising_share", "Denoising has {:.1%} of the matrix rate."),
         ("decoding_share", "Decoding has {:.1%} of the copy bandwidth."),
-        ("times_as_fast", "The whole step is {:.2f} times as fast as compiled PyTorch."))
+        ("times_as_fast", "The whole step is {:.2f} times as fast as compiled PyTorch."),
+    )
     return " ".join(form.format(row[name]) for name, form in words if name in row)
 
 

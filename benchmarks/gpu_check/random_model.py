@@ -90,7 +90,7 @@ def _random_tree(tree: dict, transformer: TransformerConfig, key: Array) -> dict
         noise, at = _noise(jax.random.fold_in(key, number), sum(group.values()), dtype), 0
         for name, size in group.items():
             leaf = drawn[name]
-            found[name] = (scales[name] * noise[at:at + size].reshape(leaf.shape)).astype(leaf.dtype)
+            found[name] = (scales[name] * noise[at : at + size].reshape(leaf.shape)).astype(leaf.dtype)
             at += size
     return jax.tree.unflatten(jax.tree.structure(tree), [found[name] for name in leaves])
 
@@ -143,20 +143,31 @@ def _row(system: AbstractSystem, rng: np.random.Generator) -> dict[str, np.ndarr
     inside = [captioner.image_token_id] * system.processor.image_tokens(grid)
     image = [captioner.vision_start_token_id, *inside, captioner.vision_end_token_id]
     words = rng.choice(plain_ids(system), spec.max_prompt - len(image)).tolist()
-    ids = words[:len(words) // 2] + image + words[len(words) // 2:]
+    ids = words[: len(words) // 2] + image + words[len(words) // 2 :]
     caption = rng.choice(plain_ids(system), spec.max_caption)
     caption[-1] = system.stops[0]
     return {
-        "pixels": to_signed(picture), "caption_ids": caption, "caption_mask": np.ones(spec.max_caption, bool),
-        "caption_truncated": np.bool_(False), **prompt_fields(
-            ids, [(patches, grid)], system.processor, captioner.image_token_id, spec.max_patches, spec.max_prompt)}
+        "pixels": to_signed(picture),
+        "caption_ids": caption,
+        "caption_mask": np.ones(spec.max_caption, bool),
+        "caption_truncated": np.bool_(False),
+        **prompt_fields(
+            ids, [(patches, grid)], system.processor, captioner.image_token_id, spec.max_patches, spec.max_prompt
+        ),
+    }
 
 
 def plain_ids(system: AbstractSystem | System) -> np.ndarray:
     """Token ids, int32, that neither end a text nor stand for a picture."""
     captioner = system.model.captioner
-    special = {*system.stops, captioner.image_token_id, captioner.video_token_id, captioner.vision_start_token_id,
-               captioner.vision_end_token_id, captioner.pad_token_id}
+    special = {
+        *system.stops,
+        captioner.image_token_id,
+        captioner.video_token_id,
+        captioner.vision_start_token_id,
+        captioner.vision_end_token_id,
+        captioner.pad_token_id,
+    }
     return np.array(sorted(set(range(captioner.text.vocab_size)) - special), np.int32)
 
 
@@ -174,6 +185,12 @@ def random_system(folder: pathlib.Path, image_size: int, dtype: str) -> System:
     described = abstract_system(frozen(RunConfig, settings))
     shapes = jax.eval_shape(lambda parts: held(parts, (), dtype), described.parts)
     return System(
-        folder=folder, model=described.model, parts=random_parts(shapes, described.model.transformer),
-        tokenizer=tokens.load_tokenizer(folder / "llm_processor"), processor=described.processor, stops=described.stops,
-        schedule=ScheduleConfig.from_folder(folder / "SD3"), encoders=described.encoders)
+        folder=folder,
+        model=described.model,
+        parts=random_parts(shapes, described.model.transformer),
+        tokenizer=tokens.load_tokenizer(folder / "llm_processor"),
+        processor=described.processor,
+        stops=described.stops,
+        schedule=ScheduleConfig.from_folder(folder / "SD3"),
+        encoders=described.encoders,
+    )

@@ -36,9 +36,17 @@ class Part:
 
 # most of the time of a step is its compilation; the stages with the longest loops take the longest (docs/cards.md)
 PARTS = (
-    Part("device", 15, 8), Part("steps:gen_for_und", 80, 20), Part("steps:und_for_gen", 90, 20), Part("attention", 35, 20),
-    Part("phases:gen_for_und", 45, 20), Part("torch:gen_for_und", 50, 25), Part("steps:pretrain", 50, 20),
-    Part("steps:cold_start", 85, 20), Part("phases:und_for_gen", 40, 20), Part("torch:und_for_gen", 45, 25))
+    Part("device", 15, 8),
+    Part("steps:gen_for_und", 80, 20),
+    Part("steps:und_for_gen", 90, 20),
+    Part("attention", 35, 20),
+    Part("phases:gen_for_und", 45, 20),
+    Part("torch:gen_for_und", 50, 25),
+    Part("steps:pretrain", 50, 20),
+    Part("steps:cold_start", 85, 20),
+    Part("phases:und_for_gen", 40, 20),
+    Part("torch:und_for_gen", 45, 25),
+)
 
 
 def select(names: str, parts: Sequence[Part] = PARTS) -> list[Part]:
@@ -72,10 +80,19 @@ def environment(work: pathlib.Path) -> dict[str, str]:
     """
     # the older name still works, but both together are an error
     memory = {} if "XLA_PYTHON_CLIENT_MEM_FRACTION" in os.environ else {"XLA_CLIENT_MEM_FRACTION": "0.92"}
-    return memory | {
-        "CUDA_VISIBLE_DEVICES": "0", "JAX_COMPILATION_CACHE_DIR": str(work / "programs" / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "TORCHINDUCTOR_CACHE_DIR": str(work / "programs" / "torch"),
-        "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TF_CPP_MIN_LOG_LEVEL": "2"} | os.environ
+    return (
+        memory
+        | {
+            "CUDA_VISIBLE_DEVICES": "0",
+            "JAX_COMPILATION_CACHE_DIR": str(work / "programs" / "jax"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "TORCHINDUCTOR_CACHE_DIR": str(work / "programs" / "torch"),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+        }
+        | os.environ
+    )
 
 
 def run_part(part: Part, size: str, work: pathlib.Path, limit: float) -> dict[str, Any]:
@@ -96,12 +113,20 @@ def run_part(part: Part, size: str, work: pathlib.Path, limit: float) -> dict[st
     figures.parent.mkdir(parents=True, exist_ok=True)
     figures.unlink(missing_ok=True)
     command = part.command or (
-        sys.executable, "-m", "benchmarks.gpu_check.part", part.name, f"--size={size}", f"--work={work}",
-        f"--figures={figures}", f"--until={time.time() + limit - MARGIN}")
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_check.part",
+        part.name,
+        f"--size={size}",
+        f"--work={work}",
+        f"--figures={figures}",
+        f"--until={time.time() + limit - MARGIN}",
+    )
     begin = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(work), start_new_session=True)
+            command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(work), start_new_session=True
+        )
         try:
             code: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:

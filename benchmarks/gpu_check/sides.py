@@ -19,7 +19,8 @@ from benchmarks.unified_step import import_libraries, open_side
 STAGES = ("gen_for_und", "und_for_gen")
 SETTINGS = {
     "full": Settings(image_size=512, dtype="bfloat16"),
-    "small": Settings(images=2, group=2, tokens=5, steps=2, window=1, image_size=64, lora_rank=4)}
+    "small": Settings(images=2, group=2, tokens=5, steps=2, window=1, image_size=64, lora_rank=4),
+}
 REPEATS = {"full": 3, "small": 1}
 # the whole step comes first, then what its shares need
 FIRST = ("sampling", PREFILL, "denoising", "update", "condition", "decoding", "reward")
@@ -80,8 +81,11 @@ def run(side: str, size: str, stage: str, work: pathlib.Path, until: float, repo
     figures = {"side": column, "settings": dataclasses.asdict(inputs.settings), "left_out": []}
     began, total = time.time(), time_call(model.step(), REPEATS[size])
     figures |= {
-        "total": total["seconds"], "fastest": total["fastest"], "peak_bytes": model.device_peak(),
-        "compile_seconds": max(total["first"] - total["seconds"], 0.0)}
+        "total": total["seconds"],
+        "fastest": total["fastest"],
+        "peak_bytes": model.device_peak(),
+        "compile_seconds": max(total["first"] - total["seconds"], 0.0),
+    }
     report(figures)
     if column == "jax":
         figures["work"] = model.work()

@@ -31,11 +31,23 @@ STEPS = 3
 # of a dry run: the built-in model in the full preset's precisions and methods, with as few samples as they take
 SMALL = {
     "model": dict(frozen_dtype="bfloat16", dtype="bfloat16", remat="full"),
-    "pretrain": dict(batch_size=2, micro_batches=2), "cold_start": dict(batch_size=2, micro_batches=2, sampler_steps=2),
+    "pretrain": dict(batch_size=2, micro_batches=2),
+    "cold_start": dict(batch_size=2, micro_batches=2, sampler_steps=2),
     "gen_for_und": dict(batch_size=2, micro_batches=2, group_size=2, max_new_tokens=8, sampler_steps=2),
     "und_for_gen": dict(
-        method="flow_grpo", train="lora", batch_size=2, micro_batches=2, updates_per_rollout=2, group_size=4,
-        max_new_tokens=8, window=1, window_high=2, sampler_steps=3, ema_decay=0.9)}
+        method="flow_grpo",
+        train="lora",
+        batch_size=2,
+        micro_batches=2,
+        updates_per_rollout=2,
+        group_size=4,
+        max_new_tokens=8,
+        window=1,
+        window_high=2,
+        sampler_steps=3,
+        ema_decay=0.9,
+    ),
+}
 
 
 def check_config(size: str) -> RunConfig:
@@ -73,8 +85,11 @@ def run(size: str, stage: str, until: float, report: Callable[[dict], None]) -> 
     mesh, system = sharding.make_mesh(config.mesh, jax.devices()[:1]), abstract_system(config)
     program = make_program(config, system, system.parts, system.batch, stage, mesh)
     figures: dict[str, Any] = {
-        "preset": config.preset, "images": program.config.batch_size,
-        "trainable": trees.parameter_count(program.state.params), "frozen": trees.parameter_count(program.frozen)}
+        "preset": config.preset,
+        "images": program.config.batch_size,
+        "trainable": trees.parameter_count(program.state.params),
+        "frozen": trees.parameter_count(program.frozen),
+    }
     figures |= planned(config, system, program)
     report(figures)  # what is known stays where compilation takes all of the time
     with sharding.in_use(mesh):
@@ -113,9 +128,12 @@ def compile_step(config: RunConfig, system: AbstractSystem, program: Program) ->
         flops, model_flops = counted.result()
     memory = memory_of(compiled, resident_bytes(program))
     return compiled, {
-        "compile_seconds": seconds, "from_disk": programs is not None and stored_programs() == programs,
-        "flops": flops, "model_flops": model_flops,
-        "compiler": figures_of(memory)}
+        "compile_seconds": seconds,
+        "from_disk": programs is not None and stored_programs() == programs,
+        "flops": flops,
+        "model_flops": model_flops,
+        "compiler": figures_of(memory),
+    }
 
 
 def stored_programs() -> int | None:
@@ -146,8 +164,8 @@ def random_arguments(program: Program, system: AbstractSystem) -> tuple[TrainSta
 
 
 def take_steps(
-    compiled: Callable, arguments: tuple, mesh: Mesh, figures: dict, until: float,
-    report: Callable[[dict], None]) -> None:
+    compiled: Callable, arguments: tuple, mesh: Mesh, figures: dict, until: float, report: Callable[[dict], None]
+) -> None:
     """Adds seconds, peak and metrics to the figures, step by step."""
     state, held_parts, batch = arguments
     key = sharding.replicate_key(jax.random.key(0), mesh)
@@ -162,7 +180,11 @@ def take_steps(
         seconds, skipped = statistics.median(figures["step_seconds"]), int(state.skipped)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         figures |= {
-            "seconds": seconds, "images_per_second": figures["images"] / seconds, "metrics": metrics,
-            "finite": bool(np.isfinite(list(metrics.values())).all()) and not skipped, "skipped": skipped,
-            "peak_bytes": peak_bytes()}
+            "seconds": seconds,
+            "images_per_second": figures["images"] / seconds,
+            "metrics": metrics,
+            "finite": bool(np.isfinite(list(metrics.values())).all()) and not skipped,
+            "skipped": skipped,
+            "peak_bytes": peak_bytes(),
+        }
         report(figures)

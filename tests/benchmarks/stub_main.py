@@ -1,4 +1,6 @@
-"""In place of `uae_jax.main`: writes a summary at once, fails, or works until it is told to stop, as files in its workdir's parents say."""
+"""In place of `uae_jax.main`: writes a summary at once, fails, or works until it is told to stop, as files in its
+workdir's parents say.
+"""
 
 import json
 import pathlib
@@ -14,8 +16,19 @@ def score(value: float) -> dict:
 
 
 def scores(value: float) -> dict:
-    named = ("reward", "unified_score", "heldout_score", "fact_recall", "fact_precision", "scene_accuracy", "true_caption_scene_accuracy", "geneval")
-    return {name: score(value) for name in (*named, *(f"fact_recall_{kind}" for kind in KINDS))} | {"caption_tokens": score(10 * value)}
+    named = (
+        "reward",
+        "unified_score",
+        "heldout_score",
+        "fact_recall",
+        "fact_precision",
+        "scene_accuracy",
+        "true_caption_scene_accuracy",
+        "geneval",
+    )
+    return {name: score(value) for name in (*named, *(f"fact_recall_{kind}" for kind in KINDS))} | {
+        "caption_tokens": score(10 * value)
+    }
 
 
 def main() -> int:

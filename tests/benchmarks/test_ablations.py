@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+
 from benchmarks import ablation_tables, ablations
 from benchmarks.documents import marks
 from configs import ablations as configs
@@ -24,7 +25,10 @@ def run(tmp_path):
 
 
 def calls(workdir) -> list[str]:
-    return [f"{pathlib.Path(line.split()[0]).parent.name} {line.split()[0][-1]}" for line in (workdir / "calls.txt").read_text().splitlines()]
+    return [
+        f"{pathlib.Path(line.split()[0]).parent.name} {line.split()[0][-1]}"
+        for line in (workdir / "calls.txt").read_text().splitlines()
+    ]
 
 
 def test_arms_run_after_what_they_start_from_and_seed_by_seed(run, tmp_path):
@@ -52,7 +56,9 @@ def test_a_failed_arm_is_told_and_the_others_go_on(run, tmp_path, capsys):
     assert run("--arms=group_size_4,without_cold_start", "--seeds=0") == 1
     errors = capsys.readouterr().err
     assert "base_cold_start: failed: error: the folder is broken" in errors
-    assert "group_size_4: failed: skipped, because it starts from base_cold_start" in errors and "3 of 5 failed" in errors
+    assert (
+        "group_size_4: failed: skipped, because it starts from base_cold_start" in errors and "3 of 5 failed" in errors
+    )
     assert "without_cold_start 0" in calls(tmp_path)
     page = (tmp_path / "results.md").read_text()
     assert "Missing: `base_gen_for_und` seed 0, `group_size_4` seed 0." in page and "no cold start | 1 |" in page
@@ -63,7 +69,15 @@ def test_a_failed_arm_is_told_and_the_others_go_on(run, tmp_path, capsys):
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_it_stops_inside_an_arm_and_continues_there(tmp_path, signum, code):
     (tmp_path / "base_cold_start.slow").touch()
-    command = [sys.executable, "-m", "benchmarks.ablations", f"--workdir={tmp_path}", f"--command={STUB}", "--arms=base_cold_start", "--seeds=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.ablations",
+        f"--workdir={tmp_path}",
+        f"--command={STUB}",
+        "--arms=base_cold_start",
+        "--seeds=0",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60
     while not (tmp_path / "base_cold_start" / "seed_0" / "waiting").exists() and time.monotonic() < until:
@@ -89,8 +103,14 @@ def test_changes_reach_the_arms_that_have_the_field(tmp_path):
     assert ablations.Job("decoder_long", 0, tmp_path, both).overrides() == ["decoder.steps=3"]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--arms=kl_7"], "there is no arm 'kl_7'"), (["--seeds=a"], "invalid literal"), (["--set=x"], "needs FIELD=VALUE")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--arms=kl_7"], "there is no arm 'kl_7'"),
+        (["--seeds=a"], "invalid literal"),
+        (["--set=x"], "needs FIELD=VALUE"),
+    ],
+)
 def test_wrong_arguments_end_with_one_line(run, capsys, arguments, message):
     assert run(*arguments) == 1
     assert message in capsys.readouterr().err
@@ -99,15 +119,28 @@ def test_wrong_arguments_end_with_one_line(run, capsys, arguments, message):
 def test_the_list_names_every_arm_and_its_command(run, tmp_path, capsys):
     assert run("--list", "--seeds=0") == 0
     out = capsys.readouterr().out
-    assert all(out.count(f"\n{name} ") or out.startswith(name) for name in configs.ARMS) and not (tmp_path / "calls.txt").exists()
+    assert (
+        all(out.count(f"\n{name} ") or out.startswith(name) for name in configs.ARMS)
+        and not (tmp_path / "calls.txt").exists()
+    )
     assert "group_size_8" in out and "= base_gen_for_und" in out and "ablations.py:kl_0 " in out
 
 
 def result(value: float) -> ablation_tables.Result:
     def scores(number):
-        return {name: {"value": number, "n": 9, "low": number - 0.05, "high": number + 0.05} for name in (
-            "reward", "heldout_score", "scene_accuracy", "caption_tokens", "fact_recall", "fact_precision",
-            *(f"fact_recall_{kind}" for kind in ablation_tables.KINDS))}
+        return {
+            name: {"value": number, "n": 9, "low": number - 0.05, "high": number + 0.05}
+            for name in (
+                "reward",
+                "heldout_score",
+                "scene_accuracy",
+                "caption_tokens",
+                "fact_recall",
+                "fact_precision",
+                *(f"fact_recall_{kind}" for kind in ablation_tables.KINDS),
+            )
+        }
+
     return ablation_tables.Result(scores(0.1), scores(value), 12.0)
 
 
@@ -120,7 +153,10 @@ def test_cells_have_the_interval_of_one_seed_and_the_range_of_several():
 
 
 def test_a_table_has_the_start_the_reference_and_the_arms():
-    results = {name: {} for name in configs.ARMS} | {"base_gen_for_und": {0: result(0.6), 1: result(0.8)}, "kl_0": {0: result(0.5)}}
+    results = {name: {} for name in configs.ARMS} | {
+        "base_gen_for_und": {0: result(0.6), 1: result(0.8)},
+        "kl_0": {0: result(0.5)},
+    }
     rows = ablation_tables.topic_rows("kl", list(configs.ARMS), ablations.same_as)
     assert list(rows.values()) == ["0.02 (the recipe)", "0", "0.1"]
     lines = ablation_tables.topic_section("kl", results, rows, (0, 1), "images/kl.png")

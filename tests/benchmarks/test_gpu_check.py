@@ -68,7 +68,11 @@ child.wait()"""
     broken = [Part("wrong", 30, 0, command(wrong)), Part("hangs", 0.7, 0, command(hangs))]
     found = check(tmp_path, [*broken, *select("device,steps:pretrain")], setup_seconds=12.0)
     assert {name: part["status"] for name, part in found["parts"].items()} == {
-        "wrong": "failed", "hangs": "timeout", "device": "ok", "steps:pretrain": "ok"}, found
+        "wrong": "failed",
+        "hangs": "timeout",
+        "device": "ok",
+        "steps:pretrain": "ok",
+    }, found
     assert found["parts"]["wrong"]["error"][-1] == "ValueError: no such kernel"
     assert "here ./x.py" in found["parts"]["wrong"]["error"] and found["parts"]["hangs"]["figures"] == {"reached": 1}
     assert not pathlib.Path("/proc", child.read_text(), "exe").exists()
@@ -164,13 +168,30 @@ def fake_parts() -> dict:
     """Figures as a card would leave them."""
     device = {"backend": "gpu", "matrix_rate": 8e14, "copy_bandwidth": 2.5e12, "dtype": "bfloat16", "versions": {}}
     step = {
-        "preset": "medium", "images": 8, "model_flops": 4e15, "flops": 5e15, "peak_flops": 1e15, "seconds": 8.0,
-        "step_seconds": [9.0, 8.0, 8.0], "images_per_second": 1.0, "compile_seconds": 40.0, "finite": True,
-        "peak_before_steps": 2**34, "peak_bytes": 3 * 2**33, "compiler": {"arguments": 2**34, "peak": 2**34},
-        "estimate": {"arguments": 2**34, "peak": 2**35}}
+        "preset": "medium",
+        "images": 8,
+        "model_flops": 4e15,
+        "flops": 5e15,
+        "peak_flops": 1e15,
+        "seconds": 8.0,
+        "step_seconds": [9.0, 8.0, 8.0],
+        "images_per_second": 1.0,
+        "compile_seconds": 40.0,
+        "finite": True,
+        "peak_before_steps": 2**34,
+        "peak_bytes": 3 * 2**33,
+        "compiler": {"arguments": 2**34, "peak": 2**34},
+        "estimate": {"arguments": 2**34, "peak": 2**35},
+    }
     ours = {
-        "side": "jax", "total": 1.0, "compile_seconds": 30.0, "sampling": 0.5, "first_token": 0.1, "denoising": 0.2,
-        "work": {"decoding_bytes": 8e11, "denoising_flops": 9.6e13}}
+        "side": "jax",
+        "total": 1.0,
+        "compile_seconds": 30.0,
+        "sampling": 0.5,
+        "first_token": 0.1,
+        "denoising": 0.2,
+        "work": {"decoding_bytes": 8e11, "denoising_flops": 9.6e13},
+    }
     theirs = {"side": "torch_compiled", "total": 1.5, "compile_seconds": 60.0}
     figures = {"device": device, "steps:gen_for_und": step, "phases:gen_for_und": ours, "torch:gen_for_und": theirs}
     return {name: {"status": "ok", "seconds": 1.0, "limit": 2.0, "figures": value} for name, value in figures.items()}
@@ -182,9 +203,17 @@ def page_of(parts: dict, **identity: str) -> str:
 
 def test_shares_and_goals_follow_from_the_figures():
     parts = fake_parts()
-    assert report.derive(parts)["gen_for_und"] == pytest.approx({
-        "of_peak": 0.5, "of_matrix_rate": 0.625, "of_compiler": 1.5, "of_estimate": 0.75, "denoising_share": 0.6,
-        "decoding_share": 0.8, "times_as_fast": 1.5})
+    assert report.derive(parts)["gen_for_und"] == pytest.approx(
+        {
+            "of_peak": 0.5,
+            "of_matrix_rate": 0.625,
+            "of_compiler": 1.5,
+            "of_estimate": 0.75,
+            "denoising_share": 0.6,
+            "decoding_share": 0.8,
+            "times_as_fast": 1.5,
+        }
+    )
     page = page_of(parts, size="full", card="NVIDIA H100")
     assert "dry run" not in page and "| total | 1000.0 | 1500.0 |" in page and "has 80.0% of the copy bandwidth" in page
     assert "whole step, times as fast as compiled PyTorch | gen_for_und | 2.00 | 1.50 | no |" in page
@@ -193,8 +222,10 @@ def test_shares_and_goals_follow_from_the_figures():
     assert "| gen_for_und | 16.00 | 16.00 | 32.00 | 16.00 | 24.00 | 150.0% | 75.0% |" in page
 
 
-@pytest.mark.parametrize("gone", [
-    ("matrix_rate",), ("seconds", "step_seconds", "peak_bytes"), ("denoising",), ("work",), ("total",), ("compiler",)])
+@pytest.mark.parametrize(
+    "gone",
+    [("matrix_rate",), ("seconds", "step_seconds", "peak_bytes"), ("denoising",), ("work",), ("total",), ("compiler",)],
+)
 def test_the_report_is_written_from_whatever_is_there(gone):
     parts = fake_parts()
     for part in parts.values():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from benchmarks import seeds
 
 
@@ -12,18 +13,39 @@ def score(value, half=0.01):
 
 def write_run(folder, recall=(0.5, 0.95), geneval=(0.2, 0.3), cold_reward=0.6, cold_precision=0.98, seed=0):
     """A workdir with four stages; the scores that are given change in the stage whose claim they are."""
-    scores = {name: 0.5 for name in seeds.SCORES} | {"caption_tokens": 8.0, "fact_recall": recall[0], "fact_precision": 0.98, "geneval": geneval[0]}
+    scores = {name: 0.5 for name in seeds.SCORES} | {
+        "caption_tokens": 8.0,
+        "fact_recall": recall[0],
+        "fact_precision": 0.98,
+        "geneval": geneval[0],
+    }
     after = {
         "pretrain": {"true_caption_scene_accuracy": 0.6},
         "cold_start": {"fact_precision": cold_precision, "true_caption_reward": cold_reward},
-        "gen_for_und": {"fact_recall": recall[1], "fact_precision": 0.97, "caption_tokens": 16.0, "unified_score": 0.6, "heldout_score": 0.6, "scene_accuracy": 0.6},
-        "und_for_gen": {"scene_accuracy": 0.7, "geneval": geneval[1]}}
+        "gen_for_und": {
+            "fact_recall": recall[1],
+            "fact_precision": 0.97,
+            "caption_tokens": 16.0,
+            "unified_score": 0.6,
+            "heldout_score": 0.6,
+            "scene_accuracy": 0.6,
+        },
+        "und_for_gen": {"scene_accuracy": 0.7, "geneval": geneval[1]},
+    }
     stages = []
     for name, changes in after.items():
         before, scores = scores, scores | changes
-        stages.append({"name": name, "before": {k: score(v) for k, v in before.items()}, "after": {k: score(v) for k, v in scores.items()}})
+        stages.append(
+            {
+                "name": name,
+                "before": {k: score(v) for k, v in before.items()},
+                "after": {k: score(v) for k, v in scores.items()},
+            }
+        )
     folder.mkdir()
-    (folder / "summary.json").write_text(json.dumps({"seed": seed, "seconds": 60.0, "device": "1 x cpu", "stages": stages}))
+    (folder / "summary.json").write_text(
+        json.dumps({"seed": seed, "seconds": 60.0, "device": "1 x cpu", "stages": stages})
+    )
     return folder
 
 
@@ -37,9 +59,16 @@ def test_a_good_run_holds_every_claim(tmp_path, capsys):
     assert len([line for line in text.splitlines() if line.startswith("| gen_for_und |")]) == 6
 
 
-@pytest.mark.parametrize("changes, failing", [
-    (dict(recall=(0.65, 0.95)), "fact_recall"), (dict(recall=(0.5, 0.89)), "fact_recall"), (dict(geneval=(0.2, 0.24)), "geneval"),
-    (dict(cold_reward=0.51), "true_caption_reward"), (dict(cold_precision=0.9), "every other score")])
+@pytest.mark.parametrize(
+    "changes, failing",
+    [
+        (dict(recall=(0.65, 0.95)), "fact_recall"),
+        (dict(recall=(0.5, 0.89)), "fact_recall"),
+        (dict(geneval=(0.2, 0.24)), "geneval"),
+        (dict(cold_reward=0.51), "true_caption_reward"),
+        (dict(cold_precision=0.9), "every other score"),
+    ],
+)
 def test_a_claim_that_fails_is_named(tmp_path, capsys, changes, failing):
     assert seeds.main([str(write_run(tmp_path / "run", **changes))]) == 1
     wrong = [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines() if "**no:**" in line]

@@ -39,9 +39,22 @@ def test_the_emoji_that_look_alike_are_dropped():
     assert emoji_files.most_different(pictures, 2) == [0, 1]
 
 
-@pytest.mark.parametrize("name, short", [
-    ("octopus", True), ("red apple", True), ("top hat", False), ("hot dog", False), ("ox", True), ("one", False), ("red", True),
-    ("pink", False), ("A", False), ("rice ball", False), ("red above", False)])
+@pytest.mark.parametrize(
+    "name, short",
+    [
+        ("octopus", True),
+        ("red apple", True),
+        ("top hat", False),
+        ("hot dog", False),
+        ("ox", True),
+        ("one", False),
+        ("red", True),
+        ("pink", False),
+        ("A", False),
+        ("rice ball", False),
+        ("red above", False),
+    ],
+)
 def test_short_names(name, short):
     assert emoji_files.short_name(name) == short
 
@@ -60,9 +73,15 @@ def test_the_command_takes_archives_that_are_there_and_is_done_once(tmp_path, mo
 
 def test_an_archive_with_another_checksum_is_refused_by_name(tmp_path):
     emoji_pieces.write_archives(tmp_path / "packages")  # not pinned
-    done = subprocess.run([sys.executable, "-m", "uae_jax.fetch_emoji", f"--folder={tmp_path}"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "uae_jax.fetch_emoji", f"--folder={tmp_path}"], capture_output=True, text=True
+    )
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: ") and emoji_files.PICTURE_ARCHIVE.file in done.stderr and "checksum" in done.stderr
+    assert (
+        done.stderr.startswith("error: ")
+        and emoji_files.PICTURE_ARCHIVE.file in done.stderr
+        and "checksum" in done.stderr
+    )
     assert not (tmp_path / emoji.INDEX_FILE).exists()
 
 
@@ -71,17 +90,23 @@ def test_without_npm_or_network_there_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="npm is not installed: .* put lobehub-fluent-emoji-3d-1.1.0.tgz into"):
         fetch_emoji.main([f"--folder={tmp_path}"])
     npm = tmp_path / "npm"
-    npm.write_text("#!/bin/sh\necho 'npm error code ENOTFOUND' >&2\necho 'npm error network request failed' >&2\nexit 1\n")
+    npm.write_text(
+        "#!/bin/sh\necho 'npm error code ENOTFOUND' >&2\necho 'npm error network request failed' >&2\nexit 1\n"
+    )
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin{os.pathsep}/usr/bin")
-    with pytest.raises(SystemExit, match=r"npm cannot fetch @lobehub/fluent-emoji-3d@1.1.0 \(code ENOTFOUND; network request failed\)"):
+    with pytest.raises(
+        SystemExit, match=r"npm cannot fetch @lobehub/fluent-emoji-3d@1.1.0 \(code ENOTFOUND; network request failed\)"
+    ):
         fetch_emoji.main([f"--folder={tmp_path}"])
 
 
 def test_what_npm_fetched_is_kept_only_with_the_right_checksum(tmp_path, monkeypatch):
     emoji_pieces.write_archives(tmp_path / "there")
     npm = tmp_path / "npm"
-    npm.write_text(f'#!/bin/sh\nto=${{3#--pack-destination=}}\ncp "{tmp_path}/there/{emoji_files.PICTURE_ARCHIVE.file}" "$to"\n')
+    npm.write_text(
+        f'#!/bin/sh\nto=${{3#--pack-destination=}}\ncp "{tmp_path}/there/{emoji_files.PICTURE_ARCHIVE.file}" "$to"\n'
+    )
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin{os.pathsep}/usr/bin")
     with pytest.raises(ValueError, match="checksum"):
@@ -123,11 +148,18 @@ def test_scenes_and_drawings_repeat_and_refuse_what_does_not_exist(drawn, folder
 
 
 def test_a_scene_is_drawn_as_its_caption_says(drawn):
-    scene = EmojiScene("blue above green", (EmojiObject(0, 1, "red apple", "large"), EmojiObject(1, 0, "dog", "small")), drawn)
-    assert scene_captions.caption(scene) == "blue above green background , top right large red apple , bottom left small dog"
+    scene = EmojiScene(
+        "blue above green", (EmojiObject(0, 1, "red apple", "large"), EmojiObject(1, 0, "dog", "small")), drawn
+    )
+    assert (
+        scene_captions.caption(scene)
+        == "blue above green background , top right large red apple , bottom left small dog"
+    )
     picture = drawn.draw(scene, 64)
     assert (picture[:32, :32] == emoji.COLOURS["blue"]).all() and (picture[32:, 32:] == emoji.COLOURS["green"]).all()
-    changed = [(picture != drawn.draw(EmojiScene("blue above green", (item,), drawn), 64)).any() for item in scene.objects]
+    changed = [
+        (picture != drawn.draw(EmojiScene("blue above green", (item,), drawn), 64)).any() for item in scene.objects
+    ]
     assert all(changed) and (picture[:32, 32:] != emoji.COLOURS["blue"]).any(-1).sum() > 300
 
 
@@ -154,12 +186,28 @@ def test_captions_and_pictures_read_back_exactly(drawn):
             assert text and score.fact_precision == 1 and not score.unparsed and set(text.split()) <= words, text
 
 
-@pytest.mark.parametrize("text, correct, claimed, recalled", [
-    ("blue above green background", 1, 1, 1), ("blue background", 0, 1, 0), ("red apple", 1, 1, 1), ("apple", 0, 1, 0), ("red", 0, 1, 0),
-    ("large red apple , small dog", 4, 4, 4), ("large green apple", 1, 2, 1), ("two dog", 1, 2, 1), ("dog below red apple", 3, 3, 2),
-    ("dog above red apple", 2, 3, 2), ("top right object", 1, 1, 1), ("red apple red apple", 1, 2, 1), ("", 0, 0, 0)])
+@pytest.mark.parametrize(
+    "text, correct, claimed, recalled",
+    [
+        ("blue above green background", 1, 1, 1),
+        ("blue background", 0, 1, 0),
+        ("red apple", 1, 1, 1),
+        ("apple", 0, 1, 0),
+        ("red", 0, 1, 0),
+        ("large red apple , small dog", 4, 4, 4),
+        ("large green apple", 1, 2, 1),
+        ("two dog", 1, 2, 1),
+        ("dog below red apple", 3, 3, 2),
+        ("dog above red apple", 2, 3, 2),
+        ("top right object", 1, 1, 1),
+        ("red apple red apple", 1, 2, 1),
+        ("", 0, 0, 0),
+    ],
+)
 def test_caption_scores(drawn, text, correct, claimed, recalled):
-    scene = EmojiScene("blue above green", (EmojiObject(0, 1, "red apple", "large"), EmojiObject(1, 0, "dog", "small")), drawn)
+    scene = EmojiScene(
+        "blue above green", (EmojiObject(0, 1, "red apple", "large"), EmojiObject(1, 0, "dog", "small")), drawn
+    )
     score = scene_checker.caption_score(scene, text)
     assert (score.correct, score.claimed, score.recalled, score.total) == (correct, claimed, recalled, 7)
 
@@ -173,7 +221,10 @@ def test_the_picture_checker_is_exact_and_falls_on_noise(drawn):
     assert scene_checker.picture_scores(every, noisy).mean() > 0.98
     assert scene_checker.picture_scores(every, rng.integers(0, 256, pictures.shape)).mean() < 0.55
     assert scene_checker.picture_scores(every, pictures[rng.permutation(len(every))]).mean() < 0.55
-    assert scene_checker.picture_score(every[0], pictures[0]) == 1 and len(scene_checker.picture_scores([], pictures[:0])) == 0
+    assert (
+        scene_checker.picture_score(every[0], pictures[0]) == 1
+        and len(scene_checker.picture_scores([], pictures[:0])) == 0
+    )
     with pytest.raises(ValueError, match="even S"):
         drawn.read_pictures(pictures[:, :31, :31])
 
@@ -182,7 +233,11 @@ def test_the_picture_checker_is_exact_and_falls_on_noise(drawn):
 def test_a_share_of_the_facts_is_said_wrong(drawn, mistakes):
     rng = np.random.default_rng(0)
     pairs = [(scene, scene_captions.mistaken(scene, rng, mistakes)) for scene in many(drawn, 300)]
-    facts = [(true[1:], seen[1:]) for scene, other in pairs for true, seen in zip(scenes.facts(scene), scenes.facts(other), strict=True)]
+    facts = [
+        (true[1:], seen[1:])
+        for scene, other in pairs
+        for true, seen in zip(scenes.facts(scene), scenes.facts(other), strict=True)
+    ]
     assert all(true == seen for true, seen in facts if true[0] == "position")
     for kind in ("name", "size", "background"):
         wrong = np.mean([true != seen for true, seen in facts if true[0] == kind])

@@ -76,8 +76,9 @@ def test_same_global_batches_for_any_number_of_processes(parts):
     source = sources.SceneSource(length=10)
     whole = take(ld.make_loader(source, rows, 8, seed=5), 4)
     for count in (2, 4):
-        slices = [take(ld.make_loader(source, rows, 8, seed=5, process_index=p, process_count=count), 4)
-                  for p in range(count)]
+        slices = [
+            take(ld.make_loader(source, rows, 8, seed=5, process_index=p, process_count=count), 4) for p in range(count)
+        ]
         for step, batch in enumerate(whole):
             joined = {k: np.concatenate([s[step][k] for s in slices]) for k in batch}
             assert_equal(joined, batch)
@@ -113,11 +114,14 @@ def test_reading_once_in_order_ends(parts):
     assert np.concatenate([b["sample_id"] for b in batches]).tolist() == list(range(8))
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(batch_size=5, process_count=2), "does not divide"),
-    (dict(batch_size=4, process_index=2, process_count=2), "does not divide"),
-    (dict(batch_size=8, repeat=False), "fewer than one batch"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(batch_size=5, process_count=2), "does not divide"),
+        (dict(batch_size=4, process_index=2, process_count=2), "does not divide"),
+        (dict(batch_size=8, repeat=False), "fewer than one batch"),
+    ],
+)
 def test_impossible_loaders_are_refused(parts, arguments, message):
     with pytest.raises(ValueError, match=message):
         ld.make_loader(sources.SceneSource(length=6), parts[-1], **arguments)

@@ -85,36 +85,41 @@ def test_every_caption_written_from_a_scene_is_true():
 
 def test_detail_sets_the_expected_recall():
     rng = np.random.default_rng(2)
-    means = [np.mean([scene_checker.caption_score(s, scene_captions.caption(s, rng, d)).fact_recall for s in many()])
-             for d in (0.2, 0.5, 0.9)]
+    means = [
+        np.mean([scene_checker.caption_score(s, scene_captions.caption(s, rng, d)).fact_recall for s in many()])
+        for d in (0.2, 0.5, 0.9)
+    ]
     assert means[0] < 0.3 < means[1] < 0.6 < 0.75 < means[2] < 0.95
 
 
-@pytest.mark.parametrize("text, correct, claimed, recalled", [
-    ("gray background", 1, 1, 1),
-    ("white background", 0, 1, 0),
-    ("gray background , gray background", 1, 2, 1),
-    ("red circle , red circle", 2, 4, 2),
-    ("two red circle", 2, 4, 2),
-    ("red red circle", 2, 3, 2),
-    ("large blue circle", 2, 3, 2),
-    ("red circle left of blue square", 5, 5, 4),
-    ("red circle right of blue square", 4, 5, 4),
-    ("blue square below circle", 4, 4, 3),
-    ("red circle and blue square", 4, 4, 4),
-    ("blorp red circle", 2, 3, 2),
-    ("object", 0, 1, 0),
-    ("of of", 0, 2, 0),
-    ("left of circle", 1, 3, 1),
-    ("red circle above", 2, 3, 2),
-    ("top left object", 1, 1, 1),
-    ("top left", 1, 1, 1),
-    ("red , square", 2, 2, 2),
-    ("", 0, 0, 0),
-    ("circle top", 1, 2, 1),
-    (FULL + " , " + FULL, 9, 18, 9),
-    (FULL.replace(" , ", ", "), 9, 9, 9),
-])
+@pytest.mark.parametrize(
+    "text, correct, claimed, recalled",
+    [
+        ("gray background", 1, 1, 1),
+        ("white background", 0, 1, 0),
+        ("gray background , gray background", 1, 2, 1),
+        ("red circle , red circle", 2, 4, 2),
+        ("two red circle", 2, 4, 2),
+        ("red red circle", 2, 3, 2),
+        ("large blue circle", 2, 3, 2),
+        ("red circle left of blue square", 5, 5, 4),
+        ("red circle right of blue square", 4, 5, 4),
+        ("blue square below circle", 4, 4, 3),
+        ("red circle and blue square", 4, 4, 4),
+        ("blorp red circle", 2, 3, 2),
+        ("object", 0, 1, 0),
+        ("of of", 0, 2, 0),
+        ("left of circle", 1, 3, 1),
+        ("red circle above", 2, 3, 2),
+        ("top left object", 1, 1, 1),
+        ("top left", 1, 1, 1),
+        ("red , square", 2, 2, 2),
+        ("", 0, 0, 0),
+        ("circle top", 1, 2, 1),
+        (FULL + " , " + FULL, 9, 18, 9),
+        (FULL.replace(" , ", ", "), 9, 9, 9),
+    ],
+)
 def test_caption_scores(text, correct, claimed, recalled):
     score = scene_checker.caption_score(EXAMPLE, text)
     assert (score.correct, score.claimed, score.recalled, score.total) == (correct, claimed, recalled, 9)
@@ -165,7 +170,7 @@ def test_reading_survives_noise_and_blur():
     noisy = np.clip(noisy, 0, 255).astype(np.uint8)
     assert scene_checker.picture_matches(every, noisy).mean() >= 0.99
     padded = np.pad(clean, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-    blurred = np.mean([padded[:, i:i + 32, j:j + 32] for i in range(3) for j in range(3)], 0)
+    blurred = np.mean([padded[:, i : i + 32, j : j + 32] for i in range(3) for j in range(3)], 0)
     assert scene_checker.picture_matches(every, blurred).mean() >= 0.95
 
 
@@ -208,8 +213,11 @@ def test_prompt_checker_agrees_with_the_caption_checker():
 
 def test_prompt_checker_on_pictures():
     picture = scenes.draw(EXAMPLE)
-    entry = {"tag": "position", "prompt": "circle left of square",
-             "include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": ["left of", 0]}]}
+    entry = {
+        "tag": "position",
+        "prompt": "circle left of square",
+        "include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": ["left of", 0]}],
+    }
     assert scene_prompts.check_prompt(entry, picture)
     entry["include"][1]["position"] = ["right of", 0]
     assert not scene_prompts.check_prompt(entry, picture)
@@ -229,8 +237,15 @@ def test_summary_is_the_mean_of_tags_not_of_prompts():
 @pytest.mark.parametrize("mistakes", [0.0, 0.3, 1.0])
 def test_a_share_of_the_facts_is_said_wrong(mistakes):
     rng = np.random.default_rng(0)
-    pairs = [(scene, scene_captions.mistaken(scene, rng, mistakes)) for scene in (scenes.scene_at("train", index) for index in range(300))]
-    facts = [(true[1:], seen[1:]) for scene, other in pairs for true, seen in zip(scenes.facts(scene), scenes.facts(other), strict=True)]
+    pairs = [
+        (scene, scene_captions.mistaken(scene, rng, mistakes))
+        for scene in (scenes.scene_at("train", index) for index in range(300))
+    ]
+    facts = [
+        (true[1:], seen[1:])
+        for scene, other in pairs
+        for true, seen in zip(scenes.facts(scene), scenes.facts(other), strict=True)
+    ]
     assert all(true == seen for true, seen in facts if true[0] == "position")
     wrong = np.mean([true != seen for true, seen in facts if true[0] != "position"])
     assert abs(wrong - mistakes) < (0.05 if 0 < mistakes < 1 else 1e-9)

@@ -43,8 +43,11 @@ def folder(tmp_path):
     Image.fromarray(noise(20, 30)).save(tmp_path / "a.png")
     Image.fromarray(noise(24, 16)).save(tmp_path / "b.jpg")
     Image.fromarray(noise(9, 9)).save(tmp_path / "c.webp")
-    lines = [{"file_name": "a.png", "caption": " one "}, {"image": "b.jpg", "caption": ["two", "drei"]},
-             {"file_name": "c.webp", "caption": "vier"}]
+    lines = [
+        {"file_name": "a.png", "caption": " one "},
+        {"image": "b.jpg", "caption": ["two", "drei"]},
+        {"file_name": "c.webp", "caption": "vier"},
+    ]
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     return tmp_path
 
@@ -56,15 +59,18 @@ def test_folder_source(folder):
     assert source[1].image.shape == (24, 16, 3) and source[2].id == "c.webp"
 
 
-@pytest.mark.parametrize("line, message", [
-    ('{"file_name": "a.png", "caption"', "captions.jsonl line 4 is not JSON"),
-    ("[1]", "line 4 names no image"),
-    ('{"caption": "x"}', "line 4 names no image"),
-    ('{"file_name": "a.png"}', "line 4 has no caption"),
-    ('{"file_name": "a.png", "caption": []}', "line 4 has no caption"),
-    ('{"file_name": "a.png", "caption": " "}', "line 4 has no caption"),
-    ('{"file_name": "z.png", "caption": "x"}', "z.png does not exist"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"file_name": "a.png", "caption"', "captions.jsonl line 4 is not JSON"),
+        ("[1]", "line 4 names no image"),
+        ('{"caption": "x"}', "line 4 names no image"),
+        ('{"file_name": "a.png"}', "line 4 has no caption"),
+        ('{"file_name": "a.png", "caption": []}', "line 4 has no caption"),
+        ('{"file_name": "a.png", "caption": " "}', "line 4 has no caption"),
+        ('{"file_name": "z.png", "caption": "x"}', "z.png does not exist"),
+    ],
+)
 def test_broken_lines_are_named(folder, line, message):
     path = folder / "captions.jsonl"
     path.write_text(path.read_text().rstrip("\n") + "\n" + line)
@@ -135,10 +141,16 @@ def tfds_folder(tmp_path_factory):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-                "image": tfds.features.Image(shape=(None, None, 3)),
-                "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
-                "title": tfds.features.Text()}))
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(
+                    {
+                        "image": tfds.features.Image(shape=(None, None, 3)),
+                        "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
+                        "title": tfds.features.Text(),
+                    }
+                ),
+            )
 
         def _split_generators(self, dl_manager):
             return {"train": self._generate_examples()}
@@ -148,8 +160,14 @@ def tfds_folder(tmp_path_factory):
                 buffer = io.BytesIO()
                 Image.fromarray(noise(8 + i, 6, i)).save(buffer, "PNG")
                 buffer.seek(0)
-                yield i, {"image": buffer, "title": f"title {i}",
-                          "captions": [{"text": f"caption {i} {k}"} for k in range(2)]}
+                yield (
+                    i,
+                    {
+                        "image": buffer,
+                        "title": f"title {i}",
+                        "captions": [{"text": f"caption {i} {k}"} for k in range(2)],
+                    },
+                )
 
     folder = tmp_path_factory.mktemp("tfds")
     TinyCaptions(data_dir=str(folder), file_format="array_record").download_and_prepare()
@@ -158,6 +176,7 @@ def tfds_folder(tmp_path_factory):
 
 def test_tfds_source_without_tensorflow(tfds_folder):
     import sys
+
     source = sources.TfdsSource("tiny_captions", "train", tfds_folder, caption_key="captions/text")
     assert len(source) == 4
     seen = set()

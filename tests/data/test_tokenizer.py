@@ -11,7 +11,8 @@ QWEN_TEMPLATE = (
     "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 CAPTIONS = ["a small red dog left of a large blue ball on green grass", "Two cats, one hat.", "3 birds (flying)!"]
 
 
@@ -28,12 +29,14 @@ def scene_tokenizer(tmp_path_factory):
 def bpe_tokenizer(tmp_path_factory):
     """Byte-level BPE with Qwen's special tokens, and the template in chat_template.json as in the release."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     folder = tmp_path_factory.mktemp("bpe")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  special_tokens=list(tok.SPECIAL_TOKENS))
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(tok.SPECIAL_TOKENS)
+    )
     tokenizer.train_from_iterator(CAPTIONS * 3, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
@@ -50,7 +53,8 @@ def test_scene_captions_round_trip(scene_tokenizer):
         assert tok.decode_caption(scene_tokenizer, ids + [5, 6]) == text
     assert len(scene_tokenizer) == len(scene_captions.WORDS) + len(tok.SPECIAL_TOKENS) + len(tok.ROLES)
     assert tok.encode_caption(scene_tokenizer, "Red circle, square") == tok.encode_caption(
-        scene_tokenizer, "red circle , square")
+        scene_tokenizer, "red circle , square"
+    )
     unknown = tok.token_id(scene_tokenizer, "<|unknown|>")
     assert tok.encode_caption(scene_tokenizer, "red zebra")[1] == unknown
 
@@ -61,8 +65,17 @@ def test_scene_templates_are_a_handful_of_tokens(scene_tokenizer):
     assert scene_tokenizer.convert_ids_to_tokens(suffix) == ["<|im_end|>", "<|im_start|>", "assistant"]
     ids = tok.caption_prompt_ids(scene_tokenizer, scene_captions.CAPTION_PROMPT, [2])
     assert scene_tokenizer.convert_ids_to_tokens(ids) == [
-        "<|im_start|>", "user", "describe", "<|vision_start|>", "<|image_pad|>", "<|image_pad|>", "<|vision_end|>",
-        "<|im_end|>", "<|im_start|>", "assistant"]
+        "<|im_start|>",
+        "user",
+        "describe",
+        "<|vision_start|>",
+        "<|image_pad|>",
+        "<|image_pad|>",
+        "<|vision_end|>",
+        "<|im_end|>",
+        "<|im_start|>",
+        "assistant",
+    ]
 
 
 @pytest.mark.parametrize("name", ["scene_tokenizer", "bpe_tokenizer"])
@@ -79,7 +92,8 @@ def test_prompt_has_text_before_images_and_pads_in_order(bpe_tokenizer):
     expected = (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nDescribe this image in detail."
         + "".join("<|vision_start|>" + "<|image_pad|>" * n + "<|vision_end|>" for n in (3, 5))
-        + "<|im_end|>\n<|im_start|>assistant\n")
+        + "<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert bpe_tokenizer.decode(ids) == expected
     with pytest.raises(ValueError, match="image_pad"):
         tok.caption_prompt_ids(bpe_tokenizer, "what is <|image_pad|>", [3])

@@ -39,9 +39,7 @@ def test_preconditioned_loss_is_the_image_space_loss():
     x, target = flow.corrupt(x0, noise, sigma), flow.velocity_target(x0, noise)
     velocity = target + jax.random.normal(jax.random.key(2), target.shape)
     image_error = ((flow.predict_x0(x, velocity, sigma) - x0) ** 2).mean(axis=(1, 2, 3))
-    loss = flow.flow_matching_loss(
-        velocity, target, flow.loss_weight(sigma, "none", precondition=True)
-    )
+    loss = flow.flow_matching_loss(velocity, target, flow.loss_weight(sigma, "none", precondition=True))
     np.testing.assert_allclose(loss, image_error, rtol=1e-4)
     plain = flow.flow_matching_loss(velocity, target)
     np.testing.assert_allclose(loss, sigma**2 * plain, rtol=1e-6)

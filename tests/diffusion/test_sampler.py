@@ -29,9 +29,7 @@ def _denoiser(params):
 
 def _predict(params, context=None, **guidance):
     context = jnp.zeros((BATCH, 5)) if context is None else context
-    return lambda x, sigma: sampler.guided_velocity(
-        _denoiser(params), x, sigma, context, **guidance
-    )
+    return lambda x, sigma: sampler.guided_velocity(_denoiser(params), x, sigma, context, **guidance)
 
 
 def _noise(batch=BATCH):
@@ -63,9 +61,7 @@ def test_gradient_through_sampling_against_finite_differences():
     negative = jnp.ones((1, 5))
 
     def loss(scale, remat):
-        predict = _predict(
-            params, context + scale * direction, negative_context=negative, guidance_scale=5.0
-        )
+        predict = _predict(params, context + scale * direction, negative_context=negative, guidance_scale=5.0)
         return (sampler.sample(predict, _noise(), sigmas, remat=remat) ** 2).mean()
 
     value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
@@ -98,9 +94,7 @@ def test_gradient_steps_keep_the_value_and_cut_the_gradient():
     np.testing.assert_allclose(value, full_value, rtol=1e-6)
     np.testing.assert_allclose(cut["out"], expected["out"], rtol=1e-4, atol=1e-6)
     assert np.abs(cut["out"] - full["out"]).max() > 1e-3
-    of_noise = jax.grad(
-        lambda n: sampler.sample(_predict(_params()), n, SIGMAS, gradient_steps=2).sum()
-    )
+    of_noise = jax.grad(lambda n: sampler.sample(_predict(_params()), n, SIGMAS, gradient_steps=2).sum())
     assert not np.any(jax.jit(of_noise)(_noise()))
     with pytest.raises(ValueError, match="gradient_steps"):
         loss(_params(), 7)
@@ -130,9 +124,7 @@ def test_guidance_formula_and_order():
 
     positive = jax.random.normal(jax.random.key(2), (BATCH, 5))
     negative = jnp.full((1, 5), -1.0)
-    velocity = sampler.guided_velocity(
-        velocity_fn, _noise(), 0.5, {"text": positive}, {"text": negative}, 4.5
-    )
+    velocity = sampler.guided_velocity(velocity_fn, _noise(), 0.5, {"text": positive}, {"text": negative}, 4.5)
     np.testing.assert_array_equal(contexts["seen"]["text"][::2], jnp.repeat(negative, BATCH, 0))
     np.testing.assert_array_equal(contexts["seen"]["text"][1::2], positive)
     sigma = jnp.full(BATCH, 0.5)
@@ -145,9 +137,7 @@ def test_stopping_the_negative_gradient_changes_the_gradient_only():
     context = jax.random.normal(jax.random.key(2), (BATCH, 5))
 
     def loss(params, stop):
-        velocity = sampler.guided_velocity(
-            _denoiser(params), _noise(), 0.5, context, jnp.ones((1, 5)), 4.5, stop
-        )
+        velocity = sampler.guided_velocity(_denoiser(params), _noise(), 0.5, context, jnp.ones((1, 5)), 4.5, stop)
         return (velocity**2).sum()
 
     value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
@@ -161,9 +151,7 @@ def test_guidance_errors():
     with pytest.raises(ValueError, match="negative context"):
         sampler.guided_velocity(_denoiser(_params()), _noise(), 0.5, context, None, 4.5)
     with pytest.raises(ValueError, match="pad both"):
-        sampler.guided_velocity(
-            _denoiser(_params()), _noise(), 0.5, context, jnp.zeros((BATCH, 4)), 4.5
-        )
+        sampler.guided_velocity(_denoiser(_params()), _noise(), 0.5, context, jnp.zeros((BATCH, 4)), 4.5)
 
 
 @pytest.mark.parametrize(
@@ -179,15 +167,11 @@ def test_replay_equals_the_rollout_bit_for_bit(rule, start, size):
 
     @jit_as_users_do
     def rollout(params, start):
-        return sampler.sample_window(
-            predict(params), _noise(), SIGMAS, rule, start, size, _keys()
-        )
+        return sampler.sample_window(predict(params), _noise(), SIGMAS, rule, start, size, _keys())
 
     @jit_as_users_do
     def replay(params, trajectory):
-        return sampler.replay_window(
-            predict(params), *trajectory[:2], trajectory.sigma_indices, SIGMAS, rule
-        )
+        return sampler.replay_window(predict(params), *trajectory[:2], trajectory.sigma_indices, SIGMAS, rule)
 
     trajectory = rollout(_params(), start)
     assert trajectory.latents.shape == (size, BATCH, *SHAPE)
@@ -203,16 +187,12 @@ def test_replay_equals_the_rollout_bit_for_bit(rule, start, size):
 
 def test_the_window_is_stochastic_and_the_rest_is_the_ode():
     predict, start, size = _predict(_params()), 2, 2
-    trajectory = sampler.sample_window(
-        predict, _noise(), SIGMAS, SdeStep(0.7), start, size, _keys()
-    )
+    trajectory = sampler.sample_window(predict, _noise(), SIGMAS, SdeStep(0.7), start, size, _keys())
     before = sampler.sample(predict, _noise(), SIGMAS[: start + 1])
     np.testing.assert_allclose(trajectory.latents[0], before, atol=1e-5)
     after = sampler.sample(predict, trajectory.next_latents[-1], SIGMAS[start + size :])
     np.testing.assert_allclose(trajectory.final, after, atol=1e-5)
-    euler, _ = EulerStep().transition(
-        before, predict(before, SIGMAS[2]), SIGMAS[2], SIGMAS[3], SIGMAS[1]
-    )
+    euler, _ = EulerStep().transition(before, predict(before, SIGMAS[2]), SIGMAS[2], SIGMAS[3], SIGMAS[1])
     assert np.abs(trajectory.next_latents[0] - euler).max() > 0.1
 
 
@@ -230,31 +210,23 @@ def test_noise_belongs_to_samples_and_steps():
     def latents(rows):
         predict = _predict(_params(), jnp.zeros((len(rows), 5)))
         noise = _noise()[jnp.array(rows)]
-        return sampler.sample_window(
-            predict, noise, SIGMAS, SdeStep(0.7), 0, 5, _keys()[jnp.array(rows)]
-        )
+        return sampler.sample_window(predict, noise, SIGMAS, SdeStep(0.7), 0, 5, _keys()[jnp.array(rows)])
 
     whole, half = latents([0, 1, 2, 3]), latents([3, 1])
     np.testing.assert_allclose(half.next_latents, whole.next_latents[:, [3, 1]], atol=1e-5)
     # An image of zeros and full noise: the next latent is sigma times the draw.
-    pure = sampler.sample_window(
-        lambda x, s: x / s, jnp.zeros((BATCH, *SHAPE)), SIGMAS, CpsStep(1.0), 0, 5, _keys()
-    )
+    pure = sampler.sample_window(lambda x, s: x / s, jnp.zeros((BATCH, *SHAPE)), SIGMAS, CpsStep(1.0), 0, 5, _keys())
     draws = np.asarray(pure.next_latents / SIGMAS[1:6, None, None, None]).reshape(20, -1)
     overlap = np.abs(np.corrcoef(draws)) - np.eye(20)
     assert overlap.max() < 0.95
-    other = sampler.sample_window(
-        _predict(_params()), _noise(), SIGMAS, SdeStep(0.7), 0, 5, _keys(seed=10)
-    )
+    other = sampler.sample_window(_predict(_params()), _noise(), SIGMAS, SdeStep(0.7), 0, 5, _keys(seed=10))
     assert (other.next_latents != whole.next_latents).all()
 
 
 def test_one_program_serves_every_window():
     @jax.jit
     def rollout(start):
-        return sampler.sample_window(
-            _predict(_params()), _noise(), SIGMAS, SdeStep(0.7), start, 2, _keys()
-        )
+        return sampler.sample_window(_predict(_params()), _noise(), SIGMAS, SdeStep(0.7), start, 2, _keys())
 
     finals = [rollout(jnp.int32(start)).final for start in range(4)]
     assert rollout._cache_size() == 1
@@ -263,9 +235,7 @@ def test_one_program_serves_every_window():
 
 def test_deterministic_steps_leave_no_nan_in_gradients():
     """Scoring a window that a zero-noise rule made: finite value, zero gradient."""
-    trajectory = sampler.sample_window(
-        _predict(_params()), _noise(), SIGMAS, SdeStep(0.0), 0, 5, _keys()
-    )
+    trajectory = sampler.sample_window(_predict(_params()), _noise(), SIGMAS, SdeStep(0.0), 0, 5, _keys())
 
     def loss(params):
         scored = sampler.replay_window(
@@ -284,9 +254,7 @@ def test_replay_gradient_is_the_score_function():
 
     def log_prob(scale, remat):
         params = jax.tree.map(lambda p: p * scale, _params())
-        scored = sampler.replay_window(
-            _predict(params), *trajectory[:2], trajectory.sigma_indices, SIGMAS, rule, remat
-        )
+        scored = sampler.replay_window(_predict(params), *trajectory[:2], trajectory.sigma_indices, SIGMAS, rule, remat)
         return scored.log_probs.sum()
 
     value_and_grad = jax.jit(jax.value_and_grad(log_prob), static_argnums=1)

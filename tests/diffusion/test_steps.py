@@ -82,9 +82,7 @@ def test_half_precision_inputs_are_computed_in_float32(rule):
     x, v = _state()
     x, v = x.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
     mean, std = jax.jit(lambda s: rule.transition(x, v, s, SIGMAS[4], SIGMAS[1]))(SIGMAS[3])
-    exact, _ = rule.transition(
-        x.astype(jnp.float32), v.astype(jnp.float32), SIGMAS[3], SIGMAS[4], SIGMAS[1]
-    )
+    exact, _ = rule.transition(x.astype(jnp.float32), v.astype(jnp.float32), SIGMAS[3], SIGMAS[4], SIGMAS[1])
     assert mean.dtype == std.dtype == jnp.float32
     np.testing.assert_allclose(mean, exact, atol=1e-6)
     assert np.isfinite(std) and std > 0
@@ -132,9 +130,7 @@ def test_cps_log_prob_has_no_variance_and_no_constants():
     log_prob = steps.step_log_prob(rule, x_next, mean, jnp.float32(0.4))
     np.testing.assert_allclose(log_prob, -((x_next - mean) ** 2).mean(axis=(1, 2, 3)), rtol=1e-6)
     gaussian = steps.step_log_prob(steps.SdeStep(), x_next, mean, jnp.float32(0.4))
-    np.testing.assert_array_equal(
-        gaussian, steps.transition_log_prob(x_next, mean, jnp.float32(0.4))
-    )
+    np.testing.assert_array_equal(gaussian, steps.transition_log_prob(x_next, mean, jnp.float32(0.4)))
 
 
 @pytest.mark.parametrize("score", [steps.transition_log_prob, steps.cps_log_prob])
@@ -158,9 +154,7 @@ def test_ratio_statistics(dimensions):
     shift = 0.02 * jax.random.normal(jax.random.key(8), (1, dimensions))
     moved, _ = _transition(rule, x, v + shift, index)
     k = float(steps.gaussian_kl(moved, mean, std)[0])
-    log_ratio = steps.step_log_prob(rule, x_next, moved, std) - steps.step_log_prob(
-        rule, x_next, mean, std
-    )
+    log_ratio = steps.step_log_prob(rule, x_next, moved, std) - steps.step_log_prob(rule, x_next, mean, std)
     expected_std = math.sqrt(2 * k / dimensions)
     assert abs(float(log_ratio.mean()) + k) < 4 * expected_std / math.sqrt(samples)
     assert abs(float(log_ratio.std()) / expected_std - 1) < 4 / math.sqrt(2 * samples)
@@ -196,9 +190,7 @@ def test_kl_forms_against_hand_values():
     g2 = 0.25 / 0.04
     nodt = steps.gaussian_kl(ref + difference, ref, std, "gaussian_nodt", dt=dt)
     np.testing.assert_allclose(nodt, square / (2 * g2), rtol=1e-5)
-    velocity = steps.gaussian_kl(
-        ref, ref, std, "velocity", velocity=ref + difference, velocity_ref=ref
-    )
+    velocity = steps.gaussian_kl(ref, ref, std, "velocity", velocity=ref + difference, velocity_ref=ref)
     np.testing.assert_allclose(velocity, square, rtol=1e-5)
 
 

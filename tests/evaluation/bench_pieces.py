@@ -19,23 +19,58 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # the files of openai/clip-vit-large-patch14, facebook/dinov2-large and facebook/dinov3-vitl16-pretrain-lvd1689m
 CLIP_PROCESSOR = dict(
-    crop_size=224, do_center_crop=True, do_normalize=True, do_resize=True, feature_extractor_type="CLIPFeatureExtractor",
-    image_mean=CLIP_MEAN, image_std=CLIP_STD, resample=3, size=224)
+    crop_size=224,
+    do_center_crop=True,
+    do_normalize=True,
+    do_resize=True,
+    feature_extractor_type="CLIPFeatureExtractor",
+    image_mean=CLIP_MEAN,
+    image_std=CLIP_STD,
+    resample=3,
+    size=224,
+)
 DINOV2_PROCESSOR = dict(
-    crop_size=dict(height=224, width=224), do_center_crop=True, do_convert_rgb=True, do_normalize=True, do_rescale=True, do_resize=True,
-    image_mean=IMAGENET_MEAN, image_processor_type="BitImageProcessor", image_std=IMAGENET_STD, resample=3,
-    rescale_factor=0.00392156862745098, size=dict(shortest_edge=256))
+    crop_size=dict(height=224, width=224),
+    do_center_crop=True,
+    do_convert_rgb=True,
+    do_normalize=True,
+    do_rescale=True,
+    do_resize=True,
+    image_mean=IMAGENET_MEAN,
+    image_processor_type="BitImageProcessor",
+    image_std=IMAGENET_STD,
+    resample=3,
+    rescale_factor=0.00392156862745098,
+    size=dict(shortest_edge=256),
+)
 DINOV3_PROCESSOR = dict(
-    crop_size=None, data_format="channels_first", do_center_crop=None, do_normalize=True, do_rescale=True, do_resize=True,
-    image_mean=IMAGENET_MEAN, image_processor_type="DINOv3ViTImageProcessorFast", image_std=IMAGENET_STD, resample=2,
-    rescale_factor=0.00392156862745098, size=dict(height=224, width=224))
+    crop_size=None,
+    data_format="channels_first",
+    do_center_crop=None,
+    do_normalize=True,
+    do_rescale=True,
+    do_resize=True,
+    image_mean=IMAGENET_MEAN,
+    image_processor_type="DINOv3ViTImageProcessorFast",
+    image_std=IMAGENET_STD,
+    resample=2,
+    rescale_factor=0.00392156862745098,
+    size=dict(height=224, width=224),
+)
 
 
 def photographs() -> dict[str, Image.Image]:
     """Real photographs in portrait, landscape and square, with odd sizes among them."""
     folder = pathlib.Path(skimage.__file__).parent / "data"
-    found = {name: Image.open(folder / file).convert("RGB") for name, file in (
-        ("astronaut", "astronaut.png"), ("coffee", "coffee.png"), ("cat", "chelsea.png"), ("rocket", "rocket.jpg"))}
+    found = {
+        name: Image.open(folder / file).convert("RGB")
+        for name, file in (
+            ("astronaut", "astronaut.png"),
+            ("coffee", "coffee.png"),
+            ("cat", "chelsea.png"),
+            ("rocket", "rocket.jpg"),
+        )
+    }
     found["officer"] = Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")
     found["sliver"] = found["rocket"].crop((120, 30, 453, 251))  # 333 x 221: enlarged, with odd margins
     return found
@@ -49,12 +84,15 @@ def reconstructions(photos: dict[str, Image.Image]) -> dict[str, Image.Image]:
         "cat": Image.fromarray(np.asarray(photos["cat"])[:, ::-1, ::-1].copy()),
         "rocket": photos["officer"],
         "officer": photos["officer"].rotate(20).resize((256, 256)),
-        "sliver": Image.blend(photos["sliver"], photos["cat"].resize(photos["sliver"].size), 0.4)}
+        "sliver": Image.blend(photos["sliver"], photos["cat"].resize(photos["sliver"].size), 0.4),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """An encoder's folder or file, PyTorch's image processing [S, S, 3] and PyTorch's feature of the processed image."""
+    """An encoder's folder or file, PyTorch's image processing [S, S, 3] and PyTorch's feature of the processed
+    image.
+    """
 
     path: pathlib.Path
     pixels: Callable[[Image.Image], np.ndarray]
@@ -84,10 +122,22 @@ def _feature(read: Callable) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def clip_model() -> transformers.CLIPModel:
-    vision = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1, image_size=224, patch_size=28)
-    text = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=1, num_attention_heads=1, vocab_size=60, bos_token_id=58,
-                eos_token_id=59, max_position_embeddings=30)
-    return shaken(transformers.CLIPModel, transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
+    vision = dict(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1, image_size=224, patch_size=28
+    )
+    text = dict(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        vocab_size=60,
+        bos_token_id=58,
+        eos_token_id=59,
+        max_position_embeddings=30,
+    )
+    return shaken(
+        transformers.CLIPModel, transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+    )
 
 
 def clip_encoder(folder: pathlib.Path) -> Published:
@@ -95,23 +145,34 @@ def clip_encoder(folder: pathlib.Path) -> Published:
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(CLIP_PROCESSOR))
     return Published(
-        folder, lambda image: np.moveaxis(np.asarray(processor(images=[image]).pixel_values[0]), 0, -1),
-        _feature(lambda x: model.get_image_features(pixel_values=x).pooler_output))
+        folder,
+        lambda image: np.moveaxis(np.asarray(processor(images=[image]).pixel_values[0]), 0, -1),
+        _feature(lambda x: model.get_image_features(pixel_values=x).pooler_output),
+    )
 
 
 def openai_state(model: transformers.CLIPModel) -> dict[str, torch.Tensor]:
     """The weights of a CLIPModel under OpenAI's names, with Long-CLIP's second table of text positions."""
     state = model.state_dict()
     names = {
-        "visual.class_embedding": "vision_model.embeddings.class_embedding", "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
         "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
         "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-        "positional_embedding": "text_model.embeddings.position_embedding.weight", "logit_scale": "logit_scale"}
-    for ours, theirs in (("visual.ln_pre", "vision_model.pre_layrnorm"), ("visual.ln_post", "vision_model.post_layernorm"),
-                         ("ln_final", "text_model.final_layer_norm")):
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "logit_scale": "logit_scale",
+    }
+    for ours, theirs in (
+        ("visual.ln_pre", "vision_model.pre_layrnorm"),
+        ("visual.ln_post", "vision_model.post_layernorm"),
+        ("ln_final", "text_model.final_layer_norm"),
+    ):
         names |= {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
     found = {ours: state[theirs] for ours, theirs in names.items()}
-    found["visual.proj"], found["text_projection"] = state["visual_projection.weight"].T, state["text_projection.weight"].T
+    found["visual.proj"], found["text_projection"] = (
+        state["visual_projection.weight"].T,
+        state["text_projection.weight"].T,
+    )
     found["positional_embedding_res"] = torch.randn_like(found["positional_embedding"])
     for prefix, tower, layers in (("visual.", "vision_model", 2), ("", "text_model", 1)):
         for layer in range(layers):
@@ -119,8 +180,13 @@ def openai_state(model: transformers.CLIPModel) -> dict[str, torch.Tensor]:
             for kind in ("weight", "bias"):
                 parts = [state[f"{source}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
                 found[f"{block}.attn.in_proj_{kind}"] = torch.cat(parts)
-                for ours, theirs in (("attn.out_proj", "self_attn.out_proj"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"),
-                                     ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2")):
+                for ours, theirs in (
+                    ("attn.out_proj", "self_attn.out_proj"),
+                    ("mlp.c_fc", "mlp.fc1"),
+                    ("mlp.c_proj", "mlp.fc2"),
+                    ("ln_1", "layer_norm1"),
+                    ("ln_2", "layer_norm2"),
+                ):
                     found[f"{block}.{ours}.{kind}"] = state[f"{source}.{theirs}.{kind}"]
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
@@ -140,18 +206,28 @@ def longclip_encoder(folder: pathlib.Path, file: str = "longclip-L.pt") -> Publi
     model = clip_model()
     state = openai_state(model)
     torch.save(state, folder / file) if file.endswith(".pt") else save_file(state, folder / file)
-    return Published(folder / file, torchvision_pixels, _feature(lambda x: model.get_image_features(pixel_values=x).pooler_output))
+    return Published(
+        folder / file, torchvision_pixels, _feature(lambda x: model.get_image_features(pixel_values=x).pooler_output)
+    )
 
 
 def dinov2_encoder(folder: pathlib.Path) -> Published:
-    model = shaken(transformers.Dinov2Model, transformers.Dinov2Config(
-        patch_size=14, image_size=518, hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+    model = shaken(
+        transformers.Dinov2Model,
+        transformers.Dinov2Config(
+            patch_size=14, image_size=518, hidden_size=32, num_hidden_layers=2, num_attention_heads=2
+        ),
+    )
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(DINOV2_PROCESSOR))
-    processor = BitImageProcessorPil(**{name: value for name, value in DINOV2_PROCESSOR.items() if name != "image_processor_type"})
+    processor = BitImageProcessorPil(
+        **{name: value for name, value in DINOV2_PROCESSOR.items() if name != "image_processor_type"}
+    )
     return Published(
-        folder, lambda image: np.moveaxis(np.asarray(processor(images=[image]).pixel_values[0]), 0, -1),
-        _feature(lambda x: model(pixel_values=x).last_hidden_state[:, 0]))
+        folder,
+        lambda image: np.moveaxis(np.asarray(processor(images=[image]).pixel_values[0]), 0, -1),
+        _feature(lambda x: model(pixel_values=x).last_hidden_state[:, 0]),
+    )
 
 
 def dinov3_pixels(image: Image.Image) -> np.ndarray:
@@ -162,9 +238,18 @@ def dinov3_pixels(image: Image.Image) -> np.ndarray:
 
 
 def dinov3_encoder(folder: pathlib.Path) -> Published:
-    model = shaken(transformers.DINOv3ViTModel, transformers.DINOv3ViTConfig(
-        patch_size=16, image_size=224, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-        num_register_tokens=4))
+    model = shaken(
+        transformers.DINOv3ViTModel,
+        transformers.DINOv3ViTConfig(
+            patch_size=16,
+            image_size=224,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+            num_register_tokens=4,
+        ),
+    )
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(DINOV3_PROCESSOR))
     return Published(folder, dinov3_pixels, _feature(lambda x: model(pixel_values=x).last_hidden_state[:, 0]))

@@ -54,12 +54,18 @@ def refused(*arguments):
     """The one line on stderr of an `evaluate` command that ends with an error."""
     with pytest.raises(SystemExit) as stopped:
         evaluate.main([str(argument) for argument in arguments])
-    assert isinstance(stopped.value.code, str) and stopped.value.code.startswith("error: ") and "\n" not in stopped.value.code
+    assert (
+        isinstance(stopped.value.code, str)
+        and stopped.value.code.startswith("error: ")
+        and "\n" not in stopped.value.code
+    )
     return stopped.value.code
 
 
 def geneval_pictures(folder):
-    """evaluation/evaluate_images.py: (metadata, path) of every picture that GenEval's evaluator scores, in its order."""
+    """evaluation/evaluate_images.py: (metadata, path) of every picture that GenEval's evaluator scores, in its
+    order.
+    """
     for name in os.listdir(folder):
         if os.path.isdir(os.path.join(folder, name)) and name.isdigit():
             with open(os.path.join(folder, name, "metadata.jsonl")) as file:
@@ -73,8 +79,15 @@ def geneval_pictures(folder):
 
 def geneval_result(metadata, path, correct):
     """A line of the evaluator's results, which pandas writes with escaped slashes."""
-    record = {"filename": path, "tag": metadata["tag"], "prompt": metadata["prompt"], "correct": correct, "reason": "",
-              "metadata": json.dumps(metadata), "details": "{}"}
+    record = {
+        "filename": path,
+        "tag": metadata["tag"],
+        "prompt": metadata["prompt"],
+        "correct": correct,
+        "reason": "",
+        "metadata": json.dumps(metadata),
+        "details": "{}",
+    }
     return json.dumps(record).replace("/", "\\/")
 
 
@@ -95,8 +108,11 @@ def dpg_pictures(folder, resolution, known):
 
 def snapshot(folder):
     """{relative path: (content, time of the last change)} of all files."""
-    return {path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def contents(folder):

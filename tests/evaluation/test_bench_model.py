@@ -1,4 +1,6 @@
-"""Unified-Bench with a model first: captions, reconstructions and scores of the built-in model, with and without interruptions."""
+"""Unified-Bench with a model first: captions, reconstructions and scores of the built-in model, with and without
+interruptions.
+"""
 
 import json
 import pathlib
@@ -43,8 +45,17 @@ def one_model():
 
 
 def bench(images, out, assets, *flags):
-    evaluate.main(["unified_bench", f"--images={images}", f"--out={out}", f"--clip={assets / 'clip'}", f"--dinov2={assets / 'dinov2'}",
-                   *SETTINGS, *flags])
+    evaluate.main(
+        [
+            "unified_bench",
+            f"--images={images}",
+            f"--out={out}",
+            f"--clip={assets / 'clip'}",
+            f"--dinov2={assets / 'dinov2'}",
+            *SETTINGS,
+            *flags,
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +73,11 @@ def test_captions_reconstructions_scores_and_page(whole, images):
     records = read_records(whole / "captions.jsonl")
     assert {record["image"] for record in records} == {f"{index}.png" for index in range(5)}
     results = json.loads((whole / "unified_bench.json").read_text())
-    assert results["errors"] == [] and results["summary"]["models_used"] == ["clip", "dinov2"] and results["summary"]["n_valid"] == 5
+    assert (
+        results["errors"] == []
+        and results["summary"]["models_used"] == ["clip", "dinov2"]
+        and results["summary"]["n_valid"] == 5
+    )
     page = (whole / "report.html").read_text()
     for record in records:
         assert record["caption"] in page
@@ -85,7 +100,9 @@ def test_an_interrupted_run_comes_out_the_same(stop, whole, images, assets, tmp_
         bench(images, tmp_path, assets)
     monkeypatch.setattr(api.Model, name, complete)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
-    assert len(read_records(tmp_path / "captions.jsonl")) == (3 if stop == "caption" else 5) and len(kept) == (0 if stop == "caption" else 3)
+    assert len(read_records(tmp_path / "captions.jsonl")) == (3 if stop == "caption" else 5) and len(kept) == (
+        0 if stop == "caption" else 3
+    )
     bench(images, tmp_path, assets)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     assert written(tmp_path) == written(whole)

@@ -15,14 +15,18 @@ def paths(*names):
     return [pathlib.Path(name) for name in sorted(names)]
 
 
-@pytest.mark.parametrize("picture, references, found", [
-    ("gen/7.png", ("ref/7.jpg", "ref/7.png"), "ref/7.png"),  # the same file name wins over the same stem
-    ("gen/7.png", ("ref/17.png", "ref/7.jpg"), "ref/7.jpg"),
-    ("gen/recon_7.png", ("ref/7.jpg", "ref/8.jpg"), "ref/7.jpg"),
-    ("gen/recon_7.png", ("ref/recon_7.jpg", "ref/7.jpg"), "ref/7.jpg"),  # whichever comes first by path
-    ("gen/deep/7.png", ("ref/other/7.webp",), "ref/other/7.webp"),
-    ("gen/7.png", ("ref/recon_7.png",), None),  # the prefix is the picture's
-    ("gen/7.png", ("ref/07.png",), None)])
+@pytest.mark.parametrize(
+    "picture, references, found",
+    [
+        ("gen/7.png", ("ref/7.jpg", "ref/7.png"), "ref/7.png"),  # the same file name wins over the same stem
+        ("gen/7.png", ("ref/17.png", "ref/7.jpg"), "ref/7.jpg"),
+        ("gen/recon_7.png", ("ref/7.jpg", "ref/8.jpg"), "ref/7.jpg"),
+        ("gen/recon_7.png", ("ref/recon_7.jpg", "ref/7.jpg"), "ref/7.jpg"),  # whichever comes first by path
+        ("gen/deep/7.png", ("ref/other/7.webp",), "ref/other/7.webp"),
+        ("gen/7.png", ("ref/recon_7.png",), None),  # the prefix is the picture's
+        ("gen/7.png", ("ref/07.png",), None),
+    ],
+)
 def test_matching_rules(picture, references, found):
     pairs = match_images(paths(picture), paths(*references))
     assert [str(reference) for _, reference in pairs.found] == ([found] if found else [])
@@ -43,7 +47,11 @@ def test_images_are_read_as_the_script_reads_them(tmp_path):
     Image.fromarray(half[..., 0]).save(tmp_path / "b.BMP")
     (tmp_path / "notes.txt").write_text("no image")
     assert [path.name for path in find_images(tmp_path)] == ["a.png", "b.BMP"]
-    assert np.asarray(read_rgb(tmp_path / "a.png"))[0, 0].tolist() == [200, 0, 0]  # transparency is dropped, not laid on white
+    assert np.asarray(read_rgb(tmp_path / "a.png"))[0, 0].tolist() == [
+        200,
+        0,
+        0,
+    ]  # transparency is dropped, not laid on white
     (tmp_path / "c.png").write_bytes(b"not an image")
     with pytest.raises(ValueError, match="c.png is not a readable image"):
         read_rgb(tmp_path / "c.png")

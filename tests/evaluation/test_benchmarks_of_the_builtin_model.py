@@ -53,12 +53,25 @@ def test_scenes_are_drawn_checked_and_scored(loaded, model, tmp_path, capsys, mo
     evaluate.main(["geneval", "summary", str(tmp_path / "out.results.jsonl")])
     assert capsys.readouterr().out in scored and "overall (mean of tags)" in scored
     records = [json.loads(line) for line in (tmp_path / "out.results.jsonl").read_text().splitlines()]
-    assert sum(record["correct"] for record in records if record["tag"] == "single_object") >= 2  # it draws what it is told
+    assert (
+        sum(record["correct"] for record in records if record["tag"] == "single_object") >= 2
+    )  # it draws what it is told
 
 
 def test_the_command_loads_the_model_with_its_flags(tmp_path, capsys):
-    evaluate.main(["geneval", "write", "--prompts=scenes", "--per_tag=1", "--images_per_prompt=1", "--steps=4", "--batch_size=4",
-                   "--seed=42", f"--out={tmp_path / 'out'}"])
+    evaluate.main(
+        [
+            "geneval",
+            "write",
+            "--prompts=scenes",
+            "--per_tag=1",
+            "--images_per_prompt=1",
+            "--steps=4",
+            "--batch_size=4",
+            "--seed=42",
+            f"--out={tmp_path / 'out'}",
+        ]
+    )
     assert "6 pictures written, 0 were there" in capsys.readouterr().out
     settings = json.loads((tmp_path / "out.settings.json").read_text())
     assert (settings["steps"], settings["seed"], settings["size"], settings["per_tag"]) == (4, 42, 32, 1)
@@ -71,7 +84,15 @@ def test_questions_are_answered_from_their_own_pictures(loaded, model, tmp_path)
     for index, shown in enumerate(([0], [1], [2], [0, 1])):
         for number in shown:
             pictures[number].save(tmp_path / f"{number}.png")
-        rows.append({"index": str(index), "question": "describe", "A": "red", "B": "blue", "image_path": str([f"{number}.png" for number in shown])})
+        rows.append(
+            {
+                "index": str(index),
+                "question": "describe",
+                "A": "red",
+                "B": "blue",
+                "image_path": str([f"{number}.png" for number in shown]),
+            }
+        )
     tables.write_tsv(tmp_path / "data.tsv", rows)
     evaluate.main(["mmt", "answer", f"--data={tmp_path / 'data.tsv'}", f"--out={tmp_path}", "--name=m"])
     said = {row["index"]: row["prediction"] for row in tables.read_table(tmp_path / "m_data.tsv")}
@@ -93,6 +114,7 @@ def test_pictures_come_before_the_question(model):
     used = alone["patch_images"] == 0
     np.testing.assert_array_equal(fields["patches"][fields["patch_images"] == 1], alone["patches"][used])
     assert sorted(tokenizer.caption_prompt_ids(engine.system.tokenizer, "describe", [2, 3])) == sorted(
-        tokenizer.caption_prompt_ids(engine.system.tokenizer, "describe", [2, 3], images_first=True))
+        tokenizer.caption_prompt_ids(engine.system.tokenizer, "describe", [2, 3], images_first=True)
+    )
     with pytest.raises(ValueError, match="at least one picture"):
         engine.question_fields("describe", [])

@@ -21,16 +21,47 @@ from uae_jax.files.json_files import read_records
 SCENE = Scene("gray", (SceneObject(0, 0, "circle", "red", "large"), SceneObject(1, 1, "square", "blue", "small")))
 
 
-@pytest.mark.parametrize("text, wrong", [
-    ("gray background , top left large red circle , bottom right small blue square", {}),
-    ("gray background , top left large red circle", {"shape": (1, 1, 2), "colour": (1, 1, 2), "size": (1, 1, 2), "position": (1, 1, 2), "count": (0, 1, 1)}),
-    ("black background , top left large red circle , bottom right small blue cross", {"background": (0, 1, 1), "shape": (1, 2, 2)}),
-    ("red circle and green square", {"colour": (1, 2, 2), "size": (0, 0, 2), "position": (0, 0, 2), "background": (0, 0, 1)}),
-    ("three object", {name: (0, 0, 2) for name in ("shape", "colour", "size", "position")} | {"background": (0, 0, 1), "count": (0, 0, 1)}),
-    ("two circle", {"shape": (1, 2, 2), **{name: (0, 0, 2) for name in ("colour", "size", "position")}, "background": (0, 0, 1)}),
-    ("", {name: (0, 0, 2) for name in ("shape", "colour", "size", "position")} | {"background": (0, 0, 1), "count": (0, 0, 1)})])
+@pytest.mark.parametrize(
+    "text, wrong",
+    [
+        ("gray background , top left large red circle , bottom right small blue square", {}),
+        (
+            "gray background , top left large red circle",
+            {"shape": (1, 1, 2), "colour": (1, 1, 2), "size": (1, 1, 2), "position": (1, 1, 2), "count": (0, 1, 1)},
+        ),
+        (
+            "black background , top left large red circle , bottom right small blue cross",
+            {"background": (0, 1, 1), "shape": (1, 2, 2)},
+        ),
+        (
+            "red circle and green square",
+            {"colour": (1, 2, 2), "size": (0, 0, 2), "position": (0, 0, 2), "background": (0, 0, 1)},
+        ),
+        (
+            "three object",
+            {name: (0, 0, 2) for name in ("shape", "colour", "size", "position")}
+            | {"background": (0, 0, 1), "count": (0, 0, 1)},
+        ),
+        (
+            "two circle",
+            {
+                "shape": (1, 2, 2),
+                **{name: (0, 0, 2) for name in ("colour", "size", "position")},
+                "background": (0, 0, 1),
+            },
+        ),
+        (
+            "",
+            {name: (0, 0, 2) for name in ("shape", "colour", "size", "position")}
+            | {"background": (0, 0, 1), "count": (0, 0, 1)},
+        ),
+    ],
+)
 def test_facts_by_attribute(text, wrong):
-    right = {name: (2, 2, 2) for name in ("shape", "colour", "size", "position")} | {"background": (1, 1, 1), "count": (1, 1, 1)}
+    right = {name: (2, 2, 2) for name in ("shape", "colour", "size", "position")} | {
+        "background": (1, 1, 1),
+        "count": (1, 1, 1),
+    }
     assert caption_facts(SCENE, text) == right | wrong
 
 
@@ -38,7 +69,12 @@ def test_attributes_add_up_to_the_whole_score():
     rng = np.random.default_rng(0)
     for index in range(60):
         scene, other = scene_at("test", index), scene_at("test", index + 1)
-        for text in (caption(scene), random_detail_caption(scene, rng, 0.1, 0.9), caption(other), "red , red red blue , nonsense"):
+        for text in (
+            caption(scene),
+            random_detail_caption(scene, rng, 0.1, 0.9),
+            caption(other),
+            "red , red red blue , nonsense",
+        ):
             counts, score = caption_facts(scene, text), caption_score(scene, text)
             correct, claimed, total = (sum(counts[name][i] for name in ATTRIBUTES if name != "count") for i in range(3))
             assert (correct, total) == (score.recalled, score.total)
@@ -49,9 +85,13 @@ def test_summary_of_perfect_and_of_foreign_captions():
     scenes = [scene_at("test", index) for index in range(30)]
     perfect = facts_summary(scenes, [caption(scene) for scene in scenes])
     assert perfect["fact_recall"]["value"] == perfect["fact_precision"]["value"] == 1 and perfect["unparsed_words"] == 0
-    assert all(entry[kind]["value"] == 1 for entry in perfect["attributes"].values() for kind in ("recall", "precision"))
+    assert all(
+        entry[kind]["value"] == 1 for entry in perfect["attributes"].values() for kind in ("recall", "precision")
+    )
     foreign = facts_summary(scenes, [caption(scene) for scene in scenes[1:]] + ["what is this"])
-    assert 0.1 < foreign["attributes"]["colour"]["recall"]["value"] < 0.6 and foreign["unparsed_words"] == pytest.approx(1 / 30)
+    assert 0.1 < foreign["attributes"]["colour"]["recall"]["value"] < 0.6 and foreign[
+        "unparsed_words"
+    ] == pytest.approx(1 / 30)
     with pytest.raises(ValueError):
         facts_summary(scenes, ["one"])
 
@@ -60,16 +100,31 @@ def test_ratio_interval_covers_and_is_none_without_claims():
     rng = np.random.default_rng(0)
     claimed = rng.integers(0, 5, 400)
     found = ratio_interval(rng.binomial(claimed, 0.7), claimed)
-    assert found["low"] < found["value"] < found["high"] and found["low"] < 0.7 < found["high"] and found["high"] - found["low"] < 0.1
+    assert (
+        found["low"] < found["value"] < found["high"]
+        and found["low"] < 0.7 < found["high"]
+        and found["high"] - found["low"] < 0.1
+    )
     assert ratio_interval([0, 0], [0, 0]) is None
 
 
 def test_text_statistics():
-    assert words("A cat's well-worn, RED hat. \u00c9t\u00e9!") == ["a", "cat's", "well-worn", "red", "hat", "\u00e9t\u00e9"]
+    assert words("A cat's well-worn, RED hat. \u00c9t\u00e9!") == [
+        "a",
+        "cat's",
+        "well-worn",
+        "red",
+        "hat",
+        "\u00e9t\u00e9",
+    ]
     assert distinct([["a", "b"], ["a", "b", "c"]], 1) == 3 / 5 and distinct([["a", "b"], ["a", "b", "c"]], 2) == 2 / 3
     assert repetition("a b c d a b c d".split()) == pytest.approx(1 / 5) and repetition("a b c".split()) == 0
     found = text_statistics(["one two three", "one two three", "four"])
-    assert (found["words"]["value"], found["words"]["shortest"], found["words"]["longest"]) == (pytest.approx(7 / 3), 1, 3)
+    assert (found["words"]["value"], found["words"]["shortest"], found["words"]["longest"]) == (
+        pytest.approx(7 / 3),
+        1,
+        3,
+    )
     assert found["different_captions"] == pytest.approx(2 / 3) and found["distinct_3"] == 0.5
 
 
@@ -80,7 +135,9 @@ def clip_folder(tmp_path_factory):
     clip_encoder(folder)
     letters = [*string.ascii_lowercase, ",", ".", "'"]
     pieces = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    transformers.CLIPTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[]).save_pretrained(folder)
+    transformers.CLIPTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[]).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -118,8 +175,15 @@ def test_clip_similarity_is_that_of_transformers(clip_folder, data, tmp_path, ca
     assert np.ptp(list(theirs.values())) > 0.02
     assert found["clip"]["scores"] == pytest.approx(theirs, abs=1e-4)
     assert found["clip"]["cosine"]["value"] == pytest.approx(np.mean(list(theirs.values())), abs=1e-4)
-    assert found["clip"]["clip_score"]["value"] == pytest.approx(2.5 * np.mean([max(v, 0) for v in theirs.values()]), abs=1e-3)
-    assert (found["clip"]["captions_cut"], found["clip"]["tokens"], found["clip"]["n_valid"], found["errors"]) == (1, 30, 3, [])
+    assert found["clip"]["clip_score"]["value"] == pytest.approx(
+        2.5 * np.mean([max(v, 0) for v in theirs.values()]), abs=1e-3
+    )
+    assert (found["clip"]["captions_cut"], found["clip"]["tokens"], found["clip"]["n_valid"], found["errors"]) == (
+        1,
+        30,
+        3,
+        [],
+    )
     assert "clip cosine" in capsys.readouterr().out
 
 
@@ -144,10 +208,18 @@ def test_a_corrupt_image_is_told_and_the_rest_is_kept(clip_folder, data, tmp_pat
     assert found["n_valid"] == 2 and found["scores"]["coffee"] is None and found["cosine"]["n"] == 2
 
 
-@pytest.mark.parametrize("flags, message", [
-    (dict(), "give --scenes, or --data"), (dict(data="x", scenes=3), "give --scenes, or --data"), (dict(scenes=3), "--scenes needs --out"),
-    (dict(data="nowhere"), "captions.jsonl does not exist"), (dict(captions="{data}/captions.jsonl", clip="{clip}"), "give --images"),
-    (dict(data="{data}", longclip="x"), "--longclip needs --clip"), (dict(data="{data}", clip="{data}"), "has no tokenizer")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(), "give --scenes, or --data"),
+        (dict(data="x", scenes=3), "give --scenes, or --data"),
+        (dict(scenes=3), "--scenes needs --out"),
+        (dict(data="nowhere"), "captions.jsonl does not exist"),
+        (dict(captions="{data}/captions.jsonl", clip="{clip}"), "give --images"),
+        (dict(data="{data}", longclip="x"), "--longclip needs --clip"),
+        (dict(data="{data}", clip="{data}"), "has no tokenizer"),
+    ],
+)
 def test_bad_input_is_one_line(flags, message, clip_folder, data, tmp_path):
     flags = {name: str(value).format(data=data[0], clip=clip_folder) for name, value in flags.items()}
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
@@ -160,6 +232,12 @@ def test_the_built_in_model_is_asked_about_scenes_once(tmp_path, monkeypatch):
     flags = dict(scenes=4, out=tmp_path / "said", temperature=0)
     first = run(tmp_path / "first.json", **flags)
     assert first["facts"]["fact_recall"]["n"] == 4 and set(first["facts"]["attributes"]) == set(ATTRIBUTES)
-    assert first["captions"] == {record["image_id"]: record["caption"] for record in read_records(tmp_path / "said" / "captions.jsonl")}
-    monkeypatch.setattr(api.Model, "each_caption", lambda self, images, **keywords: iter(()) if not images else pytest.fail("asked again"))
+    assert first["captions"] == {
+        record["image_id"]: record["caption"] for record in read_records(tmp_path / "said" / "captions.jsonl")
+    }
+    monkeypatch.setattr(
+        api.Model,
+        "each_caption",
+        lambda self, images, **keywords: iter(()) if not images else pytest.fail("asked again"),
+    )
     assert run(tmp_path / "again.json", **flags) == first

@@ -12,7 +12,11 @@ from stand_ins import SIZE, Painter, contents, dpg_pictures, refused, sample_pix
 from uae_jax import evaluate
 from uae_jax.evaluation import dpg, drawing
 
-PROMPTS = {"12": "a long text about a lamp", "COCOval2014000000000042": "a longer one about a street", "partiprompts7": "a text, with \"quotes\""}
+PROMPTS = {
+    "12": "a long text about a lamp",
+    "COCOval2014000000000042": "a longer one about a street",
+    "partiprompts7": 'a text, with "quotes"',
+}
 
 pytestmark = pytest.mark.usefixtures("painter")
 
@@ -70,7 +74,11 @@ def test_check_names_missing_cut_and_strange_files(prompts, tmp_path):
     (out / "partiprompts7.png").unlink()
     (out / "dpg-bench_20260101-000000_results.txt").write_text("")
     told = check_output(prompts, out)
-    assert "12.png is not a readable picture" in told and "partiprompts7.png is missing" in told and "results.txt is none of" in told
+    assert (
+        "12.png is not a readable picture" in told
+        and "partiprompts7.png is missing" in told
+        and "results.txt is none of" in told
+    )
     assert "COCOval2014000000000042.png is 16 x 16 pixels instead of 32 x 32" in check_output(prompts, out, "--size=16")
 
 
@@ -110,7 +118,10 @@ def test_summary_of_the_evaluators_results(tmp_path, capsys):
     found = json.loads((tmp_path / "scores.json").read_text())
     assert found["overall"]["value"] == pytest.approx(100 * 2 / 3) and found["overall"]["prompts"] == 3
     assert 50 <= found["overall"]["low"] <= found["overall"]["value"] <= found["overall"]["high"] <= 75
-    assert found["categories"] == {"entity": 80.0, "global": 50.5} and found["subcategories"] == {"entity - whole": 81.25, "global -": 50.5}
+    assert found["categories"] == {"entity": 80.0, "global": 50.5} and found["subcategories"] == {
+        "entity - whole": 81.25,
+        "global -": 50.5,
+    }
     assert found["warnings"] == ["3 prompts were scored; the published benchmark has 1065"]
     assert "66.67" in capsys.readouterr().out
 
@@ -121,7 +132,11 @@ def test_summary_says_what_is_wrong_with_results(tmp_path):
     assert any("has not finished" in warning for warning in dpg.summarise(dpg.read_results(path))["warnings"])
     path.write_text(RESULTS.replace("score: 66", "score: 67"))
     assert any("evaluator's total is 67.6" in warning for warning in dpg.summarise(dpg.read_results(path))["warnings"])
-    for line, told in (("a.png, 1.0, 0.0, 0.7\n", "line 1 is not"), ("a.png\n", "line 1 is not"), ("Model: a\n", "has no scores")):
+    for line, told in (
+        ("a.png, 1.0, 0.0, 0.7\n", "line 1 is not"),
+        ("a.png\n", "line 1 is not"),
+        ("Model: a\n", "has no scores"),
+    ):
         path.write_text(line)
         assert told in refused("dpg", "summary", path)
     assert "does not exist" in refused("dpg", "summary", tmp_path / "none.txt")

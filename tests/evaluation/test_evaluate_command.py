@@ -1,4 +1,6 @@
-"""The command: every benchmark of the table is there, help is quick and errors are one line, as a process of its own."""
+"""The command: every benchmark of the table is there, help is quick and errors are one line, as a process of its
+own.
+"""
 
 import importlib
 import json
@@ -40,7 +42,13 @@ def test_unknown_commands_and_flags_are_told(capsys):
 def run(folder, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": compiler_flags()}
     return subprocess.run(
-        [sys.executable, "-m", "uae_jax.evaluate", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        [sys.executable, "-m", "uae_jax.evaluate", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_as_a_process_with_relative_paths(tmp_path):
@@ -51,9 +59,14 @@ def test_as_a_process_with_relative_paths(tmp_path):
     encoder = ROOT / "uae_jax" / "assets" / "tiny" / "clip"
     done = run(tmp_path, "unified_bench", "--ref_dir=ref", "--gen_dir=gen", f"--clip={encoder}", "--output=scores.json")
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "scores.json").read_text())["summary"]["n_valid"] == 1 and (tmp_path / "report.html").is_file()
+    assert (
+        json.loads((tmp_path / "scores.json").read_text())["summary"]["n_valid"] == 1
+        and (tmp_path / "report.html").is_file()
+    )
     photo.save(tmp_path / "gen" / "stranger.jpg")
     done = run(tmp_path, "unified_bench", "--ref_dir=ref", "--gen_dir=gen", f"--clip={encoder}", "--output=again.json")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: 1 thing could not be scored: gen/stranger.jpg: no reference has its name")
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: 1 thing could not be scored: gen/stranger.jpg: no reference has its name"
+    )
     assert json.loads((tmp_path / "again.json").read_text())["statistics_by_model"]["clip"]["n_valid"] == 1

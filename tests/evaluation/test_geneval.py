@@ -14,9 +14,18 @@ from uae_jax.evaluation import geneval, grouped_scores
 
 ENTRIES = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
-    {"tag": "counting", "include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", "count": 3}], "prompt": "a photo of two clocks"},
-    {"tag": "position", "include": [{"class": "cow", "count": 1}, {"class": "zebra", "count": 1, "position": ["right of", 0]}],
-     "prompt": "a photo of a zebra right of a cow"}]
+    {
+        "tag": "counting",
+        "include": [{"class": "clock", "count": 2}],
+        "exclude": [{"class": "clock", "count": 3}],
+        "prompt": "a photo of two clocks",
+    },
+    {
+        "tag": "position",
+        "include": [{"class": "cow", "count": 1}, {"class": "zebra", "count": 1, "position": ["right of", 0]}],
+        "prompt": "a photo of a zebra right of a cow",
+    },
+]
 
 pytestmark = pytest.mark.usefixtures("painter")
 
@@ -38,9 +47,13 @@ def test_the_evaluator_finds_every_picture_with_its_prompt(prompts, tmp_path, ca
     assert len(seen) == 12
     for index, entry in enumerate(ENTRIES):
         paths = sorted(path for metadata, path in seen if metadata == entry)
-        assert [path.replace(str(tmp_path), "") for path in paths] == [f"/out/{index:05d}/samples/{sample:05d}.png" for sample in range(4)]
+        assert [path.replace(str(tmp_path), "") for path in paths] == [
+            f"/out/{index:05d}/samples/{sample:05d}.png" for sample in range(4)
+        ]
         for sample, path in enumerate(paths):
-            np.testing.assert_array_equal(np.asarray(Image.open(path)), sample_pixels(entry["prompt"], 4 * index + sample))
+            np.testing.assert_array_equal(
+                np.asarray(Image.open(path)), sample_pixels(entry["prompt"], 4 * index + sample)
+            )
     evaluate.main(["geneval", "check", str(tmp_path / "out"), f"--prompts={prompts}"])
     assert "3 prompts with 4 pictures each" in capsys.readouterr().out
 
@@ -73,17 +86,29 @@ def test_a_damaged_picture_is_noticed_and_only_it_is_drawn_again(prompts, tmp_pa
     error = refused("geneval", "check", out)
     told = capsys.readouterr().out
     assert "has 3 problems" in error
-    assert f"{cut} is not a readable picture" in told and f"{small} is 4 x 4 pixels" in told and "holds 3 pictures instead of 4" in told
+    assert (
+        f"{cut} is not a readable picture" in told
+        and f"{small} is 4 x 4 pixels" in told
+        and "holds 3 pictures instead of 4" in told
+    )
     write(prompts, out)
     after = snapshot(out)
-    assert {name: content for name, (content, _) in after.items()} == {name: content for name, (content, _) in before.items()}
+    assert {name: content for name, (content, _) in after.items()} == {
+        name: content for name, (content, _) in before.items()
+    }
     kept = [name for name in after if name.endswith(".png") and not name.endswith("00002.png")]
     assert len(kept) == 9 and all(after[name] == before[name] for name in kept)
 
 
-@pytest.mark.parametrize("change, told", [
-    ("--seed=7", "begun with seed=42, now it is seed=7"), ("--steps=3", "begun with steps=2, now it is steps=3"),
-    ("--images_per_prompt=2", "images_per_prompt=4"), ("--without_adapters", "adapters=True, now it is adapters=False")])
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ("--seed=7", "begun with seed=42, now it is seed=7"),
+        ("--steps=3", "begun with steps=2, now it is steps=3"),
+        ("--images_per_prompt=2", "images_per_prompt=4"),
+        ("--without_adapters", "adapters=True, now it is adapters=False"),
+    ],
+)
 def test_other_settings_are_refused_and_nothing_is_changed(prompts, tmp_path, change, told):
     write(prompts, tmp_path / "out", "--seed=42")
     before = snapshot(tmp_path)
@@ -94,17 +119,26 @@ def test_other_settings_are_refused_and_nothing_is_changed(prompts, tmp_path, ch
 def test_other_prompts_and_unknown_folders_are_refused(prompts, tmp_path):
     write(prompts, tmp_path / "out")
     prompts.write_text(json.dumps(ENTRIES[0]))
-    assert "begun with count=3, prompts=" in refused("geneval", "write", f"--prompts={prompts}", f"--out={tmp_path / 'out'}")
+    assert "begun with count=3, prompts=" in refused(
+        "geneval", "write", f"--prompts={prompts}", f"--out={tmp_path / 'out'}"
+    )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("not a benchmark")
     assert "is not empty" in refused("geneval", "write", f"--prompts={prompts}", f"--out={tmp_path / 'mine'}")
 
 
-@pytest.mark.parametrize("content, told", [
-    (None, "does not exist"), ("", "is empty"), ('{"tag": "a", "include": [], "prompt": "b"}\n{"tag": ', "line 2 is not JSON"),
-    ('\n{"tag": "a", "include": []}', "line 2 has no 'prompt'"), ('{"tag": "a", "include": "b", "prompt": "c"}', "line 1 has include='b'"),
-    ("[1]", "line 1 is not a JSON object"),
-    (json.dumps({"tag": "a", "include": [], "prompt": "word " * 60}), "the prompt of")])
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (None, "does not exist"),
+        ("", "is empty"),
+        ('{"tag": "a", "include": [], "prompt": "b"}\n{"tag": ', "line 2 is not JSON"),
+        ('\n{"tag": "a", "include": []}', "line 2 has no 'prompt'"),
+        ('{"tag": "a", "include": "b", "prompt": "c"}', "line 1 has include='b'"),
+        ("[1]", "line 1 is not a JSON object"),
+        (json.dumps({"tag": "a", "include": [], "prompt": "word " * 60}), "the prompt of"),
+    ],
+)
 def test_bad_prompts_are_named(tmp_path, content, told):
     path = tmp_path / "prompts.jsonl"
     if content is not None:
@@ -113,14 +147,25 @@ def test_bad_prompts_are_named(tmp_path, content, told):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("spoil, told", [
-    (lambda out: (out / "00001/metadata.jsonl").write_text("{}"), "has no tag and no include and no prompt"),
-    (lambda out: (out / "00001/metadata.jsonl").write_text('{"a": 1}\n{"a": 2}'), "is not one JSON object"),
-    (lambda out: (out / "00001/metadata.jsonl").write_text(json.dumps(ENTRIES[0])), "is not line 2 of the prompts"),
-    (lambda out: (out / "00001/samples/00000.png").rename(out / "00001/samples/00000.jpg"), "is passed over by the evaluator"),
-    (lambda out: (out / "00001/samples/00000.png.bak").write_text("x"), "is taken for a picture by the evaluator"),
-    (lambda out: (out / "00001").rename(out / "one"), "00001 is missing"), (lambda out: (out / "00002").rename(out / "00003"), "is more than"),
-    (lambda out: Image.new("RGB", (8, 8)).save(out / "00001/samples/00001.png", format="JPEG"), "is a JPEG file by its content")])
+@pytest.mark.parametrize(
+    "spoil, told",
+    [
+        (lambda out: (out / "00001/metadata.jsonl").write_text("{}"), "has no tag and no include and no prompt"),
+        (lambda out: (out / "00001/metadata.jsonl").write_text('{"a": 1}\n{"a": 2}'), "is not one JSON object"),
+        (lambda out: (out / "00001/metadata.jsonl").write_text(json.dumps(ENTRIES[0])), "is not line 2 of the prompts"),
+        (
+            lambda out: (out / "00001/samples/00000.png").rename(out / "00001/samples/00000.jpg"),
+            "is passed over by the evaluator",
+        ),
+        (lambda out: (out / "00001/samples/00000.png.bak").write_text("x"), "is taken for a picture by the evaluator"),
+        (lambda out: (out / "00001").rename(out / "one"), "00001 is missing"),
+        (lambda out: (out / "00002").rename(out / "00003"), "is more than"),
+        (
+            lambda out: Image.new("RGB", (8, 8)).save(out / "00001/samples/00001.png", format="JPEG"),
+            "is a JPEG file by its content",
+        ),
+    ],
+)
 def test_check_names_what_the_evaluator_would_stumble_over(prompts, tmp_path, capsys, spoil, told):
     write(prompts, tmp_path / "out")
     spoil(tmp_path / "out")
@@ -146,15 +191,22 @@ def test_summary_is_that_of_the_official_script(tmp_path, capsys):
         entry = {**entry, "prompt": f"{entry['prompt']} {index}"}
         right = rng.random(4) < 0.6
         shares.setdefault(entry["tag"], []).extend(right)
-        lines += [geneval_result(entry, f"/images/{index:05d}/samples/{sample:05d}.png", bool(value)) for sample, value in enumerate(right)]
+        lines += [
+            geneval_result(entry, f"/images/{index:05d}/samples/{sample:05d}.png", bool(value))
+            for sample, value in enumerate(right)
+        ]
     (tmp_path / "results.jsonl").write_text("\n".join(lines) + "\n")
     evaluate.main(["geneval", "summary", str(tmp_path / "results.jsonl"), f"--output={tmp_path / 'scores.json'}"])
     found = json.loads((tmp_path / "scores.json").read_text())
     assert found["overall"]["value"] == pytest.approx(np.mean([np.mean(values) for values in shares.values()]))
-    assert {tag: score["value"] for tag, score in found["tags"].items()} == pytest.approx({tag: np.mean(values) for tag, values in shares.items()})
+    assert {tag: score["value"] for tag, score in found["tags"].items()} == pytest.approx(
+        {tag: np.mean(values) for tag, values in shares.items()}
+    )
     assert found["overall"]["n"] == 60 and found["overall"]["prompts"] == 15 and found["warnings"] == []
     assert all(score["low"] <= score["value"] <= score["high"] for score in (found["overall"], *found["tags"].values()))
-    any_right = np.mean([np.any([json.loads(line)["correct"] for line in lines[start:start + 4]]) for start in range(0, 60, 4)])
+    any_right = np.mean(
+        [np.any([json.loads(line)["correct"] for line in lines[start : start + 4]]) for start in range(0, 60, 4)]
+    )
     assert found["correct_prompts"] == pytest.approx(any_right)
     assert f"{100 * found['overall']['value']:.2f} %" in capsys.readouterr().out
     (tmp_path / "results.jsonl").write_text("\n".join(lines[:-1]) + "\n{")
@@ -177,18 +229,36 @@ def test_scenes_are_scored_as_the_checker_says(tmp_path, capsys, monkeypatch):
     wanted = {}
     for entry in entries:
         right = entry["tag"] != "counting"
-        wanted[entry["prompt"]] = next(scene for scene in map(lambda i: scenes.scene_at("train", i), range(20000)) if check_scene(entry, scene) == right)
-    monkeypatch.setattr(Painter, "generate", lambda self, texts, *, sample_ids: [Image.fromarray(scenes.draw(wanted[text])) for text in texts])
+        wanted[entry["prompt"]] = next(
+            scene
+            for scene in map(lambda i: scenes.scene_at("train", i), range(20000))
+            if check_scene(entry, scene) == right
+        )
+    monkeypatch.setattr(
+        Painter,
+        "generate",
+        lambda self, texts, *, sample_ids: [Image.fromarray(scenes.draw(wanted[text])) for text in texts],
+    )
     write("scenes", tmp_path / "out", "--per_tag=3", "--images_per_prompt=2", "--size=32")
     evaluate.main(["geneval", "check", str(tmp_path / "out"), "--prompts=scenes"])
     evaluate.main(["geneval", "score", str(tmp_path / "out")])
     assert "tag" not in capsys.readouterr().err
     lines = (tmp_path / "out.results.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    assert len(records) == 36 and set(records[0]) == {"filename", "tag", "prompt", "correct", "reason", "metadata", "details"}
+    assert len(records) == 36 and set(records[0]) == {
+        "filename",
+        "tag",
+        "prompt",
+        "correct",
+        "reason",
+        "metadata",
+        "details",
+    }
     for record in records:
         picture = np.asarray(Image.open(record["filename"]))
-        assert record["correct"] == check_prompt(json.loads(record["metadata"]), picture) == (record["tag"] != "counting")
+        assert (
+            record["correct"] == check_prompt(json.loads(record["metadata"]), picture) == (record["tag"] != "counting")
+        )
         assert bool(record["reason"]) != record["correct"] and json.loads(record["details"])
     found = geneval.summarise(records)
     assert found["overall"]["value"] == pytest.approx(5 / 6) and found["tags"]["counting"]["value"] == 0

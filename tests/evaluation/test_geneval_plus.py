@@ -11,8 +11,14 @@ from stand_ins import Painter, contents, refused, sample_pixels
 from uae_jax import evaluate
 from uae_jax.evaluation import geneval_plus
 
-ENTRIES = [{"tag": tag, "include": [{"class": "bus", "count": 1, "color": "brown"}], "prompt": f" A photo of a {tag}, number {index}"}
-           for index, tag in enumerate(["color_attr", "color_attr", "counting", "size_spatial_attr"])]
+ENTRIES = [
+    {
+        "tag": tag,
+        "include": [{"class": "bus", "count": 1, "color": "brown"}],
+        "prompt": f" A photo of a {tag}, number {index}",
+    }
+    for index, tag in enumerate(["color_attr", "color_attr", "counting", "size_spatial_attr"])
+]
 
 pytestmark = pytest.mark.usefixtures("painter")
 
@@ -39,7 +45,11 @@ def judged(prompts, folder, verdicts):
         total[entry["tag"]] = total.get(entry["tag"], 0) + 1
         right[entry["tag"]] = right.get(entry["tag"], 0) + (result.get("correct", 0) == 1)
     shares = {tag: round(right[tag] / total[tag], 4) for tag in total}
-    return {"overall_results": results, "tag_accuracy": shares, "overall_score_mean_of_tags": round(sum(shares.values()) / len(shares), 4)}
+    return {
+        "overall_results": results,
+        "tag_accuracy": shares,
+        "overall_score_mean_of_tags": round(sum(shares.values()) / len(shares), 4),
+    }
 
 
 def test_pictures_are_numbered_from_one_and_scored_per_tag(prompts, tmp_path, capsys):
@@ -48,10 +58,18 @@ def test_pictures_are_numbered_from_one_and_scored_per_tag(prompts, tmp_path, ca
     assert sorted(path.name for path in out.iterdir()) == ["1.jpg", "2.jpg", "3.jpg", "4.jpg"]
     for index, entry in enumerate(ENTRIES):
         seen = np.asarray(Image.open(out / f"{index + 1}.jpg"), np.float32)
-        errors = [np.abs(seen - sample_pixels(other["prompt"].strip(), number, 64)).mean() for number, other in enumerate(ENTRIES)]
+        errors = [
+            np.abs(seen - sample_pixels(other["prompt"].strip(), number, 64)).mean()
+            for number, other in enumerate(ENTRIES)
+        ]
         assert np.argmin(errors) == index and errors[index] < 20
     evaluate.main(["geneval_plus", "check", str(out)])
-    verdicts = [{"correct": 1, "reason": ""}, {"correct": 0, "reason": "no"}, {"correct": True}, {"correct": -1, "reason": "failed"}]
+    verdicts = [
+        {"correct": 1, "reason": ""},
+        {"correct": 0, "reason": "no"},
+        {"correct": True},
+        {"correct": -1, "reason": "failed"},
+    ]
     output = judged(prompts, out, verdicts)
     (tmp_path / "Output.json").write_text(json.dumps(output))
     evaluate.main(["geneval_plus", "summary", str(tmp_path / "Output.json"), f"--output={tmp_path / 'scores.json'}"])
@@ -99,6 +117,10 @@ def test_bad_input_is_one_line(prompts, tmp_path):
     assert "does not exist" in refused("geneval_plus", "check", tmp_path / "none")
     (tmp_path / "some").mkdir()
     assert "give --prompts" in refused("geneval_plus", "check", tmp_path / "some")
-    for content, told in (("{", "is not JSON"), ("[]", "has no overall_results"), ('{"overall_results": [{"id": 1}]}', "result 1 has not")):
+    for content, told in (
+        ("{", "is not JSON"),
+        ("[]", "has no overall_results"),
+        ('{"overall_results": [{"id": 1}]}', "result 1 has not"),
+    ):
         (tmp_path / "Output.json").write_text(content)
         assert told in refused("geneval_plus", "summary", tmp_path / "Output.json")

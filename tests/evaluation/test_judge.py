@@ -1,4 +1,6 @@
-"""Unified-Bench, protocol 2, against a stub of an endpoint that answers, fails, stalls and talks nonsense as it is told."""
+"""Unified-Bench, protocol 2, against a stub of an endpoint that answers, fails, stalls and talks nonsense as it is
+told.
+"""
 
 import http.server
 import json
@@ -45,8 +47,11 @@ class Stub:
                     stub.keys.append(self.headers.get("Authorization"))
                     number = len(stub.bodies)
                 said = reply(number, body)
-                status, headers, text = said if isinstance(said, tuple) else (
-                    200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}))
+                status, headers, text = (
+                    said
+                    if isinstance(said, tuple)
+                    else (200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}))
+                )
                 try:
                     self.send_response(status)
                     for name, value in headers.items():
@@ -78,9 +83,23 @@ def surroundings(monkeypatch):
 
 def judge(folder, url=None, a=GOOD, b=OTHER, **flags):
     for name, captions in (("a", a), ("b", b)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"image_id": key, "caption": text}) + "\n" for key, text in captions.items()))
-    values = dict(captions_a=folder / "a.jsonl", captions_b=folder / "b.jsonl", answers=folder / "answers.jsonl", output=folder / "out.json",
-                  backoff=0.01, workers=2, model="stub", endpoint=url, retries=3) | flags
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"image_id": key, "caption": text}) + "\n" for key, text in captions.items())
+        )
+    values = (
+        dict(
+            captions_a=folder / "a.jsonl",
+            captions_b=folder / "b.jsonl",
+            answers=folder / "answers.jsonl",
+            output=folder / "out.json",
+            backoff=0.01,
+            workers=2,
+            model="stub",
+            endpoint=url,
+            retries=3,
+        )
+        | flags
+    )
     evaluate.main(["judge", *(f"--{name}={value}" for name, value in values.items() if value is not None)])
     return json.loads((folder / "out.json").read_text())
 
@@ -95,18 +114,29 @@ def test_both_orders_are_asked_and_the_better_model_wins(tmp_path, capsys):
     assert len(stub.bodies) == 12 and set(stub.keys) == {"Bearer secret"}
     assert all(body["model"] == "stub" and body["temperature"] == 0 for body in stub.bodies)
     assert {(record["image_id"], record["order"]) for record in read_records(tmp_path / "answers.jsonl")} == {
-        (name, order) for name in GOOD for order in ("ab", "ba")}
+        (name, order) for name in GOOD for order in ("ab", "ba")
+    }
     assert (found["a"], found["b"], found["n_valid"], found["answers"]["valid"]) == ("UAE", "other", 6, 12)
     for key in KEYS:
         entry = found["scores"][key]
-        assert (entry["win"]["value"], entry["loss"]["value"], entry["consistency"], entry["first_rate"]) == (1, 0, 1, 0.5)
+        assert (entry["win"]["value"], entry["loss"]["value"], entry["consistency"], entry["first_rate"]) == (
+            1,
+            0,
+            1,
+            0.5,
+        )
     assert "overall" in capsys.readouterr().out and "secret" not in (tmp_path / "answers.jsonl").read_text()
 
 
 def test_a_judge_that_likes_what_comes_first_decides_nothing(tmp_path):
     with Stub(lambda number, body: verdict("A")) as stub:
         entry = judge(tmp_path, stub.url)["scores"]["overall"]
-    assert (entry["tie"]["value"], entry["win_rate"]["value"], entry["consistency"], entry["first_rate"]) == (1, 0.5, 0, 1)
+    assert (entry["tie"]["value"], entry["win_rate"]["value"], entry["consistency"], entry["first_rate"]) == (
+        1,
+        0.5,
+        0,
+        1,
+    )
 
 
 def test_images_are_shown_small(tmp_path):
@@ -122,7 +152,10 @@ def test_images_are_shown_small(tmp_path):
         judge(tmp_path, "http://127.0.0.1:1/v1", images=tmp_path / "images")
 
 
-@pytest.mark.parametrize("trouble", [(429, {"Retry-After": "0"}, "slow down"), (503, {}, "busy"), (500, {}, ""), (200, {}, "<html>proxy</html>")])
+@pytest.mark.parametrize(
+    "trouble",
+    [(429, {"Retry-After": "0"}, "slow down"), (503, {}, "busy"), (500, {}, ""), (200, {}, "<html>proxy</html>")],
+)
 def test_passing_trouble_is_retried(trouble, tmp_path):
     asked = Counter()
 
@@ -154,10 +187,16 @@ def test_malformed_answers_are_asked_again_counted_and_mended_by_the_next_run(tm
         asked[text] += 1
         if "caption 2 of a" in text:
             return "I would rather not say."
-        return "Sure:\n```json\n" + prefers_a(body) + "\n```" if asked[text] > 1 or "caption 3" not in text else '{"overall": "A"}'
+        return (
+            "Sure:\n```json\n" + prefers_a(body) + "\n```"
+            if asked[text] > 1 or "caption 3" not in text
+            else '{"overall": "A"}'
+        )
 
     with Stub(reply) as stub:
-        with pytest.raises(SystemExit, match=r"^error: 1 of 6 pairs have no judgement \(2 malformed, 0 refused and 0 missing"):
+        with pytest.raises(
+            SystemExit, match=r"^error: 1 of 6 pairs have no judgement \(2 malformed, 0 refused and 0 missing"
+        ):
             judge(tmp_path, stub.url)
         assert len(stub.bodies) == 12 + 4  # those of images 2 and 3 twice
     found = result(tmp_path)
@@ -169,7 +208,11 @@ def test_malformed_answers_are_asked_again_counted_and_mended_by_the_next_run(tm
 
 def test_an_endpoint_that_is_down_is_told_and_the_answers_so_far_are_kept(tmp_path):
     with Stub(lambda number, body: prefers_a(body) if number <= 5 else (503, {}, "going down")) as stub:
-        with pytest.raises(SystemExit, match=r"^error: endpoint .* gives no answer after 2 attempts \(status 503: going down\); 5 of 12 answers are kept"):
+        with pytest.raises(
+            SystemExit,
+            match=r"^error: endpoint .* gives no answer after 2 attempts \(status 503: going down\); 5 of 12 answers "
+            r"are kept",
+        ):
             judge(tmp_path, stub.url, retries=1)
     assert result(tmp_path)["answers"]["valid"] == len(read_records(tmp_path / "answers.jsonl")) == 5
     with pytest.raises(SystemExit, match="no connection.*5 of 12 answers are kept in .*the same command continues"):
@@ -183,7 +226,11 @@ def test_a_wrong_key_ends_at_once_and_a_refused_question_does_not(tmp_path):
         with pytest.raises(SystemExit, match="status 401: bad key.*is the API key right"):
             judge(tmp_path, stub.url, workers=1)
         assert len(stub.bodies) == 1
-    with Stub(lambda number, body: (400, {}, "policy") if "caption 1 of a" in body["messages"][0]["content"] else prefers_a(body)) as stub:
+    with Stub(
+        lambda number, body: (
+            (400, {}, "policy") if "caption 1 of a" in body["messages"][0]["content"] else prefers_a(body)
+        )
+    ) as stub:
         with pytest.raises(SystemExit, match="1 of 6 pairs have no judgement .0 malformed, 2 refused"):
             judge(tmp_path, stub.url)
     (tmp_path / "answers.jsonl").unlink()
@@ -208,12 +255,20 @@ def test_questions_and_saved_answers_without_an_endpoint(tmp_path):
     assert result(tmp_path)["scores"]["overall"]["win"]["n"] == 5
 
 
-@pytest.mark.parametrize("flags, message", [
-    (dict(b={"9": "other picture"}), "have no image in common"), (dict(model=None), "--endpoint needs --model"),
-    (dict(answers=None), "give --answers and --output"), (dict(request_fields="{"), "--request_fields={ is not JSON"),
-    (dict(api_key_env="NO_SUCH_KEY"), "NO_SUCH_KEY .* is not set"), (dict(workers=0), "must be positive"),
-    (dict(criteria="nothing.json"), "nothing.json does not exist"), (dict(b={"0": " "}), "record 1 needs"),
-    (dict(url="localhost"), "is not an address")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(b={"9": "other picture"}), "have no image in common"),
+        (dict(model=None), "--endpoint needs --model"),
+        (dict(answers=None), "give --answers and --output"),
+        (dict(request_fields="{"), "--request_fields={ is not JSON"),
+        (dict(api_key_env="NO_SUCH_KEY"), "NO_SUCH_KEY .* is not set"),
+        (dict(workers=0), "must be positive"),
+        (dict(criteria="nothing.json"), "nothing.json does not exist"),
+        (dict(b={"0": " "}), "record 1 needs"),
+        (dict(url="localhost"), "is not an address"),
+    ],
+)
 def test_bad_input_is_one_line(flags, message, tmp_path):
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         judge(tmp_path, **{"url": "http://127.0.0.1:1/v1", "retries": 0} | flags)
@@ -230,9 +285,19 @@ def test_answers_to_other_captions_are_not_mixed_in(tmp_path):
             judge(tmp_path, stub.url, a=GOOD | {"7": "more"})
 
 
-@pytest.mark.parametrize("answer, valid", [
-    (verdict("A"), True), ("<think>{maybe}</think> " + verdict("tie") + " Done.", True), (verdict("Caption b"), True),
-    (verdict("C"), False), ("", False), ('{"overall": "A"}', False), ("[" + verdict("A"), True), (verdict("A")[:-5], False)])
+@pytest.mark.parametrize(
+    "answer, valid",
+    [
+        (verdict("A"), True),
+        ("<think>{maybe}</think> " + verdict("tie") + " Done.", True),
+        (verdict("Caption b"), True),
+        (verdict("C"), False),
+        ("", False),
+        ('{"overall": "A"}', False),
+        ("[" + verdict("A"), True),
+        (verdict("A")[:-5], False),
+    ],
+)
 def test_answers_are_read_strictly(answer, valid):
     assert (parse_verdict(KEYS, answer) is not None) == valid
 
@@ -241,17 +306,29 @@ def test_tally_counts_a_win_only_when_both_orders_agree():
     def said(first, second):
         return {"ab": {"overall": first}, "ba": {"overall": second}}
 
-    verdicts = {"win": said("A", "B"), "loss": said("B", "A"), "swayed": said("A", "A"), "half": said("A", "tie"), "even": said("tie", "tie"),
-                "one answer": {"ab": {"overall": "A"}}}
+    verdicts = {
+        "win": said("A", "B"),
+        "loss": said("B", "A"),
+        "swayed": said("A", "A"),
+        "half": said("A", "tie"),
+        "even": said("tie", "tie"),
+        "one answer": {"ab": {"overall": "A"}},
+    }
     entry = tally(["overall"], verdicts)["overall"]
     assert [entry[name]["value"] for name in ("win", "tie", "loss", "win_rate")] == pytest.approx([0.2, 0.6, 0.2, 0.5])
-    assert entry["win"]["n"] == 5 and entry["consistency"] == pytest.approx(0.6) and entry["first_rate"] == pytest.approx(5 / 7)
+    assert (
+        entry["win"]["n"] == 5
+        and entry["consistency"] == pytest.approx(0.6)
+        and entry["first_rate"] == pytest.approx(5 / 7)
+    )
     assert tally(["overall"], {}) == {}
 
 
 def test_questions_are_shuffled_by_the_seed_and_hold_the_captions_as_they_are():
     criteria = Criteria.from_file()
-    make = lambda seed: make_questions(criteria, {"x": "a {keys} b", "y": "1"}, {"x": "{caption_a}", "y": "2"}, {}, seed)  # noqa: E731
+    make = lambda seed: make_questions(
+        criteria, {"x": "a {keys} b", "y": "1"}, {"x": "{caption_a}", "y": "2"}, {}, seed
+    )  # noqa: E731
     assert make(0) == make(0) and len({tuple((q.image_id, q.order) for q in make(seed)) for seed in range(9)}) > 1
     text = next(q.text for q in make(0) if (q.image_id, q.order) == ("x", "ab"))
     assert "Caption A:\na {keys} b\n\nCaption B:\n{caption_a}\n" in text and "not shown" in text

@@ -23,14 +23,29 @@ def encoded(colour, side=12):
 
 
 def item(index, image, **more):
-    return {"index": str(index), "image": image, "question": f"What is shown in {index}?", "A": "a red circle", "B": "a blue square",
-            "C": "two crosses", "D": "", "hint": "", "category": f"sub{index % 3}", "l2-category": f"meta{index % 3 // 2}", "split": "VAL",
-            "answer": "ABC"[index % 3]} | more
+    return {
+        "index": str(index),
+        "image": image,
+        "question": f"What is shown in {index}?",
+        "A": "a red circle",
+        "B": "a blue square",
+        "C": "two crosses",
+        "D": "",
+        "hint": "",
+        "category": f"sub{index % 3}",
+        "l2-category": f"meta{index % 3 // 2}",
+        "split": "VAL",
+        "answer": "ABC"[index % 3],
+    } | more
 
 
 ITEMS = [
-    item(7, encoded("red"), hint="look closely"), item(8, encoded("blue"), C="None"), item(9, "7"),
-    item(10, str([encoded("green"), encoded("white", 20)])), item(11, "")]
+    item(7, encoded("red"), hint="look closely"),
+    item(8, encoded("blue"), C="None"),
+    item(9, "7"),
+    item(10, str([encoded("green"), encoded("white", 20)])),
+    item(11, ""),
+]
 
 
 class Engine:
@@ -47,15 +62,23 @@ class Engine:
             if self.limit is not None and len(self.asked) >= self.limit:
                 raise KeyboardInterrupt
             self.asked.append(row)
-            yield row, f"\"{row.fields['images'][0][1]}\",\n{len(row.fields['images'])}\tseen: ({'ABC'[row.sample_id % 3]})"
+            yield (
+                row,
+                f'"{row.fields["images"][0][1]}",\n{len(row.fields["images"])}\tseen: ({"ABC"[row.sample_id % 3]})',
+            )
 
 
 @pytest.fixture
 def engine(monkeypatch):
     engine = Engine()
     settings = dict(seed=42, temperature=0.0, top_p=1.0, max_new_tokens=32)
-    monkeypatch.setattr(mmt, "load_model", lambda options, inputs: types.SimpleNamespace(
-        engine=engine, settings=types.SimpleNamespace(**settings | ({"seed": options.seed} if options.seed else {}))))
+    monkeypatch.setattr(
+        mmt,
+        "load_model",
+        lambda options, inputs: types.SimpleNamespace(
+            engine=engine, settings=types.SimpleNamespace(**settings | ({"seed": options.seed} if options.seed else {}))
+        ),
+    )
     return engine
 
 
@@ -67,8 +90,10 @@ def data(tmp_path):
 
 def test_prompt_is_the_benchmarks(data):
     assert mmt.question_text(ITEMS[0]) == (
-        "Hint: look closely\nQuestion: What is shown in 7?\nOptions:\nA. a red circle\nB. a blue square\nC. two crosses\n"
-        "Please select the correct answer from the options above. \n")
+        "Hint: look closely\nQuestion: What is shown in 7?\nOptions:\nA. a red circle\nB. a blue square\nC. two "
+        "crosses\n"
+        "Please select the correct answer from the options above. \n"
+    )
     assert "Hint" not in mmt.question_text(ITEMS[1]) and "C." not in mmt.question_text(ITEMS[1])
     assert mmt.question_text({"question": "how many?"}) == "Question: how many?\n"
 
@@ -78,11 +103,22 @@ def test_tables_hold_every_column_but_the_images(data, tmp_path, engine, capsys)
     base = tmp_path / "out/uae_MMT-Bench_VAL"
     rows = tables.read_table(base.with_suffix(".tsv"))
     assert rows == tables.read_table(base.with_suffix(".xlsx"))
-    assert [row["index"] for row in rows] == ["7", "8", "9", "10"]  # 11 has no image, and is no item for VLMEvalKit either
+    assert [row["index"] for row in rows] == [
+        "7",
+        "8",
+        "9",
+        "10",
+    ]  # 11 has no image, and is no item for VLMEvalKit either
     assert list(rows[0]) == [name for name in ITEMS[0] if name != "image"] + ["prediction"]
-    assert all({name: row[name] for name in row if name != "prediction"}.items() <= given.items() for row, given in zip(rows, ITEMS))
+    assert all(
+        {name: row[name] for name in row if name != "prediction"}.items() <= given.items()
+        for row, given in zip(rows, ITEMS)
+    )
     assert rows[2]["prediction"] == '"(255, 0, 0)",\n1\tseen: (C)'  # row 9 has the picture of row 7
-    assert "2\tseen" in rows[3]["prediction"] and engine.asked[3].fields["images"] == [((12, 12), (0, 128, 0)), ((20, 20), (255, 255, 255))]
+    assert "2\tseen" in rows[3]["prediction"] and engine.asked[3].fields["images"] == [
+        ((12, 12), (0, 128, 0)),
+        ((20, 20), (255, 255, 255)),
+    ]
     evaluate.main(["mmt", "check", f"{base}.tsv", f"--data={data}"])
     evaluate.main(["mmt", "check", f"{base}.xlsx", f"--data={data}"])
     assert capsys.readouterr().out.count("4 items, all answered") == 2
@@ -118,19 +154,34 @@ def test_unreadable_images_are_named_and_the_rest_is_answered(tmp_path, engine, 
 
 
 def test_images_may_be_files(tmp_path, engine):
-    rows = [{name: value for name, value in item(0, "").items() if name != "image"} | {"image_path": path} for path in ("a.png", "['a.png', 'b.png']")]
+    rows = [
+        {name: value for name, value in item(0, "").items() if name != "image"} | {"image_path": path}
+        for path in ("a.png", "['a.png', 'b.png']")
+    ]
     rows[1]["index"] = "1"
     tables.write_tsv(tmp_path / "data.tsv", rows)
     for name in ("a", "b"):
         Image.new("RGB", (9, 9), "blue").save(tmp_path / f"{name}.png")
     evaluate.main(["mmt", "answer", f"--data={tmp_path / 'data.tsv'}", f"--out={tmp_path / 'out'}"])
     assert [len(row.fields["images"]) for row in engine.asked] == [1, 2]
-    assert "give --image_root" in json.dumps(list(mmt.write_answers(
-        engine, mmt.read_items(tmp_path / "data.tsv"), types.SimpleNamespace(records=[], append=print), tmp_path / "data.tsv", tmp_path / "no").values()))
+    assert "give --image_root" in json.dumps(
+        list(
+            mmt.write_answers(
+                engine,
+                mmt.read_items(tmp_path / "data.tsv"),
+                types.SimpleNamespace(records=[], append=print),
+                tmp_path / "data.tsv",
+                tmp_path / "no",
+            ).values()
+        )
+    )
 
 
 def test_the_split_without_answers_gets_its_submission(tmp_path, engine):
-    rows = [{name: value for name, value in item(index, encoded("red"), Source="web").items() if name != "answer"} for index in (12, 3, 101)]
+    rows = [
+        {name: value for name, value in item(index, encoded("red"), Source="web").items() if name != "answer"}
+        for index in (12, 3, 101)
+    ]
     tables.write_tsv(tmp_path / "MMT-Bench_ALL.tsv", rows)
     evaluate.main(["mmt", "answer", f"--data={tmp_path / 'MMT-Bench_ALL.tsv'}", f"--out={tmp_path}", "--name=m"])
     sent = tables.read_table(tmp_path / "m_MMT-Bench_ALL_exact_matching_submission.tsv")
@@ -139,28 +190,61 @@ def test_the_split_without_answers_gets_its_submission(tmp_path, engine):
     assert "EvalAI" in refused("mmt", "summary", tmp_path / "m_MMT-Bench_ALL.tsv")
 
 
-@pytest.mark.parametrize("answer, letter", [
-    ("B", "B"), ("(B)", "B"), ("B. a blue square", "B"), ("The answer is C.", "C"), ("A or B", None), ("**C**", "C"), ("b", None), ("", None),
-    ("Z", "Z"), ("A B C", None), ("Cannot determine the answer, A", "Z"), ("D", None),
-    ("A thing of beauty is a joy for ever", None),  # the letter stands too far from the end
-    ("A thing is here", "A"), ("it shows a blue square here", "B"), ("a red circle and a blue square", None), ("A Blue Square", "A"),
-    ("The correct answer is **A**, since B and C are wrong", "A"), ("the answer is a puzzle", "A"), ("the answer is D", None),
-    ("a blue square " * 20, None), ("Answer: C", "C"), ("AB", None)])
+@pytest.mark.parametrize(
+    "answer, letter",
+    [
+        ("B", "B"),
+        ("(B)", "B"),
+        ("B. a blue square", "B"),
+        ("The answer is C.", "C"),
+        ("A or B", None),
+        ("**C**", "C"),
+        ("b", None),
+        ("", None),
+        ("Z", "Z"),
+        ("A B C", None),
+        ("Cannot determine the answer, A", "Z"),
+        ("D", None),
+        ("A thing of beauty is a joy for ever", None),  # the letter stands too far from the end
+        ("A thing is here", "A"),
+        ("it shows a blue square here", "B"),
+        ("a red circle and a blue square", None),
+        ("A Blue Square", "A"),
+        ("The correct answer is **A**, since B and C are wrong", "A"),
+        ("the answer is a puzzle", "A"),
+        ("the answer is D", None),
+        ("a blue square " * 20, None),
+        ("Answer: C", "C"),
+        ("AB", None),
+    ],
+)
 def test_letters(answer, letter):
     assert mmt_scores.chosen_letter(answer, OPTIONS) == letter
 
 
 def test_accuracy_overall_and_by_meta_task(tmp_path, capsys):
     """meta0 has subtasks of 4 and 1 items: its mean is over subtasks, not over items."""
-    given = [("sub0", "meta0", "A", "A")] * 3 + [("sub0", "meta0", "A", "B"), ("sub1", "meta0", "B", "A"), ("sub2", "meta1", "C", "no idea")]
-    rows = [item(index, "") | {"category": sub, "l2-category": meta, "answer": answer, "prediction": said}
-            for index, (sub, meta, answer, said) in enumerate(given)]
+    given = [("sub0", "meta0", "A", "A")] * 3 + [
+        ("sub0", "meta0", "A", "B"),
+        ("sub1", "meta0", "B", "A"),
+        ("sub2", "meta1", "C", "no idea"),
+    ]
+    rows = [
+        item(index, "") | {"category": sub, "l2-category": meta, "answer": answer, "prediction": said}
+        for index, (sub, meta, answer, said) in enumerate(given)
+    ]
     tables.write_tsv(tmp_path / "table.tsv", rows)
     evaluate.main(["mmt", "summary", str(tmp_path / "table.tsv"), f"--output={tmp_path / 'scores.json'}"])
     found = json.loads((tmp_path / "scores.json").read_text())
     assert found["overall"]["value"] == pytest.approx(3 / 6) and found["overall"]["n"] == 6
-    assert {name: score["value"] for name, score in found["meta_tasks"].items()} == pytest.approx({"meta0": (0.75 + 0) / 2, "meta1": 0})
-    assert found["subtasks"]["sub0"]["value"] == 0.75 and found["mean_of_meta_tasks"] == pytest.approx(0.375 / 2) and found["undecided"] == 1
+    assert {name: score["value"] for name, score in found["meta_tasks"].items()} == pytest.approx(
+        {"meta0": (0.75 + 0) / 2, "meta1": 0}
+    )
+    assert (
+        found["subtasks"]["sub0"]["value"] == 0.75
+        and found["mean_of_meta_tasks"] == pytest.approx(0.375 / 2)
+        and found["undecided"] == 1
+    )
     assert "1 predictions name no option" in capsys.readouterr().out
     judged = [row | {"hit": "1"} for row in rows]
     tables.write_xlsx(tmp_path / "judged.xlsx", judged, ["index", "hit"])
@@ -170,8 +254,12 @@ def test_accuracy_overall_and_by_meta_task(tmp_path, capsys):
 def test_bad_input_is_one_line(tmp_path, data, engine):
     out = f"--out={tmp_path / 'out'}"
     assert "does not exist" in refused("mmt", "answer", f"--data={tmp_path / 'none.tsv'}", out)
-    for text, told in (("index\tquestion\n1\tb\n", "has no column A, image or image_path"), ("index\tquestion\tA\timage\n1\tb\n", "row 2 has 2 fields"),
-                       ("index\tquestion\tA\timage\n", "has no rows"), ("index\tquestion\tA\timage\n1\ta\tb\tc\n1\ta\tb\tc\n", "the index 1 twice")):
+    for text, told in (
+        ("index\tquestion\n1\tb\n", "has no column A, image or image_path"),
+        ("index\tquestion\tA\timage\n1\tb\n", "row 2 has 2 fields"),
+        ("index\tquestion\tA\timage\n", "has no rows"),
+        ("index\tquestion\tA\timage\n1\ta\tb\tc\n1\ta\tb\tc\n", "the index 1 twice"),
+    ):
         (tmp_path / "bad.tsv").write_text(text)
         assert told in refused("mmt", "answer", f"--data={tmp_path / 'bad.tsv'}", out)
     (tmp_path / "bad.xlsx").write_bytes(b"PK")
@@ -184,7 +272,14 @@ def test_bad_input_is_one_line(tmp_path, data, engine):
 
 
 def test_workbooks_keep_every_character_that_xml_can_hold(tmp_path):
-    rows = [{"index": str(n), **{f"c{k}": f"<&> \"é\" 東京 =1+1 \n\t{k}" for k in range(30)}, "bad": "a\x07b"} for n in range(3)]
+    rows = [
+        {"index": str(n), **{f"c{k}": f'<&> "é" 東京 =1+1 \n\t{k}' for k in range(30)}, "bad": "a\x07b"}
+        for n in range(3)
+    ]
     tables.write_xlsx(tmp_path / "a.xlsx", rows, ["index"])
     assert tables.read_xlsx(tmp_path / "a.xlsx") == [row | {"bad": "a b"} for row in rows]
-    assert np.unique([tables._column_name(n) for n in range(800)]).size == 800 and tables._column_name(27) == "AB" and tables._column_name(702) == "AAA"
+    assert (
+        np.unique([tables._column_name(n) for n in range(800)]).size == 800
+        and tables._column_name(27) == "AB"
+        and tables._column_name(702) == "AAA"
+    )

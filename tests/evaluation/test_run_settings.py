@@ -30,11 +30,15 @@ def test_weights_are_known_by_their_content(model, tmp_path):
 def test_a_folder_is_continued_only_with_what_it_was_begun_with(tmp_path):
     out = tmp_path / "out"
     run_settings.begin(out, {"model": "runs/a", "weights": "1", "steps": 2, "sizes": (1, 2)})
-    run_settings.begin(out, {"model": "runs/a", "weights": "2", "steps": 3, "sizes": (1, 2)})  # nothing is written yet: begun anew
+    run_settings.begin(
+        out, {"model": "runs/a", "weights": "2", "steps": 3, "sizes": (1, 2)}
+    )  # nothing is written yet: begun anew
     out.mkdir()
     (out / "a.png").write_bytes(b"")
     run_settings.begin(out, {"model": "moved/a", "weights": "2", "steps": 3, "sizes": (1, 2)})
-    with pytest.raises(ValueError, match="begun with weights=2, model=runs/a, now it is weights=4, model=runs/b; use the same"):
+    with pytest.raises(
+        ValueError, match="begun with weights=2, model=runs/a, now it is weights=4, model=runs/b; use the same"
+    ):
         run_settings.begin(out, {"model": "runs/b", "weights": "4", "steps": 3, "sizes": (1, 2)})
     assert run_settings.read(out)["steps"] == 3
     run_settings.settings_file(out).write_text("{")

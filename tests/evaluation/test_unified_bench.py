@@ -1,4 +1,6 @@
-"""Unified-Bench, protocol 1, against PyTorch's processors and models on photographs, and everything that can go wrong."""
+"""Unified-Bench, protocol 1, against PyTorch's processors and models on photographs, and everything that can go
+wrong.
+"""
 
 import json
 import re
@@ -33,8 +35,14 @@ def folders(photos, tmp_path_factory):
     root = tmp_path_factory.mktemp("pictures")
     drawn = reconstructions(photos)
     (root / "gen" / "more").mkdir(parents=True), (root / "ref" / "deep").mkdir(parents=True)
-    names = {"astronaut": ("astronaut.png", "astronaut.png"), "coffee": ("coffee.jpg", "coffee.png"), "cat": ("deep/cat.webp", "recon_cat.png"),
-             "rocket": ("rocket.bmp", "more/rocket.webp"), "officer": ("officer.jpeg", "recon_officer.jpg"), "sliver": ("sliver.tiff", "sliver.PNG")}
+    names = {
+        "astronaut": ("astronaut.png", "astronaut.png"),
+        "coffee": ("coffee.jpg", "coffee.png"),
+        "cat": ("deep/cat.webp", "recon_cat.png"),
+        "rocket": ("rocket.bmp", "more/rocket.webp"),
+        "officer": ("officer.jpeg", "recon_officer.jpg"),
+        "sliver": ("sliver.tiff", "sliver.PNG"),
+    }
     pairs = {}
     for name, (reference, picture) in names.items():
         photos[name].save(root / "ref" / reference)
@@ -66,12 +74,16 @@ def test_scores_are_those_of_pytorch_with_the_official_keys(encoders, folders, t
     for name, encoder in encoders.items():
         scores, entry = results["similarities_by_model"][name], results["statistics_by_model"][name]
         assert set(scores) == set(pairs)
-        theirs = {key: encoder.cosine(*(Image.open(file).convert("RGB") for file in files)) for key, files in pairs.items()}
+        theirs = {
+            key: encoder.cosine(*(Image.open(file).convert("RGB") for file in files)) for key, files in pairs.items()
+        }
         assert np.ptp(list(theirs.values())) > 0.02  # the random encoders tell these pictures apart
         gap = max(abs(scores[key] - value) for key, value in theirs.items())
         print(f"{name}: largest difference of a cosine {gap:.2e}")
         assert gap < 1e-4
-        assert OFFICIAL_STATISTICS <= set(entry) and entry["valid_pairs"] == entry["n_valid"] == entry["total_images"] == 6
+        assert (
+            OFFICIAL_STATISTICS <= set(entry) and entry["valid_pairs"] == entry["n_valid"] == entry["total_images"] == 6
+        )
         assert entry["average_similarity"] == pytest.approx(np.mean(list(theirs.values())), abs=1e-4)
         assert entry["interval_95"][0] < entry["average_similarity"] < entry["interval_95"][1]
     summary = results["summary"]
@@ -95,7 +107,9 @@ def test_long_clip_in_safetensors_and_the_whole_batch_padded(folders, encoders, 
     other = longclip_encoder(tmp_path, "long.safetensors")
     bench(root, tmp_path / "a.json", longclip=other.path, encoder_batch_size=16)
     bench(root, tmp_path / "b.json", longclip=encoders["longclip"].path, encoder_batch_size=1)
-    a, b = (json.loads((tmp_path / name).read_text())["similarities_by_model"]["longclip"] for name in ("a.json", "b.json"))
+    a, b = (
+        json.loads((tmp_path / name).read_text())["similarities_by_model"]["longclip"] for name in ("a.json", "b.json")
+    )
     assert a == pytest.approx(b, abs=1e-5)
 
 
@@ -108,16 +122,29 @@ def test_pictures_that_cannot_be_scored_are_told_and_the_rest_is_kept(photos, en
     photos["officer"].save(tmp_path / "ref" / "forgotten.png")
     (tmp_path / "gen" / "rocket.png").write_bytes((tmp_path / "gen" / "rocket.png").read_bytes()[:3000])
     photos["officer"].save(tmp_path / "gen" / "animation.gif")
-    with pytest.raises(SystemExit, match="3 things could not be scored.*stranger.png.*forgotten.png.*rocket.png.*scores.json") as end:
+    with pytest.raises(
+        SystemExit, match="3 things could not be scored.*stranger.png.*forgotten.png.*rocket.png.*scores.json"
+    ) as end:
         bench(tmp_path, tmp_path / "scores.json", clip=encoders["clip"].path, dinov3=encoders["dinov3"].path)
     assert str(end.value).startswith("error: ") and "\n" not in str(end.value)
     results = json.loads((tmp_path / "scores.json").read_text())
     for name in ("clip", "dinov3"):
         scores = results["similarities_by_model"][name]
-        assert scores == {"cat.png": pytest.approx(1, abs=1e-6), "coffee.png": pytest.approx(1, abs=1e-6), "rocket.png": None, "stranger.png": None}
-        assert results["statistics_by_model"][name]["n_valid"] == 2 and results["statistics_by_model"][name]["total_images"] == 4
+        assert scores == {
+            "cat.png": pytest.approx(1, abs=1e-6),
+            "coffee.png": pytest.approx(1, abs=1e-6),
+            "rocket.png": None,
+            "stranger.png": None,
+        }
+        assert (
+            results["statistics_by_model"][name]["n_valid"] == 2
+            and results["statistics_by_model"][name]["total_images"] == 4
+        )
     assert [error["error"].split(" (")[0].removeprefix(str(tmp_path)) for error in results["errors"]] == [
-        "no reference has its name", "no picture is compared with it", "/gen/rocket.png is not a readable image"]
+        "no reference has its name",
+        "no picture is compared with it",
+        "/gen/rocket.png is not a readable image",
+    ]
     assert "animation.gif is not read" in results["warnings"][0]
     assert "Missing from these scores: 3" in (tmp_path / "report.html").read_text()
 
@@ -136,21 +163,27 @@ def test_an_encoder_that_cannot_be_read_does_not_cost_the_others(encoders, folde
     assert results["summary"]["models_used"] == ["dinov2"] and results["statistics_by_model"]["dinov2"]["n_valid"] == 6
 
 
-@pytest.mark.parametrize("flags, message", [
-    (dict(), "no encoder is given"),
-    (dict(clip="{clip}", gen_dir=None), "give --ref_dir and --gen_dir"),
-    (dict(clip="{clip}", images="a", out="b"), "give --ref_dir and --gen_dir"),
-    (dict(clip="{clip}", output=None), "--output is not given"),
-    (dict(clip="{clip}", encoder_batch_size=0), "--encoder_batch_size=0"),
-    (dict(clip="{root}/nothing"), "image encoder not found: .*nothing"),
-    (dict(clip="{dinov2}"), "holds a dinov2 model; give the folder of clip"),
-    (dict(dinov3="{dinov2}"), "holds a dinov2 model; give the folder of dinov3"),
-    (dict(clip="{clip}", gen_dir="{root}/empty"), "empty holds no images"),
-    (dict(clip="{clip}", ref_dir="{root}/absent"), "absent does not exist")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(), "no encoder is given"),
+        (dict(clip="{clip}", gen_dir=None), "give --ref_dir and --gen_dir"),
+        (dict(clip="{clip}", images="a", out="b"), "give --ref_dir and --gen_dir"),
+        (dict(clip="{clip}", output=None), "--output is not given"),
+        (dict(clip="{clip}", encoder_batch_size=0), "--encoder_batch_size=0"),
+        (dict(clip="{root}/nothing"), "image encoder not found: .*nothing"),
+        (dict(clip="{dinov2}"), "holds a dinov2 model; give the folder of clip"),
+        (dict(dinov3="{dinov2}"), "holds a dinov2 model; give the folder of dinov3"),
+        (dict(clip="{clip}", gen_dir="{root}/empty"), "empty holds no images"),
+        (dict(clip="{clip}", ref_dir="{root}/absent"), "absent does not exist"),
+    ],
+)
 def test_bad_input_is_one_line_and_writes_nothing(flags, message, encoders, folders, tmp_path):
     (tmp_path / "empty").mkdir()
     paths = {name: encoder.path for name, encoder in encoders.items()}
-    flags = {name: value.format(root=tmp_path, **paths) if isinstance(value, str) else value for name, value in flags.items()}
+    flags = {
+        name: value.format(root=tmp_path, **paths) if isinstance(value, str) else value for name, value in flags.items()
+    }
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         bench(folders[0], **{"output": tmp_path / "scores.json"} | flags)
     assert not (tmp_path / "scores.json").exists()
@@ -175,7 +208,10 @@ def test_interrupted_scoring_keeps_what_was_done(encoders, folders, tmp_path, mo
 
 
 def test_statistics_of_models_that_scored_different_pictures():
-    similarities = {"clip": {"a.png": 0.5, "b.png": 0.7, "c.png": None}, "dinov2": {"a.png": 0.1, "b.png": None, "c.png": 0.3}}
+    similarities = {
+        "clip": {"a.png": 0.5, "b.png": 0.7, "c.png": None},
+        "dinov2": {"a.png": 0.1, "b.png": None, "c.png": 0.3},
+    }
     results = results_json(["clip", "longclip", "dinov2"], similarities)
     assert results["model_types"] == ["clip", "longclip", "dinov2"]
     assert results["summary"]["average_scores_by_model"] == {"clip": pytest.approx(0.6), "dinov2": pytest.approx(0.2)}

@@ -22,16 +22,28 @@ from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, Vision
 
 CONFIG = Qwen2_5VLConfig(
     vision=VisionConfig(depth=2, width=256, heads=4, mlp_width=512, out_width=1024, full_attention_blocks=(1,)),
-    text=TextConfig(vocab_size=32000, width=1024, layers=12, heads=16, key_heads=4, mlp_width=5632, mrope_section=(8, 12, 12)))
+    text=TextConfig(
+        vocab_size=32000, width=1024, layers=12, heads=16, key_heads=4, mlp_width=5632, mrope_section=(8, 12, 12)
+    ),
+)
 
 
 def published(rule, abstract):
     """Published names and arrays of one parameter; every number says where it belongs."""
     shape = abstract[rule.ours].shape
-    shape = rule.torch_shape or rule.to_theirs(np.broadcast_to(np.int8(0), shape if rule.layers is None else shape[1:])).shape
+    shape = (
+        rule.torch_shape
+        or rule.to_theirs(np.broadcast_to(np.int8(0), shape if rule.layers is None else shape[1:])).shape
+    )
     for source in rule.sources():
-        rows, columns = np.arange(shape[0], dtype=np.float32), np.arange(np.prod(shape[1:], dtype=int), dtype=np.float32)
-        yield source, (np.add.outer(rows, columns / 8192) + np.float32(zlib.crc32(source.encode()) % 1024)).reshape(shape)
+        rows, columns = (
+            np.arange(shape[0], dtype=np.float32),
+            np.arange(np.prod(shape[1:], dtype=int), dtype=np.float32),
+        )
+        yield (
+            source,
+            (np.add.outer(rows, columns / 8192) + np.float32(zlib.crc32(source.encode()) % 1024)).reshape(shape),
+        )
 
 
 def write(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -46,8 +58,10 @@ def write(folder: pathlib.Path) -> list[pathlib.Path]:
 def environment() -> dict[str, str]:
     """Of the program: four faked devices, and the package on the path."""
     return os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
+    }
 
 
 def memory(field: str) -> int:
@@ -76,12 +90,18 @@ def main(folder: str) -> None:
     """Reads the folder onto four devices."""
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=2, tensor=2))
     abstract = trees.flatten(model.abstract_params(CONFIG))
-    jax.block_until_ready(jax.device_put(np.zeros(8), jax.devices()[-1]))  # what the backend itself needs is not the loader's
+    jax.block_until_ready(
+        jax.device_put(np.zeros(8), jax.devices()[-1])
+    )  # what the backend itself needs is not the loader's
     before = memory("VmRSS")
     _, params = weights.load(folder, dtype=np.float32, placement=lambda tree: sharding.tree_shardings(tree, mesh))
     growth = memory("VmHWM") - before
     sizes = [sum(shard.data.nbytes for shard in leaf.addressable_shards) for leaf in trees.flatten(params).values()]
-    print(json.dumps({"bytes": sum(sizes), "largest": max(sizes), "growth": growth, "wrong": wrong_leaves(params, abstract)}))
+    print(
+        json.dumps(
+            {"bytes": sum(sizes), "largest": max(sizes), "growth": growth, "wrong": wrong_leaves(params, abstract)}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from uae_jax.hf.rules import Rule, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder, write_tensors
 
 TENSORS = {f"layers.{number}.weight": np.full((4, 8), number, np.float32) for number in range(5)} | {
-    "half": np.arange(4, dtype=ml_dtypes.bfloat16), "scalar": np.float32(2.5).reshape(())}
+    "half": np.arange(4, dtype=ml_dtypes.bfloat16),
+    "scalar": np.float32(2.5).reshape(()),
+}
 
 
 @pytest.mark.parametrize("limit", [10**9, 300], ids=["one", "shards"])
@@ -20,7 +22,9 @@ def test_what_is_written_is_read(tmp_path, limit):
     files = write_tensors(tmp_path, TENSORS, max_shard_bytes=limit)
     (tmp_path / "other").touch()
     assert {file.stat().st_mode for file in files} == {(tmp_path / "other").stat().st_mode}
-    assert len(files) == (1 if limit > 1000 else 3) and (tmp_path / "model.safetensors.index.json").exists() == (limit < 1000)
+    assert len(files) == (1 if limit > 1000 else 3) and (tmp_path / "model.safetensors.index.json").exists() == (
+        limit < 1000
+    )
     folder = TensorFolder(tmp_path)
     assert folder.names() == set(TENSORS)
     for name, tensor in TENSORS.items():
@@ -56,8 +60,14 @@ def test_missing_folders_and_files(tmp_path):
         TensorFolder(tmp_path)
 
 
-@pytest.mark.parametrize("content, message", [
-    ("{", "not an index of safetensors"), ("[]", "not an index of safetensors"), ('{"weight_map": 3}', "not an index of safetensors")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not an index of safetensors"),
+        ("[]", "not an index of safetensors"),
+        ('{"weight_map": 3}', "not an index of safetensors"),
+    ],
+)
 def test_an_index_that_cannot_be_read_is_named(tmp_path, content, message):
     write_tensors(tmp_path, TENSORS, max_shard_bytes=300)
     (tmp_path / "model.safetensors.index.json").write_text(content)
@@ -65,10 +75,23 @@ def test_an_index_that_cannot_be_read_is_named(tmp_path, content, message):
         TensorFolder(tmp_path)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda shards: shards.update({"scalar": shards["layers.0.weight"]}), "says that scalar is in model-00001-of-00003.*but it is in model-00003"),
-    (lambda shards: shards.update({"absent": shards["scalar"]}), "says that absent is in model-00003.*but no shard holds it"),
-    (lambda shards: shards.pop("half"), "model-00003-of-00003.safetensors holds half, which model.safetensors.index.json does not list")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda shards: shards.update({"scalar": shards["layers.0.weight"]}),
+            "says that scalar is in model-00001-of-00003.*but it is in model-00003",
+        ),
+        (
+            lambda shards: shards.update({"absent": shards["scalar"]}),
+            "says that absent is in model-00003.*but no shard holds it",
+        ),
+        (
+            lambda shards: shards.pop("half"),
+            "model-00003-of-00003.safetensors holds half, which model.safetensors.index.json does not list",
+        ),
+    ],
+)
 def test_an_index_that_disagrees_with_its_shards_is_named(tmp_path, change, message):
     write_tensors(tmp_path, TENSORS, max_shard_bytes=300)
     index = tmp_path / "model.safetensors.index.json"
@@ -132,11 +155,16 @@ def test_older_files_of_the_same_stem_are_replaced(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"model.safetensors", "adapter_model.safetensors"}
 
 
-RULES = [Rule("layers/kernel", "layers.{}.weight", "dense", (0, 1, 2)), Rule("conv/kernel", "conv.weight", "conv"),
-         Rule("patch/kernel", "patch.weight", "patch", torch_shape=(6, 3, 2, 2))]
+RULES = [
+    Rule("layers/kernel", "layers.{}.weight", "dense", (0, 1, 2)),
+    Rule("conv/kernel", "conv.weight", "conv"),
+    Rule("patch/kernel", "patch.weight", "patch", torch_shape=(6, 3, 2, 2)),
+]
 ABSTRACT = {
-    "layers": {"kernel": jax.ShapeDtypeStruct((3, 8, 4), np.float32)}, "conv": {"kernel": jax.ShapeDtypeStruct((3, 3, 2, 5), np.float32)},
-    "patch": {"kernel": jax.ShapeDtypeStruct((12, 6), np.float32)}}
+    "layers": {"kernel": jax.ShapeDtypeStruct((3, 8, 4), np.float32)},
+    "conv": {"kernel": jax.ShapeDtypeStruct((3, 3, 2, 5), np.float32)},
+    "patch": {"kernel": jax.ShapeDtypeStruct((12, 6), np.float32)},
+}
 
 
 def params():
@@ -146,15 +174,26 @@ def params():
 def test_layouts_go_there_and_back(tmp_path):
     tensors = dict(published_tensors(params(), RULES))
     assert {name: tensor.shape for name, tensor in tensors.items()} == {
-        **{f"layers.{number}.weight": (4, 8) for number in range(3)}, "conv.weight": (5, 2, 3, 3), "patch.weight": (6, 3, 2, 2)}
+        **{f"layers.{number}.weight": (4, 8) for number in range(3)},
+        "conv.weight": (5, 2, 3, 3),
+        "patch.weight": (6, 3, 2, 2),
+    }
     np.testing.assert_array_equal(tensors["layers.1.weight"], params()["layers"]["kernel"][1].T)
     write_tensors(tmp_path, tensors)
     jax.tree.map(np.testing.assert_array_equal, load_params(TensorFolder(tmp_path), RULES, ABSTRACT), params())
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop("conv.weight"), "missing: conv.weight"), (lambda t: t.update(extra=np.zeros(2)), "unknown: extra"),
-    (lambda t: t.update({"layers.2.weight": np.zeros((4, 9), np.float32)}), r"layers.2.weight in .*model.safetensors is \[4, 9\], the model needs \[4, 8\]")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("conv.weight"), "missing: conv.weight"),
+        (lambda t: t.update(extra=np.zeros(2)), "unknown: extra"),
+        (
+            lambda t: t.update({"layers.2.weight": np.zeros((4, 9), np.float32)}),
+            r"layers.2.weight in .*model.safetensors is \[4, 9\], the model needs \[4, 8\]",
+        ),
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
     tensors = dict(published_tensors(params(), RULES))
     change(tensors)
@@ -223,5 +262,9 @@ def test_a_renamed_tensor_is_recognised(tmp_path):
     tensors = dict(published_tensors(params(), RULES))
     tensors["layer.1.weight"] = tensors.pop("layers.1.weight")
     write_tensors(tmp_path, tensors)
-    with pytest.raises(ValueError, match="missing: layers.1.weight; unknown: layer.1.weight in .*model.safetensors. If layer.1.weight is layers.1.weight"):
+    with pytest.raises(
+        ValueError,
+        match="missing: layers.1.weight; unknown: layer.1.weight in .*model.safetensors. If layer.1.weight is "
+        "layers.1.weight",
+    ):
         load_params(TensorFolder(tmp_path), RULES, ABSTRACT)

@@ -1,4 +1,6 @@
-"""Parameters go from their file to the devices one at a time: what each device holds, what is read, and how much memory it takes."""
+"""Parameters go from their file to the devices one at a time: what each device holds, what is read, and how much memory
+it takes.
+"""
 
 import json
 import pathlib
@@ -18,15 +20,36 @@ from uae_jax.hf.rules import Rule, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder, write_tensors
 from uae_jax.sharding import MeshConfig, make_mesh
 
-SHAPES = {"layers/kernel": (4, 256, 128), "conv/kernel": (3, 3, 8, 16), "patch/kernel": (24, 16), "embedding": (64, 8), "scale": ()}
-RULES = [Rule("layers/kernel", "layers.{}.weight", "dense", (2, 0, 1, 3)), Rule("conv/kernel", "conv.weight", "conv"),
-         Rule("patch/kernel", "patch.weight", "patch", torch_shape=(16, 6, 2, 2)), Rule("embedding", "embedding.weight"),
-         Rule("scale", "scale")]
+SHAPES = {
+    "layers/kernel": (4, 256, 128),
+    "conv/kernel": (3, 3, 8, 16),
+    "patch/kernel": (24, 16),
+    "embedding": (64, 8),
+    "scale": (),
+}
+RULES = [
+    Rule("layers/kernel", "layers.{}.weight", "dense", (2, 0, 1, 3)),
+    Rule("conv/kernel", "conv.weight", "conv"),
+    Rule("patch/kernel", "patch.weight", "patch", torch_shape=(16, 6, 2, 2)),
+    Rule("embedding", "embedding.weight"),
+    Rule("scale", "scale"),
+]
 ABSTRACT = trees.unflatten({name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in SHAPES.items()})
 SPECS = [
-    {"layers/kernel": ("fsdp", None, "tensor"), "conv/kernel": (None, None, None, "fsdp"), "patch/kernel": ("tensor", "fsdp"), "embedding": ("fsdp",)},
-    {"layers/kernel": (None, ("fsdp", "tensor")), "conv/kernel": (None, None, "tensor"), "patch/kernel": (None, "data"), "embedding": (None, "tensor")},
-    {}]
+    {
+        "layers/kernel": ("fsdp", None, "tensor"),
+        "conv/kernel": (None, None, None, "fsdp"),
+        "patch/kernel": ("tensor", "fsdp"),
+        "embedding": ("fsdp",),
+    },
+    {
+        "layers/kernel": (None, ("fsdp", "tensor")),
+        "conv/kernel": (None, None, "tensor"),
+        "patch/kernel": (None, "data"),
+        "embedding": (None, "tensor"),
+    },
+    {},
+]
 PARAMS = jax.tree.map(lambda leaf: np.random.default_rng(0).standard_normal(leaf.shape).astype(np.float32), ABSTRACT)
 
 
@@ -38,7 +61,9 @@ def folder(tmp_path):
 
 def placement(specs):
     mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
-    return lambda tree: trees.map_with_name(lambda name, _: NamedSharding(mesh, PartitionSpec(*specs.get(name, ()))), tree)
+    return lambda tree: trees.map_with_name(
+        lambda name, _: NamedSharding(mesh, PartitionSpec(*specs.get(name, ()))), tree
+    )
 
 
 @pytest.mark.parametrize("specs", SPECS)
@@ -90,8 +115,13 @@ def test_a_gigabyte_is_read_with_two_tensors_to_spare(large):
     assert sum(file.stat().st_size for file in large) > 10**9 and len(large) > 2
     program = pathlib.Path(large_folder.__file__)
     done = subprocess.run(
-        [sys.executable, str(program), str(large[0].parent)], cwd=program.parents[2], env=large_folder.environment(), capture_output=True,
-        text=True, timeout=300)
+        [sys.executable, str(program), str(large[0].parent)],
+        cwd=program.parents[2],
+        env=large_folder.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert not found["wrong"]

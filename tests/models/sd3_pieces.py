@@ -10,8 +10,17 @@ from diffusers import SD3Transformer2DModel
 from uae_jax.models.sd3 import transformer as sd3
 
 SMALL = dict(
-    sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
-    joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10)
+    sample_size=8,
+    patch_size=2,
+    in_channels=4,
+    out_channels=4,
+    num_layers=3,
+    attention_head_dim=8,
+    num_attention_heads=2,
+    joint_attention_dim=12,
+    caption_projection_dim=16,
+    pooled_projection_dim=10,
+)
 
 
 def torch_transformer(**sizes) -> SD3Transformer2DModel:
@@ -33,8 +42,13 @@ def inputs() -> tuple:
 def torch_velocity(model) -> np.ndarray:
     latents, timestep, context, pooled = (torch.tensor(array) for array in inputs())
     with torch.no_grad():
-        out = model(hidden_states=latents.permute(0, 3, 1, 2), timestep=timestep, encoder_hidden_states=context,
-                    pooled_projections=pooled, return_dict=False)[0]
+        out = model(
+            hidden_states=latents.permute(0, 3, 1, 2),
+            timestep=timestep,
+            encoder_hidden_states=context,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
     return out.permute(0, 2, 3, 1).numpy()
 
 

@@ -28,14 +28,38 @@ IN_TEXT = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|d
 
 def build(tied: bool) -> Qwen2_5_VLForConditionalGeneration:
     torch.manual_seed(0)
-    llm = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=48, max_position_embeddings=128, bos_token_id=100, eos_token_id=101, pad_token_id=100,
-            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[1, 1, 2])),
-        vision_config=dict(depth=2, hidden_size=32, num_heads=2, intermediate_size=40, out_hidden_size=32, window_size=16,
-                           patch_size=4, fullatt_block_indexes=[1]),
-        image_token_id=110, video_token_id=111, vision_start_token_id=112, vision_end_token_id=113, tie_word_embeddings=tied))
+    llm = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=dict(
+                vocab_size=120,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                intermediate_size=48,
+                max_position_embeddings=128,
+                bos_token_id=100,
+                eos_token_id=101,
+                pad_token_id=100,
+                rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[1, 1, 2]),
+            ),
+            vision_config=dict(
+                depth=2,
+                hidden_size=32,
+                num_heads=2,
+                intermediate_size=40,
+                out_hidden_size=32,
+                window_size=16,
+                patch_size=4,
+                fullatt_block_indexes=[1],
+            ),
+            image_token_id=110,
+            video_token_id=111,
+            vision_start_token_id=112,
+            vision_end_token_id=113,
+            tie_word_embeddings=tied,
+        )
+    )
     llm.projector = torch.nn.Sequential(torch.nn.Linear(32, 20), torch.nn.GELU(), torch.nn.Linear(20, 12))
     with torch.no_grad():
         for parameter in llm.parameters():
@@ -67,7 +91,11 @@ def llm(saved):
 def in_memory(name: str) -> str:
     """The name that transformers 4.52 and newer have in memory."""
     name = f"model.{name}" if name.startswith("visual.") else name
-    return name.replace("model.", "model.language_model.", 1) if name.startswith(("model.layers", "model.embed", "model.norm")) else name
+    return (
+        name.replace("model.", "model.language_model.", 1)
+        if name.startswith(("model.layers", "model.embed", "model.norm"))
+        else name
+    )
 
 
 def release(name: str) -> str:
@@ -81,9 +109,12 @@ NAMES = {
     "published": lambda name: name,
     "in_memory": in_memory,
     "release": release,
-    "wrapped_text_model_of_today": lambda name: in_memory(name).replace("language_model.", "language_model.base_model.model."),
+    "wrapped_text_model_of_today": lambda name: in_memory(name).replace(
+        "language_model.", "language_model.base_model.model."
+    ),
     "wrapped_whole": lambda name: f"base_model.model.{name}",
-    "wrapped_whole_of_today": lambda name: f"base_model.model.{in_memory(name)}"}
+    "wrapped_whole_of_today": lambda name: f"base_model.model.{in_memory(name)}",
+}
 
 
 @pytest.mark.parametrize("names", NAMES)
@@ -107,7 +138,9 @@ def test_every_name_and_precision_gives_one_tree(request, tmp_path, names, dtype
 @functools.partial(jax.jit, static_argnums=0)
 def logits(config, params, adapter=None):
     ids = jnp.asarray(IDS.numpy())
-    return model.logits(config, params, model.text_hidden_states(config, params, adapter, ids, jnp.ones(ids.shape, bool)))
+    return model.logits(
+        config, params, model.text_hidden_states(config, params, adapter, ids, jnp.ones(ids.shape, bool))
+    )
 
 
 def torch_logits(llm) -> np.ndarray:
@@ -133,9 +166,18 @@ def wrap(llm, part: str, config: LoraConfig):
     return getattr(owner, name)
 
 
-@pytest.mark.parametrize(("part", "targets"), [
-    ("text", "all-linear"), ("text", TEXT_MODULES), ("text", ["q_proj", "v_proj"]), ("text", ["down_proj"]),
-    ("model", IN_TEXT), ("whole", IN_TEXT), ("whole", ["q_proj", "k_proj", "v_proj", "o_proj"])])
+@pytest.mark.parametrize(
+    ("part", "targets"),
+    [
+        ("text", "all-linear"),
+        ("text", TEXT_MODULES),
+        ("text", ["q_proj", "v_proj"]),
+        ("text", ["down_proj"]),
+        ("model", IN_TEXT),
+        ("whole", IN_TEXT),
+        ("whole", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+    ],
+)
 def test_peft_folders_equal_peft(saved, llm, tmp_path, part, targets):
     _, _, config, params = saved
     wrapped = wrap(llm, part, settings(target_modules=targets)).eval()
@@ -165,10 +207,17 @@ def test_what_was_read_is_written_for_peft(saved, llm, tmp_path):
     assert difference(torch_logits(again), torch_logits(llm)) < 1e-6
 
 
-@pytest.mark.parametrize(("prefix", "middle"), [
-    ("base_model.model.", ""), ("base_model.model.model.", ""), ("base_model.model.language_model.", ""),
-    ("base_model.model.model.language_model.", ""), ("model.base_model.model.", ".default"),
-    ("model.language_model.base_model.model.", ".policy")])
+@pytest.mark.parametrize(
+    ("prefix", "middle"),
+    [
+        ("base_model.model.", ""),
+        ("base_model.model.model.", ""),
+        ("base_model.model.language_model.", ""),
+        ("base_model.model.model.language_model.", ""),
+        ("model.base_model.model.", ".default"),
+        ("model.language_model.base_model.model.", ".policy"),
+    ],
+)
 def test_every_prefix_gives_one_adapter(saved, llm, tmp_path, prefix, middle):
     _, _, config, _ = saved
     wrap(llm, "text", settings(target_modules="all-linear")).save_pretrained(tmp_path / "peft")
@@ -177,8 +226,13 @@ def test_every_prefix_gives_one_adapter(saved, llm, tmp_path, prefix, middle):
     tensors = {name: stored.read(name) for name in stored.names()}
     for file in (tmp_path / "peft").glob("*.safetensors"):
         file.unlink()
-    write_tensors(tmp_path / "peft", {
-        name.replace("base_model.model.", prefix).replace(".weight", f"{middle}.weight"): value for name, value in tensors.items()})
+    write_tensors(
+        tmp_path / "peft",
+        {
+            name.replace("base_model.model.", prefix).replace(".weight", f"{middle}.weight"): value
+            for name, value in tensors.items()
+        },
+    )
     _, found = weights.load_adapter(tmp_path / "peft", config)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
@@ -213,11 +267,20 @@ def test_layers_that_are_left_out_have_zero_factors(saved, llm, tmp_path):
     assert difference(logits(adapted, params, adapter), torch_logits(llm)) < 1e-4
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(use_dora=True), "use_dora=True is not supported"), (dict(alpha_pattern={"q_proj": 7}), "alpha_pattern"),
-    (dict(bias="all"), "bias='all'"), (dict(peft_type="LOHA"), "peft_type='LOHA'"),
-    (dict(modules_to_save=["embed_tokens"]), "modules_to_save"),
-    (dict(target_modules=["q_proj", "k_proj"]), r"target_modules names; missing: model.layers.0.self_attn.k_proj, ")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(use_dora=True), "use_dora=True is not supported"),
+        (dict(alpha_pattern={"q_proj": 7}), "alpha_pattern"),
+        (dict(bias="all"), "bias='all'"),
+        (dict(peft_type="LOHA"), "peft_type='LOHA'"),
+        (dict(modules_to_save=["embed_tokens"]), "modules_to_save"),
+        (
+            dict(target_modules=["q_proj", "k_proj"]),
+            r"target_modules names; missing: model.layers.0.self_attn.k_proj, ",
+        ),
+    ],
+)
 def test_settings_that_do_not_fit_are_named(saved, llm, tmp_path, change, message):
     _, _, config, _ = saved
     wrap(llm, "text", settings(target_modules=["q_proj"])).save_pretrained(tmp_path)
@@ -227,26 +290,57 @@ def test_settings_that_do_not_fit_are_named(saved, llm, tmp_path, change, messag
         weights.load_adapter(tmp_path, config)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda tensors: {name: value for name, value in tensors.items() if "lora_" not in name}, "holds no adapter tensor"),
-    (lambda tensors: {name.replace("layers.1", "layers.7"): value for name, value in tensors.items()},
-     "unknown: base_model.model.layers.7.self_attn.q_proj.lora_A.weight, "),
-    (lambda tensors: {name: value for name, value in tensors.items() if "1.self_attn.q_proj.lora_B" not in name},
-     "missing: base_model.model.layers.1.self_attn.q_proj.lora_B.weight. "),
-    (lambda tensors: {name: value for name, value in tensors.items() if "layers.1" not in name},
-     "missing: model.layers.1.self_attn.q_proj. "),
-    (lambda tensors: tensors | {"base_model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.weight": np.ones(3)},
-     "unknown: .*lora_magnitude_vector"),
-    (lambda tensors: {name: value[:2] if "0.self_attn.q_proj.lora_A" in name else value[:, :2]
-                      if "0.self_attn.q_proj.lora_B" in name else value for name, value in tensors.items()},
-     r"different ranks in the layers of model.layers.\{\}.self_attn.q_proj.weight \[2, 3\]"),
-    (lambda tensors: {name: value[:, :9] if "lora_A" in name else value for name, value in tensors.items()}, r"is \[3, 9\]")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: {name: value for name, value in tensors.items() if "lora_" not in name},
+            "holds no adapter tensor",
+        ),
+        (
+            lambda tensors: {name.replace("layers.1", "layers.7"): value for name, value in tensors.items()},
+            "unknown: base_model.model.layers.7.self_attn.q_proj.lora_A.weight, ",
+        ),
+        (
+            lambda tensors: {name: value for name, value in tensors.items() if "1.self_attn.q_proj.lora_B" not in name},
+            "missing: base_model.model.layers.1.self_attn.q_proj.lora_B.weight. ",
+        ),
+        (
+            lambda tensors: {name: value for name, value in tensors.items() if "layers.1" not in name},
+            "missing: model.layers.1.self_attn.q_proj. ",
+        ),
+        (
+            lambda tensors: (
+                tensors | {"base_model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.weight": np.ones(3)}
+            ),
+            "unknown: .*lora_magnitude_vector",
+        ),
+        (
+            lambda tensors: {
+                name: value[:2]
+                if "0.self_attn.q_proj.lora_A" in name
+                else value[:, :2]
+                if "0.self_attn.q_proj.lora_B" in name
+                else value
+                for name, value in tensors.items()
+            },
+            r"different ranks in the layers of model.layers.\{\}.self_attn.q_proj.weight \[2, 3\]",
+        ),
+        (
+            lambda tensors: {name: value[:, :9] if "lora_A" in name else value for name, value in tensors.items()},
+            r"is \[3, 9\]",
+        ),
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(saved, llm, tmp_path, change, message):
     _, _, config, _ = saved
     wrap(llm, "text", settings(target_modules=["q_proj"])).save_pretrained(tmp_path)
     stored = TensorFolder(tmp_path)
     tensors = {name: stored.read(name) for name in stored.names()} | {"base_model.model.norm.weight": np.ones(32)}
-    save_numpy({name: np.ascontiguousarray(value) for name, value in change(tensors).items()}, tmp_path / "adapter_model.safetensors")
+    save_numpy(
+        {name: np.ascontiguousarray(value) for name, value in change(tensors).items()},
+        tmp_path / "adapter_model.safetensors",
+    )
     with pytest.raises(ValueError, match=message):
         weights.load_adapter(tmp_path, config)
 
@@ -255,13 +349,18 @@ def test_the_release_s_three_shards_give_captioner_projector_and_adapter(saved, 
     """The names as transformers 4.50 and peft 0.17 write them, by hand."""
     _, folder, config, params = saved
     wrap(llm, "text", settings(r=4, lora_alpha=8, target_modules="all-linear"))
-    state = {name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): value.clone()
-             for name, value in llm.state_dict().items()}
+    state = {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): value.clone()
+        for name, value in llm.state_dict().items()
+    }
     assert "model.base_model.model.layers.1.self_attn.q_proj.base_layer.bias" in state
     assert "model.base_model.model.layers.1.mlp.up_proj.lora_A.default.weight" in state
     assert {"lm_head.weight", "projector.2.bias", "visual.blocks.0.attn.qkv.weight"} <= set(state)
     for shard in range(3):
-        save_file({name: state[name] for name in sorted(state)[shard::3]}, tmp_path / f"model-{shard + 1:05d}-of-00003.safetensors")
+        save_file(
+            {name: state[name] for name in sorted(state)[shard::3]},
+            tmp_path / f"model-{shard + 1:05d}-of-00003.safetensors",
+        )
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     assert weights.holds_base(tmp_path)
     _, base = weights.load(tmp_path)

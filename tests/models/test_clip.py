@@ -48,8 +48,11 @@ def channels_first(pixels: np.ndarray) -> torch.Tensor:
 
 def build(folder, act: str):
     act = dict(hidden_act=act)
-    published = shaken(transformers.CLIPModel(transformers.CLIPConfig(
-        vision_config={**VISION, **act}, text_config={**TEXT, **act}, projection_dim=20)))
+    published = shaken(
+        transformers.CLIPModel(
+            transformers.CLIPConfig(vision_config={**VISION, **act}, text_config={**TEXT, **act}, projection_dim=20)
+        )
+    )
     published.save_pretrained(folder)
     return published, folder, *weights.load_clip(folder)
 
@@ -99,7 +102,9 @@ def test_logit_scale_is_read_as_a_scalar(model):
 
 
 def test_single_towers_with_projection(tmp_path):
-    vision = shaken(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(projection_dim=10, **VISION)))
+    vision = shaken(
+        transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(projection_dim=10, **VISION))
+    )
     vision.save_pretrained(tmp_path / "vision")
     config, params = weights.load_clip(tmp_path / "vision")
     pixels = random_pixels(2, 28)
@@ -137,13 +142,20 @@ def test_saved_folder_opens_in_transformers_with_the_same_features(model, tmp_pa
         torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0, atol=0)
     for tower in ("text_config", "vision_config"):
         for name in TEXT | VISION:
-            assert getattr(getattr(again.config, tower), name, None) == getattr(getattr(published.config, tower), name, None)
+            assert getattr(getattr(again.config, tower), name, None) == getattr(
+                getattr(published.config, tower), name, None
+            )
     assert weights.load_clip(tmp_path / "out")[0] == config
 
 
 def test_missing_fields_are_filled_as_in_transformers():
-    raw = dict(model_type="clip", projection_dim=96, vision_config=dict(hidden_size=96), text_config=dict(hidden_size=32),
-               text_config_dict=dict(hidden_size=48))
+    raw = dict(
+        model_type="clip",
+        projection_dim=96,
+        vision_config=dict(hidden_size=96),
+        text_config=dict(hidden_size=32),
+        text_config_dict=dict(hidden_size=48),
+    )
     theirs = transformers.CLIPConfig(**{k: v for k, v in raw.items() if k != "model_type"})
     ours = CLIPConfig.from_dict(raw)
     for tower in ("vision", "text"):

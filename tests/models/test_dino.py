@@ -48,8 +48,13 @@ def dinov2(tmp_path_factory):
 @pytest.fixture(scope="module")
 def dinov3(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dinov3")
-    model = shaken(transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(
-        patch_size=16, image_size=64, intermediate_size=48, num_register_tokens=4, **SMALL)))
+    model = shaken(
+        transformers.DINOv3ViTModel(
+            transformers.DINOv3ViTConfig(
+                patch_size=16, image_size=64, intermediate_size=48, num_register_tokens=4, **SMALL
+            )
+        )
+    )
     model.save_pretrained(folder)
     return model, folder, *weights.load_dino(folder)
 
@@ -71,7 +76,9 @@ def test_dinov2_of_the_published_image_size_takes_smaller_images(tmp_path):
 def test_class_feature_is_the_first_token(dinov2):
     _, _, config, params = dinov2
     pixels = jnp.ones((1, 28, 28, 3))
-    np.testing.assert_allclose(dino.cls_features(config, params, pixels), token_features(config, params, pixels)[:, 0], atol=1e-5)
+    np.testing.assert_allclose(
+        dino.cls_features(config, params, pixels), token_features(config, params, pixels)[:, 0], atol=1e-5
+    )
 
 
 def test_position_table_is_resized_as_torch_does():
@@ -91,8 +98,13 @@ def test_dinov3_equals_transformers_at_any_size(dinov3, size):
 
 def test_gated_feed_forward_layers(tmp_path):
     second = shaken(transformers.Dinov2Model(transformers.Dinov2Config(image_size=28, use_swiglu_ffn=True, **SMALL)))
-    third = shaken(transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(
-        intermediate_size=48, use_gated_mlp=True, hidden_act="silu", key_bias=True, **SMALL)))
+    third = shaken(
+        transformers.DINOv3ViTModel(
+            transformers.DINOv3ViTConfig(
+                intermediate_size=48, use_gated_mlp=True, hidden_act="silu", key_bias=True, **SMALL
+            )
+        )
+    )
     for name, model, size in (("second", second, 28), ("third", third, 32)):
         model.save_pretrained(tmp_path / name)
         check_features(model, *weights.load_dino(tmp_path / name), size, size)
@@ -130,13 +142,20 @@ def test_a_torch_file_loads_as_well(name, request, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, same, params)
 
 
-@pytest.mark.parametrize("file, content, message", [
-    ("config.json", dict(model_type="vit"), "a model .model_type 'vit'."),
-    ("config.json", dict(model_type="qwen2_5_vl", architectures=["Qwen2_5_VLForConditionalGeneration"]),
-     "Qwen2_5_VLForConditionalGeneration .model_type 'qwen2_5_vl'."),
-    ("config.json", dict(_class_name="AutoencoderKL"), "holds AutoencoderKL, not"),
-    ("model_index.json", dict(_class_name="StableDiffusion3Pipeline"), "holds StableDiffusion3Pipeline, not"),
-    ("adapter_config.json", dict(peft_type="LORA"), "holds a peft adapter, not")])
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("config.json", dict(model_type="vit"), "a model .model_type 'vit'."),
+        (
+            "config.json",
+            dict(model_type="qwen2_5_vl", architectures=["Qwen2_5_VLForConditionalGeneration"]),
+            "Qwen2_5_VLForConditionalGeneration .model_type 'qwen2_5_vl'.",
+        ),
+        ("config.json", dict(_class_name="AutoencoderKL"), "holds AutoencoderKL, not"),
+        ("model_index.json", dict(_class_name="StableDiffusion3Pipeline"), "holds StableDiffusion3Pipeline, not"),
+        ("adapter_config.json", dict(peft_type="LORA"), "holds a peft adapter, not"),
+    ],
+)
 def test_other_models_are_refused_by_name(tmp_path, file, content, message):
     (tmp_path / file).write_text(json.dumps(content))
     for read in (weights.load_dino, load_encoder):
@@ -145,7 +164,9 @@ def test_other_models_are_refused_by_name(tmp_path, file, content, message):
 
 
 def test_a_text_tower_or_another_encoder_is_refused(dinov2, tmp_path):
-    text = transformers.CLIPTextConfig(**SMALL, intermediate_size=32, vocab_size=10, bos_token_id=8, eos_token_id=9, projection_dim=8)
+    text = transformers.CLIPTextConfig(
+        **SMALL, intermediate_size=32, vocab_size=10, bos_token_id=8, eos_token_id=9, projection_dim=8
+    )
     transformers.CLIPTextModelWithProjection(text).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="text tower of CLIP alone"):
         load_encoder(tmp_path)

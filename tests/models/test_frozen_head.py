@@ -14,7 +14,9 @@ ROWS, WIDTH, VOCABULARY = 8, 16, 37  # 37 has no divisor: every number of blocks
 
 
 def inputs(dtype=jnp.float32):
-    """Table, hidden states of length about 4, so that distributions are far from flat, tokens at both ends of the vocabulary."""
+    """Table, hidden states of length about 4, so that distributions are far from flat, tokens at both ends of the
+    vocabulary.
+    """
     rng = np.random.default_rng(0)
     table, hidden = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((VOCABULARY, WIDTH), (ROWS, WIDTH)))
     return table, hidden, jnp.asarray([0, 36, 5, 5, 20, 35, 1, 18])
@@ -28,9 +30,13 @@ def formula(table, hidden, tokens, temperature):
 
 def outcome(score, hidden):
     """Scores, and the gradient of a function of the log-probabilities that weighs every row differently."""
+
     def total(hidden):
         log_probs, entropy = score(hidden)
-        return jnp.sum(jnp.arange(1.0, ROWS + 1) * jnp.sin(log_probs)) + jnp.sum(jax.lax.stop_gradient(entropy)), (log_probs, entropy)
+        return jnp.sum(jnp.arange(1.0, ROWS + 1) * jnp.sin(log_probs)) + jnp.sum(jax.lax.stop_gradient(entropy)), (
+            log_probs,
+            entropy,
+        )
 
     gradient, found = jax.jit(jax.grad(total, has_aux=True))(hidden)
     return *found, gradient
@@ -41,12 +47,20 @@ def outcome(score, hidden):
 def test_blocks_of_the_vocabulary_equal_the_whole(tied, blocks):
     table, hidden, tokens = inputs()
     score = functools.partial(
-        frozen_head_scores, table if tied else table.T, tied, tokens=tokens, temperature=0.7, blocks=blocks, with_entropy=True)
+        frozen_head_scores,
+        table if tied else table.T,
+        tied,
+        tokens=tokens,
+        temperature=0.7,
+        blocks=blocks,
+        with_entropy=True,
+    )
     wanted = outcome(lambda states: formula(table, states, tokens, 0.7), hidden)
     for found, expected in zip(outcome(score, hidden), wanted, strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5)
     alone = frozen_head_scores(
-        table if tied else table.T, tied, hidden, tokens, temperature=0.7, blocks=blocks, with_entropy=False)
+        table if tied else table.T, tied, hidden, tokens, temperature=0.7, blocks=blocks, with_entropy=False
+    )
     np.testing.assert_allclose(alone[0], wanted[0], atol=2e-5, rtol=1e-5)
     assert alone[1] is None
 
@@ -54,9 +68,15 @@ def test_blocks_of_the_vocabulary_equal_the_whole(tied, blocks):
 def test_logits_of_thousands_do_not_overflow():
     table, hidden, tokens = inputs()
     for found, expected in zip(
-            outcome(lambda states: frozen_head_scores(
-                table, True, states, tokens, temperature=1.0, blocks=5, with_entropy=True), 1000 * hidden),
-            outcome(lambda states: formula(table, states, tokens, 1.0), 1000 * hidden), strict=True):
+        outcome(
+            lambda states: frozen_head_scores(
+                table, True, states, tokens, temperature=1.0, blocks=5, with_entropy=True
+            ),
+            1000 * hidden,
+        ),
+        outcome(lambda states: formula(table, states, tokens, 1.0), 1000 * hidden),
+        strict=True,
+    ):
         assert jnp.isfinite(found).all()
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-2)
 
@@ -76,7 +96,9 @@ def test_a_vocabulary_cut_over_devices_gives_the_same(tied):
     table, hidden, tokens = inputs()
 
     def score(states):
-        return frozen_head_scores(table if tied else table.T, tied, states, tokens, temperature=0.7, blocks=3, with_entropy=True)
+        return frozen_head_scores(
+            table if tied else table.T, tied, states, tokens, temperature=0.7, blocks=3, with_entropy=True
+        )
 
     with jax.set_mesh(jax.make_mesh((2, 1, 4), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)):
         cut = outcome(score, hidden)

@@ -79,8 +79,12 @@ class Reference(nn.Module):
     def encode_text(self, ids):
         early = (torch.arange(POSITIONS) < KEPT)[:, None]
         table = self.positional_embedding
-        table = torch.where(early, table, self.positional_embedding_res) if hasattr(self, "positional_embedding_res") else table
-        x = self.token_embedding(ids) + table[:ids.shape[1]]
+        table = (
+            torch.where(early, table, self.positional_embedding_res)
+            if hasattr(self, "positional_embedding_res")
+            else table
+        )
+        x = self.token_embedding(ids) + table[: ids.shape[1]]
         mask = torch.full((ids.shape[1],) * 2, -torch.inf).triu(1)
         for block in self.transformer["resblocks"]:
             x = block(x, mask)
@@ -100,7 +104,7 @@ def texts() -> np.ndarray:
     """A long text, one that ends in the kept positions, one that fills the table."""
     ids = np.random.default_rng(2).integers(1, VOCABULARY - 1, (3, POSITIONS))
     for row, end in enumerate((22, 5, POSITIONS - 1)):
-        ids[row, end], ids[row, end + 1:] = VOCABULARY - 1, 0
+        ids[row, end], ids[row, end + 1 :] = VOCABULARY - 1, 0
     return ids
 
 
@@ -117,7 +121,10 @@ def check_features(model: Reference, config, params):
     pixels, ids = images(), texts()
     theirs = model.visual(torch.tensor(pixels.transpose(0, 3, 1, 2).copy()))
     assert relative_error(image_features(config, params, jnp.asarray(pixels)), theirs) < TOLERANCE
-    assert relative_error(text_features(config, params, jnp.asarray(ids)), model.encode_text(torch.tensor(ids))) < TOLERANCE
+    assert (
+        relative_error(text_features(config, params, jnp.asarray(ids)), model.encode_text(torch.tensor(ids)))
+        < TOLERANCE
+    )
 
 
 @pytest.fixture(scope="module")
@@ -219,12 +226,16 @@ def test_pickled_code_is_refused_and_not_run(long, tmp_path, zipped):
 def test_files_that_are_no_states_are_refused_in_one_line(long, tmp_path):
     whole, file = tmp_path / "whole.pt", tmp_path / "longclip-L.pt"
     for content, message in (
-            ({"epoch": 3, **long.state_dict()}, "'epoch', which is not a tensor"), ([torch.zeros(2)], "holds a list"),
-            ({"a.weight": torch.zeros(2)}, "tensors such as a.weight, not a CLIP state")):
+        ({"epoch": 3, **long.state_dict()}, "'epoch', which is not a tensor"),
+        ([torch.zeros(2)], "holds a list"),
+        ({"a.weight": torch.zeros(2)}, "tensors such as a.weight, not a CLIP state"),
+    ):
         torch.save(content, file)
         with pytest.raises(ValueError, match=message):
             weights.load_clip(file)
-    with pytest.raises(FileNotFoundError, match="config.json not found, and tensors such as a.weight are not Long-CLIP's"):
+    with pytest.raises(
+        FileNotFoundError, match="config.json not found, and tensors such as a.weight are not Long-CLIP's"
+    ):
         weights.load_clip(tmp_path)
     torch.jit.script(nn.Linear(2, 2)).save(str(file))
     with pytest.raises(ValueError, match="TorchScript program, which is not run"):
@@ -238,7 +249,11 @@ def test_files_that_are_no_states_are_refused_in_one_line(long, tmp_path):
 
 
 def test_a_state_with_a_wrong_tensor_names_it(long, tmp_path):
-    state, file, fused = long.state_dict(), tmp_path / "longclip-L.pt", "visual.transformer.resblocks.1.attn.in_proj_weight"
+    state, file, fused = (
+        long.state_dict(),
+        tmp_path / "longclip-L.pt",
+        "visual.transformer.resblocks.1.attn.in_proj_weight",
+    )
 
     def refuse(changed, message):
         torch.save(changed, file)
@@ -247,7 +262,10 @@ def test_a_state_with_a_wrong_tensor_names_it(long, tmp_path):
 
     refuse({name: tensor for name, tensor in state.items() if name != "ln_final.bias"}, "missing: ln_final.bias")
     refuse({name: tensor for name, tensor in state.items() if name != "text_projection"}, "text_projection is missing")
-    refuse({name: tensor for name, tensor in state.items() if name != fused}, r"missing: .*resblocks.1.attn.in_proj_weight\[key\]")
+    refuse(
+        {name: tensor for name, tensor in state.items() if name != fused},
+        r"missing: .*resblocks.1.attn.in_proj_weight\[key\]",
+    )
     refuse(state | {"visual.other": torch.zeros(1)}, "unknown: visual.other")
     refuse(state | {"visual.proj": torch.full((128, 20), torch.nan)}, "longclip-L.pt: visual.proj holds NaN")
     refuse(state | {fused: torch.zeros(385, 128)}, r"in_proj_weight\[query\] in .* is \[385, 128\]")

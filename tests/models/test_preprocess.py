@@ -12,7 +12,14 @@ from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from uae_jax.models.encoders.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, apply, clip_preprocessor, resize_matrix
+from uae_jax.models.encoders.preprocess import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocess,
+    apply,
+    clip_preprocessor,
+    resize_matrix,
+)
 
 SIZES = [(61, 90), (97, 53), (40, 40)]  # portrait, landscape with an odd margin, and enlarging
 
@@ -22,7 +29,7 @@ def natural(height: int, width: int) -> np.ndarray:
     rng = np.random.default_rng(height)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
     picture = np.asarray(coarse).astype(np.float32)
-    picture[height // 3:height // 2, width // 4:width // 2] = (250, 5, 40)
+    picture[height // 3 : height // 2, width // 4 : width // 2] = (250, 5, 40)
     return np.clip(picture + rng.normal(0, 6, picture.shape), 0, 255).astype(np.uint8)
 
 
@@ -36,7 +43,11 @@ def processor(request):
     if request.param == "clip":
         return CLIPImageProcessorPil(**{k: v for k, v in clip_preprocessor(48).items() if k != "image_processor_type"})
     return BitImageProcessorPil(
-        size=dict(shortest_edge=56), crop_size=dict(height=48, width=48), image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD))
+        size=dict(shortest_edge=56),
+        crop_size=dict(height=48, width=48),
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -55,8 +66,14 @@ def test_published_processors_are_reproduced(processor, size, tmp_path):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_dinov3_ignores_the_aspect_ratio(size):
-    raw = dict(image_processor_type="DINOv3ViTImageProcessorFast", size=dict(height=32, width=32), resample=2, do_center_crop=None,
-               image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD))
+    raw = dict(
+        image_processor_type="DINOv3ViTImageProcessorFast",
+        size=dict(height=32, width=32),
+        resample=2,
+        do_center_crop=None,
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
+    )
     image = natural(*size)
     x = torch.tensor(image[None]).permute(0, 3, 1, 2).float() / 255
     x = torch.nn.functional.interpolate(x, size=(32, 32), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
@@ -91,7 +108,8 @@ def test_crop_offsets_floor_in_transformers_and_round_in_torchvision():
     start = {}
     for offset in ("floor", "round"):
         preprocess = dataclasses.replace(
-            Preprocess(size=(), crop=(8, 8), mean=(0.0,) * 3, std=(1 / 255,) * 3), crop_offset=offset)
+            Preprocess(size=(), crop=(8, 8), mean=(0.0,) * 3, std=(1 / 255,) * 3), crop_offset=offset
+        )
         start[offset] = round(float(apply(preprocess, pixels)[0, 0, 0, 0]))
     assert start == dict(floor=1, round=2)
     assert Preprocess.longclip().crop_offset == "round"

@@ -17,17 +17,24 @@ from uae_jax.nn.attention.entry import MULTIPLES
 from uae_jax.nn.lora import init_lora, merge_adapter
 
 CONFIG = Qwen2_5VLConfig(
-    vision=VisionConfig(depth=2, width=16, heads=2, mlp_width=24, out_width=32, patch_size=2, full_attention_blocks=(1,)),
+    vision=VisionConfig(
+        depth=2, width=16, heads=2, mlp_width=24, out_width=32, patch_size=2, full_attention_blocks=(1,)
+    ),
     text=TextConfig(vocab_size=60, width=32, layers=2, heads=4, key_heads=2, mlp_width=48, mrope_section=(2, 1, 1)),
-    image_token_id=58, pad_token_id=0, stop_token_ids=(1,))
+    image_token_id=58,
+    pad_token_id=0,
+    stop_token_ids=(1,),
+)
 LENGTHS, GROUP, NEW, TEMPERATURE = (9, 6), 3, 8, 0.7
 STOPS = tuple(range(1, 12))  # many, so that rows end at different steps
 
 
 def shaken(params: dict) -> dict:
     """No bias at zero and no norm at one; larger table and kernels, so that the distributions are not flat."""
+
     def shake(name, leaf):
         return 2.0 * leaf + 0.1 * jax.random.normal(trees.name_key(jax.random.key(3), name), leaf.shape)
+
     return trees.map_with_name(shake, params)
 
 
@@ -40,7 +47,8 @@ def params():
 def adapter(params):
     zero = init_lora(jax.random.key(1), params["language"], model.ADAPTER_PATTERN, rank=2)
     return trees.map_with_name(
-        lambda name, leaf: leaf + 0.01 * jax.random.normal(trees.name_key(jax.random.key(2), name), leaf.shape), zero)
+        lambda name, leaf: leaf + 0.01 * jax.random.normal(trees.name_key(jax.random.key(2), name), leaf.shape), zero
+    )
 
 
 def prompts(width: int = 9) -> dict:
@@ -49,30 +57,45 @@ def prompts(width: int = 9) -> dict:
     rng = np.random.default_rng(0)
     for row, length in enumerate(LENGTHS):
         ids[row, :length] = rng.integers(12, 58, length)
-        ids[row, 1:3 - row] = CONFIG.image_token_id
+        ids[row, 1 : 3 - row] = CONFIG.image_token_id
     mask = np.arange(width) < np.asarray(LENGTHS)[:, None]
     groups = np.array([[0] * 8, [0] * 4 + [-1] * 4], np.int32)
     return {
-        "prompt_ids": jnp.asarray(ids), "prompt_mask": jnp.asarray(mask),
+        "prompt_ids": jnp.asarray(ids),
+        "prompt_mask": jnp.asarray(mask),
         "prompt_positions": jnp.broadcast_to(jnp.arange(width)[None, :, None], (2, width, 3)),
         "prompt_next": jnp.asarray(LENGTHS, jnp.int32) + 2,
         "patches": jnp.asarray(rng.standard_normal((2, 8, CONFIG.vision.patch_width)), jnp.float32),
         "patch_positions": jnp.asarray(rng.integers(0, 4, (2, 8, 2)), jnp.int32),
-        "patch_windows": jnp.asarray(groups), "patch_images": jnp.asarray(groups)}
+        "patch_windows": jnp.asarray(groups),
+        "patch_images": jnp.asarray(groups),
+    }
 
 
 @functools.partial(jax.jit, static_argnames=("config", "group", "stop_ids", "sampling", "length"))
-def sample(params, adapter, batch, keys, config=CONFIG, group=GROUP, stop_ids=STOPS,
-           sampling=SamplingConfig(TEMPERATURE), length=NEW):
+def sample(
+    params,
+    adapter,
+    batch,
+    keys,
+    config=CONFIG,
+    group=GROUP,
+    stop_ids=STOPS,
+    sampling=SamplingConfig(TEMPERATURE),
+    length=NEW,
+):
     prefix = model.prompt_prefix(config, params, adapter, batch)
-    return generate(config, params, adapter, prefix, keys, max_new_tokens=length, stop_ids=stop_ids, sampling=sampling, group=group)
+    return generate(
+        config, params, adapter, prefix, keys, max_new_tokens=length, stop_ids=stop_ids, sampling=sampling, group=group
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk", "entropy"))
 def score(params, adapter, batch, tokens, mask, config=CONFIG, chunk=3, entropy=False):
     prefix = model.prompt_prefix(config, params, adapter, batch)
     return model.completion_log_probs(
-        config, params, adapter, prefix, tokens, mask, temperature=TEMPERATURE, chunk=chunk, with_entropy=entropy)
+        config, params, adapter, prefix, tokens, mask, temperature=TEMPERATURE, chunk=chunk, with_entropy=entropy
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk"))
@@ -80,6 +103,7 @@ def scores_and_gradient(params, adapter, batch, tokens, mask, config=CONFIG, chu
     def total(params):
         log_probs = score(params, adapter, batch, tokens, mask, config, chunk).log_probs
         return log_probs.sum(), log_probs
+
     gradient, log_probs = jax.grad(total, has_aux=True)(params)
     return log_probs, gradient
 
@@ -135,10 +159,15 @@ def test_padding_of_the_prompt_changes_neither_scores_nor_gradient(params, adapt
     narrow, wide = prompts(9), prompts(14)
     wide["prompt_ids"] = jnp.where(wide["prompt_mask"], wide["prompt_ids"], CONFIG.image_token_id)
     wide["prompt_ids"] = wide["prompt_ids"].at[:, :9].set(jnp.where(narrow["prompt_mask"], narrow["prompt_ids"], 58))
-    assert_close(scores_and_gradient(params, adapter, wide, *arguments),
-                 scores_and_gradient(params, adapter, narrow, *arguments), 1e-4)
+    assert_close(
+        scores_and_gradient(params, adapter, wide, *arguments),
+        scores_and_gradient(params, adapter, narrow, *arguments),
+        1e-4,
+    )
     alone = {name: value[1:] for name, value in narrow.items()}
-    alone |= {name: value[:, :LENGTHS[1]] for name, value in alone.items() if name.startswith("prompt") and value.ndim > 1}
+    alone |= {
+        name: value[:, : LENGTHS[1]] for name, value in alone.items() if name.startswith("prompt") and value.ndim > 1
+    }
     alone |= {name: value[:, :4] for name, value in alone.items() if name.startswith("patch")}
     scores = score(params, adapter, alone, rollout.tokens[GROUP:], rollout.mask[GROUP:])
     assert_close(scores.log_probs, score(params, adapter, narrow, *arguments).log_probs[GROUP:])
@@ -156,9 +185,14 @@ def test_the_length_that_a_device_prefers_changes_no_state_of_a_text(params, ada
 def test_sharing_a_prompt_in_a_group_equals_repeating_it(params, adapter, rollout):
     repeated = {name: jnp.repeat(value, GROUP, axis=0) for name, value in prompts().items()}
     arguments = (rollout.tokens, rollout.mask)
-    assert_close(scores_and_gradient(params, adapter, repeated, *arguments),
-                 scores_and_gradient(params, adapter, prompts(), *arguments), 1e-4)
-    grouped = score(params, adapter, prompts(), rollout.tokens.reshape(2, GROUP, NEW), rollout.mask.reshape(2, GROUP, NEW))
+    assert_close(
+        scores_and_gradient(params, adapter, repeated, *arguments),
+        scores_and_gradient(params, adapter, prompts(), *arguments),
+        1e-4,
+    )
+    grouped = score(
+        params, adapter, prompts(), rollout.tokens.reshape(2, GROUP, NEW), rollout.mask.reshape(2, GROUP, NEW)
+    )
     assert_close(grouped.log_probs.reshape(-1, NEW), score(params, adapter, prompts(), *arguments).log_probs)
     again = sample(params, adapter, repeated, jax.random.split(jax.random.key(7), 2 * GROUP), group=1)
     np.testing.assert_array_equal(again.tokens, rollout.tokens)
@@ -166,8 +200,12 @@ def test_sharing_a_prompt_in_a_group_equals_repeating_it(params, adapter, rollou
 
 def test_scores_and_gradient_through_the_prefix_equal_one_plain_forward_pass(params, adapter):
     ids = jnp.asarray([[20, 31, 42, 13, 25, 36, 47, 18, 29, 30]])
-    prompt = {"prompt_ids": ids[:, :4], "prompt_mask": jnp.ones((1, 4), bool), "prompt_next": jnp.asarray([4]),
-              "prompt_positions": model.text_positions(jnp.zeros(1, jnp.int32), 4)}
+    prompt = {
+        "prompt_ids": ids[:, :4],
+        "prompt_mask": jnp.ones((1, 4), bool),
+        "prompt_next": jnp.asarray([4]),
+        "prompt_positions": model.text_positions(jnp.zeros(1, jnp.int32), 4),
+    }
 
     def plain(language):
         whole = {**params, "language": language}
@@ -176,7 +214,9 @@ def test_scores_and_gradient_through_the_prefix_equal_one_plain_forward_pass(par
         return jnp.take_along_axis(log_probs, ids[:, 4:, None], -1).sum()
 
     def split(language):
-        return score({**params, "language": language}, adapter, prompt, ids[:, 4:], jnp.ones((1, 6), bool)).log_probs.sum()
+        return score(
+            {**params, "language": language}, adapter, prompt, ids[:, 4:], jnp.ones((1, 6), bool)
+        ).log_probs.sum()
 
     value, expected = jax.jit(jax.value_and_grad(plain))(params["language"])
     ours, gradients = jax.jit(jax.value_and_grad(split))(params["language"])
@@ -188,7 +228,7 @@ def test_rows_do_not_depend_on_when_the_loop_ends(params, adapter, rollout):
     early = int(np.argmin(rollout.mask.sum(1)))
     assert rollout.mask[early].sum() < NEW
     one = {name: value[early // GROUP][None] for name, value in prompts().items()}
-    keys = jax.random.split(jax.random.key(7), 2 * GROUP)[early:early + 1]
+    keys = jax.random.split(jax.random.key(7), 2 * GROUP)[early : early + 1]
     alone = sample(params, adapter, one, keys, group=1)  # ends early
     np.testing.assert_array_equal(alone.tokens[0], rollout.tokens[early])
     np.testing.assert_array_equal(alone.mask[0], rollout.mask[early])
@@ -231,8 +271,14 @@ def test_sampled_frequencies_follow_the_scored_distribution(vocabulary):
     logits = 2.0 * jax.random.normal(jax.random.key(0), (vocabulary,))
     draws, width = 40_000, 17
     uniforms = jax.random.uniform(jax.random.key(1), (draws,))
-    tokens = np.asarray(jax.jit(lambda u: jax.lax.map(lambda v: sample_tokens(
-        jnp.broadcast_to(logits, (1000, vocabulary)), v, TEMPERATURE), u.reshape(-1, 1000)))(uniforms)).ravel()
+    tokens = np.asarray(
+        jax.jit(
+            lambda u: jax.lax.map(
+                lambda v: sample_tokens(jnp.broadcast_to(logits, (1000, vocabulary)), v, TEMPERATURE),
+                u.reshape(-1, 1000),
+            )
+        )(uniforms)
+    ).ravel()
     probabilities = np.exp(np.asarray(jax.nn.log_softmax(logits / TEMPERATURE), np.float64))
     expected = np.bincount(np.arange(vocabulary) % width, weights=probabilities, minlength=width)  # counts large enough
     observed = np.bincount(tokens % width, minlength=width)
@@ -267,9 +313,19 @@ def test_a_frozen_head_has_the_same_scores_and_gradient_by_the_adapter(params, a
         def total(adapter):
             prefix = model.prompt_prefix(CONFIG, params, adapter, prompts())
             scores = model.completion_log_probs(
-                CONFIG, params, adapter, prefix, rollout.tokens, rollout.mask, temperature=TEMPERATURE, chunk=3, with_entropy=True,
-                frozen_head=frozen_head)
-            return (scores.log_probs ** 2).sum(), scores
+                CONFIG,
+                params,
+                adapter,
+                prefix,
+                rollout.tokens,
+                rollout.mask,
+                temperature=TEMPERATURE,
+                chunk=3,
+                with_entropy=True,
+                frozen_head=frozen_head,
+            )
+            return (scores.log_probs**2).sum(), scores
+
         return jax.grad(total, has_aux=True)(adapter)
 
     (gradient, scores), (expected, reference) = map(scores_and_gradient_by_adapter, (True, False))
@@ -283,7 +339,9 @@ def test_scores_are_float32_over_a_large_vocabulary_with_bfloat16_activations():
     rng = np.random.default_rng(0)
     table = rng.standard_normal((vocabulary, width)).astype(np.float32)
     hidden = jnp.asarray(rng.standard_normal((1, 4, width)), jnp.bfloat16)
-    text = TextConfig(vocab_size=vocabulary, width=width, heads=2, key_heads=1, mrope_section=(2, 1, 1), dtype="bfloat16")
+    text = TextConfig(
+        vocab_size=vocabulary, width=width, heads=2, key_heads=1, mrope_section=(2, 1, 1), dtype="bfloat16"
+    )
     config = Qwen2_5VLConfig(text=text, vision=VisionConfig(out_width=width))
     params = {"language": {"embedding": {"table": jnp.asarray(table)}}}
     tokens = jnp.asarray([[3, 100_000, 151_935, 7]])
@@ -308,7 +366,9 @@ def test_bfloat16_stays_near_float32(rollout):
 def test_number_of_keys_and_sizes_are_checked(params):
     prefix = model.prompt_prefix(CONFIG, params, None, prompts())
     with pytest.raises(ValueError, match="6 completions"):
-        generate(CONFIG, params, None, prefix, jax.random.split(jax.random.key(0), 5), max_new_tokens=2, stop_ids=(), group=3)
+        generate(
+            CONFIG, params, None, prefix, jax.random.split(jax.random.key(0), 5), max_new_tokens=2, stop_ids=(), group=3
+        )
     with pytest.raises(ValueError, match="mrope_section"):
         Qwen2_5VLConfig(text=TextConfig(mrope_section=(1, 2, 3)))
     with pytest.raises(ValueError, match="remat"):
@@ -318,17 +378,36 @@ def test_number_of_keys_and_sizes_are_checked(params):
 @pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "base"])
 def test_the_form_that_gpus_decode_with_samples_the_same_captions(params, adapter, adapted):
     """With an adapter of some modules alone, too: those without one keep their kernel."""
-    lora = {"layers": {"attention": {name: adapter["layers"]["attention"][name] for name in ("query", "value", "output")},
-                       "mlp": adapter["layers"]["mlp"]}} if adapted else None
+    lora = (
+        {
+            "layers": {
+                "attention": {name: adapter["layers"]["attention"][name] for name in ("query", "value", "output")},
+                "mlp": adapter["layers"]["mlp"],
+            }
+        }
+        if adapted
+        else None
+    )
     prefix = model.prompt_prefix(CONFIG, params, lora, prompts())
 
     def captions(packed):
         return generate(
-            CONFIG, params, lora, prefix, jax.random.split(jax.random.key(7), 2 * GROUP), max_new_tokens=NEW, stop_ids=STOPS,
-            sampling=SamplingConfig(TEMPERATURE), group=GROUP, packed=packed)
+            CONFIG,
+            params,
+            lora,
+            prefix,
+            jax.random.split(jax.random.key(7), 2 * GROUP),
+            max_new_tokens=NEW,
+            stop_ids=STOPS,
+            sampling=SamplingConfig(TEMPERATURE),
+            group=GROUP,
+            packed=packed,
+        )
 
     scanned, packed = captions(False), captions(True)
     np.testing.assert_array_equal(packed.tokens, scanned.tokens)
     np.testing.assert_allclose(packed.log_probs, scanned.log_probs, atol=2e-5)
-    scores = model.completion_log_probs(CONFIG, params, lora, prefix, packed.tokens, packed.mask, temperature=TEMPERATURE)
+    scores = model.completion_log_probs(
+        CONFIG, params, lora, prefix, packed.tokens, packed.mask, temperature=TEMPERATURE
+    )
     np.testing.assert_allclose(packed.log_probs, scores.log_probs, atol=2e-5)

@@ -19,8 +19,16 @@ from uae_jax.models.sd3.weights import adapter_rules, load_adapter, load_transfo
 from uae_jax.nn.lora import init_lora, merge_adapter
 
 SIZES = dict(pos_embed_max_size=6, dual_attention_layers=(0, 1), qk_norm="rms_norm")
-TARGETS = ["attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out", "attn.to_k", "attn.to_out.0",
-           "attn.to_q", "attn.to_v"]
+TARGETS = [
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "attn.to_k",
+    "attn.to_out.0",
+    "attn.to_q",
+    "attn.to_v",
+]
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +66,18 @@ def test_export_writes_the_published_adapter(adapted, tmp_path):
     np.testing.assert_allclose(torch_velocity(again), theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("rename", [
-    lambda name: name.replace("base_model.model.", "transformer."), lambda name: name.replace(".weight", ".default.weight")])
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.replace("base_model.model.", "transformer."),
+        lambda name: name.replace(".weight", ".default.weight"),
+    ],
+)
 def test_other_published_names_are_read(adapted, tmp_path, rename):
     root, _, config, _, adapter = adapted
-    write_tensors(tmp_path, {rename(name): tensor for name, tensor in published_tensors(adapter, adapter_rules(config))})
+    write_tensors(
+        tmp_path, {rename(name): tensor for name, tensor in published_tensors(adapter, adapter_rules(config))}
+    )
     (tmp_path / "adapter_config.json").write_text((root / "adapter" / "adapter_config.json").read_text())
     _, again = load_adapter(tmp_path, config)
     for name, leaf in trees.flatten(adapter).items():

@@ -20,9 +20,20 @@ from uae_jax.models.sd3.weights import load_transformer, transformer_rules
 from uae_jax.nn.attention.entry import MULTIPLES
 
 BASE = dict(
-    sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
-    joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10, pos_embed_max_size=6,
-    dual_attention_layers=(), qk_norm="rms_norm")
+    sample_size=8,
+    patch_size=2,
+    in_channels=4,
+    out_channels=4,
+    num_layers=3,
+    attention_head_dim=8,
+    num_attention_heads=2,
+    joint_attention_dim=12,
+    caption_projection_dim=16,
+    pooled_projection_dim=10,
+    pos_embed_max_size=6,
+    dual_attention_layers=(),
+    qk_norm="rms_norm",
+)
 SIZES = {
     "plain": BASE,
     "dual_in_two_runs": {**BASE, "num_layers": 5, "dual_attention_layers": (0, 1, 3)},
@@ -44,15 +55,22 @@ def torch_transformer(size: dict) -> SD3Transformer2DModel:
 def inputs(config: TransformerConfig, rows: int = 4, columns: int = 6, tokens: int = 5) -> tuple:
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    return (normal(2, rows, columns, config.in_channels), np.array([873.25, 3.0], np.float32),
-            normal(2, tokens, config.joint_attention_dim), normal(2, config.pooled_projection_dim))
+    return (
+        normal(2, rows, columns, config.in_channels),
+        np.array([873.25, 3.0], np.float32),
+        normal(2, tokens, config.joint_attention_dim),
+        normal(2, config.pooled_projection_dim),
+    )
 
 
 def torch_velocity(model, latents, timestep, context, pooled) -> np.ndarray:
     with torch.no_grad():
         velocity = model(
-            hidden_states=torch.tensor(latents.transpose(0, 3, 1, 2)), timestep=torch.tensor(timestep),
-            encoder_hidden_states=torch.tensor(context), pooled_projections=torch.tensor(pooled)).sample
+            hidden_states=torch.tensor(latents.transpose(0, 3, 1, 2)),
+            timestep=torch.tensor(timestep),
+            encoder_hidden_states=torch.tensor(context),
+            pooled_projections=torch.tensor(pooled),
+        ).sample
     return velocity.numpy().transpose(0, 2, 3, 1)
 
 
@@ -75,8 +93,9 @@ def random_model():
     config = TransformerConfig(**{k: v for k, v in BASE.items() if k != "caption_projection_dim"})
     config = dataclasses.replace(config, dual_attention_layers=(0, 1))
     shapes, rng = trees.flatten(sd3.abstract_params(config)), np.random.default_rng(0)
-    return config, trees.unflatten({
-        name: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32) for name, leaf in shapes.items()})
+    return config, trees.unflatten(
+        {name: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32) for name, leaf in shapes.items()}
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -176,7 +195,9 @@ def test_initial_velocity_is_zero_and_initialisation_is_reproducible():
     config = dataclasses.replace(config, dual_attention_layers=(0, 1))
     initialise = jax.jit(sd3.init_params, static_argnums=0)
     params = initialise(config, jax.random.key(3))
-    assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(lambda leaf: leaf.shape, sd3.abstract_params(config))
+    assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(
+        lambda leaf: leaf.shape, sd3.abstract_params(config)
+    )
     assert not np.any(velocity(config, params, *inputs(config)))
     for first, second in zip(jax.tree.leaves(params), jax.tree.leaves(initialise(config, jax.random.key(3)))):
         np.testing.assert_array_equal(first, second)
@@ -184,8 +205,15 @@ def test_initial_velocity_is_zero_and_initialisation_is_reproducible():
     assert np.any(layers[0] != layers[1])
 
 
-@pytest.mark.parametrize("field, value", [
-    ("qk_norm", "layer_norm"), ("caption_projection_dim", 8), ("dual_attention_layers", [5]), ("pos_embed_max_size", None)])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("qk_norm", "layer_norm"),
+        ("caption_projection_dim", 8),
+        ("dual_attention_layers", [5]),
+        ("pos_embed_max_size", None),
+    ],
+)
 def test_unsupported_config_is_refused_by_name(tmp_path, field, value):
     (tmp_path / "config.json").write_text(json.dumps({**BASE, field: value}))
     with pytest.raises(ValueError, match=field):

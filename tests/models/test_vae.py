@@ -22,7 +22,12 @@ from uae_jax.nn import device
 SIZES = {
     "two_levels": dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4),
     "three_levels_no_attention": dict(
-        block_out_channels=(8, 8, 16), layers_per_block=2, norm_num_groups=8, latent_channels=16, mid_block_add_attention=False),
+        block_out_channels=(8, 8, 16),
+        layers_per_block=2,
+        norm_num_groups=8,
+        latent_channels=16,
+        mid_block_add_attention=False,
+    ),
     "four_levels": dict(block_out_channels=(8, 16, 16, 24), layers_per_block=2, norm_num_groups=8, latent_channels=16),
 }
 
@@ -31,8 +36,14 @@ def torch_vae(size: dict, seed: int = 0) -> AutoencoderKL:
     torch.manual_seed(seed)
     levels = len(size["block_out_channels"])
     model = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
-        scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False, **size)
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **size,
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -131,7 +142,9 @@ def test_interleaved_pictures_are_decoded_as_they_are_alone(size):
     alone = outcome(lambda latents: vae.decode(config, params, latents))
     with on_devices(1):
         assert device.on_one_cpu()
-        others = [outcome(functools.partial(vae.decode, config, params, interleaved=count)) for count in (1, 3, 6)] + [outcome(in_parts)]
+        others = [outcome(functools.partial(vae.decode, config, params, interleaved=count)) for count in (1, 3, 6)] + [
+            outcome(in_parts)
+        ]
     for other in others:
         for expected, found in zip(jax.tree.leaves(alone), jax.tree.leaves(other), strict=True):
             assert relative_error(found, expected) <= 1e-4
@@ -170,9 +183,16 @@ def test_sampled_latents_have_the_given_moments():
     assert abs(float(draws.mean()) - 2.0) < 0.05 and abs(float(draws.std()) - 0.5) < 0.03
 
 
-@pytest.mark.parametrize("field, value", [
-    ("use_quant_conv", True), ("act_fn", "relu"), ("block_out_channels", [10]), ("up_block_types", ["AttnUpDecoderBlock2D"]),
-    ("layers_per_block", 0)])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("use_quant_conv", True),
+        ("act_fn", "relu"),
+        ("block_out_channels", [10]),
+        ("up_block_types", ["AttnUpDecoderBlock2D"]),
+        ("layers_per_block", 0),
+    ],
+)
 def test_unsupported_config_is_refused_by_name(tmp_path, field, value):
     config = VAEConfig(block_out_channels=(32,)).published()
     (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))

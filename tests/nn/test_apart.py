@@ -35,8 +35,10 @@ def compiled_calls(function, devices):
         return len(re.findall(r" call\([^\n]*inlineable=\"false\"", program.as_text())), program(x)
 
 
-@pytest.mark.parametrize("function, calls", [
-    (forward, 1), (settled, 1), (jax.value_and_grad(settled), 2), (in_turn, 1), (jax.value_and_grad(in_turn), 3)])
+@pytest.mark.parametrize(
+    "function, calls",
+    [(forward, 1), (settled, 1), (jax.value_and_grad(settled), 2), (in_turn, 1), (jax.value_and_grad(in_turn), 3)],
+)
 def test_a_call_of_its_own_on_one_cpu_and_no_call_elsewhere(function, calls):
     found, together = compiled_calls(function, 1)
     none, spread = compiled_calls(function, 8)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
-from uae_jax.nn.attention import IMPLEMENTATIONS, Mask, SharedKeys, attention, use_attention
-from uae_jax.nn.attention import entry, plain
+from uae_jax.nn.attention import IMPLEMENTATIONS, Mask, SharedKeys, attention, entry, plain, use_attention
 from uae_jax.nn.attention.cudnn import arguments, supported
 from uae_jax.nn.attention.splash import splash
 
@@ -21,8 +20,11 @@ def normal(seed, *shape):
 
 
 def inputs(length, size, batch=BATCH, width=WIDTH):
-    return (normal(0, batch, length, HEADS, width), normal(1, batch, size, KEY_HEADS, width),
-            normal(2, batch, size, KEY_HEADS, width))
+    return (
+        normal(0, batch, length, HEADS, width),
+        normal(1, batch, size, KEY_HEADS, width),
+        normal(2, batch, size, KEY_HEADS, width),
+    )
 
 
 def formula(query, key, value, allowed):
@@ -59,8 +61,11 @@ def allowed_pairs(kind, length, size):
 
 CASES = [("all", 5, 7), ("valid", 5, 7), ("causal", 7, 7), ("causal", 4, 9), ("groups", 7, 7)]
 FORMS = {
-    "plain": plain.plain, "by_query_blocks": functools.partial(plain.by_query_blocks, block=3),
-    "by_head": functools.partial(plain.by_head, block=3), "splash": functools.partial(splash, interpret=True)}
+    "plain": plain.plain,
+    "by_query_blocks": functools.partial(plain.by_query_blocks, block=3),
+    "by_head": functools.partial(plain.by_head, block=3),
+    "splash": functools.partial(splash, interpret=True),
+}
 
 
 @pytest.mark.parametrize("kind, length, size", CASES)
@@ -71,7 +76,9 @@ def test_every_form_is_the_formula(form, kind, length, size):
     np.testing.assert_allclose(found, formula(*inputs(length, size), table), atol=1e-5)
 
 
-@pytest.mark.parametrize("form, kind", [(form, kind) for form in ("by_query_blocks", "by_head", "splash") for kind in ("causal", "groups")])
+@pytest.mark.parametrize(
+    "form, kind", [(form, kind) for form in ("by_query_blocks", "by_head", "splash") for kind in ("causal", "groups")]
+)
 def test_gradients_equal_those_of_the_plain_form(form, kind):
     mask, _ = allowed_pairs(kind, 7, 7)
     outer = normal(3, BATCH, 7, HEADS, WIDTH)
@@ -98,7 +105,11 @@ def test_padding_is_ignored_and_rows_without_keys_are_finite(form):
     groups = jnp.asarray([[0, 0, 1, 1, -1, -1]] * 2)
     attend = jax.jit(FORMS[form])
     slope = jax.jit(jax.grad(lambda *x: FORMS[form](*x).sum(), argnums=(0, 1, 2)))
-    for mask in (Mask(valid=lengths_mask(6, 4, 0)), Mask(groups=groups), Mask(valid=lengths_mask(6, 4, 0), causal=True)):
+    for mask in (
+        Mask(valid=lengths_mask(6, 4, 0)),
+        Mask(groups=groups),
+        Mask(valid=lengths_mask(6, 4, 0), causal=True),
+    ):
         found, gradient = attend(query, key, value, mask), slope(query, key, value, mask)
         assert np.isfinite(found).all() and all(np.isfinite(part).all() for part in gradient)
         other = key.copy(), value.copy()
@@ -115,9 +126,13 @@ def test_shared_keys_equal_repeated_ones_in_every_form(form, monkeypatch):
     own = Mask(valid=lengths_mask(length, 5, 5, 4, 5, 3, 5), causal=True)
     with use_attention(form):
         found = jax.jit(attention)(query, key, value, own, (stored,))
-    table = np.concatenate([
-        np.broadcast_to(np.repeat(stored.valid, 3, 0)[:, None], (rows, length, 3)),
-        np.broadcast_to(own.pairs(length, length), (rows, length, length))], -1)
+    table = np.concatenate(
+        [
+            np.broadcast_to(np.repeat(stored.valid, 3, 0)[:, None], (rows, length, 3)),
+            np.broadcast_to(own.pairs(length, length), (rows, length, length)),
+        ],
+        -1,
+    )
     joined = [np.concatenate([np.repeat(old, 3, 0), new], 1) for old, new in ((stored.key, key), (stored.value, value))]
     np.testing.assert_allclose(found, formula(query, *joined, table), atol=1e-5)
 
@@ -156,7 +171,11 @@ def test_the_device_and_the_size_choose():
         assert entry.choose("tpu", queries(512, jnp.float32), 512) == "splash"
         assert entry.choose("cpu", queries(512), 512) == "by_head"
     assert entry.choose("gpu", queries(512), 512) == "cudnn"
-    assert entry.choose("gpu", queries(512, jnp.float32), 512) == entry.choose("gpu", queries(512, width=512), 512) == "by_query_blocks"
+    assert (
+        entry.choose("gpu", queries(512, jnp.float32), 512)
+        == entry.choose("gpu", queries(512, width=512), 512)
+        == "by_query_blocks"
+    )
     assert not supported(queries(512, width=20))
 
 
@@ -199,6 +218,10 @@ def test_cudnn_is_given_lengths_where_padding_is_on_the_right():
     found = arguments(mask, 2, 6, 6)
     assert found["is_causal"] and found["key_value_seq_lengths"].tolist() == [4, 1]
     assert arguments(Mask(causal=True), 2, 6, 6) == {"is_causal": True}
-    for mask, length in ((Mask(causal=True), 3), (Mask(valid=lengths_mask(6, 4, 2)), 6), (Mask(groups=jnp.zeros((2, 6), jnp.int32)), 6)):
+    for mask, length in (
+        (Mask(causal=True), 3),
+        (Mask(valid=lengths_mask(6, 4, 2)), 6),
+        (Mask(groups=jnp.zeros((2, 6), jnp.int32)), 6),
+    ):
         found = arguments(mask, 2, length, 6)
         assert list(found) == ["mask"] and found["mask"].shape == (2, 1, length, 6)

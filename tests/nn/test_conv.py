@@ -18,6 +18,7 @@ def normal(seed, *shape):
 
 def outcome(convolution, params, x, pictures):
     """Result and gradients by parameters and pictures, of pictures that are interleaved by so many."""
+
     def energy(params, x):
         y = separate(convolution(params, interleave(x, pictures)), pictures)
         return jnp.sum(jnp.sin(y)), y
@@ -38,7 +39,9 @@ def test_interleaved_pictures_are_convolved_each_by_itself(channels, features, s
     x = normal(2, PICTURES, 4, 3, channels)
 
     def convolution(pictures):
-        return lambda params, x: Conv(features, size, padding=padding, interleaved=pictures).apply({"params": params}, x)
+        return lambda params, x: Conv(features, size, padding=padding, interleaved=pictures).apply(
+            {"params": params}, x
+        )
 
     with on_devices(1):
         alone = outcome(convolution(1), params, x, 1)
@@ -57,12 +60,17 @@ def test_a_doubling_convolution_is_the_convolution_of_the_doubled_picture(channe
 
     for count in (1, 8):  # both forms
         with on_devices(count):
-            found = outcome(lambda params, x: DoublingConv(features, pictures).apply({"params": params}, x), params, x, pictures)
+            found = outcome(
+                lambda params, x: DoublingConv(features, pictures).apply({"params": params}, x), params, x, pictures
+            )
             check_same(found, outcome(enlarged, params, x, 1))
 
 
 def test_sums_of_taps_are_rounded_once():
-    params, x = {"kernel": normal(0, 3, 3, 16, 16), "bias": np.zeros(16, np.float32)}, jnp.asarray(normal(2, 1, 8, 8, 16), jnp.bfloat16)
+    params, x = (
+        {"kernel": normal(0, 3, 3, 16, 16), "bias": np.zeros(16, np.float32)},
+        jnp.asarray(normal(2, 1, 8, 8, 16), jnp.bfloat16),
+    )
 
     def doubled(count, x):
         with on_devices(count):

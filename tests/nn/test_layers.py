@@ -22,7 +22,9 @@ def test_norms_against_numpy():
     found = RMSNorm(1e-6).apply({"params": {"scale": np.full(8, 2.0, np.float32)}}, x)
     np.testing.assert_allclose(found, 2 * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6), rtol=1e-5)
     found = LayerNorm(1e-5, affine=False).apply({}, x)
-    np.testing.assert_allclose(found, (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5), atol=1e-5)
+    np.testing.assert_allclose(
+        found, (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5), atol=1e-5
+    )
     found = GroupNorm(2).apply({"params": {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}}, x)
     groups = x.reshape(2, 3, 4, 2, 4)
     mean, variance = groups.mean((1, 2, 4), keepdims=True), groups.var((1, 2, 4), keepdims=True)
@@ -64,7 +66,9 @@ def test_new_adapters_change_nothing_and_trained_ones_equal_the_merged_kernel(la
 
     def apply(kernels, lora, layer):
         variables = {"params": {"kernel": kernels["layers"]["up"]["kernel"][layer]}}
-        return dense.apply(variables | ({"lora": jax.tree.map(lambda z: z[layer], lora["layers"]["up"])} if lora else {}), x)
+        return dense.apply(
+            variables | ({"lora": jax.tree.map(lambda z: z[layer], lora["layers"]["up"])} if lora else {}), x
+        )
 
     np.testing.assert_array_equal(apply(base, adapter, 1), apply(base, None, 1))
     trained = jax.tree.map(lambda leaf: leaf + 0.3, adapter)
@@ -76,7 +80,9 @@ def test_new_adapters_change_nothing_and_trained_ones_equal_the_merged_kernel(la
 
 @pytest.mark.parametrize("tokens, merged", [((2,), False), ((2, 1), False), ((3,), True), ((2, 40), True)])
 def test_both_orders_of_the_adapters_products_have_the_same_value_and_gradients(tokens, merged):
-    """6 x 5 kernels: from three tokens on, the sum of kernels is less work; its backward pass never differentiates that sum."""
+    """6 x 5 kernels: from three tokens on, the sum of kernels is less work; its backward pass never differentiates that
+    sum.
+    """
     arguments = normal(3, *tokens, 6), normal(4, 6, 5), normal(5, 6, 2), normal(6, 2, 5)
     assert ("custom_vjp_call" in str(jax.make_jaxpr(lambda *x: adapted(*x, 0.5))(*arguments))) == merged
     weight = normal(7, *tokens, 5)
@@ -86,10 +92,16 @@ def test_both_orders_of_the_adapters_products_have_the_same_value_and_gradients(
 
     def outcome(function):
         whole = jax.value_and_grad(lambda *x: jnp.sum(weight * function(*x)), argnums=(0, 1, 2, 3))(*arguments)
-        adapter = jax.grad(lambda a, b: jnp.sum(weight * function(*arguments[:2], a, b)), argnums=(0, 1))(*arguments[2:])
+        adapter = jax.grad(lambda a, b: jnp.sum(weight * function(*arguments[:2], a, b)), argnums=(0, 1))(
+            *arguments[2:]
+        )
         return whole, adapter
 
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4, rtol=1e-5), outcome(lambda *x: adapted(*x, 0.5)), outcome(formula))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4, rtol=1e-5),
+        outcome(lambda *x: adapted(*x, 0.5)),
+        outcome(formula),
+    )
 
 
 def test_matrix_units_that_round_their_operands_see_the_adapter_apart():
@@ -101,7 +113,10 @@ def test_matrix_units_that_round_their_operands_see_the_adapter_apart():
 
 
 def test_half_precision_keeps_an_adapter_that_is_small_beside_its_kernel():
-    x, kernel, a, b = (jnp.asarray(z, jnp.bfloat16) for z in (jnp.ones((300, 6)), jnp.ones((6, 5)), jnp.full((6, 2), 0.01), jnp.full((2, 5), 0.01)))
+    x, kernel, a, b = (
+        jnp.asarray(z, jnp.bfloat16)
+        for z in (jnp.ones((300, 6)), jnp.ones((6, 5)), jnp.full((6, 2), 0.01), jnp.full((2, 5), 0.01))
+    )
     lone = adapted(x, jnp.zeros_like(kernel), a, b, 1.0)
     assert (lone > 0).all() and (kernel + a @ b == kernel).all()
     np.testing.assert_array_equal(adapted(x, kernel, a, b, 1.0), x @ kernel + lone)
@@ -127,12 +142,17 @@ def test_names_and_trees_are_inverses():
 
 def test_group_norm_of_values_far_from_zero():
     x = np.random.default_rng(0).standard_normal((1, 64, 64, 4)) + 30.0
-    found = GroupNorm(2).apply({"params": {"scale": np.ones(4, np.float32), "bias": np.zeros(4, np.float32)}}, np.float32(x))
+    found = GroupNorm(2).apply(
+        {"params": {"scale": np.ones(4, np.float32), "bias": np.zeros(4, np.float32)}}, np.float32(x)
+    )
     grouped = x.reshape(1, 64, 64, 2, 2)
     wanted = (grouped - grouped.mean((1, 2, 4), keepdims=True)) / grouped.std((1, 2, 4), keepdims=True)
     np.testing.assert_allclose(found, wanted.reshape(x.shape), atol=1e-4)
 
 
 def test_group_norm_of_a_constant_picture_is_its_bias():
-    found = GroupNorm(1).apply({"params": {"scale": np.ones(2, np.float32), "bias": np.array([1.0, 2.0], np.float32)}}, np.full((1, 9, 9, 2), 7.3, np.float32))
+    found = GroupNorm(1).apply(
+        {"params": {"scale": np.ones(2, np.float32), "bias": np.array([1.0, 2.0], np.float32)}},
+        np.full((1, 9, 9, 2), 7.3, np.float32),
+    )
     np.testing.assert_allclose(found, np.broadcast_to([1.0, 2.0], (1, 9, 9, 2)), atol=1e-2)

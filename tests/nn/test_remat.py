@@ -26,7 +26,8 @@ class Layer(nn.Module):
 def gradient_of(policy):
     """The gradient of three scanned layers as a function of their parameters."""
     scanned = nn.scan(
-        remat(Layer, policy), variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=3)()
+        remat(Layer, policy), variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=3
+    )()
     x = jax.random.normal(jax.random.key(0), (2, 5, 8))
     params = scanned.init(jax.random.key(1), x, Mask(causal=True))
     return jax.grad(lambda p: jnp.sum(scanned.apply(p, x, Mask(causal=True))[0] ** 2)), params

@@ -1,4 +1,6 @@
-"""A folder with a tensor too few, too many, misnamed or not finite, a file cut short, or another model in it: one clear line."""
+"""A folder with a tensor too few, too many, misnamed or not finite, a file cut short, or another model in it: one clear
+line.
+"""
 
 import json
 import pathlib
@@ -12,12 +14,14 @@ from uae_jax.hf.safetensors import TensorFolder, write_tensors
 
 # a tensor of each part, as the published files name it
 TENSORS = {
-    "llm": "model.layers.1.mlp.up_proj.weight", "dit": "transformer_blocks.2.attn.norm_added_k.weight",
+    "llm": "model.layers.1.mlp.up_proj.weight",
+    "dit": "transformer_blocks.2.attn.norm_added_k.weight",
     "SD3/vae": "decoder.mid_block.resnets.0.conv1.weight",
     "SD3/text_encoder_2": "text_model.encoder.layers.1.mlp.fc1.bias",
     "llm_lora": "model.base_model.model.layers.1.mlp.up_proj.lora_B.default.weight",
     "dit_lora": "base_model.model.transformer_blocks.3.attn.add_k_proj.lora_B.weight",
-    "dinov3": "layer.1.layer_scale2.lambda1"}
+    "dinov3": "layer.1.layer_scale2.lambda1",
+}
 
 
 @pytest.fixture
@@ -69,7 +73,10 @@ def test_a_renamed_tensor_is_named_both_ways(reference, folder, part):
     text = message(folder)
     name = TENSORS[part]
     file = next(file for file in (folder / part).glob("*.safetensors"))
-    assert f"missing: {name}; unknown: {name}_old in {file}." in text and f"If {name}_old is {name}, give it that name" in text
+    assert (
+        f"missing: {name}; unknown: {name}_old in {file}." in text
+        and f"If {name}_old is {name}, give it that name" in text
+    )
 
 
 @pytest.mark.parametrize("part", ["SD3/vae", "dit_lora"])
@@ -96,8 +103,17 @@ def test_a_truncated_file_is_named(reference, folder, part):
     assert f"{file} is not a complete safetensors file" in message(folder)
 
 
-@pytest.mark.parametrize(("part", "value"), [
-    ("llm", np.nan), ("dit", np.inf), ("SD3/vae", np.nan), ("SD3/text_encoder_2", -np.inf), ("dit_lora", np.nan), ("dinov3", np.nan)])
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("llm", np.nan),
+        ("dit", np.inf),
+        ("SD3/vae", np.nan),
+        ("SD3/text_encoder_2", -np.inf),
+        ("dit_lora", np.nan),
+        ("dinov3", np.nan),
+    ],
+)
 def test_a_number_that_is_not_finite_is_named(reference, folder, part, value):
     def spoil(tensors):
         tensors[TENSORS[part]] = tensors[TENSORS[part]].copy()
@@ -111,6 +127,7 @@ def test_a_number_that_is_not_finite_is_named(reference, folder, part, value):
 @pytest.fixture
 def sharded(reference, folder):
     """The folder with a transformer in several files, and the index of these."""
+
     def again(change=lambda weight_map: None):
         replace(folder / "dit", reference.folder / "dit")
         stored = TensorFolder(reference.folder / "dit")
@@ -121,6 +138,7 @@ def sharded(reference, folder):
         change(content["weight_map"])
         index.write_text(json.dumps(content))
         return index, content["weight_map"]
+
     return again
 
 
@@ -148,15 +166,27 @@ def test_a_folder_without_its_config_is_named(folder, part):
     assert str(folder / part / "config.json") in text and ("copy it from" in text or "with its config.json" in text)
 
 
-@pytest.mark.parametrize(("part", "other", "held", "expected"), [
-    ("llm", "clip", "clip", "qwen2_5_vl"), ("llm", "dit", "SD3Transformer2DModel", "qwen2_5_vl"),
-    ("dit", "SD3/vae", "AutoencoderKL", "SD3Transformer2DModel"), ("SD3/vae", "dit", "SD3Transformer2DModel", "AutoencoderKL"),
-    ("SD3/vae", "llm", "qwen2_5_vl", "AutoencoderKL"), ("SD3/text_encoder", "dinov2", "dinov2", "clip"),
-    ("clip", "dinov2", "dinov2", "clip"), ("clip", "SD3/vae", "AutoencoderKL", "CLIP")])
+@pytest.mark.parametrize(
+    ("part", "other", "held", "expected"),
+    [
+        ("llm", "clip", "clip", "qwen2_5_vl"),
+        ("llm", "dit", "SD3Transformer2DModel", "qwen2_5_vl"),
+        ("dit", "SD3/vae", "AutoencoderKL", "SD3Transformer2DModel"),
+        ("SD3/vae", "dit", "SD3Transformer2DModel", "AutoencoderKL"),
+        ("SD3/vae", "llm", "qwen2_5_vl", "AutoencoderKL"),
+        ("SD3/text_encoder", "dinov2", "dinov2", "clip"),
+        ("clip", "dinov2", "dinov2", "clip"),
+        ("clip", "SD3/vae", "AutoencoderKL", "CLIP"),
+    ],
+)
 def test_another_model_in_the_place_of_a_part_is_named(reference, folder, part, other, held, expected):
     replace(folder / part, reference.folder / other)
     text = message(folder)
-    assert str(folder / part) in text and held in text.replace(str(folder / part), "") and expected in text.replace(str(folder), "")
+    assert (
+        str(folder / part) in text
+        and held in text.replace(str(folder / part), "")
+        and expected in text.replace(str(folder), "")
+    )
 
 
 def test_weights_of_another_size_than_their_config_are_named(reference, folder):

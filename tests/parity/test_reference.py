@@ -1,4 +1,6 @@
-"""Every array of a whole model, read from its folder, equals PyTorch's: caption, condition, guided picture, similarities."""
+"""Every array of a whole model, read from its folder, equals PyTorch's: caption, condition, guided picture,
+similarities.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +47,9 @@ def patches(system, theirs):
 @pytest.fixture(scope="session")
 def prompts(system, patches):
     counts = [system.processor.image_tokens(grid) for _, grid in patches]
-    return [tokens.caption_prompt_ids(system.tokenizer, CAPTION_PROMPT, [counts[image] for image in row]) for row in ROWS]
+    return [
+        tokens.caption_prompt_ids(system.tokenizer, CAPTION_PROMPT, [counts[image] for image in row]) for row in ROWS
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -53,9 +57,13 @@ def batch(system, patches, prompts):
     """The three rows, padded to more than any of them needs."""
     pad = tokens.token_id(system.tokenizer, tokens.IMAGE_PAD)
     most = sum(len(values) for values, _ in patches) + 8
-    rows = [prompt_fields(ids, [patches[image] for image in row], system.processor, pad, most, len(prompts[-1]) + 3)
-            for ids, row in zip(prompts, ROWS)]
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {"sample_id": np.arange(3, dtype=np.int32)}
+    rows = [
+        prompt_fields(ids, [patches[image] for image in row], system.processor, pad, most, len(prompts[-1]) + 3)
+        for ids, row in zip(prompts, ROWS)
+    ]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {
+        "sample_id": np.arange(3, dtype=np.int32)
+    }
 
 
 @pytest.fixture(scope="session")
@@ -63,8 +71,14 @@ def write(system):
     @jax.jit
     def captions(parts, batch):
         return sample_captions(
-            system.model, parts, batch, jax.random.key(0), max_new_tokens=NEW_TOKENS, stops=(),
-            sampling=SamplingConfig(temperature=0.0)).tokens
+            system.model,
+            parts,
+            batch,
+            jax.random.key(0),
+            max_new_tokens=NEW_TOKENS,
+            stops=(),
+            sampling=SamplingConfig(temperature=0.0),
+        ).tokens
 
     return captions
 
@@ -94,8 +108,9 @@ def pictures(system, base, theirs):
 
     @jax.jit
     def run(parts, ids, noise):
-        predict = predictor(system.model, parts, how, *encode_condition(
-            system.model, parts, how, ids, jnp.array([ids.shape[1]])))
+        predict = predictor(
+            system.model, parts, how, *encode_condition(system.model, parts, how, ids, jnp.array([ids.shape[1]]))
+        )
         final = sample(predict, noise, jnp.asarray(how.sigmas))
         return predict(noise, jnp.asarray(how.sigmas[0])), final, decode(system.model, parts, how, final)
 
@@ -131,8 +146,9 @@ def test_caption_prompt_ids(theirs, prompts, row):
 
 def test_caption_logits(system, base, theirs, batch):
     config = system.model.captioner
-    ours = jax.jit(lambda parts, batch: qwen.logits(config, parts, qwen.prompt_prefix(config, parts, None, batch).last_hidden))(
-        {name: base[name] for name in ("vision", "language")}, batch)
+    ours = jax.jit(
+        lambda parts, batch: qwen.logits(config, parts, qwen.prompt_prefix(config, parts, None, batch).last_hidden)
+    )({name: base[name] for name in ("vision", "language")}, batch)
     for row in range(3):
         assert_equal(ours[row], theirs[f"caption_logits_{row}"])
 
@@ -162,10 +178,12 @@ def test_negative_prompt_embeds(base, theirs, context):
 def test_padding_of_the_shorter_prompt_changes_nothing(system, base, theirs):
     ids = np.array([tokens.encode_caption(system.tokenizer, CAPTION)[:-1]], np.int32)
     how = Denoising((1.0, 0.0), GUIDANCE)
-    both = jax.jit(lambda parts, ids: encode_condition(system.model, parts, how, ids, jnp.array([ids.shape[1]])))(base, ids)
+    both = jax.jit(lambda parts, ids: encode_condition(system.model, parts, how, ids, jnp.array([ids.shape[1]])))(
+        base, ids
+    )
     assert both[0][0].shape == both[1][0].shape
     for (states, mask), name in zip(both, ("prompt_embeds", "negative_prompt_embeds")):
-        assert_equal(states[:, :int(mask.sum())], theirs[name])
+        assert_equal(states[:, : int(mask.sum())], theirs[name])
 
 
 def test_pooled_prompt_embeds(system, theirs):
@@ -191,17 +209,25 @@ def test_decoded(pictures, theirs):
 
 def test_encoded_mean(system, theirs):
     mean, _ = jax.jit(lambda params, pixels: vae.encode(system.model.vae, params, pixels))(
-        system.parts["vae"], channels_last(theirs["vae_pixels"]))
+        system.parts["vae"], channels_last(theirs["vae_pixels"])
+    )
     assert_equal(channels_first(mean), theirs["encoded_mean"])
 
 
-@pytest.mark.parametrize(("name", "array", "features"), [
-    ("clip", "clip_features", clip.image_features), ("dinov2", "dinov2_cls", dino.cls_features),
-    ("dinov3", "dinov3_cls", dino.cls_features)], ids=["clip_features", "dinov2_cls", "dinov3_cls"])
+@pytest.mark.parametrize(
+    ("name", "array", "features"),
+    [
+        ("clip", "clip_features", clip.image_features),
+        ("dinov2", "dinov2_cls", dino.cls_features),
+        ("dinov3", "dinov3_cls", dino.cls_features),
+    ],
+    ids=["clip_features", "dinov2_cls", "dinov3_cls"],
+)
 def test_image_features(system, theirs, name, array, features):
     pixels = channels_last(theirs[f"{name}_pixels"])
     ours = jax.jit(lambda params, pixels: features(system.encoders[name].config, params, pixels))(
-        system.parts["encoders"][name], pixels)
+        system.parts["encoders"][name], pixels
+    )
     assert_equal(ours, theirs[array])
 
 
@@ -213,7 +239,9 @@ def test_prompt_embeds_lora(system, theirs, context):
 
 def test_velocity_first_lora(system, theirs):
     states = theirs["prompt_embeds"]
-    ours = jax.jit(lambda parts, x: uae.velocity(
-        system.model, parts, x, jnp.ones(1), (states, jnp.ones(states.shape[:2], bool)), policy=True))(
-            system.parts, channels_last(theirs["latents_init"]))
+    ours = jax.jit(
+        lambda parts, x: uae.velocity(
+            system.model, parts, x, jnp.ones(1), (states, jnp.ones(states.shape[:2], bool)), policy=True
+        )
+    )(system.parts, channels_last(theirs["latents_init"]))
     assert_equal(channels_first(ours), theirs["velocity_first_lora"])

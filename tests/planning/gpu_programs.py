@@ -10,10 +10,10 @@ from typing import Any
 from unittest import mock
 
 import jax
-from configs import presets
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
+from configs import presets
 from uae_jax import sharding
 from uae_jax.planning.system import abstract_system
 from uae_jax.stages.program import Program, make_program
@@ -22,7 +22,9 @@ from uae_jax.stages.settings import frozen
 
 STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
 HOPPER = "NVIDIA H200"
-_kept_for = ["cpu"]  # traces and shardings that JAX keeps name the devices of their mesh; the end of a module drops them
+_kept_for = [
+    "cpu"
+]  # traces and shardings that JAX keeps name the devices of their mesh; the end of a module drops them
 
 
 @contextlib.contextmanager
@@ -31,19 +33,24 @@ def cards(kind: str = HOPPER) -> Iterator[None]:
 
     Only what a program is traced for changes: nothing can be run inside.
     """
+
     def abstract(mesh: Mesh) -> AbstractMesh:
         device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
         return AbstractMesh(tuple(mesh.shape.values()), mesh.axis_names, mesh.axis_types, abstract_device=device)
 
-    with (mock.patch.object(Mesh, "abstract_mesh", property(abstract)),
-          mock.patch.object(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)):
+    with (
+        mock.patch.object(Mesh, "abstract_mesh", property(abstract)),
+        mock.patch.object(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200),
+    ):
         if kind != _kept_for[-1]:
             jax.clear_caches()
             _kept_for.append(kind)
         yield
 
 
-def program_of(preset: str, stage: str, sizes: tuple[int, int, int], folder: pathlib.Path | None = None, **model: Any) -> tuple[Program, Mesh]:
+def program_of(
+    preset: str, stage: str, sizes: tuple[int, int, int], folder: pathlib.Path | None = None, **model: Any
+) -> tuple[Program, Mesh]:
     """A stage of a preset on a mesh of faked devices.
 
     Args:
@@ -56,7 +63,7 @@ def program_of(preset: str, stage: str, sizes: tuple[int, int, int], folder: pat
     values["mesh"] = dict(zip(sharding.AXES, sizes))
     values["model"] |= model | ({"folder": str(folder)} if folder else {})
     config = frozen(RunConfig, values)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:math.prod(sizes)])
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[: math.prod(sizes)])
     system = abstract_system(config)
     return make_program(config, system, system.parts, system.batch, stage, mesh), mesh
 
@@ -93,7 +100,9 @@ def _float32_products(jaxpr: Any, above: str) -> Iterator[str]:
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
             if all(operand.aval.dtype == "float32" for operand in equation.invars):
                 yield path
-        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+        for value in jax.tree.leaves(
+            tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
             if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
                 yield from _float32_products(getattr(value, "jaxpr", value), path)
 

@@ -8,16 +8,29 @@ from uae_jax.planning.cards import TARGETS, target_text
 from uae_jax.planning.chips import CHIPS, GIB, parse_topology
 
 
-@pytest.mark.parametrize("name, kind, chip, devices", [
-    ("v6e:8x8", "tpu", "v6e", 64), ("v5e:4x8", "tpu", "v5e", 32), ("v5p:4x4x4", "tpu", "v5p", 64), ("v4:2x2x4", "tpu", "v4", 16),
-    ("7x:2x2x4", "tpu", "7x", 32), ("gpu:8xH200", "gpu", "H200", 8), ("gpu:1xH100", "gpu", "H100", 1),
-    ("gpu:2x8xA100-80", "gpu", "A100-80", 16), ("gpu:1xRTX4090", "gpu", "RTX4090", 1), ("cpu:8", "cpu", "cpu", 8)])
+@pytest.mark.parametrize(
+    "name, kind, chip, devices",
+    [
+        ("v6e:8x8", "tpu", "v6e", 64),
+        ("v5e:4x8", "tpu", "v5e", 32),
+        ("v5p:4x4x4", "tpu", "v5p", 64),
+        ("v4:2x2x4", "tpu", "v4", 16),
+        ("7x:2x2x4", "tpu", "7x", 32),
+        ("gpu:8xH200", "gpu", "H200", 8),
+        ("gpu:1xH100", "gpu", "H100", 1),
+        ("gpu:2x8xA100-80", "gpu", "A100-80", 16),
+        ("gpu:1xRTX4090", "gpu", "RTX4090", 1),
+        ("cpu:8", "cpu", "cpu", 8),
+    ],
+)
 def test_a_topology_is_a_kind_of_chip_and_a_number_of_devices(name, kind, chip, devices):
     found = parse_topology(name)
     assert (found.kind, found.chip.name, found.devices) == (kind, chip, devices)
 
 
-@pytest.mark.parametrize("name", ["v6e", "v9:8x8", "v6e:64", "gpu:8xV100", "gpu:0xH100", "gpu:H200", "cpu:0", "cpu:x", "H200:2x2", ""])
+@pytest.mark.parametrize(
+    "name", ["v6e", "v9:8x8", "v6e:64", "gpu:8xV100", "gpu:0xH100", "gpu:H200", "cpu:0", "cpu:x", "H200:2x2", ""]
+)
 def test_other_names_are_refused_with_what_may_be_given(name):
     with pytest.raises(ValueError, match="v6e:8x8|known are H100, H200"):
         parse_topology(name)
@@ -38,7 +51,10 @@ def test_every_card_is_described_for_the_compiler():
     assert len(cards) == len(TARGETS) == 11
     for chip in cards:
         text = target_text(chip.name, chip.memory, chip.memory_bandwidth, chip.device_kind)
-        assert f"device_memory_size: {int(chip.memory)} " in text and f'device_description_str: "{chip.device_kind}"' in text
+        assert (
+            f"device_memory_size: {int(chip.memory)} " in text
+            and f'device_description_str: "{chip.device_kind}"' in text
+        )
         assert text.count("{") == text.count("}")
         generation = TARGETS[chip.name].generation
         assert generation.shared >= generation.shared_block and chip.memory < 200 * GIB

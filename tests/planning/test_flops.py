@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from configs import presets
 
+from configs import presets
 from uae_jax.planning.flops import count_work
 from uae_jax.planning.plan import step_work
 from uae_jax.planning.system import abstract_system
@@ -50,8 +50,14 @@ def test_scanned_layers_count_as_xla_counts_them_unrolled():
 def test_convolutions_and_their_gradients_count_as_xla_counts_them(stride, padding, dilation, groups):
     def convolve(x, kernel):
         return jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), [(padding, padding)] * 2, rhs_dilation=(dilation, dilation), feature_group_count=groups,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            x,
+            kernel,
+            (stride, stride),
+            [(padding, padding)] * 2,
+            rhs_dilation=(dilation, dilation),
+            feature_group_count=groups,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
 
     arguments = shapes((2, 12, 12, 8), (3, 3, 8 // groups, 16))
     assert count_work(convolve, arguments, (1,)).flops == pytest.approx(xla_flops(convolve, *arguments), rel=0.02)
@@ -62,7 +68,9 @@ def test_convolutions_and_their_gradients_count_as_xla_counts_them(stride, paddi
 
 def test_a_sampling_loop_counts_every_token_and_reads_the_weights_for_each():
     def sample(weights, x):
-        return jax.lax.while_loop(lambda s: s[0] < 7, lambda s: (s[0] + 1, jnp.tanh(s[1] @ weights.astype(jnp.bfloat16))), (0, x))[1]
+        return jax.lax.while_loop(
+            lambda s: s[0] < 7, lambda s: (s[0] + 1, jnp.tanh(s[1] @ weights.astype(jnp.bfloat16))), (0, x)
+        )[1]
 
     count = count_work(sample, [*shapes((32, 32)), jax.ShapeDtypeStruct((4, 32), jnp.bfloat16)], (0,), trips=7)
     assert count.decoding.flops == 7 * 2 * 4 * 32 * 32 and count.rest.flops == 0
@@ -82,6 +90,7 @@ def test_weights_are_followed_through_what_rearranges_them():
     def function(weights, x):
         def layer(x, kernel):
             return x @ kernel.reshape(6, 6).T.astype(jnp.float32), None
+
         return jax.lax.scan(jax.checkpoint(layer), x @ x.T @ x, weights)[0]
 
     count = count_work(function, shapes((3, 36), (6, 6)), (0,))

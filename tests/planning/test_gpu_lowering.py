@@ -1,7 +1,8 @@
-"""Every stage is traced and lowered for NVIDIA GPUs, without a card: refusals of shapes and types would end a run there.
+"""Every stage is traced and lowered for NVIDIA GPUs, without a card: refusals of shapes and types would end a run
+there.
 
-The fast tests lower the medium model and the built-in one; `pytest -m slow tests/planning/test_gpu_lowering.py` does it for every
-preset and mesh.
+The fast tests lower the medium model and the built-in one; `pytest -m slow tests/planning/test_gpu_lowering.py` does it
+for every preset and mesh.
 """
 
 import re
@@ -9,34 +10,44 @@ import re
 import gpu_programs
 import jax
 import pytest
+from gpu_programs import STAGES, lower
+
 from benchmarks.mini_checkpoint import write_configs
 from configs import presets
-from gpu_programs import STAGES, lower
 
 MEDIUM = "qwen2_5_vl_3b_sd3_5_medium"
 ONE, CUT, FSDP = (1, 1, 1), (1, 4, 2), (1, 8, 1)
 BOTH = {"forward", "backward"}
-# (T, S, K) of attention that is not small, by stage: 1,024 image tokens and 531 of the condition, padded to 1,568; prompts of
-# 192, pictures of 324 patches and captions of 512 tokens
+# (T, S, K) of attention that is not small, by stage: 1,024 image tokens and 531 of the condition, padded to 1,568;
+# prompts of 192, pictures of 324 patches and captions of 512 tokens
 JOINT, LAST, IMAGES, TEXT = (1568, 1568, 64), (1024, 1568, 64), (1024, 1024, 64), (544, 544, 128)
 PATCHES, PROMPT, CAPTION = (324, 324, 80), (192, 192, 128), (512, 704, 128)
 DRAWING = {JOINT: {"forward"}, LAST: {"forward"}, IMAGES: {"forward"}, TEXT: {"forward"}}
 LEARNING = {JOINT: BOTH, LAST: BOTH, IMAGES: BOTH, TEXT: {"forward"}}
 EXPECTED = {
-    "pretrain": LEARNING, "cold_start": LEARNING,
+    "pretrain": LEARNING,
+    "cold_start": LEARNING,
     "gen_for_und": DRAWING | {PATCHES: {"forward"}, PROMPT: BOTH, CAPTION: BOTH},
-    "und_for_gen": LEARNING | {PATCHES: {"forward"}, PROMPT: {"forward"}}}
+    "und_for_gen": LEARNING | {PATCHES: {"forward"}, PROMPT: {"forward"}},
+}
 # every full-size preset that is not of a TPU slice, on one device and cut; a preset of one card on that alone
 FULL = [
-    (name, sizes) for name in presets.PRESETS if name.startswith("qwen") and "@v" not in name
-    for sizes in ((ONE,) if "@1x" in name else (ONE, CUT, FSDP))]
+    (name, sizes)
+    for name in presets.PRESETS
+    if name.startswith("qwen") and "@v" not in name
+    for sizes in ((ONE,) if "@1x" in name else (ONE, CUT, FSDP))
+]
 
 
 def check(found: gpu_programs.Lowered) -> None:
-    """What holds for every stage in bfloat16: nothing leaves the card, nothing is wider than meant, memory is used again."""
+    """What holds for every stage in bfloat16: nothing leaves the card, nothing is wider than meant, memory is used
+    again.
+    """
     assert not re.search(r"xf64>|callback|stablehlo\.(infeed|outfeed|send|recv)", found.text)
     assert found.donated() == len(jax.tree.leaves(found.program.state))
-    wider = [path for path in found.float32_products() if not re.search(r"autoencoder|image_encoder|bgd,cd->bgc$", path)]  # the last contrasts features
+    wider = [
+        path for path in found.float32_products() if not re.search(r"autoencoder|image_encoder|bgd,cd->bgc$", path)
+    ]  # the last contrasts features
     assert not wider, wider[:5]
 
 
@@ -74,12 +85,16 @@ def test_small_models_are_lowered_for_cards_on_every_mesh(preset, sizes, tmp_pat
     if preset == "mini":
         write_configs(tmp_path)
     for stage in STAGES:
-        found = lower(preset, stage, sizes, folder=tmp_path if preset == "mini" else None, dtype="bfloat16", remat="full")
+        found = lower(
+            preset, stage, sizes, folder=tmp_path if preset == "mini" else None, dtype="bfloat16", remat="full"
+        )
         check(found)
         assert bool(found.attention()) == (preset == "mini")
 
 
-@pytest.mark.parametrize("kind, dtype, stage", [("Tesla T4", "bfloat16", "und_for_gen"), ("NVIDIA H200", "float32", "cold_start")])
+@pytest.mark.parametrize(
+    "kind, dtype, stage", [("Tesla T4", "bfloat16", "und_for_gen"), ("NVIDIA H200", "float32", "cold_start")]
+)
 def test_cards_and_precisions_without_fused_attention_are_lowered_too(kind, dtype, stage):
     found = lower(MEDIUM, stage, ONE, kind, dtype=dtype)
     assert not found.attention() and found.donated()

@@ -1,9 +1,9 @@
 """The tables of a compiled program: who runs it, and how much a token takes."""
 
 import pytest
-from benchmarks import gpu_program
 from test_hlo import CALLS
 
+from benchmarks import gpu_program
 from uae_jax.planning.chips import parse_topology
 from uae_jax.planning.hlo import Module
 
@@ -22,7 +22,11 @@ def test_costs_are_by_library_and_take_the_slower_of_operations_and_bytes():
 
 def test_the_loop_over_tokens_is_the_one_that_runs_once_a_token():
     text = gpu_program.report("gen_for_und", Module(CALLS.replace('"n":"36"', '"n":"512"'), 512), CHIP, 512)
-    assert "| captions' loop over tokens | 1,536 |" in text and "A token: 3 launches" in text and "### gen_for_und on H100" in text
+    assert (
+        "| captions' loop over tokens | 1,536 |" in text
+        and "A token: 3 launches" in text
+        and "### gen_for_und on H100" in text
+    )
 
 
 def test_the_command_reads_files_and_names_what_it_cannot(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,9 @@ from uae_jax.planning.hlo import Module
 
 def module(function, *shapes, trips=1):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return Module(jax.jit(function).lower(*arguments).compile().as_text(), trips), count_work(function, arguments, (), trips=trips).flops
+    return Module(jax.jit(function).lower(*arguments).compile().as_text(), trips), count_work(
+        function, arguments, (), trips=trips
+    ).flops
 
 
 def counted(found):
@@ -38,7 +40,9 @@ def test_a_loop_whose_end_depends_on_data_runs_as_often_as_it_may():
 
 def test_gradients_of_convolutions_count_as_products():
     def energy(x, kernel):
-        return jnp.sum(jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")) ** 2)
+        return jnp.sum(
+            jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")) ** 2
+        )
 
     found, expected = module(energy, (2, 16, 16, 8), (3, 3, 8, 16))
     assert counted(found) == pytest.approx(expected)
@@ -69,7 +73,9 @@ CALLS = """HloModule jit_step
   %kernel = bf16[1,64,32]{2,1,0} fusion(%stack, %at), kind=kLoop, calls=%fused_slice
   %flat = bf16[64,32]{1,0} bitcast(%kernel)
   %x = bf16[8,64]{1,0} constant({...})
-  %y = (bf16[8,32]{1,0}, s8[4194304]{0}) custom-call(%x, %flat), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(step)/while/body/dot_general"}, backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  %y = (bf16[8,32]{1,0}, s8[4194304]{0}) custom-call(%x, %flat), custom_call_target="__cublas$lt$matmul", \
+metadata={op_name="jit(step)/while/body/dot_general"}, \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
   %new = bf16[8,1,4]{2,1,0} constant({...})
   %filled = bf16[8,512,4]{2,1,0} fusion(%cache, %new, %at), kind=kLoop, calls=%fused_update
   ROOT %next = (s32[], bf16[36,64,32]{2,1,0}, bf16[8,512,4]{2,1,0}) tuple(%at, %stack, %filled)
@@ -87,7 +93,8 @@ ENTRY %main (a: s32[], b: bf16[36,64,32], c: bf16[8,512,4], q: bf16[2,96,4,64], 
   %q = bf16[2,96,4,64]{3,2,1,0} parameter(3)
   %k = bf16[2,128,2,64]{3,2,1,0} parameter(4)
   %start = (s32[], bf16[36,64,32]{2,1,0}, bf16[8,512,4]{2,1,0}) tuple(%a, %b, %c)
-  %loop = (s32[], /*index=1*/bf16[36,64,32]{2,1,0}, bf16[8,512,4]{2,1,0}) while(%start), condition=%condition, body=%body, metadata={op_name="jit(step)/while"}, backend_config={"known_trip_count":{"n":"36"}}
+  %loop = (s32[], /*index=1*/bf16[36,64,32]{2,1,0}, bf16[8,512,4]{2,1,0}) while(%start), condition=%condition, \
+body=%body, metadata={op_name="jit(step)/while"}, backend_config={"known_trip_count":{"n":"36"}}
   %gathered = bf16[8,128,4]{2,1,0} all-gather(%c), channel_id=1, replica_groups=[1,8]<=[8], dimensions={1}
   %mixed = (bf16[2,4,96,64]{3,2,1,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax"
   ROOT %result = bf16[8,512,4]{2,1,0} get-tuple-element(%loop), index=2

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from configs import presets
 
+from configs import presets
 from uae_jax import sharding, trees
 from uae_jax.nn.attention import attention
 from uae_jax.planning import plan, published
@@ -77,7 +77,9 @@ def test_frozen_parts_are_held_in_bfloat16_once_nothing_trains_them():
     kinds = {}
     for stage in ("pretrain", "gen_for_und"):
         program = make_program(config, system, system.parts, system.batch, stage)
-        kinds[stage] = {name: {leaf.dtype.name for leaf in jax.tree.leaves(part)} for name, part in program.frozen.items()}
+        kinds[stage] = {
+            name: {leaf.dtype.name for leaf in jax.tree.leaves(part)} for name, part in program.frozen.items()
+        }
         assert {leaf.dtype.name for leaf in jax.tree.leaves(program.state.params)} == {"float32"}
     assert kinds["pretrain"]["language"] == kinds["gen_for_und"]["transformer"] == {"bfloat16"}
     assert kinds["gen_for_und"]["vae"] == kinds["gen_for_und"]["transformer_lora"] == {"float32"}
@@ -95,7 +97,12 @@ def compiled():
 @pytest.mark.slow
 def test_faked_devices_get_a_compiled_plan(compiled):
     (found,), topology, sizes = compiled["whole"]
-    assert not found.memory.estimated and found.memory.seconds > 0 and found.memory.temporaries > 0 and found.fits(topology)
+    assert (
+        not found.memory.estimated
+        and found.memory.seconds > 0
+        and found.memory.temporaries > 0
+        and found.fits(topology)
+    )
     assert found.memory.peak >= found.memory.arguments + found.memory.temporaries and len(found.memory.largest) == 5
     assert sizes == MeshSizes(8, 1, 1)
     text = text_table([found], topology, sizes, "tiny")
@@ -112,7 +119,10 @@ def test_resident_bytes_are_those_of_the_shards():
     config = frozen(RunConfig, settings("tiny", mesh=dict(data=1, fsdp=8)))
     topology, system = parse_topology("cpu:8"), abstract_system(config)
     program = make_program(config, system, system.parts, system.batch, "pretrain", plan_mesh(config, topology))
-    real = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), (program.state, program.frozen, program.batch))
+    real = jax.tree.map(
+        lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
+        (program.state, program.frozen, program.batch),
+    )
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(real))
     assert resident_bytes(program) == held + 8  # and the random key
 
@@ -120,6 +130,7 @@ def test_resident_bytes_are_those_of_the_shards():
 @pytest.fixture
 def without_wheels(monkeypatch):
     """As on a host without the CUDA wheels, where the plan of a card is an estimate."""
+
     def absent(config, topology):
         raise ImportError("the CUDA wheels are not installed")
 
@@ -131,7 +142,9 @@ def test_cards_are_estimated_without_the_wheels_and_the_large_model_needs_more_t
     one, eight = (make_plan(values, f"gpu:{count}xH200", ("pretrain",)) for count in (1, 8))
     assert one[0][0].memory.estimated and not one[0][0].fits(one[1]) and eight[0][0].fits(eight[1])
     state = 3 * 4 * one[0][0].trainable  # weights and two moments
-    assert one[0][0].memory.arguments > state and eight[0][0].memory.arguments == pytest.approx(one[0][0].memory.arguments / 8, rel=0.1)
+    assert one[0][0].memory.arguments > state and eight[0][0].memory.arguments == pytest.approx(
+        one[0][0].memory.arguments / 8, rel=0.1
+    )
     assert "estimated" in text_table(*one, "large") and "does not fit" in text_table(*one, "large")
 
 
@@ -140,7 +153,9 @@ def test_a_missing_compiler_of_slices_is_said(monkeypatch, without_wheels):
         make_plan(settings("tiny", mesh=dict(data=1, fsdp=-1)), "v5e:2x2", ("pretrain",))
 
 
-CARDS_PAGE = re.compile(r"^### `(.+)`$|^\| (\d\S*x[\w-]+) \| (\w+) \| \d+ \| [\d.]+ \| [\d.]+ \| ([\d.]+) \|", re.MULTILINE)
+CARDS_PAGE = re.compile(
+    r"^### `(.+)`$|^\| (\d\S*x[\w-]+) \| (\w+) \| \d+ \| [\d.]+ \| [\d.]+ \| ([\d.]+) \|", re.MULTILINE
+)
 
 
 def compiled_peaks() -> dict[tuple[str, str], dict[str, float]]:
@@ -173,18 +188,29 @@ def test_estimates_are_at_most_15_percent_above_what_was_compiled_and_never_belo
         assert 0.999 * peak <= found.peak / GIB <= 1.15 * peak, stage
 
 
-@pytest.mark.parametrize("stage, peak", [("pretrain", 0.60), ("cold_start", 0.21), ("gen_for_und", 0.39), ("und_for_gen", 1.69)])
+@pytest.mark.parametrize(
+    "stage, peak", [("pretrain", 0.60), ("cold_start", 0.21), ("gen_for_und", 0.39), ("und_for_gen", 1.69)]
+)
 def test_what_is_kept_without_recomputation_is_counted(stage, peak):
-    """The built-in model, compiled for one H100 by `uae_jax.plan`; its sizes are far from those that the formulas were fitted to."""
+    """The built-in model, compiled for one H100 by `uae_jax.plan`; its sizes are far from those that the formulas were
+    fitted to.
+    """
     config = frozen(RunConfig, settings("tiny"))
     system = abstract_system(config)
-    found = estimate_memory(make_program(config, system, system.parts, system.batch, stage), config, MeshSizes(1, 1, 1), system)
+    found = estimate_memory(
+        make_program(config, system, system.parts, system.batch, stage), config, MeshSizes(1, 1, 1), system
+    )
     assert 0.9 * peak <= found.peak / GIB <= 1.4 * peak
 
 
-@pytest.mark.parametrize("topology, sections, message", [
-    ("v9:8x8", {}, "v6e:8x8"), ("gpu:6xH200", dict(mesh=dict(data=4, fsdp=1)), "does not fit 6 devices"),
-    ("gpu:5xH200", dict(mesh=dict(data=5, fsdp=1)), "must be a multiple of the 5 devices")])
+@pytest.mark.parametrize(
+    "topology, sections, message",
+    [
+        ("v9:8x8", {}, "v6e:8x8"),
+        ("gpu:6xH200", dict(mesh=dict(data=4, fsdp=1)), "does not fit 6 devices"),
+        ("gpu:5xH200", dict(mesh=dict(data=5, fsdp=1)), "must be a multiple of the 5 devices"),
+    ],
+)
 def test_what_cannot_be_planned_is_refused(topology, sections, message):
     with pytest.raises(ValueError, match=message):
         make_plan(settings("tiny", **sections), topology)
@@ -192,13 +218,19 @@ def test_what_cannot_be_planned_is_refused(topology, sections, message):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_cards_are_described_to_the_compiler_or_it_is_said_what_to_install(name):
-    config, topology = frozen(RunConfig, settings("tiny", mesh=dict(data=2, fsdp=-1))), parse_topology(f"gpu:2x4x{name}")
+    config, topology = (
+        frozen(RunConfig, settings("tiny", mesh=dict(data=2, fsdp=-1))),
+        parse_topology(f"gpu:2x4x{name}"),
+    )
     if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
         with pytest.raises(ImportError, match="extra `cuda`"):
             plan_mesh(config, topology)
     else:
         mesh = plan_mesh(config, topology)
-        assert mesh.shape == {"data": 2, "fsdp": 4, "tensor": 1} and mesh.devices.flat[0].device_kind == topology.chip.device_kind
+        assert (
+            mesh.shape == {"data": 2, "fsdp": 4, "tensor": 1}
+            and mesh.devices.flat[0].device_kind == topology.chip.device_kind
+        )
         assert [device.process_index for device in mesh.devices.flat] == [0] * 4 + [1] * 4
         text = compile_for_cards(mesh)
         assert ("fmha" in text) == (name != "T4") and "__cudnn$conv" in text and "all-reduce" in text
@@ -206,13 +238,18 @@ def test_cards_are_described_to_the_compiler_or_it_is_said_what_to_install(name)
 
 def compile_for_cards(mesh: jax.sharding.Mesh) -> str:
     """The compiled gradient of a convolution, a product and attention, with rows over all devices."""
+
     def energy(images, matrix, kernel):
         y = jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         heads = (y.reshape(len(y), 256, 128).astype(jnp.bfloat16) @ matrix).reshape(len(y), 256, 2, 64)
         return attention(heads, heads, heads).astype(jnp.float32).sum()
 
     rows, whole = (jax.NamedSharding(mesh, spec) for spec in (jax.P(("data", "fsdp")), jax.P()))
-    shapes = (((mesh.size, 16, 16, 128), jnp.float32, rows), ((128, 128), jnp.bfloat16, whole), ((3, 3, 128, 128), jnp.float32, whole))
+    shapes = (
+        ((mesh.size, 16, 16, 128), jnp.float32, rows),
+        ((128, 128), jnp.bfloat16, whole),
+        ((3, 3, 128, 128), jnp.float32, whole),
+    )
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=at) for shape, dtype, at in shapes]
     with sharding.in_use(mesh):
         return jax.jit(jax.grad(energy, argnums=(1, 2))).lower(*arguments).compile(compiler_options=QUICK_GPU).as_text()
@@ -240,8 +277,12 @@ def test_the_roofline_is_bound_by_the_slowest_of_its_terms():
     assert found.seconds == max(found.memory, found.links)
     once = roofline(decoding, 0.0, topology, sizes, gathers=1 / 512)
     assert once.links == pytest.approx(found.links / 512) and once.seconds == once.memory == 3.0
-    assert roofline(second + decoding, 0.0, topology, sizes).seconds == 1 + found.seconds  # sampling and the rest follow each other
-    assert roofline(decoding, 0.0, topology, MeshSizes(1, 1, 4)).seconds == 0.75  # cut by tensor, read in quarters, never gathered
+    assert (
+        roofline(second + decoding, 0.0, topology, sizes).seconds == 1 + found.seconds
+    )  # sampling and the rest follow each other
+    assert (
+        roofline(decoding, 0.0, topology, MeshSizes(1, 1, 4)).seconds == 0.75
+    )  # cut by tensor, read in quarters, never gathered
 
 
 HLO = """HloModule jit_step
@@ -252,7 +293,8 @@ HLO = """HloModule jit_step
 
 ENTRY %main (a: f32[64]) -> f32[64] {
   %a = f32[8,8,8]{2,1,0} parameter(0)
-  %x = bf16[256,1024]{1,0:T(8,128)(2,1)} fusion(%a), kind=kLoop, calls=%fused_computation, metadata={op_name="jit(step)/while/body/block/mul"}
+  %x = bf16[256,1024]{1,0:T(8,128)(2,1)} fusion(%a), kind=kLoop, calls=%fused_computation, \
+metadata={op_name="jit(step)/while/body/block/mul"}
   %y = f32[16,1024]{1,0:T(8,128)S(1)} add(%x, %x), metadata={op_name="jit(step)/on_chip"}
   ROOT %z = f32[64]{0} add(%x, %x)
 }
@@ -276,7 +318,8 @@ def test_slices_are_libtpu_s_or_say_what_to_install():
 
 
 REFUSALS = {
-    "total": """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.
+    "total": """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. \
+Exceeded hbm capacity by 4.75G.
 
 Largest program allocations in hbm:
 
@@ -285,7 +328,9 @@ Largest program allocations in hbm:
      Shape: f32[16,38,1555,1555]{3,2,1,0:T(8,128)}
      Unpadded size: 5.70G
 """,
-    "temporaries": "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (42.00G) exceeds available HBM (15.75G)."}
+    "temporaries": "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    "(42.00G) exceeds available HBM (15.75G).",
+}
 
 
 @pytest.mark.parametrize("kind, temporaries", [("total", 18.5), ("temporaries", 42)])
@@ -305,28 +350,47 @@ def test_json_has_every_figure_and_no_infinity():
     topology, sizes = parse_topology("cpu:2"), MeshSizes(2, 1, 1)
     stage = StagePlan("pretrain", 4, 10, 20, Memory(1.0, 2.0, 3.0), 5.0, 4.0, roofline(Count(), 4.0, topology, sizes))
     stored = json.loads(as_json([stage], topology, sizes, "tiny"))
-    assert stored["stages"][0]["memory"]["peak"] == 3.0 and stored["stages"][0]["fits"] and stored["chip"]["memory"] is None
+    assert (
+        stored["stages"][0]["memory"]["peak"] == 3.0
+        and stored["stages"][0]["fits"]
+        and stored["chip"]["memory"] is None
+    )
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-m", "uae_jax.plan", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        [sys.executable, "-m", "uae_jax.plan", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.mark.slow
 def test_the_command_prints_a_table_writes_json_and_fails_where_a_stage_does_not_fit(tmp_path):
-    done = command(f"--config=configs/unified_grpo.py:{LARGE}", "--topology=gpu:1xH100", "--stages=pretrain", f"--json={tmp_path}/plan.json",
-                   "--config.pretrain.micro_batches=256")
+    done = command(
+        f"--config=configs/unified_grpo.py:{LARGE}",
+        "--topology=gpu:1xH100",
+        "--stages=pretrain",
+        f"--json={tmp_path}/plan.json",
+        "--config.pretrain.micro_batches=256",
+    )
     assert done.returncode == 1 and "pretrain does not fit" in done.stdout, done.stderr
     stored = json.loads((tmp_path / "plan.json").read_text())
     assert stored["stages"][0]["memory"]["peak"] > 80 * GIB and stored["preset"] == LARGE
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (("--config=configs/unified_grpo.py", "--topology=v7:8x8"), "topology is 'v7:8x8'"),
-    (("--config=configs/unified_grpo.py:huge", "--topology=cpu:2"), "unknown preset 'huge'"),
-    (("--config=configs/bootstrap.py", "--topology=cpu:2"), "no stages to plan")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--config=configs/unified_grpo.py", "--topology=v7:8x8"), "topology is 'v7:8x8'"),
+        (("--config=configs/unified_grpo.py:huge", "--topology=cpu:2"), "unknown preset 'huge'"),
+        (("--config=configs/bootstrap.py", "--topology=cpu:2"), "no stages to plan"),
+    ],
+)
 def test_wrong_arguments_are_one_line(arguments, message):
     done = command(*arguments)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

@@ -34,7 +34,7 @@ def test_against_numpy(scale, ddof, eps):
 
 def test_hand_vector():
     advantages, _ = group_advantages([[0.0, 1.0]], ddof=1, eps=0.0)
-    np.testing.assert_allclose(advantages, [[-0.5**0.5, 0.5**0.5]], rtol=1e-6)
+    np.testing.assert_allclose(advantages, [[-(0.5**0.5), 0.5**0.5]], rtol=1e-6)
     advantages, _ = group_advantages([[0.0, 1.0]], ddof=0, eps=0.5)
     np.testing.assert_allclose(advantages, [[-0.5, 0.5]], rtol=1e-6)
 
@@ -71,9 +71,7 @@ def test_failed_rewards_get_zero_and_move_nobody(bad, scale):
     rewards = np.concatenate([REWARDS, np.full((3, 1), bad)], axis=1)
     advantages, metrics = group_advantages(rewards, scale=scale, clip=None)
     assert (advantages[:, 4] == 0).all()
-    np.testing.assert_allclose(
-        advantages[:, :4], group_advantages(REWARDS, scale=scale, clip=None)[0], rtol=1e-6
-    )
+    np.testing.assert_allclose(advantages[:, :4], group_advantages(REWARDS, scale=scale, clip=None)[0], rtol=1e-6)
     assert _value(metrics["nan_fraction"]) == pytest.approx(0.2)
     assert _value(metrics["reward_mean"]) == pytest.approx(REWARDS.mean(), rel=1e-5)
 

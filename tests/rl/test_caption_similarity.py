@@ -14,7 +14,10 @@ SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_atte
 PAD = 7
 CONFIG = CLIPConfig(
     CLIPVisionConfig(image_size=16, patch_size=8, **SMALL),
-    CLIPTextConfig(vocab_size=20, max_position_embeddings=9, bos_token_id=PAD, eos_token_id=PAD, pad_token_id=PAD, **SMALL))
+    CLIPTextConfig(
+        vocab_size=20, max_position_embeddings=9, bos_token_id=PAD, eos_token_id=PAD, pad_token_id=PAD, **SMALL
+    ),
+)
 SCORER = caption_similarity.CaptionScorer(CONFIG, Preprocess(size=(16,), crop=(16, 16)))
 LENGTHS = np.array([3, 8, 0, 5, 5, 1], np.int32)
 reward_of = jax.jit(caption_similarity.caption_reward, static_argnums=(0, 5))
@@ -47,7 +50,9 @@ def test_what_follows_a_caption_does_not_count_and_what_is_in_it_does(params):
     first, other = tokens(), tokens(1)
     inside = np.arange(8) < LENGTHS[:, None]
     rewards = reward_of(SCORER, params, pixels(), first, LENGTHS, 3)
-    np.testing.assert_allclose(reward_of(SCORER, params, pixels(), np.where(inside, first, other), LENGTHS, 3), rewards, atol=1e-6)
+    np.testing.assert_allclose(
+        reward_of(SCORER, params, pixels(), np.where(inside, first, other), LENGTHS, 3), rewards, atol=1e-6
+    )
     changed = np.asarray(reward_of(SCORER, params, pixels(), np.where(inside, other, first), LENGTHS, 3))
     np.testing.assert_array_equal((np.abs(changed - rewards) > 1e-4).reshape(-1), LENGTHS > 0)
 
@@ -69,7 +74,9 @@ def test_the_mix_adds_it_with_its_weight(params):
 
 def test_a_caption_without_an_end_earns_the_penalty_less():
     unfinished = np.array([[False, True, True], [False, False, False]])
-    plain, penalised = (rewards.RewardConfig((), (), pixel_weight=1.0, overlong_penalty=penalty) for penalty in (0.0, 0.25))
+    plain, penalised = (
+        rewards.RewardConfig((), (), pixel_weight=1.0, overlong_penalty=penalty) for penalty in (0.0, 0.25)
+    )
     drawn = np.linspace(-1, 1, 6 * 16 * 16 * 3).reshape(6, 16, 16, 3)
     without, terms = rewards.mixed_reward(plain, (), {}, pixels(), drawn, 3, None, unfinished)
     with_penalty, same_terms = rewards.mixed_reward(penalised, (), {}, pixels(), drawn, 3, None, unfinished)

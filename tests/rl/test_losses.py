@@ -147,9 +147,7 @@ def test_gspo_gradient_weighs_all_tokens_of_a_sequence_alike():
     arrays["ref_log_prob"] = None
 
     def loss(log_prob):
-        return losses.token_grpo_loss(
-            log_prob, **arrays, aggregation="gspo", clip_low=9.0, clip_high=9.0
-        )[0]
+        return losses.token_grpo_loss(log_prob, **arrays, aggregation="gspo", clip_low=9.0, clip_high=9.0)[0]
 
     gradient, mask = np.asarray(jax.jit(jax.grad(loss))(log_prob)), np.asarray(arrays["mask"])
     for row in range(8):
@@ -253,9 +251,7 @@ def _flow_arrays(count=6, steps=3):
 def test_flow_loss_formula_clip_sides_and_kl():
     log_prob, old, advantage = _flow_arrays()
     kl = jnp.abs(log_prob)
-    total, count, metrics = losses.flow_grpo_loss(
-        log_prob, old, advantage, clip_range=1e-4, kl=kl, kl_weight=0.04
-    )
+    total, count, metrics = losses.flow_grpo_loss(log_prob, old, advantage, clip_range=1e-4, kl=kl, kl_weight=0.04)
     ratio, a = np.exp(log_prob - old), np.asarray(advantage)[:, None]
     surrogate = np.maximum(-a * ratio, -a * np.clip(ratio, 1 - 1e-4, 1 + 1e-4))
     np.testing.assert_allclose(total, (surrogate + 0.04 * kl).sum(), rtol=1e-4)
@@ -299,13 +295,20 @@ def test_guard_reduces_to_scaled_grpo_without_a_mean_shift():
     log_prob, old, advantage = _flow_arrays()
     std, dt = jnp.array([0.7, 0.5, 0.3]), jnp.array([-0.04, -0.05, -0.06])
     guarded, _, _ = losses.flow_grpo_loss(
-        log_prob, old, advantage, clip_range=2e-6, guard=True,
-        mean_shift=jnp.zeros((6, 3)), std=std, dt=dt,
+        log_prob,
+        old,
+        advantage,
+        clip_range=2e-6,
+        guard=True,
+        mean_shift=jnp.zeros((6, 3)),
+        std=std,
+        dt=dt,
     )
     parts = [
-        losses.flow_grpo_loss(
-            std[i] * log_prob[:, i : i + 1], std[i] * old[:, i : i + 1], advantage, clip_range=2e-6
-        )[0] / -dt[i]
+        losses.flow_grpo_loss(std[i] * log_prob[:, i : i + 1], std[i] * old[:, i : i + 1], advantage, clip_range=2e-6)[
+            0
+        ]
+        / -dt[i]
         for i in range(3)
     ]
     np.testing.assert_allclose(guarded, sum(parts), rtol=1e-4)
@@ -382,11 +385,11 @@ def test_diffusion_bandit_moves_towards_the_reward(sign):
         advantage, _ = group_advantages(reward.reshape(groups, size))
 
         def loss(bias):
-            scored = sampler.replay_window(
-                predict(bias), *played[:2], played.sigma_indices, sigmas, rule
-            )
+            scored = sampler.replay_window(predict(bias), *played[:2], played.sigma_indices, sigmas, rule)
             total, count, _ = losses.flow_grpo_loss(
-                scored.log_probs.T, played.log_probs.T, advantage.ravel(),
+                scored.log_probs.T,
+                played.log_probs.T,
+                advantage.ravel(),
                 clip_range=losses.clip_range_for(dimensions),
             )
             return total / count
@@ -412,8 +415,16 @@ def _nft_gradient(velocity, **options):
     fixed = jax.lax.stop_gradient(velocity)
     _, (target, sigma, advantage) = _nft(fixed)
     advantage = options.pop("advantage", advantage)
-    return jax.grad(lambda v: losses.nft_loss(v, options.get("old"), target, sigma, advantage, **{
-        name: value for name, value in options.items() if name != "old"})[0])(velocity)
+    return jax.grad(
+        lambda v: losses.nft_loss(
+            v,
+            options.get("old"),
+            target,
+            sigma,
+            advantage,
+            **{name: value for name, value in options.items() if name != "old"},
+        )[0]
+    )(velocity)
 
 
 def test_nft_gradient_on_policy_is_that_of_advantage_weighted_matching():
@@ -430,7 +441,10 @@ def test_nft_moves_nothing_without_advantage_and_bounds_large_ones():
     velocity = jax.random.normal(jax.random.key(3), (6, 4, 3))
     assert float(jnp.abs(_nft_gradient(velocity, advantage=jnp.zeros(6))).max()) < 1e-8
     np.testing.assert_allclose(
-        _nft_gradient(velocity, advantage=jnp.full(6, 50.0)), _nft_gradient(velocity, advantage=jnp.full(6, 5.0)), rtol=1e-6)
+        _nft_gradient(velocity, advantage=jnp.full(6, 50.0)),
+        _nft_gradient(velocity, advantage=jnp.full(6, 5.0)),
+        rtol=1e-6,
+    )
 
 
 def test_nft_kl_is_the_mean_squared_difference_and_needs_a_reference():

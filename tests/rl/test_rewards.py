@@ -17,7 +17,9 @@ SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
 VISION = CLIPVisionConfig(image_size=16, patch_size=8, intermediate_size=64, projection_dim=12, **SMALL)
 SQUARE = Preprocess(size=(16,), crop=(16, 16))
 ENCODER = rewards.Encoder("clip", "clip", VISION, SQUARE)
-cosine_reward = jax.jit(rewards.cosine_reward, static_argnums=(0, 4), static_argnames=("clamp", "contrast", "contrast_temperature"))
+cosine_reward = jax.jit(
+    rewards.cosine_reward, static_argnums=(0, 4), static_argnames=("clamp", "contrast", "contrast_temperature")
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,9 @@ def test_a_contrast_at_a_temperature_is_the_log_odds_of_the_original_among_the_b
 def test_a_high_temperature_is_the_plain_mean_and_a_low_one_the_likest_picture(params):
     x, y = images(4), images(4, seed=1)
     plain = cosine_reward(ENCODER, params, x, y, 1, contrast=0.7)
-    np.testing.assert_allclose(cosine_reward(ENCODER, params, x, y, 1, contrast=0.7, contrast_temperature=50.0), plain, atol=1e-4)
+    np.testing.assert_allclose(
+        cosine_reward(ENCODER, params, x, y, 1, contrast=0.7, contrast_temperature=50.0), plain, atol=1e-4
+    )
     cosines = np.asarray(ENCODER.features(params, y) @ ENCODER.features(params, x).T)
     likest = np.where(np.eye(4, dtype=bool), -np.inf, cosines).max(1)
     low = cosine_reward(ENCODER, params, x, y, 1, contrast=1.0, contrast_temperature=1e-5)
@@ -98,7 +102,9 @@ def test_values_outside_of_the_image_range_do_not_pay(params):
     np.testing.assert_allclose(once, more, atol=1e-6)
 
 
-@pytest.mark.parametrize("clamp, inside, outside", [("hard", True, False), ("straight_through", True, True), ("none", True, True)])
+@pytest.mark.parametrize(
+    "clamp, inside, outside", [("hard", True, False), ("straight_through", True, True), ("none", True, True)]
+)
 def test_gradient_reaches_the_reconstruction(params, clamp, inside, outside):
     preprocess = dataclasses.replace(SQUARE, clip=False)
     encoder = dataclasses.replace(ENCODER, preprocess=preprocess)
@@ -160,12 +166,16 @@ def test_recomputed_encoders_have_the_same_gradient(params):
 
 
 def test_folders_are_read_by_their_model_type(tmp_path):
-    config = CLIPConfig(VISION, CLIPTextConfig(
-        vocab_size=20, projection_dim=12, intermediate_size=32, max_position_embeddings=8, **SMALL))
+    config = CLIPConfig(
+        VISION,
+        CLIPTextConfig(vocab_size=20, projection_dim=12, intermediate_size=32, max_position_embeddings=8, **SMALL),
+    )
     params = jax.jit(clip.init_params, static_argnums=0)(config, jax.random.key(0))
     weights.save_clip(tmp_path / "clip", config, params)
     encoder, loaded = rewards.load_encoder(tmp_path / "clip", "reward", variant="uae")
-    assert (encoder.name, encoder.kind, encoder.preprocess.size) == ("reward", "clip", (16, 16)) and set(loaded) == {"vision"}
+    assert (encoder.name, encoder.kind, encoder.preprocess.size) == ("reward", "clip", (16, 16)) and set(loaded) == {
+        "vision"
+    }
     whole = dataclasses.replace(encoder, config=config)
     features = jax.jit(rewards.Encoder.features, static_argnums=0)
     np.testing.assert_array_equal(features(encoder, loaded, images(1)), features(whole, params, images(1)))
@@ -173,7 +183,8 @@ def test_folders_are_read_by_their_model_type(tmp_path):
     model = transformers.Dinov2Model(transformers.Dinov2Config(image_size=28, **SMALL))
     model.save_pretrained(tmp_path / "dinov2")
     transformers.models.bit.image_processing_pil_bit.BitImageProcessorPil(
-        size=dict(shortest_edge=32), crop_size=dict(height=28, width=28)).save_pretrained(tmp_path / "dinov2")
+        size=dict(shortest_edge=32), crop_size=dict(height=28, width=28)
+    ).save_pretrained(tmp_path / "dinov2")
     encoder, loaded = rewards.load_encoder(tmp_path / "dinov2")
     assert (encoder.name, encoder.kind, encoder.preprocess.size) == ("dinov2", "dinov2", (32,))
     np.testing.assert_allclose(np.linalg.norm(features(encoder, loaded, images(2)), axis=-1), 1.0, atol=1e-6)

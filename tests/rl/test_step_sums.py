@@ -18,7 +18,9 @@ def step_loss(params, step):
 
 def plain(params):
     losses = [step_loss(params, jax.tree.map(lambda leaf: leaf[index], STEPS)) for index in range(4)]
-    return sum(loss for loss, _ in losses), jax.tree.map(lambda *leaves: jnp.stack(leaves), *(more for _, more in losses))
+    return sum(loss for loss, _ in losses), jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), *(more for _, more in losses)
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.3])
@@ -26,12 +28,18 @@ def test_value_gradient_and_the_rest_are_those_of_the_plain_sum(scale):
     def scaled(total):
         return lambda params: (lambda found: (scale * found[0], found[1]))(total(params))
 
-    ours, theirs = (jax.value_and_grad(scaled(total), has_aux=True)(PARAMS) for total in (
-        lambda params: sum_over_steps(step_loss, params, STEPS), plain))
+    ours, theirs = (
+        jax.value_and_grad(scaled(total), has_aux=True)(PARAMS)
+        for total in (lambda params: sum_over_steps(step_loss, params, STEPS), plain)
+    )
     assert ours[1]["b"].dtype == jnp.bfloat16
     np.testing.assert_allclose(ours[1].pop("b").astype(float), theirs[1].pop("b").astype(float), rtol=2e-2)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5), ours, theirs)
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), sum_over_steps(step_loss, PARAMS, STEPS), plain(PARAMS))
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6),
+        sum_over_steps(step_loss, PARAMS, STEPS),
+        plain(PARAMS),
+    )
 
 
 def test_no_step_is_computed_twice():

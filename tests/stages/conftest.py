@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from configs import presets
 from stage_pieces import changed, largest_gap, make_run, nudged, stage_of  # noqa: F401
 
+from configs import presets
 from uae_jax import trees
 from uae_jax.data.scene_captions import WORDS
 from uae_jax.data.tokenizer import END_OF_TEXT, IMAGE_PAD, load_tokenizer, stop_ids, token_id, write_scene_tokenizer
@@ -33,12 +33,16 @@ STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
 
 
 def random_params(abstract, seed: int):
-    """Numbers for a tree of shapes: no bias at zero, no norm at one, no last map at zero, nothing true by its initialisation."""
+    """Numbers for a tree of shapes: no bias at zero, no norm at one, no last map at zero, nothing true by its
+    initialisation.
+    """
+
     def draw(name, leaf):
         noise = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(leaf.shape)
         if name.endswith("kernel"):
             return (noise / np.sqrt(leaf.shape[-2])).astype(np.float32)
         return (name.endswith("scale") + 0.15 * noise).astype(np.float32)
+
     return trees.map_with_name(draw, abstract)
 
 
@@ -50,11 +54,26 @@ def _json(folder, name, content):
 def _write_captioner(root, tokenizer):
     pad, stops = token_id(tokenizer, END_OF_TEXT), stop_ids(tokenizer)
     config = Qwen2_5VLConfig(
-        vision=VisionConfig(depth=2, width=16, heads=2, mlp_width=24, out_width=32, patch_size=4, window_size=16, full_attention_blocks=(1,)),
-        text=TextConfig(vocab_size=len(tokenizer), width=32, layers=2, heads=4, key_heads=2, mlp_width=48, mrope_section=(2, 1, 1)),
-        image_token_id=token_id(tokenizer, IMAGE_PAD), video_token_id=token_id(tokenizer, "<|video_pad|>"),
-        vision_start_token_id=token_id(tokenizer, "<|vision_start|>"), vision_end_token_id=token_id(tokenizer, "<|vision_end|>"),
-        pad_token_id=pad, stop_token_ids=stops)
+        vision=VisionConfig(
+            depth=2,
+            width=16,
+            heads=2,
+            mlp_width=24,
+            out_width=32,
+            patch_size=4,
+            window_size=16,
+            full_attention_blocks=(1,),
+        ),
+        text=TextConfig(
+            vocab_size=len(tokenizer), width=32, layers=2, heads=4, key_heads=2, mlp_width=48, mrope_section=(2, 1, 1)
+        ),
+        image_token_id=token_id(tokenizer, IMAGE_PAD),
+        video_token_id=token_id(tokenizer, "<|video_pad|>"),
+        vision_start_token_id=token_id(tokenizer, "<|vision_start|>"),
+        vision_end_token_id=token_id(tokenizer, "<|vision_end|>"),
+        pad_token_id=pad,
+        stop_token_ids=stops,
+    )
     projector = jax.eval_shape(lambda: qwen.init_projector(jax.random.key(0), 32, 24, 16))
     params = random_params(qwen.abstract_params(config) | {"projector": projector}, 1)
     # logits a few units wide, so that captions of one group differ and some of them end
@@ -67,22 +86,47 @@ def _write_captioner(root, tokenizer):
 
 def _write_decoder(root, tokenizer):
     config = TransformerConfig(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=16, pooled_projection_dim=16, pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm")
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
     params = random_params(transformer.abstract_params(config), 2)
     params["pos_embed"]["table"] = transformer.position_table(config)
     _json(root / "dit", "config.json", config.published())
     write_tensors(root / "dit", published_tensors(params, transformer_rules(config)), stem="diffusion_pytorch_model")
-    config = VAEConfig(latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, sample_size=SIDE)
+    config = VAEConfig(
+        latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, sample_size=SIDE
+    )
     params = random_params(vae.abstract_params(config), 3)
     _json(root / "SD3" / "vae", "config.json", config.published())
     write_tensors(root / "SD3" / "vae", published_tensors(params, vae_rules(config)), stem="diffusion_pytorch_model")
-    _json(root / "SD3" / "scheduler", "scheduler_config.json", {
-        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0})
+    _json(
+        root / "SD3" / "scheduler",
+        "scheduler_config.json",
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
+    )
     end = token_id(tokenizer, "<|im_end|>")
     text = CLIPTextConfig(
-        hidden_size=8, intermediate_size=16, projection_dim=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=len(tokenizer),
-        max_position_embeddings=8, bos_token_id=end - 1, eos_token_id=end, pad_token_id=end)
+        hidden_size=8,
+        intermediate_size=16,
+        projection_dim=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=8,
+        bos_token_id=end - 1,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
     for number, name in enumerate(("text_encoder", "text_encoder_2")):
         save_clip(root / "SD3" / name, text, random_params(clip.abstract_params(text), 4 + number))
     return text
@@ -96,7 +140,11 @@ def _write_encoders(root, text):
     params = random_params(dino.abstract_params(config), 7)
     write_tensors(root / "dinov2", published_tensors(params, dinov2_rules(config)))
     _json(root / "dinov2", "config.json", {"model_type": "dinov2", **dataclasses.asdict(config)})
-    _json(root / "dinov2", "preprocessor_config.json", clip_preprocessor(SIDE) | {"image_processor_type": "BitImageProcessor"})
+    _json(
+        root / "dinov2",
+        "preprocessor_config.json",
+        clip_preprocessor(SIDE) | {"image_processor_type": "BitImageProcessor"},
+    )
 
 
 @pytest.fixture(scope="session")
@@ -122,12 +170,29 @@ def config(model_folder):
     values["pretrain"] |= dict(steps=2, batch_size=8, optimizer=optimizer)
     values["cold_start"] |= dict(steps=2, batch_size=8, sampler_steps=2, optimizer=optimizer)
     values["gen_for_und"] |= dict(
-        steps=2, batch_size=8, group_size=4, max_new_tokens=6, sampler_steps=2, lora_rank=4, optimizer=optimizer)
+        steps=2, batch_size=8, group_size=4, max_new_tokens=6, sampler_steps=2, lora_rank=4, optimizer=optimizer
+    )
     # the method of the full-size presets; tests of the other one name it
     values["und_for_gen"] |= dict(
-        method="flow_grpo", train="lora", steps=2, batch_size=8, group_size=2, updates_per_rollout=2, max_new_tokens=6, data_captions=0.0,
-        sampler_steps=3, window=1, window_high=2, lora_rank=4, clip_range=0.5, kl_weight=0.01, advantage_scale="batch",
-        reward=presets._reward(), optimizer=optimizer, ema_decay=0.9)
+        method="flow_grpo",
+        train="lora",
+        steps=2,
+        batch_size=8,
+        group_size=2,
+        updates_per_rollout=2,
+        max_new_tokens=6,
+        data_captions=0.0,
+        sampler_steps=3,
+        window=1,
+        window_high=2,
+        lora_rank=4,
+        clip_range=0.5,
+        kl_weight=0.01,
+        advantage_scale="batch",
+        reward=presets._reward(),
+        optimizer=optimizer,
+        ema_decay=0.9,
+    )
     return values
 
 

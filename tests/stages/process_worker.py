@@ -1,6 +1,6 @@
 """One process of several: the first step of some stages, written by process 0.
 
-    python process_worker.py CONFIG.json RESULT.pickle COORDINATOR PROCESSES PROCESS_ID STAGE...
+python process_worker.py CONFIG.json RESULT.pickle COORDINATOR PROCESSES PROCESS_ID STAGE...
 """
 
 import json

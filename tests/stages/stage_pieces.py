@@ -52,8 +52,8 @@ _ADAPTERS = {"gen_for_und": "language_lora", "und_for_gen": "transformer_lora"}
 def linear(config: dict) -> dict:
     """Adam with an epsilon so large that its step is the gradient, times 1 or 0.001: rounding stays rounding.
 
-    Rewards a few thousandths apart are normalised to advantages, so the gradient of captions carries their rounding magnified;
-    its step is as small, beside the parameters, as steps are in training.
+    Rewards a few thousandths apart are normalised to advantages, so the gradient of captions carries their rounding
+    magnified; its step is as small, beside the parameters, as steps are in training.
     """
     values = dict(eps=1e3, max_grad_norm=0.0, weight_decay=0.0)
 
@@ -94,12 +94,15 @@ def one_step(run: run_module.Run, stage: str) -> tuple[dict, dict, dict]:
 
 
 def check_same_step(one: tuple, other: tuple) -> None:
-    """Two results of `one_step` agree: metrics and updated parameters to 1e-5, the changes alone to what rounding allows.
+    """Two results of `one_step` agree: metrics and updated parameters to 1e-5, the changes alone to what rounding
+    allows.
 
     The gradient's norm alone to 5e-5: advantages divide rounding of the rewards by a group's spread.
     """
-    numbers, gaps = ([{name: value for name, value in step[2].items() if ("_gap" in name) == of_gaps} for step in (one, other)]
-                     for of_gaps in (False, True))
+    numbers, gaps = (
+        [{name: value for name, value in step[2].items() if ("_gap" in name) == of_gaps} for step in (one, other)]
+        for of_gaps in (False, True)
+    )
     norms = [found.pop("grad_norm", 0.0) for found in numbers]
     assert norms[1] == pytest.approx(norms[0], rel=5e-5)
     assert numbers[1] == pytest.approx(numbers[0], rel=1e-5, abs=2e-6)
@@ -119,24 +122,34 @@ def stage_of(run: run_module.Run, stage: str, **changes) -> types.SimpleNamespac
     rows = [run.rows(index, run.source[index]) for index in range(config.batch_size)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return types.SimpleNamespace(
-        config=config, policy=run.policy(stage) if stage in run_module.RL_STAGES else None, trained=start,
+        config=config,
+        policy=run.policy(stage) if stage in run_module.RL_STAGES else None,
+        trained=start,
         frozen={name: value for name, value in run.parts.items() if name not in start},
-        batch=sharding.shard_batch(batch, run.mesh), key=jax.random.key(7),
-        state=lambda params=start: sharding.shard_tree(init_state(params, optimizer, ema=bool(config.ema_decay)), run.mesh),
-        step=lambda state: run.step(stage, state, optimizer))
+        batch=sharding.shard_batch(batch, run.mesh),
+        key=jax.random.key(7),
+        state=lambda params=start: sharding.shard_tree(
+            init_state(params, optimizer, ema=bool(config.ema_decay)), run.mesh
+        ),
+        step=lambda state: run.step(stage, state, optimizer),
+    )
 
 
 def nudged(adapter, seed: int = 0, size: float = 0.02):
     """An adapter that is not zero any more."""
+
     def move(name, leaf):
         noise = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(leaf.shape)
         return jnp.asarray(leaf + size * noise, jnp.float32)
+
     return trees.map_with_name(move, adapter)
 
 
 def largest_gap(a, b) -> float:
     """Largest difference between two trees, relative to the largest number of its leaf."""
+
     def gap(x, y):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         return np.max(np.abs(x - y)) / max(np.max(np.abs(x)), 1e-12)
+
     return max(jax.tree.leaves(jax.tree.map(gap, a, b)))

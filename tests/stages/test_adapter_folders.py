@@ -49,7 +49,9 @@ def random_adapter(params, pattern):
 @pytest.fixture(scope="module")
 def wrapped(builtin):
     """Tensors of a captioner other than the built-in one, with an adapter, as in the release; its base and adapter."""
-    base = jax.tree.map(lambda leaf: leaf + np.float32(0.5), {name: builtin.parts[name] for name in ("vision", "language", "projector")})
+    base = jax.tree.map(
+        lambda leaf: leaf + np.float32(0.5), {name: builtin.parts[name] for name in ("vision", "language", "projector")}
+    )
     adapter = random_adapter(base["language"], ADAPTER_PATTERN)
     return dict(wrapped_tensors(builtin.model.captioner, base, adapter)), base, adapter
 
@@ -79,13 +81,21 @@ def test_the_wrapped_captioner_wins_over_the_plain_one_and_is_enough(folder, wra
 
 def test_the_projector_may_stand_in_the_plain_captioner(builtin, folder, wrapped):
     tensors, base, adapter = wrapped
-    write_tensors(folder / "llm_lora", {name: value for name, value in tensors.items() if not name.startswith("projector.")})
+    write_tensors(
+        folder / "llm_lora", {name: value for name, value in tensors.items() if not name.startswith("projector.")}
+    )
     with pytest.warns(UserWarning, match="lora_alpha"):
         assert_captioner(load(folder), base | {"projector": builtin.parts["projector"]}, adapter)
 
 
-@pytest.mark.parametrize("missing", ["visual.blocks.0.attn.qkv.weight", "projector.0.bias",
-                                     "model.base_model.model.layers.0.mlp.up_proj.base_layer.weight"])
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "visual.blocks.0.attn.qkv.weight",
+        "projector.0.bias",
+        "model.base_model.model.layers.0.mlp.up_proj.base_layer.weight",
+    ],
+)
 def test_a_wrapped_captioner_must_be_whole(folder, wrapped, missing):
     write_tensors(folder / "llm_lora", {name: value for name, value in wrapped[0].items() if name != missing})
     published = missing.replace("base_model.model.", "").replace("base_layer.", "")
@@ -107,8 +117,10 @@ def adapted(builtin, folder, wrapped):
     language, image = wrapped[2], random_adapter(builtin.parts["transformer"], ATTENTION_ADAPTER)
     write_tensors(folder / "llm_lora", qwen_weights.adapter_tensors(captioner, language), stem="adapter_model")
     write_tensors(folder / "dit_lora", sd3_weights.adapter_tensors(transformer, image), stem="adapter_model")
-    for name, config in (("llm_lora", qwen_weights.adapter_config(captioner, language)),
-                         ("dit_lora", sd3_weights.adapter_config(transformer, image) | dict(lora_alpha=7))):
+    for name, config in (
+        ("llm_lora", qwen_weights.adapter_config(captioner, language)),
+        ("dit_lora", sd3_weights.adapter_config(transformer, image) | dict(lora_alpha=7)),
+    ):
         (folder / name / "adapter_config.json").write_text(json.dumps(config))
     return folder, language, image
 
@@ -140,8 +152,10 @@ def test_adapters_are_merged(builtin, adapted):
 def test_adapters_can_be_left_out(builtin, adapted, wrapped):
     folder = adapted[0]
     system = load(folder, adapters=False)
-    assert_same({name: part for name, part in system.parts.items() if name != "encoders"},
-                {name: part for name, part in builtin.parts.items() if name != "encoders"})
+    assert_same(
+        {name: part for name, part in system.parts.items() if name != "encoders"},
+        {name: part for name, part in builtin.parts.items() if name != "encoders"},
+    )
     assert system.model.captioner == builtin.model.captioner and system.model.transformer == builtin.model.transformer
     shutil.rmtree(folder / "llm_lora")
     write_tensors(folder / "llm_lora", wrapped[0])  # holds a captioner of its own, which stays
@@ -152,7 +166,9 @@ def test_adapters_can_be_left_out(builtin, adapted, wrapped):
 
 def test_pictures_are_drawn_through_the_adapters_unless_they_are_left_out(adapted):
     settings = dict(builtin_settings(), steps=1, max_new_tokens=8, batch_size=1)
-    with_them, without = (api.load(adapted[0], adapters=on, **settings).generate(["red circle"])[0] for on in (True, False))
+    with_them, without = (
+        api.load(adapted[0], adapters=on, **settings).generate(["red circle"])[0] for on in (True, False)
+    )
     assert with_them.tobytes() != without.tobytes()
 
 
@@ -165,8 +181,11 @@ def test_the_releases_folder_conditions_through_its_adapter(folder, adapted, wra
 
 def test_a_damaged_plain_captioner_is_seen_beside_a_wrapped_one(builtin, folder, wrapped):
     write_tensors(folder / "llm_lora", wrapped[0])
-    tensors = dict(qwen_weights.tensors(builtin.model.captioner, {
-        name: builtin.parts[name] for name in ("vision", "language", "projector")}))
+    tensors = dict(
+        qwen_weights.tensors(
+            builtin.model.captioner, {name: builtin.parts[name] for name in ("vision", "language", "projector")}
+        )
+    )
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = np.where(np.arange(tensors[name].shape[1]) == 3, np.nan, tensors[name])
     (folder / "llm" / "model.safetensors").unlink()

@@ -9,7 +9,6 @@ from uae_jax import sharding
 from uae_jax.nn.attention import entry
 
 
-
 def _gradient(config, workdir, devices):
     """Changes of the adapter by one step whose optimizer is linear in the gradient, and the reward."""
     run = make_run(config, workdir, devices)
@@ -17,12 +16,16 @@ def _gradient(config, workdir, devices):
     state = pieces.state()
     with jax.set_mesh(run.mesh):
         state, metrics = pieces.step(state)(state, pieces.frozen, pieces.batch, pieces.key)
-    return jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), state.params, pieces.trained), float(metrics["reward"])
+    return jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), state.params, pieces.trained), float(
+        metrics["reward"]
+    )
 
 
 @pytest.mark.slow
 def test_a_step_with_the_kernel_on_each_device_equals_the_plain_one(config, tmp_path, monkeypatch):
-    optimizer = config["und_for_gen"]["optimizer"] | dict(eps=1e3, learning_rate=1.0, max_grad_norm=0.0, weight_decay=0.0)
+    optimizer = config["und_for_gen"]["optimizer"] | dict(
+        eps=1e3, learning_rate=1.0, max_grad_norm=0.0, weight_decay=0.0
+    )
     config = changed(config, und_for_gen=dict(optimizer=optimizer))
     plain, reward = _gradient(config, tmp_path / "one", 1)
     monkeypatch.setattr(sharding, "SMALL", 256)

@@ -25,7 +25,9 @@ def small_config(preset="tiny"):
     for name in (*config.phases, "mistakes"):
         config[name].steps, config[name].batch_size, config[name].optimizer.warmup_steps = 1, 2, 0
     config.vae.model.block_out_channels, config.vae.model.norm_num_groups = (4, 8), 4
-    config.clip.vision.num_hidden_layers = config.clip.text.num_hidden_layers = config.dinov2.model.num_hidden_layers = 1
+    config.clip.vision.num_hidden_layers = config.clip.text.num_hidden_layers = (
+        config.dinov2.model.num_hidden_layers
+    ) = 1
     config.captioner.text.layers, config.captioner.vision.depth = 1, 2
     config.captioner.vision.full_attention_blocks = (1,)
     config.decoder.model.num_layers, config.decoder.model.sample_size = 2, config.side // 2
@@ -50,7 +52,9 @@ def test_bootstrap_learns_from_emoji(tmp_path, monkeypatch):
     folder = bootstrap(config, tmp_path / "run")
     system = load_system(ModelConfig(folder=str(folder)), image_size=64)
     assert "dog" in system.tokenizer.get_vocab() and "octopus" not in system.tokenizer.get_vocab()
-    assert system.tokenizer("red apple")["input_ids"] == [system.tokenizer.get_vocab()[word] for word in ("red", "apple")]
+    assert system.tokenizer("red apple")["input_ids"] == [
+        system.tokenizer.get_vocab()[word] for word in ("red", "apple")
+    ]
     values = presets.preset("emoji", ("pretrain",)).to_dict()
     values["model"]["folder"], values["data"]["folder"] = str(folder), config.data.folder
     values["evaluation"] |= dict(images=2, batch_size=2, sampler_steps=2, samples=1)
@@ -83,7 +87,9 @@ def test_a_part_alone_is_made_beside_copies_of_the_others(tmp_path, name, part):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset, side", [("tiny", 32), ("emoji", 64)])
 def test_the_parts_of_a_preset_fit_together(preset, side, tmp_path, monkeypatch):
-    """Every phase at its own size, its loss traced on a batch and not computed; what the phases write is a whole model."""
+    """Every phase at its own size, its loss traced on a batch and not computed; what the phases write is a whole
+    model.
+    """
     config = config_file.get_config(preset)
     config.phases = (*config.phases, "caption_scorer")
     for name in (*config.phases, "mistakes"):
@@ -95,14 +101,17 @@ def test_the_parts_of_a_preset_fit_together(preset, side, tmp_path, monkeypatch)
     def train(run, name, algorithm, params, frozen, data, *, steps, ema_decay=None):
         key = jax.random.key(0)
         total, count, _ = jax.eval_shape(
-            lambda *trees: algorithm.loss(*trees[:2], algorithm.rollout(*trees, key), key), params, frozen, next(data))
+            lambda *trees: algorithm.loss(*trees[:2], algorithm.rollout(*trees, key), key), params, frozen, next(data)
+        )
         traced.append((name, total.shape, count.shape))
         return TrainState(0, 0, 0, params, None, params)
 
     monkeypatch.setattr(bootstrap_run, "train", train)
     monkeypatch.setattr(bootstrap_run.vae, "fit_latent_scale", lambda config, *_: config)
     folder = bootstrap(config, tmp_path / "run")
-    assert traced == [(name, (), ()) for name in ("vae", "clip", "dinov2", "captioner", "decoder", "mistakes", "caption_scorer")]
+    assert traced == [
+        (name, (), ()) for name in ("vae", "clip", "dinov2", "captioner", "decoder", "mistakes", "caption_scorer")
+    ]
     system = load_system(ModelConfig(folder=str(folder)), image_size=side)
     assert system.model.vae.downsampling * system.model.transformer.sample_size == side
 
@@ -140,9 +149,17 @@ def test_the_decoder_reads_captions_with_mistakes_of_true_pictures(world, tmp_pa
         scene, words = world.scene_at("train", index, 3), decode_caption(tokenizer, wrong["caption_ids"][index])
         said = scene_checker.parse_caption(words, scene_checker.grammar_of(scene))
         claimed = {dict(mention.claims)["position"]: dict(mention.claims) for mention in said.mentions}
-        assert not said.unparsed and said.backgrounds != (scene.background,) and claimed.keys() == {item.position for item in scene.objects}
-        assert all(claimed[item.position][name] != getattr(item, name) for item in scene.objects for name in scene.values)
-        assert scene_checker.caption_score(scene, decode_caption(tokenizer, true["caption_ids"][index])).fact_recall == 1
+        assert (
+            not said.unparsed
+            and said.backgrounds != (scene.background,)
+            and claimed.keys() == {item.position for item in scene.objects}
+        )
+        assert all(
+            claimed[item.position][name] != getattr(item, name) for item in scene.objects for name in scene.values
+        )
+        assert (
+            scene_checker.caption_score(scene, decode_caption(tokenizer, true["caption_ids"][index])).fact_recall == 1
+        )
 
 
 def test_an_edit_changes_one_fact(world):

@@ -1,4 +1,6 @@
-"""A bootstrap's workdir belongs to one configuration a phase: the same one goes on, another one is refused, copies are no results."""
+"""A bootstrap's workdir belongs to one configuration a phase: the same one goes on, another one is refused, copies are
+no results.
+"""
 
 import json
 import pathlib
@@ -22,7 +24,9 @@ def one_number(params, frozen, rollout, key):
 
 @pytest.fixture
 def phases(monkeypatch):
-    """Each phase trains one number by two steps and writes one line; the list has the phases that wrote, and `broken` one that cannot."""
+    """Each phase trains one number by two steps and writes one line; the list has the phases that wrote, and `broken`
+    one that cannot.
+    """
     wrote, broken = [], []
 
     def phase(name, part):
@@ -30,15 +34,25 @@ def phases(monkeypatch):
             for training in bootstrap_run.trainings(name):
                 data = scene_stream.stream(lambda index: {"wanted": np.float32(index)}, 2)
                 state = bootstrap_run.train(
-                    run, training, supervised(one_number), {"weight": jnp.zeros(())}, {}, data, steps=run.config[training].steps)
+                    run,
+                    training,
+                    supervised(one_number),
+                    {"weight": jnp.zeros(())},
+                    {},
+                    data,
+                    steps=run.config[training].steps,
+                )
             if name in broken:
                 raise KeyboardInterrupt
             wrote.append(name)
             (run.model / part).parent.mkdir(parents=True, exist_ok=True)
             (run.model / part).write_text(f"{name} {float(state.params['weight'])}")
+
         return part, make
 
-    monkeypatch.setattr(bootstrap_run, "PHASES", {name: phase(name, part) for name, (part, _) in bootstrap_run.PHASES.items()})
+    monkeypatch.setattr(
+        bootstrap_run, "PHASES", {name: phase(name, part) for name, (part, _) in bootstrap_run.PHASES.items()}
+    )
     return wrote, broken
 
 
@@ -65,9 +79,16 @@ def finished(phases, tmp_path):
 
 
 CHANGES = [
-    ("vae.steps", 3, "vae"), ("clip.vision.hidden_size", 48, "clip"), ("captioner.optimizer.learning_rate", 1.0, "captioner"),
-    ("mistakes.steps", 0, "decoder"), ("mistakes.probability", 0.5, "decoder"), ("seed", 1, "vae"), ("side", 64, "vae"),
-    ("caption_tokens", 40, "vae"), ("data.source", "emoji", "vae")]
+    ("vae.steps", 3, "vae"),
+    ("clip.vision.hidden_size", 48, "clip"),
+    ("captioner.optimizer.learning_rate", 1.0, "captioner"),
+    ("mistakes.steps", 0, "decoder"),
+    ("mistakes.probability", 0.5, "decoder"),
+    ("seed", 1, "vae"),
+    ("side", 64, "vae"),
+    ("caption_tokens", 40, "vae"),
+    ("data.source", "emoji", "vae"),
+]
 
 
 def test_another_configuration_of_a_finished_phase_is_refused(finished, monkeypatch):
@@ -76,7 +97,9 @@ def test_another_configuration_of_a_finished_phase_is_refused(finished, monkeypa
     for field, value, phase in CHANGES:
         config = quick_config()
         config.update_from_flattened_dict({field: value})
-        with pytest.raises(ValueError, match=f"the phase {phase} of .* another configuration .*config.json, or a new --workdir"):
+        with pytest.raises(
+            ValueError, match=f"the phase {phase} of .* another configuration .*config.json, or a new --workdir"
+        ):
             bootstrap(config, finished)
         assert contents(finished) == before
 
@@ -105,8 +128,11 @@ def test_a_phase_that_has_not_begun_may_change(phases, tmp_path):
 def test_what_a_phase_reads_belongs_to_its_configuration():
     config, other = quick_config(), quick_config()
     other.captioner.steps = 3
-    changed = {name for name in (*bootstrap_run.PHASES, "mistakes") if (
-        bootstrap_run.digest(config, {}, name) != bootstrap_run.digest(other, {}, name))}
+    changed = {
+        name
+        for name in (*bootstrap_run.PHASES, "mistakes")
+        if (bootstrap_run.digest(config, {}, name) != bootstrap_run.digest(other, {}, name))
+    }
     assert changed == {"captioner", "decoder", "mistakes"}
     config.phases = other.phases = ("decoder",)
     assert bootstrap_run.digest(config, {}, "decoder") == bootstrap_run.digest(other, {}, "decoder")

@@ -25,8 +25,11 @@ def stage(whole):
 def sizes_with(function, arguments, length: int) -> set[int]:
     """Numbers in the arrays that a traced function makes and that have an axis of this length."""
     shapes = {
-        variable.aval.shape for equation in equations(function, *arguments) for variable in equation.outvars
-        if length in getattr(variable.aval, "shape", ())}
+        variable.aval.shape
+        for equation in equations(function, *arguments)
+        for variable in equation.outvars
+        if length in getattr(variable.aval, "shape", ())
+    }
     return {math.prod(shape) for shape in shapes}
 
 
@@ -45,7 +48,10 @@ def test_no_array_of_the_step_has_more_logits_than_those_of_a_chunk(stage, chunk
 def test_the_scoring_chunk_changes_neither_scores_nor_gradient(stage):
     tokens = jax.random.randint(jax.random.key(3), (stage.config.batch_size, stage.config.group_size, TOKENS), 0, 20)
     samples = {name: stage.batch[name] for name in caption_policy.PROMPT_FIELDS} | {
-        "tokens": tokens, "mask": np.ones(tokens.shape, bool), "image_embeds": None}
+        "tokens": tokens,
+        "mask": np.ones(tokens.shape, bool),
+        "image_embeds": None,
+    }
 
     def score(chunk):
         policy = dataclasses.replace(stage.policy, score_chunk=chunk)

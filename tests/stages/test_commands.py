@@ -16,10 +16,17 @@ def command(*arguments):
     return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (("--config=configs/unified_grpo.py", "--workdir=/no/such/parent/run"), "does not exist; make it first"),
-    (("--config=configs/unified_grpo.py:huge", "--workdir=/tmp/never"), "unknown preset 'huge'"),
-    (("--config=configs/unified_grpo.py", "--workdir=/tmp/never", "--config.gen_for_und.group_sise=4"), "group_sise")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--config=configs/unified_grpo.py", "--workdir=/no/such/parent/run"), "does not exist; make it first"),
+        (("--config=configs/unified_grpo.py:huge", "--workdir=/tmp/never"), "unknown preset 'huge'"),
+        (
+            ("--config=configs/unified_grpo.py", "--workdir=/tmp/never", "--config.gen_for_und.group_sise=4"),
+            "group_sise",
+        ),
+    ],
+)
 def test_main_ends_with_one_line(arguments, message):
     done = command("uae_jax.main", *arguments)
     assert done.returncode != 0 and message in done.stderr
@@ -31,11 +38,26 @@ def pictures(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     for index, suffix in enumerate(("png", "jpg", "png")):
-        Image.fromarray(scenes.draw(scenes.scene_at("test", index), 32 + 8 * index)).save(folder / f"scene_{index}.{suffix}")
+        Image.fromarray(scenes.draw(scenes.scene_at("test", index), 32 + 8 * index)).save(
+            folder / f"scene_{index}.{suffix}"
+        )
     return folder
 
 
-FAST = ["--size", "16", "--steps", "2", "--max_new_tokens", "8", "--prompt", "describe", "--guidance_scale", "1", "--batch_size", "2"]
+FAST = [
+    "--size",
+    "16",
+    "--steps",
+    "2",
+    "--max_new_tokens",
+    "8",
+    "--prompt",
+    "describe",
+    "--guidance_scale",
+    "1",
+    "--batch_size",
+    "2",
+]
 
 
 def test_reconstruct_writes_a_strip_for_every_picture_of_a_folder(model_folder, pictures, tmp_path, capsys):
@@ -50,7 +72,9 @@ def test_reconstruct_writes_a_strip_for_every_picture_of_a_folder(model_folder, 
 
 
 def test_generate_draws_each_text_with_its_own_noise(model_folder, tmp_path, capsys):
-    infer.main(["generate", "red circle", "red circle", "--checkpoint", str(model_folder), "--out", str(tmp_path), *FAST])
+    infer.main(
+        ["generate", "red circle", "red circle", "--checkpoint", str(model_folder), "--out", str(tmp_path), *FAST]
+    )
     first, second = (Image.open(tmp_path / f"{number:04d}.png") for number in (0, 1))
     assert first.text["caption"] == "red circle" and first.tobytes() != second.tobytes()
     infer.main(["generate", "red circle", "--checkpoint", str(model_folder), "--out", str(tmp_path / "again"), *FAST])
@@ -62,18 +86,40 @@ def test_a_bad_picture_among_many_leaves_the_others_done_and_a_code(model_folder
     (pictures / "scene_0b.png").write_bytes(b"not a picture")
     (pictures / "scene_1b.png").write_bytes((pictures / "scene_0.png").read_bytes()[:80])
     out = tmp_path / "out"
-    with pytest.raises(SystemExit, match="error: 2 of 5 inputs could not be done: .*scene_0b.png is not a readable image"):
-        infer.main(["reconstruct", str(pictures), "--checkpoint", str(model_folder), "--out", str(out), "--json", *FAST])
-    records = {pathlib.Path(record["image"]).name: record for record in map(json.loads, capsys.readouterr().out.splitlines())}
+    with pytest.raises(
+        SystemExit, match="error: 2 of 5 inputs could not be done: .*scene_0b.png is not a readable image"
+    ):
+        infer.main(
+            ["reconstruct", str(pictures), "--checkpoint", str(model_folder), "--out", str(out), "--json", *FAST]
+        )
+    records = {
+        pathlib.Path(record["image"]).name: record for record in map(json.loads, capsys.readouterr().out.splitlines())
+    }
     assert {name for name, record in records.items() if "error" in record} == {"scene_0b.png", "scene_1b.png"}
     for name in ("scene_0.png", "scene_1.jpg", "scene_2.png"):
         assert Image.open(records[name]["reconstruction"]).text["caption"] == records[name]["caption"]
-    assert sorted(path.name for path in out.iterdir()) == sorted(f"scene_{n}{end}.png" for n in range(3) for end in ("", "_strip"))
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        f"scene_{n}{end}.png" for n in range(3) for end in ("", "_strip")
+    )
 
 
 def test_a_long_text_among_others_is_reported(model_folder, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="error: 1 of 3 inputs could not be done: the text 'red red .* longer than 8 tokens"):
-        infer.main(["generate", "red circle", "red " * 9, "blue circle", "--checkpoint", str(model_folder), "--out", str(tmp_path), *FAST])
+    with pytest.raises(
+        SystemExit, match="error: 1 of 3 inputs could not be done: the text 'red red .* longer than 8 tokens"
+    ):
+        infer.main(
+            [
+                "generate",
+                "red circle",
+                "red " * 9,
+                "blue circle",
+                "--checkpoint",
+                str(model_folder),
+                "--out",
+                str(tmp_path),
+                *FAST,
+            ]
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0000.png", "0002.png"]
     assert "red : not done: the text" in capsys.readouterr().out
 
@@ -91,7 +137,12 @@ def test_drawings_are_written_while_others_are_still_to_come(model_folder, pictu
     monkeypatch.setattr(api, "load_image", killed_at_the_last)
     with pytest.raises(SystemExit, match="error: interrupted; what was written stays"):
         infer.main(["reconstruct", str(pictures), "--checkpoint", str(model_folder), "--out", str(out), *FAST])
-    assert sorted(path.name for path in out.iterdir()) == ["scene_0.png", "scene_0_strip.png", "scene_1.png", "scene_1_strip.png"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "scene_0.png",
+        "scene_0_strip.png",
+        "scene_1.png",
+        "scene_1_strip.png",
+    ]
 
 
 def test_files_of_one_name_do_not_meet(tmp_path):

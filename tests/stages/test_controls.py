@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from configs import ablations
-from configs import bootstrap as bootstrap_config
 from stage_pieces import changed, largest_gap, make_run, nudged, stage_of
 
+from configs import ablations
+from configs import bootstrap as bootstrap_config
 from uae_jax import sharding
 from uae_jax.rl import caption_policy
 from uae_jax.rl.captioning import encode_batch_images
@@ -25,9 +25,14 @@ def scorer_folder(model_folder, tmp_path_factory):
     """A scorer after two steps, made beside the random model."""
     config = bootstrap_config.get_config()
     config.phases, config.start, config.side, config.save_every = ("caption_scorer",), str(model_folder), 16, 0
-    config.caption_scorer.steps, config.caption_scorer.batch_size, config.caption_scorer.optimizer.warmup_steps = 2, 4, 0
+    config.caption_scorer.steps, config.caption_scorer.batch_size, config.caption_scorer.optimizer.warmup_steps = (
+        2,
+        4,
+        0,
+    )
     config.caption_scorer.text = dict(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=33)
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=33
+    )
     workdir = tmp_path_factory.mktemp("scorer")
     assert bootstrap(config, workdir) == workdir / "model"
     return workdir
@@ -37,7 +42,9 @@ def scorer_folder(model_folder, tmp_path_factory):
 def judged(config, scorer_folder, tmp_path_factory):
     """A run whose reward looks at captions alone, and its gen_for_und stage."""
     reward = dict(names=(), weights=(), caption_weight=1.0)
-    config = changed(config, model=dict(caption_scorer=str(scorer_folder)), gen_for_und=dict(reward=reward), stages=("gen_for_und",))
+    config = changed(
+        config, model=dict(caption_scorer=str(scorer_folder)), gen_for_und=dict(reward=reward), stages=("gen_for_und",)
+    )
     run = make_run(config, tmp_path_factory.mktemp("judged"))
     return run, stage_of(run, "gen_for_und")
 
@@ -45,7 +52,9 @@ def judged(config, scorer_folder, tmp_path_factory):
 def test_the_scorer_keeps_the_image_tower_of_the_reward(judged):
     run, _ = judged
     encoders = run.parts["encoders"]
-    for ours, theirs in zip(jax.tree.leaves(encoders["caption_scorer"]["vision"]), jax.tree.leaves(encoders["clip"]["vision"]), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(encoders["caption_scorer"]["vision"]), jax.tree.leaves(encoders["clip"]["vision"]), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -53,7 +62,9 @@ def test_a_caption_reward_does_not_look_at_drawings(judged):
     _, stage = judged
     algorithm = gen_for_und.algorithm(stage.policy)
     key = step_key(stage.key, "rollout", 0)
-    broken = stage.frozen | {"transformer": jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), stage.frozen["transformer"])}
+    broken = stage.frozen | {
+        "transformer": jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), stage.frozen["transformer"])
+    }
     found = jax.jit(algorithm.rollout)(stage.trained, broken, stage.batch, key)
     assert np.isfinite(found["metrics"]["reward_caption"]) and "reward_clip" not in found["metrics"]
     advantage = np.asarray(found["samples"]["advantage"])
@@ -65,7 +76,9 @@ def test_a_caption_weight_needs_its_scorer_and_its_stage(config, judged):
     with pytest.raises(ValueError, match="needs model.caption_scorer"):
         dataclasses.replace(stage.policy, scorer=None)
     with pytest.raises(ValueError, match="und_for_gen does not train captions"):
-        make_run(changed(config, und_for_gen=dict(reward=dict(names=("clip",), weights=(1.0,), caption_weight=1.0))), None)
+        make_run(
+            changed(config, und_for_gen=dict(reward=dict(names=("clip",), weights=(1.0,), caption_weight=1.0))), None
+        )
 
 
 def test_supervised_gradient_is_that_of_grpo_when_every_true_caption_is_worth_one(whole):
@@ -78,9 +91,12 @@ def test_supervised_gradient_is_that_of_grpo_when_every_true_caption_is_worth_on
 
     def rewarded(params):
         samples = {
-            **{name: batch[name] for name in caption_policy.PROMPT_FIELDS}, "advantage": jnp.ones((len(batch["pixels"]), 1)),
-            "image_embeds": encode_batch_images(stage.policy.model, parts, batch), "tokens": batch["caption_ids"][:, None],
-            "mask": batch["caption_mask"][:, None]}
+            **{name: batch[name] for name in caption_policy.PROMPT_FIELDS},
+            "advantage": jnp.ones((len(batch["pixels"]), 1)),
+            "image_embeds": encode_batch_images(stage.policy.model, parts, batch),
+            "tokens": batch["caption_ids"][:, None],
+            "mask": batch["caption_mask"][:, None],
+        }
         return caption_policy.loss(stage.policy, params, stage.frozen, {"samples": samples}, stage.key)[:2]
 
     (_, count), expected = jax.jit(jax.value_and_grad(rewarded, has_aux=True))(adapter)

@@ -115,15 +115,18 @@ def test_the_official_layout_reads_back_bit_equal(adapted, tmp_path, llm_lora):
 def sources(folder, pipeline, *, encoders=("clip", "dinov2")) -> list:
     """Arguments of `import` for the parts of a hub export."""
     flags = {"llm": folder / "llm", "sd3": pipeline} | {
-        name: folder / name for name in ("projector", "llm_lora", "dit_lora", *encoders) if (folder / name).is_dir()}
+        name: folder / name for name in ("projector", "llm_lora", "dit_lora", *encoders) if (folder / name).is_dir()
+    }
     return [text for name, path in flags.items() for text in (f"--{name}", path)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_import_export_import_is_bit_exact(adapted, tmp_path, dtype, capsys):
     converted("export", adapted[1], tmp_path / "first", "--dtype", dtype)
-    rewrite(tmp_path / "first" / "dit", lambda tensors: tensors.update(
-        {"proj_out.bias": tensors["proj_out.bias"].astype(np.float32)}))  # files may mix precisions
+    rewrite(
+        tmp_path / "first" / "dit",
+        lambda tensors: tensors.update({"proj_out.bias": tensors["proj_out.bias"].astype(np.float32)}),
+    )  # files may mix precisions
     converted("export", tmp_path / "first", tmp_path / "hub", "--layout", "hub", "--max-shard-gb", "2e-5")
     converted("import", *sources(tmp_path / "hub", tmp_path / "hub" / "SD3"), tmp_path / "second")
     converted("export", tmp_path / "second", tmp_path / "third", "--llm-lora", "wrapped")
@@ -145,7 +148,9 @@ def test_casting_rounds_once_and_refuses_what_does_not_fit(folder, tmp_path):
     for name in before:
         assert after[name].tobytes() == torch.tensor(before[name]).bfloat16().view(torch.int16).numpy().tobytes()
     rewrite(folder / "dit", lambda tensors: tensors["proj_out.bias"].__setitem__(0, 1e6))
-    assert "proj_out.bias has numbers that float16 cannot hold" in refused("export", folder, tmp_path / "new", "--dtype", "float16")
+    assert "proj_out.bias has numbers that float16 cannot hold" in refused(
+        "export", folder, tmp_path / "new", "--dtype", "float16"
+    )
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*"))
 
 
@@ -166,14 +171,33 @@ def test_plain_models_become_a_folder_that_runs(hub, tmp_path, capsys):
     assert not any(name.startswith("projector") for name in stored(plain / "llm"))  # links did not change the source
     capsys.readouterr()
     Image.fromarray(scenes.draw(scenes.scene_at("test", 0), 32)).save(tmp_path / "scene.png")
-    infer.main([
-        "reconstruct", str(tmp_path / "scene.png"), "--checkpoint", str(out), "--out", str(tmp_path / "drawn"), "--size", "16", "--steps", "2",
-        "--max_new_tokens", "4", "--prompt", "describe", "--guidance_scale", "1"])
+    infer.main(
+        [
+            "reconstruct",
+            str(tmp_path / "scene.png"),
+            "--checkpoint",
+            str(out),
+            "--out",
+            str(tmp_path / "drawn"),
+            "--size",
+            "16",
+            "--steps",
+            "2",
+            "--max_new_tokens",
+            "4",
+            "--prompt",
+            "describe",
+            "--guidance_scale",
+            "1",
+        ]
+    )
     assert (tmp_path / "drawn" / "scene_strip.png").exists()
 
 
-@pytest.mark.parametrize("published", [
-    {"max_pixels": 12845056}, {"max_pixels": None, "size": {"shortest_edge": 64, "longest_edge": 12845056}}])
+@pytest.mark.parametrize(
+    "published",
+    [{"max_pixels": 12845056}, {"max_pixels": None, "size": {"shortest_edge": 64, "longest_edge": 12845056}}],
+)
 def test_import_lowers_the_published_number_of_pixels(hub, tmp_path, capsys, published):
     llm = shutil.copytree(hub / "llm", tmp_path / "llm")
     settings = json.loads((llm / "preprocessor_config.json").read_text()) | published
@@ -181,7 +205,9 @@ def test_import_lowers_the_published_number_of_pixels(hub, tmp_path, capsys, pub
     converted("import", "--llm", llm, "--sd3", hub / "SD3", "--fast", "--link", tmp_path / "new")
     assert "lowered from 12845056 to the release's 65536" in capsys.readouterr().out
     for name in ("llm_processor", "llm"):
-        assert load_image_processor(tmp_path / "new" / name, 16) == dataclasses.replace(load_image_processor(llm, 16), max_pixels=65536)
+        assert load_image_processor(tmp_path / "new" / name, 16) == dataclasses.replace(
+            load_image_processor(llm, 16), max_pixels=65536
+        )
     assert json.loads((llm / "preprocessor_config.json").read_text()) == settings  # links did not change the source
     converted("import", "--llm", tmp_path / "new" / "llm", "--sd3", hub / "SD3", "--fast", tmp_path / "again")
     assert "lowered" not in capsys.readouterr().out
@@ -190,16 +216,32 @@ def test_import_lowers_the_published_number_of_pixels(hub, tmp_path, capsys, pub
 def test_check_reads_every_kind_of_folder(adapted, hub, model_folder, capsys):
     _, workdir = adapted
     code, rows = checked(workdir, capsys)
-    assert code == 0 and {"llm", "llm_lora", "llm_processor", "dit", "dit_lora", "SD3/vae", "SD3/scheduler", "clip"} <= set(rows)
+    assert code == 0 and {
+        "llm",
+        "llm_lora",
+        "llm_processor",
+        "dit",
+        "dit_lora",
+        "SD3/vae",
+        "SD3/scheduler",
+        "clip",
+    } <= set(rows)
     for row in rows.values():
         assert row["matched"] == row["expected"] and not row["missing"] and not row["unknown"]
     assert rows["llm"]["dtypes"] == {"float32": rows["llm"]["expected"]}
     assert rows["dit"]["parameters"] == sum(tensor.size for tensor in stored(workdir / "export" / "dit").values())
     alone = {
-        model_folder / "dit": {"dit"}, model_folder / "clip": {"clip"}, model_folder / "dinov2": {"dinov2"},
-        hub / "llm": {"llm", "llm_processor"}, hub / "llm_lora": {"llm_lora"}, hub / "dit_lora": {"dit_lora"}, hub / "projector": {"projector"},
-        model_folder / "SD3" / "vae": {"SD3/vae"}, model_folder / "SD3" / "text_encoder": {"SD3/text_encoder"},
-        hub / "SD3": {f"SD3/{name}" for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler")}}
+        model_folder / "dit": {"dit"},
+        model_folder / "clip": {"clip"},
+        model_folder / "dinov2": {"dinov2"},
+        hub / "llm": {"llm", "llm_processor"},
+        hub / "llm_lora": {"llm_lora"},
+        hub / "dit_lora": {"dit_lora"},
+        hub / "projector": {"projector"},
+        model_folder / "SD3" / "vae": {"SD3/vae"},
+        model_folder / "SD3" / "text_encoder": {"SD3/text_encoder"},
+        hub / "SD3": {f"SD3/{name}" for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler")},
+    }
     for folder, parts in alone.items():
         code, rows = checked(folder, capsys)
         assert code == 0 and set(rows) == parts
@@ -239,10 +281,15 @@ def narrow(name):
 NORM = "transformer_blocks.0.attn.norm_added_k.weight"
 
 
-@pytest.mark.parametrize("part, name, change, message", [
-    ("llm", "model.layers.1.mlp.up_proj.weight", pop, "misses model.layers.1.mlp.up_proj.weight"),
-    ("dit", NORM, rename, f"{NORM}_old"), ("SD3/vae", "decoder.conv_in.weight", spoil, "decoder.conv_in.weight has 1 of"),
-    ("clip", "visual_projection.weight", narrow, "visual_projection.weight is [7, 16]")])
+@pytest.mark.parametrize(
+    "part, name, change, message",
+    [
+        ("llm", "model.layers.1.mlp.up_proj.weight", pop, "misses model.layers.1.mlp.up_proj.weight"),
+        ("dit", NORM, rename, f"{NORM}_old"),
+        ("SD3/vae", "decoder.conv_in.weight", spoil, "decoder.conv_in.weight has 1 of"),
+        ("clip", "visual_projection.weight", narrow, "visual_projection.weight is [7, 16]"),
+    ],
+)
 def test_a_damaged_tensor_is_named_and_nothing_is_written(folder, tmp_path, capsys, part, name, change, message):
     rewrite(folder / part, change(name))
     code, rows = checked(folder, capsys)
@@ -264,9 +311,15 @@ def test_a_file_cut_short_is_named_with_what_is_lost(folder, tmp_path, capsys):
     assert str(file) in refused("export", folder, tmp_path / "new")
 
 
-@pytest.mark.parametrize("part, other, message", [
-    ("llm", "clip", "'clip'"), ("dit", "SD3/vae", "holds a 'AutoencoderKL' model"), ("clip", "dinov2", "dinov2, not clip"),
-    ("SD3/vae", "dit", "holds a 'SD3Transformer2DModel' model")])
+@pytest.mark.parametrize(
+    "part, other, message",
+    [
+        ("llm", "clip", "'clip'"),
+        ("dit", "SD3/vae", "holds a 'AutoencoderKL' model"),
+        ("clip", "dinov2", "dinov2, not clip"),
+        ("SD3/vae", "dit", "holds a 'SD3Transformer2DModel' model"),
+    ],
+)
 def test_another_model_in_the_place_of_a_part_is_named(folder, tmp_path, capsys, part, other, message):
     shutil.rmtree(folder / part)
     shutil.copytree(folder / other, folder / part)
@@ -277,8 +330,12 @@ def test_another_model_in_the_place_of_a_part_is_named(folder, tmp_path, capsys,
 
 
 def test_parts_that_do_not_fit_each_other_are_named(folder, capsys):
-    rewrite(folder / "llm", lambda tensors: tensors.update({
-        "projector.2.weight": np.zeros((20, 24), np.float32), "projector.2.bias": np.zeros(20, np.float32)}))
+    rewrite(
+        folder / "llm",
+        lambda tensors: tensors.update(
+            {"projector.2.weight": np.zeros((20, 24), np.float32), "projector.2.bias": np.zeros(20, np.float32)}
+        ),
+    )
     assert "joint_attention_dim 16" in checked(folder, capsys)[1]["llm"]["problems"][0]
 
 
@@ -303,7 +360,9 @@ def test_import_refuses_what_is_not_that_model(hub, tmp_path):
 def test_long_clip_comes_from_its_published_file(hub, tmp_path, capsys):
     small = dict(hidden_size=64, intermediate_size=16, projection_dim=8, num_hidden_layers=1, num_attention_heads=1)
     config = CLIPConfig(
-        CLIPVisionConfig(**small, image_size=16, patch_size=8), LongCLIPTextConfig(**small, vocab_size=9, max_position_embeddings=12))
+        CLIPVisionConfig(**small, image_size=16, patch_size=8),
+        LongCLIPTextConfig(**small, vocab_size=9, max_position_embeddings=12),
+    )
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float16), clip.abstract_params(config))
     tensors = dict(published_tensors(params, openai.rules(config)))
@@ -313,7 +372,9 @@ def test_long_clip_comes_from_its_published_file(hub, tmp_path, capsys):
     torch.save({name: torch.tensor(np.array(tensor)) for name, tensor in tensors.items()}, tmp_path / "longclip-L.pt")
     code, rows = checked(tmp_path / "longclip-L.pt", capsys)
     assert code == 0 and rows["longclip"]["dtypes"] == {"float16": rows["longclip"]["expected"]}
-    converted("import", "--llm", hub / "llm", "--sd3", hub / "SD3", "--longclip", tmp_path / "longclip-L.pt", tmp_path / "new")
+    converted(
+        "import", "--llm", hub / "llm", "--sd3", hub / "SD3", "--longclip", tmp_path / "longclip-L.pt", tmp_path / "new"
+    )
     converted("export", tmp_path / "new", tmp_path / "official")
     capsys.readouterr()
     assert checked(tmp_path / "official", capsys)[1]["longclip"]["problems"] == []

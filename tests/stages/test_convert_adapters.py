@@ -44,11 +44,15 @@ def folder(model_folder, tmp_path):
 
 
 def language(system):
-    return dict(qwen_weights.adapter_tensors(system.model.captioner, random_adapter(system.parts["language"], ADAPTER_PATTERN)))
+    return dict(
+        qwen_weights.adapter_tensors(system.model.captioner, random_adapter(system.parts["language"], ADAPTER_PATTERN))
+    )
 
 
 def transformer(system, pattern=ATTENTION_ADAPTER):
-    return dict(sd3_weights.adapter_tensors(system.model.transformer, random_adapter(system.parts["transformer"], pattern)))
+    return dict(
+        sd3_weights.adapter_tensors(system.model.transformer, random_adapter(system.parts["transformer"], pattern))
+    )
 
 
 def without_config(system, folder):
@@ -65,18 +69,28 @@ def rank_stabilised(system, folder):
 def ranks_by_pattern(system, folder):
     params = system.parts["language"]
     adapter = trees.merge(random_adapter(params, ADAPTER_PATTERN), random_adapter(params, r"layers/mlp/up", 3))
-    write_tensors(folder / "llm_lora", qwen_weights.adapter_tensors(system.model.captioner, adapter), stem="adapter_model")
-    (folder / "llm_lora" / CONFIG).write_text(json.dumps(settings(rank_pattern={"up_proj": 3}, target_modules=["up_proj", "q_proj"])))
+    write_tensors(
+        folder / "llm_lora", qwen_weights.adapter_tensors(system.model.captioner, adapter), stem="adapter_model"
+    )
+    (folder / "llm_lora" / CONFIG).write_text(
+        json.dumps(settings(rank_pattern={"up_proj": 3}, target_modules=["up_proj", "q_proj"]))
+    )
 
 
 def diffusers_file(system, folder):
     """Any linear map, in some blocks only, with the settings in the header."""
     tensors = transformer(system, r".*(query|norm1/linear|proj_out)")
-    tensors = {name.replace("base_model.model.", "transformer."): np.ascontiguousarray(value) for name, value in tensors.items()
-               if "blocks.0." not in name}
+    tensors = {
+        name.replace("base_model.model.", "transformer."): np.ascontiguousarray(value)
+        for name, value in tensors.items()
+        if "blocks.0." not in name
+    }
     (folder / "dit_lora").mkdir()
-    save_file(tensors, folder / "dit_lora" / "pytorch_lora_weights.safetensors",
-              {"format": "pt", HEADER: json.dumps({f"transformer.{name}": value for name, value in settings().items()})})
+    save_file(
+        tensors,
+        folder / "dit_lora" / "pytorch_lora_weights.safetensors",
+        {"format": "pt", HEADER: json.dumps({f"transformer.{name}": value for name, value in settings().items()})},
+    )
 
 
 def old_diffusers_file(system, folder):
@@ -88,11 +102,16 @@ def old_diffusers_file(system, folder):
         tensors[name] = np.ascontiguousarray(value)
         tensors[name.partition(".lora.")[0] + ".alpha"] = np.float32(3.0)
     (folder / "dit_lora").mkdir()
-    save_file({name: np.asarray(value) for name, value in tensors.items()}, folder / "dit_lora" / "pytorch_lora_weights.safetensors")
+    save_file(
+        {name: np.asarray(value) for name, value in tensors.items()},
+        folder / "dit_lora" / "pytorch_lora_weights.safetensors",
+    )
 
 
 def wrapped(system, folder):
-    base = jax.tree.map(lambda leaf: leaf + np.float32(0.5), {name: system.parts[name] for name in ("vision", "language", "projector")})
+    base = jax.tree.map(
+        lambda leaf: leaf + np.float32(0.5), {name: system.parts[name] for name in ("vision", "language", "projector")}
+    )
     adapter = random_adapter(base["language"], ADAPTER_PATTERN)
     write_tensors(folder / "llm_lora", wrapped_tensors(system.model.captioner, base, adapter))
 
@@ -116,8 +135,17 @@ def wrapped_without_projector(system, folder):
     write_tensors(folder / "llm_lora", kept)
 
 
-LAYOUTS = (without_config, rank_stabilised, ranks_by_pattern, diffusers_file, old_diffusers_file, wrapped, wrapped_alone,
-           wrapped_beside_a_config, wrapped_without_projector)
+LAYOUTS = (
+    without_config,
+    rank_stabilised,
+    ranks_by_pattern,
+    diffusers_file,
+    old_diffusers_file,
+    wrapped,
+    wrapped_alone,
+    wrapped_beside_a_config,
+    wrapped_without_projector,
+)
 
 
 def run(capsys, *arguments) -> str:
@@ -149,30 +177,46 @@ def test_what_a_run_reads_is_checked_and_exported(model_folder, folder, tmp_path
         assert_same_model(load(tmp_path / "wrapped"), system)
     run(capsys, "export", folder, tmp_path / "merged", "--merge-adapters")
     merged, expected = load(tmp_path / "merged"), load(folder, merge_adapters=True)
-    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6), merged.parts, expected.parts)
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6), merged.parts, expected.parts
+    )
 
 
 def test_an_adapter_of_the_image_encoder_is_merged(model_folder, folder, tmp_path, capsys):
     plain, rng = load(model_folder), np.random.default_rng(0)
     width, fused = plain.model.captioner.vision.width, 3 * plain.model.captioner.vision.width
-    factors = {f"base_model.model.model.visual.blocks.{layer}.attn.qkv.lora_{side}.weight": rng.standard_normal(shape).astype(np.float32)
-               for layer in range(2) for side, shape in (("A", (RANK, width)), ("B", (fused, RANK)))}
+    factors = {
+        f"base_model.model.model.visual.blocks.{layer}.attn.qkv.lora_{side}.weight": rng.standard_normal(shape).astype(
+            np.float32
+        )
+        for layer in range(2)
+        for side, shape in (("A", (RANK, width)), ("B", (fused, RANK)))
+    }
     write_tensors(folder / "llm_lora", language(plain) | factors, stem="adapter_model")
     (folder / "llm_lora" / CONFIG).write_text(json.dumps(settings()))
     assert "merge it" in run(capsys, "check", folder)
     run(capsys, "export", folder, tmp_path / "merged", "--merge-adapters")
     run(capsys, "export", folder, tmp_path / "beside")
     expected = load(folder, merge_adapters=True)
-    assert np.abs(expected.parts["vision"]["blocks"]["qkv"]["kernel"] - plain.parts["vision"]["blocks"]["qkv"]["kernel"]).max() > 0.1
+    assert (
+        np.abs(
+            expected.parts["vision"]["blocks"]["qkv"]["kernel"] - plain.parts["vision"]["blocks"]["qkv"]["kernel"]
+        ).max()
+        > 0.1
+    )
     assert_same_model(load(tmp_path / "beside", merge_adapters=True), expected)
     ours = load(tmp_path / "merged").parts
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5), ours, expected.parts)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda name: name.replace("layers.1.", "layers.7."), "adapts modules that this model does not have"),
-    (lambda name: None if "layers.1.mlp.up_proj.lora_B" in name else name, "half of an adapter; missing: "),
-    (lambda name: None if "layers.1.mlp.up_proj" in name else name, "missing: model.layers.1.mlp.up_proj")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name: name.replace("layers.1.", "layers.7."), "adapts modules that this model does not have"),
+        (lambda name: None if "layers.1.mlp.up_proj.lora_B" in name else name, "half of an adapter; missing: "),
+        (lambda name: None if "layers.1.mlp.up_proj" in name else name, "missing: model.layers.1.mlp.up_proj"),
+    ],
+)
 def test_a_damaged_adapter_is_named_and_nothing_is_written(model_folder, folder, tmp_path, capsys, change, message):
     tensors = {change(name): value for name, value in language(load(model_folder)).items()}
     write_tensors(folder / "llm_lora", {name: value for name, value in tensors.items() if name}, stem="adapter_model")

@@ -8,9 +8,15 @@ from stage_pieces import STAGES, changed, check_same_step, linear, make_run, one
 from uae_jax import sharding
 from uae_jax.rl.advantages import group_advantages
 
-MESHES = {"data8": dict(data=8, fsdp=1, tensor=1), "fsdp8": dict(data=1, fsdp=8, tensor=1), "mixed": dict(data=2, fsdp=2, tensor=2)}
+MESHES = {
+    "data8": dict(data=8, fsdp=1, tensor=1),
+    "fsdp8": dict(data=1, fsdp=8, tensor=1),
+    "mixed": dict(data=2, fsdp=2, tensor=2),
+}
 PAIRS = [(stage, "mixed") for stage in STAGES] + [
-    pytest.param(*pair, marks=pytest.mark.slow) for pair in (("pretrain", "fsdp8"), ("gen_for_und", "fsdp8"), ("und_for_gen", "data8"))]
+    pytest.param(*pair, marks=pytest.mark.slow)
+    for pair in (("pretrain", "fsdp8"), ("gen_for_und", "fsdp8"), ("und_for_gen", "data8"))
+]
 
 
 @pytest.fixture(scope="module")

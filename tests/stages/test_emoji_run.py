@@ -1,4 +1,6 @@
-"""A run on scenes of emoji: its pictures, captions and scores of facts go through the same loader, steps and evaluator."""
+"""A run on scenes of emoji: its pictures, captions and scores of facts go through the same loader, steps and
+evaluator.
+"""
 
 import emoji_pieces
 import numpy as np
@@ -30,13 +32,20 @@ def emoji_run(config, folder, tmp_path_factory):
 
 def test_the_preset_is_a_whole_configuration():
     settings = frozen(RunConfig, presets.preset("emoji", STAGES).to_dict())
-    assert settings.data.source == "emoji" and settings.data.image_size == 64 and settings.evaluation.geneval_per_tag == 0
+    assert (
+        settings.data.source == "emoji" and settings.data.image_size == 64 and settings.evaluation.geneval_per_tag == 0
+    )
 
 
 def test_sources_are_split_and_the_rl_stages_see_other_captions(emoji_run):
     assert isinstance(emoji_run.source, EmojiSource) and emoji_run.source.captions == "full"
     assert emoji_run.source_of("gen_for_und").captions == "short" and emoji_run.source_of("pretrain").captions == "full"
-    assert emoji_run.source_of("gen_for_und").mistakes == 0 < emoji_run.config.data.mistakes == emoji_run.source_of("pretrain").mistakes
+    assert (
+        emoji_run.source_of("gen_for_und").mistakes
+        == 0
+        < emoji_run.config.data.mistakes
+        == emoji_run.source_of("pretrain").mistakes
+    )
     train, heldout = open_sources(emoji_run.config.data, 0, 6)
     assert {split_of(example.scene) for example in heldout} == {"test"}
     assert {split_of(train[index].scene) for index in range(6)} == {"train"}

@@ -17,14 +17,24 @@ IMAGES = 5
 
 @pytest.fixture(scope="module")
 def scored(whole, tmp_path_factory):
-    """Scores, sample folder, evaluator of five pictures, and scores of two of them, for batches of four (the second holds one picture) and of five."""
+    """Scores, sample folder, evaluator of five pictures, and scores of two of them, for batches of four (the second
+    holds one picture) and of five.
+    """
     found = {}
     for size in (4, 5):
-        settings = dataclasses.replace(whole.config.evaluation, images=IMAGES, images_during=2, batch_size=size, samples=IMAGES)
+        settings = dataclasses.replace(
+            whole.config.evaluation, images=IMAGES, images_during=2, batch_size=size, samples=IMAGES
+        )
         _, examples = open_sources(whole.config.data, whole.config.seed, IMAGES)
         evaluator = Evaluator(
-            whole.system, settings, make_denoising(whole.config.sampler, settings.sampler_steps, settings.guidance_scale), examples,
-            whole.rows, whole.config.data.max_caption, whole.config.seed)
+            whole.system,
+            settings,
+            make_denoising(whole.config.sampler, settings.sampler_steps, settings.guidance_scale),
+            examples,
+            whole.rows,
+            whole.config.data.max_caption,
+            whole.config.seed,
+        )
         folder = tmp_path_factory.mktemp(f"batches_of_{size}")
         found[size] = evaluator(whole.parts, folder), folder, evaluator, evaluator.during(whole.parts)
     return found
@@ -52,16 +62,29 @@ def test_every_picture_keeps_its_caption_and_drawing_in_any_batch(scored, size):
 @pytest.mark.parametrize("size", [4, 5])
 def test_scores_are_compiled_once_and_padding_adds_no_program(scored, size):
     evaluator = scored[size][2]
-    assert [function._cache_size() for function in (evaluator._write, evaluator._picture, evaluator._compare)] == [1, 1, 1]
+    assert [function._cache_size() for function in (evaluator._write, evaluator._picture, evaluator._compare)] == [
+        1,
+        1,
+        1,
+    ]
 
 
 def test_scores_are_means_over_pictures(scored):
     scores, folder, evaluator, _ = scored[4]
     samples = json.loads((folder / "samples.json").read_text())
-    assert scores["reward"]["value"] == pytest.approx(np.mean([sample["scores"]["clip"] for sample in samples]), abs=1e-4)
-    assert scores["heldout_score"]["value"] == pytest.approx(np.mean([sample["scores"]["dinov2"] for sample in samples]), abs=1e-4)
-    assert scores["unified_score"]["value"] == pytest.approx((scores["reward"]["value"] + scores["heldout_score"]["value"]) / 2)
-    said = [caption_score(example.scene, sample["caption"]) for example, sample in zip(evaluator.examples, samples, strict=True)]
+    assert scores["reward"]["value"] == pytest.approx(
+        np.mean([sample["scores"]["clip"] for sample in samples]), abs=1e-4
+    )
+    assert scores["heldout_score"]["value"] == pytest.approx(
+        np.mean([sample["scores"]["dinov2"] for sample in samples]), abs=1e-4
+    )
+    assert scores["unified_score"]["value"] == pytest.approx(
+        (scores["reward"]["value"] + scores["heldout_score"]["value"]) / 2
+    )
+    said = [
+        caption_score(example.scene, sample["caption"])
+        for example, sample in zip(evaluator.examples, samples, strict=True)
+    ]
     assert scores["fact_recall"]["value"] == pytest.approx(np.mean([score.fact_recall for score in said]))
 
 
@@ -83,6 +106,11 @@ def test_batches_are_filled_with_their_own_rows_and_cut_again(whole, count):
 def test_scores_during_a_stage_are_those_of_the_first_pictures(scored):
     scores, folder, _, found = scored[4]
     first = json.loads((folder / "samples.json").read_text())[:2]
-    for name, key in (("reward", "clip"), ("heldout_score", "dinov2"), ("fact_recall", "fact_recall"), ("scene_accuracy", "scene_accuracy")):
+    for name, key in (
+        ("reward", "clip"),
+        ("heldout_score", "dinov2"),
+        ("fact_recall", "fact_recall"),
+        ("scene_accuracy", "scene_accuracy"),
+    ):
         assert found[name] == pytest.approx(np.mean([sample["scores"][key] for sample in first]), abs=1e-4)
     assert found.keys() < scores.keys()

@@ -1,4 +1,6 @@
-"""A run whose first RL stage trips its guard: the stage ends with its good checkpoint, and the next one starts from there."""
+"""A run whose first RL stage trips its guard: the stage ends with its good checkpoint, and the next one starts from
+there.
+"""
 
 import json
 
@@ -27,11 +29,20 @@ def test_a_tripped_stage_hands_its_good_checkpoint_to_the_next(config, tmp_path,
     monkeypatch.setattr(run_module, "Run", Watched)
     # the policy is the reference until its first update: the mean KL of steps 1 and 2 is the first above 0, at step 2
     short = changed(
-        config, stages=("gen_for_und", "und_for_gen"), loop=dict(save_every=1, eval_every=0), evaluation=dict(geneval_per_tag=0),
-        guard=dict(window=2, kl=1e-9, reward_fall=0.0, truncated=0.0, flow_kl=0.0))
+        config,
+        stages=("gen_for_und", "und_for_gen"),
+        loop=dict(save_every=1, eval_every=0),
+        evaluation=dict(geneval_per_tag=0),
+        guard=dict(window=2, kl=1e-9, reward_fall=0.0, truncated=0.0, flow_kl=0.0),
+    )
     summary = run_module.run(short, tmp_path / "run")
     tripped, last = summary["stages"]
-    assert (tripped["guard"]["what"], tripped["guard"]["step"], tripped["guard"]["restored_step"], tripped["steps"]) == ("kl", 2, 1, 1)
+    assert (
+        tripped["guard"]["what"],
+        tripped["guard"]["step"],
+        tripped["guard"]["restored_step"],
+        tripped["steps"],
+    ) == ("kl", 2, 1, 1)
     assert last["guard"] is None and last["steps"] == 2 and last["before"] == tripped["after"]
     events = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "guard" in line]
     assert [(event["stage"], event["guard"]) for event in events] == [("gen_for_und", tripped["guard"])]
@@ -42,7 +53,9 @@ def test_a_tripped_stage_hands_its_good_checkpoint_to_the_next(config, tmp_path,
     with Checkpoints(tmp_path / "run" / "checkpoints" / "gen_for_und") as checkpoints:
         kept = checkpoints.restore(restored, 1).state
     jax.tree.map(np.testing.assert_array_equal, starts["und_for_gen"], kept.params["language_lora"])
-    assert max(np.abs(a - b).max() for a, b in zip(*(jax.tree.leaves(starts[name]) for name in starts), strict=True)) > 0
+    assert (
+        max(np.abs(a - b).max() for a, b in zip(*(jax.tree.leaves(starts[name]) for name in starts), strict=True)) > 0
+    )
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
 
 

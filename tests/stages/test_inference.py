@@ -60,7 +60,9 @@ def test_batches_are_given_before_the_rest_is_read():
     assert next(batches(reader(), 2, lambda row: 0))[-1].index == 1 and read == [0, 1]
 
 
-def test_mixed_sizes_compile_one_program_a_room_and_padding_changes_no_caption(engine, model_folder, pictures, monkeypatch):
+def test_mixed_sizes_compile_one_program_a_room_and_padding_changes_no_caption(
+    engine, model_folder, pictures, monkeypatch
+):
     said = captions(engine, pictures)
     assert len(set(said.values())) > 4  # pictures and keys matter
     rooms = {len(row.fields["patches"]) for row in rows(engine, pictures)}
@@ -91,5 +93,8 @@ def test_reconstructions_come_batch_by_batch(engine, pictures):
     assert row.index == 0 and read == [0, 1] and drawn.shape == (16, 16, 3) and drawn.dtype == np.uint8
     rest = list(results)
     assert [row.index for row, _, _ in rest] == [1, 2, 3, 4]
-    alone = {row.index: drawn for row, drawn in engine.drawings(Row(4, 4, engine.text_fields(said)) for row, said, _ in rest[-1:])}
+    alone = {
+        row.index: drawn
+        for row, drawn in engine.drawings(Row(4, 4, engine.text_fields(said)) for row, said, _ in rest[-1:])
+    }
     np.testing.assert_array_equal(alone[4], rest[-1][2])

@@ -37,10 +37,20 @@ def test_a_run_holds_its_parameters_once(config, tmp_path):
 HALVED = {
     "adapters": (dict(stages=("gen_for_und", "und_for_gen")), {"vision", "language", "projector", "transformer"}),
     "supervised": (dict(stages=("pretrain", "gen_for_und")), {"vision", "language"}),
-    "projector frozen": (dict(stages=("pretrain",), pretrain=dict(train_projector=False)), {"vision", "language", "projector"}),
-    "captioner whole": (dict(stages=("gen_for_und",), gen_for_und=dict(train="full")), {"vision", "projector", "transformer"}),
-    "decoder whole": (dict(stages=("gen_for_und", "und_for_gen"), und_for_gen=dict(train="full")), {"vision", "language", "projector"}),
-    "scores alone": (dict(stages=()), set())}
+    "projector frozen": (
+        dict(stages=("pretrain",), pretrain=dict(train_projector=False)),
+        {"vision", "language", "projector"},
+    ),
+    "captioner whole": (
+        dict(stages=("gen_for_und",), gen_for_und=dict(train="full")),
+        {"vision", "projector", "transformer"},
+    ),
+    "decoder whole": (
+        dict(stages=("gen_for_und", "und_for_gen"), und_for_gen=dict(train="full")),
+        {"vision", "language", "projector"},
+    ),
+    "scores alone": (dict(stages=()), set()),
+}
 
 
 @pytest.mark.parametrize("case", HALVED)
@@ -65,13 +75,21 @@ def test_adapters_are_merged_into_weights_in_float32(config, tmp_path):
 
 def test_inference_over_several_devices_says_and_draws_the_same(model_folder, monkeypatch):
     monkeypatch.setattr(sharding, "SMALL", 256)
-    settings = InferenceConfig(size=16, steps=2, guidance_scale=1.0, temperature=0.0, max_new_tokens=8, prompt="describe", batch_size=2)
+    settings = InferenceConfig(
+        size=16, steps=2, guidance_scale=1.0, temperature=0.0, max_new_tokens=8, prompt="describe", batch_size=2
+    )
     pictures = [scenes.draw(scenes.scene_at("test", index)) for index in range(2)]
     found = []
     for devices in (None, jax.devices()[:4]):
         inference = Inference(ModelConfig(folder=str(model_folder)), settings, devices)
         assert {len(leaf.devices()) for leaf in jax.tree.leaves(inference.parts)} == {1 if devices is None else 4}
-        found.append(list(inference.reconstructions(Row(index, index, inference.image_fields(image)) for index, image in enumerate(pictures))))
+        found.append(
+            list(
+                inference.reconstructions(
+                    Row(index, index, inference.image_fields(image)) for index, image in enumerate(pictures)
+                )
+            )
+        )
     for (_, caption, drawn), (_, caption_of_four, drawn_of_four) in zip(*found):
         assert caption == caption_of_four
         assert np.abs(drawn.astype(int) - drawn_of_four.astype(int)).max() <= 1

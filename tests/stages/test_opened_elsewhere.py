@@ -1,4 +1,6 @@
-"""A model that was trained here, opened by the PyTorch libraries: they compute the same logits, velocities and pictures."""
+"""A model that was trained here, opened by the PyTorch libraries: they compute the same logits, velocities and
+pictures.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,9 @@ SIDE = 16
 
 @pytest.fixture(scope="module")
 def trained(whole, tmp_path_factory):
-    """Projector, transformer and both adapters after two train steps of their stages; the model read back, and its workdir."""
+    """Projector, transformer and both adapters after two train steps of their stages; the model read back, and its
+    workdir.
+    """
     workdir, parts = tmp_path_factory.mktemp("runs"), dict(whole.parts)
     for name in ("pretrain", "gen_for_und", "und_for_gen"):
         stage = stage_of(whole, name, batch_size=2)
@@ -64,9 +68,17 @@ def their_logits(llm, row):
     ids = torch.tensor(np.array(ids), dtype=torch.int64)[None]
     rows, columns = (int(row["patch_positions"][0, :patches, axis].max()) + 1 for axis in (0, 1))
     with torch.no_grad():
-        return llm.float().eval()(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.tensor(np.array(row["patches"][0, :patches])),
-            image_grid_thw=torch.tensor([[1, rows, columns]]), mm_token_type_ids=(ids == llm.config.image_token_id).int()).logits[0, -1]
+        return (
+            llm.float()
+            .eval()(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=torch.tensor(np.array(row["patches"][0, :patches])),
+                image_grid_thw=torch.tensor([[1, rows, columns]]),
+                mm_token_type_ids=(ids == llm.config.image_token_id).int(),
+            )
+            .logits[0, -1]
+        )
 
 
 def test_transformers_and_peft_compute_the_trained_captioner(trained, hub, row):
@@ -85,7 +97,9 @@ def test_transformers_and_peft_compute_the_trained_captioner(trained, hub, row):
 def test_the_projector_stands_beside(trained, hub, model_folder):
     system, _ = trained
     tensors, states = stored(hub / "projector"), torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    first, second = ((torch.tensor(tensors[f"projector.{n}.weight"]), torch.tensor(tensors[f"projector.{n}.bias"])) for n in (0, 2))
+    first, second = (
+        (torch.tensor(tensors[f"projector.{n}.weight"]), torch.tensor(tensors[f"projector.{n}.bias"])) for n in (0, 2)
+    )
     theirs = torch.nn.functional.linear(torch.nn.functional.gelu(torch.nn.functional.linear(states, *first)), *second)
     assert largest_gap(qwen.project(system.parts["projector"], jnp.asarray(states.numpy())), theirs.numpy()) < 1e-5
     assert (tensors["projector.0.weight"] != stored(model_folder / "llm")["projector.0.weight"]).any()
@@ -93,13 +107,21 @@ def test_the_projector_stands_beside(trained, hub, model_folder):
 
 def velocities(system, *, policy):
     shape, rng = system.model.latent_shape, np.random.default_rng(0)
-    latents, context = rng.standard_normal((2, *shape)), rng.standard_normal((2, 5, system.model.transformer.joint_attention_dim))
+    latents, context = (
+        rng.standard_normal((2, *shape)),
+        rng.standard_normal((2, 5, system.model.transformer.joint_attention_dim)),
+    )
     latents, context = latents.astype(np.float32), context.astype(np.float32)
     sigma = np.array([0.9, 0.3], np.float32)
-    ours = uae.velocity(system.model, system.parts, latents, jnp.asarray(sigma), (context, np.ones((2, 5), bool)), policy=policy)
+    ours = uae.velocity(
+        system.model, system.parts, latents, jnp.asarray(sigma), (context, np.ones((2, 5), bool)), policy=policy
+    )
     inputs = dict(
-        hidden_states=torch.tensor(latents).permute(0, 3, 1, 2), timestep=torch.tensor(1000 * sigma),
-        encoder_hidden_states=torch.tensor(context), pooled_projections=torch.tensor(np.asarray(system.parts["pooled"])).expand(2, -1))
+        hidden_states=torch.tensor(latents).permute(0, 3, 1, 2),
+        timestep=torch.tensor(1000 * sigma),
+        encoder_hidden_states=torch.tensor(context),
+        pooled_projections=torch.tensor(np.asarray(system.parts["pooled"])).expand(2, -1),
+    )
     return ours, inputs
 
 
@@ -120,8 +142,13 @@ def test_diffusers_opens_the_pipeline_and_decodes_the_same_picture(trained, hub)
     system, _ = trained
     # the built-in model has no tokenizers of CLIP and no T5; diffusers wants to be told
     pipeline = StableDiffusion3Pipeline.from_pretrained(
-        hub / "SD3", **dict.fromkeys(("text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")))
-    assert isinstance(pipeline.vae, AutoencoderKL) and pipeline.text_encoder_2 is not None and pipeline.transformer.config.num_layers == 2
+        hub / "SD3", **dict.fromkeys(("text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"))
+    )
+    assert (
+        isinstance(pipeline.vae, AutoencoderKL)
+        and pipeline.text_encoder_2 is not None
+        and pipeline.transformer.config.num_layers == 2
+    )
     latents = np.random.default_rng(0).standard_normal((1, *system.model.latent_shape)).astype(np.float32)
     ours = vae.decode(system.model.vae, system.parts["vae"], jnp.asarray(latents))
     with torch.no_grad():

@@ -15,7 +15,6 @@ from uae_jax.stages import gen_for_und, und_for_gen
 from uae_jax.training.step import accumulate_gradients
 
 
-
 @pytest.fixture(scope="module")
 def caption_stage(whole):
     """gen_for_und with a trained adapter that also encodes captions, and one rollout with its replay."""
@@ -27,7 +26,9 @@ def caption_stage(whole):
 
 @pytest.fixture(scope="module")
 def flow_stage(whole):
-    """und_for_gen with guidance, guard and the velocity KL, a trained adapter, and its rollout as a function of the key."""
+    """und_for_gen with guidance, guard and the velocity KL, a trained adapter, and its rollout as a function of the
+    key.
+    """
     stage = stage_of(whole, "und_for_gen", guidance_scale=3.0, guard=True, kl_kind="velocity", updates_per_rollout=1)
     stage.adapter = {"transformer_lora": nudged(stage.trained["transformer_lora"], size=0.05)}
     rollout = jax.jit(lambda params, key: flow_policy.rollout(stage.policy, params, stage.frozen, stage.batch, key))
@@ -36,7 +37,10 @@ def flow_stage(whole):
 
 def _gradients(algorithm, stage, rollout, micro_batches):
     def gradients(params):
-        return accumulate_gradients(algorithm, params, stage.frozen, {"shared": {}, **rollout}, stage.key, micro_batches)
+        return accumulate_gradients(
+            algorithm, params, stage.frozen, {"shared": {}, **rollout}, stage.key, micro_batches
+        )
+
     return jax.jit(gradients)(stage.adapter)
 
 
@@ -49,8 +53,15 @@ def test_conditions_of_policy_and_reference_differ_only_with_a_trained_adapter(c
     def contexts(adapter):
         parts = {**stage.frozen, **adapter}
         return [
-            encode_condition(stage.policy.model, parts, dataclasses.replace(stage.policy.denoising, policy_condition=on), tokens, lengths)[0][0]
-            for on in (False, True)]
+            encode_condition(
+                stage.policy.model,
+                parts,
+                dataclasses.replace(stage.policy.denoising, policy_condition=on),
+                tokens,
+                lengths,
+            )[0][0]
+            for on in (False, True)
+        ]
 
     fresh, trained = contexts(stage.trained), contexts(stage.adapter)
     np.testing.assert_array_equal(fresh[0], fresh[1])
@@ -66,13 +77,18 @@ def test_replayed_log_probs_are_those_of_sampling(caption_stage):
 
 
 def _loss_of(stage, policy, loss, rest=None):
-    """`(samples) -> (sum, count, gradient), metrics` of the stage's trained adapter, each compiled with and without metrics."""
+    """`(samples) -> (sum, count, gradient), metrics` of the stage's trained adapter, each compiled with and without
+    metrics.
+    """
+
     def both(samples):
         def total(params):
             found, count, metrics = loss(policy, params, stage.frozen, {"samples": samples, "shared": rest}, stage.key)
             return found, (count, metrics)
+
         (found, (count, metrics)), gradient = jax.value_and_grad(total, has_aux=True)(stage.adapter)
         return (found, count, gradient), metrics
+
     return jax.jit(both), jax.jit(lambda samples: both(samples)[0])
 
 
@@ -84,7 +100,13 @@ def test_a_wrong_sampled_log_prob_shows_in_the_gap_and_nowhere_else(caption_stag
     stage, _, rollout = caption_stage
     samples = {name: value for name, value in rollout["samples"].items() if name != "old"}
     samples["sampled_log_prob"] = rollout["samples"]["old"]
-    wrong = samples | {"sampled_log_prob": samples["sampled_log_prob"].at[0, 1, 0].add(0.25).at[1, 0, -1].add(9.0 * ~samples["mask"][1, 0, -1])}
+    wrong = samples | {
+        "sampled_log_prob": samples["sampled_log_prob"]
+        .at[0, 1, 0]
+        .add(0.25)
+        .at[1, 0, -1]
+        .add(9.0 * ~samples["mask"][1, 0, -1])
+    }
     with_metrics, alone = _loss_of(stage, dataclasses.replace(stage.policy, replay=False), caption_policy.loss)
     right, metrics = with_metrics(samples)
     same, moved = with_metrics(wrong)
@@ -95,18 +117,25 @@ def test_a_wrong_sampled_log_prob_shows_in_the_gap_and_nowhere_else(caption_stag
     assert moved["log_prob_gap_max"] == pytest.approx(0.25, abs=1e-4)
     assert moved["log_prob_gap"] == pytest.approx(0.25 / tokens, abs=1e-5)
     assert {name: value for name, value in metrics.items() if "gap" not in name} == {
-        name: value for name, value in moved.items() if "gap" not in name}
+        name: value for name, value in moved.items() if "gap" not in name
+    }
 
 
 def test_dual_clip_and_the_estimator_of_kl_reach_the_loss(caption_stage):
     stage, _, rollout = caption_stage
     # policy twice as far above its sampled self as dual_clip allows, where the advantage is negative
-    samples = rollout["samples"] | {"old": rollout["samples"]["old"] - np.log(6.0), "advantage": -jnp.ones_like(rollout["samples"]["advantage"])}
+    samples = rollout["samples"] | {
+        "old": rollout["samples"]["old"] - np.log(6.0),
+        "advantage": -jnp.ones_like(rollout["samples"]["advantage"]),
+    }
 
     def loss(**settings):
         policy = dataclasses.replace(stage.policy, **({"kl_weight": 0.0} | settings))
-        total, count, metrics = jax.jit(lambda params: caption_policy.loss(
-            policy, params, stage.frozen, {"samples": samples, "shared": {}}, stage.key))(stage.adapter)
+        total, count, metrics = jax.jit(
+            lambda params: caption_policy.loss(
+                policy, params, stage.frozen, {"samples": samples, "shared": {}}, stage.key
+            )
+        )(stage.adapter)
         return float(total) / float(count), _values(metrics)
 
     assert loss()[0] == pytest.approx(6.0, rel=1e-4) and loss(dual_clip=3.0)[0] == pytest.approx(3.0, rel=1e-4)
@@ -118,15 +147,22 @@ def test_dual_clip_and_the_estimator_of_kl_reach_the_loss(caption_stage):
 
 def test_a_wrong_velocity_shows_in_the_gaps_of_one_update(flow_stage):
     stage, _, rollout = flow_stage
-    unguided = dataclasses.replace(stage.policy, denoising=dataclasses.replace(stage.policy.denoising, guidance_scale=1.0))
-    now = jax.jit(lambda params: flow_policy.replay(
-        unguided, {**stage.frozen, **params}, rollout["samples"], rollout["shared"], trained=True))(stage.adapter)
+    unguided = dataclasses.replace(
+        stage.policy, denoising=dataclasses.replace(stage.policy.denoising, guidance_scale=1.0)
+    )
+    now = jax.jit(
+        lambda params: flow_policy.replay(
+            unguided, {**stage.frozen, **params}, rollout["samples"], rollout["shared"], trained=True
+        )
+    )(stage.adapter)
     samples = rollout["samples"] | {"velocity": now.velocities.swapaxes(0, 1), "sampled_log_prob": now.log_probs.T}
     with_metrics, alone = _loss_of(stage, unguided, flow_policy.loss, rollout["shared"])
     right, metrics = with_metrics(samples)
     assert largest_gap(right, alone(samples)) < 1e-5  # another program, which may round otherwise
     metrics = _values(metrics)
-    assert all(metrics[name] < 1e-5 for name in ("velocity_gap", "velocity_gap_max", "log_prob_gap", "log_prob_gap_max"))
+    assert all(
+        metrics[name] < 1e-5 for name in ("velocity_gap", "velocity_gap_max", "log_prob_gap", "log_prob_gap_max")
+    )
     wrong = samples | {"velocity": samples["velocity"].at[1, 0, 0, 0, 0].add(0.5)}
     moved = _values(with_metrics(wrong)[1])
     assert moved["velocity_gap_max"] == pytest.approx(0.5, abs=1e-4)
@@ -151,26 +187,34 @@ def test_a_share_of_the_images_keeps_the_captions_of_the_data(flow_stage, share)
     words = np.asarray(batch["caption_mask"]).sum(-1) - 1
     np.testing.assert_array_equal(lengths, np.where(kept, words, policy.max_new_tokens))
     # the choice belongs to the image, not to its place in the batch
-    halves = {name: leaf[len(leaf) // 2:] for name, leaf in batch.items()}
-    half = Completion(*(None if leaf is None else leaf[len(leaf) // 2:] for leaf in completion))
-    np.testing.assert_array_equal(captioning.drawn_captions(policy.data_captions, half, halves, stage.key)[0], tokens[len(tokens) // 2:])
+    halves = {name: leaf[len(leaf) // 2 :] for name, leaf in batch.items()}
+    half = Completion(*(None if leaf is None else leaf[len(leaf) // 2 :] for leaf in completion))
+    np.testing.assert_array_equal(
+        captioning.drawn_captions(policy.data_captions, half, halves, stage.key)[0], tokens[len(tokens) // 2 :]
+    )
 
 
 def test_drawings_of_a_group_can_begin_with_one_noise_and_differ_by_the_window_alone(whole):
     stage = stage_of(whole, "und_for_gen", shared_noise=True, window=1, window_low=1, window_high=2, kl_weight=0.0)
     rollout = jax.jit(lambda: flow_policy.rollout(stage.policy, stage.trained, stage.frozen, stage.batch, stage.key))()
     group = stage.policy.group_size
-    before, after = (np.asarray(rollout["samples"][name]).reshape(-1, group, *rollout["samples"][name].shape[1:])
-                     for name in ("latents", "next_latents"))
+    before, after = (
+        np.asarray(rollout["samples"][name]).reshape(-1, group, *rollout["samples"][name].shape[1:])
+        for name in ("latents", "next_latents")
+    )
     np.testing.assert_array_equal(before[:, :1].repeat(group, 1), before)
-    assert all(np.abs(row[0] - row[1]).max() > 0.01 for row in after) and np.abs(before[0, 0] - before[1, 0]).max() > 0.1
+    assert (
+        all(np.abs(row[0] - row[1]).max() > 0.01 for row in after) and np.abs(before[0, 0] - before[1, 0]).max() > 0.1
+    )
 
 
 def test_no_gradient_passes_through_the_reward(caption_stage):
     stage, _, _ = caption_stage
 
     def advantage(params):
-        return caption_policy.rollout(stage.policy, params, stage.frozen, stage.batch, stage.key)["samples"]["advantage"]
+        return caption_policy.rollout(stage.policy, params, stage.frozen, stage.batch, stage.key)["samples"][
+            "advantage"
+        ]
 
     direction = nudged(jax.tree.map(jnp.zeros_like, stage.adapter), seed=4, size=1.0)
     value, slope = jax.jit(lambda params: jax.jvp(advantage, (params,), (direction,)))(stage.adapter)
@@ -203,7 +247,9 @@ def test_flow_gradient_does_not_depend_on_micro_batches(flow_stage):
 def test_nft_gradient_does_not_depend_on_micro_batches_and_its_levels_belong_to_the_drawing(whole):
     stage = stage_of(whole, "und_for_gen", method="nft", updates_per_rollout=1, kl_weight=0.1)
     stage.adapter = {"transformer_lora": nudged(stage.trained["transformer_lora"], size=0.05)}
-    rollout = jax.jit(lambda params: nft_policy.rollout(stage.policy, params, stage.frozen, stage.batch, stage.key))(stage.adapter)
+    rollout = jax.jit(lambda params: nft_policy.rollout(stage.policy, params, stage.frozen, stage.batch, stage.key))(
+        stage.adapter
+    )
     algorithm = und_for_gen.algorithm(stage.policy)
     one, two = (_gradients(algorithm, stage, {"samples": rollout["samples"]}, parts) for parts in (1, 2))
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(one[0])) > 1e-6
@@ -218,7 +264,9 @@ def test_flow_gradient_of_one_update_is_that_of_a_replayed_rollout(flow_stage):
     stage, _, rollout = flow_stage
     samples, shared = rollout["samples"], rollout["shared"]
     again = dataclasses.replace(stage.policy, replay=True)
-    scored = jax.jit(lambda params: flow_policy.scored(again, {**stage.frozen, **params}, samples, shared))(stage.adapter)
+    scored = jax.jit(lambda params: flow_policy.scored(again, {**stage.frozen, **params}, samples, shared))(
+        stage.adapter
+    )
     unchanged = _gradients(und_for_gen.algorithm(stage.policy), stage, {"samples": samples, "shared": shared}, 1)
     replayed = _gradients(und_for_gen.algorithm(again), stage, {"samples": samples | scored, "shared": shared}, 1)
     assert largest_gap(unchanged[0], replayed[0]) < 1e-3
@@ -242,8 +290,12 @@ def test_the_window_comes_from_the_key_and_is_shared(flow_stage):
 def test_guidance_has_a_negative_context_and_replays_exactly(flow_stage):
     stage, _, rollout = flow_stage
     states, mask = rollout["shared"]["negative"]
-    assert states.shape[0] == 1 and int(mask.sum()) == len(stage.policy.model.template.prefix) + 2 + len(stage.policy.model.template.suffix)
-    replayed = flow_policy.replay(stage.policy, {**stage.frozen, **stage.adapter}, rollout["samples"], rollout["shared"], trained=True)
+    assert states.shape[0] == 1 and int(mask.sum()) == len(stage.policy.model.template.prefix) + 2 + len(
+        stage.policy.model.template.suffix
+    )
+    replayed = flow_policy.replay(
+        stage.policy, {**stage.frozen, **stage.adapter}, rollout["samples"], rollout["shared"], trained=True
+    )
     np.testing.assert_allclose(replayed.log_probs.T, rollout["samples"]["sampled_log_prob"], atol=1e-5)
 
 

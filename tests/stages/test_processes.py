@@ -1,4 +1,6 @@
-"""Several processes on this machine, over `jax.distributed`: the same numbers as one, and an orderly end when one of them goes."""
+"""Several processes on this machine, over `jax.distributed`: the same numbers as one, and an orderly end when one of
+them goes.
+"""
 
 import functools
 import json
@@ -16,10 +18,10 @@ from programs import compiler_flags
 from stage_pieces import STAGES, changed, check_same_step, linear, make_run, one_step
 
 HERE = pathlib.Path(__file__).parent
-CONFIG_FILE = '''import json, pathlib, ml_collections
+CONFIG_FILE = """import json, pathlib, ml_collections
 def get_config(argument=None):
     return ml_collections.ConfigDict(json.loads(pathlib.Path(argument).read_text()))
-'''
+"""
 
 
 def free_port() -> int:
@@ -29,18 +31,31 @@ def free_port() -> int:
 
 
 def start(count: int, devices: int, command, folder: pathlib.Path) -> list[subprocess.Popen]:
-    """`command(coordinator, index)` in `count` processes with so many faked devices each; output in `folder/<index>.log`."""
+    """`command(coordinator, index)` in `count` processes with so many faked devices each; output in
+    `folder/<index>.log`.
+    """
     folder.mkdir(exist_ok=True)
     coordinator = f"localhost:{free_port()}"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "SLURM_", "TPU_"))} | {
-        "PYTHONPATH": str(HERE.parents[1]), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "HF_HUB_OFFLINE": "1",
-        "XLA_FLAGS": compiler_flags(devices), "TF_CPP_MIN_LOG_LEVEL": "1",
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "SLURM_", "TPU_"))
+    } | {
+        "PYTHONPATH": str(HERE.parents[1]),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "XLA_FLAGS": compiler_flags(devices),
+        "TF_CPP_MIN_LOG_LEVEL": "1",
         # programs read from the cache do not agree on the order of their collectives on CPU
-        "JAX_ENABLE_COMPILATION_CACHE": "0"}
+        "JAX_ENABLE_COMPILATION_CACHE": "0",
+    }
     started = []
     for index in range(count):
         with (folder / f"{index}.log").open("w") as log:
-            started.append(subprocess.Popen(command(coordinator, index), stdout=log, stderr=log, env=environment, cwd=HERE.parents[1]))
+            started.append(
+                subprocess.Popen(
+                    command(coordinator, index), stdout=log, stderr=log, env=environment, cwd=HERE.parents[1]
+                )
+            )
     return started
 
 
@@ -61,16 +76,32 @@ def alone(config, tmp_path_factory):
     return functools.cache(lambda stage: one_step(run, stage))
 
 
-@pytest.mark.parametrize("count, devices, mesh, stages", [
-    pytest.param(2, 2, dict(data=1, fsdp=2, tensor=2), STAGES, marks=pytest.mark.slow),
-    # the tensor axis spans processes: two of them feed the same rows
-    pytest.param(4, 1, dict(data=2, fsdp=1, tensor=2), ("pretrain",), marks=pytest.mark.slow),
-    (2, 1, dict(data=1, fsdp=1, tensor=2), ("pretrain",))])
+@pytest.mark.parametrize(
+    "count, devices, mesh, stages",
+    [
+        pytest.param(2, 2, dict(data=1, fsdp=2, tensor=2), STAGES, marks=pytest.mark.slow),
+        # the tensor axis spans processes: two of them feed the same rows
+        pytest.param(4, 1, dict(data=2, fsdp=1, tensor=2), ("pretrain",), marks=pytest.mark.slow),
+        (2, 1, dict(data=1, fsdp=1, tensor=2), ("pretrain",)),
+    ],
+)
 def test_processes_do_not_change_a_step(config, alone, tmp_path, count, devices, mesh, stages):
     (tmp_path / "config.json").write_text(json.dumps(changed(linear(config), mesh=mesh)))
-    started = start(count, devices, lambda coordinator, index: [
-        sys.executable, HERE / "process_worker.py", tmp_path / "config.json", tmp_path / "result", coordinator, str(count), str(index),
-        *stages], tmp_path / "logs")
+    started = start(
+        count,
+        devices,
+        lambda coordinator, index: [
+            sys.executable,
+            HERE / "process_worker.py",
+            tmp_path / "config.json",
+            tmp_path / "result",
+            coordinator,
+            str(count),
+            str(index),
+            *stages,
+        ],
+        tmp_path / "logs",
+    )
     codes, output = finish(started, tmp_path / "logs", 500)
     assert codes == [0] * count, output[0][-2000:] + output[-1][-2000:]
     found = pickle.loads((tmp_path / "result").read_bytes())
@@ -92,16 +123,29 @@ def wait_for_steps(workdir: pathlib.Path, steps: int, started: list[subprocess.P
 @pytest.mark.slow
 def test_a_signal_to_one_process_saves_all_and_the_death_of_one_ends_the_others(config, tmp_path):
     values = changed(
-        config, stages=("pretrain",), pretrain=dict(steps=100_000), evaluation=dict(images=2, batch_size=2, geneval_per_tag=0),
-        loop=dict(save_every=0), mesh=dict(data=1, fsdp=2, tensor=1))
+        config,
+        stages=("pretrain",),
+        pretrain=dict(steps=100_000),
+        evaluation=dict(images=2, batch_size=2, geneval_per_tag=0),
+        loop=dict(save_every=0),
+        mesh=dict(data=1, fsdp=2, tensor=1),
+    )
     (tmp_path / "config.json").write_text(json.dumps(values))
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "small.py").write_text(CONFIG_FILE)
     workdir, logs = tmp_path / "run", tmp_path / "logs"
 
     def command(coordinator: str, index: int) -> list:
-        return [sys.executable, "-m", "uae_jax.main", f"--config={tmp_path / 'configs' / 'small.py'}:{tmp_path / 'config.json'}",
-                f"--workdir={workdir}", f"--coordinator={coordinator}", "--processes=2", f"--process_id={index}"]
+        return [
+            sys.executable,
+            "-m",
+            "uae_jax.main",
+            f"--config={tmp_path / 'configs' / 'small.py'}:{tmp_path / 'config.json'}",
+            f"--workdir={workdir}",
+            f"--coordinator={coordinator}",
+            "--processes=2",
+            f"--process_id={index}",
+        ]
 
     started = start(2, 1, command, logs)
     wait_for_steps(workdir, 2, started, 300)
@@ -119,4 +163,6 @@ def test_a_signal_to_one_process_saves_all_and_the_death_of_one_ends_the_others(
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) > stopped
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, 143)
-    assert "another process of this run is gone" in output[0] and "The same command continues" in output[0], output[0][-3000:]
+    assert "another process of this run is gone" in output[0] and "The same command continues" in output[0], output[0][
+        -3000:
+    ]

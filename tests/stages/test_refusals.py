@@ -1,4 +1,6 @@
-"""Bad data and settings through the command, as a person meets them: one line, an exit code, and a workdir as it was."""
+"""Bad data and settings through the command, as a person meets them: one line, an exit code, and a workdir as it
+was.
+"""
 
 import json
 import os
@@ -22,7 +24,14 @@ from uae_jax.training.signals import StopTraining
 def workdir(tmp_path):
     """What an earlier run may have left."""
     folder = tmp_path / "run"
-    for name in ("config.json", "metrics.jsonl", "summary.json", "report.html", "export/llm/model.safetensors", "samples/a/samples.json"):
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+        "export/llm/model.safetensors",
+        "samples/a/samples.json",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"kept {name}")
     return folder
@@ -41,7 +50,10 @@ def broken_captions(tmp_path):
 
 
 def _contents(folder):
-    return {path.relative_to(folder): path.is_file() and (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*")}
+    return {
+        path.relative_to(folder): path.is_file() and (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+    }
 
 
 def _in_process(*arguments):
@@ -58,17 +70,33 @@ def _in_process(*arguments):
 def test_a_broken_line_of_captions_is_named_by_number(workdir, broken_captions):
     before = _contents(workdir)
     done = subprocess.run(
-        [sys.executable, "-m", "uae_jax.main", "--config=configs/unified_grpo.py", f"--workdir={workdir}",
-         "--config.data.source=folder", f"--config.data.folder={broken_captions}"],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"XLA_FLAGS": compiler_flags()})
+        [
+            sys.executable,
+            "-m",
+            "uae_jax.main",
+            "--config=configs/unified_grpo.py",
+            f"--workdir={workdir}",
+            "--config.data.source=folder",
+            f"--config.data.folder={broken_captions}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"XLA_FLAGS": compiler_flags()},
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: {broken_captions / 'captions.jsonl'} line 3 is not JSON")
     assert _contents(workdir) == before
 
 
-@pytest.mark.parametrize("setting, message", [
-    ("gen_for_und.group_size=1", "at least 2 samples"), ("model.folder=/no/model", "model folder /no/model does not exist"),
-    ("gen_for_und.batch_size=3", "config.gen_for_und.batch_size is 3")])
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("gen_for_und.group_size=1", "at least 2 samples"),
+        ("model.folder=/no/model", "model folder /no/model does not exist"),
+        ("gen_for_und.batch_size=3", "config.gen_for_und.batch_size is 3"),
+    ],
+)
 def test_settings_that_cannot_work_end_with_one_line(workdir, capsys, setting, message):
     before = _contents(workdir)
     with pytest.raises(SystemExit) as stop:

@@ -21,7 +21,13 @@ def captioner(whole):
     second, metrics = step(first, stage.frozen, stage.batch, stage.key)
     moved = jax.tree.map(np.asarray, second.params)
     third, again = step(second, stage.frozen, stage.batch, stage.key)
-    return stage, step, moved, {name: float(value) for name, value in metrics.items()}, {name: float(value) for name, value in again.items()}
+    return (
+        stage,
+        step,
+        moved,
+        {name: float(value) for name, value in metrics.items()},
+        {name: float(value) for name, value in again.items()},
+    )
 
 
 def test_first_ratio_is_exactly_one_and_kl_exactly_zero(captioner):
@@ -72,7 +78,9 @@ def test_captions_follow_from_sample_ids_and_not_from_the_batch(captioner):
     turned = {name: value[order] for name, value in stage.batch.items()}
     other = caption_policy.write_captions(stage.policy, parts, turned, images[order], stage.key).tokens
     group = stage.policy.group_size
-    np.testing.assert_array_equal(np.asarray(whole).reshape(len(order), group, -1)[order], np.asarray(other).reshape(len(order), group, -1))
+    np.testing.assert_array_equal(
+        np.asarray(whole).reshape(len(order), group, -1)[order], np.asarray(other).reshape(len(order), group, -1)
+    )
 
 
 def test_a_trained_adapter_reaches_the_rollout_and_leaves_the_reference(captioner):
@@ -83,18 +91,23 @@ def test_a_trained_adapter_reaches_the_rollout_and_leaves_the_reference(captione
     old = caption_policy.write_captions(stage.policy, {**stage.frozen, **stage.trained}, stage.batch, images, stage.key)
     assert np.any(np.asarray(new.tokens) != np.asarray(old.tokens))
     samples = {name: stage.batch[name] for name in caption_policy.PROMPT_FIELDS} | {
-        "image_embeds": images, "tokens": new.tokens.reshape(len(images), stage.policy.group_size, -1),
-        "mask": new.mask.reshape(len(images), stage.policy.group_size, -1)}
+        "image_embeds": images,
+        "tokens": new.tokens.reshape(len(images), stage.policy.group_size, -1),
+        "mask": new.mask.reshape(len(images), stage.policy.group_size, -1),
+    }
     score = caption_policy.score_captions
     base = score(stage.policy, {**stage.frozen, **stage.trained}, samples, trained=False).log_probs
     np.testing.assert_array_equal(base, score(stage.policy, parts, samples, trained=False).log_probs)
-    np.testing.assert_array_equal(base, score(stage.policy, {**stage.frozen, **stage.trained}, samples, trained=True).log_probs)
+    np.testing.assert_array_equal(
+        base, score(stage.policy, {**stage.frozen, **stage.trained}, samples, trained=True).log_probs
+    )
     sampled = np.asarray(new.log_probs).reshape(base.shape)
     np.testing.assert_allclose(score(stage.policy, parts, samples, trained=True).log_probs, sampled, atol=1e-4)
 
 
-@pytest.mark.parametrize("setting, message", [
-    (dict(group_size=1), "at least 2 samples"), (dict(temperature=0.0), "temperature > 0")])
+@pytest.mark.parametrize(
+    "setting, message", [(dict(group_size=1), "at least 2 samples"), (dict(temperature=0.0), "temperature > 0")]
+)
 def test_settings_that_cannot_work_fail_before_anything_runs(config, tmp_path, setting, message):
     with pytest.raises(ValueError, match=message):
         make_run(changed(config, gen_for_und=setting), tmp_path)
@@ -122,9 +135,15 @@ def test_flow_ratio_is_one_before_the_update(whole):
     assert float(metrics["kl"]) < 1e-10 and float(metrics["grad_norm"]) > 0
 
 
-@pytest.mark.parametrize("setting, message", [
-    (dict(group_size=1), "at least 2 samples"), (dict(step_rule="euler"), "step_rule"),
-    (dict(step_rule="cps", guard=True), "guard"), (dict(window_high=9), "does not fit")])
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        (dict(group_size=1), "at least 2 samples"),
+        (dict(step_rule="euler"), "step_rule"),
+        (dict(step_rule="cps", guard=True), "guard"),
+        (dict(window_high=9), "does not fit"),
+    ],
+)
 def test_flow_settings_that_cannot_work_fail_before_anything_runs(config, tmp_path, setting, message):
     with pytest.raises(ValueError, match=message):
         make_run(changed(config, und_for_gen=setting), tmp_path)
@@ -142,9 +161,15 @@ def test_nft_begins_at_the_reference_and_its_second_update_is_off_policy(whole):
     assert set(state.params) == {"transformer_lora"} and int(state.updates) == 2
 
 
-@pytest.mark.parametrize("setting, message", [
-    (dict(method="ppo"), "flow_grpo, nft"), (dict(guidance_scale=3.0), "unguided"), (dict(noise_levels=0), "must be positive"),
-    (dict(data_captions=1.5), "share")])
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        (dict(method="ppo"), "flow_grpo, nft"),
+        (dict(guidance_scale=3.0), "unguided"),
+        (dict(noise_levels=0), "must be positive"),
+        (dict(data_captions=1.5), "share"),
+    ],
+)
 def test_nft_settings_that_cannot_work_fail_before_anything_runs(config, tmp_path, setting, message):
     with pytest.raises(ValueError, match=message):
         make_run(changed(config, und_for_gen=dict(method="nft", guidance_scale=1.0) | setting), tmp_path)

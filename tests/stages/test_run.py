@@ -10,9 +10,9 @@ import types
 import jax
 import numpy as np
 import pytest
-from configs import presets
 from stage_pieces import changed, make_run
 
+from configs import presets
 from uae_jax import sharding, trees
 from uae_jax.data.scenes import fact_kinds, scene_at
 from uae_jax.stages import run as run_module
@@ -22,12 +22,23 @@ from uae_jax.training.metrics import read_lines
 from uae_jax.training.signals import StopTraining
 
 STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
-SCORES = ("reward", "unified_score", "heldout_score", "caption_tokens", "fact_recall", "fact_precision", "scene_accuracy", "geneval")
+SCORES = (
+    "reward",
+    "unified_score",
+    "heldout_score",
+    "caption_tokens",
+    "fact_recall",
+    "fact_precision",
+    "scene_accuracy",
+    "geneval",
+)
 
 
 def _fingerprints(parts):
-    return {name: hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))).digest()
-            for name, tree in parts.items()}
+    return {
+        name: hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))).digest()
+        for name, tree in parts.items()
+    }
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +52,9 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def watched(config, tmp_path_factory):
-    """A whole run: its summary, workdir and `Run`, and of each stage the compiled step, the result and the parts it changed."""
+    """A whole run: its summary, workdir and `Run`, and of each stage the compiled step, the result and the parts it
+    changed.
+    """
     seen = types.SimpleNamespace(workdir=tmp_path_factory.mktemp("runs") / "whole", steps={}, results={}, changed={})
 
     class Watched(run_module.Run):
@@ -75,13 +88,20 @@ def test_each_stage_compiles_its_step_once_in_a_whole_run(watched):
 
 def test_the_scores_of_all_stages_are_compiled_once(watched):
     evaluator = watched.run.evaluator
-    assert [function._cache_size() for function in (evaluator._write, evaluator._picture, evaluator._compare)] == [1, 1, 1]
+    assert [function._cache_size() for function in (evaluator._write, evaluator._picture, evaluator._compare)] == [
+        1,
+        1,
+        1,
+    ]
 
 
 def test_every_stage_changes_its_own_parts_only(watched):
     assert watched.changed == {
-        "pretrain": {"projector", "transformer"}, "cold_start": {"projector", "transformer"}, "gen_for_und": {"language_lora"},
-        "und_for_gen": {"transformer_lora"}}
+        "pretrain": {"projector", "transformer"},
+        "cold_start": {"projector", "transformer"},
+        "gen_for_und": {"language_lora"},
+        "und_for_gen": {"transformer_lora"},
+    }
 
 
 def _assert_equal(ours, theirs):
@@ -105,7 +125,10 @@ def test_export_reads_back_bit_for_bit(watched):
 def test_the_moving_average_is_scored_and_exported(watched):
     state = watched.results["und_for_gen"].state
     _assert_equal(watched.run.parts["transformer_lora"], state.ema["transformer_lora"])
-    raw, average = (state_part["transformer_lora"]["last_block"]["attention"]["value"]["b"] for state_part in (state.params, state.ema))
+    raw, average = (
+        state_part["transformer_lora"]["last_block"]["attention"]["value"]["b"]
+        for state_part in (state.params, state.ema)
+    )
     assert np.abs(np.asarray(raw) - np.asarray(average)).max() > 0
 
 
@@ -124,12 +147,23 @@ def test_summary_has_all_stages_with_scores_before_and_after(finished):
 
 def test_workdir_holds_what_the_readme_says(finished):
     _, workdir = finished
-    for name in ("config.json", "metrics.jsonl", "report.html", "summary.json", "checkpoints", "tensorboard", "export/llm", "export/dit_lora"):
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "report.html",
+        "summary.json",
+        "checkpoints",
+        "tensorboard",
+        "export/llm",
+        "export/dit_lora",
+    ):
         assert (workdir / name).exists(), name
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
     assert [(line["stage"], line["step"]) for line in trained] == [(stage, step) for stage in STAGES for step in (1, 2)]
-    assert json.loads((workdir / "samples" / "und_for_gen_after" / "samples.json").read_text())[0]["caption"] is not None
+    assert (
+        json.loads((workdir / "samples" / "und_for_gen_after" / "samples.json").read_text())[0]["caption"] is not None
+    )
 
 
 def test_rl_stages_report_what_is_not_their_reward(finished):
@@ -139,17 +173,32 @@ def test_rl_stages_report_what_is_not_their_reward(finished):
     assert list(watched) == ["gen_for_und", "und_for_gen"] and all(line["step"] == 1 for line in watched.values())
     measured = {name.removeprefix("eval/") for name in watched["gen_for_und"] if name.startswith("eval/")}
     assert measured == {
-        "reward", "unified_score", "heldout_score", "caption_tokens", "truncated", "repetition", "fact_recall", "fact_precision",
-        "scene_accuracy", *(f"fact_recall_{kind}" for kind in fact_kinds(scene_at("test", 0, 0)))}
+        "reward",
+        "unified_score",
+        "heldout_score",
+        "caption_tokens",
+        "truncated",
+        "repetition",
+        "fact_recall",
+        "fact_precision",
+        "scene_accuracy",
+        *(f"fact_recall_{kind}" for kind in fact_kinds(scene_at("test", 0, 0))),
+    }
     assert measured < set(summary["stages"][0]["after"])
     samples = json.loads((workdir / "samples" / "gen_for_und_step1" / "samples.json").read_text())
     assert len(samples) == 2 and {"clip", "fact_recall"} <= set(samples[0]["scores"])
     for line in lines:
-        assert line["stage"] not in run_module.RL_STAGES or "loss" not in line or {"caption_tokens", "truncated_fraction", "repetition"} <= set(line)
+        assert (
+            line["stage"] not in run_module.RL_STAGES
+            or "loss" not in line
+            or {"caption_tokens", "truncated_fraction", "repetition"} <= set(line)
+        )
 
 
 def test_whole_copies_are_not_there_before_their_stage(config, whole):
-    settings = frozen(run_module.RunConfig, changed(config, gen_for_und=dict(train="full"), und_for_gen=dict(train="full")))
+    settings = frozen(
+        run_module.RunConfig, changed(config, gen_for_und=dict(train="full"), und_for_gen=dict(train="full"))
+    )
     parts = {name: whole.parts[name] for name in ("language", "transformer")}
     assert run_module.with_adapters(settings, parts, jax.random.key(0)).keys() == parts.keys()
     lora = dataclasses.replace(settings, und_for_gen=dataclasses.replace(settings.und_for_gen, train="lora"))
@@ -158,11 +207,16 @@ def test_whole_copies_are_not_there_before_their_stage(config, whole):
 
 @pytest.mark.slow
 def test_a_stage_that_trains_a_whole_copy_makes_it_of_what_earlier_stages_trained(config, tmp_path):
-    """At a rate that moves nothing the copy ends as it began, and the scores are those that the first stage has changed."""
+    """At a rate that moves nothing the copy ends as it began, and the scores are those that the first stage has
+    changed.
+    """
     still = dict(config["und_for_gen"]["optimizer"], learning_rate=1e-30)
     values = changed(
-        config, stages=("pretrain", "und_for_gen"), und_for_gen=dict(train="full", optimizer=still, ema_decay=0.0),
-        pretrain=dict(train_projector=False, optimizer=dict(config["pretrain"]["optimizer"], learning_rate=0.05)))
+        config,
+        stages=("pretrain", "und_for_gen"),
+        und_for_gen=dict(train="full", optimizer=still, ema_decay=0.0),
+        pretrain=dict(train_projector=False, optimizer=dict(config["pretrain"]["optimizer"], learning_rate=0.05)),
+    )
     pretrain, und_for_gen = run_module.run(values, tmp_path / "run")["stages"]
     assert pretrain["before"] != pretrain["after"] == und_for_gen["after"]
 
@@ -176,7 +230,9 @@ def test_running_again_changes_nothing(finished, config, monkeypatch):
     """The export of the last stage is never replaced by one of an earlier stage, which a kill would leave there."""
     summary, workdir = finished
     before, written, write = (workdir / "metrics.jsonl").read_bytes(), [], run_module._write_outputs
-    monkeypatch.setattr(run_module, "_write_outputs", lambda whole, results: written.append(len(results)) or write(whole, results))
+    monkeypatch.setattr(
+        run_module, "_write_outputs", lambda whole, results: written.append(len(results)) or write(whole, results)
+    )
     assert run_module.run(config, workdir) == summary
     assert (workdir / "metrics.jsonl").read_bytes() == before
     assert written == [len(STAGES)]
@@ -189,8 +245,10 @@ def _stopping(stage):
     def stopped(name, step, **arguments):
         if name == stage:
             arguments["hooks"] = dataclasses.replace(
-                arguments["hooks"], on_step=lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == 1 else None)
+                arguments["hooks"], on_step=lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == 1 else None
+            )
         return run_stage(name, step, **arguments)
+
     return stopped
 
 
@@ -200,8 +258,13 @@ def _scores(summary):
 
 def _written(workdir):
     """Contents of all exported weights and configurations and of all samples; metrics but for the clock."""
-    files = [file for folder in ("export", "samples") for file in sorted((workdir / folder).rglob("*")) if file.is_file()]
-    metrics = [{name: value for name, value in line.items() if name != "seconds"} for line in read_lines(workdir / "metrics.jsonl")]
+    files = [
+        file for folder in ("export", "samples") for file in sorted((workdir / folder).rglob("*")) if file.is_file()
+    ]
+    metrics = [
+        {name: value for name, value in line.items() if name != "seconds"}
+        for line in read_lines(workdir / "metrics.jsonl")
+    ]
     return {str(file.relative_to(workdir)): file.read_bytes() for file in files}, metrics
 
 
@@ -225,34 +288,54 @@ def test_another_configuration_is_refused_and_overwrites_nothing(finished, confi
     before = {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in workdir.rglob("*") if file.is_file()}
     with pytest.raises(ValueError, match="another configuration.*config.json, or a new --workdir"):
         run_module.run(changed(config, seed=1), workdir)
-    assert {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in workdir.rglob("*") if file.is_file()} == before
+    assert {
+        file: (file.stat().st_mtime_ns, file.stat().st_size) for file in workdir.rglob("*") if file.is_file()
+    } == before
 
 
-@pytest.mark.parametrize("stages, message", [
-    (("und_for_gen",), "checkpoints of the stage cold_start"), ((), "checkpoints of the stage cold_start"),
-    (("pretrain", "cold_start", "und_for_gen", "gen_for_und"), "another configuration")])
+@pytest.mark.parametrize(
+    "stages, message",
+    [
+        (("und_for_gen",), "checkpoints of the stage cold_start"),
+        ((), "checkpoints of the stage cold_start"),
+        (("pretrain", "cold_start", "und_for_gen", "gen_for_und"), "another configuration"),
+    ],
+)
 def test_other_stages_are_refused_in_a_workdir_and_overwrite_nothing(finished, config, stages, message):
     """A stage read back after other stages than it was trained after would stand on parts that it never saw."""
     _, workdir = finished
     before = {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in workdir.rglob("*") if file.is_file()}
     with pytest.raises(ValueError, match=f"{message}.*new --workdir"):
         run_module.run(changed(config, stages=stages), workdir)
-    assert {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in workdir.rglob("*") if file.is_file()} == before
+    assert {
+        file: (file.stat().st_mtime_ns, file.stat().st_size) for file in workdir.rglob("*") if file.is_file()
+    } == before
 
 
 def test_settings_of_stages_to_come_may_change(config):
     """A correction of the last stage must not cost the first one's days; what a stage saw must be as it was."""
+
     def digests(**changes):
         settings = frozen(run_module.RunConfig, changed(config, **changes))
         return [settings.digest(name) for name, _ in settings.order()]
 
     first = digests()
-    assert len(set(first)) == len(STAGES) and digests(evaluation=dict(images=3), loop=dict(save_every=1), mesh=dict(fsdp=2)) == first
+    assert (
+        len(set(first)) == len(STAGES)
+        and digests(evaluation=dict(images=3), loop=dict(save_every=1), mesh=dict(fsdp=2)) == first
+    )
     assert digests(rounds=2)[: len(STAGES)] == first
-    assert [old == new for old, new in zip(first, digests(gen_for_und=dict(kl_weight=0.5)))] == [True, True, False, False]
+    assert [old == new for old, new in zip(first, digests(gen_for_und=dict(kl_weight=0.5)))] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     assert not set(first) & set(digests(data=dict(detail="mixed"))) and not set(first) & set(digests(seed=1))
     folder = dict(source="folder", folder="pictures")
-    assert not set(digests(data=folder)) & set(digests(data=folder, evaluation=dict(images=3))), "held-out pictures are not trained on"
+    assert not set(digests(data=folder)) & set(digests(data=folder, evaluation=dict(images=3))), (
+        "held-out pictures are not trained on"
+    )
 
 
 def test_scores_are_drawn_through_the_captioner_where_training_does(config, whole, tmp_path):
@@ -263,14 +346,26 @@ def test_scores_are_drawn_through_the_captioner_where_training_does(config, whol
     assert not frozen(run_module.RunConfig, alone).policy_condition()
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(gen_for_und=dict(group_sice=4)), "did you mean config.gen_for_und.group_size"),
-    (dict(stages=("pretrain", "warm_start")), "warm_start"), (dict(mesh=dict(data=3)), "does not divide|devices"),
-    (dict(evaluation=dict(encoders=("longclip",))), "longclip"), (dict(data=dict(source="folder")), "config.data.folder"),
-    (dict(und_for_gen=dict(optimizer=presets._optimizer(1e-2, warmup_steps=9, schedule="cosine"))), "und_for_gen: optimizer.warmup_steps is 9 in a run of 4"),
-    (dict(und_for_gen=dict(vae_chunk=5)), "und_for_gen: a batch of 16 latents cannot be decoded in chunks of 5"),
-    (dict(und_for_gen=dict(batch_size=3)), "und_for_gen: 6 samples of a rollout do not divide into 2 parts of whole groups"),
-    (dict(gen_for_und=dict(aggregation="mean")), "gen_for_und: .*aggregation")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(gen_for_und=dict(group_sice=4)), "did you mean config.gen_for_und.group_size"),
+        (dict(stages=("pretrain", "warm_start")), "warm_start"),
+        (dict(mesh=dict(data=3)), "does not divide|devices"),
+        (dict(evaluation=dict(encoders=("longclip",))), "longclip"),
+        (dict(data=dict(source="folder")), "config.data.folder"),
+        (
+            dict(und_for_gen=dict(optimizer=presets._optimizer(1e-2, warmup_steps=9, schedule="cosine"))),
+            "und_for_gen: optimizer.warmup_steps is 9 in a run of 4",
+        ),
+        (dict(und_for_gen=dict(vae_chunk=5)), "und_for_gen: a batch of 16 latents cannot be decoded in chunks of 5"),
+        (
+            dict(und_for_gen=dict(batch_size=3)),
+            "und_for_gen: 6 samples of a rollout do not divide into 2 parts of whole groups",
+        ),
+        (dict(gen_for_und=dict(aggregation="mean")), "gen_for_und: .*aggregation"),
+    ],
+)
 def test_wrong_settings_name_themselves_and_write_nothing(config, tmp_path, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_module.run(changed(config, **change), tmp_path / "new")

@@ -14,7 +14,6 @@ from uae_jax.stages.steps import make_denoising, reward_encoders
 from uae_jax.training.step import step_key
 
 
-
 @pytest.fixture(scope="module")
 def drawn(whole):
     """The pieces of pretraining with half of the captions dropped, and one rollout."""
@@ -49,7 +48,13 @@ def test_the_frozen_encoders_see_a_part_of_the_batch_at_a_time(whole, drawn):
         compiled = jax.jit(rollout).lower(*arguments).compile()
         temporaries[parts] = compiled.memory_analysis().temp_size_in_bytes
         found = compiled(*arguments)["samples"]
-        assert largest_gap({name: found[name] for name in ("latents", "hidden")}, {name: samples[name] for name in ("latents", "hidden")}) < 1e-5
+        assert (
+            largest_gap(
+                {name: found[name] for name in ("latents", "hidden")},
+                {name: samples[name] for name in ("latents", "hidden")},
+            )
+            < 1e-5
+        )
         np.testing.assert_array_equal(found["mask"], samples["mask"])
         np.testing.assert_array_equal(found["sample_id"], samples["sample_id"])
     assert temporaries[rows] < 1.5 / rows * temporaries[1]
@@ -76,7 +81,9 @@ def _value_and_gradient(whole, model=None, **changes):
     """Mean loss and gradient of cold start as a function of the trained parts alone."""
     stage = stage_of(whole, "cold_start", clamp="none", **changes)
     denoising = make_denoising(whole.config.sampler, stage.config.sampler_steps, stage.config.guidance_scale)
-    algorithm = cold_start.algorithm(model or whole.system.model, stage.config, denoising, reward_encoders(whole.system, stage.config))
+    algorithm = cold_start.algorithm(
+        model or whole.system.model, stage.config, denoising, reward_encoders(whole.system, stage.config)
+    )
 
     def mean(params):
         total, count, _ = algorithm.loss(params, stage.frozen, {"samples": stage.batch}, stage.key)
@@ -101,7 +108,9 @@ def test_cold_start_gradient_is_the_slope_of_its_loss(cold):
     # half along the gradient, half at random: along a random direction alone float32 drowns the slope
     direction = jax.tree.map(lambda g: g / slope + rng.standard_normal(g.shape).astype(np.float32) / 300, gradient)
     size = 4e-3
-    ends = [function(jax.tree.map(lambda p, d: p + np.float32(sign * size) * d, trained, direction))[0] for sign in (1, -1)]
+    ends = [
+        function(jax.tree.map(lambda p, d: p + np.float32(sign * size) * d, trained, direction))[0] for sign in (1, -1)
+    ]
     expected = sum(float(np.vdot(g, d)) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction)))
     assert (float(ends[0]) - float(ends[1])) / (2 * size) == pytest.approx(expected, rel=0.03)
 
@@ -126,7 +135,10 @@ def test_recomputing_layers_changes_no_gradient(whole, cold):
     trained, _, value, gradient = cold
     model = whole.system.model
     again = dataclasses.replace(
-        model, captioner=model.captioner.using(remat="full"), transformer=dataclasses.replace(model.transformer, remat="full"))
+        model,
+        captioner=model.captioner.using(remat="full"),
+        transformer=dataclasses.replace(model.transformer, remat="full"),
+    )
     other_value, other = _value_and_gradient(whole, again, guidance_scale=2.0)[1](trained)
     assert float(other_value) == pytest.approx(float(value), rel=1e-5)
     assert largest_gap(gradient, other) < 1e-4

@@ -1,4 +1,6 @@
-"""Models whose language model or transformer is trained whole: their folders, their precision, and what they cannot be begun with."""
+"""Models whose language model or transformer is trained whole: their folders, their precision, and what they cannot be
+begun with.
+"""
 
 import dataclasses
 import json
@@ -25,7 +27,9 @@ from uae_jax.training.loop import StageResult
 
 SIDE = 16
 ADAPTERS = ("language_lora", "transformer_lora")
-SETTINGS = InferenceConfig(size=SIDE, steps=2, guidance_scale=1.0, temperature=0.0, max_new_tokens=8, prompt="describe", batch_size=1)
+SETTINGS = InferenceConfig(
+    size=SIDE, steps=2, guidance_scale=1.0, temperature=0.0, max_new_tokens=8, prompt="describe", batch_size=1
+)
 
 
 def load(folder, **settings):
@@ -66,7 +70,9 @@ def adapted(whole, tmp_path_factory):
 def test_policy_and_reference_read_back_bit_for_bit(trained):
     parts, folder = trained
     assert_same(load(folder).parts, parts)
-    assert_same(load(folder, adapters=False).parts, {name: part for name, part in parts.items() if name != "language_policy"})
+    assert_same(
+        load(folder, adapters=False).parts, {name: part for name, part in parts.items() if name != "language_policy"}
+    )
 
 
 def test_the_reference_goes_to_the_mesh_by_the_rules_of_the_whole_model(trained, monkeypatch):
@@ -101,17 +107,30 @@ def test_the_folder_says_and_draws_as_the_model_in_memory(trained):
 
 def test_a_later_run_trains_the_copy_on(config, trained, tmp_path):
     parts, folder = trained
-    run = make_run(changed(config, model=dict(folder=str(folder)), stages=("gen_for_und",), gen_for_und=dict(train="full")), tmp_path)
+    run = make_run(
+        changed(config, model=dict(folder=str(folder)), stages=("gen_for_und",), gen_for_und=dict(train="full")),
+        tmp_path,
+    )
     start = run_module.STAGES["gen_for_und"][1](run.parts, run.config.gen_for_und, run.key)
     assert_same(start, {"language_policy": parts["language_policy"]})
     assert_same(run.parts["language"], parts["language"])
 
 
 def test_a_copy_that_was_trained_whole_takes_no_adapter(config, trained, tmp_path):
-    refused(config, tmp_path, "config.gen_for_und.train is 'lora'.*--config.gen_for_und.train=full, or remove llm_reference",
-            model=dict(folder=str(trained[1])), stages=("gen_for_und",))
-    refused(config, tmp_path, "config.model.merge_adapters.*remove llm_reference",
-            model=dict(folder=str(trained[1]), merge_adapters=True), stages=("und_for_gen",))
+    refused(
+        config,
+        tmp_path,
+        "config.gen_for_und.train is 'lora'.*--config.gen_for_und.train=full, or remove llm_reference",
+        model=dict(folder=str(trained[1])),
+        stages=("gen_for_und",),
+    )
+    refused(
+        config,
+        tmp_path,
+        "config.model.merge_adapters.*remove llm_reference",
+        model=dict(folder=str(trained[1]), merge_adapters=True),
+        stages=("und_for_gen",),
+    )
     without = shutil.copytree(trained[1], tmp_path / "without")
     shutil.rmtree(without / "llm_reference")
     run = make_run(changed(config, model=dict(folder=str(without)), stages=("gen_for_und",)), tmp_path)
@@ -137,7 +156,11 @@ def test_check_and_export_know_the_reference(trained, tmp_path, capsys):
     convert.main(["export", str(folder), str(tmp_path / "official")])
     assert_same(load(tmp_path / "official").parts, parts)
     hub = exported(folder, tmp_path / "hub")
-    flags = [text for name in ("llm", "projector", "clip", "dinov2", "llm_reference") for text in (f"--{name}", str(hub / name))]
+    flags = [
+        text
+        for name in ("llm", "projector", "clip", "dinov2", "llm_reference")
+        for text in (f"--{name}", str(hub / name))
+    ]
     convert.main(["import", *flags, "--sd3", str(hub / "SD3"), str(tmp_path / "imported")])
     assert_same(load(tmp_path / "imported").parts, parts)
 
@@ -148,7 +171,9 @@ def test_the_transformers_adapter_is_merged_beside_a_reference(trained, adapted,
     apart = load(folder)
     convert.main(["export", str(folder), str(tmp_path / "merged"), "--merge-adapters"])
     merged = load(tmp_path / "merged").parts
-    total = merge_adapter(apart.parts["transformer"], apart.parts["transformer_lora"], apart.model.transformer.lora_alpha)
+    total = merge_adapter(
+        apart.parts["transformer"], apart.parts["transformer_lora"], apart.model.transformer.lora_alpha
+    )
     assert largest_gap(merged.pop("transformer"), total) < 1e-6
     assert_same(merged, {name: part for name, part in trained[0].items() if name != "transformer"})
 
@@ -156,12 +181,26 @@ def test_the_transformers_adapter_is_merged_beside_a_reference(trained, adapted,
 @pytest.mark.parametrize("stage, adapter", [("gen_for_und", "llm_lora"), ("und_for_gen", "dit_lora")])
 def test_a_whole_copy_of_a_model_with_an_adapter_is_refused(config, adapted, tmp_path, stage, adapter):
     whole = {name: dict(train="full") for name in ("gen_for_und", "und_for_gen")}
-    refused(config, tmp_path, f"config.{stage}.train is 'full'.*{adapter}.*--config.model.merge_adapters=True",
-            model=dict(folder=str(adapted)), stages=("pretrain", stage), **whole)
-    merged = make_run(changed(config, model=dict(folder=str(adapted), merge_adapters=True), stages=("gen_for_und", "und_for_gen"), **whole), tmp_path)
+    refused(
+        config,
+        tmp_path,
+        f"config.{stage}.train is 'full'.*{adapter}.*--config.model.merge_adapters=True",
+        model=dict(folder=str(adapted)),
+        stages=("pretrain", stage),
+        **whole,
+    )
+    merged = make_run(
+        changed(
+            config, model=dict(folder=str(adapted), merge_adapters=True), stages=("gen_for_und", "und_for_gen"), **whole
+        ),
+        tmp_path,
+    )
     assert not set(ADAPTERS) & set(merged.parts)
     apart = load(adapted)
-    for part, alpha in (("language", apart.model.captioner.text.lora_alpha), ("transformer", apart.model.transformer.lora_alpha)):
+    for part, alpha in (
+        ("language", apart.model.captioner.text.lora_alpha),
+        ("transformer", apart.model.transformer.lora_alpha),
+    ):
         total = merge_adapter(apart.parts[part], apart.parts[f"{part}_lora"], alpha)
         assert largest_gap(merged.parts[part], total) < 1e-6 < largest_gap(apart.parts[part], total)
 
@@ -173,12 +212,16 @@ def test_adapters_of_the_other_model_train_on(config, adapted, tmp_path):
     one = make_run(changed(config, model=model, stages=("und_for_gen",)), tmp_path)
     assert set(ADAPTERS) <= set(one.parts)
     turns = make_run(
-        changed(config, model=model, stages=("gen_for_und", "und_for_gen"), rounds=2, und_for_gen=dict(train="full")), tmp_path)
+        changed(config, model=model, stages=("gen_for_und", "und_for_gen"), rounds=2, und_for_gen=dict(train="full")),
+        tmp_path,
+    )
     assert "language_lora" in turns.parts and "transformer_policy" not in turns.parts
 
 
 def stages_of(config, monkeypatch, tmp_path):
-    """What each stage of a run begins with, when none of them moves anything: parameters and frozen parts by its name."""
+    """What each stage of a run begins with, when none of them moves anything: parameters and frozen parts by its
+    name.
+    """
     seen = {}
 
     def stood_still(name, step, *, state, frozen, **arguments):
@@ -196,7 +239,9 @@ def dtypes(part):
     return {leaf.dtype.name for leaf in jax.tree.leaves(part)}
 
 
-FULL = dict(model=dict(frozen_dtype="bfloat16"), gen_for_und=dict(train="full"), und_for_gen=dict(train="full", ema_decay=0.0))
+FULL = dict(
+    model=dict(frozen_dtype="bfloat16"), gen_for_und=dict(train="full"), und_for_gen=dict(train="full", ema_decay=0.0)
+)
 
 
 def test_whole_copies_begin_as_the_model_was_read(config, monkeypatch, tmp_path):
@@ -205,9 +250,17 @@ def test_whole_copies_begin_as_the_model_was_read(config, monkeypatch, tmp_path)
     for name, copied in (("gen_for_und", "language"), ("und_for_gen", "transformer")):
         for turn in (name, f"{name}_2"):
             assert_same(seen[turn][0], {f"{copied}_policy": parts[copied]})
-    held = {name: [dtypes(frozen[part]) for part in ("vision", "language", "transformer")] for name, (_, frozen) in seen.items()}
+    held = {
+        name: [dtypes(frozen[part]) for part in ("vision", "language", "transformer")]
+        for name, (_, frozen) in seen.items()
+    }
     half, single = {"bfloat16"}, {"float32"}
-    assert held == {"gen_for_und": [half, half, single], "und_for_gen": [half] * 3, "gen_for_und_2": [half] * 3, "und_for_gen_2": [half] * 3}
+    assert held == {
+        "gen_for_und": [half, half, single],
+        "und_for_gen": [half] * 3,
+        "gen_for_und_2": [half] * 3,
+        "und_for_gen_2": [half] * 3,
+    }
 
 
 def test_an_earlier_stage_does_not_round_what_is_copied(config, monkeypatch, tmp_path):
@@ -224,12 +277,20 @@ def test_plans_hold_the_same_precisions(config, monkeypatch, tmp_path):
     for stage, (params, held) in seen.items():
         program = make_program(settings, system, system.parts, system.batch, stage)
         for planned, real in ((program.state.params, params), (program.frozen, held)):
-            assert {name: dtypes(part) for name, part in planned.items()} == {name: dtypes(part) for name, part in real.items()}
+            assert {name: dtypes(part) for name, part in planned.items()} == {
+                name: dtypes(part) for name, part in real.items()
+            }
 
 
 def test_plans_know_the_copy_of_a_folder(config, trained):
-    settings = frozen(run_module.RunConfig, changed(config, model=dict(folder=str(trained[1])), stages=("und_for_gen",)))
-    planned = {name: leaf.shape for name, leaf in trees.flatten(abstract_system(settings).parts).items() if "_lora/" not in name}
+    settings = frozen(
+        run_module.RunConfig, changed(config, model=dict(folder=str(trained[1])), stages=("und_for_gen",))
+    )
+    planned = {
+        name: leaf.shape
+        for name, leaf in trees.flatten(abstract_system(settings).parts).items()
+        if "_lora/" not in name
+    }
     assert planned == {name: leaf.shape for name, leaf in trees.flatten(trained[0]).items()}
 
 

@@ -59,12 +59,16 @@ def test_other_shape_missing_and_extra_leaves_are_named(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(width=2), {}, {})
     with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(ValueError, match=r"params/dense/bias is float32\[2\] in the checkpoint and float32\[4\].*--workdir"):
+        with pytest.raises(
+            ValueError, match=r"params/dense/bias is float32\[2\] in the checkpoint and float32\[4\].*--workdir"
+        ):
             checkpoints.restore(make_state(width=4))
         with pytest.raises(ValueError, match="ema/dense/bias is absent in the checkpoint"):
             checkpoints.restore(make_state(ema=True))
         with pytest.raises(ValueError, match=r"params/dense/bias is float32\[2\] in the checkpoint and absent"):
-            checkpoints.restore(init_state({"dense": {"kernel": jnp.ones((3, 2))}}, make_optimizer(OptimizerConfig(), 10)))
+            checkpoints.restore(
+                init_state({"dense": {"kernel": jnp.ones((3, 2))}}, make_optimizer(OptimizerConfig(), 10))
+            )
 
 
 @pytest.mark.parametrize("others", [False, True])
@@ -77,7 +81,9 @@ def test_damaged_folder_says_what_to_delete(tmp_path, others):
         if path.is_file():
             path.write_bytes(b"")
     with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(ValueError, match="delete that folder to " + ("continue from step 4" if others else "start the stage again")):
+        with pytest.raises(
+            ValueError, match="delete that folder to " + ("continue from step 4" if others else "start the stage again")
+        ):
             checkpoints.restore(make_state())
 
 

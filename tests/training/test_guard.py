@@ -1,4 +1,6 @@
-"""The divergence guard: every bound trips, outliers are left out, the good checkpoint comes back bit for bit, also over restarts."""
+"""The divergence guard: every bound trips, outliers are left out, the good checkpoint comes back bit for bit, also over
+restarts.
+"""
 
 import dataclasses
 import json
@@ -20,11 +22,14 @@ from uae_jax.training.step import Algorithm, init_state, make_train_step
 
 FINE = {"loss": 0.1, "grad_norm": 0.2, "reward": 0.5, "kl": 0.01, "truncated_fraction": 0.0, "outlier_updates": 0.0}
 ALL = GuardConfig(
-    window=4, reward_fall=0.1, non_finite=2, gradient_ratio=5.0, gradient_outliers=2, kl=0.3, truncated=0.5)
+    window=4, reward_fall=0.1, non_finite=2, gradient_ratio=5.0, gradient_outliers=2, kl=0.3, truncated=0.5
+)
 
 
 def first_trip(config, stream):
-    """The first trip of a stream of metrics, read in one go and with the statistics written and read back at every step."""
+    """The first trip of a stream of metrics, read in one go and with the statistics written and read back at every
+    step.
+    """
     found, other, statistics = None, None, None
     guard = Guard(config)
     for step, metrics in enumerate(stream, 1):
@@ -41,7 +46,8 @@ STREAMS = {  # what trips: metrics that change from step 6 on, the step at which
     "gradient_outliers": ([{"outlier_updates": 1.0}, {"outlier_updates": 1.0}, {"outlier_updates": 2.0}], 8, 2),
     "reward_fall": ([{"reward": 0.5}, {"reward": 0.2}, {"reward": 0.2}, {"reward": 0.2}], 8, 0.15),
     "kl": ([{"kl": 0.5}, {"kl": 0.5}, {"kl": 0.5}], 8, (3 * 0.5 + 0.01) / 4),
-    "truncated": ([{"truncated_fraction": 0.9}] * 3, 8, 2.7 / 4)}
+    "truncated": ([{"truncated_fraction": 0.9}] * 3, 8, 2.7 / 4),
+}
 
 
 @pytest.mark.parametrize("what", STREAMS)
@@ -55,7 +61,9 @@ def test_each_bound_trips_at_its_step_and_not_when_it_is_off(what):
 
 def test_a_healthy_noisy_stream_trips_nothing():
     rng = np.random.default_rng(0)
-    stream = [FINE | {"reward": 0.5 + step / 200 + 0.05 * rng.normal(), "kl": 0.1 * rng.random()} for step in range(100)]
+    stream = [
+        FINE | {"reward": 0.5 + step / 200 + 0.05 * rng.normal(), "kl": 0.1 * rng.random()} for step in range(100)
+    ]
     stream[50] = stream[50] | {"loss": math.nan, "reward": math.nan}  # one lost step is not two
     assert first_trip(ALL, stream) is None
     assert first_trip(GuardConfig(), [FINE, FINE | {"loss": math.nan}]) is None
@@ -83,8 +91,17 @@ def test_a_state_near_a_bound_is_not_good():
     assert guard.fine  # one of two is half
 
 
-@pytest.mark.parametrize("wrong", [
-    dict(window=1), dict(kl=-1.0), dict(margin=0.0), dict(reward_fall=math.nan), dict(gradient_ratio=0.5), dict(gradient_outliers=2)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(window=1),
+        dict(kl=-1.0),
+        dict(margin=0.0),
+        dict(reward_fall=math.nan),
+        dict(gradient_ratio=0.5),
+        dict(gradient_outliers=2),
+    ],
+)
 def test_wrong_bounds_are_refused(wrong):
     with pytest.raises(ValueError, match="guard"):
         GuardConfig(**wrong)
@@ -125,8 +142,11 @@ class Batches:
         step = self.index + 1
         self.index += 1
         values = FINE | self.changes(step)
-        return {"move": np.full((2, 3), 0.01 * step, np.float32), "reward": np.full(2, values["reward"], np.float32),
-                "scale": np.full(2, values.get("scale", 1.0), np.float32)}
+        return {
+            "move": np.full((2, 3), 0.01 * step, np.float32),
+            "reward": np.full(2, values["reward"], np.float32),
+            "scale": np.full(2, values.get("scale", 1.0), np.float32),
+        }
 
     def get_state(self):
         return {"next_index": self.index}
@@ -137,6 +157,7 @@ class Batches:
 
 def make_step(guard):
     """Gradients are the batch's `move` times its `scale`; the reward is the batch's."""
+
     def rollout(params, frozen, batch, key):
         return {"samples": batch, "metrics": {"reward": (batch["reward"].sum(), jnp.float32(2))}}
 
@@ -153,9 +174,19 @@ def train(workdir, changes, guard, *, steps=16, hooks=None, **config):
     workdir.mkdir(exist_ok=True)
     step, state = make_step(guard)
     result = run_stage(
-        "toy", step, state=state, frozen={}, data=Batches(changes), key=jax.random.key(0), workdir=workdir,
-        config=LoopConfig(steps=steps, **({"save_every": 3, "keep": 1} | config)), writer=MetricWriter(workdir, tensorboard=False),
-        hooks=hooks, guard=guard, digest="d")
+        "toy",
+        step,
+        state=state,
+        frozen={},
+        data=Batches(changes),
+        key=jax.random.key(0),
+        workdir=workdir,
+        config=LoopConfig(steps=steps, **({"save_every": 3, "keep": 1} | config)),
+        writer=MetricWriter(workdir, tensorboard=False),
+        hooks=hooks,
+        guard=guard,
+        digest="d",
+    )
     assert step._cache_size() <= 1
     return result
 
@@ -169,7 +200,10 @@ GUARD = GuardConfig(window=3, reward_fall=0.12)
 
 
 def lines(workdir):
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in read_lines(workdir / "metrics.jsonl")]
+    return [
+        {name: value for name, value in line.items() if name != "seconds"}
+        for line in read_lines(workdir / "metrics.jsonl")
+    ]
 
 
 def equal(a, b):
@@ -218,7 +252,9 @@ def test_stopping_and_resuming_around_a_trip_changes_nothing(tmp_path, stops):
     hooks = Hooks(before=lambda state: {"reward": 0.1}, after=lambda state: {"reward": float(state.params["w"].sum())})
     whole = train(tmp_path / "whole", fall, GUARD, hooks=hooks)
     for stop in stops:
-        stopping = dataclasses.replace(hooks, on_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == stop else None)
+        stopping = dataclasses.replace(
+            hooks, on_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == stop else None
+        )
         with pytest.raises(StopTraining):
             train(tmp_path / "parts", fall, GUARD, hooks=stopping)
     resumed = train(tmp_path / "parts", fall, GUARD, hooks=hooks)
@@ -245,9 +281,19 @@ def test_lost_steps_trip_when_they_repeat_and_one_alone_does_not(tmp_path):
     guard = GuardConfig(window=4, non_finite=2)
     lost = lambda *steps: lambda step: {"scale": math.nan if step in steps else 1.0}
     one = train(tmp_path / "one", lost(5), guard)
-    assert one.guard is None and one.steps == 16 and int(one.state.skipped) == 1 and np.isfinite(one.state.params["w"]).all()
+    assert (
+        one.guard is None
+        and one.steps == 16
+        and int(one.state.skipped) == 1
+        and np.isfinite(one.state.params["w"]).all()
+    )
     two = train(tmp_path / "two", lost(5, 7), guard)
-    assert (two.guard["what"], two.guard["step"], two.guard["value"], two.guard["restored_step"]) == ("non_finite", 7, 2, 6)
+    assert (two.guard["what"], two.guard["step"], two.guard["value"], two.guard["restored_step"]) == (
+        "non_finite",
+        7,
+        2,
+        6,
+    )
     with pytest.raises(FloatingPointError, match="not finite at step 5"):
         train(tmp_path / "off", lost(5, 7), GUARD)
 

@@ -9,33 +9,63 @@ from uae_jax.training import processes
 from uae_jax.training.signals import interrupt_as_terminate
 
 
-@pytest.mark.parametrize("environment, expected", [
-    ({}, False), ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, False), ({"SLURM_STEP_NUM_TASKS": "8"}, True),
-    ({"SLURM_STEP_NUM_TASKS": "1"}, False), ({"TPU_WORKER_HOSTNAMES": "localhost"}, False), ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
-    ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True), ({"OMPI_COMM_WORLD_SIZE": "2"}, True), ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, True)])
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, True),
+    ],
+)
 def test_the_environment_says_whether_there_are_several(environment, expected):
     assert processes.several(environment) == expected
 
 
-@pytest.mark.parametrize("environment, expected", [
-    ({}, (None, None, None)), ({"SLURM_STEP_NUM_TASKS": "8"}, (None, None, None)),
-    ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "0"}, ("a:1", 4, 0)),
-    ({"JAX_COORDINATOR_ADDRESS": "a", "JAX_COORDINATOR_PORT": "6002", "NNODES": "2", "NODE_RANK": "1"}, ("a:6002", 2, 1)),
-    ({"JAX_COORDINATOR_ADDRESS": "a:1"}, ("a:1", None, None))])
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, (None, None, None)),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, (None, None, None)),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "0"}, ("a:1", 4, 0)),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a", "JAX_COORDINATOR_PORT": "6002", "NNODES": "2", "NODE_RANK": "1"},
+            ("a:6002", 2, 1),
+        ),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, ("a:1", None, None)),
+    ],
+)
 def test_variables_give_what_jax_does_not_find_by_itself(environment, expected):
     assert processes._from_environment(environment) == expected
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (("localhost:1", 2, None), "go together"), ((None, 2, 0), "go together"), (("localhost:1", 2, 2), "must be from 0 to 1"),
-    (("localhost", 2, 0), "must be host:port")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("localhost:1", 2, None), "go together"),
+        ((None, 2, 0), "go together"),
+        (("localhost:1", 2, 2), "must be from 0 to 1"),
+        (("localhost", 2, 0), "must be host:port"),
+    ],
+)
 def test_flags_that_do_not_fit_together_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         processes.join(*arguments)
 
 
 def test_one_process_alone_joins_nothing(monkeypatch):
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES", "TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_ADDRESS"):
+    for name in (
+        "SLURM_STEP_NUM_TASKS",
+        "OMPI_COMM_WORLD_SIZE",
+        "JAX_NUM_PROCESSES",
+        "TPU_WORKER_HOSTNAMES",
+        "JAX_COORDINATOR_ADDRESS",
+    ):
         monkeypatch.delenv(name, raising=False)
     processes.join()
     assert processes.alone()
@@ -53,7 +83,8 @@ def test_ctrl_c_in_one_of_several_processes_becomes_a_signal_for_all():
     before = {
         # a shell starts its background jobs with Ctrl-C ignored
         signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))}
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: received.append(number)),
+    }
     try:
         with interrupt_as_terminate() as flag:
             os.kill(os.getpid(), signal.SIGINT)

@@ -52,7 +52,10 @@ def make_stage():
         return error.sum(), jnp.asarray(error.size), {}
 
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.01, schedule="cosine", warmup_steps=2), 20)
-    step = jax.jit(make_train_step(Algorithm(rollout, loss), optimizer, updates_per_rollout=2, ema_decay=0.9), donate_argnames="state")
+    step = jax.jit(
+        make_train_step(Algorithm(rollout, loss), optimizer, updates_per_rollout=2, ema_decay=0.9),
+        donate_argnames="state",
+    )
     return step, traces, init_state({"kernel": jnp.ones((3, 2))}, optimizer, ema=True)
 
 
@@ -61,9 +64,18 @@ def train(workdir, *, steps=10, data=None, hooks=None, **config):
     writer = MetricWriter(workdir, tensorboard=False)
     config = LoopConfig(steps=steps, **({"save_every": 4, "log_every": 3} | config))
     result = run_stage(
-        "toy", step, state=state, frozen=jnp.full((3, 2), 0.5), data=data or Batches(), key=jax.random.key(1), workdir=workdir,
-        config=config, writer=writer, hooks=hooks, digest="d",
-    )  # fmt: skip
+        "toy",
+        step,
+        state=state,
+        frozen=jnp.full((3, 2), 0.5),
+        data=data or Batches(),
+        key=jax.random.key(1),
+        workdir=workdir,
+        config=config,
+        writer=writer,
+        hooks=hooks,
+        digest="d",
+    )
     assert step._cache_size() <= 1  # compiled once at most, on a restored state too
     return result, traces
 
@@ -85,8 +97,12 @@ def test_stop_and_resume_is_bit_exact(tmp_path, capsys, number, code):
     assert len(traces) == 1
 
     calls = []
-    stop = Hooks(before=lambda s: calls.append(1) or {"reward": 1.0}, evaluate=evaluate, after=hooks.after,
-                 on_step=lambda step: os.kill(os.getpid(), number) if step == 5 else None)  # fmt: skip
+    stop = Hooks(
+        before=lambda s: calls.append(1) or {"reward": 1.0},
+        evaluate=evaluate,
+        after=hooks.after,
+        on_step=lambda step: os.kill(os.getpid(), number) if step == 5 else None,
+    )
     handler = signal.getsignal(number)
     with pytest.raises(StopTraining, match="stopped at toy step 5; the same command continues") as stopped:
         train(tmp_path / "parts", hooks=stop, eval_every=5)
@@ -122,7 +138,9 @@ def test_a_kill_without_saving_continues_from_the_last_checkpoint(tmp_path):
 
 
 def test_non_finite_loss_stops_with_its_step_and_saves_nothing(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"toy: the loss is not finite at step 7 \(steps 7 to 8.*checkpoint is of step 4"):
+    with pytest.raises(
+        FloatingPointError, match=r"toy: the loss is not finite at step 7 \(steps 7 to 8.*checkpoint is of step 4"
+    ):
         train(tmp_path, data=Batches(bad=6), log_every=6)
     assert sorted(p.name for p in (tmp_path / "checkpoints" / "toy").iterdir() if p.name.isdigit()) == ["4"]
 
@@ -136,5 +154,15 @@ def test_another_configuration_is_refused(tmp_path):
     train(tmp_path, steps=1)
     step, _, state = make_stage()
     with pytest.raises(ValueError, match="another configuration.*new --workdir"):
-        run_stage("toy", step, state=state, frozen=jnp.ones((3, 2)), data=Batches(), key=jax.random.key(1), workdir=tmp_path,
-                  config=LoopConfig(steps=1), writer=MetricWriter(tmp_path, tensorboard=False), digest="e")  # fmt: skip
+        run_stage(
+            "toy",
+            step,
+            state=state,
+            frozen=jnp.ones((3, 2)),
+            data=Batches(),
+            key=jax.random.key(1),
+            workdir=tmp_path,
+            config=LoopConfig(steps=1),
+            writer=MetricWriter(tmp_path, tensorboard=False),
+            digest="e",
+        )

@@ -58,7 +58,10 @@ def test_clip_bounds_what_adam_sees():
     assert norm == pytest.approx(0.1, rel=1e-4)
 
 
-@pytest.mark.parametrize("fields, message", [({"schedule": "step"}, "'cosine'"), ({"learning_rate": 0.0}, "above 0"), ({"warmup_steps": -1}, "0 or more")])
+@pytest.mark.parametrize(
+    "fields, message",
+    [({"schedule": "step"}, "'cosine'"), ({"learning_rate": 0.0}, "above 0"), ({"warmup_steps": -1}, "0 or more")],
+)
 def test_bad_config_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**fields)

@@ -19,7 +19,12 @@ def make_samples(folder, caption):
     rng = np.random.default_rng(0)
     for name in ("0_original.png", "0_reconstruction.png"):
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(folder / name)
-    sample = {"original": "0_original.png", "caption": caption, "reconstruction": "0_reconstruction.png", "scores": {"reward": 0.5}}
+    sample = {
+        "original": "0_original.png",
+        "caption": caption,
+        "reconstruction": "0_reconstruction.png",
+        "scores": {"reward": 0.5},
+    }
     (folder / "samples.json").write_text(json.dumps([sample]))
 
 
@@ -31,12 +36,29 @@ def make_run(workdir):
         for step in range(1, 61):
             numbers = {"loss": np.exp(-step / 20) + 0.1 * rng.normal(), "grad_norm": rng.gamma(2)}
             if index >= 2:
-                numbers |= {"reward": 0.5 + step / 200 + 0.05 * rng.normal(), "caption_tokens": 10 + step / 5, "kl": step / 1e4}
+                numbers |= {
+                    "reward": 0.5 + step / 200 + 0.05 * rng.normal(),
+                    "caption_tokens": 10 + step / 5,
+                    "kl": step / 1e4,
+                }
             writer.write(name, step, step * 0.5, numbers)
             if step % 20 == 0:
-                writer.write(name, step, step * 0.5, {"eval/reward": 0.4 + step / 100, "eval/heldout_score": 0.3 + step / 150})
-        before, after = ({"reward": rng.normal(mean, 0.1, 40), "caption_tokens": rng.normal(20, 3, 40)} for mean in (0.5, 0.7))
-        stages.append({"name": name, "steps": 60, "seconds": 30.0, "wall_seconds": 40.0, "before": intervals(before), "after": intervals(after)})
+                writer.write(
+                    name, step, step * 0.5, {"eval/reward": 0.4 + step / 100, "eval/heldout_score": 0.3 + step / 150}
+                )
+        before, after = (
+            {"reward": rng.normal(mean, 0.1, 40), "caption_tokens": rng.normal(20, 3, 40)} for mean in (0.5, 0.7)
+        )
+        stages.append(
+            {
+                "name": name,
+                "steps": 60,
+                "seconds": 30.0,
+                "wall_seconds": 40.0,
+                "before": intervals(before),
+                "after": intervals(after),
+            }
+        )
         for when in ("before", "after"):
             make_samples(workdir / "samples" / f"{name}_{when}", f"a <red> circle {when}")
     return write_summary(workdir, preset="tiny", seed=3, stages=stages)
@@ -71,7 +93,8 @@ def test_report_is_one_file_with_every_stage(tmp_path):
     for name in ("pretrain", "cold_start", "gen_for_und", "und_for_gen"):
         assert f"<td><b>{name}</b></td>" in page and f"<th>after {name}</th>" in page
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
-    # the loop has two pictures, the curves are one; a strip has an original and five columns, a history an original and two captions
+    # the loop has two pictures, the curves are one; a strip has an original and five columns, a history an original and
+    # two captions
     assert len(sources) == 2 + 1 + 6 + 3 and all(s.startswith("data:image/png;base64,") for s in sources)
     assert "a &lt;red&gt; circle after" in page and "<red>" not in page
     assert "Nothing tripped." in page
@@ -91,12 +114,22 @@ LOW = {"value": 0.3, "n": 9, "low": 0.2, "high": 0.39}
 
 
 def stage_record(name, before, after, **more):
-    return {"name": name, "steps": 1, "seconds": 1.0, "wall_seconds": 1.0, "before": before, "after": after, "guard": None} | more
+    return {
+        "name": name,
+        "steps": 1,
+        "seconds": 1.0,
+        "wall_seconds": 1.0,
+        "before": before,
+        "after": after,
+        "guard": None,
+    } | more
 
 
 def test_changes_are_over_the_column_before_and_clear_when_intervals_do_not_touch():
-    stages = [stage_record("a", {"reward": ONE, "geneval": ONE}, {"reward": HIGH, "geneval": {**ONE, "value": 0.45}}),
-              stage_record("b", {}, {"reward": ONE, "extra": ONE})]
+    stages = [
+        stage_record("a", {"reward": ONE, "geneval": ONE}, {"reward": HIGH, "geneval": {**ONE, "value": 0.45}}),
+        stage_record("b", {}, {"reward": ONE, "extra": ONE}),
+    ]
     rows = {row["name"]: row["cells"] for row in score_rows(stages)}
     assert list(rows) == ["reward", "geneval", "extra"] and score_columns(stages) == ["start", "after a", "after b"]
     assert [cell["direction"] for cell in rows["reward"]] == [0, 1, -1]
@@ -115,7 +148,9 @@ def test_page_colours_only_changes_whose_intervals_do_not_touch(tmp_path):
 
 
 def kinds(before, after):
-    return {finding.title.split(":")[0]: finding.kind for finding in findings([stage_record("gen_for_und", before, after)])}
+    return {
+        finding.title.split(":")[0]: finding.kind for finding in findings([stage_record("gen_for_und", before, after)])
+    }
 
 
 def test_findings_follow_the_intervals():
@@ -123,7 +158,10 @@ def test_findings_follow_the_intervals():
     assert kinds(facts, {"fact_recall": HIGH, "fact_precision": ONE}) == {"Understanding": "good"}
     assert kinds(facts, {"fact_recall": HIGH, "fact_precision": LOW}) == {"Understanding": "bad"}
     assert kinds(facts, facts) == {"Understanding": "open"}
-    assert kinds({"scene_accuracy": ONE, "geneval": ONE}, {"scene_accuracy": HIGH, "geneval": LOW}) == {"The loop": "good", "Generation": "bad"}
+    assert kinds({"scene_accuracy": ONE, "geneval": ONE}, {"scene_accuracy": HIGH, "geneval": LOW}) == {
+        "The loop": "good",
+        "Generation": "bad",
+    }
     words = {"caption_tokens": ONE, "truncated": ONE, "repetition": ONE}
     assert kinds(words, words | {"repetition": HIGH}) == {"Length": "bad"} and kinds(words, words) == {"Length": "open"}
     assert kinds({}, facts) == {}
@@ -132,7 +170,9 @@ def test_findings_follow_the_intervals():
 def test_a_reward_that_rises_while_the_held_out_encoder_falls_is_called_gamed():
     before = {"reward": ONE, "heldout_score": ONE}
     assert kinds(before, {"reward": HIGH, "heldout_score": LOW}) == {"The loop": "bad", "gen_for_und": "bad"}
-    assert "gen_for_und" not in kinds(before, {"reward": HIGH, "heldout_score": ONE}) | kinds(before, {"reward": ONE, "heldout_score": LOW})
+    assert "gen_for_und" not in kinds(before, {"reward": HIGH, "heldout_score": ONE}) | kinds(
+        before, {"reward": ONE, "heldout_score": LOW}
+    )
 
 
 def test_a_trip_is_told_and_marked(tmp_path):
@@ -147,14 +187,21 @@ def test_a_trip_is_told_and_marked(tmp_path):
     assert "after step 50, the running-mean KL to the reference policy was 1.25 (bound 1)" in page
     assert "checkpoint of step 40" in page and "Bounds: kl 1." in page and "Nothing tripped" not in page
     marked = curves_figure(read_lines(tmp_path / "metrics.jsonl"), summary["stages"]).axes[0].patches
-    assert [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in marked][-1] == pytest.approx((2 + 40 / 60, 2 + 50 / 60))
+    assert [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in marked][-1] == pytest.approx(
+        (2 + 40 / 60, 2 + 50 / 60)
+    )
 
 
 def test_what_is_taken_off_the_similarity_is_told(tmp_path):
     make_run(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"gen_for_und": {"reward": {"contrast": 0.0, "overlong_penalty": 0.2}}, "pretrain": {}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"gen_for_und": {"reward": {"contrast": 0.0, "overlong_penalty": 0.2}}, "pretrain": {}})
+    )
     page = write_report(tmp_path).read_text()
-    assert "gen_for_und trains on is the similarity less a penalty for captions without an end:" in page and "likeness" not in page
+    assert (
+        "gen_for_und trains on is the similarity less a penalty for captions without an end:" in page
+        and "likeness" not in page
+    )
     (tmp_path / "config.json").unlink()
     assert "is the similarity less" not in write_report(tmp_path).read_text()
 
@@ -165,18 +212,33 @@ def test_curves_place_scores_at_the_ends_of_their_stage(tmp_path):
     dotted = next(line for line in axes.lines if line.get_linestyle() == ":")
     x, y = dotted.get_data()
     # each stage of 60 steps is scored at 20, 40 and 60 and at its end, the first one at its beginning too
-    assert sorted(x) == pytest.approx(sorted([0, *(n + third / 3 for n in range(4) for third in (1, 2, 3)), *(n + 1 for n in range(4))]))
+    assert sorted(x) == pytest.approx(
+        sorted([0, *(n + third / 3 for n in range(4) for third in (1, 2, 3)), *(n + 1 for n in range(4))])
+    )
     assert y[0] == pytest.approx(summary["stages"][0]["before"]["reward"]["value"])
     assert curves_figure([]) is None
 
 
 def test_histories_list_a_caption_once_while_it_stays_the_same():
     def moment(title, text, during=False):
-        return {"title": title, "during": during, "samples": [{"original": "o", "caption": text, "reconstruction": title}]}
+        return {
+            "title": title,
+            "during": during,
+            "samples": [{"original": "o", "caption": text, "reconstruction": title}],
+        }
 
-    moments = [moment("start", "a"), moment("after one", "a"), *(moment(f"two, step {n}", f"b {n}", True) for n in range(40)), moment("after two", "c")]
-    found, = histories(moments)
-    assert [(entry["first"], entry["last"], entry["words"]) for entry in found["entries"]][0] == ("start", "after one", 1)
+    moments = [
+        moment("start", "a"),
+        moment("after one", "a"),
+        *(moment(f"two, step {n}", f"b {n}", True) for n in range(40)),
+        moment("after two", "c"),
+    ]
+    (found,) = histories(moments)
+    assert [(entry["first"], entry["last"], entry["words"]) for entry in found["entries"]][0] == (
+        "start",
+        "after one",
+        1,
+    )
     titles = [entry["first"] for entry in found["entries"]]
     assert len(titles) == 8 and titles[1] == "two, step 0" and titles[-2:] == ["two, step 39", "after two"]
     assert found["entries"][0]["reconstruction"] == "after one"

@@ -8,8 +8,15 @@ import pytest
 
 from uae_jax import trees
 from uae_jax.training.step import (
-    Algorithm, accumulate_gradients, ema_decay_at, init_state, make_train_step, split_samples, step_key, supervised,
-)  # fmt: skip
+    Algorithm,
+    accumulate_gradients,
+    ema_decay_at,
+    init_state,
+    make_train_step,
+    split_samples,
+    step_key,
+    supervised,
+)
 
 PARAMS = {"layer": {"kernel": jnp.arange(6.0).reshape(3, 2) / 10, "bias": jnp.zeros(2)}}
 
@@ -30,8 +37,12 @@ def masked_loss(params, frozen, rollout, key):
 def make_batch(n=8, seed=0):
     rng = np.random.default_rng(seed)
     mask = np.array([1, 1, 1, 0, 0, 1, 0, 1], np.float32)[:n]
-    return {"id": jnp.arange(n), "x": jnp.asarray(rng.normal(size=(n, 3)), jnp.float32),
-            "y": jnp.asarray(rng.normal(size=(n, 2)), jnp.float32), "mask": jnp.asarray(mask)}  # fmt: skip
+    return {
+        "id": jnp.arange(n),
+        "x": jnp.asarray(rng.normal(size=(n, 3)), jnp.float32),
+        "y": jnp.asarray(rng.normal(size=(n, 2)), jnp.float32),
+        "mask": jnp.asarray(mask),
+    }
 
 
 @pytest.mark.parametrize("micro_batches", [2, 4, 8])
@@ -50,12 +61,16 @@ def test_count_carries_no_gradient():
         return params["w"] * 3.0, jnp.square(params["w"]), {}
 
     params = {"w": jnp.asarray(2.0)}
-    gradient, *_ = accumulate_gradients(supervised(loss), params, {}, {"samples": jnp.ones(1), "shared": {}}, jax.random.key(0))
+    gradient, *_ = accumulate_gradients(
+        supervised(loss), params, {}, {"samples": jnp.ones(1), "shared": {}}, jax.random.key(0)
+    )
     assert float(gradient["w"]) == pytest.approx(3.0 / 4.0)
 
 
 def test_split_keeps_groups_whole_and_interleaves_them():
-    parts = split_samples({"group": jnp.repeat(jnp.arange(4), 3), "member": jnp.tile(jnp.arange(3), 4)}, 2, group_size=3)
+    parts = split_samples(
+        {"group": jnp.repeat(jnp.arange(4), 3), "member": jnp.tile(jnp.arange(3), 4)}, 2, group_size=3
+    )
     assert parts["group"].tolist() == [[0, 0, 0, 2, 2, 2], [1, 1, 1, 3, 3, 3]]
     assert parts["member"].tolist() == [[0, 1, 2] * 2] * 2
 
@@ -73,7 +88,9 @@ def test_mapped_samples_come_back_in_their_order_a_part_at_a_time(parts):
     np.testing.assert_array_equal(mapped["y"], 2 * np.arange(12.0).reshape(6, 2))
 
 
-@pytest.mark.parametrize("samples, message", [({"x": jnp.ones(6)}, "do not divide"), ({"x": jnp.ones(()), "y": jnp.ones(4)}, "leading axis")])
+@pytest.mark.parametrize(
+    "samples, message", [({"x": jnp.ones(6)}, "do not divide"), ({"x": jnp.ones(()), "y": jnp.ones(4)}, "leading axis")]
+)
 def test_samples_that_do_not_divide_are_refused(samples, message):
     with pytest.raises(ValueError, match=message):
         split_samples(samples, 4)
@@ -83,7 +100,10 @@ def test_ratio_leaves_one_after_the_first_update():
     """With old and new parameters aliased every ratio would stay 1 and the clip would be dead."""
 
     def rollout(params, frozen, batch, key):
-        return {"samples": {"x": batch, "old": predict(params, batch)}, "metrics": {"old": predict(params, batch).mean()}}
+        return {
+            "samples": {"x": batch, "old": predict(params, batch)},
+            "metrics": {"old": predict(params, batch).mean()},
+        }
 
     def loss(params, frozen, rollout, key):
         s = rollout["samples"]
@@ -145,7 +165,9 @@ def test_ema_follows_its_formula_once_an_update():
 def test_ema_must_be_asked_for_twice():
     optimizer = optax.sgd(0.1)
     with pytest.raises(ValueError, match="ema=True"):
-        make_train_step(supervised(masked_loss), optimizer, ema_decay=0.9)(init_state(PARAMS, optimizer), {}, make_batch(), jax.random.key(0))
+        make_train_step(supervised(masked_loss), optimizer, ema_decay=0.9)(
+            init_state(PARAMS, optimizer), {}, make_batch(), jax.random.key(0)
+        )
 
 
 def test_metric_named_twice_is_refused():
@@ -158,5 +180,10 @@ def test_metric_named_twice_is_refused():
 def test_step_key_depends_on_root_name_and_step():
     root = jax.random.key(0)
     data = lambda *a: tuple(jax.random.key_data(step_key(*a)).tolist())
-    keys = {data(root, "rollout", 0), data(root, "rollout", 1), data(root, "loss", 0), data(jax.random.key(1), "rollout", 0)}
+    keys = {
+        data(root, "rollout", 0),
+        data(root, "rollout", 1),
+        data(root, "loss", 0),
+        data(jax.random.key(1), "rollout", 0),
+    }
     assert len(keys) == 4 and data(root, "rollout", 1) == data(root, "rollout", jnp.asarray(1))

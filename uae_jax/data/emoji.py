@@ -1,11 +1,12 @@
 """Scenes of emoji that people drew, composed as their captions say: a small real data set of pictures.
 
 A scene is a background of one or two colours with one to three emoji on a 2 x 2 grid of cells, each large or small. The
-pictures come from a folder that `uae_jax.fetch_emoji` writes. Captions, their parser and the picture checker are those of the
-built-in scenes (`scene_captions`, `scene_checker`) with names in place of shapes and colours:
+pictures come from a folder that `uae_jax.fetch_emoji` writes. Captions, their parser and the picture checker are those
+of the built-in scenes (`scene_captions`, `scene_checker`) with names in place of shapes and colours:
 
     blue above green background , top left large red apple , bottom right small octopus
 """
+
 import dataclasses
 import functools
 import hashlib
@@ -26,11 +27,18 @@ from uae_jax.data.sources import SceneSource
 
 INDEX_FILE = "emoji.json"
 MAX_EMOJI = 3
-COLOURS = {"white": (255, 255, 255), "black": (25, 25, 30), "pink": (250, 175, 200), "yellow": (250, 225, 120),
-           "green": (110, 190, 110), "blue": (105, 170, 245)}
+COLOURS = {
+    "white": (255, 255, 255),
+    "black": (25, 25, 30),
+    "pink": (250, 175, 200),
+    "yellow": (250, 225, 120),
+    "green": (110, 190, 110),
+    "blue": (105, 170, 245),
+}
 # The colours of the upper and the lower half by name.
-BACKGROUNDS = ({name: (name, name) for name in COLOURS}
-               | {f"{above} above {below}": (above, below) for above, below in itertools.permutations(COLOURS, 2)})
+BACKGROUNDS = {name: (name, name) for name in COLOURS} | {
+    f"{above} above {below}": (above, below) for above, below in itertools.permutations(COLOURS, 2)
+}
 # The longer side of an emoji as a fraction of its cell.
 _EXTENT = {"small": 0.56, "large": 0.94}
 
@@ -72,8 +80,8 @@ class EmojiScene(Scene):
 
 
 class EmojiSet:
-    """The emoji of a folder: `names` in order, `pictures` by name (RGBA, cropped to what is drawn), `values` as of its scenes,
-    `grammar` and `words` of captions.
+    """The emoji of a folder: `names` in order, `pictures` by name (RGBA, cropped to what is drawn), `values` as of its
+    scenes, `grammar` and `words` of captions.
 
     Raises:
       FileNotFoundError: the folder has no index, or a picture of the index is missing.
@@ -94,8 +102,9 @@ class EmojiSet:
     def _index(self) -> list[dict]:
         path = self.folder / INDEX_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: fetch the emoji with `python -m uae_jax.fetch_emoji "
-                                    f"--folder={self.folder}`")
+            raise FileNotFoundError(
+                f"{path} does not exist: fetch the emoji with `python -m uae_jax.fetch_emoji --folder={self.folder}`"
+            )
         try:
             rows = json.loads(path.read_text())["emoji"]
             if not rows or not all({"name", "file", "sha256"} <= set(row) for row in rows):
@@ -110,11 +119,14 @@ class EmojiSet:
             raise FileNotFoundError(f"{path} does not exist: fetch the emoji again")
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != row["sha256"]:
-            raise ValueError(f"{path} is not the picture that was fetched (its checksum differs): fetch the emoji again")
+            raise ValueError(
+                f"{path} is not the picture that was fetched (its checksum differs): fetch the emoji again"
+            )
         return cropped(content)
 
     def _sprite(self, name: str, size: str, side: int) -> np.ndarray:
-        """An emoji in the middle of a cell of a picture `side` pixels wide: float32 [side / 2, side / 2, 4] (read-only).
+        """An emoji in the middle of a cell of a picture `side` pixels wide: float32 [side / 2, side / 2, 4]
+        (read-only).
 
         Colours (0..255) are multiplied by the coverage in [0, 1], which is the last channel.
         """
@@ -123,8 +135,9 @@ class EmojiSet:
         drawn = np.asarray(scaled(self.pictures[name], max(1, round(_EXTENT[size] * cell))), np.float32)
         top, left = (cell - drawn.shape[0]) // 2, (cell - drawn.shape[1]) // 2
         coverage = drawn[..., 3:] / 255
-        sprite[top:top + drawn.shape[0], left:left + drawn.shape[1]] = np.concatenate(
-            [drawn[..., :3] * coverage, coverage], -1)
+        sprite[top : top + drawn.shape[0], left : left + drawn.shape[1]] = np.concatenate(
+            [drawn[..., :3] * coverage, coverage], -1
+        )
         sprite.flags.writeable = False
         return sprite
 
@@ -139,19 +152,23 @@ class EmojiSet:
         cell = side // 2
         picture = np.empty((side, side, 3), np.float32)
         for row, colour in enumerate(BACKGROUNDS[scene.background]):
-            picture[row * cell:(row + 1) * cell] = COLOURS[colour]
+            picture[row * cell : (row + 1) * cell] = COLOURS[colour]
         for item in scene.objects:
-            there = picture[item.row * cell:(item.row + 1) * cell, item.column * cell:(item.column + 1) * cell]
+            there = picture[item.row * cell : (item.row + 1) * cell, item.column * cell : (item.column + 1) * cell]
             sprite = self.sprite(item.name, item.size, side)
             there[:] = there * (1 - sprite[..., 3:]) + sprite[..., :3]
         return np.rint(picture).astype(np.uint8)
 
     def sample_scene(self, rng: np.random.Generator) -> EmojiScene:
-        """Draws a random scene: one to three emoji in distinct cells (see `scenes.sample_cells`), half on one colour."""
+        """Draws a random scene: one to three emoji in distinct cells (see `scenes.sample_cells`), half on one
+        colour.
+        """
         cells, kinds = scenes.sample_cells(rng, len(self.names), MAX_EMOJI)
         sizes = rng.integers(len(SIZES), size=len(cells))
-        objects = tuple(EmojiObject(int(cell) // 2, int(cell) % 2, self.names[kind], SIZES[size])
-                        for cell, kind, size in zip(cells, kinds, sizes))
+        objects = tuple(
+            EmojiObject(int(cell) // 2, int(cell) % 2, self.names[kind], SIZES[size])
+            for cell, kind, size in zip(cells, kinds, sizes)
+        )
         plain = rng.random() < 0.5
         choices = [name for name, (above, below) in BACKGROUNDS.items() if (above == below) == plain]
         return EmojiScene(choices[rng.integers(len(choices))], objects, self)
@@ -188,8 +205,11 @@ class EmojiSet:
     def _scene(self, grounds: np.ndarray, choice: np.ndarray) -> EmojiScene:
         colours = tuple(tuple(COLOURS)[ground] for ground in grounds)
         seen = [(cell, int(choice[cell, grounds[cell // 2]]) - 1) for cell in range(4)]
-        objects = tuple(EmojiObject(cell // 2, cell % 2, self.names[kind // len(SIZES)], SIZES[kind % len(SIZES)])
-                        for cell, kind in seen if kind >= 0)
+        objects = tuple(
+            EmojiObject(cell // 2, cell % 2, self.names[kind // len(SIZES)], SIZES[kind % len(SIZES)])
+            for cell, kind in seen
+            if kind >= 0
+        )
         background = next(name for name, both in BACKGROUNDS.items() if both == colours)
         return EmojiScene(background, objects, self)
 
@@ -225,8 +245,8 @@ def _held_out(*parts: str) -> bool:
 def split_of(scene: EmojiScene) -> str:
     """The split a scene belongs to: "test" when it holds a combination or a layout that training never shows.
 
-    One in ten pairs of different names is a held-out combination, and one in ten triples of name, place and size a held-out
-    layout, by a stable hash of their words. Scenes without any are "train".
+    One in ten pairs of different names is a held-out combination, and one in ten triples of name, place and size a
+    held-out layout, by a stable hash of their words. Scenes without any are "train".
     """
     pairs = itertools.combinations(sorted({item.name for item in scene.objects}), 2)
     layouts = ((item.name, item.position, item.size) for item in scene.objects)
@@ -246,7 +266,9 @@ def _read_like(scene: EmojiScene, pixels: np.ndarray) -> list[Scene]:
 
 @dataclasses.dataclass(frozen=True)
 class EmojiSource(SceneSource):
-    """Scenes of emoji in the place of built-in ones: the same settings, and the pictures in `emoji`; see also `split_of`."""
+    """Scenes of emoji in the place of built-in ones: the same settings, and the pictures in `emoji`; see also
+    `split_of`.
+    """
 
     side: int = 64
     kind: ClassVar[str] = "emoji scene"

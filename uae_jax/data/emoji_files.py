@@ -1,8 +1,10 @@
-"""Which files the emoji come from, what they must be, and which emoji are taken: archives become a folder of `emoji.EmojiSet`.
+"""Which files the emoji come from, what they must be, and which emoji are taken: archives become a folder of
+`emoji.EmojiSet`.
 
-Pictures: Fluent emoji, 3-D style, 256 pixels, WebP with transparency (Microsoft; MIT licence). Names: the CLDR short names of
-Unicode (MIT package of Unicode data files).
+Pictures: Fluent emoji, 3-D style, 256 pixels, WebP with transparency (Microsoft; MIT licence). Names: the CLDR short
+names of Unicode (MIT package of Unicode data files).
 """
+
 import dataclasses
 import hashlib
 import json
@@ -37,11 +39,21 @@ class Archive:
 
 
 PICTURE_ARCHIVE = Archive(
-    "@lobehub/fluent-emoji-3d", "1.1.0", "lobehub-fluent-emoji-3d-1.1.0.tgz",
-    "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58", 15.8, "MIT")
+    "@lobehub/fluent-emoji-3d",
+    "1.1.0",
+    "lobehub-fluent-emoji-3d-1.1.0.tgz",
+    "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+    15.8,
+    "MIT",
+)
 NAME_ARCHIVE = Archive(
-    "unicode-emoji-json", "0.9.0", "unicode-emoji-json-0.9.0.tgz",
-    "ae7efacb55533385bf8767d613dbd36c71226669759d95919a6e9059f5e4c401", 0.1, "MIT")
+    "unicode-emoji-json",
+    "0.9.0",
+    "unicode-emoji-json-0.9.0.tgz",
+    "ae7efacb55533385bf8767d613dbd36c71226669759d95919a6e9059f5e4c401",
+    0.1,
+    "MIT",
+)
 ARCHIVES = (PICTURE_ARCHIVE, NAME_ARCHIVE)
 
 
@@ -49,22 +61,28 @@ def check_archive(path: pathlib.Path, archive: Archive) -> None:
     """Raises ValueError for a file that is not the pinned archive, and names it."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != archive.sha256:
-        raise ValueError(f"{path} has the checksum {found}, but {archive.package} {archive.version} has {archive.sha256}: "
-                         "remove it and fetch it again")
+        raise ValueError(
+            f"{path} has the checksum {found}, but {archive.package} {archive.version} has {archive.sha256}: "
+            "remove it and fetch it again"
+        )
 
 
 def _members(path: pathlib.Path, folder: str, suffix: str) -> dict[str, bytes]:
     """The files below a folder of an archive by their names."""
     with tarfile.open(path) as archive:
-        return {pathlib.PurePosixPath(member.name).name: archive.extractfile(member).read() for member in archive
-                if member.isfile() and member.name.startswith(folder) and member.name.endswith(suffix)}
+        return {
+            pathlib.PurePosixPath(member.name).name: archive.extractfile(member).read()
+            for member in archive
+            if member.isfile() and member.name.startswith(folder) and member.name.endswith(suffix)
+        }
 
 
 def short_name(name: str) -> bool:
     """Whether a name is one word of letters, or such a word after a colour, and no word means something in captions."""
     words = name.split()
-    return (all(word.isascii() and word.isalpha() and word.islower() and word not in GRAMMAR_WORDS for word in words)
-            and (len(words) == 1 and name not in COLOURS or len(words) == 2 and words[0] in FIRST_WORDS))
+    return all(
+        word.isascii() and word.isalpha() and word.islower() and word not in GRAMMAR_WORDS for word in words
+    ) and (len(words) == 1 and name not in COLOURS or len(words) == 2 and words[0] in FIRST_WORDS)
 
 
 def candidates(names: dict, pictures: dict[str, bytes]) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ The stream of samples is global: sample i is the same whatever the number of pro
 s * B to (s + 1) * B - 1, and process p of n gets the p-th of its n equal slices. So a run may go on with another number
 of processes, and random keys folded from `sample_id` do not depend on it either.
 """
+
 import dataclasses
 
 import grain
@@ -25,8 +26,9 @@ class BatchSpec:
     max_caption: int
 
 
-def batch_spec(tokenizer, processor: ImageProcessor, image_size: int, prompt: str, max_caption: int,
-               multiple: int = 1) -> BatchSpec:
+def batch_spec(
+    tokenizer, processor: ImageProcessor, image_size: int, prompt: str, max_caption: int, multiple: int = 1
+) -> BatchSpec:
     """The smallest spec for one square image a row; the prompt's length is rounded up to `multiple`.
 
     Raises:
@@ -40,23 +42,33 @@ def batch_spec(tokenizer, processor: ImageProcessor, image_size: int, prompt: st
 
 
 def check_max_prompt(given: int, needed: int, image_size: int) -> None:
-    """Raises ValueError when the caption prompt with its picture of `image_size` pixels has more tokens than the room that was given."""
+    """Raises ValueError when the caption prompt with its picture of `image_size` pixels has more tokens than the room
+    that was given.
+    """
     if given < needed:
         raise ValueError(
-            f"config.data.max_prompt is {given}, but the caption prompt with its picture of {image_size} pixels needs {needed} tokens; set it to "
-            "0 (what they need), or lower max_pixels in the model's llm_processor/preprocessor_config.json")
+            f"config.data.max_prompt is {given}, but the caption prompt with its picture of {image_size} pixels "
+            f"needs {needed} tokens; set it to "
+            "0 (what they need), or lower max_pixels in the model's llm_processor/preprocessor_config.json"
+        )
 
 
 def batch_shapes(spec: BatchSpec, batch_size: int, processor: ImageProcessor) -> dict[str, tuple[tuple, np.dtype]]:
     """Shape and dtype of every field of a batch of `batch_size` rows, for compiling without data."""
     patches, prompt, side = spec.max_patches, spec.max_prompt, spec.image_size
     rows = {
-        "sample_id": ((), np.int32), "pixels": ((side, side, 3), np.float32),
-        "patches": ((patches, processor.patch_width), np.float32), "patch_positions": ((patches, 2), np.int32),
-        "patch_windows": ((patches,), np.int32), "patch_images": ((patches,), np.int32),
-        "prompt_ids": ((prompt,), np.int32), "prompt_mask": ((prompt,), np.bool_),
-        "prompt_positions": ((prompt, 3), np.int32), "prompt_next": ((), np.int32),
-        "caption_ids": ((spec.max_caption,), np.int32), "caption_mask": ((spec.max_caption,), np.bool_),
+        "sample_id": ((), np.int32),
+        "pixels": ((side, side, 3), np.float32),
+        "patches": ((patches, processor.patch_width), np.float32),
+        "patch_positions": ((patches, 2), np.int32),
+        "patch_windows": ((patches,), np.int32),
+        "patch_images": ((patches,), np.int32),
+        "prompt_ids": ((prompt,), np.int32),
+        "prompt_mask": ((prompt,), np.bool_),
+        "prompt_positions": ((prompt, 3), np.int32),
+        "prompt_next": ((), np.int32),
+        "caption_ids": ((spec.max_caption,), np.int32),
+        "caption_mask": ((spec.max_caption,), np.bool_),
         "caption_truncated": ((), np.bool_),
     }
     return {name: ((batch_size, *shape), np.dtype(dtype)) for name, (shape, dtype) in rows.items()}
@@ -121,22 +133,38 @@ class RowBuilder:
     def caption_fields(self, text: str) -> dict[str, np.ndarray]:
         """A caption's ids [Tc] ending with <|im_end|>, mask [Tc], and whether it was cut."""
         ids, limit = tokenizers.encode_caption(self.tokenizer, text), self.spec.max_caption
-        kept = ids if len(ids) <= limit else [*ids[:limit - 1], ids[-1]]
-        return {"caption_ids": pad_to(np.array(kept, np.int32), limit), "caption_mask": np.arange(limit) < len(kept),
-                "caption_truncated": np.bool_(len(ids) > limit)}
+        kept = ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
+        return {
+            "caption_ids": pad_to(np.array(kept, np.int32), limit),
+            "caption_mask": np.arange(limit) < len(kept),
+            "caption_truncated": np.bool_(len(ids) > limit),
+        }
 
     def __call__(self, sample_id: int, example: Example) -> dict[str, np.ndarray]:
         """All fields of one row; a bad example is an error that names it."""
         try:
-            return {"sample_id": np.int32(sample_id % 2**31), **self.image_fields(example.image),
-                    **self.caption_fields(example.caption)}
+            return {
+                "sample_id": np.int32(sample_id % 2**31),
+                **self.image_fields(example.image),
+                **self.caption_fields(example.caption),
+            }
         except ValueError as error:
             raise ValueError(f"example {example.id}: {error}") from error
 
 
-def make_loader(source: Source, rows: RowBuilder, batch_size: int, seed: int = 0, *, process_index: int = 0,
-                process_count: int = 1, shuffle: bool = True, repeat: bool = True, threads: int = 2,
-                prefetch: int = 4) -> grain.DatasetIterator:
+def make_loader(
+    source: Source,
+    rows: RowBuilder,
+    batch_size: int,
+    seed: int = 0,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    shuffle: bool = True,
+    repeat: bool = True,
+    threads: int = 2,
+    prefetch: int = 4,
+) -> grain.DatasetIterator:
     """An iterator over this process's slices of the global batches, dicts of numpy arrays.
 
     Its position is `get_state()`, a dict for JSON (or Orbax, through `grain.checkpoint.CheckpointSave`), and
@@ -156,8 +184,10 @@ def make_loader(source: Source, rows: RowBuilder, batch_size: int, seed: int = 0
     if len(source) == 0:
         raise ValueError("the data source is empty: there is nothing to load")
     if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count:
-        raise ValueError(f"a global batch of {batch_size} does not divide among {process_count} processes "
-                         f"(this is number {process_index}): choose a multiple")
+        raise ValueError(
+            f"a global batch of {batch_size} does not divide among {process_count} processes "
+            f"(this is number {process_index}): choose a multiple"
+        )
     if not repeat and len(source) < batch_size:
         raise ValueError(f"the source has {len(source)} examples, fewer than one batch of {batch_size}")
     data = grain.MapDataset.source(source)
@@ -167,7 +197,7 @@ def make_loader(source: Source, rows: RowBuilder, batch_size: int, seed: int = 0
         data = data.repeat()
     else:
         # Every process must see the same number of batches.
-        data = data[:len(source) // batch_size * batch_size]
+        data = data[: len(source) // batch_size * batch_size]
     data = data.map_with_index(rows).batch(batch_size // process_count, drop_remainder=True)
     data = data[process_index::process_count]
     return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))

@@ -3,6 +3,7 @@
 Equal to transformers' Qwen2VLImageProcessorPil, `get_vision_window_index`, `get_vision_position_ids` and
 `Qwen2_5_VLModel.get_rope_index` for images, without torch. A grid is (rows, columns) in patches of one image.
 """
+
 import dataclasses
 import math
 import pathlib
@@ -77,8 +78,10 @@ class ImageProcessor:
 
     def __post_init__(self):
         if self.window_size // self.merge_size // self.patch_size < 1:
-            raise ValueError(f"an attention window of {self.window_size} pixels is smaller than one merged patch "
-                             f"({self.merge_size} x {self.patch_size})")
+            raise ValueError(
+                f"an attention window of {self.window_size} pixels is smaller than one merged patch "
+                f"({self.merge_size} x {self.patch_size})"
+            )
 
     @property
     def patch_width(self) -> int:
@@ -137,17 +140,27 @@ def load_image_processor(folder: str | pathlib.Path, window_size: int) -> ImageP
             raise ValueError(f"{path} sets {step} to {config[step]}: the model needs every step of the processor")
     size = config.get("size") or {}
     # The older names win over "size", as in the library.
-    known = {"min_pixels": config.get("min_pixels") or size.get("shortest_edge"),
-             "max_pixels": config.get("max_pixels") or size.get("longest_edge")}
-    for field in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std", "rescale_factor",
-                  "resample"):
+    known = {
+        "min_pixels": config.get("min_pixels") or size.get("shortest_edge"),
+        "max_pixels": config.get("max_pixels") or size.get("longest_edge"),
+    }
+    for field in (
+        "patch_size",
+        "merge_size",
+        "temporal_patch_size",
+        "image_mean",
+        "image_std",
+        "rescale_factor",
+        "resample",
+    ):
         known[field] = config.get(field)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items() if v is not None}
     return ImageProcessor(window_size=window_size, **values)
 
 
-def patch_layout(grids: Sequence[Grid], merge_size: int, window_size: int,
-                 patch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def patch_layout(
+    grids: Sequence[Grid], merge_size: int, window_size: int, patch_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where each patch of a row of images stands, in the processor's order.
 
     Args:
@@ -175,8 +188,9 @@ def patch_layout(grids: Sequence[Grid], merge_size: int, window_size: int,
     return tuple(np.concatenate(part).astype(np.int32) for part in (positions, windows, images))
 
 
-def mrope_positions(ids: Sequence[int], grids: Sequence[Grid], image_pad: int,
-                    merge_size: int) -> tuple[np.ndarray, int]:
+def mrope_positions(
+    ids: Sequence[int], grids: Sequence[Grid], image_pad: int, merge_size: int
+) -> tuple[np.ndarray, int]:
     """Multimodal rotary positions of a prompt (Qwen2.5-VL section 2.1.3, `get_rope_index`).
 
     Text advances all three axes by one a token. The tokens of an image share one time, and count rows and columns of
@@ -197,8 +211,10 @@ def mrope_positions(ids: Sequence[int], grids: Sequence[Grid], image_pad: int,
     ids = np.asarray(ids)
     sizes = [rows * columns // merge_size**2 for rows, columns in grids]
     if int((ids == image_pad).sum()) != sum(sizes):
-        raise ValueError(f"the prompt holds {int((ids == image_pad).sum())} image tokens but its images have "
-                         f"{sum(sizes)} merged patches: expand the prompt with caption_prompt_ids")
+        raise ValueError(
+            f"the prompt holds {int((ids == image_pad).sum())} image tokens but its images have "
+            f"{sum(sizes)} merged patches: expand the prompt with caption_prompt_ids"
+        )
     positions = np.zeros((len(ids), 3), np.int32)
     at, current, image = 0, 0, 0
     while at < len(ids):
@@ -226,12 +242,18 @@ def pad_to(values: Sequence | np.ndarray, length: int, fill: float = 0) -> np.nd
     if len(values) > length:
         raise ValueError(f"{len(values)} values do not fit in {length}")
     padded = np.full((length, *values.shape[1:]), fill, values.dtype)
-    padded[:len(values)] = values
+    padded[: len(values)] = values
     return padded
 
 
-def prompt_fields(ids: Sequence[int], images: Sequence[tuple[np.ndarray, Grid]], processor: ImageProcessor,
-                  image_pad: int, max_patches: int, max_prompt: int) -> dict[str, np.ndarray]:
+def prompt_fields(
+    ids: Sequence[int],
+    images: Sequence[tuple[np.ndarray, Grid]],
+    processor: ImageProcessor,
+    image_pad: int,
+    max_patches: int,
+    max_prompt: int,
+) -> dict[str, np.ndarray]:
     """The captioner's inputs of one row (no batch axis), right-padded to fixed shapes.
 
     Args:
@@ -249,14 +271,21 @@ def prompt_fields(ids: Sequence[int], images: Sequence[tuple[np.ndarray, Grid]],
     grids = [grid for _, grid in images]
     patches = np.concatenate([patches for patches, _ in images]) if images else np.zeros((0, processor.patch_width))
     if len(patches) > max_patches:
-        raise ValueError(f"the images have {len(patches)} patches, max_patches is {max_patches}: raise it, or lower "
-                         "max_pixels of the image processor")
+        raise ValueError(
+            f"the images have {len(patches)} patches, max_patches is {max_patches}: raise it, or lower "
+            "max_pixels of the image processor"
+        )
     if len(ids) > max_prompt:
-        raise ValueError(f"the prompt has {len(ids)} tokens, max_prompt is {max_prompt}: raise it (a prompt is never "
-                         "cut, an image would lose its tail)")
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, max_prompt is {max_prompt}: raise it (a prompt is never "
+            "cut, an image would lose its tail)"
+        )
     positions, following = mrope_positions(ids, grids, image_pad, processor.merge_size)
-    layout = (np.zeros((0, 2), np.int32), np.zeros(0, np.int32), np.zeros(0, np.int32)) if not grids else patch_layout(
-        grids, processor.merge_size, processor.window_size, processor.patch_size)
+    layout = (
+        (np.zeros((0, 2), np.int32), np.zeros(0, np.int32), np.zeros(0, np.int32))
+        if not grids
+        else patch_layout(grids, processor.merge_size, processor.window_size, processor.patch_size)
+    )
     return {
         "patches": pad_to(patches.astype(np.float32, copy=False), max_patches),
         "patch_positions": pad_to(layout[0], max_patches),

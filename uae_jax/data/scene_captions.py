@@ -7,13 +7,24 @@
 
 Nouns stay singular ("two circle"), which keeps the vocabulary small.
 """
+
 import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
 
-from uae_jax.data.scenes import (BACKGROUNDS, COLOURS, COLUMNS, MAX_OBJECTS, ROWS, SHAPES, SIZES, PlacedObject, Scene,
-                                 object_facts)
+from uae_jax.data.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    COLUMNS,
+    MAX_OBJECTS,
+    ROWS,
+    SHAPES,
+    SIZES,
+    PlacedObject,
+    Scene,
+    object_facts,
+)
 
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
 NUMBER_WORDS = {value: word for word, value in NUMBERS.items()}
@@ -22,14 +33,43 @@ STYLES = ("detail", "single_object", "two_object", "counting", "colors", "positi
 # The word of the caption prompt; not part of any caption.
 CAPTION_PROMPT = "describe"
 # The grammar's own words, whatever the objects are.
-GRAMMAR_WORDS = (",", "and", "of", "object", "background", "above", "below", *SIZES, *ROWS, *COLUMNS, *NUMBERS,
-                 CAPTION_PROMPT)
-WORDS = (",", "and", "of", "object", "background", "above", "below", *BACKGROUNDS, *COLOURS, *SHAPES, *SIZES, *ROWS,
-         *COLUMNS, *NUMBERS, CAPTION_PROMPT)
+GRAMMAR_WORDS = (
+    ",",
+    "and",
+    "of",
+    "object",
+    "background",
+    "above",
+    "below",
+    *SIZES,
+    *ROWS,
+    *COLUMNS,
+    *NUMBERS,
+    CAPTION_PROMPT,
+)
+WORDS = (
+    ",",
+    "and",
+    "of",
+    "object",
+    "background",
+    "above",
+    "below",
+    *BACKGROUNDS,
+    *COLOURS,
+    *SHAPES,
+    *SIZES,
+    *ROWS,
+    *COLUMNS,
+    *NUMBERS,
+    CAPTION_PROMPT,
+)
 
 
 def phrase(item: PlacedObject, names: tuple[str, ...] | None = None) -> str:
-    """An object in words, mentioning only the facts in `names` ("shape", "colour", "size", "position"); None for all."""
+    """An object in words, mentioning only the facts in `names` ("shape", "colour", "size", "position"); None for
+    all.
+    """
     names = item.fact_names if names is None else names
     words = [value for name, value in reversed(object_facts(item).items()) if name in names]
     return " ".join(words if item.fact_names[0] in names else [*words, "object"])
@@ -43,12 +83,18 @@ def holds(relation: str, first: PlacedObject, second: PlacedObject) -> bool:
     """
     if relation not in RELATIONS:
         raise ValueError(f"unknown relation {relation!r}: expected one of {RELATIONS}")
-    return {"left of": first.column < second.column, "right of": first.column > second.column,
-            "above": first.row < second.row, "below": first.row > second.row}[relation]
+    return {
+        "left of": first.column < second.column,
+        "right of": first.column > second.column,
+        "above": first.row < second.row,
+        "below": first.row > second.row,
+    }[relation]
 
 
 def mistaken(scene: Scene, rng: np.random.Generator, mistakes: float) -> Scene:
-    """The scene as somebody careless saw it: every fact but the positions is another one with probability `mistakes`."""
+    """The scene as somebody careless saw it: every fact but the positions is another one with probability
+    `mistakes`.
+    """
 
     def seen(value: str, values: Iterable[str]) -> str:
         others = [other for other in values if other != value]
@@ -56,7 +102,8 @@ def mistaken(scene: Scene, rng: np.random.Generator, mistakes: float) -> Scene:
 
     items = tuple(
         dataclasses.replace(item, **{name: seen(getattr(item, name), values) for name, values in scene.values.items()})
-        for item in scene.objects)
+        for item in scene.objects
+    )
     return dataclasses.replace(scene, background=seen(scene.background, scene.backgrounds), objects=items)
 
 
@@ -97,8 +144,9 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, detail: float 
     return " , ".join(clauses)
 
 
-def random_detail_caption(scene: Scene, rng: np.random.Generator, low: float = 0.1, high: float = 1.0,
-                          shuffle_probability: float = 0.25) -> str:
+def random_detail_caption(
+    scene: Scene, rng: np.random.Generator, low: float = 0.1, high: float = 1.0, shuffle_probability: float = 0.25
+) -> str:
     """A caption whose level of detail is uniform in [low, high], sometimes with the objects shuffled."""
     detail = float(rng.uniform(low, high))
     return caption(scene, rng, detail, shuffle=bool(rng.random() < shuffle_probability))
@@ -115,8 +163,15 @@ def applicable_styles(scene: Scene) -> tuple[str, ...]:
     several = len(set(nouns)) > 1
     repeated = any(nouns.count(word) > 1 for word in nouns)
     coloured = all("colour" in item.fact_names for item in scene.objects)
-    fits = {"detail": True, "single_object": bool(nouns), "colors": coloured and bool(nouns), "counting": repeated,
-            "two_object": several, "position": several, "color_attr": coloured and several}
+    fits = {
+        "detail": True,
+        "single_object": bool(nouns),
+        "colors": coloured and bool(nouns),
+        "counting": repeated,
+        "two_object": several,
+        "position": several,
+        "color_attr": coloured and several,
+    }
     return tuple(style for style in STYLES if fits[style])
 
 
@@ -165,7 +220,9 @@ def _counting(items: list[PlacedObject], with_colour: bool) -> str:
 
 
 def mixed_caption(scene: Scene, rng: np.random.Generator, detail_probability: float = 0.5, high: float = 1.0) -> str:
-    """A training caption for text to image: random detail, at most `high`, with `detail_probability`, else one of the other styles."""
+    """A training caption for text to image: random detail, at most `high`, with `detail_probability`, else one of the
+    other styles.
+    """
     others = [style for style in applicable_styles(scene) if style != "detail"]
     if not others or rng.random() < detail_probability:
         return random_detail_caption(scene, rng, high=high)

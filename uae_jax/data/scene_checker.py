@@ -3,6 +3,7 @@
 Captions are parsed with the grammar of `scene_captions`; pictures are read by analysis by synthesis: every cell is
 compared with everything that could have been drawn there, on each background.
 """
+
 import collections
 import dataclasses
 import functools
@@ -11,8 +12,21 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from uae_jax.data.scene_captions import NUMBERS, holds
-from uae_jax.data.scenes import (BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, PlacedObject, Scene, SceneObject,
-                                 coverage, fact_kinds, facts, object_facts)
+from uae_jax.data.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    COLUMNS,
+    ROWS,
+    SHAPES,
+    SIZES,
+    PlacedObject,
+    Scene,
+    SceneObject,
+    coverage,
+    fact_kinds,
+    facts,
+    object_facts,
+)
 
 _PALETTE = np.array(list(COLOURS.values()), np.float32)
 _GROUNDS = np.array(list(BACKGROUNDS.values()), np.float32)
@@ -30,14 +44,19 @@ class Grammar:
     def __init__(self, backgrounds: tuple[str, ...], noun_name: str, nouns: tuple[str, ...], values: Mapping[str, str]):
         self.backgrounds = frozenset(backgrounds)
         self.noun_name = noun_name
-        self.names = ({f"{row} {column}": "position" for row in ROWS for column in COLUMNS}
-                      | dict.fromkeys(SIZES, "size") | dict(values) | dict.fromkeys(nouns, noun_name) | {"object": "noun"})
+        self.names = (
+            {f"{row} {column}": "position" for row in ROWS for column in COLUMNS}
+            | dict.fromkeys(SIZES, "size")
+            | dict(values)
+            | dict.fromkeys(nouns, noun_name)
+            | {"object": "noun"}
+        )
         self.longest = max(value.count(" ") + 1 for value in self.names)
 
     def value_at(self, words: list[str], at: int) -> str:
         """The longest value that begins at a word; the word itself where none does."""
         for length in range(min(self.longest, len(words) - at), 0, -1):
-            value = " ".join(words[at:at + length])
+            value = " ".join(words[at : at + length])
             if value in self.names:
                 return value
         return words[at]
@@ -76,7 +95,8 @@ class CaptionScore:
     """Counts of one caption against one scene.
 
     `recalled`: facts of the scene that are said; `correct`: claims that are true (recalled facts and true relations);
-    `claimed`: all claims, unparsed words among them; `total`: facts of the scene; `unparsed`: words outside the grammar;
+    `claimed`: all claims, unparsed words among them; `total`: facts of the scene; `unparsed`: words outside the
+      grammar;
     `kinds`: of each of `scenes.fact_kinds` the facts recalled and the facts of the scene.
     """
 
@@ -211,7 +231,8 @@ def _matching(claims: Sequence[Mapping[str, str]], scene: Scene) -> collections.
     known = [object_facts(item) for item in scene.objects]
     pairs = match_mentions(claims, known).items()
     return collections.Counter(
-        kind for number, index in pairs for kind, value in known[index].items() if claims[number].get(kind) == value)
+        kind for number, index in pairs for kind, value in known[index].items() if claims[number].get(kind) == value
+    )
 
 
 def caption_score(scene: Scene, text: str) -> CaptionScore:
@@ -225,12 +246,15 @@ def caption_score(scene: Scene, text: str) -> CaptionScore:
     claims = [dict(mention.claims) for mention in said.mentions for _ in range(mention.count)]
     recalled = _matching(claims, scene)
     recalled["background"] = int(scene.background in said.backgrounds)
-    true_relations = sum(_relation_holds(scene, said.mentions[a], words, said.mentions[b])
-                         for a, words, b in said.relations)
+    true_relations = sum(
+        _relation_holds(scene, said.mentions[a], words, said.mentions[b]) for a, words, b in said.relations
+    )
     claimed = sum(map(len, claims)) + len(said.backgrounds) + len(said.relations) + len(said.unparsed)
     there = collections.Counter(name for _, name, _ in facts(scene))
     kinds = {kind: (recalled[kind], there[kind]) for kind in fact_kinds(scene)}
-    return CaptionScore(recalled.total(), recalled.total() + true_relations, claimed, there.total(), said.unparsed, kinds)
+    return CaptionScore(
+        recalled.total(), recalled.total() + true_relations, claimed, there.total(), said.unparsed, kinds
+    )
 
 
 def fitting(scene: Scene, claims: tuple[tuple[str, str], ...]) -> list[PlacedObject]:
@@ -239,8 +263,9 @@ def fitting(scene: Scene, claims: tuple[tuple[str, str], ...]) -> list[PlacedObj
 
 
 def _relation_holds(scene: Scene, first: Mention, words: str, second: Mention) -> bool:
-    return any(a is not b and holds(words, a, b)
-               for a in fitting(scene, first.claims) for b in fitting(scene, second.claims))
+    return any(
+        a is not b and holds(words, a, b) for a in fitting(scene, first.claims) for b in fitting(scene, second.claims)
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -303,8 +328,10 @@ def read_like(scene: Scene, pixels: np.ndarray) -> list[Scene]:
 
 def _scene(ground: int, choice: np.ndarray, names: list[tuple[str, str, str] | None]) -> Scene:
     found = [(cell, names[index]) for cell, index in enumerate(choice)]
-    return Scene(tuple(BACKGROUNDS)[ground],
-                 tuple(SceneObject(cell // 2, cell % 2, *name) for cell, name in found if name is not None))
+    return Scene(
+        tuple(BACKGROUNDS)[ground],
+        tuple(SceneObject(cell // 2, cell % 2, *name) for cell, name in found if name is not None),
+    )
 
 
 def read_picture(pixels: np.ndarray) -> Scene:

@@ -3,6 +3,7 @@
 Schema, tags and the overall score follow GenEval (djghosh13/geneval: prompts/evaluation_metadata.jsonl and
 evaluation/summary_scores.py); the classes are the scenes' shapes.
 """
+
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -26,17 +27,37 @@ def _all_prompts(tag: str) -> list[dict]:
     if tag == "two_object":
         return [_entry(tag, [{"class": a, "count": 1}, {"class": b, "count": 1}], f"{a} and {b}") for a, b in pairs]
     if tag == "counting":
-        return [_entry(tag, [{"class": shape, "count": count}], f"{NUMBER_WORDS[count]} {shape}")
-                for shape in SHAPES for count in range(2, MAX_OBJECTS + 1)]
+        return [
+            _entry(tag, [{"class": shape, "count": count}], f"{NUMBER_WORDS[count]} {shape}")
+            for shape in SHAPES
+            for count in range(2, MAX_OBJECTS + 1)
+        ]
     if tag == "colors":
-        return [_entry(tag, [{"class": shape, "count": 1, "color": colour}], f"{colour} {shape}")
-                for shape in SHAPES for colour in COLOURS]
+        return [
+            _entry(tag, [{"class": shape, "count": 1, "color": colour}], f"{colour} {shape}")
+            for shape in SHAPES
+            for colour in COLOURS
+        ]
     if tag == "position":
         # As in the benchmark, the second object carries the position relative to the first one listed.
-        return [_entry(tag, [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}],
-                       f"{a} {relation} {b}") for a, b in pairs for relation in RELATIONS]
-    return [_entry(tag, [{"class": a, "count": 1, "color": x}, {"class": b, "count": 1, "color": y}],
-                   f"{x} {a} and {y} {b}") for a, b in pairs for x in COLOURS for y in COLOURS if x != y]
+        return [
+            _entry(
+                tag,
+                [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}],
+                f"{a} {relation} {b}",
+            )
+            for a, b in pairs
+            for relation in RELATIONS
+        ]
+    return [
+        _entry(
+            tag, [{"class": a, "count": 1, "color": x}, {"class": b, "count": 1, "color": y}], f"{x} {a} and {y} {b}"
+        )
+        for a, b in pairs
+        for x in COLOURS
+        for y in COLOURS
+        if x != y
+    ]
 
 
 def scene_prompts(per_tag: int, seed: int = 0, tags: tuple[str, ...] = TAGS) -> list[dict]:

@@ -4,6 +4,7 @@ A scene is a plain background with one to four objects on a 2 x 2 grid of cells.
 caption can be written at any level of detail (`scene_captions`) and captions and pictures can be checked exactly
 (`scene_checker`). Scenes are endless and addressed by index; the held-out split is disjoint from the training split.
 """
+
 import dataclasses
 import functools
 import hashlib
@@ -15,8 +16,12 @@ import numpy as np
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = ("small", "large")
 COLOURS = {
-    "red": (220, 35, 35), "green": (35, 175, 55), "blue": (40, 75, 235),
-    "yellow": (245, 220, 40), "purple": (165, 45, 205), "cyan": (40, 215, 225),
+    "red": (220, 35, 35),
+    "green": (35, 175, 55),
+    "blue": (40, 75, 235),
+    "yellow": (245, 220, 40),
+    "purple": (165, 45, 205),
+    "cyan": (40, 215, 225),
 }
 BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "gray": (128, 128, 128), "brown": (115, 70, 30)}
 ROWS = ("top", "bottom")
@@ -63,8 +68,13 @@ class SceneObject(PlacedObject):
     fact_names: ClassVar[tuple[str, ...]] = ("shape", "colour", "size", "position")
 
     def __post_init__(self):
-        for value, known in ((self.shape, SHAPES), (self.colour, tuple(COLOURS)), (self.size, SIZES),
-                             (self.row, (0, 1)), (self.column, (0, 1))):
+        for value, known in (
+            (self.shape, SHAPES),
+            (self.colour, tuple(COLOURS)),
+            (self.size, SIZES),
+            (self.row, (0, 1)),
+            (self.column, (0, 1)),
+        ):
             check_known(value, known)
 
 
@@ -89,7 +99,9 @@ class Scene:
 
     @property
     def values(self) -> Mapping[str, tuple[str, ...]]:
-        """What the facts of an object of such a scene can be, by name, the noun's first; positions are not among them."""
+        """What the facts of an object of such a scene can be, by name, the noun's first; positions are not among
+        them.
+        """
         return VALUES
 
 
@@ -99,7 +111,9 @@ def object_facts(item: PlacedObject) -> dict[str, str]:
 
 
 def facts(scene: Scene) -> tuple[tuple[int, str, str], ...]:
-    """All facts: (object index, name, value), and the background as (-1, "background", value); of built-in scenes 1 + 4 an object."""
+    """All facts: (object index, name, value), and the background as (-1, "background", value); of built-in scenes 1 + 4
+    an object.
+    """
     listed = [(-1, "background", scene.background)]
     for index, item in enumerate(scene.objects):
         listed += [(index, name, value) for name, value in object_facts(item).items()]
@@ -171,8 +185,10 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     colours = rng.integers(len(COLOURS), size=count)
     sizes = rng.integers(len(SIZES), size=count)
     names = tuple(COLOURS)
-    objects = tuple(SceneObject(int(cell) // 2, int(cell) % 2, SHAPES[shape], names[colour], SIZES[size])
-                    for cell, shape, colour, size in zip(cells, shapes, colours, sizes))
+    objects = tuple(
+        SceneObject(int(cell) // 2, int(cell) % 2, SHAPES[shape], names[colour], SIZES[size])
+        for cell, shape, colour, size in zip(cells, shapes, colours, sizes)
+    )
     return Scene(tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))], objects)
 
 
@@ -182,8 +198,13 @@ def split_of(scene: Scene) -> str:
     return "test" if int.from_bytes(digest, "little") % 10 == 0 else "train"
 
 
-def scene_at(split: str, index: int, seed: int = 0, sample: Callable[[np.random.Generator], Scene] = sample_scene,
-             split_of: Callable[[Scene], str] = split_of) -> Scene:
+def scene_at(
+    split: str,
+    index: int,
+    seed: int = 0,
+    sample: Callable[[np.random.Generator], Scene] = sample_scene,
+    split_of: Callable[[Scene], str] = split_of,
+) -> Scene:
     """Scene number `index` >= 0 of an endless stream; a pure function of its arguments.
 
     Args:

@@ -3,6 +3,7 @@
 A source has a length and gives an `Example` for an index, always the same one, which is what Grain needs to shuffle,
 shard and resume exactly.
 """
+
 import concurrent.futures
 import dataclasses
 import glob
@@ -47,13 +48,15 @@ class SceneSource:
 
     Attributes:
       split: "train" or "test" (disjoint); `seed` chooses another stream of scenes.
-      captions: "full", "detail" (random level of detail in [low, high]), "short" (prompts as in text to image: counts, relations,
-        colours) or "mixed" (half of them short, half of random detail).
-      mistakes: probability that a fact is said wrong (`scene_captions.mistaken`), as captions from the web or from a model do.
+      captions: "full", "detail" (random level of detail in [low, high]), "short" (prompts as in text to image: counts,
+        relations, colours) or "mixed" (half of them short, half of random detail).
+      mistakes: probability that a fact is said wrong (`scene_captions.mistaken`), as captions from the web or from a
+        model do.
       length: how many scenes count as one epoch.
 
     Raises:
-      ValueError: an unknown split or kind of caption, a probability outside [0, 1], or levels of detail that are not 0 <= low <= high <= 1.
+      ValueError: an unknown split or kind of caption, a probability outside [0, 1], or levels of detail that are not 0
+        <= low <= high <= 1.
     """
 
     split: str = "train"
@@ -68,8 +71,9 @@ class SceneSource:
 
     def __post_init__(self):
         if self.split not in SPLITS or self.captions not in SCENE_CAPTIONS:
-            raise ValueError(f"scenes have splits {SPLITS} and captions {SCENE_CAPTIONS}, not {self.split!r} and "
-                             f"{self.captions!r}")
+            raise ValueError(
+                f"scenes have splits {SPLITS} and captions {SCENE_CAPTIONS}, not {self.split!r} and {self.captions!r}"
+            )
         if not 0 <= self.mistakes <= 1:
             raise ValueError(f"mistakes is {self.mistakes}; it is a probability, from 0 to 1")
         if not 0 <= self.low <= self.high <= 1:
@@ -131,7 +135,8 @@ def _check_image(path: pathlib.Path) -> str | None:
 
 
 def find_images(paths: str | pathlib.Path | Iterable[str | pathlib.Path]) -> list[pathlib.Path]:
-    """Image files in the order given: each path a file, a folder (its PNG, JPEG and WebP files, by name) or a glob pattern.
+    """Image files in the order given: each path a file, a folder (its PNG, JPEG and WebP files, by name) or a glob
+    pattern.
 
     Raises:
       FileNotFoundError: a path that does not exist, a folder without images, a pattern that matches nothing.
@@ -173,7 +178,11 @@ def _read_captions(path: pathlib.Path) -> list[tuple[str, tuple[str, ...]]]:
             raise ValueError(f'{where} names no image: write {{"file_name": ..., "caption": ...}}')
         captions = row.get("caption")
         captions = [captions] if isinstance(captions, str) else captions
-        if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
+        if (
+            not isinstance(captions, list)
+            or not captions
+            or not all(isinstance(c, str) and c.strip() for c in captions)
+        ):
             raise ValueError(f'{where} has no caption: give "caption" a text, or a list of texts')
         rows.append((name, tuple(captions)))
     if not rows:
@@ -203,15 +212,16 @@ class FolderSource:
             raise FileNotFoundError(f"{path} does not exist: a data folder needs it beside its images")
         self.rows = _read_captions(path)
         files = {name: self.folder / name for name, _ in self.rows}
-        for name, file in files.items():
+        for file in files.values():
             if not file.is_file():
                 raise FileNotFoundError(f"image {file} does not exist, but {path} has a caption for it")
         if check:
             with concurrent.futures.ThreadPoolExecutor() as pool:
                 for file, problem in zip(files.values(), pool.map(_check_image, files.values())):
                     if problem:
-                        raise ValueError(f"{file} is not a readable image ({problem}): replace it, or remove its line "
-                                         f"from {path}")
+                        raise ValueError(
+                            f"{file} is not a readable image ({problem}): replace it, or remove its line from {path}"
+                        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -235,22 +245,26 @@ class TfdsSource:
     Args:
       name: such as "coco_captions" or "my_set:1.0.0"; `split`: such as "train" or "train[:1000]".
       data_dir: where it was prepared; the default of TFDS when None.
-      image_key, caption_key: features by path, such as "image" and "captions/text". Captions may be bytes or text, one or
-        several; of several, example i takes number i modulo their count.
+      image_key, caption_key: features by path, such as "image" and "captions/text". Captions may be bytes or text, one
+        or several; of several, example i takes number i modulo their count.
 
     Raises:
       ValueError: TFDS cannot open it, or it has no such features.
     """
 
-    def __init__(self, name: str, split: str, data_dir: str | None = None, image_key: str = "image",
-                 caption_key: str = "caption"):
+    def __init__(
+        self, name: str, split: str, data_dir: str | None = None, image_key: str = "image", caption_key: str = "caption"
+    ):
         import tensorflow_datasets as tfds  # slow import, needed only here
+
         self.name, self.split, self.image_key, self.caption_key = name, split, image_key, caption_key
         try:
             self.data = tfds.data_source(name, split=split, data_dir=data_dir, download=False)
         except Exception as error:
-            raise ValueError(f"TFDS cannot open {name!r}, split {split!r}, in {data_dir or 'its default folder'} "
-                             f"({error}): prepare it with `tfds build --file_format=array_record`") from error
+            raise ValueError(
+                f"TFDS cannot open {name!r}, split {split!r}, in {data_dir or 'its default folder'} "
+                f"({error}): prepare it with `tfds build --file_format=array_record`"
+            ) from error
         if len(self.data) == 0:
             raise ValueError(f"TFDS data set {name!r} has no examples in split {split!r}")
         first = self.data[0]

@@ -3,6 +3,7 @@
 The chat format is Qwen2.5-VL's: turns between <|im_start|> and <|im_end|>, an image as one <|image_pad|> between
 <|vision_start|> and <|vision_end|>. Token ids are always found by their strings, so that any vocabulary works.
 """
+
 import json
 import os
 import pathlib
@@ -10,8 +11,16 @@ from collections.abc import Sequence
 
 from uae_jax.files.json_files import write_json
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-                  "<|video_pad|>", "<|unknown|>")
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|unknown|>",
+)
 ROLES = ("user", "assistant", "generate")
 END_OF_TURN, END_OF_TEXT, IMAGE_PAD = "<|im_end|>", "<|endoftext|>", "<|image_pad|>"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -23,7 +32,8 @@ _SCENE_TEMPLATE = (
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}")
+    "{% endfor %}{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
 
 
 def load_tokenizer(folder: str | pathlib.Path):
@@ -40,6 +50,7 @@ def load_tokenizer(folder: str | pathlib.Path):
         raise FileNotFoundError(f"no tokenizer in {folder}: expected one of {', '.join(_TOKENIZER_FILES)}")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
     from transformers import AutoTokenizer  # slow import, needed only here
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
@@ -108,7 +119,8 @@ def caption_prompt_ids(tokenizer, prompt: str, image_tokens: Sequence[int], imag
 
 
 def condition_template(tokenizer) -> tuple[list[int], list[int]]:
-    """Ids before and after a caption in a turn of the role "generate", the decoder's condition (demo.py of the release).
+    """Ids before and after a caption in a turn of the role "generate", the decoder's condition (demo.py of the
+    release).
 
     `prefix + encode(caption) + suffix` equals tokenising the templated whole when the caption neither begins nor ends
     with white space.
@@ -133,8 +145,9 @@ def decode_caption(tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode(kept, skip_special_tokens=True).strip()
 
 
-def write_scene_tokenizer(folder: str | pathlib.Path, words: Sequence[str], patch_size: int = 4,
-                          min_pixels: int = 64, max_pixels: int = 1024) -> None:
+def write_scene_tokenizer(
+    folder: str | pathlib.Path, words: Sequence[str], patch_size: int = 4, min_pixels: int = 64, max_pixels: int = 1024
+) -> None:
     """Writes tokenizer.json, tokenizer_config.json and preprocessor_config.json of the built-in model.
 
     Word level: lower-cased, split at white space and punctuation; unknown words become <|unknown|>. Ids: the special
@@ -146,6 +159,7 @@ def write_scene_tokenizer(folder: str | pathlib.Path, words: Sequence[str], patc
       min_pixels, max_pixels: area limits of the resized image.
     """
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = list(dict.fromkeys([*SPECIAL_TOKENS, *ROLES, *words]))
@@ -155,13 +169,31 @@ def write_scene_tokenizer(folder: str | pathlib.Path, words: Sequence[str], patc
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=4096, clean_up_tokenization_spaces=False,
-                  eos_token=END_OF_TURN, pad_token=END_OF_TEXT, unk_token="<|unknown|>", chat_template=_SCENE_TEMPLATE)
+    config = dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+        eos_token=END_OF_TURN,
+        pad_token=END_OF_TEXT,
+        unk_token="<|unknown|>",
+        chat_template=_SCENE_TEMPLATE,
+    )
     images = dict(
-        image_processor_type="Qwen2VLImageProcessor", do_convert_rgb=True, do_resize=True, do_rescale=True,
-        do_normalize=True, image_mean=[0.48145466, 0.4578275, 0.40821073],
-        image_std=[0.26862954, 0.26130258, 0.27577711], rescale_factor=1 / 255, resample=3, merge_size=2,
-        temporal_patch_size=2, patch_size=patch_size, min_pixels=min_pixels, max_pixels=max_pixels,
-        size=dict(shortest_edge=min_pixels, longest_edge=max_pixels))
+        image_processor_type="Qwen2VLImageProcessor",
+        do_convert_rgb=True,
+        do_resize=True,
+        do_rescale=True,
+        do_normalize=True,
+        image_mean=[0.48145466, 0.4578275, 0.40821073],
+        image_std=[0.26862954, 0.26130258, 0.27577711],
+        rescale_factor=1 / 255,
+        resample=3,
+        merge_size=2,
+        temporal_patch_size=2,
+        patch_size=patch_size,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        size=dict(shortest_edge=min_pixels, longest_edge=max_pixels),
+    )
     for name, content in (("tokenizer_config.json", config), ("preprocessor_config.json", images)):
         write_json(folder / name, content, indent=1)

@@ -96,9 +96,7 @@ def loss_weight(sigma, weighting: str = "none", precondition: bool = False):
       ValueError: for an unknown weighting.
     """
     if weighting not in WEIGHTINGS:
-        raise ValueError(
-            f"unknown loss weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)}"
-        )
+        raise ValueError(f"unknown loss weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
     sigma = jnp.asarray(sigma, jnp.float32)
     if weighting == "sigma_sqrt":
         weight = jnp.maximum(sigma, _SMALLEST_WEIGHTED_SIGMA) ** -2

@@ -73,8 +73,8 @@ def guided_velocity(
 
     Args:
       velocity_fn: `(x [M, ...], sigma [M], context) -> velocity [M, ...]`; called once with
-        M = 2 B, rows ordered [negative 0, positive 0, negative 1, ...], or with M = B when there is no guidance, and for
-        each half where the negative one has no gradient.
+        M = 2 B, rows ordered [negative 0, positive 0, negative 1, ...], or with M = B when there is no guidance, and
+        for each half where the negative one has no gradient.
       x: latents [B, ...].
       sigma: noise level, [] or [B].
       context: pytree of arrays [B, ...].
@@ -94,9 +94,7 @@ def guided_velocity(
     if guidance_scale == 1:
         return velocity_fn(x, sigma, context).astype(jnp.float32)
     if negative_context is None:
-        raise ValueError(
-            f"guidance_scale={guidance_scale} needs a negative context: give one, or use 1"
-        )
+        raise ValueError(f"guidance_scale={guidance_scale} needs a negative context: give one, or use 1")
     contexts = _stack_contexts(negative_context, context, batch)
     if stop_negative_gradient:
         halves = (jax.tree.map(lambda pairs: pairs[side::2], contexts) for side in (0, 1))
@@ -175,9 +173,7 @@ def _check_window(steps, start, window):
             "the last step, to sigma 0, is never stochastic"
         )
     if not isinstance(start, jax.core.Tracer) and not 0 <= int(start) <= steps - 1 - window:
-        raise ValueError(
-            f"a window of {window} steps from step {int(start)} does not end by step {steps - 1}"
-        )
+        raise ValueError(f"a window of {window} steps from step {int(start)} does not end by step {steps - 1}")
 
 
 def sample_window(predict, noise, sigmas, rule, window_start, window_size: int, keys):
@@ -237,9 +233,7 @@ def sample_window(predict, noise, sigmas, rule, window_start, window_size: int, 
     return Trajectory(*stored, start + jnp.arange(window_size), final)
 
 
-def replay_window(
-    predict, latents, next_latents, sigma_indices, sigmas, rule, remat: bool = False
-) -> Replay:
+def replay_window(predict, latents, next_latents, sigma_indices, sigmas, rule, remat: bool = False) -> Replay:
     """Scores the stored steps of a rollout with the present policy.
 
     Same transition, same log-probability, same batch shape as `sample_window`; differentiable in
@@ -264,9 +258,7 @@ def replay_window(
         velocity = predict(x, sigma)
         mean, std = rule.transition(x, velocity, sigma, next_sigma, sigmas[1])
         log_prob = step_log_prob(rule, x_next, mean, std)
-        return None, Replay(
-            log_prob, mean, velocity.astype(jnp.float32), std, next_sigma - sigma
-        )
+        return None, Replay(log_prob, mean, velocity.astype(jnp.float32), std, next_sigma - sigma)
 
     body = jax.checkpoint(score, prevent_cse=False) if remat else score
     return jax.lax.scan(body, None, (latents, next_latents, sigma_indices))[1]

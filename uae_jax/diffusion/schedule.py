@@ -36,9 +36,7 @@ def shift_sigma(sigma, shift: float):
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def sigma_schedule(
-    steps: int, shift: float = 3.0, kind: str = "diffusers", num_train: int = 1000
-) -> np.ndarray:
+def sigma_schedule(steps: int, shift: float = 3.0, kind: str = "diffusers", num_train: int = 1000) -> np.ndarray:
     """The noise levels of a sampler with `steps` steps.
 
     Args:

@@ -167,9 +167,7 @@ def step_log_prob(rule, x_next, mean, std):
     return score(x_next, mean, std)
 
 
-def gaussian_kl(
-    mean, mean_ref, std, kind="gaussian", *, dt=None, velocity=None, velocity_ref=None
-):
+def gaussian_kl(mean, mean_ref, std, kind="gaussian", *, dt=None, velocity=None, velocity_ref=None):
     """Divergence of one step from the reference policy's step, averaged over dimensions.
 
     Args:

@@ -17,9 +17,9 @@ Counts = tuple[int, int, int]
 def caption_facts(scene: Scene, text: str) -> dict[str, Counts]:
     """Counts of one caption by attribute: (correct, claimed, total).
 
-    `correct` of `claimed` claims are true, which are as many of the scene's `total` facts. A caption counts correctly when
-    it mentions as many objects as there are. The sums over all attributes but `count` are those of `caption_score`,
-    without relations and unparsed words.
+    `correct` of `claimed` claims are true, which are as many of the scene's `total` facts. A caption counts correctly
+    when it mentions as many objects as there are. The sums over all attributes but `count` are those of
+    `caption_score`, without relations and unparsed words.
 
     Args:
       scene: what was described.
@@ -62,8 +62,8 @@ def facts_summary(scenes: Sequence[Scene], captions: Sequence[str]) -> dict:
     """Recall and precision by attribute, pooled over captions, and the means over captions that training reports too.
 
     Returns:
-      {"fact_recall", "fact_precision": as `training.summary.interval`; "attributes": {attribute: {"recall", "precision":
-      as `ratio_interval`}}; "unparsed_words": share of captions with words outside the scenes' grammar}.
+      {"fact_recall", "fact_precision": as `training.summary.interval`; "attributes": {attribute: {"recall",
+      "precision": as `ratio_interval`}}; "unparsed_words": share of captions with words outside the scenes' grammar}.
     """
     scores = [caption_score(scene, text) for scene, text in zip(scenes, captions, strict=True)]
     counts = [caption_facts(scene, text) for scene, text in zip(scenes, captions)]
@@ -73,5 +73,7 @@ def facts_summary(scenes: Sequence[Scene], captions: Sequence[str]) -> dict:
         table[name] = {"recall": ratio_interval(correct, total), "precision": ratio_interval(correct, claimed)}
     return {
         "fact_recall": interval([score.fact_recall for score in scores]),
-        "fact_precision": interval([score.fact_precision for score in scores]), "attributes": table,
-        "unparsed_words": sum(bool(score.unparsed) for score in scores) / len(scores)}
+        "fact_precision": interval([score.fact_precision for score in scores]),
+        "attributes": table,
+        "unparsed_words": sum(bool(score.unparsed) for score in scores) / len(scores),
+    }

@@ -14,11 +14,12 @@ def words(text: str) -> list[str]:
 
 
 def _ngrams(text: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(text[start:start + n]) for start in range(len(text) - n + 1)]
+    return [tuple(text[start : start + n]) for start in range(len(text) - n + 1)]
 
 
 def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
-    """Distinct-n: different sequences of n words over all of them, in all captions together (arXiv 1510.03055, section 5).
+    """Distinct-n: different sequences of n words over all of them, in all captions together (arXiv 1510.03055, section
+    5).
 
     It falls as the number of captions grows; compare equal numbers only. 0 where no caption has n words.
     """
@@ -27,7 +28,9 @@ def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
 
 
 def repetition(text: Sequence[str], n: int = REPEATED) -> float:
-    """Share of a caption's sequences of n words that it has said before, in [0, 1) (seq-rep-n, arXiv 1908.04319, eq. 3)."""
+    """Share of a caption's sequences of n words that it has said before, in [0, 1) (seq-rep-n, arXiv 1908.04319, eq.
+    3).
+    """
     found = _ngrams(text, n)
     return 1 - len(set(found)) / len(found) if found else 0.0
 
@@ -45,4 +48,5 @@ def text_statistics(captions: Sequence[str]) -> dict:
         "words": {**interval(lengths), "shortest": min(lengths), "longest": max(lengths)},
         **{f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)},
         "repetition": interval([repetition(text) for text in texts]),
-        "different_captions": len(set(captions)) / len(captions)}
+        "different_captions": len(set(captions)) / len(captions),
+    }

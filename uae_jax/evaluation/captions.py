@@ -2,12 +2,13 @@
 
     python -m uae_jax.evaluate captions --scenes=200 --checkpoint=runs/tiny --out=said --output=facts.json
     python -m uae_jax.evaluate captions --data=folder --clip=clip-vit-large-patch14 --output=captions.json
-    python -m uae_jax.evaluate captions --captions=bench/captions.jsonl --images=originals --clip=DIR --output=captions.json
+    python -m uae_jax.evaluate captions --captions=bench/captions.jsonl --images=originals --clip=DIR
+    --output=captions.json
 
---scenes asks the model to caption held-out built-in scenes, and counts which of their facts it says (recall) and which of
-its claims are true (precision), by attribute. --data is a folder of images with captions.jsonl, lines {"image" or
-"file_name": ..., "caption": text}; --captions and --images are the two apart. --clip adds the similarity of each caption
-and its picture; captions of more than 77 tokens are cut for it, and --longclip takes 248.
+--scenes asks the model to caption held-out built-in scenes, and counts which of their facts it says (recall) and which
+of its claims are true (precision), by attribute. --data is a folder of images with captions.jsonl, lines {"image" or
+"file_name": ..., "caption": text}; --captions and --images are the two apart. --clip adds the similarity of each
+caption and its picture; captions of more than 77 tokens are cut for it, and --longclip takes 248.
 """
 
 import argparse
@@ -25,15 +26,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     scenes = parser.add_argument_group("built-in scenes")
     scenes.add_argument("--scenes", type=int, default=0, metavar="N", help="number of held-out scenes")
-    scenes.add_argument("--out", type=pathlib.Path, metavar="DIR", help="where the model's captions are kept; a run that was cut off continues")
+    scenes.add_argument(
+        "--out",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="where the model's captions are kept; a run that was cut off continues",
+    )
     add_model_flags(scenes)
     data = parser.add_argument_group("any captioned data")
     data.add_argument("--data", metavar="DIR", help="folder with captions.jsonl and images")
     data.add_argument("--captions", metavar="FILE", help="captions, when they are elsewhere")
     data.add_argument("--images", metavar="DIR", help="images, when they are elsewhere; needed for --clip")
     data.add_argument("--clip", metavar="DIR", help="CLIP with its tokenizer, as openai/clip-vit-large-patch14")
-    data.add_argument("--longclip", metavar="FILE", help="Long-CLIP to use instead of the weights of --clip, for long captions")
-    data.add_argument("--encoder_batch_size", type=int, default=16, metavar="N", help="pairs in one call of CLIP (default: %(default)s)")
+    data.add_argument(
+        "--longclip", metavar="FILE", help="Long-CLIP to use instead of the weights of --clip, for long captions"
+    )
+    data.add_argument(
+        "--encoder_batch_size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="pairs in one call of CLIP (default: %(default)s)",
+    )
     parser.add_argument("--output", type=pathlib.Path, required=True, metavar="FILE", help="the result, JSON")
 
 
@@ -47,7 +61,9 @@ def run(options: argparse.Namespace) -> None:
     if bool(options.scenes) == bool(options.data or options.captions) or options.data and options.captions:
         raise ValueError("give --scenes, or --data, or --captions")
     if options.scenes < 0 or options.encoder_batch_size < 1 or options.longclip and not options.clip:
-        raise ValueError("--scenes and --encoder_batch_size must be positive, and --longclip needs --clip for the tokenizer")
+        raise ValueError(
+            "--scenes and --encoder_batch_size must be positive, and --longclip needs --clip for the tokenizer"
+        )
     result = _scene_result(options) if options.scenes else _data_result(options)
     write_json(options.output, result)
     _print(result)
@@ -55,7 +71,9 @@ def run(options: argparse.Namespace) -> None:
     errors = result.get("errors", [])
     if errors:
         raise ValueError(
-            f"{len(errors)} images could not be scored, the first: {errors[0]['image']}: {errors[0]['error']}; all are listed in {options.output}")
+            f"{len(errors)} images could not be scored, the first: {errors[0]['image']}: {errors[0]['error']}; all "
+            f"are listed in {options.output}"
+        )
 
 
 def _scene_result(options: argparse.Namespace) -> dict[str, Any]:
@@ -68,7 +86,12 @@ def _scene_result(options: argparse.Namespace) -> dict[str, Any]:
     scenes = [scene_at("test", index) for index in range(options.scenes)]
     names = [f"scene_{index:05d}" for index in range(options.scenes)]
     captions = _scene_captions(options, names, [draw(scene) for scene in scenes])
-    return {"n": len(scenes), "facts": facts_summary(scenes, captions), "text": text_statistics(captions), "captions": dict(zip(names, captions))}
+    return {
+        "n": len(scenes),
+        "facts": facts_summary(scenes, captions),
+        "text": text_statistics(captions),
+        "captions": dict(zip(names, captions)),
+    }
 
 
 def _scene_captions(options: argparse.Namespace, names: Sequence[str], pictures: Sequence) -> list[str]:
@@ -83,8 +106,11 @@ def _scene_captions(options: argparse.Namespace, names: Sequence[str], pictures:
         known = {record["image_id"]: record["caption"] for record in log.records}
         missing = [index for index, name in enumerate(names) if name not in known]
         written = model.each_caption(
-            [pictures[index] for index in missing], sample_ids=[sample_number(names[index]) for index in missing])
-        for number, caption in tqdm(written, total=len(names), initial=len(names) - len(missing), desc="caption", disable=None):
+            [pictures[index] for index in missing], sample_ids=[sample_number(names[index]) for index in missing]
+        )
+        for number, caption in tqdm(
+            written, total=len(names), initial=len(names) - len(missing), desc="caption", disable=None
+        ):
             name = names[missing[number]]
             known[name] = caption
             log.append({"image_id": name, "caption": caption})
@@ -97,7 +123,11 @@ def _data_result(options: argparse.Namespace) -> dict[str, Any]:
 
     file = pathlib.Path(options.captions or pathlib.Path(options.data) / "captions.jsonl")
     captions = read_captions(file)
-    result: dict[str, Any] = {"n": len(captions), "captions_file": str(file), "text": text_statistics(list(captions.values()))}
+    result: dict[str, Any] = {
+        "n": len(captions),
+        "captions_file": str(file),
+        "text": text_statistics(list(captions.values())),
+    }
     folder = options.images or options.data
     if options.clip and not folder:
         raise ValueError("--clip compares captions with pictures; give --images")
@@ -115,17 +145,31 @@ def _clip_result(options: argparse.Namespace, captions: dict[str, str], folder: 
     scores: dict[str, float | None] = dict.fromkeys(captions)
     errors, cut = [], 0
     results = caption_cosines(scorer, list(files.values()), list(captions.values()), options.encoder_batch_size)
-    for (name, path), (score, was_cut) in zip(files.items(), tqdm(results, total=len(files), desc="clip", disable=None)):
+    for (name, path), (score, was_cut) in zip(
+        files.items(), tqdm(results, total=len(files), desc="clip", disable=None)
+    ):
         cut += was_cut
         if isinstance(score, str):
             errors.append({"image": str(path), "error": score})
         else:
             scores[name] = score
     valid = [score for score in scores.values() if score is not None]
-    means = {
-        "cosine": interval(valid), "clip_score": interval([SCORE_SCALE * max(score, 0.0) for score in valid])} if valid else {}
-    return {"clip": {"model": scorer.encoder.name, "n_valid": len(valid), "captions_cut": cut, "tokens": scorer.positions, **means, "scores": scores},
-            "errors": errors}
+    means = (
+        {"cosine": interval(valid), "clip_score": interval([SCORE_SCALE * max(score, 0.0) for score in valid])}
+        if valid
+        else {}
+    )
+    return {
+        "clip": {
+            "model": scorer.encoder.name,
+            "n_valid": len(valid),
+            "captions_cut": cut,
+            "tokens": scorer.positions,
+            **means,
+            "scores": scores,
+        },
+        "errors": errors,
+    }
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ class TextScorer:
         """Ids `[T]` of a text, cut to the positions (the end token stays), and whether it was cut. Filled up with 0."""
         ids = list(self.tokenizer(text)["input_ids"])
         cut = len(ids) > self.positions
-        ids = [*ids[:self.positions - 1], ids[-1]] if cut else ids
+        ids = [*ids[: self.positions - 1], ids[-1]] if cut else ids
         return np.pad(np.array(ids, np.int32), (0, self.positions - len(ids))), cut
 
 
@@ -61,10 +61,15 @@ def open_text_scorer(folder: str | pathlib.Path, longclip: str | pathlib.Path | 
     """
     folder = pathlib.Path(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise FileNotFoundError(f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); give the whole folder of CLIP")
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); give the whole folder of CLIP"
+        )
     source = open_encoder(longclip or folder)
     if not isinstance(source.config, CLIPConfig):
-        raise ValueError(f"{source.path} holds no CLIP model with both towers; the text-image score needs one such as clip-vit-large-patch14")
+        raise ValueError(
+            f"{source.path} holds no CLIP model with both towers; the text-image score needs one such as "
+            "clip-vit-large-patch14"
+        )
     from transformers import AutoTokenizer  # slow import, needed only here
 
     try:
@@ -85,7 +90,8 @@ _compiled_text_features = jax.jit(_text_features, static_argnums=0)
 
 
 def caption_cosines(
-    scorer: TextScorer, files: Sequence[pathlib.Path], captions: Sequence[str], batch_size: int) -> Iterator[tuple[float | str, bool]]:
+    scorer: TextScorer, files: Sequence[pathlib.Path], captions: Sequence[str], batch_size: int
+) -> Iterator[tuple[float | str, bool]]:
     """Of each picture and its caption the cosine, or what is wrong with the picture; and whether the caption was cut.
 
     Args:
@@ -96,12 +102,12 @@ def caption_cosines(
     """
     for start in range(0, len(files), batch_size):
         pixels: list[np.ndarray | str] = []
-        for file in files[start:start + batch_size]:
+        for file in files[start : start + batch_size]:
             try:
                 pixels.append(scorer.encoder.pixels(read_rgb(file)))
             except ValueError as error:
                 pixels.append(str(error))
-        texts = [scorer.token_ids(caption) for caption in captions[start:start + batch_size]]
+        texts = [scorer.token_ids(caption) for caption in captions[start : start + batch_size]]
         blank = np.zeros((*scorer.encoder.preprocess.crop, 3), np.float32)
         filled = [blank if isinstance(image, str) else image for image in pixels] + [blank] * (batch_size - len(pixels))
         ids = np.stack([ids for ids, _ in texts] + [texts[-1][0]] * (batch_size - len(texts)))

@@ -32,13 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `write`, `check` and `summary`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", help="write, check or summary")
     write = actions.add_parser("write", help="draw the prompts", allow_abbrev=False)
-    write.add_argument("--prompts", type=pathlib.Path, required=True, help="dpg_bench/prompts of the benchmark: a folder of .txt files")
+    write.add_argument(
+        "--prompts", type=pathlib.Path, required=True, help="dpg_bench/prompts of the benchmark: a folder of .txt files"
+    )
     write.add_argument("--out", type=pathlib.Path, required=True, help="folder of the grids")
     add_model_flags(write)
     check = actions.add_parser("check", help="does the evaluator find everything?", allow_abbrev=False)
     check.add_argument("folder", type=pathlib.Path)
     check.add_argument("--prompts", type=pathlib.Path, required=True, help="dpg_bench/prompts of the benchmark")
-    check.add_argument("--size", type=int, help="side of a sample, the evaluator's RESOLUTION (default: as it was written)")
+    check.add_argument(
+        "--size", type=int, help="side of a sample, the evaluator's RESOLUTION (default: as it was written)"
+    )
     add_summary(actions, "scores from the evaluator's results", "results", "dpg-bench_*_results.txt")
 
 
@@ -79,8 +83,10 @@ def read_prompts(folder: pathlib.Path) -> dict[str, str]:
 def write(options: argparse.Namespace) -> None:
     """Writes `<stem>.png` for every prompt; the samples of prompt i have the noise of 4 i to 4 i + 3."""
     prompts = read_prompts(options.prompts)
-    targets = [Target(options.out / f"{stem}.png", prompt, tuple(range(SAMPLES * index, SAMPLES * (index + 1))))
-               for index, (stem, prompt) in enumerate(prompts.items())]
+    targets = [
+        Target(options.out / f"{stem}.png", prompt, tuple(range(SAMPLES * index, SAMPLES * (index + 1))))
+        for index, (stem, prompt) in enumerate(prompts.items())
+    ]
     told = "\n".join(f"{stem}\t{prompt}" for stem, prompt in prompts.items())
     draw_folder(options, "dpg", targets, {"prompts": run_settings.digest(told), "count": len(prompts)})
 
@@ -94,8 +100,10 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"nothing says how large the samples of {folder} are; give --size, the evaluator's RESOLUTION")
     expected = [folder / f"{stem}.png" for stem in prompts]
     problems = content_problems(expected, GRID_SIDE * size)
-    problems += [f"{path} is none of the benchmark's grids; the evaluator fails on every other file, so move it out"
-                 for path in sorted(set(folder.iterdir()) - set(expected))]
+    problems += [
+        f"{path} is none of the benchmark's grids; the evaluator fails on every other file, so move it out"
+        for path in sorted(set(folder.iterdir()) - set(expected))
+    ]
     refuse(problems, str(folder))
     print(f"{folder}: {len(expected)} grids of {SAMPLES} samples, {size} pixels each, as the evaluator reads them")
     if len(expected) != PROMPTS:
@@ -103,7 +111,9 @@ def check(options: argparse.Namespace) -> None:
 
 
 def _numbers(fields: list[str]) -> list[float]:
-    """The numbers at the end of a line's fields: scores of the samples, then their mean. A path may itself hold commas."""
+    """The numbers at the end of a line's fields: scores of the samples, then their mean. A path may itself hold
+    commas.
+    """
     found: list[float] = []
     for field in reversed(fields[1:]):
         try:
@@ -117,8 +127,8 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
     """What the evaluator's results file says.
 
     Returns:
-      "prompts": {stem: scores of its samples, in [0, 1]}; "categories" and "subcategories": {name: percent}; "score": the
-      total in percent, None while the evaluator has not finished.
+      "prompts": {stem: scores of its samples, in [0, 1]}; "categories" and "subcategories": {name: percent}; "score":
+      the total in percent, None while the evaluator has not finished.
 
     Raises:
       FileNotFoundError: no such file.
@@ -140,7 +150,9 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
             fields = line.split(", ")
             *scores, mean = _numbers(fields) or [math.nan]
             if not scores or not math.isclose(mean, sum(scores) / len(scores), abs_tol=1e-9):
-                raise ValueError(f"{path} line {number} is not a picture's path, the scores of its samples and their mean")
+                raise ValueError(
+                    f"{path} line {number} is not a picture's path, the scores of its samples and their mean"
+                )
             name = ", ".join(fields[: len(fields) - len(scores) - 1]).replace("\\", "/").rsplit("/", 1)[-1]
             found["prompts"][name.split(".")[0]] = scores
     if not found["prompts"]:
@@ -151,8 +163,8 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
 def summarise(results: dict[str, Any]) -> dict[str, Any]:
     """The mean over prompts with an interval over prompts, all in percent, beside the evaluator's own figures.
 
-    The mean is computed again from the prompts' lines; `warnings` says where it differs from the evaluator's total, and how
-    many prompts are missing. Category scores are the evaluator's, which take only the last sample of every grid.
+    The mean is computed again from the prompts' lines; `warnings` says where it differs from the evaluator's total, and
+    how many prompts are missing. Category scores are the evaluator's, which take only the last sample of every grid.
     """
     pictures = results["prompts"]
     overall = grouped_scores(("all", stem, sum(scores) / len(scores)) for stem, scores in pictures.items())["overall"]
@@ -161,19 +173,30 @@ def summarise(results: dict[str, Any]) -> dict[str, Any]:
     if results["score"] is None:
         warnings.append("the evaluator has not written its total: it has not finished")
     elif not math.isclose(results["score"], percent["value"], abs_tol=1e-3):
-        warnings.append(f"the evaluator's total is {results['score']}, the mean of the prompts' lines {percent['value']:.4f}")
+        warnings.append(
+            f"the evaluator's total is {results['score']}, the mean of the prompts' lines {percent['value']:.4f}"
+        )
     if len(pictures) != PROMPTS:
         warnings.append(f"{len(pictures)} prompts were scored; the published benchmark has {PROMPTS}")
     samples = {len(scores) for scores in pictures.values()}
     if samples != {SAMPLES}:
         warnings.append(f"prompts have {sorted(samples)} samples; the benchmark has {SAMPLES}")
-    return {"overall": overall | percent, **{name: results[name] for name in ("categories", "subcategories")}, "warnings": warnings}
+    return {
+        "overall": overall | percent,
+        **{name: results[name] for name in ("categories", "subcategories")},
+        "warnings": warnings,
+    }
 
 
 def summary(options: argparse.Namespace) -> None:
     """Prints the scores of a results file, and writes them as JSON."""
     scores = summarise(read_results(options.results))
     overall = scores["overall"]
-    lines = [f"DPG-Bench  {overall['value']:.2f}  [{overall['low']:.2f}, {overall['high']:.2f}]  {overall['prompts']} prompts"]
-    lines += [f"  {name}: {value:.2f}" for name, value in (*scores["categories"].items(), *scores["subcategories"].items())]
+    lines = [
+        f"DPG-Bench  {overall['value']:.2f}  [{overall['low']:.2f}, {overall['high']:.2f}]  {overall['prompts']} "
+        "prompts"
+    ]
+    lines += [
+        f"  {name}: {value:.2f}" for name, value in (*scores["categories"].items(), *scores["subcategories"].items())
+    ]
     tell("\n".join(lines), scores["warnings"], scores, options.output)

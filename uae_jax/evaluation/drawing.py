@@ -11,8 +11,12 @@ from uae_jax.model_flags import load_model
 
 
 def draw_folder(
-    options: argparse.Namespace, benchmark: str, targets: Sequence[Target], settings: Mapping[str, Any],
-    prepare: Callable[[], None] = lambda: None) -> None:
+    options: argparse.Namespace,
+    benchmark: str,
+    targets: Sequence[Target],
+    settings: Mapping[str, Any],
+    prepare: Callable[[], None] = lambda: None,
+) -> None:
     """Draws the missing files of a benchmark's folder and prints how many there were.
 
     Args:
@@ -36,5 +40,7 @@ def draw_folder(
     options.out.mkdir(parents=True, exist_ok=True)
     remove_partial(options.out)
     prepare()
-    written, kept = write_pictures(model, targets, size=model.settings.size, batch_size=model.settings.batch_size, label=benchmark)
+    written, kept = write_pictures(
+        model, targets, size=model.settings.size, batch_size=model.settings.batch_size, label=benchmark
+    )
     print(f"{options.out}: {written} pictures written, {kept} were there")

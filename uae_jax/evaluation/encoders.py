@@ -1,4 +1,6 @@
-"""The benchmark's image encoders: each with its published image processing on the host, exactly as PIL and torch do it."""
+"""The benchmark's image encoders: each with its published image processing on the host, exactly as PIL and torch do
+it.
+"""
 
 import dataclasses
 import pathlib
@@ -83,7 +85,9 @@ def host_pixels(preprocess: Preprocess, image: Image.Image, float_resize: bool =
     filter_ = FILTERS[preprocess.method]
     if float_resize:
         channels = np.moveaxis(np.asarray(image, np.float32) / 255, -1, 0)
-        x = np.stack([np.asarray(Image.fromarray(channel).resize((width, height), filter_)) for channel in channels], -1)
+        x = np.stack(
+            [np.asarray(Image.fromarray(channel).resize((width, height), filter_)) for channel in channels], -1
+        )
     else:
         x = np.asarray(image.resize((width, height), filter_), np.float32) / 255
     for axis, side in enumerate(preprocess.crop):

@@ -57,8 +57,14 @@ class ChatEndpoint:
                 break
             try:
                 response = self._post(messages)
-            except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema) as error:
-                raise EndpointError(f"endpoint {self.url} is not an address ({error}); give one such as http://localhost:8000/v1") from error
+            except (
+                requests.exceptions.InvalidURL,
+                requests.exceptions.MissingSchema,
+                requests.exceptions.InvalidSchema,
+            ) as error:
+                raise EndpointError(
+                    f"endpoint {self.url} is not an address ({error}); give one such as http://localhost:8000/v1"
+                ) from error
             except requests.RequestException as error:
                 trouble, wait = _reason(error), None
             else:
@@ -81,14 +87,21 @@ class ChatEndpoint:
         body = {"model": self.model, "messages": list(messages), **self.fields}
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         return requests.post(
-            url, json={name: value for name, value in body.items() if value is not None}, headers=headers, timeout=self.timeout)
+            url,
+            json={name: value for name, value in body.items() if value is not None},
+            headers=headers,
+            timeout=self.timeout,
+        )
 
     def _refuse(self, response: requests.Response) -> None:
         said = f"status {response.status_code}: {_excerpt(response)}"
         if response.status_code in REFUSED:
             raise QuestionRefused(f"the endpoint refused the question ({said})")
         hint = {401: "is the API key right?", 403: "may this key use the model?", 404: "are address and model right?"}
-        raise EndpointError(f"endpoint {self.url} cannot be used ({said}); {hint.get(response.status_code, 'look at its documentation')}")
+        raise EndpointError(
+            f"endpoint {self.url} cannot be used ({said}); "
+            f"{hint.get(response.status_code, 'look at its documentation')}"
+        )
 
 
 def _content(response: requests.Response) -> str | None:

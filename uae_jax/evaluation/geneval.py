@@ -5,8 +5,8 @@
     (the official evaluation/evaluate_images.py OUT --outfile results.jsonl, in its own container)
     python -m uae_jax.evaluate geneval summary results.jsonl
 
-`write` goes on where it was interrupted. For the built-in model the prompts are `--prompts=scenes`, and an exact checker
-takes the place of the detector; it writes results of the same form:
+`write` goes on where it was interrupted. For the built-in model the prompts are `--prompts=scenes`, and an exact
+checker takes the place of the detector; it writes results of the same form:
 
     python -m uae_jax.evaluate geneval write --prompts=scenes --out=OUT
     python -m uae_jax.evaluate geneval score OUT
@@ -43,19 +43,25 @@ PICTURE = re.compile(r"\d+\.png")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `write`, `check`, `score` and `summary`."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", help="write, check, score or summary")
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="ACTION", help="write, check, score or summary"
+    )
     write = actions.add_parser("write", help="draw the prompts", allow_abbrev=False)
     write.add_argument("--prompts", required=True, help="evaluation_metadata.jsonl of the benchmark, or `scenes`")
     write.add_argument("--out", type=pathlib.Path, required=True, help="folder of the pictures")
     write.add_argument("--images_per_prompt", type=int, default=4, help="default: %(default)s, the benchmark's")
-    write.add_argument("--per_tag", type=int, default=16, help="prompts of each tag, for `scenes` (default: %(default)s)")
+    write.add_argument(
+        "--per_tag", type=int, default=16, help="prompts of each tag, for `scenes` (default: %(default)s)"
+    )
     add_model_flags(write)
     check = actions.add_parser("check", help="does the evaluator find everything?", allow_abbrev=False)
     check.add_argument("folder", type=pathlib.Path)
     check.add_argument("--prompts", help="compare with this file, or `scenes`")
     check.add_argument("--images_per_prompt", type=int, help="default: as it was written, else 4")
     check.add_argument("--per_tag", type=int, help="for `scenes` (default: as it was written)")
-    score = actions.add_parser("score", help="check pictures of the built-in scenes' prompts exactly", allow_abbrev=False)
+    score = actions.add_parser(
+        "score", help="check pictures of the built-in scenes' prompts exactly", allow_abbrev=False
+    )
     score.add_argument("folder", type=pathlib.Path)
     score.add_argument("--output", type=pathlib.Path, help="default: FOLDER.results.jsonl beside the folder")
     add_summary(actions, "scores from the evaluator's results", "results", "results.jsonl")
@@ -85,8 +91,12 @@ def write(options: argparse.Namespace) -> None:
         raise ValueError(f"--images_per_prompt is {options.images_per_prompt}; it must be at least 1")
     entries, count = read_entries(options.prompts, options.per_tag), options.images_per_prompt
     targets = [
-        Target(options.out / f"{index:05d}" / "samples" / f"{sample:05d}.png", entry["prompt"], (index * count + sample,))
-        for index, entry in enumerate(entries) for sample in range(count)]
+        Target(
+            options.out / f"{index:05d}" / "samples" / f"{sample:05d}.png", entry["prompt"], (index * count + sample,)
+        )
+        for index, entry in enumerate(entries)
+        for sample in range(count)
+    ]
 
     def prepare() -> None:
         for index, entry in enumerate(entries):
@@ -104,9 +114,13 @@ def _numbered_folders(folder: pathlib.Path) -> list[pathlib.Path]:
       FileNotFoundError: no such folder, or none in it.
     """
     check_folder(folder, "geneval write")
-    found = sorted((path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()), key=lambda path: int(path.name))
+    found = sorted(
+        (path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()), key=lambda path: int(path.name)
+    )
     if not found:
-        raise FileNotFoundError(f"folder {folder} holds no numbered folders such as 00000; give the --out of `geneval write`")
+        raise FileNotFoundError(
+            f"folder {folder} holds no numbered folders such as 00000; give the --out of `geneval write`"
+        )
     return found
 
 
@@ -123,7 +137,9 @@ def _metadata(folder: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing") from error
     except ValueError as error:
         raise ValueError(f"{path} is not one JSON object ({error})") from error
-    wrong = [name for name, kind in NEEDED.items() if not isinstance(value, dict) or not isinstance(value.get(name), kind)]
+    wrong = [
+        name for name, kind in NEEDED.items() if not isinstance(value, dict) or not isinstance(value.get(name), kind)
+    ]
     if wrong:
         raise ValueError(f"{path} has no {' and no '.join(wrong)}")
     return value
@@ -132,7 +148,11 @@ def _metadata(folder: pathlib.Path) -> dict[str, Any]:
 def _taken(folder: pathlib.Path) -> list[pathlib.Path]:
     """The pictures of a numbered folder by their number."""
     samples = folder / "samples"
-    found = [path for path in samples.iterdir() if path.is_file() and PICTURE.fullmatch(path.name)] if samples.is_dir() else []
+    found = (
+        [path for path in samples.iterdir() if path.is_file() and PICTURE.fullmatch(path.name)]
+        if samples.is_dir()
+        else []
+    )
     return sorted(found, key=lambda path: (int(path.stem), path.name))
 
 
@@ -166,7 +186,11 @@ def folder_problems(folder: pathlib.Path, entries: Sequence[dict] | None, images
     expected = len(entries) if entries is not None else numbers[-1] + 1
     problems += [f"{folder / f'{number:05d}'} is missing" for number in sorted(set(range(expected)) - set(numbers))]
     problems += [f"{path} is more than the {expected} prompts" for path in found if int(path.name) >= expected]
-    problems += [f"{path} has the number of another folder" for path, before in zip(found[1:], numbers) if int(path.name) == before]
+    problems += [
+        f"{path} has the number of another folder"
+        for path, before in zip(found[1:], numbers)
+        if int(path.name) == before
+    ]
     for path in found:
         try:
             entry = _metadata(path)
@@ -187,14 +211,18 @@ def check(options: argparse.Namespace) -> None:
     count = options.images_per_prompt or settings.get("images_per_prompt", 4)
     problems = folder_problems(options.folder, entries, count)
     if entries is None and "count" in settings and len(_numbered_folders(options.folder)) != settings["count"]:
-        problems.append(f"{options.folder} was begun with {settings['count']} prompts; run `geneval write` again to finish it")
+        problems.append(
+            f"{options.folder} was begun with {settings['count']} prompts; run `geneval write` again to finish it"
+        )
     refuse(problems, str(options.folder))
     found = _numbered_folders(options.folder)
     print(f"{options.folder}: {len(found)} prompts with {count} pictures each, as the evaluator reads them")
 
 
 def _boxes(scene: Scene, side: int) -> dict[str, list[list[float]]]:
-    """The objects seen, as the evaluator lists them: class -> [x0, y0, x1, y1, confidence], a box being the object's cell."""
+    """The objects seen, as the evaluator lists them: class -> [x0, y0, x1, y1, confidence], a box being the object's
+    cell.
+    """
     half, found = side / 2, {}
     for item in scene.objects:
         x, y = item.column * half, item.row * half
@@ -231,14 +259,23 @@ def score_scenes(folder: pathlib.Path) -> list[dict[str, Any]]:
         entry = _metadata(path)
         strange = sorted({item["class"] for item in entry["include"]} - set(SHAPES))
         if strange:
-            raise ValueError(f"{path} asks for {strange[0]!r}, which is not in the built-in scenes; run the official evaluator")
+            raise ValueError(
+                f"{path} asks for {strange[0]!r}, which is not in the built-in scenes; run the official evaluator"
+            )
         for file in _taken(path):
             pixels, scene = _seen(file)
             right = check_scene(entry, scene)
-            records.append({
-                "filename": str(file), "tag": entry["tag"], "prompt": entry["prompt"], "correct": right,
-                "reason": "" if right else f"found {_words(scene)}", "metadata": json.dumps(entry),
-                "details": json.dumps(_boxes(scene, pixels.shape[0]))})
+            records.append(
+                {
+                    "filename": str(file),
+                    "tag": entry["tag"],
+                    "prompt": entry["prompt"],
+                    "correct": right,
+                    "reason": "" if right else f"found {_words(scene)}",
+                    "metadata": json.dumps(entry),
+                    "details": json.dumps(_boxes(scene, pixels.shape[0])),
+                }
+            )
     if not records:
         raise ValueError(f"{folder} holds no pictures; run `geneval write` first")
     return records
@@ -259,18 +296,24 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Scores of the tags and their mean, as summary_scores.py of the benchmark computes them, with intervals.
 
     Returns:
-      "overall" and "tags" as of `grouped_scores`; "correct_prompts", the share of prompts with at least one right picture;
-      "warnings" in sentences.
+      "overall" and "tags" as of `grouped_scores`; "correct_prompts", the share of prompts with at least one right
+      picture; "warnings" in sentences.
     """
-    prompts = [record["metadata"] if isinstance(record["metadata"], str) else json.dumps(record["metadata"]) for record in records]
+    prompts = [
+        record["metadata"] if isinstance(record["metadata"], str) else json.dumps(record["metadata"])
+        for record in records
+    ]
     scores = grouped_scores((record["tag"], prompt, record["correct"]) for record, prompt in zip(records, prompts))
     right = dict.fromkeys(prompts, False)
     for record, prompt in zip(records, prompts):
         right[prompt] |= bool(record["correct"])
     folders = [str(pathlib.Path(record["filename"]).parent.parent) for record in records]
     return {
-        "overall": scores["overall"], "tags": scores["groups"], "correct_prompts": sum(right.values()) / len(right),
-        "warnings": uneven(collections.Counter(folders))}
+        "overall": scores["overall"],
+        "tags": scores["groups"],
+        "correct_prompts": sum(right.values()) / len(right),
+        "warnings": uneven(collections.Counter(folders)),
+    }
 
 
 def _report(scores: dict[str, Any]) -> str:

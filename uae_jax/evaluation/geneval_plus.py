@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_flags(write)
     check = actions.add_parser("check", help="does the judge's script find everything?", allow_abbrev=False)
     check.add_argument("folder", type=pathlib.Path)
-    check.add_argument("--prompts", type=pathlib.Path, help="count the prompts of this file (default: as it was written)")
+    check.add_argument(
+        "--prompts", type=pathlib.Path, help="count the prompts of this file (default: as it was written)"
+    )
     add_summary(actions, "scores from the judge's answers", "results", "Output.json")
 
 
@@ -46,7 +48,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:
-    """Prompts of `Geneval++.jsonl` or, one a line, of a `.txt` file; blank lines do not count, as in the official script.
+    """Prompts of `Geneval++.jsonl` or, one a line, of a `.txt` file; blank lines do not count, as in the official
+    script.
 
     Raises:
       FileNotFoundError, ValueError: no such file, an empty one, or a line that is not a prompt (named by number).
@@ -65,7 +68,9 @@ def write(options: argparse.Namespace) -> None:
     """Writes `1.jpg`, `2.jpg`, ..."""
     prompts = read_prompts(options.prompts)
     targets = [Target(options.out / f"{index + 1}.jpg", prompt, (index,)) for index, prompt in enumerate(prompts)]
-    draw_folder(options, "geneval_plus", targets, {"prompts": run_settings.digest("\n".join(prompts)), "count": len(prompts)})
+    draw_folder(
+        options, "geneval_plus", targets, {"prompts": run_settings.digest("\n".join(prompts)), "count": len(prompts)}
+    )
 
 
 def check(options: argparse.Namespace) -> None:
@@ -102,7 +107,14 @@ def read_results(path: pathlib.Path) -> list[dict[str, Any]]:
     for number, result in enumerate(results, 1):
         try:
             judged = result["result"]
-            found.append({"id": result["id"], "tag": str(result["tag"]), "correct": judged.get("correct", 0), "reason": str(judged.get("reason", ""))})
+            found.append(
+                {
+                    "id": result["id"],
+                    "tag": str(result["tag"]),
+                    "correct": judged.get("correct", 0),
+                    "reason": str(judged.get("reason", "")),
+                }
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: result {number} has not the fields id, tag and result ({error})") from error
     return found
@@ -111,14 +123,17 @@ def read_results(path: pathlib.Path) -> list[dict[str, Any]]:
 def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Accuracy of the tags and their mean as the official script computes them, with intervals.
 
-    A picture is right where the verdict is 1. Prompts that the judge failed on count as wrong there; `warnings` says how
-    many they are, and how many pictures were missing.
+    A picture is right where the verdict is 1. Prompts that the judge failed on count as wrong there; `warnings` says
+    how many they are, and how many pictures were missing.
     """
     scores = grouped_scores((result["tag"], str(result["id"]), result["correct"] == 1) for result in results)
     unjudged = [result["id"] for result in results if result["correct"] not in (0, 1)]
     missing = [result["id"] for result in results if result["reason"] == "Image not found"]
-    warnings = [f"{len(ids)} {what} and count as wrong, such as number {ids[0]}"
-                for ids, what in ((unjudged, "pictures were not judged"), (missing, "pictures were missing")) if ids]
+    warnings = [
+        f"{len(ids)} {what} and count as wrong, such as number {ids[0]}"
+        for ids, what in ((unjudged, "pictures were not judged"), (missing, "pictures were missing"))
+        if ids
+    ]
     return {"overall": scores["overall"], "tags": scores["groups"], "warnings": warnings}
 
 

@@ -10,16 +10,16 @@ import numpy as np
 def grouped_scores(records: Iterable[tuple[str, str, float]], resamples: int = 2000) -> dict[str, Any]:
     """Mean score of every group, and "overall", the mean of the group means.
 
-    The 95 % intervals are percentile bootstraps that draw prompts anew within each group: several pictures of one prompt
-    are right or wrong together and are no independent evidence.
+    The 95 % intervals are percentile bootstraps that draw prompts anew within each group: several pictures of one
+    prompt are right or wrong together and are no independent evidence.
 
     Args:
       records: (group, prompt, score), one a picture.
       resamples: bootstrap draws; their seed is fixed.
 
     Returns:
-      {"overall": {"value", "low", "high", "n", "prompts"}, "groups": {group: the same}}, groups in the order of their first
-      record; `n` counts pictures.
+      {"overall": {"value", "low", "high", "n", "prompts"}, "groups": {group: the same}}, groups in the order of their
+      first record; `n` counts pictures.
 
     Raises:
       ValueError: no records.
@@ -32,13 +32,18 @@ def grouped_scores(records: Iterable[tuple[str, str, float]], resamples: int = 2
     rng = np.random.default_rng(0)
     groups, draws = {}, []
     for group, prompts in tallies.items():
-        sums, counts = (np.array([measure(scores) for scores in prompts.values()], np.float64) for measure in (sum, len))
+        sums, counts = (
+            np.array([measure(scores) for scores in prompts.values()], np.float64) for measure in (sum, len)
+        )
         chosen = rng.integers(0, len(prompts), (resamples, len(prompts)))
         draws.append(sums[chosen].sum(-1) / counts[chosen].sum(-1))
         groups[group] = _interval(sums.sum() / counts.sum(), draws[-1], int(counts.sum()), len(prompts))
     overall = _interval(
-        np.mean([score["value"] for score in groups.values()]), np.mean(draws, axis=0), sum(score["n"] for score in groups.values()),
-        sum(score["prompts"] for score in groups.values()))
+        np.mean([score["value"] for score in groups.values()]),
+        np.mean(draws, axis=0),
+        sum(score["n"] for score in groups.values()),
+        sum(score["prompts"] for score in groups.values()),
+    )
     return {"overall": overall, "groups": groups}
 
 
@@ -53,7 +58,9 @@ def table(scores: Mapping[str, Any], title: str) -> str:
     width = max(map(len, rows))
     return "\n".join(
         f"{name:{width}}  {100 * row['value']:6.2f} %  [{100 * row['low']:.2f}, {100 * row['high']:.2f}]  "
-        f"{row['n']} pictures of {row['prompts']} prompts" for name, row in rows.items())
+        f"{row['n']} pictures of {row['prompts']} prompts"
+        for name, row in rows.items()
+    )
 
 
 def uneven(counts: Mapping[str, int]) -> list[str]:

@@ -4,10 +4,10 @@
     python -m uae_jax.evaluate judge --captions_a=uae.jsonl --captions_b=other.jsonl --images=originals \\
         --endpoint=https://api.openai.com/v1 --model=gpt-4o --answers=answers.jsonl --output=judged.json
 
-Caption files have lines {"image_id": ..., "caption": ...}. Each pair of captions is judged twice, once in each order, and a
-win must hold in both. Answers are appended to --answers as they come: the same command continues a run that was cut off, and
-asks again what was not answered well. Without --endpoint the file is read as saved answers. --questions writes the questions
-for another tool, whose answers, as lines {"image_id", "order", "answer"}, are then saved answers.
+Caption files have lines {"image_id": ..., "caption": ...}. Each pair of captions is judged twice, once in each order,
+and a win must hold in both. Answers are appended to --answers as they come: the same command continues a run that was
+cut off, and asks again what was not answered well. Without --endpoint the file is read as saved answers. --questions
+writes the questions for another tool, whose answers, as lines {"image_id", "order", "answer"}, are then saved answers.
 """
 
 import argparse
@@ -29,24 +29,75 @@ FIRST_REFUSALS = 5  # questions refused before any is answered: then it is not t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
-    parser.add_argument("--captions_a", required=True, metavar="FILE", help="captions of the model whose wins are counted")
+    parser.add_argument(
+        "--captions_a", required=True, metavar="FILE", help="captions of the model whose wins are counted"
+    )
     parser.add_argument("--captions_b", required=True, metavar="FILE", help="captions of the model it is compared with")
     parser.add_argument("--names", metavar="A,B", help="names of the two models (default: names of the files)")
-    parser.add_argument("--images", metavar="DIR", help="show the judge the images; without it, it sees the captions alone")
-    parser.add_argument("--image_side", type=int, default=1024, metavar="N", help="longest side of a shown image in pixels (default: %(default)s)")
-    parser.add_argument("--criteria", type=pathlib.Path, metavar="FILE", help="JSON of the question and its criteria (default: the package's)")
-    parser.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible, such as https://api.openai.com/v1 or http://localhost:8000/v1")
+    parser.add_argument(
+        "--images", metavar="DIR", help="show the judge the images; without it, it sees the captions alone"
+    )
+    parser.add_argument(
+        "--image_side",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="longest side of a shown image in pixels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--criteria",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="JSON of the question and its criteria (default: the package's)",
+    )
+    parser.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="OpenAI-compatible, such as https://api.openai.com/v1 or http://localhost:8000/v1",
+    )
     parser.add_argument("--model", metavar="NAME", help="the judge's name at the endpoint")
-    parser.add_argument("--api_key_env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable of the key (default: %(default)s)")
-    parser.add_argument("--request_fields", default='{"temperature": 0}', metavar="JSON", help="more fields of each request (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one attempt (default: %(default)s)")
-    parser.add_argument("--retries", type=int, default=5, metavar="N", help="after time-outs, status 429 and 5xx (default: %(default)s)")
-    parser.add_argument("--backoff", type=float, default=1.0, metavar="SECONDS", help="before the first retry, doubled each time (default: %(default)s)")
-    parser.add_argument("--malformed_retries", type=int, default=1, metavar="N", help="times a malformed answer is asked again (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="questions asked at a time (default: %(default)s)")
+    parser.add_argument(
+        "--api_key_env",
+        default="OPENAI_API_KEY",
+        metavar="NAME",
+        help="environment variable of the key (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--request_fields",
+        default='{"temperature": 0}',
+        metavar="JSON",
+        help="more fields of each request (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, metavar="SECONDS", help="of one attempt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--retries", type=int, default=5, metavar="N", help="after time-outs, status 429 and 5xx (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--backoff",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="before the first retry, doubled each time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--malformed_retries",
+        type=int,
+        default=1,
+        metavar="N",
+        help="times a malformed answer is asked again (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=4, metavar="N", help="questions asked at a time (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the order of the questions (default: %(default)s)")
-    parser.add_argument("--answers", type=pathlib.Path, metavar="FILE", help="JSON lines that answers are appended to, or read from")
-    parser.add_argument("--questions", type=pathlib.Path, metavar="FILE", help="write the questions as JSON lines and stop")
+    parser.add_argument(
+        "--answers", type=pathlib.Path, metavar="FILE", help="JSON lines that answers are appended to, or read from"
+    )
+    parser.add_argument(
+        "--questions", type=pathlib.Path, metavar="FILE", help="write the questions as JSON lines and stop"
+    )
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="the result, JSON")
 
 
@@ -54,7 +105,8 @@ def run(options: argparse.Namespace) -> None:
     """Asks what is not answered yet, and reports.
 
     Raises:
-      ValueError: flags, captions or criteria that cannot be; or, after the result was written, pairs without a judgement.
+      ValueError: flags, captions or criteria that cannot be; or, after the result was written, pairs without a
+        judgement.
       FileNotFoundError: a file is missing.
       OSError: the endpoint cannot be used; answers so far are kept, and counted in the result.
     """
@@ -64,13 +116,20 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("give --answers and --output, or --questions to write the questions alone")
     if options.endpoint and not options.model:
         raise ValueError("--endpoint needs --model, the judge's name there")
-    if min(options.workers, options.image_side, options.timeout) <= 0 or min(options.retries, options.malformed_retries, options.backoff) < 0:
-        raise ValueError("--workers, --image_side and --timeout must be positive, the retries and --backoff not negative")
+    if (
+        min(options.workers, options.image_side, options.timeout) <= 0
+        or min(options.retries, options.malformed_retries, options.backoff) < 0
+    ):
+        raise ValueError(
+            "--workers, --image_side and --timeout must be positive, the retries and --backoff not negative"
+        )
     criteria = Criteria.from_file(options.criteria)
     captions_a, captions_b = read_captions(options.captions_a), read_captions(options.captions_b)
     shared = sorted(captions_a.keys() & captions_b.keys())
     if not shared:
-        raise ValueError(f"{options.captions_a} and {options.captions_b} have no image in common; their image_id must agree")
+        raise ValueError(
+            f"{options.captions_a} and {options.captions_b} have no image in common; their image_id must agree"
+        )
     files = image_files(options.images, shared) if options.images else {}
     questions = make_questions(criteria, captions_a, captions_b, files, options.seed)
     if options.questions:
@@ -90,13 +149,19 @@ def run(options: argparse.Namespace) -> None:
         raise trouble if isinstance(trouble, KeyboardInterrupt) else ConnectionError(f"{trouble}; {kept}")
     if result["n_valid"] < result["n_images"] or single:
         raise ValueError(
-            f"{result['n_images'] - result['n_valid']} of {result['n_images']} pairs have no judgement ({result['answers']['malformed']} malformed, "
-            f"{result['answers']['refused']} refused and {result['answers']['missing']} missing answers), and {len(single)} images have a caption of "
-            f"one model alone; the rest is in {options.output}")
+            f"{result['n_images'] - result['n_valid']} of {result['n_images']} pairs have no judgement "
+            f"({result['answers']['malformed']} malformed, "
+            f"{result['answers']['refused']} refused and {result['answers']['missing']} missing answers), and "
+            f"{len(single)} images have a caption of "
+            f"one model alone; the rest is in {options.output}"
+        )
 
 
 def _write_questions(path: pathlib.Path, questions: Sequence, side: int) -> None:
-    lines = [{"image_id": q.image_id, "order": q.order, "question": q.fingerprint, "messages": q.messages(side)} for q in questions]
+    lines = [
+        {"image_id": q.image_id, "order": q.order, "question": q.fingerprint, "messages": q.messages(side)}
+        for q in questions
+    ]
     write_json_lines(path, lines)
     print(f"{len(lines)} questions: {path}")
 
@@ -109,14 +174,23 @@ def _answer(options: argparse.Namespace, keys: Sequence[str], questions: Sequenc
     if not options.endpoint:
         return
     endpoint = ChatEndpoint(
-        options.endpoint, options.model, _key(options), options.timeout, options.retries, options.backoff, _fields(options.request_fields))
+        options.endpoint,
+        options.model,
+        _key(options),
+        options.timeout,
+        options.retries,
+        options.backoff,
+        _fields(options.request_fields),
+    )
     verdicts = _verdicts(options, keys, questions)[0]
     missing = [question for question in questions if question.order not in verdicts.get(question.image_id, {})]
     with RecordLog(options.answers) as log, concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
         asker = _Asker(options, keys, endpoint, log)
         futures = [pool.submit(asker.ask, question) for question in missing]
         try:
-            for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), desc=options.model, disable=None):
+            for future in tqdm(
+                concurrent.futures.as_completed(futures), total=len(futures), desc=options.model, disable=None
+            ):
                 future.result()
                 if asker.trouble:
                     raise asker.trouble
@@ -141,7 +215,12 @@ class _Asker:
 
         if self.endpoint.stop.is_set():
             return
-        record = {"image_id": question.image_id, "order": question.order, "judge": self.options.model, "question": question.fingerprint}
+        record = {
+            "image_id": question.image_id,
+            "order": question.order,
+            "judge": self.options.model,
+            "question": question.fingerprint,
+        }
         try:
             messages = question.messages(self.options.image_side)
             for attempt in range(self.options.malformed_retries + 1):
@@ -158,7 +237,11 @@ class _Asker:
             record["error"] = str(error)
         self._write(record)
         if self.refused >= FIRST_REFUSALS and not self.answered:
-            self._stop(EndpointError(f"endpoint {self.endpoint.url} refused the first {self.refused} questions: {record.get('error')}"))
+            self._stop(
+                EndpointError(
+                    f"endpoint {self.endpoint.url} refused the first {self.refused} questions: {record.get('error')}"
+                )
+            )
 
     def _stop(self, error: Exception) -> None:
         """No further attempt is made; of several errors the first one is told."""
@@ -175,7 +258,9 @@ class _Asker:
 def _key(options: argparse.Namespace) -> str:
     key = os.environ.get(options.api_key_env, "")
     if not key and options.api_key_env != "OPENAI_API_KEY":
-        raise ValueError(f"the environment variable {options.api_key_env} of --api_key_env is not set; set it to the key")
+        raise ValueError(
+            f"the environment variable {options.api_key_env} of --api_key_env is not set; set it to the key"
+        )
     return key
 
 
@@ -189,8 +274,11 @@ def _fields(text: str) -> dict[str, Any]:
     return fields
 
 
-def _verdicts(options: argparse.Namespace, keys: Sequence[str], questions: Sequence) -> tuple[dict[str, dict[str, dict[str, str]]], Counter]:
-    """Image to order to verdict of the last valid answers, and how many questions are valid, malformed, refused, missing.
+def _verdicts(
+    options: argparse.Namespace, keys: Sequence[str], questions: Sequence
+) -> tuple[dict[str, dict[str, dict[str, str]]], Counter]:
+    """Image to order to verdict of the last valid answers, and how many questions are valid, malformed, refused,
+    missing.
 
     Raises:
       FileNotFoundError: saved answers that do not exist.
@@ -205,11 +293,19 @@ def _verdicts(options: argparse.Namespace, keys: Sequence[str], questions: Seque
     for number, record in enumerate(records, 1):
         place = (str(record.get("image_id")), record.get("order"))
         if place not in known:
-            raise ValueError(f"{options.answers} record {number} answers image {place[0]!r} in order {place[1]!r}, which was not asked; give another --answers")
+            raise ValueError(
+                f"{options.answers} record {number} answers image {place[0]!r} in order {place[1]!r}, which was not "
+                "asked; give another --answers"
+            )
         if record.get("question", known[place].fingerprint) != known[place].fingerprint:
-            raise ValueError(f"{options.answers} record {number} answers other captions, criteria or images; give another --answers")
+            raise ValueError(
+                f"{options.answers} record {number} answers other captions, criteria or images; give another --answers"
+            )
         if options.model and record.get("judge", options.model) != options.model:
-            raise ValueError(f"{options.answers} record {number} is of judge {record['judge']!r}, not {options.model!r}; give another --answers")
+            raise ValueError(
+                f"{options.answers} record {number} is of judge {record['judge']!r}, not {options.model!r}; give "
+                "another --answers"
+            )
         verdict = parse_verdict(keys, str(record.get("answer", "")))
         if verdict:
             verdicts.setdefault(place[0], {})[place[1]] = verdict
@@ -218,24 +314,42 @@ def _verdicts(options: argparse.Namespace, keys: Sequence[str], questions: Seque
     return verdicts, Counter(kinds.values())
 
 
-def _result(options: argparse.Namespace, keys: Sequence[str], questions: Sequence, single: Sequence[str]) -> dict[str, Any]:
+def _result(
+    options: argparse.Namespace, keys: Sequence[str], questions: Sequence, single: Sequence[str]
+) -> dict[str, Any]:
     """The result as it is now, written to --output."""
     from uae_jax.evaluation.judging import tally
 
     verdicts, counts = _verdicts(options, keys, questions)
-    names = options.names.split(",") if options.names else [pathlib.Path(path).stem for path in (options.captions_a, options.captions_b)]
+    names = (
+        options.names.split(",")
+        if options.names
+        else [pathlib.Path(path).stem for path in (options.captions_a, options.captions_b)]
+    )
     result = {
-        "judge": options.model or "saved answers", "a": names[0], "b": names[-1], "n_images": len(questions) // 2,
+        "judge": options.model or "saved answers",
+        "a": names[0],
+        "b": names[-1],
+        "n_images": len(questions) // 2,
         "n_valid": sum(len(orders) == 2 for orders in verdicts.values()),
         "answers": {name: counts[name] for name in ("valid", "malformed", "refused", "missing")},
-        "scores": tally(keys, verdicts), "captioned_by_one_model": list(single), "verdicts": verdicts}
+        "scores": tally(keys, verdicts),
+        "captioned_by_one_model": list(single),
+        "verdicts": verdicts,
+    }
     write_json(options.output, result)
     return result
 
 
 def _print(result: Mapping[str, Any], options: argparse.Namespace) -> None:
-    print(f"{result['a']} against {result['b']}, judged by {result['judge']}: {result['n_valid']} of {result['n_images']} images")
+    print(
+        f"{result['a']} against {result['b']}, judged by {result['judge']}: {result['n_valid']} of "
+        f"{result['n_images']} images"
+    )
     for key, entry in result["scores"].items():
-        shares = "  ".join(f"{name} {entry[name]['value']:.3f} [{entry[name]['low']:.3f}, {entry[name]['high']:.3f}]" for name in ("win", "tie", "loss"))
+        shares = "  ".join(
+            f"{name} {entry[name]['value']:.3f} [{entry[name]['low']:.3f}, {entry[name]['high']:.3f}]"
+            for name in ("win", "tie", "loss")
+        )
         print(f"{key:16} {shares}  agrees with itself {entry['consistency']:.3f}")
     print(f"result: {options.output}")

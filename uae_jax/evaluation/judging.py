@@ -47,7 +47,10 @@ class Criteria:
             listed = tuple((item["name"], item["question"]) for item in raw["criteria"])
             found = cls(raw["instruction"], raw["with_image"], raw["without_image"], listed)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} does not hold criteria ({type(error).__name__}: {error}); copy the package's judge_criteria.json") from error
+            raise ValueError(
+                f"{path} does not hold criteria ({type(error).__name__}: {error}); copy the package's "
+                "judge_criteria.json"
+            ) from error
         names = [name for name, _ in listed]
         if not names or len(set(names)) != len(names) or OVERALL in names:
             raise ValueError(f"{path} needs criteria with different names, none of them {OVERALL!r}; it has {names}")
@@ -62,9 +65,16 @@ class Criteria:
         """The question; captions are put in last, so that braces in them mean nothing."""
         listed = "\n".join(f"- {name}: {question}" for name, question in self.criteria)
         keys = ", ".join(f'"{key}"' for key in self.keys)
-        parts = {"image_note": self.with_image if has_image else self.without_image, "criteria": listed, "keys": keys,
-                 "caption_a": caption_a, "caption_b": caption_b}
-        return re.sub(r"\{(image_note|criteria|keys|caption_a|caption_b)\}", lambda match: parts[match[1]], self.instruction)
+        parts = {
+            "image_note": self.with_image if has_image else self.without_image,
+            "criteria": listed,
+            "keys": keys,
+            "caption_a": caption_a,
+            "caption_b": caption_b,
+        }
+        return re.sub(
+            r"\{(image_note|criteria|keys|caption_a|caption_b)\}", lambda match: parts[match[1]], self.instruction
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +99,12 @@ class Question:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
         image.save(data, "JPEG", quality=92)
         url = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
-        return [{"role": "user", "content": [{"type": "text", "text": self.text}, {"type": "image_url", "image_url": {"url": url}}]}]
+        return [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": self.text}, {"type": "image_url", "image_url": {"url": url}}],
+            }
+        ]
 
 
 def read_captions(path: str | pathlib.Path) -> dict[str, str]:
@@ -125,12 +140,19 @@ def image_files(folder: str | pathlib.Path, names: Sequence[str]) -> dict[str, p
     files = {path.stem: path for path in sorted(pathlib.Path(folder).rglob("*")) if path.suffix.lower() in SUFFIXES}
     missing = [name for name in names if name not in files]
     if missing:
-        raise FileNotFoundError(f"{folder} has no image {missing[0]} ({len(missing)} of {len(names)} are missing); leave out --images to judge by text alone")
+        raise FileNotFoundError(
+            f"{folder} has no image {missing[0]} ({len(missing)} of {len(names)} are missing); leave out --images to "
+            "judge by text alone"
+        )
     return {name: files[name] for name in names}
 
 
 def make_questions(
-    criteria: Criteria, captions_a: Mapping[str, str], captions_b: Mapping[str, str], files: Mapping[str, pathlib.Path], seed: int
+    criteria: Criteria,
+    captions_a: Mapping[str, str],
+    captions_b: Mapping[str, str],
+    files: Mapping[str, pathlib.Path],
+    seed: int,
 ) -> list[Question]:
     """Two questions for each image that both models captioned, one in each order, all of them shuffled.
 
@@ -144,7 +166,9 @@ def make_questions(
     for name in sorted(captions_a.keys() & captions_b.keys()):
         for order in ORDERS:
             first, second = (captions_a, captions_b) if order == "ab" else (captions_b, captions_a)
-            questions.append(Question(name, order, criteria.text(first[name], second[name], name in files), files.get(name)))
+            questions.append(
+                Question(name, order, criteria.text(first[name], second[name], name in files), files.get(name))
+            )
     random.Random(seed).shuffle(questions)
     return questions
 
@@ -175,16 +199,16 @@ def _points(verdict: Mapping[str, str], key: str, order: str) -> int:
 def tally(keys: Sequence[str], verdicts: Mapping[str, Mapping[str, Mapping[str, str]]]) -> dict[str, Any]:
     """Win, tie and loss of model a against model b.
 
-    A win is one that holds in both orders; a judge that changes its mind with the order counts as a tie (as in MT-Bench,
-    arXiv 2306.05685, section 3.4).
+    A win is one that holds in both orders; a judge that changes its mind with the order counts as a tie (as in
+    MT-Bench, arXiv 2306.05685, section 3.4).
 
     Args:
       keys: of the answers.
       verdicts: image to order to `parse_verdict`; only images with both orders count.
 
     Returns:
-      {key: {"win", "tie", "loss", "win_rate" (ties are half): value, n, low, high; "consistency": share of images whose two
-      answers agree, "first_rate": share of decided answers for the caption shown first}}, {} without images.
+      {key: {"win", "tie", "loss", "win_rate" (ties are half): value, n, low, high; "consistency": share of images whose
+      two answers agree, "first_rate": share of decided answers for the caption shown first}}, {} without images.
     """
     whole = {name: answers for name, answers in verdicts.items() if set(answers) == set(ORDERS)}
     if not whole:
@@ -193,10 +217,13 @@ def tally(keys: Sequence[str], verdicts: Mapping[str, Mapping[str, Mapping[str, 
     for key in keys:
         points = [tuple(_points(answers[order], key, order) for order in ORDERS) for answers in whole.values()]
         results = [OUTCOMES[1 - a] if a == b else "tie" for a, b in points]
-        decided = [answers[order][key] == "A" for answers in whole.values() for order in ORDERS if answers[order][key] != "tie"]
+        decided = [
+            answers[order][key] == "A" for answers in whole.values() for order in ORDERS if answers[order][key] != "tie"
+        ]
         table[key] = {
             **{outcome: interval([result == outcome for result in results]) for outcome in OUTCOMES},
             "win_rate": interval([1.0 - OUTCOMES.index(result) / 2 for result in results]),
             "consistency": sum(a == b for a, b in points) / len(points),
-            "first_rate": sum(decided) / len(decided) if decided else None}
+            "first_rate": sum(decided) / len(decided) if decided else None,
+        }
     return table

@@ -4,8 +4,8 @@
     python -m uae_jax.evaluate mmt check OUT/uae_MMT-Bench_VAL.tsv --data=MMT-Bench_VAL.tsv
     python -m uae_jax.evaluate mmt summary OUT/uae_MMT-Bench_VAL.tsv
 
-`answer` writes `<name>_<data>.tsv` and `.xlsx`, the columns of the benchmark without its images and with `prediction`; it goes
-on where it was interrupted. For the ALL split, whose answers are not public, it also writes the file to submit,
+`answer` writes `<name>_<data>.tsv` and `.xlsx`, the columns of the benchmark without its images and with `prediction`;
+it goes on where it was interrupted. For the ALL split, whose answers are not public, it also writes the file to submit,
 `<name>_<data>_exact_matching_submission.tsv`. The files of several images an item (`_MI`) work as well.
 `summary` scores by exact matching, and also reads VLMEvalKit's own `*_result.xlsx` with what its judge decided.
 """
@@ -41,10 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `answer`, `check` and `summary`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", help="answer, check or summary")
     answer = actions.add_parser("answer", help="answer the questions", allow_abbrev=False)
-    answer.add_argument("--data", type=pathlib.Path, required=True, help="MMT-Bench_VAL.tsv, or another TSV of this form")
+    answer.add_argument(
+        "--data", type=pathlib.Path, required=True, help="MMT-Bench_VAL.tsv, or another TSV of this form"
+    )
     answer.add_argument("--out", type=pathlib.Path, required=True, help="folder of the tables")
-    answer.add_argument("--name", default="uae_jax", help="of the model, the first part of the file names (default: %(default)s)")
-    answer.add_argument("--image_root", type=pathlib.Path, help="where relative image_path values start (default: beside --data)")
+    answer.add_argument(
+        "--name", default="uae_jax", help="of the model, the first part of the file names (default: %(default)s)"
+    )
+    answer.add_argument(
+        "--image_root", type=pathlib.Path, help="where relative image_path values start (default: beside --data)"
+    )
     add_model_flags(answer)
     check = actions.add_parser("check", help="is every item answered?", allow_abbrev=False)
     check.add_argument("table", type=pathlib.Path)
@@ -62,14 +68,17 @@ def run(options: argparse.Namespace) -> None:
 
 
 def read_items(path: pathlib.Path) -> list[Line]:
-    """The items without their images, in the order of the file; items whose image is missing are none, as in VLMEvalKit.
+    """The items without their images, in the order of the file; items whose image is missing are none, as in
+    VLMEvalKit.
 
     Raises:
       FileNotFoundError, ValueError: the table cannot be read, lacks a column, or has an index twice.
     """
     found: dict[str, Line] = {}
     for row in read_tsv(path):
-        absent = [name for name in NEEDED if name not in row] + (["image or image_path"] if not {"image", "image_path"} & set(row) else [])
+        absent = [name for name in NEEDED if name not in row] + (
+            ["image or image_path"] if not {"image", "image_path"} & set(row) else []
+        )
         if absent:
             raise ValueError(f"{path} has no column {', '.join(absent)}; give a TSV of MMT-Bench")
         if row["index"] in found:
@@ -114,15 +123,20 @@ def _opened(name: str, roots: Sequence[pathlib.Path]) -> Image.Image:
         raise ValueError(f"its image {found} cannot be decoded ({error})") from error
 
 
-def item_images(path: pathlib.Path, wanted: set[str], image_root: pathlib.Path | None) -> Iterator[tuple[str, Callable[[], list[Image.Image]]]]:
+def item_images(
+    path: pathlib.Path, wanted: set[str], image_root: pathlib.Path | None
+) -> Iterator[tuple[str, Callable[[], list[Image.Image]]]]:
     """(index, a function that decodes its images) of the wanted items; the file is read as they are asked for.
 
-    Images are base64 text in `image`, one or a list; short values name the row that has the image. Without this column they
-    are files named in `image_path`.
+    Images are base64 text in `image`, one or a list; short values name the row that has the image. Without this column
+    they are files named in `image_path`.
     """
     roots = [pathlib.Path(), path.parent, path.parent / "images" / path.stem] if image_root is None else [image_root]
-    pointers = {row["index"]: row["image"] for row in read_tsv(path)
-                if row["index"] in wanted and row.get("image", "") not in MISSING and len(row["image"]) <= REFERENCE}
+    pointers = {
+        row["index"]: row["image"]
+        for row in read_tsv(path)
+        if row["index"] in wanted and row.get("image", "") not in MISSING and len(row["image"]) <= REFERENCE
+    }
     targets = set(pointers.values())
     shared = {row["index"]: row["image"] for row in read_tsv(path) if row["index"] in targets} if targets else {}
 
@@ -140,7 +154,8 @@ def item_images(path: pathlib.Path, wanted: set[str], image_root: pathlib.Path |
 
 
 def write_answers(
-    engine: "Inference", items: Sequence[Line], log: RecordLog, path: pathlib.Path, image_root: pathlib.Path | None) -> dict[str, str]:
+    engine: "Inference", items: Sequence[Line], log: RecordLog, path: pathlib.Path, image_root: pathlib.Path | None
+) -> dict[str, str]:
     """Answers what the log lacks, a batch at a time, and returns {index: error} of items that could not be.
 
     Args:
@@ -185,20 +200,32 @@ def _submission(rows: Sequence[Line]) -> list[Line]:
 
 
 def answer(options: argparse.Namespace) -> None:
-    """Answers all items and writes the tables. Items whose images cannot be read are left empty and reported at the end."""
+    """Answers all items and writes the tables. Items whose images cannot be read are left empty and reported at the
+    end.
+    """
     items = read_items(options.data)
     stem = options.out / f"{options.name}_{options.data.stem}"
     answers = stem.with_name(f"{stem.name}.answers.jsonl")
     options.temperature = options.temperature or 0.0
     model = load_model(options, len(items))
     told = run_settings.digest("".join(question_text(row) for row in items))
-    run_settings.begin(answers, {"benchmark": "mmt", **run_settings.model_settings(options, model, run_settings.ANSWERING), "questions": told, "count": len(items)})
+    run_settings.begin(
+        answers,
+        {
+            "benchmark": "mmt",
+            **run_settings.model_settings(options, model, run_settings.ANSWERING),
+            "questions": told,
+            "count": len(items),
+        },
+    )
     with RecordLog(answers) as log:
         errors = write_answers(model.engine, items, log, options.data, options.image_root)
     said = {record["index"]: record["prediction"] for record in read_records(answers)}
     rows = [row | {"prediction": said.get(row["index"], "")} for row in items]
     write_tsv(stem.with_name(f"{stem.name}.tsv"), rows)
-    write_xlsx(stem.with_name(f"{stem.name}.xlsx"), rows, ["index"] if all(_is_integer(row["index"]) for row in rows) else [])
+    write_xlsx(
+        stem.with_name(f"{stem.name}.xlsx"), rows, ["index"] if all(_is_integer(row["index"]) for row in rows) else []
+    )
     if "answer" not in items[0]:
         write_tsv(stem.with_name(f"{stem.name}_exact_matching_submission.tsv"), _submission(rows))
     print(f"{stem}.tsv: {len(said)} of {len(items)} items answered")
@@ -210,13 +237,17 @@ def check(options: argparse.Namespace) -> None:
     rows = read_table(options.table)
     absent = [name for name in ("index", "prediction") if name not in rows[0]]
     if absent:
-        raise ValueError(f"{options.table} has no column {' and no column '.join(absent)}; give a table of `mmt answer`")
+        raise ValueError(
+            f"{options.table} has no column {' and no column '.join(absent)}; give a table of `mmt answer`"
+        )
     said = {row["index"]: row["prediction"] for row in rows}
     items = {row["index"]: row for row in read_items(options.data)}
     problems = [f"item {index} is missing" for index in items if index not in said]
     problems += [f"item {index} is not in {options.data}" for index in said if index not in items]
     problems += [f"{len(rows) - len(said)} items stand twice"] if len(rows) != len(said) else []
-    changed = [row["index"] for row in rows if row["index"] in items and row.get("question") != items[row["index"]]["question"]]
+    changed = [
+        row["index"] for row in rows if row["index"] in items and row.get("question") != items[row["index"]]["question"]
+    ]
     problems += [f"item {index} has another question than {options.data}" for index in changed]
     refuse(problems, str(options.table))
     print(f"{options.table}: {len(rows)} items, all answered")
@@ -229,10 +260,18 @@ def summary(options: argparse.Namespace) -> None:
     """Prints the accuracy, and writes it as JSON."""
     found = scores(read_table(options.table))
     overall = found["overall"]
-    lines = [f"overall  {100 * overall['value']:.2f} %  [{100 * overall['low']:.2f}, {100 * overall['high']:.2f}]  {overall['n']} items"]
+    lines = [
+        f"overall  {100 * overall['value']:.2f} %  [{100 * overall['low']:.2f}, {100 * overall['high']:.2f}]  "
+        f"{overall['n']} items"
+    ]
     for name, score in found.get("meta_tasks", {}).items():
-        lines.append(f"  {name}: {100 * score['value']:.2f} %  [{100 * score['low']:.2f}, {100 * score['high']:.2f}]  {score['n']} items")
+        lines.append(
+            f"  {name}: {100 * score['value']:.2f} %  [{100 * score['low']:.2f}, {100 * score['high']:.2f}]  "
+            f"{score['n']} items"
+        )
     if "mean_of_meta_tasks" in found:
         lines.append(f"mean of meta-tasks  {100 * found['mean_of_meta_tasks']:.2f} %")
-    undecided = [f"{found['undecided']} predictions name no option and count as wrong"] if found.get("undecided") else []
+    undecided = (
+        [f"{found['undecided']} predictions name no option and count as wrong"] if found.get("undecided") else []
+    )
     tell("\n".join(lines), undecided, found, options.output)

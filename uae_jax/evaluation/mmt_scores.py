@@ -28,8 +28,8 @@ def options_of(row: Mapping[str, str]) -> dict[str, str]:
 def chosen_letter(answer: str, options: Mapping[str, str]) -> str | None:
     """The option that a free answer names.
 
-    In this order: exactly one option letter as a word, near the end; "the answer is" and a letter; exactly one option whose
-    text the answer holds, unless the answer is more than twice as long as all options.
+    In this order: exactly one option letter as a word, near the end; "the answer is" and a letter; exactly one option
+    whose text the answer holds, unless the answer is more than twice as long as all options.
 
     Args:
       answer: what the model wrote.
@@ -69,7 +69,10 @@ def hits(rows: Sequence[Mapping[str, str]]) -> list[float]:
         return [float(row["hit"] or 0) for row in rows]
     absent = [name for name in ("prediction", "answer") if name not in rows[0]]
     if absent:
-        raise ValueError(f"the table has no column {' and no column '.join(absent)}; answers of the ALL split are kept by EvalAI alone")
+        raise ValueError(
+            f"the table has no column {' and no column '.join(absent)}; answers of the ALL split are kept by EvalAI "
+            "alone"
+        )
     return [float(chosen_letter(row["prediction"], options_of(row)) == row["answer"].strip()) for row in rows]
 
 
@@ -89,7 +92,9 @@ def scores(rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
             found["meta_tasks"] = {}
             for name in sorted({row["l2-category"] for row in rows}):
                 inside = [index for index, row in enumerate(rows) if row["l2-category"] == name]
-                found["meta_tasks"][name] = grouped_scores((subtasks[i], numbers[i], right[i]) for i in inside)["overall"]
+                found["meta_tasks"][name] = grouped_scores((subtasks[i], numbers[i], right[i]) for i in inside)[
+                    "overall"
+                ]
             values = [score["value"] for score in found["meta_tasks"].values()]
             found["mean_of_meta_tasks"] = sum(values) / len(values)
     if "hit" not in rows[0]:

@@ -10,8 +10,8 @@ import jinja2
 from PIL import Image
 
 from uae_jax.evaluation.pairs import read_rgb
-from uae_jax.files.whole import write_bytes
 from uae_jax.evaluation.scores import Pair
+from uae_jax.files.whole import write_bytes
 
 THUMBNAIL = 224  # longest side in pixels
 # means x 100 over the 100 pictures of Unified-Bench: arXiv 2509.09666, table of protocol 1
@@ -39,7 +39,11 @@ def thumbnail(path: pathlib.Path) -> str:
 
 
 def pair_rows(
-    similarities: Mapping[str, Mapping[str, float | None]], pairs: Sequence[Pair], captions: Mapping[str, str], limit: int) -> list[dict]:
+    similarities: Mapping[str, Mapping[str, float | None]],
+    pairs: Sequence[Pair],
+    captions: Mapping[str, str],
+    limit: int,
+) -> list[dict]:
     """The pairs with the lowest mean over the models that scored them, lowest first, as the page shows them.
 
     Args:
@@ -50,17 +54,31 @@ def pair_rows(
     """
     rows = []
     for picture, reference in pairs:
-        scores = {model: values[picture.name] for model, values in similarities.items() if values.get(picture.name) is not None}
+        scores = {
+            model: values[picture.name]
+            for model, values in similarities.items()
+            if values.get(picture.name) is not None
+        }
         if scores:
-            rows.append({
-                "name": picture.name, "scores": scores, "mean": sum(scores.values()) / len(scores), "picture": picture,
-                "reference": reference, "caption": captions.get(picture.stem, "")})
+            rows.append(
+                {
+                    "name": picture.name,
+                    "scores": scores,
+                    "mean": sum(scores.values()) / len(scores),
+                    "picture": picture,
+                    "reference": reference,
+                    "caption": captions.get(picture.stem, ""),
+                }
+            )
     rows.sort(key=lambda row: (row["mean"], row["name"]))
-    return [{**row, "picture": thumbnail(row["picture"]), "reference": thumbnail(row["reference"])} for row in rows[:limit]]
+    return [
+        {**row, "picture": thumbnail(row["picture"]), "reference": thumbnail(row["reference"])} for row in rows[:limit]
+    ]
 
 
 def write_page(
-    path: pathlib.Path, results: Mapping[str, Any], pairs: Sequence[Pair], captions: Mapping[str, str], limit: int) -> None:
+    path: pathlib.Path, results: Mapping[str, Any], pairs: Sequence[Pair], captions: Mapping[str, str], limit: int
+) -> None:
     """Writes the page.
 
     Args:
@@ -69,12 +87,29 @@ def write_page(
       pairs, captions, limit: see `pair_rows`.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("uae_jax.evaluation", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        loader=jinja2.PackageLoader("uae_jax.evaluation", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     models = [model for model in results["model_types"] if model in results["statistics_by_model"]]
-    published = [
-        {"name": name, "scores": [row[model] for model in models], "mean": sum(row[model] for model in models) / len(models)}
-        for name, row in PUBLISHED.items()] if models else []
+    published = (
+        [
+            {
+                "name": name,
+                "scores": [row[model] for model in models],
+                "mean": sum(row[model] for model in models) / len(models),
+            }
+            for name, row in PUBLISHED.items()
+        ]
+        if models
+        else []
+    )
     page = environment.get_template("unified_bench.html").render(
-        results=results, models=models, rows=pair_rows(results["similarities_by_model"], pairs, captions, limit), published=published,
-        total=len(pairs))
+        results=results,
+        models=models,
+        rows=pair_rows(results["similarities_by_model"], pairs, captions, limit),
+        published=published,
+        total=len(pairs),
+    )
     write_bytes(path, page.encode("utf-8"))

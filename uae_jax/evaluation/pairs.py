@@ -47,10 +47,11 @@ def unread_images(folder: str | pathlib.Path) -> list[pathlib.Path]:
 
 
 def match_images(pictures: Sequence[pathlib.Path], references: Sequence[pathlib.Path]) -> Pairs:
-    """Finds each picture's reference: the same file name, else the same stem or the stem after `recon_`, the first by path.
+    """Finds each picture's reference: the same file name, else the same stem or the stem after `recon_`, the first by
+    path.
 
-    The official script keeps scores by file name; of two pictures of one name it would lose one. Here the later ones are
-    unmatched.
+    The official script keeps scores by file name; of two pictures of one name it would lose one. Here the later ones
+    are unmatched.
 
     Args:
       pictures: in the order of their paths.
@@ -72,10 +73,15 @@ def match_images(pictures: Sequence[pathlib.Path], references: Sequence[pathlib.
             unmatched.append((picture, "no reference has its name"))
             continue
         if len(candidates) > 1:
-            warnings.append(f"{picture.name} fits {len(candidates)} references; compared with the first, {references[candidates[0]]}")
+            warnings.append(
+                f"{picture.name} fits {len(candidates)} references; compared with the first, "
+                f"{references[candidates[0]]}"
+            )
         found.append((picture, references[candidates[0]]))
         used |= set(candidates)
-    unmatched += [(reference, "no picture is compared with it") for index, reference in enumerate(references) if index not in used]
+    unmatched += [
+        (reference, "no picture is compared with it") for index, reference in enumerate(references) if index not in used
+    ]
     return Pairs(tuple(found), tuple(unmatched), tuple(warnings))
 
 

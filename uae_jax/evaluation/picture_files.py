@@ -29,7 +29,8 @@ class Target:
     Attributes:
       path: the file; `.png` or `.jpg`.
       prompt: what it shows.
-      sample_ids: noise of its samples: one, or four for a grid in the order top left, top right, bottom left, bottom right.
+      sample_ids: noise of its samples: one, or four for a grid in the order top left, top right, bottom left, bottom
+        right.
     """
 
     path: pathlib.Path
@@ -80,7 +81,9 @@ def _problem_and_size(path: pathlib.Path, side: int | None) -> tuple[str | None,
 
 
 def content_problems(paths: Sequence[pathlib.Path], side: int | None = None) -> list[str]:
-    """Sentences on the pictures that are damaged, of another kind, or of another size than `side` or than most of them."""
+    """Sentences on the pictures that are damaged, of another kind, or of another size than `side` or than most of
+    them.
+    """
     with concurrent.futures.ThreadPoolExecutor() as pool:
         seen = list(pool.map(_problem_and_size, paths, [side] * len(paths)))
     sizes = collections.Counter(size for problem, size in seen if problem is None)
@@ -93,11 +96,13 @@ def content_problems(paths: Sequence[pathlib.Path], side: int | None = None) -> 
     return problems
 
 
-def write_pictures(painter: Painter, targets: Sequence[Target], *, size: int, batch_size: int, label: str) -> tuple[int, int]:
+def write_pictures(
+    painter: Painter, targets: Sequence[Target], *, size: int, batch_size: int, label: str
+) -> tuple[int, int]:
     """Draws every target whose file is missing, damaged or of another size.
 
-    Samples are always drawn in the same batches: a batch with one missing picture is drawn whole and only that picture is
-    written. So a picture does not depend on where an earlier call was interrupted.
+    Samples are always drawn in the same batches: a batch with one missing picture is drawn whole and only that picture
+    is written. So a picture does not depend on where an earlier call was interrupted.
 
     Args:
       painter: draws texts.
@@ -116,14 +121,15 @@ def write_pictures(painter: Painter, targets: Sequence[Target], *, size: int, ba
     stride = math.lcm(batch_size, samples) // samples
     with tqdm(total=len(targets), initial=len(targets) - missing, desc=label, disable=None) as bar:
         for start in range(0, len(targets), stride):
-            chunk, wanted = targets[start:start + stride], problems[start:start + stride]
+            chunk, wanted = targets[start : start + stride], problems[start : start + stride]
             if not any(wanted):
                 continue
             drawn = painter.generate(
                 [target.prompt for target in chunk for _ in range(samples)],
-                sample_ids=[number for target in chunk for number in target.sample_ids])
+                sample_ids=[number for target in chunk for number in target.sample_ids],
+            )
             for position, target in enumerate(chunk):
                 if wanted[position]:
-                    save_picture(target.compose(drawn[position * samples:(position + 1) * samples]), target.path)
+                    save_picture(target.compose(drawn[position * samples : (position + 1) * samples]), target.path)
                     bar.update(1)
     return missing, len(targets) - missing

@@ -19,12 +19,15 @@ SETTINGS = (*dict.fromkeys((*DRAWING, *ANSWERING)), "prompt")  # what captions a
 
 
 def sample_number(stem: str) -> int:
-    """The number in 0 .. 2**31 - 1 that an image's random keys follow from: of its name alone, whatever else is in the folder."""
+    """The number in 0 .. 2**31 - 1 that an image's random keys follow from: of its name alone, whatever else is in the
+    folder.
+    """
     return zlib.crc32(stem.encode("utf-8")) >> 1
 
 
 def write_reconstructions(
-    model: Model, images: Sequence[pathlib.Path], out: pathlib.Path, settings: Mapping[str, Any]) -> list[dict[str, str]]:
+    model: Model, images: Sequence[pathlib.Path], out: pathlib.Path, settings: Mapping[str, Any]
+) -> list[dict[str, str]]:
     """Writes `out/captions.jsonl` and `out/reconstructions/<stem>.png`; what is there already is kept.
 
     The lines are {"image_id": stem, "image": file name, "caption": text}; `captions.jsonl.settings.json` says how
@@ -53,14 +56,20 @@ def write_reconstructions(
         captions = {record["image_id"]: record["caption"] for record in log.records}
         missing = [stem for stem in stems if stem not in captions]
         written = model.each_caption(
-            [stems[stem] for stem in missing], sample_ids=[sample_number(stem) for stem in missing],
-            failed=lambda index, error: errors.append({"image": str(stems[missing[index]]), "error": str(error)}))
-        for index, caption in tqdm(written, desc="caption", total=len(stems), initial=len(stems) - len(missing), disable=None):
+            [stems[stem] for stem in missing],
+            sample_ids=[sample_number(stem) for stem in missing],
+            failed=lambda index, error: errors.append({"image": str(stems[missing[index]]), "error": str(error)}),
+        )
+        for index, caption in tqdm(
+            written, desc="caption", total=len(stems), initial=len(stems) - len(missing), disable=None
+        ):
             stem = missing[index]
             captions[stem] = caption
             log.append({"image_id": stem, "image": stems[stem].name, "caption": caption})
     remove_partial(out)
-    for stem, error in _draw(model, {stem: captions[stem] for stem in stems if stem in captions}, out / PICTURES).items():
+    for stem, error in _draw(
+        model, {stem: captions[stem] for stem in stems if stem in captions}, out / PICTURES
+    ).items():
         errors.append({"image": str(stems[stem]), "error": error})
     if len(errors) == len(images):
         raise ValueError(f"none of the {len(images)} images could be reconstructed; the first: {errors[0]['error']}")
@@ -72,9 +81,13 @@ def _draw(model: Model, captions: Mapping[str, str], folder: pathlib.Path) -> di
     errors: dict[str, str] = {}
     missing = [stem for stem in captions if picture_problem(folder / f"{stem}.png", model.settings.size)]
     drawn = model.each_drawing(
-        [captions[stem] for stem in missing], sample_ids=[sample_number(stem) for stem in missing],
-        failed=lambda index, error: errors.update({missing[index]: str(error)}))
-    for index, picture in tqdm(drawn, desc="draw", total=len(captions), initial=len(captions) - len(missing), disable=None):
+        [captions[stem] for stem in missing],
+        sample_ids=[sample_number(stem) for stem in missing],
+        failed=lambda index, error: errors.update({missing[index]: str(error)}),
+    )
+    for index, picture in tqdm(
+        drawn, desc="draw", total=len(captions), initial=len(captions) - len(missing), disable=None
+    ):
         stem = missing[index]
         save_picture(picture, folder / f"{stem}.png", captions[stem])
     return errors

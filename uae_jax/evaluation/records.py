@@ -32,7 +32,7 @@ class RecordLog:
         end = self._file.tell()
         if end:
             text = self.path.read_bytes()
-            tail = text[text.rfind(b"\n") + 1:]
+            tail = text[text.rfind(b"\n") + 1 :]
             try:
                 whole = not tail.strip() or bool(json.loads(tail.decode("utf-8")))
             except ValueError:

@@ -62,8 +62,12 @@ def model_settings(options: argparse.Namespace, model: "Model", names: tuple[str
     """
     values = {name: getattr(model.settings, name) for name in names}
     return {
-        "model": options.checkpoint or "built-in", "weights": weights_digest(options.checkpoint), "dtype": options.dtype,
-        "adapters": not options.without_adapters, **values}
+        "model": options.checkpoint or "built-in",
+        "weights": weights_digest(options.checkpoint),
+        "dtype": options.dtype,
+        "adapters": not options.without_adapters,
+        **values,
+    }
 
 
 def begin(output: pathlib.Path, settings: Mapping[str, Any]) -> None:
@@ -81,13 +85,19 @@ def begin(output: pathlib.Path, settings: Mapping[str, Any]) -> None:
         write_json(path, settings)
         return
     if not path.is_file():
-        raise ValueError(f"{output} is not empty and {path.name} is not beside it, so it cannot be continued; choose another --out")
+        raise ValueError(
+            f"{output} is not empty and {path.name} is not beside it, so it cannot be continued; choose another --out"
+        )
     before = read(output)
-    changed = [name for name in sorted({*before, *settings} - set(NOT_COMPARED)) if before.get(name) != settings.get(name)]
+    changed = [
+        name for name in sorted({*before, *settings} - set(NOT_COMPARED)) if before.get(name) != settings.get(name)
+    ]
     if changed:
         changed += ["model"] if "weights" in changed else []
         was, now = (", ".join(f"{name}={values.get(name)}" for name in changed) for values in (before, settings))
-        raise ValueError(f"{output} was begun with {was}, now it is {now}; use the same settings to continue, or another --out")
+        raise ValueError(
+            f"{output} was begun with {was}, now it is {now}; use the same settings to continue, or another --out"
+        )
 
 
 def read(output: pathlib.Path) -> dict[str, Any]:

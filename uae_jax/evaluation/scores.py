@@ -19,11 +19,12 @@ Similarities = Mapping[str, Mapping[str, float | None]]
 
 
 def pair_cosines(
-    encoder: BenchEncoder, params: trees.Tree, pairs: Sequence[Pair], batch_size: int) -> Iterator[tuple[Pair, float | str]]:
+    encoder: BenchEncoder, params: trees.Tree, pairs: Sequence[Pair], batch_size: int
+) -> Iterator[tuple[Pair, float | str]]:
     """The cosine of each pair, in order; for a pair that cannot be read, what is wrong with it.
 
-    Images of the next batch are read while the present one is encoded. Every batch has one shape, so that the encoder is
-    compiled once.
+    Images of the next batch are read while the present one is encoded. Every batch has one shape, so that the encoder
+    is compiled once.
 
     Args:
       encoder: opened.
@@ -31,6 +32,7 @@ def pair_cosines(
       pairs: (picture, reference).
       batch_size: pairs in one compiled call.
     """
+
     def read(pair: Pair) -> list[np.ndarray] | str:
         try:
             return [encoder.pixels(read_rgb(path)) for path in pair]
@@ -38,7 +40,7 @@ def pair_cosines(
             return str(error)
 
     with ThreadPoolExecutor() as pool:
-        batches = [pairs[start:start + batch_size] for start in range(0, len(pairs), batch_size)]
+        batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
         waiting: list[Future] = []
         for batch, following in itertools.zip_longest(batches, batches[1:], fillvalue=()):
             waiting = waiting or [pool.submit(read, pair) for pair in batch]
@@ -48,19 +50,27 @@ def pair_cosines(
             waiting = coming
 
 
-def _cosines(encoder: BenchEncoder, params: trees.Tree, results: Sequence[list[np.ndarray] | str], size: int) -> list[float | str]:
+def _cosines(
+    encoder: BenchEncoder, params: trees.Tree, results: Sequence[list[np.ndarray] | str], size: int
+) -> list[float | str]:
     read = [result for result in results if not isinstance(result, str)]
     if not read:
         return list(results)
     filled = read + [read[-1]] * (size - len(read))
-    features = image_features(encoder, params, np.stack([pixels for pair in filled for pixels in pair])).astype(np.float64)
+    features = image_features(encoder, params, np.stack([pixels for pair in filled for pixels in pair])).astype(
+        np.float64
+    )
     cosines = iter((features[0::2] * features[1::2]).sum(-1))
     found = [result if isinstance(result, str) else float(next(cosines)) for result in results]
-    return [value if isinstance(value, str) or math.isfinite(value) else "the encoder's features are not finite" for value in found]
+    return [
+        value if isinstance(value, str) or math.isfinite(value) else "the encoder's features are not finite"
+        for value in found
+    ]
 
 
 def statistics(values: Sequence[float], total: int) -> dict[str, Any]:
-    """One model's entry of `statistics_by_model`: the official keys, `n_valid` and a 95 % bootstrap interval of the mean.
+    """One model's entry of `statistics_by_model`: the official keys, `n_valid` and a 95 % bootstrap interval of the
+    mean.
 
     Args:
       values: the scores, at least one.
@@ -68,9 +78,14 @@ def statistics(values: Sequence[float], total: int) -> dict[str, Any]:
     """
     spread = interval(values)
     return {
-        "total_images": total, "valid_pairs": len(values), "average_similarity": sum(values) / len(values),
-        "min_similarity": min(values), "max_similarity": max(values), "n_valid": len(values),
-        "interval_95": [spread["low"], spread["high"]]}
+        "total_images": total,
+        "valid_pairs": len(values),
+        "average_similarity": sum(values) / len(values),
+        "min_similarity": min(values),
+        "max_similarity": max(values),
+        "n_valid": len(values),
+        "interval_95": [spread["low"], spread["high"]],
+    }
 
 
 def image_means(similarities: Similarities) -> dict[str, float]:
@@ -98,9 +113,17 @@ def results_json(models: Sequence[str], similarities: Similarities) -> dict[str,
         means = list(image_means(similarities).values())
         spread = interval(means) if means else None
         summary = {
-            "models_used": list(averages), "average_scores_by_model": averages,
+            "models_used": list(averages),
+            "average_scores_by_model": averages,
             "overall_average": sum(averages.values()) / len(averages),
             "best_model": list(max(averages.items(), key=lambda item: item[1])),
             "worst_model": list(min(averages.items(), key=lambda item: item[1])),
-            "n_valid": len(means), "overall_interval_95": [spread["low"], spread["high"]] if spread else None}
-    return {"model_types": list(models), "similarities_by_model": similarities, "statistics_by_model": table, "summary": summary}
+            "n_valid": len(means),
+            "overall_interval_95": [spread["low"], spread["high"]] if spread else None,
+        }
+    return {
+        "model_types": list(models),
+        "similarities_by_model": similarities,
+        "statistics_by_model": table,
+        "summary": summary,
+    }

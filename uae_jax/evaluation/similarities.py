@@ -16,7 +16,8 @@ class Similarities:
 
     Args:
       model: whose folder's encoders are used.
-      paths: folders or files of other encoders by name (`clip`, `longclip`, `dinov2`, `dinov3`), which come before the model's.
+      paths: folders or files of other encoders by name (`clip`, `longclip`, `dinov2`, `dinov3`), which come before the
+        model's.
 
     Raises:
       FileNotFoundError, ValueError: a path does not hold the encoder of its name.
@@ -30,7 +31,10 @@ class Similarities:
             self.encoders[name] = encoder, encoder.source.load()
         for name in system.encoders:
             if name not in paths:
-                self.encoders[name] = open_bench_encoder(name, system.folder / name), model.engine.parts["encoders"][name]
+                self.encoders[name] = (
+                    open_bench_encoder(name, system.folder / name),
+                    model.engine.parts["encoders"][name],
+                )
 
     def __call__(self, original: Image.Image | np.ndarray, drawn: Image.Image | np.ndarray) -> dict[str, float]:
         """Cosine in -1 .. 1 under each encoder, by its name; the pictures may have any sizes."""

@@ -12,26 +12,53 @@ from xml.sax.saxutils import escape
 from uae_jax.files.whole import write_bytes
 
 # what pandas reads as a missing value; VLMEvalKit leaves out options and hints of these texts
-MISSING = frozenset((
-    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN",
-    "None", "n/a", "nan", "null"))
+MISSING = frozenset(
+    (
+        "",
+        "#N/A",
+        "#N/A N/A",
+        "#NA",
+        "-1.#IND",
+        "-1.#QNAN",
+        "-NaN",
+        "-nan",
+        "1.#IND",
+        "1.#QNAN",
+        "<NA>",
+        "N/A",
+        "NA",
+        "NULL",
+        "NaN",
+        "None",
+        "n/a",
+        "nan",
+        "null",
+    )
+)
 LONGEST_FIELD = 2**31 - 1  # images are base64 text in a field
 _SHEET = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 _PARTS = {
     "[Content_Types].xml": '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">'
     '<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
-    '<Override PartName="/xl/workbook.xml" ContentType="application/vnd.openxmlformats-officedocument.spreadsheetml.sheet.main+xml"/>'
+    '<Override PartName="/xl/workbook.xml" '
+    'ContentType="application/vnd.openxmlformats-officedocument.spreadsheetml.sheet.main+xml"/>'
     '<Override PartName="/xl/worksheets/sheet1.xml" '
     'ContentType="application/vnd.openxmlformats-officedocument.spreadsheetml.worksheet+xml"/></Types>',
-    "_rels/.rels": '<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="rId1" '
-    'Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument" Target="xl/workbook.xml"/></Relationships>',
+    "_rels/.rels": "<Relationships "
+    'xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="rId1" '
+    'Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument" '
+    'Target="xl/workbook.xml"/></Relationships>',
     "xl/workbook.xml": '<workbook xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main" '
-    'xmlns:r="http://schemas.openxmlformats.org/officeDocument/2006/relationships"><sheets><sheet name="Sheet1" sheetId="1" r:id="rId1"/>'
+    'xmlns:r="http://schemas.openxmlformats.org/officeDocument/2006/relationships"><sheets><sheet name="Sheet1" '
+    'sheetId="1" r:id="rId1"/>'
     "</sheets></workbook>",
-    "xl/_rels/workbook.xml.rels": '<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship '
-    'Id="rId1" Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/worksheet" Target="worksheets/sheet1.xml"/>'
-    "</Relationships>"}
+    "xl/_rels/workbook.xml.rels": "<Relationships "
+    'xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship '
+    'Id="rId1" Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/worksheet" '
+    'Target="worksheets/sheet1.xml"/>'
+    "</Relationships>",
+}
 
 Line = dict[str, str]
 
@@ -85,7 +112,8 @@ def write_xlsx(path: pathlib.Path, rows: Sequence[Mapping[str, str]], numbers: S
     Args:
       path: the file.
       rows: all with the same columns.
-      numbers: columns of integers, which become numbers; all others are text. Characters that XML cannot hold become spaces.
+      numbers: columns of integers, which become numbers; all others are text. Characters that XML cannot hold become
+        spaces.
     """
     columns = list(rows[0])
     sheet = ['<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><sheetData>']
@@ -96,7 +124,10 @@ def write_xlsx(path: pathlib.Path, rows: Sequence[Mapping[str, str]], numbers: S
             if column in numbers and line > 1:
                 cells.append(f'<c r="{cell}"><v>{int(value)}</v></c>')
             elif value != "":
-                cells.append(f'<c r="{cell}" t="inlineStr"><is><t xml:space="preserve">{escape(_CONTROL.sub(" ", value))}</t></is></c>')
+                cells.append(
+                    f'<c r="{cell}" t="inlineStr"><is><t '
+                    f'xml:space="preserve">{escape(_CONTROL.sub(" ", value))}</t></is></c>'
+                )
         sheet.append(f'<row r="{line}">{"".join(cells)}</row>')
     sheet.append("</sheetData></worksheet>")
     data = io.BytesIO()
@@ -124,8 +155,10 @@ def read_xlsx(path: pathlib.Path) -> list[Line]:
             sheet = ElementTree.fromstring(archive.read("xl/worksheets/sheet1.xml"))
     except (zipfile.BadZipFile, KeyError, ElementTree.ParseError) as error:
         raise ValueError(f"{path} is not an .xlsx workbook ({error})") from error
-    rows = [{re.match("[A-Z]+", cell.get("r", "A"))[0]: _cell_text(cell, strings) for cell in row.iter(f"{_SHEET}c")}
-            for row in sheet.iter(f"{_SHEET}row")]
+    rows = [
+        {re.match("[A-Z]+", cell.get("r", "A"))[0]: _cell_text(cell, strings) for cell in row.iter(f"{_SHEET}c")}
+        for row in sheet.iter(f"{_SHEET}row")
+    ]
     if len(rows) < 2:
         raise ValueError(f"{path} has no rows")
     header, *rows = rows

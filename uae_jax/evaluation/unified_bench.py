@@ -3,14 +3,17 @@
 Scores two folders, as the official script does:
 
     python -m uae_jax.evaluate unified_bench --ref_dir=originals --gen_dir=drawn --output=scores.json \\
-        --clip=clip-vit-large-patch14 --longclip=longclip-L.pt --dinov2=dinov2-large --dinov3=dinov3-vitl16-pretrain-lvd1689m
+        --clip=clip-vit-large-patch14 --longclip=longclip-L.pt --dinov2=dinov2-large
+        --dinov3=dinov3-vitl16-pretrain-lvd1689m
 
 or lets a model caption and redraw a folder of images first; a run that was cut off continues where it stopped:
 
-    python -m uae_jax.evaluate unified_bench --images=originals --checkpoint=UAE --out=bench --clip=clip-vit-large-patch14
+    python -m uae_jax.evaluate unified_bench --images=originals --checkpoint=UAE --out=bench
+    --clip=clip-vit-large-patch14
 
-A picture belongs to the reference of the same file name, else of the same stem, else of its stem after `recon_`. What cannot
-be scored is listed under `errors` in the JSON, and the exit code is then 1; the scores of the rest are written all the same.
+A picture belongs to the reference of the same file name, else of the same stem, else of its stem after `recon_`. What
+cannot be scored is listed under `errors` in the JSON, and the exit code is then 1; the scores of the rest are written
+all the same.
 """
 
 import argparse
@@ -23,8 +26,12 @@ from tqdm import tqdm
 from uae_jax.files.json_files import read_records, write_json
 from uae_jax.model_flags import add_model_flags, load_model
 
-FLAGS = (("clip", "DIR", "CLIP, as openai/clip-vit-large-patch14"), ("longclip", "FILE", "Long-CLIP, as longclip-L.pt or its safetensors"),
-         ("dinov2", "DIR", "DINOv2, as facebook/dinov2-large"), ("dinov3", "DIR", "DINOv3, as facebook/dinov3-vitl16-pretrain-lvd1689m"))
+FLAGS = (
+    ("clip", "DIR", "CLIP, as openai/clip-vit-large-patch14"),
+    ("longclip", "FILE", "Long-CLIP, as longclip-L.pt or its safetensors"),
+    ("dinov2", "DIR", "DINOv2, as facebook/dinov2-large"),
+    ("dinov3", "DIR", "DINOv3, as facebook/dinov3-vitl16-pretrain-lvd1689m"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,12 +44,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     folders.add_argument("--gen_dir", metavar="DIR", help="the pictures to score")
     model = parser.add_argument_group("to run a model first")
     model.add_argument("--images", metavar="DIR", help="the originals")
-    model.add_argument("--out", type=pathlib.Path, metavar="DIR", help="where captions.jsonl, reconstructions/, scores and page are written")
+    model.add_argument(
+        "--out",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="where captions.jsonl, reconstructions/, scores and page are written",
+    )
     add_model_flags(model)
-    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="the scores (default with --out: unified_bench.json in it)")
-    parser.add_argument("--report", type=pathlib.Path, metavar="FILE", help="the page (default: report.html beside the scores)")
-    parser.add_argument("--report_pairs", type=int, default=200, metavar="N", help="pairs on the page (default: %(default)s)")
-    parser.add_argument("--encoder_batch_size", type=int, default=8, metavar="N", help="pairs in one call of an encoder (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=pathlib.Path, metavar="FILE", help="the scores (default with --out: unified_bench.json in it)"
+    )
+    parser.add_argument(
+        "--report", type=pathlib.Path, metavar="FILE", help="the page (default: report.html beside the scores)"
+    )
+    parser.add_argument(
+        "--report_pairs", type=int, default=200, metavar="N", help="pairs on the page (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--encoder_batch_size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="pairs in one call of an encoder (default: %(default)s)",
+    )
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -51,18 +75,24 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"no encoder is given; give at least one of {', '.join('--' + name for name, _, _ in FLAGS)}")
     two, one = (options.ref_dir, options.gen_dir), (options.images, options.out)
     if any(two) == any(one) or not (all(two) or all(one)):
-        raise ValueError("give --ref_dir and --gen_dir to score two folders, or --images and --out to run a model first")
+        raise ValueError(
+            "give --ref_dir and --gen_dir to score two folders, or --images and --out to run a model first"
+        )
     if all(two) and not options.output:
         raise ValueError("--output is not given; name the JSON file of the scores")
     if options.encoder_batch_size < 1 or options.report_pairs < 0:
-        raise ValueError(f"--encoder_batch_size={options.encoder_batch_size} must be at least 1, and --report_pairs={options.report_pairs} not negative")
+        raise ValueError(
+            f"--encoder_batch_size={options.encoder_batch_size} must be at least 1, and "
+            f"--report_pairs={options.report_pairs} not negative"
+        )
 
 
 def run(options: argparse.Namespace) -> None:
     """Scores, after a model has drawn the pictures if one is to.
 
     Raises:
-      ValueError: flags that do not go together, an unreadable encoder, or, after everything was written, pictures without a score.
+      ValueError: flags that do not go together, an unreadable encoder, or, after everything was written, pictures
+        without a score.
       FileNotFoundError: a folder is missing or empty.
     """
     from uae_jax.evaluation.encoders import open_bench_encoder
@@ -92,7 +122,12 @@ def _reconstruct(options: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def _score(
-    options: argparse.Namespace, encoders: Sequence, ref_dir: str, gen_dir: str, captions: dict[str, str], errors: list[dict[str, str]]
+    options: argparse.Namespace,
+    encoders: Sequence,
+    ref_dir: str,
+    gen_dir: str,
+    captions: dict[str, str],
+    errors: list[dict[str, str]],
 ) -> None:
     """Scores two folders, writes JSON and page, prints the means."""
     from uae_jax.evaluation.page import write_page
@@ -104,12 +139,18 @@ def _score(
     told = {error["image"] for error in errors}
     errors += [{"image": str(path), "error": text} for path, text in pairs.unmatched if str(path) not in told]
     skipped = [*unread_images(gen_dir), *unread_images(ref_dir)]
-    warnings = [*pairs.warnings, *(f"{path} is not read: the benchmark takes .jpg .jpeg .png .bmp .tiff .webp" for path in skipped)]
+    warnings = [
+        *pairs.warnings,
+        *(f"{path} is not read: the benchmark takes .jpg .jpeg .png .bmp .tiff .webp" for path in skipped),
+    ]
     output = options.output or options.out / "unified_bench.json"
     similarities: dict[str, dict[str, float | None]] = {}
     settings = {
-        "ref_dir": str(ref_dir), "gen_dir": str(gen_dir), "encoder_batch_size": options.encoder_batch_size,
-        "encoders": {encoder.name: str(encoder.source.path) for encoder in encoders}}
+        "ref_dir": str(ref_dir),
+        "gen_dir": str(gen_dir),
+        "encoder_batch_size": options.encoder_batch_size,
+        "encoders": {encoder.name: str(encoder.source.path) for encoder in encoders},
+    }
 
     def results() -> dict[str, Any]:
         scores = results_json([encoder.name for encoder in encoders], similarities)
@@ -117,7 +158,14 @@ def _score(
 
     try:
         for encoder in encoders:
-            _score_encoder(encoder, [picture.name for picture in pictures], pairs.found, options.encoder_batch_size, similarities, errors)
+            _score_encoder(
+                encoder,
+                [picture.name for picture in pictures],
+                pairs.found,
+                options.encoder_batch_size,
+                similarities,
+                errors,
+            )
             write_json(output, results())
     finally:
         write_json(output, results())
@@ -129,12 +177,20 @@ def _score(
     if errors:
         first = "; ".join(f"{error.get('image', error.get('model'))}: {error['error']}" for error in errors[:3])
         more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
-        raise ValueError(f"{len(errors)} thing{'s' * (len(errors) > 1)} could not be scored: {first}{more}; all are listed in {output}, with the scores of the rest")
+        raise ValueError(
+            f"{len(errors)} thing{'s' * (len(errors) > 1)} could not be scored: {first}{more}; all are listed in "
+            f"{output}, with the scores of the rest"
+        )
 
 
 def _score_encoder(
-    encoder: Any, names: Sequence[str], pairs: Sequence, batch_size: int, similarities: dict[str, dict[str, float | None]],
-    errors: list[dict[str, str]]) -> None:
+    encoder: Any,
+    names: Sequence[str],
+    pairs: Sequence,
+    batch_size: int,
+    similarities: dict[str, dict[str, float | None]],
+    errors: list[dict[str, str]],
+) -> None:
     """Fills in one encoder's scores as they come."""
     from uae_jax.evaluation.scores import pair_cosines
 
@@ -145,7 +201,9 @@ def _score_encoder(
         return
     similarities[encoder.name] = scores = dict.fromkeys(names)
     known = {(error.get("image"), error["error"]) for error in errors}
-    for (picture, _), score in tqdm(pair_cosines(encoder, params, pairs, batch_size), total=len(pairs), desc=encoder.name, disable=None):
+    for (picture, _), score in tqdm(
+        pair_cosines(encoder, params, pairs, batch_size), total=len(pairs), desc=encoder.name, disable=None
+    ):
         if isinstance(score, float):
             scores[picture.name] = score
         elif (str(picture), score) not in known:
@@ -155,7 +213,10 @@ def _score_encoder(
 def _print(results: dict[str, Any], output: pathlib.Path, report: pathlib.Path) -> None:
     for model, entry in results["statistics_by_model"].items():
         low, high = entry["interval_95"]
-        print(f"{model:10} {entry['average_similarity']:.4f}  [{low:.4f}, {high:.4f}]  {entry['n_valid']} of {entry['total_images']} pictures")
+        print(
+            f"{model:10} {entry['average_similarity']:.4f}  [{low:.4f}, {high:.4f}]  {entry['n_valid']} of "
+            f"{entry['total_images']} pictures"
+        )
     if results["summary"]:
         print(f"{'overall':10} {results['summary']['overall_average']:.4f}")
     print(f"scores: {output}\npage: {report}")

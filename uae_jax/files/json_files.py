@@ -31,7 +31,9 @@ def write_json(path: str | pathlib.Path, value: Any, indent: int = 2) -> None:
 
 
 def json_digest(value: Any) -> str:
-    """Sixteen hexadecimal digits that tell one value from another; keys in any order, what JSON has no form for as its text."""
+    """Sixteen hexadecimal digits that tell one value from another; keys in any order, what JSON has no form for as its
+    text.
+    """
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

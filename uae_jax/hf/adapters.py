@@ -1,4 +1,6 @@
-"""Low-rank adapters in the files of peft and diffusers, matched to the linear maps of a model's table (LoRA, arXiv 2106.09685)."""
+"""Low-rank adapters in the files of peft and diffusers, matched to the linear maps of a model's table (LoRA, arXiv
+2106.09685).
+"""
 
 import dataclasses
 import json
@@ -18,8 +20,10 @@ from uae_jax.hf.safetensors import TensorFolder
 
 # the adapter's name that peft has in memory, and diffusers' older words for the two factors
 LEAVES = (
-    (r"\.lora[._]down\.weight$", ".lora_A.weight"), (r"\.lora[._]up\.weight$", ".lora_B.weight"),
-    (r"\.lora_([AB])\.(?!weight$)[^.]+\.weight$", r".lora_\1.weight"))
+    (r"\.lora[._]down\.weight$", ".lora_A.weight"),
+    (r"\.lora[._]up\.weight$", ".lora_B.weight"),
+    (r"\.lora_([AB])\.(?!weight$)[^.]+\.weight$", r".lora_\1.weight"),
+)
 FACTOR = r"(.+)\.lora_([AB])\.weight"
 ALPHA = r"(.+)\.alpha"
 SPECIAL = r".*(\.lora_|lora_magnitude_vector|\.dora_scale).*"  # factors of other kinds of adapter
@@ -27,8 +31,15 @@ HEADER = "lora_adapter_metadata"  # key of the safetensors header in which diffu
 DIFFUSERS_PREFIX = "transformer."
 NOT_A_FACTOR = r"(?!.*\.lora_[AB]\.weight$).*"
 LAYER = r"^(.*\.)?(layers|blocks|transformer_blocks)\.\d+\."  # what stands before the name of a module in its layer
-PLAIN = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices",
-         "fan_in_fan_out")
+PLAIN = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "fan_in_fan_out",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +63,8 @@ class AdapterFiles:
 
     Attributes:
       folder: its tensors.
-      pairs: adapted module, by the base model's names, to the names in the files of its factors `A` `[r, in]` and `B` `[out, r]`.
+      pairs: adapted module, by the base model's names, to the names in the files of its factors `A` `[r, in]` and `B`
+        `[out, r]`.
       modules: the base model's linear maps and their rules; only those of `pairs` where the base is not known.
       abstract: shapes of the base model, or those that the factors say.
       aliases: pairs that turn the names in the files into those of the table.
@@ -78,8 +90,10 @@ class AdapterFiles:
     @property
     def ranks(self) -> dict[str, int]:
         """The rank of each adapted module, from whichever factor is there."""
-        return {module: self.folder.shape(pair["A"])[0] if "A" in pair else self.folder.shape(pair["B"])[-1]
-                for module, pair in self.pairs.items()}
+        return {
+            module: self.folder.shape(pair["A"])[0] if "A" in pair else self.folder.shape(pair["B"])[-1]
+            for module, pair in self.pairs.items()
+        }
 
 
 def peft_settings(ranks: Mapping[str, int], alpha: float) -> dict[str, Any]:
@@ -91,9 +105,18 @@ def peft_settings(ranks: Mapping[str, int], alpha: float) -> dict[str, Any]:
     """
     rank = max(ranks.values())
     return {
-        "peft_type": "LORA", "r": rank, "rank_pattern": {name: other for name, other in ranks.items() if other != rank},
-        "lora_alpha": alpha, "target_modules": list(ranks), "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-        "inference_mode": True, "task_type": None, "base_model_name_or_path": None}
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {name: other for name, other in ranks.items() if other != rank},
+        "lora_alpha": alpha,
+        "target_modules": list(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "task_type": None,
+        "base_model_name_or_path": None,
+    }
 
 
 def by_ending(ranks: Mapping[str, int], modules: Iterable[str]) -> dict[str, int]:
@@ -109,8 +132,14 @@ def by_ending(ranks: Mapping[str, int], modules: Iterable[str]) -> dict[str, int
 
 
 def survey_adapter(
-    folder: TensorFolder, rules: Sequence[Rule] | None, abstract: trees.Tree, *, aliases: Sequence[tuple[str, str]] = (),
-    parts: tuple[str, ...] = (), others: str = "") -> AdapterFiles:
+    folder: TensorFolder,
+    rules: Sequence[Rule] | None,
+    abstract: trees.Tree,
+    *,
+    aliases: Sequence[tuple[str, str]] = (),
+    parts: tuple[str, ...] = (),
+    others: str = "",
+) -> AdapterFiles:
     """Finds out what an adapter of any of a model's linear maps holds, from names, shapes and settings alone.
 
     The scale comes from `adapter_config.json`, from the header that diffusers writes, or from `alpha` tensors. Without
@@ -126,25 +155,39 @@ def survey_adapter(
       others: regular expression of names that may stand beside the adapter.
 
     Raises:
-      ValueError: no adapter tensor at all, settings that cannot be read or of another kind of adapter. What else is wrong
-        is in `problems`.
+      ValueError: no adapter tensor at all, settings that cannot be read or of another kind of adapter. What else is
+        wrong is in `problems`.
     """
     aliases = (*aliases, *LEAVES)
     pairs, alphas, special = _survey(folder, aliases, others)
     if rules is None:
         rules, abstract = _own_table(folder, pairs)
-    modules = {source.removesuffix(".weight"): rule for rule in rules if rule.layout == "dense" for source in rule.sources()}
+    modules = {
+        source.removesuffix(".weight"): rule for rule in rules if rule.layout == "dense" for source in rule.sources()
+    }
     settings, by_diffusers = read_settings(folder), _is_diffusers(folder)
     known = {module: pair for module, pair in pairs.items() if module in modules}
     foreign = sorted(name for module in set(pairs) - set(modules) for name in pairs[module].values())
     halves = [_other(name, letter) for pair in known.values() if len(pair) == 1 for letter, name in pair.items()]
-    whole = {rule.ours.split("/")[0] for rule in rules} - set(parts) | {modules[module].ours.split("/")[0] for module in known}
+    whole = {rule.ours.split("/")[0] for rule in rules} - set(parts) | {
+        modules[module].ours.split("/")[0] for module in known
+    }
     candidates = {module: rule for module, rule in modules.items() if rule.ours.split("/")[0] in whole}
     absent = _absent(known, candidates, settings, allow_subset=by_diffusers)
     problems = _problems(folder, special, foreign, halves, absent, bool(settings))
     files = AdapterFiles(
-        folder, known, modules, abstract, aliases, settings, 0.0, False,
-        (*sorted(halves), *(f"{module}.lora_{letter}.weight" for module in absent for letter in "AB")), (*special, *foreign), ())
+        folder,
+        known,
+        modules,
+        abstract,
+        aliases,
+        settings,
+        0.0,
+        False,
+        (*sorted(halves), *(f"{module}.lora_{letter}.weight" for module in absent for letter in "AB")),
+        (*special, *foreign),
+        (),
+    )
     try:
         alpha, assumed = _alpha(folder, settings, alphas, set(files.ranks.values()) or {1}, by_diffusers)
     except ValueError as error:
@@ -168,12 +211,21 @@ def read_adapter(files: AdapterFiles, dtype: np.dtype | None = None) -> Adapter:
     if files.problems:
         raise ValueError(files.problems[0])
     if files.assumed:
+        rule = "the rank, as diffusers does" if _is_diffusers(files.folder) else "twice the rank, as in the UAE release"
         warnings.warn(
-            f"{files.folder.path} does not say its lora_alpha; {files.alpha:g} is taken, "
-            f"{'the rank, as diffusers does' if _is_diffusers(files.folder) else 'twice the rank, as in the UAE release'}; "
-            "put an adapter_config.json beside it if that is wrong", stacklevel=2)
+            f"{files.folder.path} does not say its lora_alpha; {files.alpha:g} is taken, {rule}; "
+            "put an adapter_config.json beside it if that is wrong",
+            stacklevel=2,
+        )
     count = 2 * len(files.pairs)
-    logging.info("adapter %s: %d of %d linear maps, %d tensors, alpha %g", files.folder.path, len(files.pairs), len(files.modules), count, files.alpha)
+    logging.info(
+        "adapter %s: %d of %d linear maps, %d tensors, alpha %g",
+        files.folder.path,
+        len(files.pairs),
+        len(files.modules),
+        count,
+        files.alpha,
+    )
     rules, shapes, partial = adapter_table(files)
     tree = load_params(files.folder, rules, shapes, aliases=files.aliases, ignore=NOT_A_FACTOR, dtype=dtype)
     tree = trees.map_with_name(lambda name, leaf: _fill(leaf, *partial[name]) if name in partial else leaf, tree)
@@ -239,25 +291,34 @@ def _own_table(folder: TensorFolder, pairs: Mapping[str, Mapping[str, str]]) -> 
     rules = [Rule(f"{module}/kernel", f"{module}.weight", "dense") for module in pairs]
     shapes = {
         f"{module}/kernel": jax.ShapeDtypeStruct((folder.shape(pair["A"])[-1], folder.shape(pair["B"])[0]), np.float32)
-        for module, pair in pairs.items() if len(pair) == 2}
+        for module, pair in pairs.items()
+        if len(pair) == 2
+    }
     return rules, trees.unflatten(shapes)
 
 
 def _problems(
-    folder: TensorFolder, special: list[str], foreign: list[str], halves: list[str], absent: list[str], told: bool) -> list[str]:
+    folder: TensorFolder, special: list[str], foreign: list[str], halves: list[str], absent: list[str], told: bool
+) -> list[str]:
     """A sentence for each kind of tensors that are too many or too few."""
     path, problems = folder.path, []
     if special:
-        problems.append(f"{path} holds tensors that are not of a plain LoRA adapter; unknown: {listed(special)} in "
-                        f"{folder.file(special[0])}. Export the adapter without them")
+        problems.append(
+            f"{path} holds tensors that are not of a plain LoRA adapter; unknown: {listed(special)} in "
+            f"{folder.file(special[0])}. Export the adapter without them"
+        )
     if foreign:
-        problems.append(f"{path} adapts modules that this model does not have as linear maps; unknown: {listed(foreign)} in "
-                        f"{folder.file(foreign[0])}. Check that the adapter belongs to this model")
+        problems.append(
+            f"{path} adapts modules that this model does not have as linear maps; unknown: {listed(foreign)} in "
+            f"{folder.file(foreign[0])}. Check that the adapter belongs to this model"
+        )
     if halves:
         problems.append(f"{path} holds half of an adapter; missing: {listed(halves)}. Copy the folder again")
     if absent:
-        problems.append(f"{path} lacks modules that {'target_modules names' if told else 'it has in other layers'}; "
-                        f"missing: {listed(absent)}. Copy the folder again")
+        problems.append(
+            f"{path} lacks modules that {'target_modules names' if told else 'it has in other layers'}; "
+            f"missing: {listed(absent)}. Copy the folder again"
+        )
     return problems
 
 
@@ -294,15 +355,22 @@ def read_settings(folder: TensorFolder) -> dict[str, Any]:
         raise ValueError(f"{file}: the adapter's settings are not JSON ({error}); copy it again") from None
     settings = {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in stored.items()}
     wrong = [name for name in PLAIN if settings.get(name)]
-    wrong += [name for name, plain in (("peft_type", "LORA"), ("bias", "none")) if settings.get(name, plain) not in (plain, None)]
-    wrong += [name for name in ("alpha_pattern",) if set((settings.get(name) or {}).values()) - {settings.get("lora_alpha")}]
+    wrong += [
+        name
+        for name, plain in (("peft_type", "LORA"), ("bias", "none"))
+        if settings.get(name, plain) not in (plain, None)
+    ]
+    wrong += [
+        name for name in ("alpha_pattern",) if set((settings.get(name) or {}).values()) - {settings.get("lora_alpha")}
+    ]
     if wrong:
         raise ValueError(f"{file}: {wrong[0]}={settings[wrong[0]]!r} is not supported; only plain LoRA adapters are")
     return settings
 
 
 def _absent(
-    pairs: Mapping[str, Any], modules: Mapping[str, Rule], settings: Mapping[str, Any], *, allow_subset: bool) -> list[str]:
+    pairs: Mapping[str, Any], modules: Mapping[str, Rule], settings: Mapping[str, Any], *, allow_subset: bool
+) -> list[str]:
     """Modules that the settings name and the files lack; without settings, an adapted module is so in all layers."""
     if not settings:
         rules = set() if allow_subset else {modules[module].ours for module in pairs}
@@ -336,4 +404,6 @@ def _alpha(
 
 def _check_one(folder: TensorFolder, what: str, values: set) -> None:
     if len(values) > 1:
-        raise ValueError(f"{folder.path} has different {what} {sorted(values)}; only one scale for all modules is supported")
+        raise ValueError(
+            f"{folder.path} has different {what} {sorted(values)}; only one scale for all modules is supported"
+        )

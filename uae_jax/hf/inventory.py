@@ -35,7 +35,12 @@ class Fit:
 
 
 def compare(
-    folder: TensorFolder, rules: Sequence[Rule], abstract: trees.Tree, *, aliases: Sequence[tuple[str, str]] = (), ignore: str = ""
+    folder: TensorFolder,
+    rules: Sequence[Rule],
+    abstract: trees.Tree,
+    *,
+    aliases: Sequence[tuple[str, str]] = (),
+    ignore: str = "",
 ) -> Fit:
     """The tensors of a folder beside a model's table; the arguments are those of `hf.rules.load_params`.
 
@@ -56,18 +61,26 @@ def compare(
     for source, rule in table.items():
         if source not in published:
             continue
-        target = tuple(wanted[rule.ours].shape)[0 if rule.layers is None else 1:]
+        target = tuple(wanted[rule.ours].shape)[0 if rule.layers is None else 1 :]
         stored = folder.shape(published[source])
         if rule.our_shape(stored) != target:
-            misshapen.append(f"{published[source]} is {list(stored)}, which does not fit {list(target)} that config.json asks for")
+            misshapen.append(
+                f"{published[source]} is {list(stored)}, which does not fit {list(target)} that config.json asks for"
+            )
     unknown += [name for known, name in published.items() if known not in table]
     return Fit(
-        {source: published[source] for source in table if source in published}, len(table),
-        tuple(sorted(set(table) - set(published))), tuple(unknown), tuple(misshapen))
+        {source: published[source] for source in table if source in published},
+        len(table),
+        tuple(sorted(set(table) - set(published))),
+        tuple(unknown),
+        tuple(misshapen),
+    )
 
 
 def cut_short(path: str | pathlib.Path) -> str | None:
-    """What is lost of a safetensors file, or of the first such file of a folder, that is not complete; None if all are whole."""
+    """What is lost of a safetensors file, or of the first such file of a folder, that is not complete; None if all are
+    whole.
+    """
     path = pathlib.Path(path)
     for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
         size = file.stat().st_size
@@ -76,11 +89,14 @@ def cut_short(path: str | pathlib.Path) -> str | None:
             text = stream.read(length) if size >= 8 and length < size else b""
         try:
             header = json.loads(text)
-            ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+            ends = {
+                name: 8 + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
+            }
         except (ValueError, KeyError, TypeError, AttributeError):
             return f"{file} has no readable header; it is cut short or not a safetensors file, copy it again"
         lost = sorted((name for name in ends if ends[name] > size), key=ends.get)
         if lost:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-            return f"{file} is cut short: {size:,} of {max(ends.values()):,} bytes, without the end of {lost[0]}{more}; copy it again"
+            short = f"{file} is cut short: {size:,} of {max(ends.values()):,} bytes"
+            return f"{short}, without the end of {lost[0]}{more}; copy it again"
     return None

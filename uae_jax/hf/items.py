@@ -37,9 +37,15 @@ class Item:
 def stored_items(folder: TensorFolder, names: Iterable[tuple[str, str]]) -> list[Item]:
     """Items for (name to write, name in the folder) pairs, in their stored precision."""
     return [
-        Item(name, folder.shape(stored), np.dtype(dtype_name(folder.dtype(stored))), lambda stored=stored: folder.read(stored),
-             f"{folder.files[stored]}: {stored}")
-        for name, stored in names]
+        Item(
+            name,
+            folder.shape(stored),
+            np.dtype(dtype_name(folder.dtype(stored))),
+            lambda stored=stored: folder.read(stored),
+            f"{folder.files[stored]}: {stored}",
+        )
+        for name, stored in names
+    ]
 
 
 def cast(items: Iterable[Item], dtype: np.dtype | None) -> list[Item]:
@@ -58,12 +64,21 @@ def cast(items: Iterable[Item], dtype: np.dtype | None) -> list[Item]:
 
     return [
         dataclasses.replace(item, dtype=dtype, read=lambda item=item: converted(item))
-        if item.dtype.kind == "f" or item.dtype.name.startswith(("bfloat", "float")) else item for item in items]
+        if item.dtype.kind == "f" or item.dtype.name.startswith(("bfloat", "float"))
+        else item
+        for item in items
+    ]
 
 
 def write_items(
-    folder: str | pathlib.Path, items: Sequence[Item], *, stem: str = "model", max_shard_bytes: float = 5e9, shards: int = 0,
-    report: Callable[[int], None] = lambda count: None) -> list[pathlib.Path]:
+    folder: str | pathlib.Path,
+    items: Sequence[Item],
+    *,
+    stem: str = "model",
+    max_shard_bytes: float = 5e9,
+    shards: int = 0,
+    report: Callable[[int], None] = lambda count: None,
+) -> list[pathlib.Path]:
     """Writes items as `hf.safetensors.write_tensors` does, each read when its turn comes.
 
     Args:
@@ -80,13 +95,16 @@ def write_items(
     Raises:
       ValueError: a tensor has NaN or infinite numbers; the message names its file and name.
     """
+
     def read() -> Iterator[tuple[str, np.ndarray]]:
         for item in items:
             tensor = item.read()
             bad = count_non_finite(tensor)
             if bad:
                 raise ValueError(
-                    f"{item.source} holds NaN or infinity ({bad:,} of {tensor.size:,} numbers); copy the file again or train from an older checkpoint")
+                    f"{item.source} holds NaN or infinity ({bad:,} of {tensor.size:,} numbers); copy the file again "
+                    "or train from an older checkpoint"
+                )
             yield item.name, tensor
             report(item.nbytes)
 

@@ -77,8 +77,15 @@ def canonical(name: str, aliases: Sequence[tuple[str, str]]) -> str:
 
 
 def load_params(
-    folder: TensorFolder, rules: Sequence[Rule], abstract: trees.Tree, *, aliases: Sequence[tuple[str, str]] = (),
-    ignore: str = "", dtype: np.dtype | Mapping[str, np.dtype] | None = None, placement: Placement | None = None) -> dict:
+    folder: TensorFolder,
+    rules: Sequence[Rule],
+    abstract: trees.Tree,
+    *,
+    aliases: Sequence[tuple[str, str]] = (),
+    ignore: str = "",
+    dtype: np.dtype | Mapping[str, np.dtype] | None = None,
+    placement: Placement | None = None,
+) -> dict:
     """Reads every parameter of a model, after checking that names and shapes agree both ways.
 
     Parameters are read one after the other, and of each only what this process's devices hold: with a placement, host
@@ -90,15 +97,18 @@ def load_params(
       abstract: the model's parameters as shapes (`jax.eval_shape` of its initialisation).
       aliases: (regular expression, replacement) pairs that turn other published names into those of the rules.
       ignore: regular expression of published names that are not parameters (buffers, tied copies, other parts).
-      dtype: precision to cast floating tensors to, or one by the first word of a leaf's name; None keeps what is stored.
+      dtype: precision to cast floating tensors to, or one by the first word of a leaf's name; None keeps what is
+        stored.
       placement: where the parameters go: a function from the tree of shapes to a tree of shardings. None leaves them on
         the host.
 
     Returns:
-      Nested dictionaries with the structure of `abstract`, of jax arrays laid out as `placement` says, or of numpy arrays.
+      Nested dictionaries with the structure of `abstract`, of jax arrays laid out as `placement` says, or of numpy
+      arrays.
 
     Raises:
-      ValueError: a tensor is missing, unknown, there twice, of another shape, or not finite; it is named, with its file.
+      ValueError: a tensor is missing, unknown, there twice, of another shape, or not finite; it is named, with its
+        file.
     """
     wanted = trees.flatten(abstract)
     _check_table(rules, wanted)
@@ -109,14 +119,21 @@ def load_params(
     leaves = {}
     for rule in rules:
         own = dtype.get(rule.ours.partition("/")[0]) if isinstance(dtype, Mapping) else dtype
-        stored = _Stored(folder, rule, [published[source] for source in rule.sources()], tuple(wanted[rule.ours].shape), own)
+        stored = _Stored(
+            folder, rule, [published[source] for source in rule.sources()], tuple(wanted[rule.ours].shape), own
+        )
         leaves[rule.ours] = stored.read() if shardings is None else stored.place(shardings[rule.ours])
     return trees.unflatten(leaves)
 
 
 def check_params(
-    folder: TensorFolder, rules: Sequence[Rule], abstract: trees.Tree, *, aliases: Sequence[tuple[str, str]] = (),
-    ignore: str = "") -> None:
+    folder: TensorFolder,
+    rules: Sequence[Rule],
+    abstract: trees.Tree,
+    *,
+    aliases: Sequence[tuple[str, str]] = (),
+    ignore: str = "",
+) -> None:
     """The checks of `load_params` for weights that others stand for: names, shapes, and that every number is finite.
 
     Tensors are read one at a time and dropped; the arguments are those of `load_params`.
@@ -166,9 +183,12 @@ def _check_names(folder: TensorFolder, rules: Sequence[Rule], published: dict[st
         parts.append(f"unknown: {listed(unknown)} in {folder.file(unknown[0])}{others}")
     remedy = "Check that the folder holds this model and that its config.json belongs to it"
     # a file of another model has many names that look alike, a renamed tensor is one of few
-    near = difflib.get_close_matches(missing[0], unknown, 1, 0.8) if missing and len(missing) + len(unknown) <= 16 else []
+    near = (
+        difflib.get_close_matches(missing[0], unknown, 1, 0.8) if missing and len(missing) + len(unknown) <= 16 else []
+    )
     if near:
-        remedy = f"If {near[0]} is {missing[0]}, give it that name; if not, check that folder and config.json are of this model"
+        remedy = f"If {near[0]} is {missing[0]}, give it that name; "
+        remedy += "if not, check that folder and config.json are of this model"
     raise ValueError(f"weights in {folder.path} do not fit the model; {'; '.join(parts)}. {remedy}")
 
 
@@ -188,11 +208,16 @@ def _check_shapes(folder: TensorFolder, rules: Sequence[Rule], published: dict[s
             stored = folder.shape(published[source])
             if rule.our_shape(stored) != target:
                 needed = rule.torch_shape or rule.to_theirs(_blank(target)).shape
-                wrong.append(f"{published[source]} in {folder.file(published[source])} is {list(stored)}, the model needs {list(needed)}")
+                wrong.append(
+                    f"{published[source]} in {folder.file(published[source])} is {list(stored)}, the model needs "
+                    f"{list(needed)}"
+                )
     if wrong:
         more = f"; and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ValueError(
-            f"shapes in {folder.path} do not fit its config.json: {wrong[0]}{more}. Copy config.json and weights of one model there")
+            f"shapes in {folder.path} do not fit its config.json: {wrong[0]}{more}. Copy config.json and weights of "
+            "one model there"
+        )
 
 
 def _blank(shape: tuple[int, ...]) -> np.ndarray:
@@ -241,8 +266,10 @@ class _Stored:
             if not jnp.issubdtype(dtype, np.floating):
                 source = next(name for name in self.sources if self.folder.read(name).dtype == dtype)
                 raise ValueError(
-                    f"{self.folder.file(source)} stores {source} as {dtype}, so the model is quantised; give weights in float32, "
-                    "float16 or bfloat16")
+                    f"{self.folder.file(source)} stores {source} as {dtype}, so the model is quantised; give weights "
+                    "in float32, "
+                    "float16 or bfloat16"
+                )
         return np.dtype(functools.reduce(jnp.promote_types, stored)) if self.dtype is None else np.dtype(self.dtype)
 
     def _block(self, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
@@ -261,23 +288,32 @@ class _Stored:
         if not count_non_finite(block):
             return
         if not count_non_finite(tensor):
-            raise ValueError(f"{self.folder.file(source)}: {source} passes the range of {block.dtype}; read it as float32 or bfloat16")
+            raise ValueError(
+                f"{self.folder.file(source)}: {source} passes the range of {block.dtype}; read it as float32 or "
+                "bfloat16"
+            )
         raise ValueError(
-            f"{self.folder.file(source)}: {source} holds NaN or infinity; copy the file again, or, if its source is the same, convert "
-            "the weights again")
+            f"{self.folder.file(source)}: {source} holds NaN or infinity; copy the file again, or, if its source is "
+            "the same, convert "
+            "the weights again"
+        )
 
 
 def _copy(source: np.ndarray, target: np.ndarray) -> None:
-    """Copies and casts; a transposed source in strips of one cache line of the target, several times faster than at once."""
+    """Copies and casts; a transposed source in strips of one cache line of the target, several times faster than at
+    once.
+    """
     if source.ndim < 2 or source.strides[-1] <= min(source.strides) or source.size < 2**14:
         target[...] = source
         return
     strip = max(1, 64 // target.itemsize)
     for start in range(0, source.shape[-1], strip):
-        target[..., start:start + strip] = source[..., start:start + strip]
+        target[..., start : start + strip] = source[..., start : start + strip]
 
 
-def published_tensors(params: trees.Tree, rules: Sequence[Rule], dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
+def published_tensors(
+    params: trees.Tree, rules: Sequence[Rule], dtype: np.dtype | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """The published names and arrays of a model's parameters; the inverse of `load_params`.
 
     Args:

@@ -12,9 +12,19 @@ from safetensors.numpy import save_file
 
 # safetensors' words for precisions that parameters may be stored in, and those of buffers
 DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
-    "BOOL": np.bool_}
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -34,11 +44,13 @@ class TensorFolder:
     def __init__(self, path: str | pathlib.Path):
         """Opens the folder's index, or its only file, or all shards when there is no index.
 
-        Of a file and its variant in another precision (`model.safetensors`, `model.fp16.safetensors`) the first is read.
+        Of a file and its variant in another precision (`model.safetensors`, `model.fp16.safetensors`) the first is
+        read.
 
         Raises:
           FileNotFoundError: there is no such folder, no safetensors file in it, or a shard of the index is missing.
-          ValueError: a file is not readable as safetensors (cut short, or of another format), or index and shards disagree.
+          ValueError: a file is not readable as safetensors (cut short, or of another format), or index and shards
+            disagree.
         """
         self.path = pathlib.Path(path)
         if not self.path.exists():
@@ -73,7 +85,8 @@ class TensorFolder:
         return self._entries[name]["dtype"]
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored precision: a read-only view of the file, which holds memory only while the view lives.
+        """One tensor in its stored precision: a read-only view of the file, which holds memory only while the view
+        lives.
 
         Raises:
           ValueError: a precision that this package does not know.
@@ -81,7 +94,8 @@ class TensorFolder:
         shape, dtype = self.shape(name), DTYPES.get(self.dtype(name))
         if dtype is None:
             raise ValueError(
-                f"{self.file(name)} stores {name} as {self.dtype(name)}; save it again in one of {', '.join(DTYPES)}")
+                f"{self.file(name)} stores {name} as {self.dtype(name)}; save it again in one of {', '.join(DTYPES)}"
+            )
         if 0 in shape:
             return np.empty(shape, dtype)
         # a mapping of its own for each tensor: pages of one that lasts for the whole file would all stay in memory
@@ -130,11 +144,15 @@ def _check_index(index: pathlib.Path, files: Mapping[str, pathlib.Path], path: p
     for name, shard in said.items():
         if files.get(name) != path / shard:
             found = f"it is in {files[name].name}" if name in files else "no shard holds it"
-            raise ValueError(f"{index} says that {name} is in {shard}, but {found}; copy index and shards again from one place")
+            raise ValueError(
+                f"{index} says that {name} is in {shard}, but {found}; copy index and shards again from one place"
+            )
     unlisted = sorted(set(files) - set(said))
     if unlisted:
         raise ValueError(
-            f"{files[unlisted[0]]} holds {unlisted[0]}, which {index.name} does not list; copy index and shards again from one place")
+            f"{files[unlisted[0]]} holds {unlisted[0]}, which {index.name} does not list; copy index and shards "
+            "again from one place"
+        )
 
 
 def _header(file: pathlib.Path) -> dict[str, dict]:
@@ -142,7 +160,9 @@ def _header(file: pathlib.Path) -> dict[str, dict]:
     try:
         with file.open("rb") as stream:
             if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise ValueError(f"{file} is a Git LFS pointer in place of the weights; run `git lfs pull` in its repository")
+                raise ValueError(
+                    f"{file} is a Git LFS pointer in place of the weights; run `git lfs pull` in its repository"
+                )
             with safe_open(file, framework="numpy"):
                 pass  # checks that the tensors fill the file
             stream.seek(0)
@@ -150,17 +170,26 @@ def _header(file: pathlib.Path) -> dict[str, dict]:
             header = json.loads(stream.read(length))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a complete safetensors file ({error}); copy it again") from None
-    return {name: {"shape": entry["shape"], "dtype": entry["dtype"], "start": 8 + length + entry["data_offsets"][0]}
-            for name, entry in header.items() if name != "__metadata__"}
+    return {
+        name: {"shape": entry["shape"], "dtype": entry["dtype"], "start": 8 + length + entry["data_offsets"][0]}
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def write_tensors(
-    folder: str | pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]] | Mapping[str, np.ndarray], *,
-    stem: str = "model", max_shard_bytes: float = 5e9, starts: Container[str] = ()) -> list[pathlib.Path]:
+    folder: str | pathlib.Path,
+    tensors: Iterator[tuple[str, np.ndarray]] | Mapping[str, np.ndarray],
+    *,
+    stem: str = "model",
+    max_shard_bytes: float = 5e9,
+    starts: Container[str] = (),
+) -> list[pathlib.Path]:
     """Writes tensors as `stem.safetensors`, or as numbered shards with an index when they pass the size limit.
 
-    No more than one shard, and the tensor after it, is held in memory. Files get their names once all are written; older
-    files of the same stem are then gone. After an error nothing of the new files is left, and the older ones are as they were.
+    No more than one shard, and the tensor after it, is held in memory. Files get their names once all are written;
+    older files of the same stem are then gone. After an error nothing of the new files is left, and the older ones are
+    as they were.
 
     Args:
       folder: made if absent.
@@ -215,8 +244,11 @@ class _ShardWriter:
 
     def publish(self) -> list[pathlib.Path]:
         total = len(self.written)
-        names = [f"{self.stem}.safetensors"] if total == 1 else [
-            f"{self.stem}-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+        names = (
+            [f"{self.stem}.safetensors"]
+            if total == 1
+            else [f"{self.stem}-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+        )
         index = self.folder / f"{self.stem}.safetensors.index.json"
         fresh = set(names)
         if total > 1:

@@ -73,7 +73,9 @@ def open_tensors(path: str | pathlib.Path) -> TensorFolder | TorchFile:
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
         files = [file for file in files if file.name == "pytorch_model.bin"] or files
         if len(files) > 1:
-            raise ValueError(f"{path} holds {' and '.join(file.name for file in files)}; give the path of the one to read")
+            raise ValueError(
+                f"{path} holds {' and '.join(file.name for file in files)}; give the path of the one to read"
+            )
         if not files:
             raise FileNotFoundError(f"no weights in {path}: neither safetensors nor a {', '.join(SUFFIXES)} file")
         path = files[0]
@@ -85,7 +87,8 @@ def _torch():
         import torch
     except ImportError:
         raise ValueError(
-            "PyTorch is needed to read .pt, .pth and .bin files: pip install torch, or give the weights as safetensors") from None
+            "PyTorch is needed to read .pt, .pth and .bin files: pip install torch, or give the weights as safetensors"
+        ) from None
     return torch
 
 
@@ -105,7 +108,9 @@ def _load(path: pathlib.Path) -> dict:
         what = f"code ({found[1].rstrip('.')})" if found else "objects other than tensors"
         raise ValueError(f"{path} holds {what}, which is not run; {REMEDY}") from None
     except (RuntimeError, EOFError, OSError, KeyError) as error:
-        raise ValueError(f"{path} is not a complete PyTorch file ({str(error).splitlines()[0]}); copy it again") from None
+        raise ValueError(
+            f"{path} is not a complete PyTorch file ({str(error).splitlines()[0]}); copy it again"
+        ) from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not tensors by name; {REMEDY}")
     others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]

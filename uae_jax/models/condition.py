@@ -1,8 +1,8 @@
 """What the decoder is given: the caption, encoded again by the language model without the image, and projected.
 
 The paper's text bottleneck (arXiv 2509.09666, section 3). The caption stands inside the chat template of the role
-`generate`; every token's projected hidden state is context, as in the official inference code. Shape letters: N captions,
-T caption tokens, S tokens of caption and template, C context width.
+`generate`; every token's projected hidden state is context, as in the official inference code. Shape letters: N
+captions, T caption tokens, S tokens of caption and template, C context width.
 """
 
 import dataclasses
@@ -24,7 +24,8 @@ class ConditionTemplate:
       suffix: after the caption.
       negative: ids of the negative prompt itself, without template.
       pad: id that fills rows up to one length; masked, so that its choice does not matter.
-      attend_padding: the official code's behaviour: rows are padded to one length and the decoder attends to the padding.
+      attend_padding: the official code's behaviour: rows are padded to one length and the decoder attends to the
+        padding.
     """
 
     prefix: tuple[int, ...]
@@ -63,7 +64,9 @@ def place_in_template(template: ConditionTemplate, tokens: Array, lengths: Array
     return ids, position < end + after
 
 
-def encode_ids(config: Qwen2_5VLConfig, params: dict, adapter: dict | None, template: ConditionTemplate, ids: Array, mask: Array) -> tuple[Array, Array]:
+def encode_ids(
+    config: Qwen2_5VLConfig, params: dict, adapter: dict | None, template: ConditionTemplate, ids: Array, mask: Array
+) -> tuple[Array, Array]:
     """Hidden states of templated captions under the language model, projected to the decoder's context.
 
     Args:
@@ -81,18 +84,29 @@ def encode_ids(config: Qwen2_5VLConfig, params: dict, adapter: dict | None, temp
     return context, jnp.ones_like(mask) if template.attend_padding else mask
 
 
-def encode_captions(config: Qwen2_5VLConfig, params: dict, adapter: dict | None, template: ConditionTemplate, tokens: Array, lengths: Array) -> tuple[Array, Array]:
+def encode_captions(
+    config: Qwen2_5VLConfig,
+    params: dict,
+    adapter: dict | None,
+    template: ConditionTemplate,
+    tokens: Array,
+    lengths: Array,
+) -> tuple[Array, Array]:
     """`place_in_template` and `encode_ids`: `[N, T]` captions to context `[N, S, C]` and mask `[N, S]`."""
     ids, mask = place_in_template(template, tokens, lengths)
     return encode_ids(config, params, adapter, template, ids, mask)
 
 
-def encode_negative(config: Qwen2_5VLConfig, params: dict, adapter: dict | None, template: ConditionTemplate, caption_tokens: int) -> tuple[Array, Array]:
+def encode_negative(
+    config: Qwen2_5VLConfig, params: dict, adapter: dict | None, template: ConditionTemplate, caption_tokens: int
+) -> tuple[Array, Array]:
     """Context `[1, S, C]` and mask `[1, S]` of the negative prompt, of the length that captions of T tokens have."""
     width = max(caption_tokens, len(template.negative))
     tokens = np.full((1, width), template.pad, np.int32)
     tokens[0, : len(template.negative)] = template.negative
-    return encode_captions(config, params, adapter, template, jnp.asarray(tokens), jnp.array([len(template.negative)], jnp.int32))
+    return encode_captions(
+        config, params, adapter, template, jnp.asarray(tokens), jnp.array([len(template.negative)], jnp.int32)
+    )
 
 
 def caption_lengths(mask: Array, finished: Array) -> Array:

@@ -76,7 +76,9 @@ def transformer_weights(parts: Mapping, *, policy: bool) -> dict:
     return variables | {"lora": parts["transformer_lora"]} if "transformer_lora" in parts else variables
 
 
-def velocity(model: UAE, parts: Mapping, latents: Array, sigma: Array, context: tuple[Array, Array], *, policy: bool = True) -> Array:
+def velocity(
+    model: UAE, parts: Mapping, latents: Array, sigma: Array, context: tuple[Array, Array], *, policy: bool = True
+) -> Array:
     """The transformer's velocity.
 
     Args:

@@ -28,9 +28,11 @@ def apart(function: Callable[..., Any], *arguments: Array, **settings: Any) -> A
 
 
 def settle(x: Array) -> Array:
-    """The same array behind a barrier: the CPU backend fuses what it is computed from into each reader, once for every element read.
+    """The same array behind a barrier: the CPU backend fuses what it is computed from into each reader, once for every
+    element read.
 
-    On a single CPU the barrier is in a call of its own, which JAX would see through if it returned its argument as it is.
+    On a single CPU the barrier is in a call of its own, which JAX would see through if it returned its argument as it
+    is.
     """
     return apart(lax.optimization_barrier, x)
 
@@ -38,6 +40,7 @@ def settle(x: Array) -> Array:
 @functools.cache  # one function for each, as `jax.jit` looks for what it has traced by identity
 def _unmarked(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with its operations free of the mark: it is for the call alone, not for calls inside."""
+
     @functools.wraps(function)
     def unmarked(*arguments: Array, **settings: Any) -> Any:
         with set_xla_metadata(inlineable=None):

@@ -26,8 +26,8 @@ def constrain(x: Array, *names: str | None) -> Array:
 
     Args:
       x: any array inside a compiled function.
-      names: one for each of its leading axes: a key of `LOGICAL`, or None for an axis that stays whole. Axes without a name
-        stay whole too. An axis that its mesh axes do not divide is left to the compiler.
+      names: one for each of its leading axes: a key of `LOGICAL`, or None for an axis that stays whole. Axes without a
+        name stay whole too. An axis that its mesh axes do not divide is left to the compiler.
 
     Returns:
       The same values.

@@ -1,8 +1,8 @@
 """Convolutions, channels last, of pictures one by one or interleaved: n pictures as channels `(n, C)` of one.
 
-XLA's CPU backend cuts a convolution over cores along columns alone, and only where a row is enough work, so that one narrow picture
-occupies one core (`docs/performance.md`). Interleaved pictures are convolved as columns that take turns, with the taps of the kernel n
-columns apart: each picture is seen by itself, without a border between them.
+XLA's CPU backend cuts a convolution over cores along columns alone, and only where a row is enough work, so that one
+narrow picture occupies one core (`docs/performance.md`). Interleaved pictures are convolved as columns that take turns,
+with the taps of the kernel n columns apart: each picture is seen by itself, without a border between them.
 """
 
 import flax.linen as nn
@@ -13,8 +13,8 @@ from uae_jax.nn.apart import apart, settle
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.device import on_one_cpu
 
-# XLA's CPU backend hands a convolution of up to 16 channels to its fast library only where it makes more than those (jax 0.10.2):
-# 16 to 20 channels take 1.3 ms for a picture of 256 x 256, 16 to 16 take 2.3.
+# XLA's CPU backend hands a convolution of up to 16 channels to its fast library only where it makes more than those
+# (jax 0.10.2): 16 to 20 channels take 1.3 ms for a picture of 256 x 256, 16 to 16 take 2.3.
 NARROW, WIDE = 16, 20
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -52,9 +52,10 @@ class Conv(nn.Module):
 class DoublingConv(nn.Module):
     """A 3x3 convolution of a picture that nearest-neighbour enlargement doubles first.
 
-    On a single CPU the enlarged picture is never made: a pixel of the result sees 2x2 pixels of the input, some by the sum of several taps,
-    4 products in place of 9. For a TPU v5e libtpu expects that to take 1.4 to 1.5 times as long, since the rows and columns that it
-    computes apart must be moved together and the products are not what takes the time there (`docs/performance.md`).
+    On a single CPU the enlarged picture is never made: a pixel of the result sees 2x2 pixels of the input, some by the
+    sum of several taps, 4 products in place of 9. For a TPU v5e libtpu expects that to take 1.4 to 1.5 times as long,
+    since the rows and columns that it computes apart must be moved together and the products are not what takes the
+    time there (`docs/performance.md`).
 
     Attributes:
       features: output channels of a picture.
@@ -75,7 +76,9 @@ class DoublingConv(nn.Module):
 def _double_and_convolve(x: Array, kernel: Array, interleaved: int) -> Array:
     """`[B, H, W, n in]` and `[3, 3, in, out]` to `[B, 2 H, 2 W, n out]`."""
     batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels)).reshape(batch, 2 * height, 2 * width, channels)
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels)).reshape(
+        batch, 2 * height, 2 * width, channels
+    )
     return _convolve(x, kernel.astype(x.dtype), ((1, 1), (1, 1)), interleaved)
 
 
@@ -86,7 +89,8 @@ def _double_by_parity(x: Array, kernel: Array, interleaved: int) -> Array:
     kernels = jnp.einsum("aur,bvs,rsif->auvibf", sums, sums, kernel, precision=lax.Precision.HIGHEST).astype(x.dtype)
     even, odd = (
         _convolve(x, kernels[parity].reshape(2, 2, kernel.shape[2], -1), ((1 - parity, parity), (1, 1)), interleaved)
-        for parity in (0, 1))
+        for parity in (0, 1)
+    )
     return apart(_join_parities, even, odd, interleaved=interleaved)
 
 
@@ -103,8 +107,8 @@ def _join_parities(even: Array, odd: Array, *, interleaved: int) -> Array:
     """The picture of these rows.
 
     Args:
-      even, odd: rows of even and of odd number, `[B, H, W + 1, n (2 C)]`: even columns of the picture in the first half of 2 C, from the
-        first place on, odd ones in the second half, from the second place on.
+      even, odd: rows of even and of odd number, `[B, H, W + 1, n (2 C)]`: even columns of the picture in the first half
+        of 2 C, from the first place on, odd ones in the second half, from the second place on.
       interleaved: n.
 
     Returns:
@@ -131,7 +135,9 @@ def _convolve_interleaved(x: Array, kernel: Array, *, padding: Padding, interlea
     x = x.reshape(batch, height, width * interleaved, inputs)
     if inputs <= NARROW:
         kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, 0), (0, max(WIDE - outputs, 0))))
-    y = _product(x, kernel, (padding[0], tuple(interleaved * side for side in padding[1])), 1, interleaved)[..., :outputs]
+    y = _product(x, kernel, (padding[0], tuple(interleaved * side for side in padding[1])), 1, interleaved)[
+        ..., :outputs
+    ]
     return y.reshape(*y.shape[:2], -1, interleaved * outputs)
 
 
@@ -140,4 +146,5 @@ def _product(x: Array, kernel: Array, padding: Padding, stride: int, dilation: i
     if kernel.shape[:2] == (1, 1) and stride == 1 and padding == ((0, 0), (0, 0)):
         return x @ kernel[0, 0]
     return lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, rhs_dilation=(1, dilation), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x, kernel, (stride, stride), padding, rhs_dilation=(1, dilation), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )

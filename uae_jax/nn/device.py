@@ -18,16 +18,26 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-# of cards older than Ampere, by words of the name that CUDA gives them (developer.nvidia.com/cuda-gpus); all others are 8.0 or newer
+# of cards older than Ampere, by words of the name that CUDA gives them (developer.nvidia.com/cuda-gpus); all others are
+# 8.0 or newer
 _OLDER = (
-    (r"\bT4\b|\bT[1246]00\b|\bT[12][02]00\b|T2000|Quadro RTX [3-8]000\b|GeForce RTX 20\d\d|TITAN RTX|GTX 16\d\d|MX450", (7, 5)),
-    (r"V100|TITAN V\b", (7, 0)), (r"P100|P40\b|P4\b|GTX 10\d\d|GTX 9\d\d|M60|TITAN X", (6, 0)), (r"^AMD|^gfx", (0, 0)))
+    (
+        r"\bT4\b|\bT[1246]00\b|\bT[12][02]00\b|T2000|Quadro RTX [3-8]000\b|GeForce RTX 20\d\d|TITAN RTX|GTX "
+        r"16\d\d|MX450",
+        (7, 5),
+    ),
+    (r"V100|TITAN V\b", (7, 0)),
+    (r"P100|P40\b|P4\b|GTX 10\d\d|GTX 9\d\d|M60|TITAN X", (6, 0)),
+    (r"^AMD|^gfx", (0, 0)),
+)
 
 
 def compute_capability() -> tuple[int, int]:
-    """Generation of the NVIDIA card that a computation is for, as (major, minor): that of the current mesh, else of the process.
+    """Generation of the NVIDIA card that a computation is for, as (major, minor): that of the current mesh, else of the
+    process.
 
-    (0, 0) is a card of another maker. A card that is not there is known by its name alone; (8, 0) stands for every one that is not older.
+    (0, 0) is a card of another maker. A card that is not there is known by its name alone; (8, 0) stands for every one
+    that is not older.
     """
     device = getattr(current_mesh(), "abstract_device", None)
     present = jax.local_devices() if jax.default_backend() == "gpu" else []

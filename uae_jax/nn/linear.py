@@ -14,9 +14,9 @@ from uae_jax.nn.device import platform
 def adapted(x: Array, kernel: Array, a: Array, b: Array, scale: float) -> Array:
     """`x @ kernel + scale * x @ a @ b`, in the order of products that is least work (LoRA, arXiv 2106.09685, eq. 3).
 
-    On CPUs, in float32, more than about in * out / (in + out) tokens are multiplied with `kernel + scale * a @ b`. In half precision that
-    sum would round a young adapter away, and so would the matrix units of TPUs and GPUs, which round float32 operands by default: there all
-    tokens pass through the adapter, as few of them do on CPUs.
+    On CPUs, in float32, more than about in * out / (in + out) tokens are multiplied with `kernel + scale * a @ b`. In
+    half precision that sum would round a young adapter away, and so would the matrix units of TPUs and GPUs, which
+    round float32 operands by default: there all tokens pass through the adapter, as few of them do on CPUs.
 
     Args:
       x: `[..., in]`.

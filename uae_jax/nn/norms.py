@@ -65,8 +65,8 @@ class GroupNorm(nn.Module):
         def over_groups(y: Array) -> Array:
             """`[B, H, W, n C]` to `[B, 1, 1, n C]`: the mean over space and over each channel's group.
 
-            Only the small result of the mean over space is cut into groups: cutting the picture's channels splits the lanes
-            of a TPU's registers, which costs time and minutes of compilation.
+            Only the small result of the mean over space is cut into groups: cutting the picture's channels splits the
+            lanes of a TPU's registers, which costs time and minutes of compilation.
             """
             mean = jnp.mean(y, (-3, -2), keepdims=True)
             grouped = jnp.mean(mean.reshape(*mean.shape[:-1], self.interleaved * self.groups, -1), -1)

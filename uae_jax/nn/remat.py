@@ -37,7 +37,9 @@ def remat(module: type[nn.Module], policy: str, in_scan: bool = True) -> type[nn
     if check_policy(policy) == "none":
         return module
     kept = {
-        "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": None,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "all_dots": jax.checkpoint_policies.dots_saveable,
-        "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")}[policy]
+        "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    }[policy]
     return nn.remat(module, policy=kept, prevent_cse=not in_scan)

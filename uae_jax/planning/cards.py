@@ -1,9 +1,9 @@
 """NVIDIA cards as XLA's compiler wants them described, so that it compiles for one that is not there.
 
-The compiler refuses no program for its size: `planning.table` compares with the card's memory. Library workspaces count as nothing,
-since no library is asked.
-Sources: XLA's own target descriptions of H100, H200, A100, B200 and RTX PRO 6000 (github.com/openxla/xla, target_config/specs), NVIDIA's
-data sheets, and table 16 of the CUDA programming guide (limits of a compute capability).
+The compiler refuses no program for its size: `planning.table` compares with the card's memory. Library workspaces count
+as nothing, since no library is asked.
+Sources: XLA's own target descriptions of H100, H200, A100, B200 and RTX PRO 6000 (github.com/openxla/xla,
+target_config/specs), NVIDIA's data sheets, and table 16 of the CUDA programming guide (limits of a compute capability).
 """
 
 import dataclasses
@@ -66,7 +66,8 @@ TARGETS = {
     "RTX4090": Target(ADA, 128, 72 * MIB, 2.52),
     "RTX5090": Target(BLACKWELL_GEFORCE, 170, 96 * MIB, 2.41),
     "B200": Target(BLACKWELL, 148, 126 * MIB, 1.965),
-    "T4": Target(TURING, 40, 4 * MIB, 1.59)}
+    "T4": Target(TURING, 40, 4 * MIB, 1.59),
+}
 
 
 def target_text(name: str, memory: float, bandwidth: float, device_kind: str) -> str:
@@ -80,13 +81,26 @@ def target_text(name: str, memory: float, bandwidth: float, device_kind: str) ->
     card = TARGETS[name]
     generation = card.generation
     limits = {
-        "threads_per_block_limit": 1024, "threads_per_warp": 32, "shared_memory_per_block": 49152,
-        "shared_memory_per_core": generation.shared, "threads_per_core_limit": generation.threads, "core_count": card.processors,
-        "fpus_per_core": generation.lanes, "block_dim_limit_x": 2**31 - 1, "block_dim_limit_y": 65535, "block_dim_limit_z": 65535,
-        "memory_bandwidth": int(bandwidth), "l2_cache_size": card.cache, "clock_rate_ghz": card.clock,
-        "device_memory_size": int(memory), "shared_memory_per_block_optin": generation.shared_block,
-        "registers_per_core_limit": 65536, "registers_per_block_limit": 65536}
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "shared_memory_per_block": 49152,
+        "shared_memory_per_core": generation.shared,
+        "threads_per_core_limit": generation.threads,
+        "core_count": card.processors,
+        "fpus_per_core": generation.lanes,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 65535,
+        "block_dim_limit_z": 65535,
+        "memory_bandwidth": int(bandwidth),
+        "l2_cache_size": card.cache,
+        "clock_rate_ghz": card.clock,
+        "device_memory_size": int(memory),
+        "shared_memory_per_block_optin": generation.shared_block,
+        "registers_per_core_limit": 65536,
+        "registers_per_block_limit": 65536,
+    }
     device = " ".join(f"{key}: {value}" for key, value in limits.items())
     capability = f"cuda_compute_capability {{ major: {generation.major} minor: {generation.minor} }}"
     versions = "dnn_version_info { major: 9 minor: 12 patch: 0 } runtime_version { major: 13 minor: 0 patch: 0 }"
-    return f'gpu_device_info {{ {device} {capability} }} platform_name: "CUDA" {versions} device_description_str: "{device_kind}"'
+    kind = f'device_description_str: "{device_kind}"'
+    return f'gpu_device_info {{ {device} {capability} }} platform_name: "CUDA" {versions} {kind}'

@@ -1,8 +1,9 @@
 """Accelerators: what one chip or card can hold and do, from the vendors' pages, and what a topology's name means.
 
-Sources: docs.cloud.google.com/tpu/docs/{v4, v5e, v5p, v6e, tpu7x} (system architecture tables: memory, bandwidth of the memory
-and of the links between chips (half of the figure for both directions), peak in bfloat16 a chip); NVIDIA's data sheets (dense bfloat16 with
-float32 sums; links: NVLink in one direction, or PCI Express x16); memory as the cards report it, less what they keep for error correction.
+Sources: docs.cloud.google.com/tpu/docs/{v4, v5e, v5p, v6e, tpu7x} (system architecture tables: memory, bandwidth of the
+memory and of the links between chips (half of the figure for both directions), peak in bfloat16 a chip); NVIDIA's data
+sheets (dense bfloat16 with float32 sums; links: NVLink in one direction, or PCI Express x16); memory as the cards
+report it, less what they keep for error correction.
 """
 
 import dataclasses
@@ -37,25 +38,30 @@ class Chip:
     device_kind: str
 
 
-CHIPS = {chip.name: chip for chip in (
-    Chip("v4", 32 * GIB, 275e12, 1228e9, 300e9, "TPU v4"),
-    Chip("v5e", 16 * GIB, 197e12, 819e9, 200e9, "TPU v5 lite"),
-    Chip("v5p", 95 * GIB, 459e12, 2765e9, 600e9, "TPU v5"),
-    Chip("v6e", 32 * GIB, 918e12, 1638e9, 400e9, "TPU v6 lite"),
-    # each of the two chiplets of a chip is a device: half of 192 GiB, 2307 TFLOP/s, 7380 GB/s and 600 GB/s a direction
-    Chip("7x", 96 * GIB, 1153.5e12, 3690e9, 300e9, "TPU7x"),
-    Chip("H100", 84942979072, 989e12, 3352e9, 450e9, "NVIDIA H100 80GB HBM3"),
-    Chip("H200", 150.1e9, 989e12, 4800e9, 450e9, "NVIDIA H200"),
-    Chip("A100-40", 42298834944, 312e12, 1555e9, 300e9, "NVIDIA A100-SXM4-40GB"),
-    Chip("A100-80", 79.2 * GIB, 312e12, 2039e9, 300e9, "NVIDIA A100-SXM4-80GB"),
-    Chip("L4", 22.0 * GIB, 121e12, 300e9, 32e9, "NVIDIA L4"),
-    Chip("L40S", 44.5 * GIB, 362e12, 864e9, 32e9, "NVIDIA L40S"),
-    Chip("RTX3090", 23.6 * GIB, 71e12, 936e9, 32e9, "NVIDIA GeForce RTX 3090"),
-    Chip("RTX4090", 23.6 * GIB, 165e12, 1008e9, 32e9, "NVIDIA GeForce RTX 4090"),
-    Chip("RTX5090", 31.4 * GIB, 209e12, 1792e9, 64e9, "NVIDIA GeForce RTX 5090"),
-    Chip("B200", 191514411008, 2250e12, 7672e9, 900e9, "NVIDIA B200"),
-    # float16: Turing's matrix units know no bfloat16
-    Chip("T4", 14.7 * GIB, 65e12, 320e9, 16e9, "Tesla T4"))}
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 32 * GIB, 275e12, 1228e9, 300e9, "TPU v4"),
+        Chip("v5e", 16 * GIB, 197e12, 819e9, 200e9, "TPU v5 lite"),
+        Chip("v5p", 95 * GIB, 459e12, 2765e9, 600e9, "TPU v5"),
+        Chip("v6e", 32 * GIB, 918e12, 1638e9, 400e9, "TPU v6 lite"),
+        # each of the two chiplets of a chip is a device: half of 192 GiB, 2307 TFLOP/s, 7380 GB/s and 600 GB/s a
+        # direction
+        Chip("7x", 96 * GIB, 1153.5e12, 3690e9, 300e9, "TPU7x"),
+        Chip("H100", 84942979072, 989e12, 3352e9, 450e9, "NVIDIA H100 80GB HBM3"),
+        Chip("H200", 150.1e9, 989e12, 4800e9, 450e9, "NVIDIA H200"),
+        Chip("A100-40", 42298834944, 312e12, 1555e9, 300e9, "NVIDIA A100-SXM4-40GB"),
+        Chip("A100-80", 79.2 * GIB, 312e12, 2039e9, 300e9, "NVIDIA A100-SXM4-80GB"),
+        Chip("L4", 22.0 * GIB, 121e12, 300e9, 32e9, "NVIDIA L4"),
+        Chip("L40S", 44.5 * GIB, 362e12, 864e9, 32e9, "NVIDIA L40S"),
+        Chip("RTX3090", 23.6 * GIB, 71e12, 936e9, 32e9, "NVIDIA GeForce RTX 3090"),
+        Chip("RTX4090", 23.6 * GIB, 165e12, 1008e9, 32e9, "NVIDIA GeForce RTX 4090"),
+        Chip("RTX5090", 31.4 * GIB, 209e12, 1792e9, 64e9, "NVIDIA GeForce RTX 5090"),
+        Chip("B200", 191514411008, 2250e12, 7672e9, 900e9, "NVIDIA B200"),
+        # float16: Turing's matrix units know no bfloat16
+        Chip("T4", 14.7 * GIB, 65e12, 320e9, 16e9, "Tesla T4"),
+    )
+}
 # faked devices on the host stand for no chip; a plan on them shows bytes and operations, and never refuses
 CPU = Chip("cpu", math.inf, math.nan, math.nan, math.nan, "cpu")
 USABLE = 0.92  # of a chip's memory; the rest is the runtime's, and fragmentation
@@ -67,7 +73,8 @@ class Topology:
 
     Attributes:
       name: as given.
-      kind: `tpu` or `gpu` (compiled ahead of time where the compiler is installed), or `cpu` (compiled for faked devices).
+      kind: `tpu` or `gpu` (compiled ahead of time where the compiler is installed), or `cpu` (compiled for faked
+        devices).
       chip: of which kind.
       devices: how many.
       hosts: of cards; 1 for slices of TPUs, whose links do not depend on hosts.
@@ -100,5 +107,7 @@ def parse_topology(name: str) -> Topology:
         cores = 2 if kind == "7x" else 1
         return Topology(name, "tpu", CHIPS[kind], cores * math.prod(map(int, rest.split("x"))))
     raise ValueError(
-        f"topology is {name!r}; give a TPU slice such as v6e:8x8 or v5p:4x4x4, cards such as gpu:8xH200 or gpu:2x8xH100 (hosts x cards), "
-        f"or cpu:8 (chips: {', '.join(CHIPS)})")
+        f"topology is {name!r}; give a TPU slice such as v6e:8x8 or v5p:4x4x4, cards such as gpu:8xH200 or "
+        "gpu:2x8xH100 (hosts x cards), "
+        f"or cpu:8 (chips: {', '.join(CHIPS)})"
+    )

@@ -16,20 +16,51 @@ from uae_jax.planning.chips import GIB, Topology
 from uae_jax.stages.program import Program
 from uae_jax.stages.run_config import RunConfig
 
-TYPES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+TYPES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+    "s64": 8,
+    "u64": 8,
+}
 # instructions that only name what another one made
-NAMING = frozenset(("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "constant", "copy-done",
-                    "all-gather-done", "all-reduce-done", "collective-permute-done", "async-done", "slice-done"))
+NAMING = frozenset(
+    (
+        "parameter",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "while",
+        "conditional",
+        "call",
+        "constant",
+        "copy-done",
+        "all-gather-done",
+        "all-reduce-done",
+        "collective-permute-done",
+        "async-done",
+        "slice-done",
+    )
+)
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\](\{[^}]*\})? ([\w\-]+)\(")
 # the two ways in which libtpu says that a program does not fit: by its total, or by its temporaries alone
 TOTAL = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
 TEMPORARIES = re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT])\)")
 LISTED = re.compile(r'Size: ([\d.]+)([KMGT])\s+Operator: op_name="([^"]*)"\s+Shape: (\S+)')
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# libtpu schedules the instructions of one 3x3 convolution of the auto-encoder for 7 to 37 seconds by default, and for less than
-# one with the least effort; its temporaries are then not smaller, since fewer of them stay on the chip
+# libtpu schedules the instructions of one 3x3 convolution of the auto-encoder for 7 to 37 seconds by default, and for
+# less than one with the least effort; its temporaries are then not smaller, since fewer of them stay on the chip
 QUICK = -1.0
-# of XLA's GPU compiler, which takes twice as long by default; libraries take the products that its own kernels would compete for
+# of XLA's GPU compiler, which takes twice as long by default; libraries take the products that its own kernels would
+# compete for
 QUICK_GPU = {"xla_gpu_enable_triton_gemm": False, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -56,6 +87,7 @@ class Memory:
 
 def resident_bytes(program: Program) -> float:
     """Bytes of one device's share of all arguments."""
+
     def share(leaf: jax.ShapeDtypeStruct) -> float:
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
         size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
@@ -63,6 +95,7 @@ def resident_bytes(program: Program) -> float:
         for side in shape:
             total *= side
         return total
+
     return float(sum(share(leaf) for leaf in jax.tree.leaves(program.arguments)))
 
 
@@ -73,7 +106,11 @@ def plan_mesh(config: RunConfig, topology: Topology) -> Mesh:
       ValueError: no such slice, or a mesh that does not divide it.
       ImportError: libtpu, or the CUDA wheels, are not installed.
     """
-    devices = {"cpu": lambda: jax.devices()[:topology.devices], "tpu": lambda: _slice(topology), "gpu": lambda: _cards(topology)}
+    devices = {
+        "cpu": lambda: jax.devices()[: topology.devices],
+        "tpu": lambda: _slice(topology),
+        "gpu": lambda: _cards(topology),
+    }
     return sharding.make_mesh(config.mesh, devices[topology.kind]())
 
 
@@ -81,11 +118,17 @@ def _slice(topology: Topology) -> list:
     # v4's two cores are one device in the configuration that its slices run in, and two in libtpu's default
     more = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
     try:
-        return list(topologies.get_topology_desc(topology.name.replace("7x:", "tpu7x:"), platform="tpu", **more).devices)
+        return list(
+            topologies.get_topology_desc(topology.name.replace("7x:", "tpu7x:"), platform="tpu", **more).devices
+        )
     except RuntimeError as error:
         if "not installed" in str(error):
-            raise ImportError("libtpu is not installed; install the extra `tpu` (pip install 'uae_jax[tpu]')") from error
-        raise ValueError(f"libtpu does not know the topology {topology.name!r}: {str(error).splitlines()[0]}") from error
+            raise ImportError(
+                "libtpu is not installed; install the extra `tpu` (pip install 'uae_jax[tpu]')"
+            ) from error
+        raise ValueError(
+            f"libtpu does not know the topology {topology.name!r}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _cards(topology: Topology) -> list:
@@ -94,9 +137,15 @@ def _cards(topology: Topology) -> list:
     try:
         # slices x hosts x devices of a host
         found = topologies.get_topology_desc(
-            platform="cuda", topology_name="", target_config=text, topology=f"1x{topology.hosts}x{topology.devices // topology.hosts}")
+            platform="cuda",
+            topology_name="",
+            target_config=text,
+            topology=f"1x{topology.hosts}x{topology.devices // topology.hosts}",
+        )
     except NotImplementedError as error:  # of JAX, where no plugin knows the platform
-        raise ImportError("the CUDA wheels are not installed; install the extra `cuda` (pip install 'uae_jax[cuda]')") from error
+        raise ImportError(
+            "the CUDA wheels are not installed; install the extra `cuda` (pip install 'uae_jax[cuda]')"
+        ) from error
     except RuntimeError as error:
         raise ValueError(f"XLA does not take the topology {topology.name!r}: {str(error).splitlines()[0]}") from error
     return list(found.devices)
@@ -139,6 +188,7 @@ def _too_large(message: str, resident: float, seconds: float) -> Memory:
     Raises:
       ValueError: the compiler failed for another reason.
     """
+
     def size(found: re.Match) -> float:
         return float(found[1]) * UNITS[found[2]]
 
@@ -153,7 +203,9 @@ def _too_large(message: str, resident: float, seconds: float) -> Memory:
 
 def _listed(message: str) -> tuple[tuple[float, str, str], ...]:
     """The allocations that libtpu lists when a program does not fit."""
-    found = [(float(size) * UNITS[unit], shape, short_name(name)) for size, unit, name, shape in LISTED.findall(message)]
+    found = [
+        (float(size) * UNITS[unit], shape, short_name(name)) for size, unit, name, shape in LISTED.findall(message)
+    ]
     return tuple(dict.fromkeys(found))[:5]
 
 

@@ -1,8 +1,9 @@
 """Bytes of one device by formulas, where nothing is compiled.
 
-Parameters, optimizer and batch are exact: they follow from shapes and sharding rules. Temporaries are the largest phase of a stage:
-writing captions, drawing them, comparing images, or a gradient. Numbers of copies in a working set were fitted to compiled stages of the
-full-size presets on cards; a test holds the estimate between 1 and 1.15 times their peaks (docs/cards.md).
+Parameters, optimizer and batch are exact: they follow from shapes and sharding rules. Temporaries are the largest phase
+of a stage: writing captions, drawing them, comparing images, or a gradient. Numbers of copies in a working set were
+fitted to compiled stages of the full-size presets on cards; a test holds the estimate between 1 and 1.15 times their
+peaks (docs/cards.md).
 """
 
 import dataclasses
@@ -27,8 +28,8 @@ WHOLE_LAYER = 50
 class Shapes:
     """What the formulas read of a model, for one device: widths, lengths and bytes of a number.
 
-    `encoder` counts the logits that blocks of attention of the first image encoder hold for an image; `whole_layers` says that
-    nothing is recomputed.
+    `encoder` counts the logits that blocks of attention of the first image encoder hold for an image; `whole_layers`
+    says that nothing is recomputed.
     """
 
     activation: int
@@ -57,11 +58,24 @@ def _shapes(config: RunConfig, program: Program, sizes: MeshSizes, system: Descr
     context = model.template.length(caption)
     encoder = max((_encoder_logits(system.encoders[name].config) for name in names), default=0)
     return Shapes(
-        activation=2 if config.model.dtype == "bfloat16" else 4, tensor=sizes.tensor, text_width=text.width, text_mlp=text.mlp_width,
-        text_layers=text.layers, cache=2 * text.layers * text.key_heads * text.head_width, vocabulary=text.vocab_size,
-        width=decoder.width, layers=decoder.num_layers, tokens=side**2 + context, context=context, context_width=decoder.joint_attention_dim,
-        pixels=model.image_size**2, vae_width=model.vae.block_out_channels[0], prompt=program.batch["prompt_ids"].shape[1],
-        encoder=encoder, whole_layers=config.model.remat == "none")
+        activation=2 if config.model.dtype == "bfloat16" else 4,
+        tensor=sizes.tensor,
+        text_width=text.width,
+        text_mlp=text.mlp_width,
+        text_layers=text.layers,
+        cache=2 * text.layers * text.key_heads * text.head_width,
+        vocabulary=text.vocab_size,
+        width=decoder.width,
+        layers=decoder.num_layers,
+        tokens=side**2 + context,
+        context=context,
+        context_width=decoder.joint_attention_dim,
+        pixels=model.image_size**2,
+        vae_width=model.vae.block_out_channels[0],
+        prompt=program.batch["prompt_ids"].shape[1],
+        encoder=encoder,
+        whole_layers=config.model.remat == "none",
+    )
 
 
 def _encoder_logits(config: Any) -> int:
@@ -87,7 +101,10 @@ def _drawing(s: Shapes, rows: float, guidance: float, chunk: float) -> float:
     both = rows * (1 if guidance == 1 else 2)
     context = both * s.context * s.width * s.activation
     # the decoder's last level begins with twice the first width
-    return max(_transformer_layer(s, both, 6) + context, _maps(s, min(chunk or rows, rows), 8)) + rows * s.pixels * 3 * FLOAT
+    return (
+        max(_transformer_layer(s, both, 6) + context, _maps(s, min(chunk or rows, rows), 8))
+        + rows * s.pixels * 3 * FLOAT
+    )
 
 
 def _comparing(s: Shapes, rows: float, groups: float) -> float:
@@ -101,9 +118,15 @@ def _writing(s: Shapes, rows: float, groups: float, length: int, packed: bool) -
 
 
 def _language_gradient(s: Shapes, rows: float, length: int, chunk: int) -> float:
-    """What is kept of every layer, its input or all of it, one layer in the backward pass, and logits of `chunk` positions twice."""
+    """What is kept of every layer, its input or all of it, one layer in the backward pass, and logits of `chunk`
+    positions twice.
+    """
     layer, inputs = _language_layer(s, rows, length), rows * length * s.text_width * s.activation
-    return s.text_layers * (WHOLE_LAYER * inputs if s.whole_layers else inputs) + 2 * layer + 2 * rows * min(chunk, length) * s.vocabulary * FLOAT
+    return (
+        s.text_layers * (WHOLE_LAYER * inputs if s.whole_layers else inputs)
+        + 2 * layer
+        + 2 * rows * min(chunk, length) * s.vocabulary * FLOAT
+    )
 
 
 def _gradient(s: Shapes, rows: float) -> float:
@@ -112,8 +135,12 @@ def _gradient(s: Shapes, rows: float) -> float:
     return s.layers * (WHOLE_LAYER * inputs if s.whole_layers else inputs) + 2.2 * layer
 
 
-def _stage_activations(stage: str, settings: Any, s: Shapes, rows: float, length: int, gathered: float, trained: float, ways: int) -> float:
-    """The largest phase of a stage on one of `ways` devices: `rows` images of a batch, bytes of sampling weights and of trained ones."""
+def _stage_activations(
+    stage: str, settings: Any, s: Shapes, rows: float, length: int, gathered: float, trained: float, ways: int
+) -> float:
+    """The largest phase of a stage on one of `ways` devices: `rows` images of a batch, bytes of sampling weights and of
+    trained ones.
+    """
     parts = settings.micro_batches * settings.updates_per_rollout
     small = max(rows / parts, 1)
     # of a layer of the trained transformer, before devices have added them up: together as many as a device's share
@@ -124,7 +151,10 @@ def _stage_activations(stage: str, settings: Any, s: Shapes, rows: float, length
     guided = 1 if settings.guidance_scale == 1 else 2
     if stage == "cold_start":
         steps = small * s.pixels / 64 * 16 * FLOAT * settings.sampler_steps
-        return steps + max(_gradient(s, small * guided) + unsummed, _maps(s, min(max(settings.vae_chunk / ways, 1) if settings.vae_chunk else small, small), 22))
+        return steps + max(
+            _gradient(s, small * guided) + unsummed,
+            _maps(s, min(max(settings.vae_chunk / ways, 1) if settings.vae_chunk else small, small), 22),
+        )
     chunk, group = settings.vae_chunk and max(settings.vae_chunk / ways, 1), settings.group_size
     drawing = max(_drawing(s, rows * group, settings.guidance_scale, chunk), _comparing(s, rows * group, rows))
     if stage == "gen_for_und":
@@ -132,7 +162,10 @@ def _stage_activations(stage: str, settings: Any, s: Shapes, rows: float, length
         return max(writing, drawing, _language_gradient(s, small * group, length, settings.score_chunk))
     steps = getattr(settings, "window", 0) if settings.method == "flow_grpo" else settings.noise_levels
     # what a rollout keeps for its updates: latents of the window, and every drawing's context
-    window = 3 * steps * rows * group * s.pixels / 64 * 16 * FLOAT + rows * group * s.context * s.context_width * s.activation
+    window = (
+        3 * steps * rows * group * s.pixels / 64 * 16 * FLOAT
+        + rows * group * s.context * s.context_width * s.activation
+    )
     gradient = _gradient(s, max(rows * group / parts, 1) * guided)
     return window + max(gathered + _writing(s, rows, rows, length, bool(gathered)), drawing, gradient)
 
@@ -163,19 +196,30 @@ def estimate_memory(program: Program, config: RunConfig, sizes: MeshSizes, syste
     batch = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.batch)) / sizes.batch
     trained = _share(state.params, sizes)
     resident = _share(state, sizes) + _share(program.frozen, sizes) + batch
-    # the sum of gradients and those of a micro-batch; loops over denoising steps read a copy in the precision of activations
-    gradients = 2 * trained + (trained * shapes.activation / FLOAT if program.stage == "cold_start" and shapes.activation < FLOAT else 0)
+    # the sum of gradients and those of a micro-batch; loops over denoising steps read a copy in the precision of
+    # activations
+    gradients = 2 * trained + (
+        trained * shapes.activation / FLOAT if program.stage == "cold_start" and shapes.activation < FLOAT else 0
+    )
     layers = _largest_layer(program, sizes)
     rows, gathered = settings.batch_size / sizes.batch, _sampling_weights(program, sizes, shapes)
     entries = (
-        (gradients, "float32", "gradients"), (layers, config.model.dtype, "gathered weights of two layers"),
-        (_stage_activations(program.stage, settings, shapes, rows, length, gathered, trained, sizes.batch), config.model.dtype, "activations"))
+        (gradients, "float32", "gradients"),
+        (layers, config.model.dtype, "gathered weights of two layers"),
+        (
+            _stage_activations(program.stage, settings, shapes, rows, length, gathered, trained, sizes.batch),
+            config.model.dtype,
+            "activations",
+        ),
+    )
     temporaries = sum(size for size, _, _ in entries)
     return Memory(resident, temporaries, resident + temporaries, tuple(sorted(entries, reverse=True)), estimated=True)
 
 
 def _sampling_weights(program: Program, sizes: MeshSizes, s: Shapes) -> float:
-    """Bytes of the copy of the language model that sampling reads (`gather_weights`); the next gathers are under way meanwhile."""
+    """Bytes of the copy of the language model that sampling reads (`gather_weights`); the next gathers are under way
+    meanwhile.
+    """
     if not getattr(program.config, "gather_weights", False):
         return 0.0
     language = program.frozen["language"] if "language" in program.frozen else program.state.params["language"]

@@ -1,8 +1,8 @@
 """Counts of a traced step: products of matrices and convolutions, with every loop counted as often as it runs.
 
-XLA's own cost analysis counts the body of a loop once; here scans over layers, denoising steps, micro-batches and updates are
-multiplied out, and a sampling loop runs until the last token. Nothing is computed and nothing is compiled: the step is
-traced, and its jaxpr is walked.
+XLA's own cost analysis counts the body of a loop once; here scans over layers, denoising steps, micro-batches and
+updates are multiplied out, and a sampling loop runs until the last token. Nothing is computed and nothing is compiled:
+the step is traced, and its jaxpr is walked.
 """
 
 import dataclasses
@@ -14,9 +14,25 @@ import jax
 import numpy as np
 
 # they rearrange a weight, and what they return is still that weight
-LAYOUT = frozenset((
-    "convert_element_type", "transpose", "reshape", "squeeze", "slice", "dynamic_slice", "expand_dims", "broadcast_in_dim", "copy",
-    "copy_p", "rev", "pad", "optimization_barrier", "sharding_constraint", "stop_gradient"))
+LAYOUT = frozenset(
+    (
+        "convert_element_type",
+        "transpose",
+        "reshape",
+        "squeeze",
+        "slice",
+        "dynamic_slice",
+        "expand_dims",
+        "broadcast_in_dim",
+        "copy",
+        "copy_p",
+        "rev",
+        "pad",
+        "optimization_barrier",
+        "sharding_constraint",
+        "stop_gradient",
+    )
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +59,8 @@ class Work:
 @dataclasses.dataclass(frozen=True)
 class Count:
     """Attributes:
-      decoding: work inside sampling loops (`while`), where weights are read again for every token.
-      rest: everything else.
+    decoding: work inside sampling loops (`while`), where weights are read again for every token.
+    rest: everything else.
     """
 
     decoding: Work = Work()
@@ -117,7 +133,7 @@ def _equation(equation: Any, given: list[bool], trips: int, used: list[bool]) ->
         count, returned = _walk(parameters["jaxpr"].jaxpr, given, trips, [True] * carried + used[carried:])
         return count * parameters["length"], returned
     if name == "while":
-        inside, _ = _walk(parameters["body_jaxpr"].jaxpr, given[parameters["cond_nconsts"]:], trips, [True] * results)
+        inside, _ = _walk(parameters["body_jaxpr"].jaxpr, given[parameters["cond_nconsts"] :], trips, [True] * results)
         return Count(decoding=(inside.decoding + inside.rest) * trips), nothing
     if name == "cond":
         branches = [_walk(branch.jaxpr, given[1:], trips, used) for branch in parameters["branches"]]
@@ -146,10 +162,15 @@ def _convolution_flops(equation: Any) -> float:
     numbers = parameters["dimension_numbers"]
     picture, kernel, result = (variable.aval.shape for variable in (*equation.invars, *equation.outvars))
     pairs = 1.0
-    for index, (at, kernel_at, result_at) in enumerate(zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:])):
+    for index, (at, kernel_at, result_at) in enumerate(
+        zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:])
+    ):
         dilation = parameters["lhs_dilation"][index]
-        position = (np.arange(result[result_at])[:, None] * parameters["window_strides"][index]
-                    + np.arange(kernel[kernel_at])[None] * parameters["rhs_dilation"][index] - parameters["padding"][index][0])
+        position = (
+            np.arange(result[result_at])[:, None] * parameters["window_strides"][index]
+            + np.arange(kernel[kernel_at])[None] * parameters["rhs_dilation"][index]
+            - parameters["padding"][index][0]
+        )
         last = (picture[at] - 1) * dilation
         pairs *= np.sum((position >= 0) & (position <= last) & (position % dilation == 0))
     channels = kernel[numbers.rhs_spec[1]]  # of one group

@@ -1,7 +1,7 @@
 """The text of a compiled program, read: its computations, how often each runs, and what each instruction costs.
 
-XLA's own cost analysis counts a loop's body once and is absent for devices that are not there. Here every instruction is counted as
-often as it runs, with the operations of its products and the bytes that it reads and writes.
+XLA's own cost analysis counts a loop's body once and is absent for devices that are not there. Here every instruction
+is counted as often as it runs, with the operations of its products and the bytes that it reads and writes.
 """
 
 import dataclasses
@@ -10,15 +10,46 @@ import math
 import re
 from collections.abc import Iterator
 
-WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4,
-          "f64": 8, "s64": 8, "u64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
+WIDTHS = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+    "s64": 8,
+    "u64": 8,
+    "f8e4m3fn": 1,
+    "f8e5m2": 1,
+}
 # instructions that only name what another one made
-NAMING = frozenset(("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "opt-barrier", "partition-id", "replica-id"))
+NAMING = frozenset(
+    (
+        "parameter",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "constant",
+        "after-all",
+        "opt-barrier",
+        "partition-id",
+        "replica-id",
+    )
+)
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
-_CALLED = re.compile(r"(calls|body|condition|to_apply|true_computation|false_computation|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_CALLED = re.compile(
+    r"(calls|body|condition|to_apply|true_computation|false_computation|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+)
 
 
 _TRIPS = r'"known_trip_count":\{"n":"(\d+)"'
@@ -78,7 +109,7 @@ class Instruction:
         if self.opcode.endswith("-start"):
             # a copy's result comes first; those of a collective follow its operands, or stand alone
             count = len(self.operands)
-            made = made[:1] if self.opcode == "copy-start" else made[count:2 * count] or made
+            made = made[:1] if self.opcode == "copy-start" else made[count : 2 * count] or made
         if self.opcode == "custom-call":
             made = made[:1] + tuple(array for array in made[1:] if array.dtype not in ("s8", "u8"))
         return sum(array.bytes for array in made)
@@ -130,7 +161,9 @@ class Module:
                 current[instruction.name] = instruction
 
     def uses(self) -> Iterator[Use]:
-        """Everything that is a launch, a copy or a collective of its own, in the order of the text; fusions are one each."""
+        """Everything that is a launch, a copy or a collective of its own, in the order of the text; fusions are one
+        each.
+        """
         yield from self._walk(self.entry, 1.0, ())
 
     def _walk(self, name: str, times: float, loops: tuple[str, ...]) -> Iterator[Use]:
@@ -143,9 +176,17 @@ class Module:
             elif instruction.opcode == "conditional":
                 words = ("branch_computations", "true_computation", "false_computation")
                 branches = [[*self._walk(branch, times, loops)] for word in words for branch in called.get(word, ())]
-                yield from max(branches, key=lambda uses: sum(use.times * (self.flops(use) + self.traffic(use)) for use in uses), default=[])
+                yield from max(
+                    branches,
+                    key=lambda uses: sum(use.times * (self.flops(use) + self.traffic(use)) for use in uses),
+                    default=[],
+                )
             elif instruction.opcode in ("call", "async-start"):
-                for inner in (*called.get("to_apply", ()), *called.get("calls", ()), *called.get("called_computations", ())):
+                for inner in (
+                    *called.get("to_apply", ()),
+                    *called.get("calls", ()),
+                    *called.get("called_computations", ()),
+                ):
                     yield from self._walk(inner, times, loops)
             elif instruction.opcode not in NAMING and not instruction.opcode.endswith(("-done", "-update")):
                 yield Use(instruction, name, times, loops)
@@ -155,7 +196,9 @@ class Module:
         return int(loop.value(_TRIPS) or self.trips)
 
     def flops(self, use: Use) -> float:
-        """Operations of the products and convolutions of one run of an instruction, two for a multiplication and an addition."""
+        """Operations of the products and convolutions of one run of an instruction, two for a multiplication and an
+        addition.
+        """
         return self._flops(use.instruction, self.computations[use.computation])
 
     def _flops(self, instruction: Instruction, around: dict[str, Instruction]) -> float:
@@ -179,12 +222,18 @@ class Module:
     def traffic(self, use: Use) -> float:
         """Bytes that one run of an instruction reads and writes; of a stack of layers, only the layer that it picks."""
         instruction, around = use.instruction, self.computations[use.computation]
-        inside = self.computations.get(instruction.called.get("calls", ("",))[0], {}) if instruction.opcode == "fusion" else {}
+        inside = (
+            self.computations.get(instruction.called.get("calls", ("",))[0], {})
+            if instruction.opcode == "fusion"
+            else {}
+        )
         parameters = {int(p.attributes or 0): p for p in inside.values() if p.opcode == "parameter"}
         total = _written(instruction, inside)
         for index, name in enumerate(instruction.operands):
             whole = around[name].bytes if name in around else 0.0
-            total += _read(parameters[index], inside, whole) if index in parameters else _picked(instruction, index, whole)
+            total += (
+                _read(parameters[index], inside, whole) if index in parameters else _picked(instruction, index, whole)
+            )
         return total
 
 
@@ -196,7 +245,9 @@ def _picked(instruction: Instruction, index: int, whole: float) -> float:
 
 
 def _read(parameter: Instruction, inside: dict[str, Instruction], whole: float) -> float:
-    """Bytes of a fusion's operand that are read: a slice of it where every reader takes a slice, none where it is only overwritten."""
+    """Bytes of a fusion's operand that are read: a slice of it where every reader takes a slice, none where it is only
+    overwritten.
+    """
     total, names = 0.0, {parameter.name}
     for reader in inside.values():
         if not names & set(reader.operands):
@@ -232,14 +283,16 @@ def _parse(line: str) -> Instruction | None:
     found = _NAME.match(line)
     if not found:
         return None
-    rest = re.sub(r"/\*.*?\*/", "", line[found.end():])
+    rest = re.sub(r"/\*.*?\*/", "", line[found.end() :])
     result, rest = _balanced(rest)
     opcode, _, rest = rest.strip().partition("(")
     inner, attributes = _balanced("(" + rest)
     if opcode == "parameter":
         attributes = inner.strip("()")
     operands = tuple(re.findall(r"%([\w.\-]+)", inner)) if opcode not in ("parameter", "constant") else ()
-    arrays = tuple(Array(dtype, tuple(int(side) for side in shape.split(",") if side)) for dtype, shape in _ARRAY.findall(result))
+    arrays = tuple(
+        Array(dtype, tuple(int(side) for side in shape.split(",") if side)) for dtype, shape in _ARRAY.findall(result)
+    )
     return Instruction(found[2], opcode.strip(), arrays, operands, attributes.lstrip(", "), bool(found[1]))
 
 
@@ -250,7 +303,7 @@ def _balanced(text: str) -> tuple[str, str]:
         depth += character in "([{"
         depth -= character in ")]}"
         if depth == 0 and (character == " " or (character == ")" and text[0] == "(")):
-            return text[:index + 1], text[index + 1:]
+            return text[: index + 1], text[index + 1 :]
     return text, ""
 
 

@@ -42,8 +42,8 @@ def mesh_sizes(config: RunConfig, devices: int) -> MeshSizes:
 def step_work(config: RunConfig, system: AbstractSystem, stage: str) -> Count:
     """Work of one step of a stage; sampling loops run to the last token.
 
-    Attention is counted in its plain form, whose backward pass computes nothing twice; the kernels' recomputation of a few
-    percent is left out, as is what they save where a causal mask hides half of the pairs.
+    Attention is counted in its plain form, whose backward pass computes nothing twice; the kernels' recomputation of a
+    few percent is left out, as is what they save where a causal mask hides half of the pairs.
     """
     program = make_program(config, system, system.parts, system.batch, stage)
     with use_attention("plain"):
@@ -61,8 +61,14 @@ def without_recomputation(config: RunConfig) -> RunConfig:
 
 
 def plan_stage(
-    config: RunConfig, system: AbstractSystem, stage: str, topology: Topology, mesh: Mesh | None, sizes: MeshSizes,
-    texts: pathlib.Path | None = None) -> StagePlan:
+    config: RunConfig,
+    system: AbstractSystem,
+    stage: str,
+    topology: Topology,
+    mesh: Mesh | None,
+    sizes: MeshSizes,
+    texts: pathlib.Path | None = None,
+) -> StagePlan:
     """Counts a stage and finds its memory: compiled for a mesh, estimated without one; see `make_plan`."""
     program = make_program(config, system, system.parts, system.batch, stage, mesh)
     if mesh is None:
@@ -73,8 +79,15 @@ def plan_stage(
     plain = without_recomputation(config)
     model_flops = step_work(plain, abstract_system(plain), stage).flops
     return StagePlan(
-        stage, program.config.batch_size, trees.parameter_count(program.state.params), trees.parameter_count(program.frozen),
-        memory, count.flops, model_flops, roofline(count, model_flops, topology, sizes, _gathers(program.config)))
+        stage,
+        program.config.batch_size,
+        trees.parameter_count(program.state.params),
+        trees.parameter_count(program.frozen),
+        memory,
+        count.flops,
+        model_flops,
+        roofline(count, model_flops, topology, sizes, _gathers(program.config)),
+    )
 
 
 def _mesh(config: RunConfig, chips: Topology) -> Mesh | None:
@@ -88,8 +101,12 @@ def _mesh(config: RunConfig, chips: Topology) -> Mesh | None:
 
 
 def make_plan(
-    config: Mapping[str, Any], topology: str, stages: tuple[str, ...] = (), report: Callable[[StagePlan], None] = lambda plan: None,
-    texts: pathlib.Path | None = None) -> tuple[list[StagePlan], Topology, MeshSizes]:
+    config: Mapping[str, Any],
+    topology: str,
+    stages: tuple[str, ...] = (),
+    report: Callable[[StagePlan], None] = lambda plan: None,
+    texts: pathlib.Path | None = None,
+) -> tuple[list[StagePlan], Topology, MeshSizes]:
     """Plans the stages of a configuration.
 
     Args:
@@ -108,14 +125,19 @@ def make_plan(
         if stage not in STAGES:
             raise ValueError(f"--stages names {stage!r}; the stages are {', '.join(STAGES)}")
         if stage not in settings.stages:
-            raise ValueError(f"--stages names {stage!r}, which this configuration does not run; it runs {', '.join(settings.stages)}")
+            raise ValueError(
+                f"--stages names {stage!r}, which this configuration does not run; it runs {', '.join(settings.stages)}"
+            )
     sizes, plans = mesh_sizes(settings, chips.devices), []
     wanted = stages or tuple(dict.fromkeys(stage for _, stage in settings.order()))
     for stage in wanted:
         check_batch(stage, getattr(settings, stage), sizes.batch)
     mesh = _mesh(settings, chips)
     if texts is not None and mesh is None:
-        raise ValueError("--hlo needs compiled stages, and the CUDA wheels are not installed; install the extra `cuda` (pip install 'uae_jax[cuda]')")
+        raise ValueError(
+            "--hlo needs compiled stages, and the CUDA wheels are not installed; install the extra `cuda` (pip "
+            "install 'uae_jax[cuda]')"
+        )
     system = abstract_system(settings)
     sharding.check_rules(system.parts, sizes)
     for stage in wanted:

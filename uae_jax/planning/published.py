@@ -1,7 +1,8 @@
 """Sizes of the published models, so that a full-size run can be planned before a single weight is downloaded.
 
-Each value is that of the `config.json` in the repository named beside it; what stands in our config classes as a default is
-published too and is not repeated. Token counts are those of Qwen2.5-VL-3B-Instruct's tokenizer and chat template.
+Each value is that of the `config.json` in the repository named beside it; what stands in our config classes as a
+default is published too and is not repeated. Token counts are those of Qwen2.5-VL-3B-Instruct's tokenizer and chat
+template.
 """
 
 import dataclasses
@@ -21,17 +22,34 @@ PROJECTOR_WIDTH = 8192
 # stabilityai/stable-diffusion-3.5-medium and -large, transformer/config.json
 TRANSFORMERS = {
     "sd3_5_medium": TransformerConfig(),
-    "sd3_5_large": TransformerConfig(num_layers=38, num_attention_heads=38, pos_embed_max_size=192, dual_attention_layers=())}
+    "sd3_5_large": TransformerConfig(
+        num_layers=38, num_attention_heads=38, pos_embed_max_size=192, dual_attention_layers=()
+    ),
+}
 # stabilityai/stable-diffusion-3.5-large, vae/config.json: the defaults of VAEConfig
 VAE = VAEConfig()
 # openai/clip-vit-large-patch14 (the reward) and facebook/dinov2-large (the held-out score)
 ENCODERS = {
-    "clip": Encoder("clip", "clip", CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, projection_dim=768, num_hidden_layers=24, num_attention_heads=16, patch_size=14),
-        Preprocess()),
-    "dinov2": Encoder("dinov2", "dinov2", Dinov2Config(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518),
-        Preprocess(size=(256,), mean=IMAGENET_MEAN, std=IMAGENET_STD))}
+    "clip": Encoder(
+        "clip",
+        "clip",
+        CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            projection_dim=768,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            patch_size=14,
+        ),
+        Preprocess(),
+    ),
+    "dinov2": Encoder(
+        "dinov2",
+        "dinov2",
+        Dinov2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518),
+        Preprocess(size=(256,), mean=IMAGENET_MEAN, std=IMAGENET_STD),
+    ),
+}
 # the release's demo.py lowers the image processor's max_pixels to 65536
 PROCESSOR = ImageProcessor(max_pixels=65536)
 # the chat template around a turn of the role `generate`: system turn and header before it, answer header after it
@@ -54,7 +72,9 @@ def transformer_of(preset: str) -> TransformerConfig | None:
     return TRANSFORMERS.get(f"sd3_5_{decoder}") if captioner == "qwen2_5_vl_3b" else None
 
 
-def using(transformer: TransformerConfig, *, dtype: str, remat: str, lora_alpha: float) -> tuple[Qwen2_5VLConfig, TransformerConfig]:
+def using(
+    transformer: TransformerConfig, *, dtype: str, remat: str, lora_alpha: float
+) -> tuple[Qwen2_5VLConfig, TransformerConfig]:
     """Captioner and decoder with a run's precision, recomputation and adapter scale."""
     captioner = CAPTIONER.using(dtype=dtype, remat=remat, lora_alpha=lora_alpha)
     return captioner, dataclasses.replace(transformer, dtype=dtype, remat=remat, lora_alpha=lora_alpha)

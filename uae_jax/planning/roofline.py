@@ -34,7 +34,8 @@ class Roofline:
       memory: reading weights for every product, and when sampling keys and values too, at the memory's bandwidth.
       links: receiving the weights that other chips hold, at the links' bandwidth.
       decoding: of the bound, the part inside sampling loops.
-      seconds: the bound: in sampling and in the rest, the largest of the three terms; nothing of one hides in the other.
+      seconds: the bound: in sampling and in the rest, the largest of the three terms; nothing of one hides in the
+        other.
       utilisation: model FLOPs (without recomputation) over what the chips could have done in that time.
     """
 
@@ -62,11 +63,14 @@ def roofline(count: Count, model_flops: float, topology: Topology, sizes: MeshSi
       model_flops: of the step without recomputation.
       topology: the chips; those of a `cpu` topology have no peak, and the result is not a number.
       sizes: of the mesh.
-      gathers: for one token sampled, how often its weights are gathered: 1, or 1 / T when they are gathered once a rollout.
+      gathers: for one token sampled, how often its weights are gathered: 1, or 1 / T when they are gathered once a
+        rollout.
     """
     compute, memory, links = _terms(count.decoding, topology, sizes, other=True)
     decoding = compute, memory, links * gathers
     rest = _terms(count.rest, topology, sizes, other=False)
     seconds = max(decoding) + max(rest)
     compute, memory, links = (a + b for a, b in zip(decoding, rest))
-    return Roofline(compute, memory, links, max(decoding), seconds, model_flops / (seconds * topology.devices * topology.chip.flops))
+    return Roofline(
+        compute, memory, links, max(decoding), seconds, model_flops / (seconds * topology.devices * topology.chip.flops)
+    )

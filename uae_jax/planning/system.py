@@ -28,7 +28,6 @@ from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import ENCODERS, REFERENCE, model_folder
 
 
-
 @dataclasses.dataclass(frozen=True)
 class AbstractSystem:
     """As `stages.weights.System`, with shapes in place of arrays.
@@ -67,25 +66,40 @@ def abstract_system(config: RunConfig) -> AbstractSystem:
         system = _from_folder(config)
     else:
         system = _published(config, sizes)
-    return dataclasses.replace(system, parts=jax.eval_shape(lambda parts: with_adapters(config, parts, jax.random.key(0)), system.parts))
+    return dataclasses.replace(
+        system, parts=jax.eval_shape(lambda parts: with_adapters(config, parts, jax.random.key(0)), system.parts)
+    )
 
 
 def _parts(
-    captioner: qwen_config.Qwen2_5VLConfig, decoder: TransformerConfig, autoencoder: VAEConfig, projector_width: int,
-    encoders: Mapping[str, Encoder]) -> dict:
+    captioner: qwen_config.Qwen2_5VLConfig,
+    decoder: TransformerConfig,
+    autoencoder: VAEConfig,
+    projector_width: int,
+    encoders: Mapping[str, Encoder],
+) -> dict:
     """Shapes of all parameters, float32."""
-    projector = jax.eval_shape(lambda: qwen.init_projector(
-        jax.random.key(0), captioner.text.width, projector_width, decoder.joint_attention_dim))
+    projector = jax.eval_shape(
+        lambda: qwen.init_projector(
+            jax.random.key(0), captioner.text.width, projector_width, decoder.joint_attention_dim
+        )
+    )
     models = {"clip": clip, "dinov2": dino, "dinov3": dino}
     return {
-        **qwen.abstract_params(captioner), "projector": projector, "transformer": transformer.abstract_params(decoder),
-        "vae": vae.abstract_params(autoencoder), "pooled": jax.ShapeDtypeStruct((decoder.pooled_projection_dim,), jnp.float32),
-        "encoders": {name: models[encoder.kind].abstract_params(encoder.config) for name, encoder in encoders.items()}}
+        **qwen.abstract_params(captioner),
+        "projector": projector,
+        "transformer": transformer.abstract_params(decoder),
+        "vae": vae.abstract_params(autoencoder),
+        "pooled": jax.ShapeDtypeStruct((decoder.pooled_projection_dim,), jnp.float32),
+        "encoders": {name: models[encoder.kind].abstract_params(encoder.config) for name, encoder in encoders.items()},
+    }
 
 
 def _published(config: RunConfig, sizes: TransformerConfig) -> AbstractSystem:
     settings, data = config.model, config.data
-    captioner, decoder = published.using(sizes, dtype=settings.dtype, remat=settings.remat, lora_alpha=settings.lora_alpha)
+    captioner, decoder = published.using(
+        sizes, dtype=settings.dtype, remat=settings.remat, lora_alpha=settings.lora_alpha
+    )
     rows, columns = grid = published.PROCESSOR.grid_of(data.image_size, data.image_size)
     prompt = published.CAPTION_PROMPT_TOKENS + published.PROCESSOR.image_tokens(grid)
     check_max_prompt(data.max_prompt or prompt, prompt, data.image_size)
@@ -102,7 +116,9 @@ def _from_folder(config: RunConfig) -> AbstractSystem:
     tokenizer = tokens.load_tokenizer(words)
     overrides = dict(dtype=settings.dtype, remat=settings.remat, lora_alpha=settings.lora_alpha)
     captioner = qwen_config.from_folder(folder / "llm", **overrides)
-    decoder = TransformerConfig.from_folder(folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer", **overrides)
+    decoder = TransformerConfig.from_folder(
+        folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer", **overrides
+    )
     autoencoder = VAEConfig.from_folder(folder / "SD3" / "vae")
     prefix, suffix = tokens.condition_template(tokenizer)
     negative = tokens.encode_caption(tokenizer, data.negative_prompt)[:-1]
@@ -130,7 +146,12 @@ def _projector_width(folder: pathlib.Path, captioner: qwen_config.Qwen2_5VLConfi
 
 def _encoder(folder: pathlib.Path) -> Encoder:
     kind = read_json(folder).get("model_type")
-    classes = {"clip": CLIPConfig, "clip_vision_model": CLIPVisionConfig, "dinov2": Dinov2Config, "dinov3_vit": Dinov3Config}
+    classes = {
+        "clip": CLIPConfig,
+        "clip_vision_model": CLIPVisionConfig,
+        "dinov2": Dinov2Config,
+        "dinov3_vit": Dinov3Config,
+    }
     if kind not in classes:
         raise ValueError(f"{folder} holds a {kind} model; use a CLIP, DINOv2 or DINOv3 folder")
     model = classes[kind].from_folder(folder)

@@ -9,8 +9,21 @@ from uae_jax.planning.chips import GIB, USABLE, Topology
 from uae_jax.planning.compile import Memory
 from uae_jax.planning.roofline import MeshSizes, Roofline
 
-COLUMNS = ("stage", "images", "trainable", "frozen", "arguments", "temporaries", "peak", "of chip", "FLOPs", "step s", "decode s",
-           "MFU", "compile s")
+COLUMNS = (
+    "stage",
+    "images",
+    "trainable",
+    "frozen",
+    "arguments",
+    "temporaries",
+    "peak",
+    "of chip",
+    "FLOPs",
+    "step s",
+    "decode s",
+    "MFU",
+    "compile s",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +71,20 @@ def _number(value: float, form: str) -> str:
 def _row(plan: StagePlan, topology: Topology) -> list[str]:
     memory, known = plan.memory, math.isfinite(topology.chip.memory)
     return [
-        plan.stage, str(plan.images), _parameters(plan.trainable), _parameters(plan.frozen), _size(memory.arguments),
-        _size(memory.temporaries), _size(memory.peak), f"{100 * plan.share(topology):.0f} %" if known else "-", f"{plan.flops:.2e}",
-        _number(plan.time.seconds, "{:.2f}"), _number(plan.time.decoding, "{:.2f}"), _number(100 * plan.time.utilisation, "{:.0f} %"),
-        "-" if memory.estimated else f"{memory.seconds:.0f}"]
+        plan.stage,
+        str(plan.images),
+        _parameters(plan.trainable),
+        _parameters(plan.frozen),
+        _size(memory.arguments),
+        _size(memory.temporaries),
+        _size(memory.peak),
+        f"{100 * plan.share(topology):.0f} %" if known else "-",
+        f"{plan.flops:.2e}",
+        _number(plan.time.seconds, "{:.2f}"),
+        _number(plan.time.decoding, "{:.2f}"),
+        _number(100 * plan.time.utilisation, "{:.0f} %"),
+        "-" if memory.estimated else f"{memory.seconds:.0f}",
+    ]
 
 
 def text_table(plans: list[StagePlan], topology: Topology, sizes: MeshSizes, title: str) -> str:
@@ -71,8 +94,12 @@ def text_table(plans: list[StagePlan], topology: Topology, sizes: MeshSizes, tit
     rows = [list(COLUMNS), *(_row(plan, topology) for plan in plans)]
     widths = [max(len(row[index]) for row in rows) for index in range(len(COLUMNS))]
     lines = [
-        f"{title} on {topology.name}: {topology.devices} devices ({chip.name}, {held}), mesh data={sizes.data} fsdp={sizes.fsdp} "
-        f"tensor={sizes.tensor}. Bytes in GiB a device" + (", estimated." if plans and plans[0].memory.estimated else "."), ""]
+        f"{title} on {topology.name}: {topology.devices} devices ({chip.name}, {held}), mesh data={sizes.data} "
+        f"fsdp={sizes.fsdp} "
+        f"tensor={sizes.tensor}. Bytes in GiB a device"
+        + (", estimated." if plans and plans[0].memory.estimated else "."),
+        "",
+    ]
     for number, row in enumerate(rows):
         lines.append("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
         if number == 0:
@@ -83,20 +110,32 @@ def text_table(plans: list[StagePlan], topology: Topology, sizes: MeshSizes, tit
             lines += ["", f"{plan.stage}, largest temporaries: {named}"]
     for plan in plans:
         if not plan.fits(topology):
-            lines += ["", f"{plan.stage} does not fit: {_size(plan.memory.peak)} GiB of the {USABLE * chip.memory / GIB:.1f} GiB that may be used "
-                      f"({USABLE:.0%} of a chip); more chips, smaller micro-batches or a smaller vae_chunk need less"]
+            lines += [
+                "",
+                f"{plan.stage} does not fit: {_size(plan.memory.peak)} GiB of the {USABLE * chip.memory / GIB:.1f} "
+                "GiB that may be used "
+                f"({USABLE:.0%} of a chip); more chips, smaller micro-batches or a smaller vae_chunk need less",
+            ]
     return "\n".join(lines)
 
 
 def as_json(plans: list[StagePlan], topology: Topology, sizes: MeshSizes, preset: str) -> str:
     """Everything in the table, bytes and seconds unrounded."""
+
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: clean(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [clean(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
+
     stages = [dataclasses.asdict(plan) | {"fits": plan.fits(topology)} for plan in plans]
-    whole = {"preset": preset, "topology": topology.name, "devices": topology.devices, "chip": dataclasses.asdict(topology.chip),
-             "mesh": dataclasses.asdict(sizes), "stages": stages}
+    whole = {
+        "preset": preset,
+        "topology": topology.name,
+        "devices": topology.devices,
+        "chip": dataclasses.asdict(topology.chip),
+        "mesh": dataclasses.asdict(sizes),
+        "stages": stages,
+    }
     return json.dumps(clean(whole), indent=1) + "\n"

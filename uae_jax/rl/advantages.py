@@ -19,8 +19,7 @@ def check_group_size(group_size: int) -> None:
     """Raises ValueError when a group is too small to compare anything."""
     if group_size < 2:
         raise ValueError(
-            f"GRPO needs at least 2 samples a group: group_size is {group_size}, "
-            "so every advantage would be 0"
+            f"GRPO needs at least 2 samples a group: group_size is {group_size}, so every advantage would be 0"
         )
 
 
@@ -45,9 +44,7 @@ def _check(rewards, group_ids, num_groups, scale):
     if scale not in SCALES:
         raise ValueError(f"unknown advantage scale {scale!r}: choose one of {', '.join(SCALES)}")
     if group_ids is None and rewards.ndim != 2:
-        raise ValueError(
-            f"rewards of shape {rewards.shape} need group ids, or the shape [groups, samples]"
-        )
+        raise ValueError(f"rewards of shape {rewards.shape} need group ids, or the shape [groups, samples]")
     if group_ids is not None and (rewards.ndim != 1 or num_groups is None):
         raise ValueError("group ids need flat rewards [N] and num_groups")
 
@@ -173,21 +170,15 @@ def combine_advantages(
     if method not in COMBINATIONS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(COMBINATIONS)}")
     if set(rewards) != set(weights) or not rewards:
-        raise ValueError(
-            f"rewards {sorted(rewards)} and weights {sorted(weights)} must have the same names"
-        )
+        raise ValueError(f"rewards {sorted(rewards)} and weights {sorted(weights)} must have the same names")
     each = {
         name: group_advantages(value, group_ids, num_groups, eps=eps, clip=None, **options)
         for name, value in rewards.items()
     }
-    metrics = {
-        f"{name}/{key}": pair for name, (_, values) in each.items() for key, pair in values.items()
-    }
+    metrics = {f"{name}/{key}": pair for name, (_, values) in each.items() for key, pair in values.items()}
     if method == "weighted_sum":
         total = sum(weights[name] * jnp.asarray(value) for name, value in rewards.items())
-        advantages, of_total = group_advantages(
-            total, group_ids, num_groups, eps=eps, clip=clip, **options
-        )
+        advantages, of_total = group_advantages(total, group_ids, num_groups, eps=eps, clip=clip, **options)
         return advantages, metrics | of_total
     total = sum(weights[name] * advantages for name, (advantages, _) in each.items())
     # Each term already sums to 0 over its group, so only the spread is left to divide out.

@@ -1,7 +1,9 @@
-"""Generation for understanding: the captioner learns what the decoder can rebuild (arXiv 2509.09666, section 3; GRPO, 2402.03300).
+"""Generation for understanding: the captioner learns what the decoder can rebuild (arXiv 2509.09666, section 3; GRPO,
+2402.03300).
 
-For each of B images, G captions are sampled; the frozen decoder draws each of them; the reward is the similarity of drawing
-and image. The decoder is part of the environment: no gradient passes through it. Shape letters: T caption tokens.
+For each of B images, G captions are sampled; the frozen decoder draws each of them; the reward is the similarity of
+drawing and image. The decoder is part of the environment: no gradient passes through it. Shape letters: T caption
+tokens.
 """
 
 import dataclasses
@@ -45,14 +47,16 @@ class CaptionPolicy:
       shared_noise: one noise for the whole group, so that the advantage measures the caption alone.
       advantage_scale: `group`, `batch` or `none`.
       aggregation, clip_low, clip_high, dual_clip (0 for none), kl_weight, kl_estimator: see `losses.token_grpo_loss`.
-      score_chunk: caption positions whose logits `[N, score_chunk, V]` exist at once, or as many of all positions and a part of V.
+      score_chunk: caption positions whose logits `[N, score_chunk, V]` exist at once, or as many of all positions and a
+        part of V.
       gather_weights: see `captioning.sample_captions`.
       replay: score the rollout again for the old log-probabilities; not needed when each rollout has one update.
       scorer: of captions without drawings, for a reward with a caption weight.
       objective: `grpo`, or `supervised` for the control: cross-entropy of the data set's captions instead of a reward.
 
     Raises:
-      ValueError: a group of one, a temperature of 0, an unknown objective, a dual clip of 1 or less, or a caption weight without a scorer.
+      ValueError: a group of one, a temperature of 0, an unknown objective, a dual clip of 1 or less, or a caption
+        weight without a scorer.
     """
 
     model: uae.UAE
@@ -86,31 +90,52 @@ class CaptionPolicy:
             raise ValueError(f"gen_for_und.dual_clip is {self.dual_clip}; it must be above 1, or 0 for none")
         if self.reward.caption_weight and self.scorer is None:
             raise ValueError(
-                "gen_for_und.reward.caption_weight needs model.caption_scorer, a folder that configs/bootstrap.py makes with "
-                "--config.phases=\"('caption_scorer',)\" --config.start=builtin")
+                "gen_for_und.reward.caption_weight needs model.caption_scorer, a folder that configs/bootstrap.py "
+                "makes with "
+                "--config.phases=\"('caption_scorer',)\" --config.start=builtin"
+            )
 
 
-def write_captions(policy: CaptionPolicy, parts: Mapping, batch: Mapping, image_embeds: Array, key: Array) -> Completion:
+def write_captions(
+    policy: CaptionPolicy, parts: Mapping, batch: Mapping, image_embeds: Array, key: Array
+) -> Completion:
     """G sampled captions of each image, rows of a group together: `[B * G, T]`; keys by global sample id."""
     return sample_captions(
-        policy.model, parts, batch, key, image_embeds, max_new_tokens=policy.max_new_tokens, stops=policy.stops,
-        sampling=SamplingConfig(policy.temperature), group=policy.group_size, gather_weights=policy.gather_weights)
+        policy.model,
+        parts,
+        batch,
+        key,
+        image_embeds,
+        max_new_tokens=policy.max_new_tokens,
+        stops=policy.stops,
+        sampling=SamplingConfig(policy.temperature),
+        group=policy.group_size,
+        gather_weights=policy.gather_weights,
+    )
 
 
-def draw_captions(policy: CaptionPolicy, parts: Mapping, completion: Completion, sample_ids: Array, key: Array) -> Array:
+def draw_captions(
+    policy: CaptionPolicy, parts: Mapping, completion: Completion, sample_ids: Array, key: Array
+) -> Array:
     """The decoder's pictures `[B * G, H, W, 3]` of sampled captions."""
-    noise = initial_noise(policy.model, trees.name_key(key, "noise"), sample_ids, policy.group_size, shared=policy.shared_noise)
+    noise = initial_noise(
+        policy.model, trees.name_key(key, "noise"), sample_ids, policy.group_size, shared=policy.shared_noise
+    )
     lengths = condition.caption_lengths(completion.mask, completion.finished)
     return draw(policy.model, parts, policy.denoising, completion.tokens, lengths, noise)
 
 
 def caption_similarities(policy: CaptionPolicy, parts: Mapping, completion: Completion, pixels: Array) -> Array | None:
-    """Caption similarities `[B, G]` of sampled captions and pictures `[B, H, W, 3]`, or None where the reward has none."""
+    """Caption similarities `[B, G]` of sampled captions and pictures `[B, H, W, 3]`, or None where the reward has
+    none.
+    """
     if not policy.reward.caption_weight:
         return None
     lengths = condition.caption_lengths(completion.mask, completion.finished)
     params = parts["encoders"][caption_similarity.PART]
-    return caption_similarity.caption_reward(policy.scorer, params, pixels, completion.tokens, lengths, policy.group_size)
+    return caption_similarity.caption_reward(
+        policy.scorer, params, pixels, completion.tokens, lengths, policy.group_size
+    )
 
 
 def score_captions(policy: CaptionPolicy, parts: Mapping, samples: Mapping, *, trained: bool) -> qwen.TokenScores:
@@ -118,12 +143,23 @@ def score_captions(policy: CaptionPolicy, parts: Mapping, samples: Mapping, *, t
     params, adapter = uae.captioner_weights(parts, policy=trained)
     prefix = qwen.prompt_prefix(policy.model.captioner, params, adapter, samples, samples["image_embeds"])
     return qwen.completion_log_probs(
-        policy.model.captioner, params, adapter, prefix, samples["tokens"], samples["mask"], temperature=policy.temperature,
-        chunk=policy.score_chunk, with_entropy=trained, frozen_head="language_policy" not in parts)
+        policy.model.captioner,
+        params,
+        adapter,
+        prefix,
+        samples["tokens"],
+        samples["mask"],
+        temperature=policy.temperature,
+        chunk=policy.score_chunk,
+        with_entropy=trained,
+        frozen_head="language_policy" not in parts,
+    )
 
 
 def scored(policy: CaptionPolicy, parts: Mapping, samples: Mapping) -> dict[str, Array]:
-    """The log-probabilities `[B, G, T]` that the loss compares with: `reference` for the KL, `old` where it is replayed."""
+    """The log-probabilities `[B, G, T]` that the loss compares with: `reference` for the KL, `old` where it is
+    replayed.
+    """
     found = {}
     if policy.kl_weight:
         found["reference"] = score_captions(policy, parts, samples, trained=False).log_probs
@@ -150,11 +186,23 @@ def rollout(policy: CaptionPolicy, params: Mapping, frozen: Mapping, batch: Mapp
     completion = write_captions(policy, parts, batch, images, key)
     pixels = draw_captions(policy, parts, completion, batch["sample_id"], key)
     advantage, metrics = reward_advantages(
-        policy.reward, policy.encoders, parts["encoders"], batch["pixels"], pixels, group, policy.advantage_scale,
-        caption_similarities(policy, parts, completion, batch["pixels"]), ~completion.finished.reshape(-1, group))
+        policy.reward,
+        policy.encoders,
+        parts["encoders"],
+        batch["pixels"],
+        pixels,
+        group,
+        policy.advantage_scale,
+        caption_similarities(policy, parts, completion, batch["pixels"]),
+        ~completion.finished.reshape(-1, group),
+    )
     samples = {
-        **{name: batch[name] for name in PROMPT_FIELDS}, "image_embeds": images, "advantage": advantage,
-        "tokens": completion.tokens.reshape(len(images), group, -1), "mask": completion.mask.reshape(len(images), group, -1)}
+        **{name: batch[name] for name in PROMPT_FIELDS},
+        "image_embeds": images,
+        "advantage": advantage,
+        "tokens": completion.tokens.reshape(len(images), group, -1),
+        "mask": completion.mask.reshape(len(images), group, -1),
+    }
     samples |= scored(policy, parts, samples)
     sampled = completion.log_probs.reshape(samples["tokens"].shape)
     if policy.replay:
@@ -164,11 +212,13 @@ def rollout(policy: CaptionPolicy, params: Mapping, frozen: Mapping, batch: Mapp
     return {"samples": constrain_rows(samples), "metrics": metrics | caption_metrics(completion, group)}
 
 
-def loss(policy: CaptionPolicy, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
+def loss(
+    policy: CaptionPolicy, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array
+) -> tuple[Array, Array, dict]:
     """The clipped token loss of a rollout; sum, count and metrics as `losses.token_grpo_loss`.
 
-    Where the rollout was not replayed, whose metrics then have it, the metrics say how far these log-probabilities are from those
-    that the captions were sampled with.
+    Where the rollout was not replayed, whose metrics then have it, the metrics say how far these log-probabilities are
+    from those that the captions were sampled with.
     """
     del key
     samples = constrain_rows(rollout["samples"])
@@ -179,17 +229,30 @@ def loss(policy: CaptionPolicy, params: Mapping, frozen: Mapping, rollout: Mappi
 
     mask = flat("mask")
     total, count, metrics = token_grpo_loss(
-        scores.log_probs.reshape(mask.shape), flat("old"), flat("reference"), samples["advantage"].reshape(-1), mask,
-        clip_low=policy.clip_low, clip_high=policy.clip_high, dual_clip=policy.dual_clip or None, kl_weight=policy.kl_weight,
-        kl_estimator=policy.kl_estimator, aggregation=policy.aggregation, max_tokens=policy.max_new_tokens,
-        entropy=jax.lax.stop_gradient(scores.entropy).reshape(mask.shape))
+        scores.log_probs.reshape(mask.shape),
+        flat("old"),
+        flat("reference"),
+        samples["advantage"].reshape(-1),
+        mask,
+        clip_low=policy.clip_low,
+        clip_high=policy.clip_high,
+        dual_clip=policy.dual_clip or None,
+        kl_weight=policy.kl_weight,
+        kl_estimator=policy.kl_estimator,
+        aggregation=policy.aggregation,
+        max_tokens=policy.max_new_tokens,
+        entropy=jax.lax.stop_gradient(scores.entropy).reshape(mask.shape),
+    )
     if "sampled_log_prob" in samples:
         metrics |= gap_metrics("log_prob_gap", scores.log_probs, samples["sampled_log_prob"], samples["mask"])
     return total, count, metrics
 
 
-def supervised_loss(policy: CaptionPolicy, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
-    """Cross-entropy of the data set's captions, a mean over tokens: what the same adapter learns when it is told the answers.
+def supervised_loss(
+    policy: CaptionPolicy, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array
+) -> tuple[Array, Array, dict]:
+    """Cross-entropy of the data set's captions, a mean over tokens: what the same adapter learns when it is told the
+    answers.
 
     Args:
       policy, params, frozen: as in `rollout`; rollout: with the batch (`data.loader`) under `samples`.
@@ -201,5 +264,12 @@ def supervised_loss(policy: CaptionPolicy, params: Mapping, frozen: Mapping, rol
     weights, adapter = uae.captioner_weights(parts, policy=True)
     prefix = qwen.prompt_prefix(policy.model.captioner, weights, adapter, batch, images)
     said = qwen.completion_log_probs(
-        policy.model.captioner, weights, adapter, prefix, batch["caption_ids"], batch["caption_mask"], chunk=policy.score_chunk)
+        policy.model.captioner,
+        weights,
+        adapter,
+        prefix,
+        batch["caption_ids"],
+        batch["caption_mask"],
+        chunk=policy.score_chunk,
+    )
     return -jnp.sum(said.log_probs), jnp.sum(batch["caption_mask"], dtype=jnp.float32), {}

@@ -26,8 +26,18 @@ def encode_batch_images(model: uae.UAE, parts: Mapping, batch: Mapping) -> Array
 
 
 def sample_captions(
-    model: uae.UAE, parts: Mapping, batch: Mapping, key: Array, image_embeds: Array | None = None, *, max_new_tokens: int,
-    stops: tuple[int, ...], sampling: SamplingConfig, group: int = 1, gather_weights: bool = False) -> Completion:
+    model: uae.UAE,
+    parts: Mapping,
+    batch: Mapping,
+    key: Array,
+    image_embeds: Array | None = None,
+    *,
+    max_new_tokens: int,
+    stops: tuple[int, ...],
+    sampling: SamplingConfig,
+    group: int = 1,
+    gather_weights: bool = False,
+) -> Completion:
     """Captions by the policy; the random keys are those of the global sample ids, whatever the batch.
 
     Args:
@@ -39,8 +49,8 @@ def sample_captions(
       stops: ids that end a caption.
       sampling: temperature and truncation.
       group: captions of an image.
-      gather_weights: gather the language model once, before the loop over tokens (`sharding.gather_over_fsdp`); on GPUs in the form
-        of `qwen2_5_vl.decoding`, unless heads are cut over devices.
+      gather_weights: gather the language model once, before the loop over tokens (`sharding.gather_over_fsdp`); on GPUs
+        in the form of `qwen2_5_vl.decoding`, unless heads are cut over devices.
 
     Returns:
       `[B * group, T]`, rows of a group together.
@@ -57,11 +67,22 @@ def sample_captions(
     prefix = qwen.prompt_prefix(model.captioner, params, adapter, batch, images)
     keys = sample_keys(trees.name_key(key, "caption"), batch["sample_id"], group)
     return generate(
-        model.captioner, params, adapter, prefix, keys, max_new_tokens=max_new_tokens, stop_ids=stops, sampling=sampling, group=group, packed=packed)
+        model.captioner,
+        params,
+        adapter,
+        prefix,
+        keys,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stops,
+        sampling=sampling,
+        group=group,
+        packed=packed,
+    )
 
 
 def drawn_captions(share: float, completion: Completion, batch: Mapping, key: Array) -> tuple[Array, Array]:
-    """The captions to draw, `[B, T]` and lengths `[B]`: the captioner's, or for a share of the images the data set's own.
+    """The captions to draw, `[B, T]` and lengths `[B]`: the captioner's, or for a share of the images the data set's
+    own.
 
     Args:
       share: of the images, in [0, 1].
@@ -92,11 +113,13 @@ def repeated_sequences(tokens: Array, mask: Array) -> tuple[Array, Array]:
     """
     width = tokens.shape[1] - REPEATED + 1
     if width < 2:
-        return jnp.zeros(len(tokens)), jnp.sum(mask[:, REPEATED - 1:], -1, dtype=jnp.float32)
-    whole = mask[:, REPEATED - 1:]
+        return jnp.zeros(len(tokens)), jnp.sum(mask[:, REPEATED - 1 :], -1, dtype=jnp.float32)
+    whole = mask[:, REPEATED - 1 :]
     # beyond the end every sequence is unlike all others
     first = jnp.where(whole, tokens[:, :width], -1 - jnp.arange(width))
-    columns = jax.lax.sort([first, *(tokens[:, at:at + width] for at in range(1, REPEATED))], dimension=1, num_keys=REPEATED)
+    columns = jax.lax.sort(
+        [first, *(tokens[:, at : at + width] for at in range(1, REPEATED))], dimension=1, num_keys=REPEATED
+    )
     same = jnp.all(jnp.stack([column[:, 1:] == column[:, :-1] for column in columns]), axis=0)
     return jnp.sum(same, -1, dtype=jnp.float32), jnp.sum(whole, -1, dtype=jnp.float32)
 
@@ -115,4 +138,5 @@ def caption_metrics(completion: Completion, group: int) -> dict[str, tuple[Array
         "caption_tokens": (jnp.sum(lengths, dtype=jnp.float32), rows),
         "truncated_fraction": (jnp.sum(~completion.finished, dtype=jnp.float32), rows),
         "unique_fraction": (jnp.sum(1.0 / jnp.sum(same, -1)), rows),
-        "repetition": (jnp.sum(repeats), jnp.sum(sequences))}
+        "repetition": (jnp.sum(repeats), jnp.sum(sequences)),
+    }

@@ -54,9 +54,7 @@ def kl_estimate(log_prob, ref_log_prob, estimator: str = "k3", bound: float = 10
       ValueError: for an unknown estimator.
     """
     if estimator not in KL_ESTIMATORS:
-        raise ValueError(
-            f"unknown KL estimator {estimator!r}: choose one of {', '.join(KL_ESTIMATORS)}"
-        )
+        raise ValueError(f"unknown KL estimator {estimator!r}: choose one of {', '.join(KL_ESTIMATORS)}")
     d = jax.lax.stop_gradient(ref_log_prob.astype(jnp.float32)) - log_prob.astype(jnp.float32)
     d = d + jax.lax.stop_gradient(jnp.clip(d, -bound, bound) - d)
     if estimator == "k1":
@@ -90,7 +88,8 @@ def gap_metrics(name: str, now, sampled, mask=None) -> dict:
       mask: bool of that shape, False leaves an entry out; None takes all.
 
     Returns:
-      `name`, the mean absolute difference, and `name`_max, the largest (averaged over micro-batches), as (sum, count) pairs.
+      `name`, the mean absolute difference, and `name`_max, the largest (averaged over micro-batches), as (sum, count)
+      pairs.
     """
     gap = jnp.abs(jax.lax.stop_gradient(now).astype(jnp.float32) - jax.lax.stop_gradient(sampled).astype(jnp.float32))
     if mask is not None:
@@ -178,9 +177,7 @@ def token_grpo_loss(
 
 def _check_token_options(aggregation, max_tokens, kl_weight, ref_log_prob):
     if aggregation not in AGGREGATIONS:
-        raise ValueError(
-            f"unknown aggregation {aggregation!r}: choose one of {', '.join(AGGREGATIONS)}"
-        )
+        raise ValueError(f"unknown aggregation {aggregation!r}: choose one of {', '.join(AGGREGATIONS)}")
     if aggregation == "dr_grpo" and max_tokens is None:
         raise ValueError("dr_grpo needs max_tokens, the longest completion allowed")
     if kl_weight and ref_log_prob is None:

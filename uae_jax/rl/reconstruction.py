@@ -1,4 +1,6 @@
-"""From captions to pictures: condition, guided denoising, VAE decoding. The decoder half of every stage and of inference."""
+"""From captions to pictures: condition, guided denoising, VAE decoding. The decoder half of every stage and of
+inference.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -31,7 +33,9 @@ class Denoising:
     vae_chunk: int = 0
 
 
-def encode_condition(model: uae.UAE, parts: Mapping, how: Denoising, tokens: Array, lengths: Array) -> tuple[Context, Context | None]:
+def encode_condition(
+    model: uae.UAE, parts: Mapping, how: Denoising, tokens: Array, lengths: Array
+) -> tuple[Context, Context | None]:
     """Context of captions and, where guidance is used, of the negative prompt.
 
     Args:
@@ -52,14 +56,27 @@ def encode_condition(model: uae.UAE, parts: Mapping, how: Denoising, tokens: Arr
 
 
 def predictor(
-    model: uae.UAE, parts: Mapping, how: Denoising, positive: Context, negative: Context | None, *, policy: bool = True,
-    stop_negative_gradient: bool = False) -> Callable[[Array, Array], Array]:
+    model: uae.UAE,
+    parts: Mapping,
+    how: Denoising,
+    positive: Context,
+    negative: Context | None,
+    *,
+    policy: bool = True,
+    stop_negative_gradient: bool = False,
+) -> Callable[[Array, Array], Array]:
     """`predict(latents [N, h, w, C], sigma []) -> velocity [N, h, w, C]` for the sampling loops."""
 
     def predict(latents: Array, sigma: Array) -> Array:
         return guided_velocity(
-            lambda x, s, context: uae.velocity(model, parts, x, s, context, policy=policy), latents, sigma, positive, negative,
-            how.guidance_scale, stop_negative_gradient)
+            lambda x, s, context: uae.velocity(model, parts, x, s, context, policy=policy),
+            latents,
+            sigma,
+            positive,
+            negative,
+            how.guidance_scale,
+            stop_negative_gradient,
+        )
 
     return predict
 
@@ -94,7 +111,9 @@ def sample_keys(key: Array, sample_ids: Array, group: int = 1) -> Array:
     per_image = jax.vmap(lambda index: jax.random.fold_in(key, index))(sample_ids)
     if group == 1:
         return per_image
-    return jax.vmap(lambda image: jax.vmap(lambda member: jax.random.fold_in(image, member))(jnp.arange(group)))(per_image).reshape(-1)
+    return jax.vmap(lambda image: jax.vmap(lambda member: jax.random.fold_in(image, member))(jnp.arange(group)))(
+        per_image
+    ).reshape(-1)
 
 
 def initial_noise(model: uae.UAE, key: Array, sample_ids: Array, group: int, *, shared: bool) -> Array:

@@ -1,4 +1,6 @@
-"""The objective: similarity of reconstruction and original under frozen image encoders (arXiv 2509.09666, section 3)."""
+"""The objective: similarity of reconstruction and original under frozen image encoders (arXiv 2509.09666, section
+3).
+"""
 
 import dataclasses
 import math
@@ -64,8 +66,12 @@ class Encoder:
 
 
 def load_encoder(
-    folder: str | pathlib.Path, name: str | None = None, *, variant: str = "published",
-    placement: Callable[[trees.Tree], trees.Tree] | None = None) -> tuple[Encoder, dict]:
+    folder: str | pathlib.Path,
+    name: str | None = None,
+    *,
+    variant: str = "published",
+    placement: Callable[[trees.Tree], trees.Tree] | None = None,
+) -> tuple[Encoder, dict]:
     """An encoder and its parameters from a CLIP, Long-CLIP, DINOv2 or DINOv3 folder.
 
     Args:
@@ -109,14 +115,18 @@ def clamp_image(pixels: Array, clamp: str = "hard") -> Array:
 def _groups(original: Array, reconstruction: Array, group: int) -> None:
     if len(reconstruction) != len(original) * group:
         raise ValueError(
-            f"{len(reconstruction)} reconstructions are not groups of {group} for {len(original)} originals")
+            f"{len(reconstruction)} reconstructions are not groups of {group} for {len(original)} originals"
+        )
 
 
-def _group_features(encoder: Encoder, params: trees.Tree, original: Array, reconstruction: Array, group: int) -> tuple[Array, Array]:
+def _group_features(
+    encoder: Encoder, params: trees.Tree, original: Array, reconstruction: Array, group: int
+) -> tuple[Array, Array]:
     """Features of the originals `[B, D]` and of their reconstructions `[B, G, D]`.
 
-    Groups go through the encoder with their original, in one batch that is cut over devices as they are. A single reconstruction does
-    not: where a loss is differentiated (cold start), the original would be, too, and the backward pass twice as long.
+    Groups go through the encoder with their original, in one batch that is cut over devices as they are. A single
+    reconstruction does not: where a loss is differentiated (cold start), the original would be, too, and the backward
+    pass twice as long.
     """
     if group == 1:
         return encoder.features(params, original), encoder.features(params, reconstruction)[:, None]
@@ -128,14 +138,22 @@ def _group_features(encoder: Encoder, params: trees.Tree, original: Array, recon
 
 
 def cosine_reward(
-    encoder: Encoder, params: trees.Tree, original: Array, reconstruction: Array, group: int, *,
-    clamp: str = "hard", contrast: float = 0.0, contrast_temperature: float = 0.0) -> Array:
+    encoder: Encoder,
+    params: trees.Tree,
+    original: Array,
+    reconstruction: Array,
+    group: int,
+    *,
+    clamp: str = "hard",
+    contrast: float = 0.0,
+    contrast_temperature: float = 0.0,
+) -> Array:
     """Cosine of the features of each reconstruction and its original (arXiv 2509.09666, eq. 1).
 
-    With a contrast, so many times the mean cosine with the other originals is taken off: a drawing that is a little like every
-    picture, which is the best answer to a caption that says little, then earns nothing by that. At a temperature the mean is a
-    softer maximum, and the reward at contrast 1 the log-odds of the original among the batch's pictures, as in CLIP's loss
-    (arXiv 2103.00020, section 2.3), in units of the temperature.
+    With a contrast, so many times the mean cosine with the other originals is taken off: a drawing that is a little
+    like every picture, which is the best answer to a caption that says little, then earns nothing by that. At a
+    temperature the mean is a softer maximum, and the reward at contrast 1 the log-odds of the original among the
+    batch's pictures, as in CLIP's loss (arXiv 2103.00020, section 2.3), in units of the temperature.
 
     Args:
       encoder: frozen image encoder.
@@ -145,17 +163,21 @@ def cosine_reward(
       group: G.
       clamp: see `clamp_image`.
       contrast: 0 leaves the other originals out.
-      contrast_temperature: 0 takes the plain mean of the other originals; the lower above 0, the more the likest ones count.
+      contrast_temperature: 0 takes the plain mean of the other originals; the lower above 0, the more the likest ones
+        count.
 
     Returns:
-      float32 `[B, G]` in [-1, 1] without contrast. Gradients flow to whatever is passed; callers stop them where they want none.
+      float32 `[B, G]` in [-1, 1] without contrast. Gradients flow to whatever is passed; callers stop them where they
+      want none.
 
     Raises:
       ValueError: there are not G reconstructions for each original, or a contrast and one original alone.
     """
     _groups(original, reconstruction, group)
     if contrast and len(original) < 2:
-        raise ValueError("a reward with contrast compares with the batch's other pictures; it needs a batch of two or more")
+        raise ValueError(
+            "a reward with contrast compares with the batch's other pictures; it needs a batch of two or more"
+        )
     target, features = _group_features(encoder, params, original, clamp_image(reconstruction, clamp), group)
     own = jnp.sum(features * target[:, None], axis=-1)
     if not contrast:
@@ -164,7 +186,9 @@ def cosine_reward(
         others = (jnp.einsum("bgd,d->bg", features, target.sum(0), precision="highest") - own) / (len(original) - 1)
         return own - contrast * others
     cosines = jnp.einsum("bgd,cd->bgc", features, target, precision="highest")
-    others = jax.nn.logsumexp(cosines / contrast_temperature, axis=-1, where=~jnp.eye(len(original), dtype=bool)[:, None])
+    others = jax.nn.logsumexp(
+        cosines / contrast_temperature, axis=-1, where=~jnp.eye(len(original), dtype=bool)[:, None]
+    )
     return own - contrast * contrast_temperature * (others - math.log(len(original) - 1))
 
 
@@ -185,7 +209,9 @@ def pixel_reward(original: Array, reconstruction: Array, group: int, *, clamp: s
     """
     _groups(original, reconstruction, group)
     if original.shape[1:] != reconstruction.shape[1:]:
-        raise ValueError(f"the pixel reward compares images of one size, not {original.shape[1:3]} and {reconstruction.shape[1:3]}")
+        raise ValueError(
+            f"the pixel reward compares images of one size, not {original.shape[1:3]} and {reconstruction.shape[1:3]}"
+        )
     images = clamp_image(reconstruction, clamp).reshape(len(original), group, *original.shape[1:])
     gap = jnp.abs(images.astype(jnp.float32) - original[:, None].astype(jnp.float32))
     return 1.0 - gap.mean((-3, -2, -1)) / 2.0
@@ -199,15 +225,17 @@ class RewardConfig:
       names: of the encoders.
       weights: one for each encoder.
       pixel_weight: of `pixel_reward`; 0 leaves it out.
-      caption_weight: of `caption_similarity.caption_reward`, which looks at no drawing; 0 leaves it out. gen_for_und alone has it.
-      contrast, contrast_temperature: of `cosine_reward`; without contrast, as in the paper, each drawing's own original alone counts.
-      overlong_penalty: taken off where a caption reaches the longest length without an end (DAPO, arXiv 2503.14476, section
-        3.4, as a step); 0, as in the paper, for none. gen_for_und alone has it.
+      caption_weight: of `caption_similarity.caption_reward`, which looks at no drawing; 0 leaves it out. gen_for_und
+        alone has it.
+      contrast, contrast_temperature: of `cosine_reward`; without contrast, as in the paper, each drawing's own original
+        alone counts.
+      overlong_penalty: taken off where a caption reaches the longest length without an end (DAPO, arXiv 2503.14476,
+        section 3.4, as a step); 0, as in the paper, for none. gen_for_und alone has it.
       clamp: see `clamp_image`.
 
     Raises:
-      ValueError: names and weights do not go together, there is no term at all, a contrast outside [0, 1], or a temperature or a penalty
-        below 0.
+      ValueError: names and weights do not go together, there is no term at all, a contrast outside [0, 1], or a
+        temperature or a penalty below 0.
     """
 
     names: tuple[str, ...] = ("clip",)
@@ -221,7 +249,9 @@ class RewardConfig:
 
     def __post_init__(self):
         if len(self.names) != len(self.weights) or len(set(self.names)) != len(self.names):
-            raise ValueError(f"reward names {self.names} need one weight each and no repetition; weights: {self.weights}")
+            raise ValueError(
+                f"reward names {self.names} need one weight each and no repetition; weights: {self.weights}"
+            )
         if not self.names and not self.pixel_weight and not self.caption_weight:
             raise ValueError("the reward has no term; name an encoder or give a pixel or a caption weight")
         others = (self.pixel_weight, self.caption_weight)
@@ -240,12 +270,21 @@ class RewardConfig:
         for name in ("caption_weight", "overlong_penalty"):
             if getattr(self, name):
                 raise ValueError(
-                    f"{stage}.reward.{name} is {getattr(self, name)}, but {stage} does not train captions; only gen_for_und can use it")
+                    f"{stage}.reward.{name} is {getattr(self, name)}, but {stage} does not train captions; only "
+                    "gen_for_und can use it"
+                )
 
 
 def mixed_reward(
-    config: RewardConfig, encoders: Sequence[Encoder], params: Mapping[str, trees.Tree], original: Array,
-    reconstruction: Array, group: int, said: Array | None = None, unfinished: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    config: RewardConfig,
+    encoders: Sequence[Encoder],
+    params: Mapping[str, trees.Tree],
+    original: Array,
+    reconstruction: Array,
+    group: int,
+    said: Array | None = None,
+    unfinished: Array | None = None,
+) -> tuple[Array, dict[str, Array]]:
     """The weighted sum of the configured similarities, less the penalty.
 
     Args:
@@ -259,7 +298,8 @@ def mixed_reward(
       unfinished: bool `[B, G]`, captions without an end; needed with a penalty.
 
     Returns:
-      The reward, float32 `[B, G]`, and each term without its weight by name (`pixel` for the pixel term, `caption` for the captions').
+      The reward, float32 `[B, G]`, and each term without its weight by name (`pixel` for the pixel term, `caption` for
+      the captions').
 
     Raises:
       ValueError: an encoder of the config, or what it needs of the captions, is not given.
@@ -270,28 +310,49 @@ def mixed_reward(
         raise ValueError(f"reward encoder {missing[0]!r} is not loaded; loaded: {', '.join(sorted(known)) or 'none'}")
     terms = {
         name: cosine_reward(
-            known[name], params[name], original, reconstruction, group, clamp=config.clamp, contrast=config.contrast,
-            contrast_temperature=config.contrast_temperature)
-        for name in config.names}
+            known[name],
+            params[name],
+            original,
+            reconstruction,
+            group,
+            clamp=config.clamp,
+            contrast=config.contrast,
+            contrast_temperature=config.contrast_temperature,
+        )
+        for name in config.names
+    }
     pairs = list(zip(terms.values(), config.weights))
     if config.pixel_weight:
         terms["pixel"] = pixel_reward(original, reconstruction, group, clamp=config.clamp)
         pairs.append((terms["pixel"], config.pixel_weight))
     if config.caption_weight:
         if said is None:
-            raise ValueError("the reward has a caption weight, but there are no caption similarities; only gen_for_und has them")
+            raise ValueError(
+                "the reward has a caption weight, but there are no caption similarities; only gen_for_und has them"
+            )
         terms["caption"] = said
         pairs.append((said, config.caption_weight))
     if config.overlong_penalty:
         if unfinished is None:
-            raise ValueError("the reward has an overlong penalty, but it is not said which captions have no end; only gen_for_und does")
+            raise ValueError(
+                "the reward has an overlong penalty, but it is not said which captions have no end; only gen_for_und "
+                "does"
+            )
         pairs.append((unfinished.astype(jnp.float32), -config.overlong_penalty))
     return sum(weight * term for term, weight in pairs), terms
 
 
 def reward_advantages(
-    config: RewardConfig, encoders: Sequence[Encoder], params: Mapping[str, trees.Tree], original: Array, reconstruction: Array,
-    group: int, scale: str, said: Array | None = None, unfinished: Array | None = None) -> tuple[Array, dict]:
+    config: RewardConfig,
+    encoders: Sequence[Encoder],
+    params: Mapping[str, trees.Tree],
+    original: Array,
+    reconstruction: Array,
+    group: int,
+    scale: str,
+    said: Array | None = None,
+    unfinished: Array | None = None,
+) -> tuple[Array, dict]:
     """Rewards of groups of reconstructions, and each one's advantage over its group.
 
     Args:

@@ -12,8 +12,8 @@ from uae_jax.trees import Tree
 def sum_over_steps(loss: Callable[[Tree, Tree], tuple[Array, Tree]], params: Tree, steps: Tree) -> tuple[Array, Tree]:
     """The sum of a loss over steps, with the memory of one step and without computing any step twice.
 
-    Where it is differentiated, the gradient of each step is taken right after its loss and added up; the backward pass only
-    scales the sum, which is exact because the result is linear in it. What `loss` closes over gets no gradient.
+    Where it is differentiated, the gradient of each step is taken right after its loss and added up; the backward pass
+    only scales the sum, which is exact because the result is linear in it. What `loss` closes over gets no gradient.
 
     Args:
       loss: `(params, step) -> (sum [], more)`; nothing differentiates `more`.

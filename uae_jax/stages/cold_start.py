@@ -1,7 +1,9 @@
-"""Cold start: 1 - similarity of drawing and picture, differentiated through sampler and VAE (arXiv 2509.09666, section 3).
+"""Cold start: 1 - similarity of drawing and picture, differentiated through sampler and VAE (arXiv 2509.09666, section
+3).
 
-The official code conditions on the answer's hidden states, which attend to the image; `condition="answer_states"` does the
-same. The default encodes the caption again without the image, as inference does, so that nothing passes the text bottleneck.
+The official code conditions on the answer's hidden states, which attend to the image; `condition="answer_states"` does
+the same. The default encodes the caption again without the image, as inference does, so that nothing passes the text
+bottleneck.
 """
 
 import dataclasses
@@ -71,7 +73,9 @@ def trainable(parts: Mapping, config: ColdStartConfig, key: Array) -> dict:
 
 
 def answer_context(model: uae.UAE, parts: Mapping, how: Denoising, batch: Mapping) -> tuple[Context, Context | None]:
-    """Projected hidden states of the caption's tokens after prompt and image, padded to the negative prompt's length."""
+    """Projected hidden states of the caption's tokens after prompt and image, padded to the negative prompt's
+    length.
+    """
     params, adapter = uae.captioner_weights(parts, policy=how.policy_condition)
     prefix = qwen.prompt_prefix(model.captioner, params, adapter, batch)
     tokens, mask = batch["caption_ids"], batch["caption_mask"]
@@ -86,7 +90,9 @@ def answer_context(model: uae.UAE, parts: Mapping, how: Denoising, batch: Mappin
     return positive, negative
 
 
-def algorithm(model: uae.UAE, config: ColdStartConfig, denoising: Denoising, encoders: tuple[Encoder, ...]) -> Algorithm:
+def algorithm(
+    model: uae.UAE, config: ColdStartConfig, denoising: Denoising, encoders: tuple[Encoder, ...]
+) -> Algorithm:
     """The semantic reconstruction loss of captioned pictures; encoders are recomputed where the transformer is."""
     reward = dataclasses.replace(config.reward, clamp=config.clamp)
     if model.transformer.remat != "none":  # no other stage differentiates the encoders
@@ -102,7 +108,8 @@ def algorithm(model: uae.UAE, config: ColdStartConfig, denoising: Denoising, enc
         noise = uae.initial_noise(model, sample_keys(trees.name_key(key, "noise"), batch["sample_id"]))
         predict = predictor(model, parts, denoising, positive, negative, policy=False)
         latents = sample(
-            predict, noise, jnp.asarray(denoising.sigmas), remat=True, gradient_steps=config.gradient_steps or None)
+            predict, noise, jnp.asarray(denoising.sigmas), remat=True, gradient_steps=config.gradient_steps or None
+        )
         pixels = decode(model, parts, denoising, latents)
         score, _ = mixed_reward(reward, encoders, parts["encoders"], batch["pixels"], pixels, 1)
         count = jnp.float32(len(score))
@@ -112,10 +119,19 @@ def algorithm(model: uae.UAE, config: ColdStartConfig, denoising: Denoising, enc
 
 
 def make_step(
-    model: uae.UAE, config: ColdStartConfig, denoising: Denoising, encoders: tuple[Encoder, ...],
-    optimizer: optax.GradientTransformation, shardings=None):
+    model: uae.UAE,
+    config: ColdStartConfig,
+    denoising: Denoising,
+    encoders: tuple[Encoder, ...],
+    optimizer: optax.GradientTransformation,
+    shardings=None,
+):
     """The compiled `train_step(state, frozen, batch, key)` of this stage."""
     step = make_train_step(
-        algorithm(model, config, denoising, encoders), optimizer, updates_per_rollout=config.updates_per_rollout,
-        micro_batches=config.micro_batches, ema_decay=config.ema_decay or None)
+        algorithm(model, config, denoising, encoders),
+        optimizer,
+        updates_per_rollout=config.updates_per_rollout,
+        micro_batches=config.micro_batches,
+        ema_decay=config.ema_decay or None,
+    )
     return jax.jit(step, donate_argnames="state", out_shardings=shardings)

@@ -72,8 +72,15 @@ class Evaluator:
     """
 
     def __init__(
-        self, system: System, config: EvaluationConfig, denoising: Denoising, examples: Sequence[Example], rows: RowBuilder,
-        max_new_tokens: int, seed: int):
+        self,
+        system: System,
+        config: EvaluationConfig,
+        denoising: Denoising,
+        examples: Sequence[Example],
+        rows: RowBuilder,
+        max_new_tokens: int,
+        seed: int,
+    ):
         self.system, self.config, self.examples, self.rows = system, config, list(examples), rows
         self.denoising, self.key, self.width = denoising, jax.random.key(seed), max_new_tokens
         names = {name for name in (*config.encoders, config.heldout_encoder) if name in system.encoders}
@@ -82,17 +89,31 @@ class Evaluator:
 
         def write(parts: Mapping, batch: Mapping) -> dict[str, Array]:
             said = sample_captions(
-                system.model, parts, batch, self.key, max_new_tokens=max_new_tokens, stops=system.stops, sampling=sampling)
+                system.model,
+                parts,
+                batch,
+                self.key,
+                max_new_tokens=max_new_tokens,
+                stops=system.stops,
+                sampling=sampling,
+            )
             repeats, sequences = repeated_sequences(said.tokens, said.mask)
-            return {"tokens": said.tokens, "lengths": condition.caption_lengths(said.mask, said.finished),
-                    "truncated": 1.0 - said.finished, "repetition": repeats / jnp.maximum(sequences, 1)}
+            return {
+                "tokens": said.tokens,
+                "lengths": condition.caption_lengths(said.mask, said.finished),
+                "truncated": 1.0 - said.finished,
+                "repetition": repeats / jnp.maximum(sequences, 1),
+            }
 
         def picture(parts: Mapping, tokens: Array, lengths: Array, sample_ids: Array) -> Array:
             noise = uae.initial_noise(system.model, sample_keys(trees.name_key(self.key, "noise"), sample_ids))
             return jnp.clip(draw(system.model, parts, denoising, tokens, lengths, noise), -1, 1)
 
         def compare(params: Mapping, original: Array, drawn: Array) -> dict[str, Array]:
-            return {name: cosine_reward(encoder, params[name], original, drawn, 1)[:, 0] for name, encoder in self.encoders.items()}
+            return {
+                name: cosine_reward(encoder, params[name], original, drawn, 1)[:, 0]
+                for name, encoder in self.encoders.items()
+            }
 
         self._write, self._picture, self._compare = jax.jit(write), jax.jit(picture), jax.jit(compare)
 
@@ -100,15 +121,22 @@ class Evaluator:
         """Pictures of texts, uint8 `[n, H, W, 3]`; text i has the noise of picture i. Longer texts than fit are cut."""
         rows = [self.rows.caption_fields(text) for text in texts]
         tokens, mask = (np.stack([row[name] for row in rows]) for name in ("caption_ids", "caption_mask"))
-        return from_signed(self._in_batches(
-            lambda t, n, i: self._picture(parts, t, n, i), tokens, mask.sum(-1, dtype=np.int32) - 1, np.arange(len(texts), dtype=np.int32)))
+        return from_signed(
+            self._in_batches(
+                lambda t, n, i: self._picture(parts, t, n, i),
+                tokens,
+                mask.sum(-1, dtype=np.int32) - 1,
+                np.arange(len(texts), dtype=np.int32),
+            )
+        )
 
     def _in_batches(self, function: Any, *arrays: Any) -> Any:
         """Applies a compiled function batch by batch; the last batch is filled with its first row and cut again."""
         count, size, found = len(jax.tree.leaves(arrays)[0]), self.config.batch_size, []
         for start in range(0, count, size):
+
             def part(leaf: np.ndarray) -> np.ndarray:
-                chunk = leaf[start:start + size]
+                chunk = leaf[start : start + size]
                 return np.concatenate([chunk, np.repeat(chunk[:1], size - len(chunk), axis=0)])
 
             result = sharding.host_values(function(*jax.tree.map(part, arrays)))
@@ -126,8 +154,8 @@ class Evaluator:
         return intervals(scores | self._with_true_captions(parts) | self._geneval(parts))
 
     def during(self, parts: Mapping, folder: pathlib.Path | None = None) -> dict[str, float]:
-        """Means of the scores of the first `images_during` pictures, by the same compiled programs; without what the decoder
-        draws from texts that no captioner wrote."""
+        """Means of the scores of the first `images_during` pictures, by the same compiled programs; without what the
+        decoder draws from texts that no captioner wrote."""
         scores = self._loop(parts, self.examples[: self.config.images_during], folder)
         return {name: float(np.mean(values)) for name, values in scores.items()}
 
@@ -138,12 +166,18 @@ class Evaluator:
         batch["sample_id"] = np.arange(len(fields), dtype=np.int32)
         said = self._in_batches(lambda rows: self._write(parts, rows), batch)
         captions = [decode_caption(self.system.tokenizer, row[:n]) for row, n in zip(said["tokens"], said["lengths"])]
-        drawn = self._in_batches(lambda t, n, i: self._picture(parts, t, n, i), said["tokens"], said["lengths"], batch["sample_id"])
+        drawn = self._in_batches(
+            lambda t, n, i: self._picture(parts, t, n, i), said["tokens"], said["lengths"], batch["sample_id"]
+        )
         cosines = self._in_batches(lambda a, b: self._compare(parts["encoders"], a, b), batch["pixels"], drawn)
         facts = self._facts(examples, captions, drawn)
         if folder is not None and jax.process_index() == 0:
             write_samples(folder, batch["pixels"], captions, drawn, cosines | facts, self.config.samples)
-        words = {"caption_tokens": said["lengths"].astype(np.float64), "truncated": said["truncated"], "repetition": said["repetition"]}
+        words = {
+            "caption_tokens": said["lengths"].astype(np.float64),
+            "truncated": said["truncated"],
+            "repetition": said["repetition"],
+        }
         return self._similarity(cosines) | words | facts
 
     def _similarity(self, cosines: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -159,10 +193,15 @@ class Evaluator:
         if None in scenes:
             return {}
         said = [caption_score(scene, text) for scene, text in zip(scenes, captions)]
-        kinds = {f"fact_recall_{kind}": np.array([score.recall_by_kind[kind] for score in said]) for kind in fact_kinds(scenes[0])}
-        return {"fact_recall": np.array([score.fact_recall for score in said]),
-                "fact_precision": np.array([score.fact_precision for score in said]),
-                "scene_accuracy": picture_scores(scenes, from_signed(drawn))} | kinds
+        kinds = {
+            f"fact_recall_{kind}": np.array([score.recall_by_kind[kind] for score in said])
+            for kind in fact_kinds(scenes[0])
+        }
+        return {
+            "fact_recall": np.array([score.fact_recall for score in said]),
+            "fact_precision": np.array([score.fact_precision for score in said]),
+            "scene_accuracy": picture_scores(scenes, from_signed(drawn)),
+        } | kinds
 
     def _with_true_captions(self, parts: Mapping) -> dict[str, np.ndarray]:
         """The decoder alone: the data set's own captions drawn."""
@@ -174,7 +213,9 @@ class Evaluator:
         return scores if None in scenes else scores | {"true_caption_scene_accuracy": picture_scores(scenes, drawn)}
 
     def _geneval(self, parts: Mapping) -> dict[str, np.ndarray]:
-        if not self.config.geneval_per_tag or type(self.examples[0].scene) is not Scene:  # the prompts ask for its shapes
+        if (
+            not self.config.geneval_per_tag or type(self.examples[0].scene) is not Scene
+        ):  # the prompts ask for its shapes
             return {}
         prompts = scene_prompts(self.config.geneval_per_tag)
         drawn = self.draw_texts(parts, [prompt["prompt"] for prompt in prompts])
@@ -192,8 +233,13 @@ def picture_png(pixels: np.ndarray, path: pathlib.Path) -> None:
 
 
 def write_samples(
-    folder: pathlib.Path, originals: np.ndarray, captions: Sequence[str], drawn: np.ndarray, scores: Mapping[str, np.ndarray],
-    count: int) -> None:
+    folder: pathlib.Path,
+    originals: np.ndarray,
+    captions: Sequence[str],
+    drawn: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+    count: int,
+) -> None:
     """Writes originals and drawings (`[n, H, W, 3]` in [-1, 1]) as PNG and `samples.json` with captions and scores."""
     folder.mkdir(parents=True, exist_ok=True)
     listed = []

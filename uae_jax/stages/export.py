@@ -38,8 +38,16 @@ def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: n
         write_tensors(fresh / name, qwen_weights.tensors(captioner, whole, dtype))
         _write_captioner_config(system, fresh / name, dtype)
     if "language_lora" in parts:
-        write_tensors(fresh / "llm_lora", qwen_weights.adapter_tensors(captioner, parts["language_lora"], dtype=dtype), stem="adapter_model")
-        write_json(fresh / "llm_lora" / "adapter_config.json", qwen_weights.adapter_config(captioner, parts["language_lora"]), indent=1)
+        write_tensors(
+            fresh / "llm_lora",
+            qwen_weights.adapter_tensors(captioner, parts["language_lora"], dtype=dtype),
+            stem="adapter_model",
+        )
+        write_json(
+            fresh / "llm_lora" / "adapter_config.json",
+            qwen_weights.adapter_config(captioner, parts["language_lora"]),
+            indent=1,
+        )
     _export_transformer(system, parts, fresh, dtype)
     for name in ("llm_processor", "SD3", *ENCODERS):
         if (system.folder / name).is_dir():
@@ -50,7 +58,9 @@ def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: n
 
 
 def _write_captioner_config(system: System, folder: pathlib.Path, dtype: np.dtype) -> None:
-    """config.json with the precision that is stored, and the generation's settings, from where the captioner was read."""
+    """config.json with the precision that is stored, and the generation's settings, from where the captioner was
+    read.
+    """
     source = config_folder(system.folder)
     if (source / "generation_config.json").exists():
         shutil.copy2(source / "generation_config.json", folder)

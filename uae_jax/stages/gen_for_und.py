@@ -27,18 +27,21 @@ class GenForUndConfig:
 
     Attributes:
       steps, batch_size: train steps, and images in each.
-      micro_batches, updates_per_rollout: see `training.step`; with several updates the old log-probabilities are replayed.
+      micro_batches, updates_per_rollout: see `training.step`; with several updates the old log-probabilities are
+        replayed.
       group_size: captions of an image, at least 2.
       temperature, max_new_tokens: of caption sampling.
       sampler_steps, guidance_scale: of the drawings.
       shared_noise: one noise for the drawings of a group.
       condition_model: `reference` encodes captions with the adapter off; `policy` with it on, as the release does.
-      aggregation, clip_low, clip_high, dual_clip (0 for none), kl_weight, kl_estimator: see `rl.losses.token_grpo_loss`.
+      aggregation, clip_low, clip_high, dual_clip (0 for none), kl_weight, kl_estimator: see
+        `rl.losses.token_grpo_loss`.
       advantage_scale: `group`, `batch` or `none`.
       vae_chunk: pictures decoded at once; 0 for all.
-      score_chunk: caption positions whose logits exist at once, or as many logits of all positions and a part of the vocabulary.
-      gather_weights: with parameters cut over fsdp, gather the language model once a rollout instead of once a token; costs one
-        copy of it on every device.
+      score_chunk: caption positions whose logits exist at once, or as many logits of all positions and a part of the
+        vocabulary.
+      gather_weights: with parameters cut over fsdp, gather the language model once a rollout instead of once a token;
+        costs one copy of it on every device.
       train: `lora` or `full`; lora_rank: rank of a new adapter.
       reward: the similarity.
       objective: `grpo`, or `supervised` for the control: cross-entropy of the data set's captions, without rollouts.
@@ -106,12 +109,16 @@ def check_start(parts: Mapping, stage: str, train: str) -> None:
     name, adapter = ("language", "llm_lora") if stage == "gen_for_und" else ("transformer", "dit_lora")
     if train == "full" and f"{name}_lora" in parts:
         raise ValueError(
-            f"config.{stage}.train is 'full', but the model's folder has an adapter, {adapter}, which a whole copy would leave out; add it to "
-            f"the weights by --config.model.merge_adapters=True, or train it on by --config.{stage}.train=lora")
+            f"config.{stage}.train is 'full', but the model's folder has an adapter, {adapter}, which a whole copy "
+            "would leave out; add it to "
+            f"the weights by --config.model.merge_adapters=True, or train it on by --config.{stage}.train=lora"
+        )
     if train == "lora" and f"{name}_policy" in parts:
         raise ValueError(
-            f"config.{stage}.train is 'lora', but the model's folder has a {name} model that was trained whole, llm beside llm_reference; train "
-            f"it on by --config.{stage}.train=full, or remove llm_reference, so that llm is the reference too")
+            f"config.{stage}.train is 'lora', but the model's folder has a {name} model that was trained whole, llm "
+            "beside llm_reference; train "
+            f"it on by --config.{stage}.train=full, or remove llm_reference, so that llm is the reference too"
+        )
 
 
 def trainable_copy(parts: Mapping, name: str, train: str, rank: int, pattern: str, key: Array) -> dict:
@@ -146,6 +153,10 @@ def algorithm(policy: CaptionPolicy) -> Algorithm:
 def make_step(policy: CaptionPolicy, config: GenForUndConfig, optimizer: optax.GradientTransformation, shardings=None):
     """The compiled `train_step(state, frozen, batch, key)` of this stage."""
     step = make_train_step(
-        algorithm(policy), optimizer, updates_per_rollout=config.updates_per_rollout, micro_batches=config.micro_batches,
-        ema_decay=config.ema_decay or None)
+        algorithm(policy),
+        optimizer,
+        updates_per_rollout=config.updates_per_rollout,
+        micro_batches=config.micro_batches,
+        ema_decay=config.ema_decay or None,
+    )
     return jax.jit(step, donate_argnames="state", out_shardings=shardings)

@@ -124,14 +124,17 @@ class Inference:
       devices: over which the parameters are cut; None takes the first one.
 
     Raises:
-      FileNotFoundError, ValueError: the folder cannot be read (`stages.weights`), or pictures of this size cannot be drawn.
+      FileNotFoundError, ValueError: the folder cannot be read (`stages.weights`), or pictures of this size cannot be
+        drawn.
     """
 
     def __init__(self, model: ModelConfig, config: InferenceConfig, devices: Sequence[jax.Device] | None = None):
         self.config = config
         devices = jax.local_devices()[:1] if devices is None else list(devices)
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=len(devices)), devices)
-        self.system: System = load_system(model, image_size=config.size, negative_prompt=config.negative_prompt, mesh=mesh)
+        self.system: System = load_system(
+            model, image_size=config.size, negative_prompt=config.negative_prompt, mesh=mesh
+        )
         self.parts = self.system.parts
         _check_size(self.system.model, config.size)
         processor, tokenizer = self.system.processor, self.system.tokenizer
@@ -155,10 +158,13 @@ class Inference:
         count = processor.image_tokens(grid)
         ids = tokens.caption_prompt_ids(tokenizer, self.config.prompt, [count])
         pad, room = tokens.token_id(tokenizer, tokens.IMAGE_PAD), image_room(count, self.largest)
-        return prompt_fields(ids, [(patches, grid)], processor, pad, room * processor.merge_size**2, self.text_length + room)
+        return prompt_fields(
+            ids, [(patches, grid)], processor, pad, room * processor.merge_size**2, self.text_length + room
+        )
 
     def question_fields(self, question: str, images: Sequence[np.ndarray | Image.Image]) -> dict[str, np.ndarray]:
-        """The captioner's inputs of a question about one or more pictures, which come before it; the answer is its caption.
+        """The captioner's inputs of a question about one or more pictures, which come before it; the answer is its
+        caption.
 
         Pictures are padded together to an `image_room`, the text to a power of two.
 
@@ -171,7 +177,10 @@ class Inference:
         seen = [processor(image) for image in images]
         counts = [processor.image_tokens(grid) for _, grid in seen]
         ids = tokens.caption_prompt_ids(tokenizer, question, counts, images_first=True)
-        room, text = image_room(sum(counts), self.largest), max(SHORTEST_QUESTION, 1 << (len(ids) - sum(counts) - 1).bit_length())
+        room, text = (
+            image_room(sum(counts), self.largest),
+            max(SHORTEST_QUESTION, 1 << (len(ids) - sum(counts) - 1).bit_length()),
+        )
         pad = tokens.token_id(tokenizer, tokens.IMAGE_PAD)
         return prompt_fields(ids, seen, processor, pad, room * processor.merge_size**2, text + room)
 
@@ -183,12 +192,17 @@ class Inference:
         """
         fields = self.rows.caption_fields(text)
         if fields["caption_truncated"]:
-            raise ValueError(f"the text {text[:40]!r}... is longer than {self.config.max_new_tokens} tokens; shorten it or raise max_new_tokens")
+            raise ValueError(
+                f"the text {text[:40]!r}... is longer than {self.config.max_new_tokens} tokens; shorten it or raise "
+                "max_new_tokens"
+            )
         return fields
 
     def captions(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
         """Captions of pictures (`image_fields`) or answers (`question_fields`), each batch as soon as it is done."""
-        for group in batches(rows, self.config.batch_size, lambda row: (len(row.fields["patches"]), len(row.fields["prompt_ids"]))):
+        for group in batches(
+            rows, self.config.batch_size, lambda row: (len(row.fields["patches"]), len(row.fields["prompt_ids"]))
+        ):
             batch = self._stacked(group)
             ids, lengths = jax.device_get(self._write(self.parts, batch))
             for row, said, length in zip(group, ids, lengths):
@@ -232,7 +246,8 @@ def _programs(system: System, config: InferenceConfig) -> tuple[Callable, Callab
 
     def write(parts: Mapping, batch: Mapping) -> tuple[Array, Array]:
         said = sample_captions(
-            system.model, parts, batch, key, max_new_tokens=config.max_new_tokens, stops=system.stops, sampling=sampling)
+            system.model, parts, batch, key, max_new_tokens=config.max_new_tokens, stops=system.stops, sampling=sampling
+        )
         return said.tokens, condition.caption_lengths(said.mask, said.finished)
 
     def picture(parts: Mapping, ids: Array, lengths: Array, sample_ids: Array) -> Array:
@@ -247,10 +262,22 @@ def _check_size(model: uae.UAE, size: int) -> None:
     cell, most = model.vae.downsampling * model.transformer.patch_size, model.transformer.pos_embed_max_size
     if size % cell or size // cell > most:
         near = min(max(1, round(size / cell)), most) * cell
-        raise ValueError(f"size is {size} pixels; this model draws multiples of {cell} up to {cell * most}, such as {near}")
+        raise ValueError(
+            f"size is {size} pixels; this model draws multiples of {cell} up to {cell * most}, such as {near}"
+        )
 
 
 def builtin_settings() -> dict:
     """What differs from the release's settings for the built-in model of 32-pixel scenes."""
-    return dict(size=32, steps=20, guidance_scale=1.0, shift=4.0, schedule="single", max_new_tokens=32, temperature=0.7,
-                prompt="describe", negative_prompt="", batch_size=8)
+    return dict(
+        size=32,
+        steps=20,
+        guidance_scale=1.0,
+        shift=4.0,
+        schedule="single",
+        max_new_tokens=32,
+        temperature=0.7,
+        prompt="describe",
+        negative_prompt="",
+        batch_size=8,
+    )

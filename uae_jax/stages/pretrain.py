@@ -1,7 +1,8 @@
-"""Long-context pre-training: projector and transformer learn to draw captions by flow matching (arXiv 2509.09666, section 3).
+"""Long-context pre-training: projector and transformer learn to draw captions by flow matching (arXiv 2509.09666,
+section 3).
 
-The language model and the auto-encoder are frozen. Velocity target noise - image, logit-normal times and weight 1, as in
-UniWorld-V1's train_denoiser.py; the paper gives no more.
+The language model and the auto-encoder are frozen. Velocity target noise - image, logit-normal times and weight 1, as
+in UniWorld-V1's train_denoiser.py; the paper gives no more.
 """
 
 import dataclasses
@@ -28,7 +29,8 @@ class PretrainConfig:
 
     Attributes:
       steps, batch_size: train steps, and pictures in each.
-      micro_batches: parts of a batch whose gradients are summed; the frozen encoders see one part of an update at a time too.
+      micro_batches: parts of a batch whose gradients are summed; the frozen encoders see one part of an update at a
+        time too.
       updates_per_rollout: optimizer updates of one batch.
       condition_dropout: share of captions replaced by the negative prompt, for guidance.
       time_scheme, time_shift, weighting: see `diffusion.flow`.
@@ -58,7 +60,9 @@ def trainable(parts: Mapping, config: PretrainConfig, key: Array) -> dict:
 
 
 def drop_captions(model: uae.UAE, tokens: Array, lengths: Array, dropped: Array) -> tuple[Array, Array]:
-    """Puts the negative prompt in place of the captions where `dropped` `[B]` is true; tokens `[B, T]`, lengths `[B]`."""
+    """Puts the negative prompt in place of the captions where `dropped` `[B]` is true; tokens `[B, T]`, lengths
+    `[B]`.
+    """
     negative = jnp.asarray(model.template.negative, jnp.int32)[: tokens.shape[1]]
     row = jnp.zeros(tokens.shape[1], jnp.int32).at[: len(negative)].set(negative)
     return jnp.where(dropped[:, None], row, tokens), jnp.where(dropped, len(negative), lengths)
@@ -79,7 +83,9 @@ def algorithm(model: uae.UAE, config: PretrainConfig) -> Algorithm:
             ids, mask = condition.place_in_template(model.template, inputs["tokens"], inputs["lengths"])
             hidden = qwen.text_hidden_states(model.captioner, captioner, None, ids, mask)
             mean, log_variance = vae.encode(model.vae, parts["vae"], inputs["pixels"])
-            drawn = jax.vmap(lambda k, m, v: vae.sample_latents(trees.name_key(k, "latents"), m, v))(inputs["keys"], mean, log_variance)
+            drawn = jax.vmap(lambda k, m, v: vae.sample_latents(trees.name_key(k, "latents"), m, v))(
+                inputs["keys"], mean, log_variance
+            )
             return {"latents": vae.to_model_latents(model.vae, drawn), "hidden": hidden, "mask": mask}
 
         inputs = {"tokens": tokens, "lengths": lengths, "pixels": batch["pixels"], "keys": keys}
@@ -93,7 +99,9 @@ def algorithm(model: uae.UAE, config: PretrainConfig) -> Algorithm:
         sigma = flow.sample_sigmas(_named(keys, "sigma"), config.time_scheme, config.time_shift)
         noise = uae.initial_noise(model, _named(keys, "noise"))
         context = qwen.project(parts["projector"], samples["hidden"]), samples["mask"]
-        predicted = uae.velocity(model, parts, flow.corrupt(samples["latents"], noise, sigma), sigma, context, policy=False)
+        predicted = uae.velocity(
+            model, parts, flow.corrupt(samples["latents"], noise, sigma), sigma, context, policy=False
+        )
         weight = flow.loss_weight(sigma, config.weighting)
         losses = flow.flow_matching_loss(predicted, flow.velocity_target(samples["latents"], noise), weight)
         return jnp.sum(losses), jnp.float32(len(losses)), {}
@@ -108,6 +116,10 @@ def _named(keys: Array, name: str) -> Array:
 def make_step(model: uae.UAE, config: PretrainConfig, optimizer: optax.GradientTransformation, shardings=None):
     """The compiled `train_step(state, frozen, batch, key)` of this stage."""
     step = make_train_step(
-        algorithm(model, config), optimizer, updates_per_rollout=config.updates_per_rollout, micro_batches=config.micro_batches,
-        ema_decay=config.ema_decay or None)
+        algorithm(model, config),
+        optimizer,
+        updates_per_rollout=config.updates_per_rollout,
+        micro_batches=config.micro_batches,
+        ema_decay=config.ema_decay or None,
+    )
     return jax.jit(step, donate_argnames="state", out_shardings=shardings)

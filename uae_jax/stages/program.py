@@ -1,4 +1,6 @@
-"""A stage's step and the shapes of its arguments, from shapes alone: for plans without weights, and to find mistakes before any work."""
+"""A stage's step and the shapes of its arguments, from shapes alone: for plans without weights, and to find mistakes
+before any work.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -39,7 +41,13 @@ class Program:
 
 
 def make_program(
-    config: RunConfig, system: Described, parts: Mapping, batch: Callable[[int], dict], stage: str, mesh: Mesh | None = None) -> Program:
+    config: RunConfig,
+    system: Described,
+    parts: Mapping,
+    batch: Callable[[int], dict],
+    stage: str,
+    mesh: Mesh | None = None,
+) -> Program:
     """The step of a stage as a run builds it, from shapes.
 
     Args:
@@ -73,10 +81,13 @@ def make_program(
 def _with_copies(config: RunConfig, parts: dict, stage: str) -> dict:
     """Shapes of the parts when a stage begins: with the whole copies that the RL stages before it have trained."""
     stages = [name for _, name in config.order()]
-    for earlier in stages[:stages.index(stage)] if stage in stages else ():
+    for earlier in stages[: stages.index(stage)] if stage in stages else ():
         settings = getattr(config, earlier)
         if earlier in RL_STAGES and settings.train == "full":
-            parts = parts | jax.eval_shape(lambda parts, make=STAGES[earlier][1], settings=settings: make(parts, settings, jax.random.key(0)), parts)
+            parts = parts | jax.eval_shape(
+                lambda parts, make=STAGES[earlier][1], settings=settings: make(parts, settings, jax.random.key(0)),
+                parts,
+            )
     return parts
 
 

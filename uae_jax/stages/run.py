@@ -1,4 +1,5 @@
-"""A whole run: reads the model and the data once, runs the stages in order, and leaves summary, report, samples and export.
+"""A whole run: reads the model and the data once, runs the stages in order, and leaves summary, report, samples and
+export.
 
 Every stage starts from what the stages before it left. The same workdir continues where it stopped: finished stages are
 read back, the stage that was interrupted goes on from its newest checkpoint.
@@ -29,7 +30,16 @@ from uae_jax.stages.export import export_system
 from uae_jax.stages.program import make_program
 from uae_jax.stages.run_config import DataConfig, RunConfig
 from uae_jax.stages.settings import frozen
-from uae_jax.stages.steps import RL_STAGES, STAGES, check_batch, held, make_denoising, make_policy, make_step, with_drawing_policy
+from uae_jax.stages.steps import (
+    RL_STAGES,
+    STAGES,
+    check_batch,
+    held,
+    make_denoising,
+    make_policy,
+    make_step,
+    with_drawing_policy,
+)
 from uae_jax.stages.weights import load_system
 from uae_jax.training import processes
 from uae_jax.training.guard import skip_outliers
@@ -48,13 +58,17 @@ def open_sources(config: DataConfig, seed: int, heldout: int) -> tuple[Source, l
       ValueError, FileNotFoundError: an unknown source, or one that cannot be read; see `data.sources`.
     """
     if config.source in ("scenes", "emoji"):
-        source = SceneSource if config.source == "scenes" else functools.partial(EmojiSource, emoji=EmojiSet(config.folder))
+        source = (
+            SceneSource if config.source == "scenes" else functools.partial(EmojiSource, emoji=EmojiSet(config.folder))
+        )
         train = source("train", seed, config.image_size, config.detail, mistakes=config.mistakes)
         test = source("test", 0, config.image_size, "full")
         return train, [test[index] for index in range(heldout)]
     if config.source == "folder":
         if not config.folder:
-            raise ValueError("config.data.folder is empty; give a folder with images and captions.jsonl, or data.source='scenes'")
+            raise ValueError(
+                "config.data.folder is empty; give a folder with images and captions.jsonl, or data.source='scenes'"
+            )
         train = FolderSource(config.folder)
         if config.heldout_folder:
             test = FolderSource(config.heldout_folder)
@@ -72,7 +86,8 @@ def open_sources(config: DataConfig, seed: int, heldout: int) -> tuple[Source, l
 
 
 def with_adapters(config: RunConfig, parts: Mapping, key: jax.Array) -> dict:
-    """The parts, and adapters that are zero for the stages that will train one: all stages then share their compiled programs.
+    """The parts, and adapters that are zero for the stages that will train one: all stages then share their compiled
+    programs.
 
     A stage that trains a whole copy makes it when it begins, of what the stages before it have trained.
 
@@ -105,15 +120,25 @@ class Run:
         self.mesh = sharding.make_mesh(config.mesh)
         self.key = jax.random.key(config.seed)
         system = load_system(
-            config.model, image_size=config.data.image_size, negative_prompt=config.data.negative_prompt, mesh=self.mesh,
-            max_caption=config.gen_for_und.max_new_tokens, frozen=config.frozen_from_start())
+            config.model,
+            image_size=config.data.image_size,
+            negative_prompt=config.data.negative_prompt,
+            mesh=self.mesh,
+            max_caption=config.gen_for_und.max_new_tokens,
+            frozen=config.frozen_from_start(),
+        )
         # the stages replace and donate parameters: no second name may keep the first ones alive
         self.system = dataclasses.replace(system, parts={})
         self._check_encoders()
         self._check_stages()
         self.source, heldout = open_sources(config.data, config.seed, config.evaluation.images)
         spec = batch_spec(
-            self.system.tokenizer, self.system.processor, config.data.image_size, config.data.caption_prompt, config.data.max_caption)
+            self.system.tokenizer,
+            self.system.processor,
+            config.data.image_size,
+            config.data.caption_prompt,
+            config.data.max_caption,
+        )
         if config.data.max_prompt:
             spec = dataclasses.replace(spec, max_prompt=config.data.max_prompt)
         self.rows = RowBuilder(self.system.tokenizer, self.system.processor, spec, config.data.caption_prompt)
@@ -122,17 +147,28 @@ class Run:
         self.parts = sharding.shard_tree(parts, self.mesh)
         del parts
         self.evaluator = Evaluator(
-            self.system, config.evaluation,
+            self.system,
+            config.evaluation,
             make_denoising(
-                config.sampler, config.evaluation.sampler_steps, config.evaluation.guidance_scale, policy_condition=config.policy_condition()),
-            heldout, self.rows, config.data.max_caption, config.seed)
+                config.sampler,
+                config.evaluation.sampler_steps,
+                config.evaluation.guidance_scale,
+                policy_condition=config.policy_condition(),
+            ),
+            heldout,
+            self.rows,
+            config.data.max_caption,
+            config.seed,
+        )
 
     def _check_encoders(self) -> None:
         wanted = {name for stage in ("cold_start", *RL_STAGES) for name in getattr(self.config, stage).reward.names}
         wanted |= set(self.config.evaluation.encoders)
         missing = sorted(wanted - set(self.system.encoders))
         if missing:
-            raise FileNotFoundError(f"the reward needs the image encoder {missing[0]!r}; put it at {self.system.folder / missing[0]}")
+            raise FileNotFoundError(
+                f"the reward needs the image encoder {missing[0]!r}; put it at {self.system.folder / missing[0]}"
+            )
 
     def _check_stages(self) -> None:
         """Builds every stage's description, which checks most settings in an instant."""
@@ -143,7 +179,8 @@ class Run:
                 self.policy(stage)
 
     def check_programs(self) -> None:
-        """Traces the step of every stage without computing, so that a setting of the last one does not fail after the first ones ran.
+        """Traces the step of every stage without computing, so that a setting of the last one does not fail after the
+        first ones ran.
 
         Raises:
           ValueError: a setting with which a step cannot be built.
@@ -188,7 +225,9 @@ class Run:
         if stage not in RL_STAGES:
             self.parts = with_drawing_policy(self.parts)
         start = STAGES[stage][1](self.parts, config, trees.name_key(self.key, name))
-        state = sharding.make_on(self.mesh, lambda parts: init_state(parts, optimizer, ema=bool(config.ema_decay)), start)
+        state = sharding.make_on(
+            self.mesh, lambda parts: init_state(parts, optimizer, ema=bool(config.ema_decay)), start
+        )
         # from here on the trained parts live in the state alone: a second copy of 8 B weights would not fit
         parts, self.parts = {key: value for key, value in self.parts.items() if key not in start}, {}
         del start
@@ -196,18 +235,41 @@ class Run:
             parts |= held({key: parts.pop(key)}, self.config.trained_from(stage), self.config.model.frozen_dtype)
         self.parts = parts
         index, count = sharding.batch_slice(self.mesh)
-        data = make_loader(self.source_of(stage), self.rows, config.batch_size, self.config.seed, process_index=index, process_count=count)
+        data = make_loader(
+            self.source_of(stage),
+            self.rows,
+            config.batch_size,
+            self.config.seed,
+            process_index=index,
+            process_count=count,
+        )
         settings = self.config.loop
         loop = LoopConfig(
-            steps=config.steps, log_every=settings.log_every, save_every=settings.save_every, keep=settings.keep,
-            eval_every=settings.eval_every if stage in RL_STAGES else 0)
+            steps=config.steps,
+            log_every=settings.log_every,
+            save_every=settings.save_every,
+            keep=settings.keep,
+            eval_every=settings.eval_every if stage in RL_STAGES else 0,
+        )
         result = run_stage(
-            name, self.step(stage, state, optimizer), state=state, frozen=self.parts, data=data, key=sharding.replicate_key(trees.name_key(self.key, name), self.mesh),
-            workdir=self.workdir, config=loop, writer=writer, put=lambda batch: sharding.shard_batch(batch, self.mesh),
+            name,
+            self.step(stage, state, optimizer),
+            state=state,
+            frozen=self.parts,
+            data=data,
+            key=sharding.replicate_key(trees.name_key(self.key, name), self.mesh),
+            workdir=self.workdir,
+            config=loop,
+            writer=writer,
+            put=lambda batch: sharding.shard_batch(batch, self.mesh),
             hooks=Hooks(
-                before=lambda state: self.score_before(state, name, previous), after=lambda state: self.score(state, name, "after"),
-                evaluate=lambda state, step: self.score_during(state, name, step)),
-            guard=guard, digest=self.config.digest(name))
+                before=lambda state: self.score_before(state, name, previous),
+                after=lambda state: self.score(state, name, "after"),
+                evaluate=lambda state, step: self.score_during(state, name, step),
+            ),
+            guard=guard,
+            digest=self.config.digest(name),
+        )
         self.parts = self.trained(result.state)
         return result
 
@@ -236,7 +298,9 @@ class Run:
 
     def score_during(self, state: TrainState, name: str, step: int) -> dict[str, float]:
         """Held-out scores in the middle of a stage; samples go to `samples/<name>_step<step>`."""
-        return self.evaluator.during(with_drawing_policy(self.trained(state)), self.workdir / "samples" / f"{name}_step{step}")
+        return self.evaluator.during(
+            with_drawing_policy(self.trained(state)), self.workdir / "samples" / f"{name}_step{step}"
+        )
 
 
 def run(config: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
@@ -285,7 +349,10 @@ def _check_workdir(config: RunConfig, workdir: pathlib.Path) -> None:
     folder = workdir / "checkpoints"
     others = sorted(path.name for path in folder.iterdir() if path.name not in names) if folder.is_dir() else []
     if others:
-        raise ValueError(f"{workdir} has checkpoints of the stage {others[0]}, which this configuration does not run; use a new --workdir")
+        raise ValueError(
+            f"{workdir} has checkpoints of the stage {others[0]}, which this configuration does not run; use a new "
+            "--workdir"
+        )
     for name in names:
         check_configuration(workdir, name, config.digest(name))
 
@@ -295,7 +362,11 @@ def _write_outputs(whole: Run, results: list[StageResult]) -> dict[str, Any]:
     if jax.process_index() == 0 and whole.config.stages:
         export_system(whole.system, parts, whole.workdir / "export", np.float32)
     summary = write_summary(
-        whole.workdir, preset=whole.config.preset, seed=whole.config.seed, stages=[result.record() for result in results])
+        whole.workdir,
+        preset=whole.config.preset,
+        seed=whole.config.seed,
+        stages=[result.record() for result in results],
+    )
     if jax.process_index() == 0:
         write_report(whole.workdir)
     processes.wait_for_all("outputs written")

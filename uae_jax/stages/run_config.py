@@ -17,12 +17,14 @@ class DataConfig:
 
     Attributes:
       source: `scenes` (built in), `emoji` (of `uae_jax.fetch_emoji`), `folder` or `tfds`.
-      folder: of `captions.jsonl` and images, or of emoji; heldout_folder: the same for scores, or empty to hold out the last rows.
+      folder: of `captions.jsonl` and images, or of emoji; heldout_folder: the same for scores, or empty to hold out the
+        last rows.
       name, split, data_dir, image_key, caption_key: of a TFDS data set; heldout_split: for scores.
       image_size: side of the square pictures in pixels.
       max_prompt: room for the caption prompt with its image tokens; 0 for what it needs.
       max_caption: room for a caption with its stop token.
-      detail, rl_detail: captions of scenes and emoji in the supervised and in the RL stages: `full`, `detail`, `mixed` or `short`.
+      detail, rl_detail: captions of scenes and emoji in the supervised and in the RL stages: `full`, `detail`, `mixed`
+        or `short`.
       mistakes: probability that a fact is wrong in the scenes' captions of the supervised stages.
       caption_prompt, negative_prompt: texts.
     """
@@ -48,7 +50,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
-    """How often things are written: in steps; `keep` newest checkpoints. `eval_every` is of the RL stages; 0 for never."""
+    """How often things are written: in steps; `keep` newest checkpoints. `eval_every` is of the RL stages; 0 for
+    never.
+    """
 
     log_every: int = 1
     save_every: int = 50
@@ -92,21 +96,29 @@ class RunConfig:
         return listed + [(f"{stage}_{number}", stage) for number in range(2, self.rounds + 1) for stage in again]
 
     def trained_from(self, stage: str) -> set[str]:
-        """Parts that a stage or one after its first turn trains as they are, and parts that a later one copies to train them whole.
+        """Parts that a stage or one after its first turn trains as they are, and parts that a later one copies to train
+        them whole.
 
         Adapters and copies have names of their own.
         """
         stages = [kind for _, kind in self.order()]
         first = stages.index(stage)
-        later, begin = stages[first:], set(stages[first + 1:]) - set(stages[:first + 1])
-        own = {"pretrain": ("transformer", "projector") if self.pretrain.train_projector else ("transformer",),
-               "cold_start": ("transformer", "projector")}
-        copied = {name for kind, name in (("gen_for_und", "language"), ("und_for_gen", "transformer"))
-                  if kind in begin and getattr(self, kind).train == "full"}
+        later, begin = stages[first:], set(stages[first + 1 :]) - set(stages[: first + 1])
+        own = {
+            "pretrain": ("transformer", "projector") if self.pretrain.train_projector else ("transformer",),
+            "cold_start": ("transformer", "projector"),
+        }
+        copied = {
+            name
+            for kind, name in (("gen_for_und", "language"), ("und_for_gen", "transformer"))
+            if kind in begin and getattr(self, kind).train == "full"
+        }
         return {name for kind in later for name in own.get(kind, ())} | copied
 
     def frozen_from_start(self) -> set[str]:
-        """Parts that may be held in `model.frozen_dtype` from the first stage on: nothing trains them, and nothing copies them to train."""
+        """Parts that may be held in `model.frozen_dtype` from the first stage on: nothing trains them, and nothing
+        copies them to train.
+        """
         order = self.order()
         if not order:
             return set()
@@ -115,14 +127,17 @@ class RunConfig:
         return set(HELD) - self.trained_from(order[0][1]) - copied
 
     def policy_condition(self) -> bool:
-        """Whether scores are drawn through the captioner as it is trained: where an RL stage, of this run or before it, draws so."""
+        """Whether scores are drawn through the captioner as it is trained: where an RL stage, of this run or before it,
+        draws so.
+        """
         stages = [stage for stage in RL_STAGES if stage in self.stages] or RL_STAGES
         return any(getattr(self, stage).condition_model == "policy" for stage in stages)
 
     def digest(self, name: str) -> str:
         """Of everything that changes the numbers of a stage; a checkpoint of another digest is refused.
 
-        That is what all stages share, and the settings of this stage and of those before it: what comes later may still change.
+        That is what all stages share, and the settings of this stage and of those before it: what comes later may still
+          change.
 
         Args:
           name: of the run's `order`.
@@ -132,5 +147,8 @@ class RunConfig:
         values = {part: dataclasses.asdict(getattr(self, part)) for part in ("model", "data", "sampler", "guard")}
         if self.data.source == "folder" and not self.data.heldout_folder:
             values["heldout"] = self.evaluation.images  # these pictures are taken from the training set
-        values |= {"seed": self.seed, "stages": [(run_name, dataclasses.asdict(getattr(self, stage))) for run_name, stage in upto]}
+        values |= {
+            "seed": self.seed,
+            "stages": [(run_name, dataclasses.asdict(getattr(self, stage))) for run_name, stage in upto],
+        }
         return json_digest(values)

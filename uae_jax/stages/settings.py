@@ -18,7 +18,8 @@ def frozen(cls: type[T], config: Mapping[str, Any], path: str = "config") -> T:
       path: how the mapping is called in messages, such as `config.pretrain`.
 
     Raises:
-      ValueError: a field that the dataclass does not have (with the nearest name), or one that it needs and is not there.
+      ValueError: a field that the dataclass does not have (with the nearest name), or one that it needs and is not
+        there.
     """
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}

@@ -18,9 +18,11 @@ from uae_jax.rl.rewards import Encoder
 from uae_jax.stages import cold_start, gen_for_und, pretrain, und_for_gen
 
 STAGES = {
-    "pretrain": (pretrain.PretrainConfig, pretrain.trainable), "cold_start": (cold_start.ColdStartConfig, cold_start.trainable),
+    "pretrain": (pretrain.PretrainConfig, pretrain.trainable),
+    "cold_start": (cold_start.ColdStartConfig, cold_start.trainable),
     "gen_for_und": (gen_for_und.GenForUndConfig, gen_for_und.trainable),
-    "und_for_gen": (und_for_gen.UndForGenConfig, und_for_gen.trainable)}
+    "und_for_gen": (und_for_gen.UndForGenConfig, und_for_gen.trainable),
+}
 RL_STAGES = ("gen_for_und", "und_for_gen")
 # parts that may be held in bfloat16 while nothing trains them
 HELD = ("vision", "language", "projector", "transformer")
@@ -51,7 +53,8 @@ class Described(Protocol):
 
 
 def held(parts: Mapping, trained: Collection[str], dtype: str) -> dict:
-    """The parts of a model as a stage holds them: large ones that neither it nor a later stage trains or copies in another precision.
+    """The parts of a model as a stage holds them: large ones that neither it nor a later stage trains or copies in
+    another precision.
 
     Auto-encoder and image encoders compute in float32 and stay as they are.
 
@@ -62,13 +65,15 @@ def held(parts: Mapping, trained: Collection[str], dtype: str) -> dict:
     """
     return {
         name: jax.tree.map(lambda leaf: leaf.astype(dtype), part) if name in HELD and name not in trained else part
-        for name, part in parts.items()}
+        for name, part in parts.items()
+    }
 
 
 def with_drawing_policy(parts: Mapping) -> dict:
     """The parts with the whole transformer that und_for_gen has trained, if any, in place of its reference.
 
-    Programs that look at no reference are the same then before and after that stage, and a stage of supervised training goes on from it.
+    Programs that look at no reference are the same then before and after that stage, and a stage of supervised training
+    goes on from it.
     """
     rest = dict(parts)
     policy = rest.pop("transformer_policy", None)
@@ -83,18 +88,22 @@ def check_batch(stage: str, config: Any, ways: int) -> None:
       ways: devices that share the batch.
 
     Raises:
-      ValueError: pictures do not divide over the devices, or samples (drawings in und_for_gen) into updates and micro-batches.
+      ValueError: pictures do not divide over the devices, or samples (drawings in und_for_gen) into updates and
+        micro-batches.
     """
     parts = config.updates_per_rollout * config.micro_batches
     samples = config.batch_size * (config.group_size if stage == "und_for_gen" else 1)
     if config.batch_size % ways or samples % parts:
         raise ValueError(
-            f"config.{stage}.batch_size is {config.batch_size}; it must be a multiple of the {ways} devices that share the "
-            f"batch, and its {samples} samples one of updates_per_rollout * micro_batches = {parts}")
+            f"config.{stage}.batch_size is {config.batch_size}; it must be a multiple of the {ways} devices that "
+            "share the "
+            f"batch, and its {samples} samples one of updates_per_rollout * micro_batches = {parts}"
+        )
 
 
 def make_denoising(
-    sampler: SamplerConfig, steps: int, guidance_scale: float, *, policy_condition: bool = False, vae_chunk: int = 0) -> Denoising:
+    sampler: SamplerConfig, steps: int, guidance_scale: float, *, policy_condition: bool = False, vae_chunk: int = 0
+) -> Denoising:
     """The sampler of a stage, or of an evaluation."""
     sigmas = sigma_schedule(steps, sampler.shift, sampler.schedule)
     return Denoising(tuple(float(sigma) for sigma in sigmas), guidance_scale, policy_condition, vae_chunk)
@@ -105,21 +114,42 @@ def reward_encoders(system: Described, config: Any) -> tuple[Encoder, ...]:
     return tuple(system.encoders[name] for name in config.reward.names)
 
 
-def make_policy(stage: str, config: Any, sampler: SamplerConfig, system: Described) -> CaptionPolicy | FlowPolicy | NftPolicy:
+def make_policy(
+    stage: str, config: Any, sampler: SamplerConfig, system: Described
+) -> CaptionPolicy | FlowPolicy | NftPolicy:
     """The description of an RL stage: the model and the stage's settings of the same names."""
-    kind, more = (CaptionPolicy, {"scorer": system.scorer}) if stage == "gen_for_und" else (und_for_gen.METHODS[config.method][0], {})
+    kind, more = (
+        (CaptionPolicy, {"scorer": system.scorer})
+        if stage == "gen_for_und"
+        else (und_for_gen.METHODS[config.method][0], {})
+    )
     denoising = make_denoising(
-        sampler, config.sampler_steps, config.guidance_scale, policy_condition=config.condition_model == "policy",
-        vae_chunk=config.vae_chunk)
+        sampler,
+        config.sampler_steps,
+        config.guidance_scale,
+        policy_condition=config.condition_model == "policy",
+        vae_chunk=config.vae_chunk,
+    )
     shared = {field.name for field in dataclasses.fields(kind)} & {field.name for field in dataclasses.fields(config)}
     return kind(
-        model=system.model, denoising=denoising, encoders=reward_encoders(system, config), stops=system.stops,
-        replay=config.updates_per_rollout > 1, **more, **{name: getattr(config, name) for name in shared})
+        model=system.model,
+        denoising=denoising,
+        encoders=reward_encoders(system, config),
+        stops=system.stops,
+        replay=config.updates_per_rollout > 1,
+        **more,
+        **{name: getattr(config, name) for name in shared},
+    )
 
 
 def make_step(
-    stage: str, config: Any, sampler: SamplerConfig, system: Described, optimizer: optax.GradientTransformation,
-    shardings: Any = None) -> Callable:
+    stage: str,
+    config: Any,
+    sampler: SamplerConfig,
+    system: Described,
+    optimizer: optax.GradientTransformation,
+    shardings: Any = None,
+) -> Callable:
     """The compiled `train_step(state, frozen, batch, key)` of a stage.
 
     Args:
@@ -133,6 +163,8 @@ def make_step(
         return pretrain.make_step(system.model, config, optimizer, shardings)
     if stage == "cold_start":
         denoising = make_denoising(sampler, config.sampler_steps, config.guidance_scale, vae_chunk=config.vae_chunk)
-        return cold_start.make_step(system.model, config, denoising, reward_encoders(system, config), optimizer, shardings)
+        return cold_start.make_step(
+            system.model, config, denoising, reward_encoders(system, config), optimizer, shardings
+        )
     module = gen_for_und if stage == "gen_for_und" else und_for_gen
     return module.make_step(make_policy(stage, config, sampler, system), config, optimizer, shardings)

@@ -1,4 +1,6 @@
-"""Understanding for generation: settings and the compiled step; the methods are `rl.flow_policy` and `rl.nft_policy`."""
+"""Understanding for generation: settings and the compiled step; the methods are `rl.flow_policy` and
+`rl.nft_policy`.
+"""
 
 import dataclasses
 import functools
@@ -16,7 +18,6 @@ from uae_jax.rl.rewards import RewardConfig
 from uae_jax.stages.gen_for_und import check_choices, trainable_copy
 from uae_jax.training.optimizer import OptimizerConfig
 from uae_jax.training.step import Algorithm, make_train_step
-
 
 METHODS = {"flow_grpo": (FlowPolicy, flow_policy), "nft": (NftPolicy, nft_policy)}
 
@@ -36,13 +37,13 @@ class UndForGenConfig:
       shared_noise: one initial noise for the drawings of a group.
       step_rule, noise_level, window, window_low, window_high: see `rl.flow_policy.FlowPolicy`.
       clip_range, kl_weight, kl_kind, guard: see `rl.losses.flow_grpo_loss`.
-      noise_levels, time_scheme, time_shift, strength, advantage_bound: of `nft`, see `rl.nft_policy.NftPolicy`; the settings
-        between `step_rule` and `guard`, and `shared_noise`, are of `flow_grpo`, but `kl_weight` is of both.
+      noise_levels, time_scheme, time_shift, strength, advantage_bound: of `nft`, see `rl.nft_policy.NftPolicy`; the
+        settings between `step_rule` and `guard`, and `shared_noise`, are of `flow_grpo`, but `kl_weight` is of both.
       advantage_scale: `group`, `batch` or `none`.
       condition_model: `reference` encodes captions with the adapter off; `policy` with it on, as the release does.
       vae_chunk: pictures decoded at once; 0 for all.
-      gather_weights: with parameters cut over fsdp, gather the language model once a rollout instead of once a token; costs one
-        copy of it on every device.
+      gather_weights: with parameters cut over fsdp, gather the language model once a rollout instead of once a token;
+        costs one copy of it on every device.
       train: `lora` or `full`; lora_rank: rank of a new adapter.
       reward: the similarity.
       optimizer: see `training.optimizer`.
@@ -106,9 +107,16 @@ def algorithm(policy: FlowPolicy | NftPolicy) -> Algorithm:
     return Algorithm(functools.partial(module.rollout, policy), functools.partial(module.loss, policy))
 
 
-def make_step(policy: FlowPolicy | NftPolicy, config: UndForGenConfig, optimizer: optax.GradientTransformation, shardings=None):
+def make_step(
+    policy: FlowPolicy | NftPolicy, config: UndForGenConfig, optimizer: optax.GradientTransformation, shardings=None
+):
     """The compiled `train_step(state, frozen, batch, key)` of this stage."""
     step = make_train_step(
-        algorithm(policy), optimizer, updates_per_rollout=config.updates_per_rollout, micro_batches=config.micro_batches,
-        group_size=config.group_size, ema_decay=config.ema_decay or None)
+        algorithm(policy),
+        optimizer,
+        updates_per_rollout=config.updates_per_rollout,
+        micro_batches=config.micro_batches,
+        group_size=config.group_size,
+        ema_decay=config.ema_decay or None,
+    )
     return jax.jit(step, donate_argnames="state", out_shardings=shardings)

@@ -1,10 +1,10 @@
 """A model folder in the official layout: read into one description and one dictionary (`stages.export` writes it back).
 
-    llm/ llm_processor/ [llm_lora/]            captioner with projector; tokenizer, template, image processor; adapter
-    [llm_reference/]                           the captioner before its language model was trained whole, the decoder's text encoder
-    SD3/{vae, scheduler, text_encoder, text_encoder_2[, transformer]}
-    dit/ [dit_lora/]                           transformer (or SD3/transformer); adapter
-    clip/ [dinov2/ dinov3/]                    image encoders for the reward and for the scores
+llm/ llm_processor/ [llm_lora/]     captioner with projector; tokenizer, template, image processor; adapter
+[llm_reference/]                    the captioner before full fine-tuning, which is the decoder's text encoder
+SD3/                                vae, scheduler, text_encoder, text_encoder_2[, transformer]
+dit/ [dit_lora/]                    transformer (or SD3/transformer); adapter
+clip/ [dinov2/ dinov3/]             image encoders for the reward and for the scores
 """
 
 import dataclasses
@@ -49,8 +49,9 @@ class ModelConfig:
         release's 64 over 32) where no adapter_config.json says it.
       dtype: precision of activations, `float32` or `bfloat16`.
       remat: what the backward pass recomputes: `none`, `full`, `dots`.
-      frozen_dtype: precision in which captioner, projector and transformer are held from the first stage on that no longer
-        trains them (nor does a later one); auto-encoder, image encoders, adapters and all that is trained stay float32.
+      frozen_dtype: precision in which captioner, projector and transformer are held from the first stage on that no
+        longer trains them (nor does a later one); auto-encoder, image encoders, adapters and all that is trained stay
+        float32.
       merge_adapters: add the adapters that are read to the weights, so that the reference model and new adapters start
         from them; otherwise they are kept apart and train on.
       caption_scorer: folder or workdir with the `caption_scorer` that a reward with a caption weight needs
@@ -106,13 +107,24 @@ def model_folder(path: str | pathlib.Path) -> pathlib.Path:
         if (candidate / "llm").is_dir() or (candidate / "llm_lora").is_dir():
             return candidate
     if not folder.exists():
-        raise FileNotFoundError(f"model folder {folder} does not exist; give an official UAE folder or a training workdir")
-    raise FileNotFoundError(f"{folder} holds no `llm` folder; give an official UAE folder, or a workdir whose run has finished a stage")
+        raise FileNotFoundError(
+            f"model folder {folder} does not exist; give an official UAE folder or a training workdir"
+        )
+    raise FileNotFoundError(
+        f"{folder} holds no `llm` folder; give an official UAE folder, or a workdir whose run has finished a stage"
+    )
 
 
 def load_system(
-    config: ModelConfig, *, image_size: int, negative_prompt: str = "", attend_padding: bool = False,
-    mesh: Mesh | None = None, max_caption: int = 0, frozen: Collection[str] = ()) -> System:
+    config: ModelConfig,
+    *,
+    image_size: int,
+    negative_prompt: str = "",
+    attend_padding: bool = False,
+    mesh: Mesh | None = None,
+    max_caption: int = 0,
+    frozen: Collection[str] = (),
+) -> System:
     """Reads every part of a folder, in float32 unless it is frozen, with both-way checks of names and shapes.
 
     With a mesh each parameter goes from its file to its shards on the devices, one after the other: the host holds no
@@ -141,15 +153,28 @@ def load_system(
     parts["encoders"] = {}
     for name in ENCODERS:
         if (folder / name).is_dir():
-            encoders[name], parts["encoders"][name] = _load_encoder(folder / name, name, _placement(mesh, f"encoders/{name}"))
+            encoders[name], parts["encoders"][name] = _load_encoder(
+                folder / name, name, _placement(mesh, f"encoders/{name}")
+            )
     scorer = None
     if config.caption_scorer:
         scorer, parts["encoders"][SCORER] = load_caption_scorer(
-            model_folder(config.caption_scorer) / SCORER, len(tokenizer), max_caption, placement=_placement(mesh, f"encoders/{SCORER}"))
+            model_folder(config.caption_scorer) / SCORER,
+            len(tokenizer),
+            max_caption,
+            placement=_placement(mesh, f"encoders/{SCORER}"),
+        )
     return System(
-        folder, uae.UAE(captioner, transformer, vae, template, image_size), parts, tokenizer,
-        load_image_processor(processor_folder, captioner.vision.window_size), tokens.stop_ids(tokenizer),
-        ScheduleConfig.from_folder(folder / "SD3"), encoders, scorer)
+        folder,
+        uae.UAE(captioner, transformer, vae, template, image_size),
+        parts,
+        tokenizer,
+        load_image_processor(processor_folder, captioner.vision.window_size),
+        tokens.stop_ids(tokenizer),
+        ScheduleConfig.from_folder(folder / "SD3"),
+        encoders,
+        scorer,
+    )
 
 
 def _load_models(
@@ -162,15 +187,23 @@ def _load_models(
     overrides = dict(dtype=config.dtype, remat=config.remat, lora_alpha=config.lora_alpha)
     # an adapter is added to weights in float32
     frozen = () if config.merge_adapters else frozen
-    precision = {name: np.dtype(config.frozen_dtype if name in frozen else np.float32) for name in (*CAPTIONER, "transformer")}
+    precision = {
+        name: np.dtype(config.frozen_dtype if name in frozen else np.float32) for name in (*CAPTIONER, "transformer")
+    }
     stored = precision | {"language": np.dtype(np.float32)} if trained_whole else precision
     captioner, parts = _load_captioner(folder, overrides, _placement(mesh), stored)
     if trained_whole:
         parts |= {"language_policy": parts["language"]} if config.adapters else {}
-        parts["language"] = qwen_weights.load_language(folder / REFERENCE, captioner, precision["language"], _placement(mesh))
+        parts["language"] = qwen_weights.load_language(
+            folder / REFERENCE, captioner, precision["language"], _placement(mesh)
+        )
     transformer_folder = folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer"
     transformer, parts["transformer"] = sd3_weights.load_transformer(
-        transformer_folder, params_dtype=precision["transformer"], placement=_placement(mesh, "transformer"), **overrides)
+        transformer_folder,
+        params_dtype=precision["transformer"],
+        placement=_placement(mesh, "transformer"),
+        **overrides,
+    )
     vae, parts["vae"] = sd3_weights.load_vae(folder / "SD3" / "vae", placement=_placement(mesh, "vae"))
     parts["pooled"] = _placed("pooled", pooled, mesh)
     _check_widths(folder, transformer_folder, parts, transformer, vae)
@@ -191,25 +224,51 @@ def _placement(mesh: Mesh | None, part: str = "") -> Placement | None:
 
 
 def _check_widths(
-    folder: pathlib.Path, transformer_folder: pathlib.Path, parts: Mapping, transformer: TransformerConfig, vae: VAEConfig) -> None:
+    folder: pathlib.Path,
+    transformer_folder: pathlib.Path,
+    parts: Mapping,
+    transformer: TransformerConfig,
+    vae: VAEConfig,
+) -> None:
     """Parts that fit their own configs and not each other are of different models."""
     pairs = (
-        (captioner_folder(folder), "a projector to width", parts["projector"]["second"]["kernel"].shape[-1], "joint_attention_dim",
-         transformer.joint_attention_dim),
-        (folder / "SD3", "text encoders with pooled width", parts["pooled"].shape[-1], "pooled_projection_dim",
-         transformer.pooled_projection_dim),
-        (folder / "SD3" / "vae", "an auto-encoder with latent channels", vae.latent_channels, "in_channels", transformer.in_channels))
+        (
+            captioner_folder(folder),
+            "a projector to width",
+            parts["projector"]["second"]["kernel"].shape[-1],
+            "joint_attention_dim",
+            transformer.joint_attention_dim,
+        ),
+        (
+            folder / "SD3",
+            "text encoders with pooled width",
+            parts["pooled"].shape[-1],
+            "pooled_projection_dim",
+            transformer.pooled_projection_dim,
+        ),
+        (
+            folder / "SD3" / "vae",
+            "an auto-encoder with latent channels",
+            vae.latent_channels,
+            "in_channels",
+            transformer.in_channels,
+        ),
+    )
     for path, what, width, field, needed in pairs:
         if width != needed:
             raise ValueError(
-                f"{path} holds {what} {width}, but {transformer_folder / 'config.json'} has {field} {needed}; take both from one model")
+                f"{path} holds {what} {width}, but {transformer_folder / 'config.json'} has {field} {needed}; take "
+                "both from one model"
+            )
 
 
 def _load_encoder(folder: pathlib.Path, name: str, placement: Placement | None) -> tuple[Encoder, dict]:
     """The encoder of a folder, of the kind that the folder's name says."""
     encoder, params = load_encoder(folder, name, placement=placement)
     if encoder.kind != {"longclip": "clip"}.get(name, name):
-        raise ValueError(f"{folder} holds a {encoder.kind} model, not the {name} that its name promises; copy the right model there")
+        raise ValueError(
+            f"{folder} holds a {encoder.kind} model, not the {name} that its name promises; copy the right model there"
+        )
     return encoder, params
 
 
@@ -255,11 +314,16 @@ def _has_reference(folder: pathlib.Path, config: ModelConfig) -> bool:
     if not reference.is_dir():
         return False
     if (folder / "llm_lora").is_dir():
-        raise ValueError(f"{folder} holds both llm_lora and {REFERENCE}; a captioner is trained by an adapter or whole, so remove one of them")
+        raise ValueError(
+            f"{folder} holds both llm_lora and {REFERENCE}; a captioner is trained by an adapter or whole, so remove "
+            "one of them"
+        )
     if config.merge_adapters:
         raise ValueError(
-            f"config.model.merge_adapters cannot merge llm with its reference {reference}; remove {REFERENCE}, so that llm is the "
-            "reference too, or merge dit_lora alone by `convert export --merge-adapters`")
+            f"config.model.merge_adapters cannot merge llm with its reference {reference}; remove {REFERENCE}, so "
+            "that llm is the "
+            "reference too, or merge dit_lora alone by `convert export --merge-adapters`"
+        )
     return True
 
 
@@ -278,7 +342,8 @@ def _add_language_adapter(
 
 
 def _add_transformer_adapter(
-    folder: pathlib.Path, transformer: TransformerConfig, parts: dict, merge: bool, mesh: Mesh | None) -> TransformerConfig:
+    folder: pathlib.Path, transformer: TransformerConfig, parts: dict, merge: bool, mesh: Mesh | None
+) -> TransformerConfig:
     adapted, adapter = sd3_weights.load_adapter(folder, transformer)
     adapter = _placed("transformer_lora", adapter, mesh)
     if merge:

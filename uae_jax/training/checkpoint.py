@@ -1,7 +1,7 @@
 """Checkpoints of (state, data position, meta) at `workdir/checkpoints/<stage>/<step>`, through Orbax.
 
-A save is written to a temporary folder and renamed when it is whole, so a kill never leaves an unusable newest checkpoint.
-Frozen weights are never saved.
+A save is written to a temporary folder and renamed when it is whole, so a kill never leaves an unusable newest
+checkpoint. Frozen weights are never saved.
 """
 
 import dataclasses
@@ -60,12 +60,18 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"checkpoints to keep is {keep}; keep at least 1")
         self.folder = Path(folder).absolute()
-        handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
         self._good = _KeepGood()
         policies = ocp.checkpoint_managers
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), self._good]), create=True,
-            enable_async_checkpointing=True)  # fmt: skip
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), self._good]),
+            create=True,
+            enable_async_checkpointing=True,
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
@@ -78,8 +84,11 @@ class Checkpoints:
         """Step of the newest whole checkpoint, None without one."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: PyTree, data: dict[str, Any], meta: dict[str, Any], *, good: int | None = None) -> None:
-        """Starts writing a checkpoint, unless this step is saved already. The arrays may be donated as soon as this returns.
+    def save(
+        self, step: int, state: PyTree, data: dict[str, Any], meta: dict[str, Any], *, good: int | None = None
+    ) -> None:
+        """Starts writing a checkpoint, unless this step is saved already. The arrays may be donated as soon as this
+        returns.
 
         Args:
           step: train steps done.
@@ -91,7 +100,11 @@ class Checkpoints:
         self._good.step = good
         if step in self._manager.all_steps():
             return
-        items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data), "meta": ocp.args.JsonSave(meta)}
+        items = {
+            "state": ocp.args.StandardSave(state),
+            "data": ocp.args.JsonSave(data),
+            "meta": ocp.args.JsonSave(meta),
+        }
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, target: PyTree, step: int | None = None) -> Restored | None:
@@ -115,7 +128,11 @@ class Checkpoints:
         step = max(found) if step is None else step
         wanted = abstract(target)
         self._check(step, wanted)
-        items = {"state": ocp.args.StandardRestore(wanted), "data": ocp.args.JsonRestore(), "meta": ocp.args.JsonRestore()}
+        items = {
+            "state": ocp.args.StandardRestore(wanted),
+            "data": ocp.args.JsonRestore(),
+            "meta": ocp.args.JsonRestore(),
+        }
         try:
             read = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
@@ -151,7 +168,9 @@ class Checkpoints:
         self._manager.close()
 
     def _check(self, step: int, target: PyTree) -> None:
-        """Compares names, shapes and types with the stored ones; Orbax alone would say where it stumbled, not what to do."""
+        """Compares names, shapes and types with the stored ones; Orbax alone would say where it stumbled, not what to
+        do.
+        """
         try:
             stored = trees.flatten(self._manager.item_metadata(step)["state"].tree)
         except Exception as error:
@@ -162,8 +181,10 @@ class Checkpoints:
             ours, theirs = (_describe(tree.get(name)) for tree in (wanted, stored))
             if ours != theirs:
                 raise ValueError(
-                    f"checkpoint {self.folder / str(step)} does not fit this configuration: {name} is {theirs} in the checkpoint "
-                    f"and {ours} in the configuration; continue with the configuration of that run, or use a new --workdir"
+                    f"checkpoint {self.folder / str(step)} does not fit this configuration: {name} is {theirs} in "
+                    "the checkpoint "
+                    f"and {ours} in the configuration; continue with the configuration of that run, or use a new "
+                    "--workdir"
                 )
 
     def _damaged(self, step: int, error: Exception) -> ValueError:

@@ -34,14 +34,21 @@ class Panel:
 PANELS = (
     Panel("Reward: cosine of the reward encoder", ("reward",), ("reward",)),
     Panel("Image encoders: unified (mean of all), heldout (never a reward)", (), ("unified_score", "heldout_score")),
-    Panel("Captions: share of the facts stated, share of the stated that is true", (), ("fact_recall", "fact_precision")),
-    Panel("Pictures: facts found again in the drawing, prompts drawn right", (), ("scene_accuracy", "true_caption_scene_accuracy", "geneval")),
+    Panel(
+        "Captions: share of the facts stated, share of the stated that is true", (), ("fact_recall", "fact_precision")
+    ),
+    Panel(
+        "Pictures: facts found again in the drawing, prompts drawn right",
+        (),
+        ("scene_accuracy", "true_caption_scene_accuracy", "geneval"),
+    ),
     Panel("Caption length (tokens)", ("caption_tokens",), ("caption_tokens",)),
     Panel("Captions cut off at the length limit; share said twice", ("truncated_fraction", "repetition")),
     Panel("Distance to the reference policy (KL)", ("kl",), log=True),
     Panel("Gradient norm before clipping", ("grad_norm",), log=True),
     # the loss of policy gradients is near 0 whatever happens
-    Panel("Loss of the supervised stages", ("loss",), unless="truncated_fraction"))
+    Panel("Loss of the supervised stages", ("loss",), unless="truncated_fraction"),
+)
 
 
 def curves_figure(lines: Lines, stages: Sequence[Mapping[str, Any]] = ()) -> matplotlib.figure.Figure | None:
@@ -66,7 +73,13 @@ def curves_figure(lines: Lines, stages: Sequence[Mapping[str, Any]] = ()) -> mat
         colors = {name: f"C{number}" for number, name in enumerate(dict.fromkeys((*steps, *scores)))}
         for name, curves in steps.items():
             for number, (x, y) in enumerate(curves):
-                _draw(axes, x, y, colors[name], f"{name} (training)" if number == 0 and panel.scores else name if number == 0 else None)
+                _draw(
+                    axes,
+                    x,
+                    y,
+                    colors[name],
+                    f"{name} (training)" if number == 0 and panel.scores else name if number == 0 else None,
+                )
         for name, points in scores.items():
             _draw_scores(axes, points, colors[name], f"{name} (held out)" if panel.steps else name)
         if len(steps) + len(scores) > 1:
@@ -89,31 +102,44 @@ def _at(spans: Mapping[str, int], stage: str, step: int) -> float:
 
 
 def _steps(lines: Lines, spans: Mapping[str, int], panel: Panel) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
-    """name -> one (x, y) curve for each stage that logged it. Zeros and rounding have no place on a logarithmic axis."""
+    """name -> one (x, y) curve for each stage that logged it. Zeros and rounding have no place on a logarithmic
+    axis.
+    """
     skipped = {line["stage"] for line in lines if panel.unless and panel.unless in line}
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for name in panel.steps:
         for stage in spans:
-            points = [(_at(spans, stage, line["step"]), line[name]) for line in lines
-                      if line["stage"] == stage and line.get(name) is not None and (line[name] > LOWEST or not panel.log)]
+            points = [
+                (_at(spans, stage, line["step"]), line[name])
+                for line in lines
+                if line["stage"] == stage and line.get(name) is not None and (line[name] > LOWEST or not panel.log)
+            ]
             if points and stage not in skipped:
                 found.setdefault(name, []).append(tuple(np.array(points, np.float64).T))
     return found
 
 
 def _scores(
-    lines: Lines, spans: Mapping[str, int], stages: Sequence[Mapping[str, Any]], panel: Panel) -> dict[str, list[tuple[float, ...]]]:
+    lines: Lines, spans: Mapping[str, int], stages: Sequence[Mapping[str, Any]], panel: Panel
+) -> dict[str, list[tuple[float, ...]]]:
     """name -> points (x, value, low, high) in order; those during a stage have no interval (low = high = nan)."""
     found: dict[str, list[tuple[float, ...]]] = {}
     for name in panel.scores:
-        points = [(_at(spans, line["stage"], line["step"]), line[f"eval/{name}"], np.nan, np.nan)
-                  for line in lines if line.get(f"eval/{name}") is not None]
+        points = [
+            (_at(spans, line["stage"], line["step"]), line[f"eval/{name}"], np.nan, np.nan)
+            for line in lines
+            if line.get(f"eval/{name}") is not None
+        ]
         for stage in stages:
             if stage["name"] not in spans:
                 continue
             begin = list(spans).index(stage["name"])
             ends = {begin + 1: stage["after"]} | ({begin: stage["before"]} if begin == 0 or stage is stages[0] else {})
-            points += [(x, s["value"], s["low"], s["high"]) for x, side in ends.items() if isinstance(s := side.get(name), dict)]
+            points += [
+                (x, s["value"], s["low"], s["high"])
+                for x, side in ends.items()
+                if isinstance(s := side.get(name), dict)
+            ]
         if points:
             found[name] = sorted(points)
     return found
@@ -123,8 +149,15 @@ def _draw(axes: Any, x: np.ndarray, y: np.ndarray, color: str, label: str | None
     """The values, and over 30 points or more their running mean, because rewards of single rollouts are noisy."""
     width = len(y) // 15
     smooth = width >= 2
-    axes.plot(x, y, color=color, alpha=0.25 if smooth else 1.0, lw=0.8 if smooth else 1.4, marker="." if len(y) < 20 else "",
-              label=None if smooth else label)  # fmt: skip
+    axes.plot(
+        x,
+        y,
+        color=color,
+        alpha=0.25 if smooth else 1.0,
+        lw=0.8 if smooth else 1.4,
+        marker="." if len(y) < 20 else "",
+        label=None if smooth else label,
+    )
     if smooth:
         padded = np.pad(y, (width, width), mode="edge")
         mean = np.convolve(padded, np.ones(2 * width + 1) / (2 * width + 1), mode="valid")
@@ -138,14 +171,25 @@ def _draw_scores(axes: Any, points: Sequence[tuple[float, ...]], color: str, lab
     axes.plot(x, y, color=color, lw=0.9, ls=":")
     axes.plot(x[~whole], y[~whole], color=color, ls="", marker="o", ms=4, mfc="white")
     reach = np.maximum([y - low, high - y], 0)[:, whole]
-    axes.errorbar(x[whole], y[whole], yerr=reach, color=color, ls="", marker="o", ms=4.5, capsize=2.5, lw=1.2, label=label)
+    axes.errorbar(
+        x[whole], y[whole], yerr=reach, color=color, ls="", marker="o", ms=4.5, capsize=2.5, lw=1.2, label=label
+    )
 
 
 def _mark_stages(axes: Any, spans: Mapping[str, int]) -> None:
     for number, stage in enumerate(spans):
         if number % 2:
             axes.axvspan(number, number + 1, color="0.5", alpha=0.07, lw=0)
-        axes.text(number + 0.5, 1.01, stage, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color="0.35")
+        axes.text(
+            number + 0.5,
+            1.01,
+            stage,
+            transform=axes.get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color="0.35",
+        )
     axes.set_xlim(-0.03, len(spans) + 0.03)
     axes.set_xticks([number + 1 for number in range(len(spans))], [f"step {length}" for length in spans.values()])
     axes.tick_params(labelsize=8)
@@ -155,6 +199,8 @@ def _mark_stages(axes: Any, spans: Mapping[str, int]) -> None:
 def _mark_trips(axes: Any, lines: Lines, spans: Mapping[str, int]) -> None:
     for line in lines:
         if "guard" in line:
-            tripped, restored = (_at(spans, line["stage"], step) for step in (line["step"], line["guard"]["restored_step"]))
+            tripped, restored = (
+                _at(spans, line["stage"], step) for step in (line["step"], line["guard"]["restored_step"])
+            )
             axes.axvspan(restored, tripped, color="#b3261e", alpha=0.10, lw=0)
             axes.axvline(tripped, color="#b3261e", lw=1.2)

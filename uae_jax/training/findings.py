@@ -1,4 +1,6 @@
-"""What the scores of a run say, in sentences: each with the numbers it rests on, and marked where something looks wrong."""
+"""What the scores of a run say, in sentences: each with the numbers it rests on, and marked where something looks
+wrong.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,9 @@ class Finding:
 
 
 def direction(before: Scores, after: Scores, name: str) -> int:
-    """1 or -1 where a score rose or fell and its two 95 % intervals do not touch; 0 otherwise, and where it is missing."""
+    """1 or -1 where a score rose or fell and its two 95 % intervals do not touch; 0 otherwise, and where it is
+    missing.
+    """
     old, new = before.get(name), after.get(name)
     if not isinstance(old, dict) or not isinstance(new, dict):
         return 0
@@ -42,9 +46,13 @@ def findings(stages: Sequence[Mapping[str, Any]]) -> list[Finding]:
 
 def _guard(stage: Mapping[str, Any]) -> Finding:
     trip = stage["guard"]
-    return Finding("bad", f"{stage['name']} was stopped by the guard",
-                   f"After step {trip['step']}, {MEANINGS[trip['what']]} was {trip['value']:.3g}; its bound is {trip['bound']:.3g}. What "
-                   f"follows uses the checkpoint of step {trip['restored_step']}.")  # fmt: skip
+    return Finding(
+        "bad",
+        f"{stage['name']} was stopped by the guard",
+        f"After step {trip['step']}, {MEANINGS[trip['what']]} was {trip['value']:.3g}; its bound is "
+        f"{trip['bound']:.3g}. What "
+        f"follows uses the checkpoint of step {trip['restored_step']}.",
+    )
 
 
 def _values(before: Scores, after: Scores, *names: str) -> list[float] | None:
@@ -59,16 +67,21 @@ def _facts(before: Scores, after: Scores) -> Finding | None:
         return None
     recall, precision = (direction(before, after, name) for name in ("fact_recall", "fact_precision"))
     kind = "bad" if min(recall, precision) < 0 else "good" if recall > 0 else "open"
-    return Finding(kind, "Understanding: do captions say more, and is it true?",
-                   f"Captions state {values[0]:.0%} of a picture's facts at the start and {values[1]:.0%} at the end. Of what they state, "
-                   f"{values[2]:.0%} was true and {values[3]:.0%} is.")  # fmt: skip
+    return Finding(
+        kind,
+        "Understanding: do captions say more, and is it true?",
+        f"Captions state {values[0]:.0%} of a picture's facts at the start and {values[1]:.0%} at the "
+        "end. Of what they state, "
+        f"{values[2]:.0%} was true and {values[3]:.0%} is.",
+    )
 
 
 def _length(before: Scores, after: Scores) -> Finding | None:
     values = _values(before, after, "caption_tokens")
     if values is None:
         return None
-    text = f"Captions go from {values[0]:.1f} to {values[1]:.1f} tokens. Length is no merit by itself: read it beside the facts."
+    text = f"Captions go from {values[0]:.1f} to {values[1]:.1f} tokens. "
+    text += "Length is no merit by itself: read it beside the facts."
     cut = _values(before, after, "truncated", "repetition")
     if cut is not None:
         text += f" Cut off at the limit: {cut[0]:.1%}, then {cut[1]:.1%}; said twice: {cut[2]:.1%}, then {cut[3]:.1%}."
@@ -82,9 +95,16 @@ def _pictures(before: Scores, after: Scores) -> Finding | None:
     if values is None:
         return None
     change = direction(before, after, name)
-    what = "of a picture's facts are found again in its reconstruction" if name == "scene_accuracy" else "is the cosine of the held-out encoder"
-    numbers = f"{values[0]:.0%} {what} at the start, {values[1]:.0%} at the end." if name == "scene_accuracy" else (
-        f"{values[0]:.3f} {what} at the start, {values[1]:.3f} at the end.")
+    what = (
+        "of a picture's facts are found again in its reconstruction"
+        if name == "scene_accuracy"
+        else "is the cosine of the held-out encoder"
+    )
+    numbers = (
+        f"{values[0]:.0%} {what} at the start, {values[1]:.0%} at the end."
+        if name == "scene_accuracy"
+        else (f"{values[0]:.3f} {what} at the start, {values[1]:.3f} at the end.")
+    )
     return Finding(("open", "good", "bad")[change], "The loop: is the picture still there after the text?", numbers)
 
 
@@ -92,16 +112,27 @@ def _prompts(before: Scores, after: Scores) -> Finding | None:
     values = _values(before, after, "geneval")
     if values is None:
         return None
-    text = f"{values[0]:.0%} of short prompts that no captioner wrote are drawn right at the start, {values[1]:.0%} at the end."
-    return Finding(("open", "good", "bad")[direction(before, after, "geneval")], "Generation: are prompts drawn better?", text)
+    text = f"{values[0]:.0%} of short prompts that no captioner wrote are drawn right at the start, "
+    text += f"{values[1]:.0%} at the end."
+    return Finding(
+        ("open", "good", "bad")[direction(before, after, "geneval")], "Generation: are prompts drawn better?", text
+    )
 
 
 def _gamed(stage: Mapping[str, Any]) -> Finding | None:
     """A reward that rises while what it stands for falls."""
     before, after = stage["before"], stage["after"]
-    falls = [name for name in ("heldout_score", "fact_recall", "fact_precision", "scene_accuracy") if direction(before, after, name) < 0]
+    falls = [
+        name
+        for name in ("heldout_score", "fact_recall", "fact_precision", "scene_accuracy")
+        if direction(before, after, name) < 0
+    ]
     if direction(before, after, "reward") <= 0 or not falls:
         return None
-    return Finding("bad", f"{stage['name']}: the reward may be gamed",
-                   f"The reward rises outside its interval while {' and '.join(falls)} fall{'s' if len(falls) == 1 else ''}: look at the "
-                   "pictures below.")  # fmt: skip
+    return Finding(
+        "bad",
+        f"{stage['name']}: the reward may be gamed",
+        f"The reward rises outside its interval while {' and '.join(falls)} "
+        f"fall{'s' if len(falls) == 1 else ''}: look at the "
+        "pictures below.",
+    )

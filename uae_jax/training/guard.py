@@ -1,7 +1,7 @@
 """Divergence guard: bounds on what a stage reports of its steps.
 
-The loop asks `Guard` after every step; when a bound is passed it stops the stage and restores the stage's last good checkpoint.
-A single gradient outlier does no harm: `skip_outliers` leaves its update out inside the compiled step.
+The loop asks `Guard` after every step; when a bound is passed it stops the stage and restores the stage's last good
+checkpoint. A single gradient outlier does no harm: `skip_outliers` leaves its update out inside the compiled step.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ MEANINGS = {
     "gradient_outliers": "the number of recent updates that were left out as gradient outliers",
     "reward_fall": "the fall of the running-mean reward from its best",
     "kl": "the running-mean KL to the reference policy",
-    "truncated": "the running share of captions cut off at the length limit"}
+    "truncated": "the running share of captions cut off at the length limit",
+}
 COUNTS = ("non_finite", "gradient_outliers")
 
 
@@ -32,10 +33,11 @@ class GuardConfig:
     """Bounds of every stage; 0 switches one off.
 
     Attributes:
-      window: steps of running means and of "recent", and updates of the running median. Means are judged once they are full.
+      window: steps of running means and of "recent", and updates of the running median. Means are judged once they are
+        full.
       reward_fall: the running-mean reward may fall by so much from its best.
-      non_finite: so many recent steps with a loss or gradient that is not finite trip; their updates are left out by the step.
-        With 0 the first such loss ends the run (`FloatingPointError`).
+      non_finite: so many recent steps with a loss or gradient that is not finite trip; their updates are left out by
+        the step. With 0 the first such loss ends the run (`FloatingPointError`).
       gradient_ratio: an update whose gradient norm is more than so many times the running median is left out.
       gradient_outliers: so many recent updates left out trip.
       kl: bound of the running-mean metric `kl`.
@@ -59,10 +61,18 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         bounds = (*self.bounds().values(), self.gradient_ratio, self.flow_kl)
-        if self.window < 2 or not 0 < self.margin <= 1 or not all(bound >= 0 and math.isfinite(bound) for bound in bounds):
-            raise ValueError("guard: window must be at least 2, margin above 0 and at most 1, and every bound 0 (off) or more")
+        if (
+            self.window < 2
+            or not 0 < self.margin <= 1
+            or not all(bound >= 0 and math.isfinite(bound) for bound in bounds)
+        ):
+            raise ValueError(
+                "guard: window must be at least 2, margin above 0 and at most 1, and every bound 0 (off) or more"
+            )
         if 0 < self.gradient_ratio <= 1 or (self.gradient_outliers and not self.gradient_ratio):
-            raise ValueError("guard.gradient_ratio must be above 1, and set where gradient_outliers is; 0 switches both off")
+            raise ValueError(
+                "guard.gradient_ratio must be above 1, and set where gradient_outliers is; 0 switches both off"
+            )
 
     def bounds(self) -> dict[str, float]:
         """Bound by name (`MEANINGS`), those that are off included."""
@@ -88,7 +98,9 @@ class Tripped(Exception):
     """Ends the steps of a stage; the loop restores its last good checkpoint."""
 
     def __init__(self, trip: Trip) -> None:
-        super().__init__(f"{MEANINGS[trip.what]} is {trip.value:.4g} after step {trip.step}, its bound is {trip.bound:.4g}")
+        super().__init__(
+            f"{MEANINGS[trip.what]} is {trip.value:.4g} after step {trip.step}, its bound is {trip.bound:.4g}"
+        )
         self.trip = trip
 
 
@@ -109,7 +121,11 @@ class Guard:
 
     def statistics(self) -> dict[str, Any]:
         """Everything the next step is judged by, JSON-able."""
-        return {"recent": {name: list(values) for name, values in self._recent.items()}, "best": self._best, "outliers": self._outliers}
+        return {
+            "recent": {name: list(values) for name, values in self._recent.items()},
+            "best": self._best,
+            "outliers": self._outliers,
+        }
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> Trip | None:
         """Takes in the metrics of the next step, and says whether a bound is passed.
@@ -139,7 +155,10 @@ class Guard:
         """What is compared with the bounds, by name; running means only once their window is full."""
         mean = self._mean("reward")
         means = {
-            "reward_fall": None if mean is None else self._best - mean, "kl": self._mean("kl"), "truncated": self._mean("truncated_fraction")}
+            "reward_fall": None if mean is None else self._best - mean,
+            "kl": self._mean("kl"),
+            "truncated": self._mean("truncated_fraction"),
+        }
         counts = {name: sum(self._recent.get(name, ())) for name in COUNTS}
         return counts | {name: value for name, value in means.items() if value is not None}
 
@@ -147,7 +166,9 @@ class Guard:
     def fine(self) -> bool:
         """Whether a checkpoint written now is good: nothing exceeds `margin` of its bound."""
         bounds = self.config.bounds()
-        return all(not bounds[name] or value <= self.config.margin * bounds[name] for name, value in self.measured().items())
+        return all(
+            not bounds[name] or value <= self.config.margin * bounds[name] for name, value in self.measured().items()
+        )
 
     def _append(self, name: str, value: float) -> None:
         self._recent[name] = [*self._recent.get(name, ()), float(value)][-self.config.window :]
@@ -174,11 +195,12 @@ class OutlierState(NamedTuple):
 
 
 def skip_outliers(optimizer: optax.GradientTransformation, config: GuardConfig) -> optax.GradientTransformation:
-    """The optimizer, which leaves out updates whose gradient norm is more than `gradient_ratio` times the running median.
+    """The optimizer, which leaves out updates whose gradient norm is more than `gradient_ratio` times the running
+    median.
 
-    An outlier changes neither parameters nor moments. Its norm does enter the window, so that a lasting change of scale is taken
-    for what it is within half a window; norms of 0 (no sample had an advantage) do not. Nothing is left out before the window
-    is full. With `gradient_ratio` 0 the optimizer is returned as it is.
+    An outlier changes neither parameters nor moments. Its norm does enter the window, so that a lasting change of scale
+    is taken for what it is within half a window; norms of 0 (no sample had an advantage) do not. Nothing is left out
+    before the window is full. With `gradient_ratio` 0 the optimizer is returned as it is.
 
     Args:
       optimizer: clipping included: norms are measured before it.
@@ -189,7 +211,9 @@ def skip_outliers(optimizer: optax.GradientTransformation, config: GuardConfig) 
     window = config.window
 
     def init(params: PyTree) -> OutlierState:
-        return OutlierState(jnp.zeros(window, jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), optimizer.init(params))
+        return OutlierState(
+            jnp.zeros(window, jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), optimizer.init(params)
+        )
 
     def update(gradients: PyTree, state: OutlierState, params: PyTree | None = None) -> tuple[PyTree, OutlierState]:
         norm = optax.tree.norm(gradients).astype(jnp.float32)

@@ -1,4 +1,5 @@
-"""The host loop of a stage, in a fixed order: evaluate -> save -> next batch -> step -> log. The only place that blocks.
+"""The host loop of a stage, in a fixed order: evaluate -> save -> next batch -> step -> log. The only place that
+blocks.
 
 A guard (`training.guard`) may end the steps early; the stage then ends with the parameters of its last good checkpoint.
 """
@@ -86,8 +87,8 @@ class Hooks:
 class StageResult:
     """A finished stage. `seconds` is training, `wall_seconds` includes evaluation; both go on over restarts.
 
-    `steps` are those that the parameters have seen. `guard` is None, or what tripped: {"what", "value", "bound", "step",
-    "restored_step"}, `what` being a name of `guard.MEANINGS`, `step` the one after which it tripped.
+    `steps` are those that the parameters have seen. `guard` is None, or what tripped: {"what", "value", "bound",
+    "step", "restored_step"}, `what` being a name of `guard.MEANINGS`, `step` the one after which it tripped.
     """
 
     name: str
@@ -122,9 +123,9 @@ def run_stage(
 ) -> StageResult:
     """Runs a stage to its end, from its newest checkpoint when there is one; returns at once when it is finished.
 
-    Interrupting and repeating the call gives bit-equal parameters and the same metrics lines (but for `seconds`). When the
-    guard trips, the stage ends with its last good checkpoint: the newest at a multiple of `save_every` (or at step 0) whose
-    statistics were well inside their bounds when it was written.
+    Interrupting and repeating the call gives bit-equal parameters and the same metrics lines (but for `seconds`). When
+    the guard trips, the stage ends with its last good checkpoint: the newest at a multiple of `save_every` (or at step
+    0) whose statistics were well inside their bounds when it was written.
 
     Args:
       name: stage name; files are `checkpoints/<name>/`, metrics carry it.
@@ -143,8 +144,8 @@ def run_stage(
 
     Raises:
       StopTraining: SIGINT, SIGTERM or a preemption; the checkpoint is on disk.
-      FloatingPointError: the loss is not finite, and the guard has no bound for that; nothing was saved over the last good
-        checkpoint.
+      FloatingPointError: the loss is not finite, and the guard has no bound for that; nothing was saved over the last
+        good checkpoint.
       ValueError: damaged or unfitting checkpoint.
       RuntimeError: the data ended early.
     """
@@ -203,8 +204,16 @@ class _Loop:
     """Host-side bookkeeping of `run_stage`; the training state is passed through, never kept."""
 
     def __init__(
-        self, name: str, config: LoopConfig, checkpoints: Checkpoints, writer: MetricWriter, hooks: Hooks, data: DataIterator,
-        digest: str, guard: GuardConfig) -> None:  # fmt: skip
+        self,
+        name: str,
+        config: LoopConfig,
+        checkpoints: Checkpoints,
+        writer: MetricWriter,
+        hooks: Hooks,
+        data: DataIterator,
+        digest: str,
+        guard: GuardConfig,
+    ) -> None:
         self.name, self.config, self.checkpoints, self.writer = name, config, checkpoints, writer
         self.hooks, self.data, self.digest = hooks, data, digest
         self.clock = Clock()
@@ -252,14 +261,19 @@ class _Loop:
                 after = self.hooks.after(state)
         steps, guard = config.steps, None
         if self.trip is not None:
-            steps, guard = self.trip["restored_step"], {name: value for name, value in self.trip.items() if "seconds" not in name}
+            steps, guard = (
+                self.trip["restored_step"],
+                {name: value for name, value in self.trip.items() if "seconds" not in name},
+            )
         times = round(self.clock.seconds, 3), round(self.clock.wall_seconds, 3)
         return StageResult(self.name, state, steps, *times, self.before, after, guard)
 
     def train(self, state, restored, step_fn, frozen, key, put, flag: StopFlag) -> TrainState:
         """The steps. Raises `Tripped`."""
         config, start = self.config, restored or 0
-        self.bar = tqdm.tqdm(total=config.steps, initial=start, desc=self.name, file=sys.stderr, disable=not _on_terminal())
+        self.bar = tqdm.tqdm(
+            total=config.steps, initial=start, desc=self.name, file=sys.stderr, disable=not _on_terminal()
+        )
         with self.bar:
             for number in range(start, config.steps):
                 if number != restored:
@@ -279,7 +293,14 @@ class _Loop:
         """Puts the trip on disk: from here on the stage is one that tripped, whatever happens to this process."""
         self.checkpoints.wait()  # the good one may be under way
         times = {"seconds": round(self.clock.seconds, 3), "wall_seconds": round(self.clock.wall_seconds, 3)}
-        self.trip = {"what": trip.what, "value": trip.value, "bound": trip.bound, "step": trip.step, "restored_step": self.good, **times}
+        self.trip = {
+            "what": trip.what,
+            "value": trip.value,
+            "bound": trip.bound,
+            "step": trip.step,
+            "restored_step": self.good,
+            **times,
+        }
         if jax.process_index() == 0:
             write_json(self.checkpoints.folder / "tripped.json", self.trip)
 
@@ -291,8 +312,12 @@ class _Loop:
         self.writer.event(self.name, trip["step"], trip["seconds"], record)
         if jax.process_index() == 0:
             reason = Tripped(Trip(*(trip[name] for name in ("what", "step", "value", "bound"))))
-            print(f"{self.name}: stopped by the guard: {reason}; its checkpoint of step {trip['restored_step']} is restored",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"{self.name}: stopped by the guard: {reason}; its checkpoint of step {trip['restored_step']} is "
+                "restored",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def evaluate(self, state: TrainState, number: int) -> None:
         every = self.config.eval_every
@@ -301,7 +326,9 @@ class _Loop:
         self.flush(number)
         with self.clock.paused():
             scores = self.hooks.evaluate(state, number)
-        self.writer.write(self.name, number, self.clock.seconds, {f"eval/{name}": value for name, value in scores.items()})
+        self.writer.write(
+            self.name, number, self.clock.seconds, {f"eval/{name}": value for name, value in scores.items()}
+        )
 
     def save_if_due(self, state: TrainState, number: int, flag: StopFlag) -> None:
         every = self.config.save_every
@@ -339,7 +366,9 @@ class _Loop:
         try:
             return next(self.data)
         except StopIteration as error:
-            raise RuntimeError(f"{self.name}: the data ended at step {number} of {self.config.steps}; let the data set repeat") from error
+            raise RuntimeError(
+                f"{self.name}: the data ended at step {number} of {self.config.steps}; let the data set repeat"
+            ) from error
 
     def log(self, number: int, metrics: dict[str, jax.Array]) -> None:
         """Called when step `number` runs on the device: writes the logged step before it, which is done by now."""
@@ -364,22 +393,30 @@ class _Loop:
         self.look(number)
         shown = self.config.headline if self.config.headline in values else "loss"
         if self.bar.disable and jax.process_index() == 0:
-            line = f"{self.name} step {number}/{self.config.steps} {shown} {values[shown]:.4f} loss {values['loss']:.4f}"
+            line = (
+                f"{self.name} step {number}/{self.config.steps} {shown} {values[shown]:.4f} loss {values['loss']:.4f}"
+            )
             print(f"{line} {self.clock.seconds:.1f} s", file=sys.stderr, flush=True)
         elif not self.bar.disable:
             self.bar.set_postfix_str(f"{shown} {values[shown]:.4f}")
 
     def look(self, number: int | None = None) -> None:
-        """Looks at the steps up to step `number` (None: all). Raises `Tripped`, or FloatingPointError without a bound for that."""
+        """Looks at the steps up to step `number` (None: all). Raises `Tripped`, or FloatingPointError without a bound
+        for that.
+        """
         known = [entry for entry in self.unread if number is None or entry[0] <= number]
         self.unread = self.unread[len(known) :]
         read = jax.device_get([metrics for _, metrics in known])
-        seen = [(step, {name: float(value) for name, value in metrics.items()}) for (step, _), metrics in zip(known, read, strict=True)]
+        seen = [
+            (step, {name: float(value) for name, value in metrics.items()})
+            for (step, _), metrics in zip(known, read, strict=True)
+        ]
         for step, metrics in seen:
             if not math.isfinite(metrics["loss"]) and not self.guard.config.non_finite:
                 good = self.checkpoints.latest_step()
                 raise FloatingPointError(
-                    f"{self.name}: the loss is not finite at step {step} (steps {seen[0][0]} to {seen[-1][0]} were checked); the last "
+                    f"{self.name}: the loss is not finite at step {step} (steps {seen[0][0]} to {seen[-1][0]} were "
+                    "checked); the last "
                     f"checkpoint is of step {good or 0}; lower the learning rate or look at the data of that step"
                 )
             trip = self.guard.observe(step, metrics) if self.guard.config.on else None

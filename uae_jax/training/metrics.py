@@ -61,14 +61,17 @@ class MetricWriter:
     Args:
       workdir: the training folder.
       tensorboard: write event files (one TensorBoard run a stage).
-      wandb_project: W&B project; "" = off. The run's id is kept in `workdir/wandb_id`, a restart continues the same run.
+      wandb_project: W&B project; "" = off. The run's id is kept in `workdir/wandb_id`, a restart continues the same
+        run.
       config: shown by W&B.
 
     Raises:
       ImportError: a project is named and wandb is not installed.
     """
 
-    def __init__(self, workdir: Path, *, tensorboard: bool = True, wandb_project: str = "", config: Mapping | None = None) -> None:
+    def __init__(
+        self, workdir: Path, *, tensorboard: bool = True, wandb_project: str = "", config: Mapping | None = None
+    ) -> None:
         self.workdir = Path(workdir)
         self.path = self.workdir / "metrics.jsonl"
         self.active = jax.process_index() == 0
@@ -77,8 +80,8 @@ class MetricWriter:
             self._wandb = _start_wandb(self.workdir, wandb_project, config)
 
     def begin(self, stage: str, step: int) -> None:
-        """Starts a stage, or continues it after `step` steps: numbers of later steps, written before a kill, are dropped,
-        and so are its guard's lines."""
+        """Starts a stage, or continues it after `step` steps: numbers of later steps, written before a kill, are
+        dropped, and so are its guard's lines."""
         if not self.active:
             return
         lines = read_lines(self.path)
@@ -114,7 +117,9 @@ class MetricWriter:
         if not self.active:
             return
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": stage, "step": step, "seconds": round(seconds, 3), "guard": dict(record)}) + "\n")
+            file.write(
+                json.dumps({"stage": stage, "step": step, "seconds": round(seconds, 3), "guard": dict(record)}) + "\n"
+            )
         self.text("guard", step, json.dumps(record))
         if self._wandb is not None:
             self._wandb.log({f"{stage}/step": step, f"{stage}/guard": json.dumps(record)})
@@ -146,10 +151,16 @@ def _start_wandb(workdir: Path, project: str, config: Mapping | None) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ImportError(f"wandb project {project!r} is set but wandb is not installed; pip install 'uae_jax[wandb]'") from error
+        raise ImportError(
+            f"wandb project {project!r} is set but wandb is not installed; pip install 'uae_jax[wandb]'"
+        ) from error
     path = workdir / "wandb_id"
     if not path.exists():
         path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
     return wandb.init(
-        project=project, id=path.read_text(encoding="utf-8").strip(), resume="allow", dir=str(workdir), config=dict(config or {})
+        project=project,
+        id=path.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        dir=str(workdir),
+        config=dict(config or {}),
     )

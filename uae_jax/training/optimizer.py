@@ -54,14 +54,16 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule:
-    """Learning rate of update k = 0, 1, ...: linear warm-up, then the named decay, which ends at update `total_updates`.
+    """Learning rate of update k = 0, 1, ...: linear warm-up, then the named decay, which ends at update
+    `total_updates`.
 
     Raises:
       ValueError: a decay with a warm-up as long as the run.
     """
     if config.schedule != "constant" and config.warmup_steps >= total_updates:
         raise ValueError(
-            f"optimizer.warmup_steps is {config.warmup_steps} in a run of {total_updates} updates; shorten it, or use the "
+            f"optimizer.warmup_steps is {config.warmup_steps} in a run of {total_updates} updates; shorten it, or "
+            "use the "
             "constant schedule"
         )
     length = max(total_updates - config.warmup_steps, 1)
@@ -101,10 +103,14 @@ def scale_by_path(multipliers: tuple[tuple[str, float], ...]) -> optax.GradientT
         paths = list(trees.flatten(params))
         for pattern, _ in multipliers:
             if not any(re.search(pattern, path) for path in paths):
-                raise ValueError(f"optimizer.multipliers: {pattern!r} matches no parameter; paths look like {paths[0]!r}")
+                raise ValueError(
+                    f"optimizer.multipliers: {pattern!r} matches no parameter; paths look like {paths[0]!r}"
+                )
         return optax.EmptyState()
 
-    def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None) -> tuple[PyTree, optax.EmptyState]:
+    def update(
+        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.EmptyState]:
         return trees.map_with_name(lambda name, leaf: leaf * factor(name), updates), state
 
     return optax.GradientTransformation(init, update)

@@ -21,12 +21,18 @@ LOST = r"(?i)gloo|nccl|connection (closed|reset|refused)|heartbeat|coordination|
 
 
 def several(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment says that this process is one of several: a TPU slice, GKE, SLURM, MPI, or JAX's own variables."""
-    counts = (environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES"))
+    """Whether the environment says that this process is one of several: a TPU slice, GKE, SLURM, MPI, or JAX's own
+    variables.
+    """
+    counts = (
+        environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+    )
     named = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
     return (
-        "," in environment.get("TPU_WORKER_HOSTNAMES", "") or any(environment.get(name) for name in named)
-        or any(count.isdigit() and int(count) > 1 for count in counts))
+        "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+        or any(environment.get(name) for name in named)
+        or any(count.isdigit() and int(count) > 1 for count in counts)
+    )
 
 
 def _from_environment(environment: Mapping[str, str]) -> tuple[str | None, int | None, int | None]:
@@ -73,8 +79,10 @@ def join(coordinator: str | None = None, processes: int | None = None, process_i
     except RuntimeError as error:
         where = coordinator or "the address that the cluster names"
         raise ConnectionError(
-            f"the processes of this run do not find each other at {where} ({str(error).splitlines()[0]}); start one on every host, "
-            f"and check that process 0 can be reached") from error
+            f"the processes of this run do not find each other at {where} ({str(error).splitlines()[0]}); start one "
+            "on every host, "
+            f"and check that process 0 can be reached"
+        ) from error
 
 
 def check_shared(folder: Path) -> None:
@@ -95,7 +103,9 @@ def check_shared(folder: Path) -> None:
         mark.unlink()
     if not seen.all():
         raise ValueError(
-            f"process {int(np.argmin(seen))} does not see {folder} of process 0; put --workdir on a file system that all hosts share")
+            f"process {int(np.argmin(seen))} does not see {folder} of process 0; put --workdir on a file system that "
+            "all hosts share"
+        )
 
 
 def wait_for_all(name: str) -> None:
@@ -115,7 +125,9 @@ def lost_process(error: Exception) -> bool:
 
 
 def leave(message: str, code: int, *, wait: bool = True) -> NoReturn:
-    """Ends this process with a message. One of several does not wait for the others, which would wait for it in turn."""
+    """Ends this process with a message. One of several does not wait for the others, which would wait for it in
+    turn.
+    """
     if not alone():
         print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()

@@ -1,4 +1,6 @@
-"""`report.html` of a workdir: one self-contained page that tells what was trained, what came of it, and what it does not show."""
+"""`report.html` of a workdir: one self-contained page that tells what was trained, what came of it, and what it does
+not show.
+"""
 
 import base64
 import io
@@ -37,10 +39,16 @@ NEUTRAL = ("caption_tokens", "truncated", "repetition")
 STAGES = {
     "pretrain": ("decoder", "pictures with captions: it learns to draw what a caption says"),
     "cold_start": ("decoder", "its own drawings: it is pushed towards the picture through the whole sampler"),
-    "gen_for_und": ("encoder", "the reward: several captions of a picture are drawn by the frozen decoder, and those that bring back more are "
-                    "made more probable (\u201cgeneration for understanding\u201d)"),
-    "und_for_gen": ("decoder", "the reward: several drawings of the encoder's caption, and those nearer to the picture are made more probable "
-                    "(\u201cunderstanding for generation\u201d)"),
+    "gen_for_und": (
+        "encoder",
+        "the reward: several captions of a picture are drawn by the frozen decoder, and those that bring back more are "
+        "made more probable (\u201cgeneration for understanding\u201d)",
+    ),
+    "und_for_gen": (
+        "decoder",
+        "the reward: several drawings of the encoder's caption, and those nearer to the picture are made more probable "
+        "(\u201cunderstanding for generation\u201d)",
+    ),
 }
 TIMES = 9  # moments shown in the captions through training
 
@@ -48,8 +56,9 @@ TIMES = 9  # moments shown in the captions through training
 def write_report(workdir: Path, *, max_samples: int = 8) -> Path:
     """Writes `workdir/report.html` from summary.json, metrics.jsonl, config.json and samples/, and returns its path.
 
-    Samples are read from `samples/<stage>_before`, `samples/<stage>_step<n>` and `samples/<stage>_after`: `samples.json` in each is
-    a list of {"original": file, "caption": text, "reconstruction": file, "scores": {name: number}}, files relative to that folder.
+    Samples are read from `samples/<stage>_before`, `samples/<stage>_step<n>` and `samples/<stage>_after`:
+    `samples.json` in each is a list of {"original": file, "caption": text, "reconstruction": file, "scores": {name:
+    number}}, files relative to that folder.
 
     Args:
       workdir: folder of a run; every part but summary.json may be missing.
@@ -65,12 +74,25 @@ def write_report(workdir: Path, *, max_samples: int = 8) -> Path:
     moments = sample_moments(workdir / "samples", stages, max_samples)
     strips = [moment for moment in moments if not moment["during"]]
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("uae_jax.training", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("uae_jax.training", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     page = environment.get_template("report.html").render(
-        summary=summary, stages=[described(stage) for stage in stages], curves=curves(lines, stages), findings=findings(stages),
-        columns=score_columns(stages), rows=score_rows(stages), strips=strips, histories=histories(moments), guard=guard_bounds(config),
-        deductions=deductions(config, stages), meanings=guard.MEANINGS, watched=any("eval/reward" in line for line in lines))  # fmt: skip
+        summary=summary,
+        stages=[described(stage) for stage in stages],
+        curves=curves(lines, stages),
+        findings=findings(stages),
+        columns=score_columns(stages),
+        rows=score_rows(stages),
+        strips=strips,
+        histories=histories(moments),
+        guard=guard_bounds(config),
+        deductions=deductions(config, stages),
+        meanings=guard.MEANINGS,
+        watched=any("eval/reward" in line for line in lines),
+    )
     path = workdir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -91,8 +113,8 @@ def score_columns(stages: Sequence[Mapping[str, Any]]) -> list[str]:
 def score_rows(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the score table: name, meaning, and a cell for each of `score_columns`.
 
-    A cell is None or {"score", "change", "direction"}: the change is over the column before, the direction 1, -1, or 0 where the
-    two intervals touch.
+    A cell is None or {"score", "change", "direction"}: the change is over the column before, the direction 1, -1, or 0
+    where the two intervals touch.
     """
     points = [stages[0]["before"]] if stages and stages[0]["before"] else []
     points += [stage["after"] for stage in stages]
@@ -102,7 +124,11 @@ def score_rows(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for point in points:
             score, old = point.get(name), previous.get(name)
             change = score["value"] - old["value"] if isinstance(score, dict) and isinstance(old, dict) else None
-            cells.append({"score": score, "change": change, "direction": direction(previous, point, name)} if isinstance(score, dict) else None)
+            cells.append(
+                {"score": score, "change": change, "direction": direction(previous, point, name)}
+                if isinstance(score, dict)
+                else None
+            )
             previous = point
         if any(cells):
             rows.append({"name": name, "meaning": MEANINGS.get(name, ""), "cells": cells, "neutral": name in NEUTRAL})
@@ -110,22 +136,32 @@ def score_rows(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def sample_moments(folder: Path, stages: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The moments at which samples were kept, in order: {"title", "during", "samples"}; moments without samples are left out."""
+    """The moments at which samples were kept, in order: {"title", "during", "samples"}; moments without samples are
+    left out.
+    """
     places = [("start", False, folder / f"{stages[0]['name']}_before")] if stages else []
     for stage in stages:
         name = stage["name"]
         numbers = sorted(int(path.name.rpartition("_step")[2]) for path in folder.glob(f"{name}_step*"))
         places += [(f"{name}, step {number}", True, folder / f"{name}_step{number}") for number in numbers]
         places.append((f"after {name}", False, folder / f"{name}_after"))
-    moments = [{"title": title, "during": during, "samples": _read_samples(place, count)} for title, during, place in places]
+    moments = [
+        {"title": title, "during": during, "samples": _read_samples(place, count)} for title, during, place in places
+    ]
     return [moment for moment in moments if moment["samples"]]
 
 
 def histories(moments: Sequence[Mapping[str, Any]], pictures: int = 3) -> list[dict[str, Any]]:
-    """Of the first pictures: the original, and the captions through training; a caption that stays the same is listed once."""
+    """Of the first pictures: the original, and the captions through training; a caption that stays the same is listed
+    once.
+    """
     during = [moment for moment in moments if moment["during"]]
     room = max(TIMES - (len(moments) - len(during)), 0)
-    kept = {round(at * (len(during) - 1) / max(room - 1, 1)) for at in range(room)} if len(during) > room else set(range(len(during)))
+    kept = (
+        {round(at * (len(during) - 1) / max(room - 1, 1)) for at in range(room)}
+        if len(during) > room
+        else set(range(len(during)))
+    )
     shown = [moment for moment in moments if not moment["during"] or during.index(moment) in kept]
     found = []
     for index in range(min(pictures, min((len(moment["samples"]) for moment in shown), default=0))):
@@ -135,7 +171,14 @@ def histories(moments: Sequence[Mapping[str, Any]], pictures: int = 3) -> list[d
             if entries and entries[-1]["caption"] == sample["caption"]:
                 entries[-1] |= {"last": moment["title"], "reconstruction": sample["reconstruction"]}
             else:
-                entries.append({**sample, "first": moment["title"], "last": moment["title"], "words": len(sample["caption"].split())})
+                entries.append(
+                    {
+                        **sample,
+                        "first": moment["title"],
+                        "last": moment["title"],
+                        "words": len(sample["caption"].split()),
+                    }
+                )
         found.append({"original": shown[0]["samples"][index]["original"], "entries": entries})
     return found
 
@@ -147,17 +190,28 @@ def read_config(workdir: Path) -> dict[str, Any]:
 
 
 def deductions(config: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What is taken off the similarity in each stage's reward, in words, by stage; stages that train on it alone are left out."""
-    words = {"contrast": "the likeness to the batch's other pictures", "overlong_penalty": "a penalty for captions without an end"}
+    """What is taken off the similarity in each stage's reward, in words, by stage; stages that train on it alone are
+    left out.
+    """
+    words = {
+        "contrast": "the likeness to the batch's other pictures",
+        "overlong_penalty": "a penalty for captions without an end",
+    }
     rewards = {stage["name"]: config.get(stage["name"], {}).get("reward", {}) for stage in stages}
-    found = {name: " and ".join(words[field] for field in words if reward.get(field)) for name, reward in rewards.items()}
+    found = {
+        name: " and ".join(words[field] for field in words if reward.get(field)) for name, reward in rewards.items()
+    }
     return {name: text for name, text in found.items() if text}
 
 
 def guard_bounds(config: Mapping[str, Any]) -> dict[str, float] | None:
     """The bounds of the run's guard that are on; None where the configuration does not say."""
     section = config.get("guard")
-    return None if section is None else {name: section[name] for name in (*guard.MEANINGS, "gradient_ratio", "flow_kl") if section.get(name)}
+    return (
+        None
+        if section is None
+        else {name: section[name] for name in (*guard.MEANINGS, "gradient_ratio", "flow_kl") if section.get(name)}
+    )
 
 
 def curves(lines: list[dict[str, Any]], stages: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -177,7 +231,9 @@ def _read_samples(folder: Path, count: int) -> list[dict[str, Any]]:
     try:
         samples = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); delete it to write the report without these samples") from error
+        raise ValueError(
+            f"{path} is not JSON ({error}); delete it to write the report without these samples"
+        ) from error
     return [
         {**sample, **{key: _data_uri((folder / sample[key]).read_bytes()) for key in ("original", "reconstruction")}}
         for sample in samples[:count]

@@ -28,8 +28,8 @@ class StopFlag:
 def stop_on_signals(signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)) -> Iterator[StopFlag]:
     """Collects `signals` in a flag while the block runs; the second one gets its usual effect and aborts at once.
 
-    Must be entered on the main thread. Several processes under `jax.distributed` must leave SIGTERM out: jax listens for it to
-    agree on one step for all processes.
+    Must be entered on the main thread. Several processes under `jax.distributed` must leave SIGTERM out: jax listens
+    for it to agree on one step for all processes.
     """
     flag = StopFlag()
     previous = {number: signal.getsignal(number) for number in signals}
@@ -50,7 +50,8 @@ def stop_on_signals(signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)) 
 
 @contextlib.contextmanager
 def interrupt_as_terminate() -> Iterator[StopFlag]:
-    """For one of several processes: Ctrl-C becomes SIGTERM, on which all of them agree; the second Ctrl-C aborts this one.
+    """For one of several processes: Ctrl-C becomes SIGTERM, on which all of them agree; the second Ctrl-C aborts this
+    one.
 
     The flag is left for the loop to set, at the step that the processes agreed on.
     """

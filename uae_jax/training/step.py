@@ -1,7 +1,8 @@
 """The train step: one pure function for every stage.
 
-A stage writes an `Algorithm`: `rollout` makes samples with the parameters of the beginning of the step, `loss` scores them.
-`make_train_step` turns it into `train_step(state, frozen, batch, key) -> (state, metrics)`. The stage jits that function once:
+A stage writes an `Algorithm`: `rollout` makes samples with the parameters of the beginning of the step, `loss` scores
+them. `make_train_step` turns it into `train_step(state, frozen, batch, key) -> (state, metrics)`. The stage jits that
+function once:
 
     step = jax.jit(make_train_step(algorithm, optimizer), donate_argnames="state")
 
@@ -50,12 +51,13 @@ class Algorithm:
     """What a stage teaches the step.
 
     Attributes:
-      rollout: `(params, frozen, batch, key) -> {"samples": tree, "shared": tree, "metrics": dict}`. Every leaf of `samples` is
-        `[N, ...]` with the same N and is split into updates and micro-batches. `shared` (optional) is handed whole to every
-        call of `loss`: schedules, scalars. `metrics` (optional) is logged. No gradient flows through any of it.
-      loss: `(params, frozen, rollout, key) -> (sum, count, metrics)`, `rollout` being a slice `{"samples", "shared"}`. The
-        objective is sum / count over the whole update; `count` carries no gradient. All micro-batches of an update get the same
-        `key`: fold in the sample's id, and the result does not depend on how the samples are cut.
+      rollout: `(params, frozen, batch, key) -> {"samples": tree, "shared": tree, "metrics": dict}`. Every leaf of
+        `samples` is `[N, ...]` with the same N and is split into updates and micro-batches. `shared` (optional) is
+        handed whole to every call of `loss`: schedules, scalars. `metrics` (optional) is logged. No gradient flows
+          through any of it.
+      loss: `(params, frozen, rollout, key) -> (sum, count, metrics)`, `rollout` being a slice `{"samples", "shared"}`.
+        The objective is sum / count over the whole update; `count` carries no gradient. All micro-batches of an update
+        get the same `key`: fold in the sample's id, and the result does not depend on how the samples are cut.
 
     A metric is a scalar, or a pair (sum, count) of scalars that is added up before it is divided.
     """
@@ -70,7 +72,9 @@ def supervised(loss: Callable) -> Algorithm:
 
 
 def init_state(params: PyTree, optimizer: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
-    """State at step 0. Parameters are copied: donating the state must not delete the caller's arrays, nor alias the average."""
+    """State at step 0. Parameters are copied: donating the state must not delete the caller's arrays, nor alias the
+    average.
+    """
 
     def zero() -> jax.Array:
         return jnp.zeros((), jnp.int32)
@@ -86,7 +90,9 @@ def step_key(root: jax.Array, name: str, step: jax.Array | int) -> jax.Array:
 
 
 def ema_decay_at(updates: jax.Array, decay: float) -> jax.Array:
-    """float32 []: min(decay, (1 + k) / (10 + k)), k = optimizer updates applied before this one (the warm-up of Flow-GRPO)."""
+    """float32 []: min(decay, (1 + k) / (10 + k)), k = optimizer updates applied before this one (the warm-up of
+    Flow-GRPO).
+    """
     k = updates.astype(jnp.float32)
     return jnp.minimum(decay, (1.0 + k) / (10.0 + k))
 
@@ -99,17 +105,25 @@ def split_samples(samples: PyTree, parts: int, group_size: int = 1) -> PyTree:
     """
     sizes = sorted({leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(samples)})
     if len(sizes) != 1 or sizes[0] == 0:
-        raise ValueError(f"rollout samples need one common leading axis, found lengths {sizes}; put scalars and tables in 'shared'")
+        raise ValueError(
+            f"rollout samples need one common leading axis, found lengths {sizes}; put scalars and tables in 'shared'"
+        )
     if sizes[0] % (parts * group_size):
         raise ValueError(
-            f"{sizes[0]} samples of a rollout do not divide into {parts} parts of whole groups of {group_size}; change the batch "
+            f"{sizes[0]} samples of a rollout do not divide into {parts} parts of whole groups of {group_size}; "
+            "change the batch "
             "size, updates_per_rollout or micro_batches"
         )
     return trees.cut(samples, parts, group_size)
 
 
 def accumulate_gradients(
-    algorithm: Algorithm, params: PyTree, frozen: PyTree, rollout: dict[str, PyTree], key: jax.Array, micro_batches: int = 1
+    algorithm: Algorithm,
+    params: PyTree,
+    frozen: PyTree,
+    rollout: dict[str, PyTree],
+    key: jax.Array,
+    micro_batches: int = 1,
 ) -> tuple[PyTree, jax.Array, jax.Array, Metrics]:
     """Gradient of sum / count over one update, a micro-batch at a time: (sum of gradients) / (sum of counts).
 
@@ -137,9 +151,14 @@ def accumulate_gradients(
 
 
 def apply_gradients(
-    state: TrainState, gradients: PyTree, loss: jax.Array, optimizer: optax.GradientTransformation, ema_decay: float | None
+    state: TrainState,
+    gradients: PyTree,
+    loss: jax.Array,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float | None,
 ) -> tuple[TrainState, jax.Array]:
-    """One optimizer update, and the moving average after it. A non-finite loss or gradient leaves everything but `skipped` as is.
+    """One optimizer update, and the moving average after it. A non-finite loss or gradient leaves everything but
+    `skipped` as is.
 
     Returns:
       the state (its `step` untouched) and the global gradient norm [] before clipping.
@@ -167,29 +186,36 @@ def make_train_step(
     group_size: int = 1,
     ema_decay: float | None = None,
 ) -> Callable[[TrainState, PyTree, PyTree, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """Builds `train_step(state, frozen, batch, key) -> (state, metrics)`: a rollout, then epochs * updates_per_rollout updates.
+    """Builds `train_step(state, frozen, batch, key) -> (state, metrics)`: a rollout, then epochs * updates_per_rollout
+    updates.
 
     Args:
       algorithm: rollout and loss of the stage.
       optimizer: optax chain, clipping included.
-      updates_per_rollout: optimizer updates in one pass over the rollout; update u takes the groups u, u + U, u + 2U, ...
+      updates_per_rollout: optimizer updates in one pass over the rollout; update u takes the groups u, u + U, u + 2U,
+        ...
       micro_batches: parts of one update whose gradients are summed; changes memory, not the result.
       epochs: passes over the rollout, each in the same order.
       group_size: consecutive samples that stay in one update (the group of GRPO).
-      ema_decay: ceiling of the moving average's decay (`ema_decay_at`), applied once an update; None switches it off and needs
-        `state.ema` None.
+      ema_decay: ceiling of the moving average's decay (`ema_decay_at`), applied once an update; None switches it off
+        and needs `state.ema` None.
 
-    The key is the stage's root key; the streams "rollout" and "loss" are folded by `state.step` inside, so the same state
-    gives the same step after a restart. Metrics are float32 scalars: `loss` (mean over updates of sum / count), `grad_norm`
-    (before clipping), `skipped_updates` and `outlier_updates` (totals so far), and the algorithm's, sum / count (0 where the count is 0).
+    The key is the stage's root key; the streams "rollout" and "loss" are folded by `state.step` inside, so the same
+    state gives the same step after a restart. Metrics are float32 scalars: `loss` (mean over updates of sum / count),
+    `grad_norm` (before clipping), `skipped_updates` and `outlier_updates` (totals so far), and the algorithm's, sum /
+    count (0 where the count is 0).
 
     Raises:
       ValueError: at trace time, samples that do not divide, a metric name used twice, or an average that is missing.
     """
 
-    def train_step(state: TrainState, frozen: PyTree, batch: PyTree, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(
+        state: TrainState, frozen: PyTree, batch: PyTree, key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         if (ema_decay is None) != (state.ema is None):
-            raise ValueError("ema_decay and state.ema must both be set or both be None; pass ema=True to init_state to keep one")
+            raise ValueError(
+                "ema_decay and state.ema must both be set or both be None; pass ema=True to init_state to keep one"
+            )
         rollout = algorithm.rollout(state.params, frozen, batch, step_key(key, "rollout", state.step))
         rollout = jax.lax.stop_gradient({"shared": {}, "metrics": {}, **rollout})
         loss_key = step_key(key, "loss", state.step)
@@ -198,16 +224,25 @@ def make_train_step(
         def update(state: TrainState, index: jax.Array) -> tuple[TrainState, PyTree]:
             samples = jax.tree.map(lambda x: x[index % updates_per_rollout], parts)
             gradients, total, count, metrics = accumulate_gradients(
-                algorithm, state.params, frozen, {"samples": samples, "shared": rollout["shared"]},
-                jax.random.fold_in(loss_key, index), micro_batches,
-            )  # fmt: skip
+                algorithm,
+                state.params,
+                frozen,
+                {"samples": samples, "shared": rollout["shared"]},
+                jax.random.fold_in(loss_key, index),
+                micro_batches,
+            )
             loss = total / jnp.maximum(count, 1e-8)
             state, norm = apply_gradients(state, gradients, loss, optimizer, ema_decay)
             return state, (loss, norm, metrics)
 
         updates = epochs * updates_per_rollout
         state, (losses, norms, stacked) = jax.lax.scan(update, state, jnp.arange(updates), unroll=updates == 1)
-        own = {"loss": losses.mean(), "grad_norm": norms.mean(), "skipped_updates": state.skipped, **outlier_metrics(state.opt_state)}
+        own = {
+            "loss": losses.mean(),
+            "grad_norm": norms.mean(),
+            "skipped_updates": state.skipped,
+            **outlier_metrics(state.opt_state),
+        }
         metrics = _join(own, rollout["metrics"], jax.tree.map(lambda x: x.sum(0), stacked))
         return state.replace(step=state.step + 1), metrics
 

@@ -19,7 +19,8 @@ def interval(values: Sequence[float], resamples: int = 2000) -> dict[str, float 
     """Mean of one score per picture, with a 95 % percentile bootstrap interval over pictures.
 
     Args:
-      values: [n] scores; order does not matter to the mean, and the resampling seed is fixed, so equal input gives equal output.
+      values: [n] scores; order does not matter to the mean, and the resampling seed is fixed, so equal input gives
+        equal output.
       resamples: bootstrap draws.
 
     Returns:
@@ -30,7 +31,10 @@ def interval(values: Sequence[float], resamples: int = 2000) -> dict[str, float 
     """
     scores = np.asarray(values, np.float64).reshape(-1)
     if not scores.size or not np.isfinite(scores).all():
-        raise ValueError(f"a score needs finite values for at least one picture, got {scores.size} values, {int((~np.isfinite(scores)).sum())} not finite")
+        raise ValueError(
+            f"a score needs finite values for at least one picture, got {scores.size} values, "
+            f"{int((~np.isfinite(scores)).sum())} not finite"
+        )
     rng = np.random.default_rng(0)
     means = np.array([scores[rng.integers(0, scores.size, scores.size)].mean() for _ in range(resamples)])
     low, high = np.quantile(means, [0.025, 0.975])
@@ -65,8 +69,8 @@ def write_summary(workdir: Path, *, preset: str, seed: int, stages: Sequence[Map
       workdir: the training folder.
       preset: name of the configuration.
       seed: root seed of the run.
-      stages: one mapping a finished stage, in order, as `StageResult.record()` gives it: name, steps, seconds (training only),
-        wall_seconds (with evaluation), before and after ({score: `interval`}).
+      stages: one mapping a finished stage, in order, as `StageResult.record()` gives it: name, steps, seconds (training
+        only), wall_seconds (with evaluation), before and after ({score: `interval`}).
     """
     summary = {
         "preset": preset,

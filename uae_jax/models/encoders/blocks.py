@@ -45,7 +45,7 @@ def image_patches(pixels: Array, patch: int) -> Array:
     """
     batch, height, width, channels = pixels.shape
     rows, columns = height // patch, width // patch
-    x = pixels[:, :rows * patch, :columns * patch].reshape(batch, rows, patch, columns, patch, channels)
+    x = pixels[:, : rows * patch, : columns * patch].reshape(batch, rows, patch, columns, patch, channels)
     return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, rows * columns, channels * patch * patch)
 
 
@@ -67,7 +67,8 @@ class SelfAttention(nn.Module):
         shape = (batch, length, self.heads, width // self.heads)
         query, key, value = (
             constrain(Dense(width, use_bias=bias, name=name)(x).reshape(shape), "batch", None, "heads", None)
-            for name, bias in zip(("query", "key", "value"), self.biases))
+            for name, bias in zip(("query", "key", "value"), self.biases)
+        )
         if angles is not None:
             query, key = apply_rope(query, angles), apply_rope(key, angles)
         mixed = attention(query, key, value, mask).reshape(batch, length, width)

@@ -55,8 +55,7 @@ class VisionTower(nn.Module):
             raise ValueError(f"CLIP takes images of shape {size}, not {pixels.shape[1:]}; preprocess them first")
         patches = Dense(width, use_bias=False, name="patch_embedding")(image_patches(pixels, config.patch_size))
         first = self.param("class_embedding", nn.initializers.normal(width**-0.5), (width,), jnp.float32)
-        table = self.param(
-            "position_embedding", nn.initializers.normal(0.02), (config.grid**2 + 1, width), jnp.float32)
+        table = self.param("position_embedding", nn.initializers.normal(0.02), (config.grid**2 + 1, width), jnp.float32)
         first = jnp.broadcast_to(first.astype(patches.dtype), (len(patches), 1, width))
         x = jnp.concatenate([first, patches], axis=1) + table.astype(patches.dtype)
         x = LayerNorm(config.layer_norm_eps, name="pre_norm")(x)
@@ -88,7 +87,9 @@ class TextTower(nn.Module):
         tokens = self.param("token_embedding", normal, (config.vocab_size, width), jnp.float32)
         table = self.param("position_embedding", normal, (config.max_position_embeddings, width), jnp.float32)
         if isinstance(config, LongCLIPTextConfig):
-            table = long_positions(config, table, self.param("position_embedding_res", normal, table.shape, jnp.float32))
+            table = long_positions(
+                config, table, self.param("position_embedding_res", normal, table.shape, jnp.float32)
+            )
         x = (tokens[ids] + table[:length]).astype(self.dtype)
         x, _ = scan_layers(Block, config.num_hidden_layers, self.remat)(config, name="layers")(x, Mask(causal=True))
         x = LayerNorm(config.layer_norm_eps, name="final_norm")(x)
@@ -97,7 +98,8 @@ class TextTower(nn.Module):
 
 
 def long_positions(config: LongCLIPTextConfig, first: Array, second: Array) -> Array:
-    """Long-CLIP's positions: the kept ones of the first table, the others of the second (arXiv 2403.15378, section 3.1).
+    """Long-CLIP's positions: the kept ones of the first table, the others of the second (arXiv 2403.15378, section
+    3.1).
 
     Args:
       config: says how many are kept.
@@ -106,7 +108,7 @@ def long_positions(config: LongCLIPTextConfig, first: Array, second: Array) -> A
     Returns:
       `[T, D]`.
     """
-    return jnp.concatenate([first[:config.kept_positions], second[config.kept_positions:]])
+    return jnp.concatenate([first[: config.kept_positions], second[config.kept_positions :]])
 
 
 def as_plain(config: AnyCLIPConfig, params: trees.Tree) -> tuple[AnyCLIPConfig, dict]:
@@ -114,7 +116,9 @@ def as_plain(config: AnyCLIPConfig, params: trees.Tree) -> tuple[AnyCLIPConfig, 
     if not isinstance(config, CLIPConfig) or not isinstance(config.text, LongCLIPTextConfig):
         return config, params
     text = dict(params["text"])
-    text["position_embedding"] = long_positions(config.text, text["position_embedding"], text.pop("position_embedding_res"))
+    text["position_embedding"] = long_positions(
+        config.text, text["position_embedding"], text.pop("position_embedding_res")
+    )
     fields = {field.name: getattr(config.text, field.name) for field in dataclasses.fields(CLIPTextConfig)}
     return dataclasses.replace(config, text=CLIPTextConfig(**fields)), {**params, "text": text}
 
@@ -133,7 +137,9 @@ def pooling_position(config: CLIPTextConfig, ids: Array) -> Array:
     return jnp.argmax(marks, axis=-1)
 
 
-def image_features(config: CLIPConfig | CLIPVisionConfig, params: trees.Tree, pixels: Array, *, remat: bool = False) -> Array:
+def image_features(
+    config: CLIPConfig | CLIPVisionConfig, params: trees.Tree, pixels: Array, *, remat: bool = False
+) -> Array:
     """Projected image features, not normalised, in the precision of `pixels`.
 
     Args:
@@ -150,8 +156,13 @@ def image_features(config: CLIPConfig | CLIPVisionConfig, params: trees.Tree, pi
 
 
 def text_features(
-    config: CLIPConfig | CLIPTextConfig, params: trees.Tree, ids: Array, *, remat: bool = False,
-    dtype: jnp.dtype = jnp.float32) -> Array:
+    config: CLIPConfig | CLIPTextConfig,
+    params: trees.Tree,
+    ids: Array,
+    *,
+    remat: bool = False,
+    dtype: jnp.dtype = jnp.float32,
+) -> Array:
     """Projected text features, not normalised, in the precision `dtype`.
 
     Args:

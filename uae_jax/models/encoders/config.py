@@ -23,7 +23,8 @@ def _expect_model_type(folder: str | pathlib.Path, raw: dict[str, Any], *expecte
         found = raw.get("model_type", raw.get("_class_name"))
         raise ValueError(
             f"{pathlib.Path(folder) / 'config.json'}: the folder holds a {found!r} model, expected "
-            f"{' or '.join(map(repr, expected))}; give the folder of that model")
+            f"{' or '.join(map(repr, expected))}; give the folder of that model"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +141,10 @@ class CLIPConfig:
             nested = (raw.get(f"{tower}_config") or {}) if older is None else older
             towers[tower] = {**nested, "projection_dim": raw.get("projection_dim") or 512}
         return cls(
-            CLIPVisionConfig.from_dict(towers["vision"]), CLIPTextConfig.from_dict(towers["text"]),
-            raw.get("logit_scale_init_value", 2.6592))
+            CLIPVisionConfig.from_dict(towers["vision"]),
+            CLIPTextConfig.from_dict(towers["text"]),
+            raw.get("logit_scale_init_value", 2.6592),
+        )
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path) -> "CLIPConfig":
@@ -158,9 +161,12 @@ class CLIPConfig:
     def to_dict(self) -> dict[str, Any]:
         """The dictionary that `from_dict` and transformers read."""
         return {
-            "model_type": "clip", "projection_dim": self.vision.projection_dim,
+            "model_type": "clip",
+            "projection_dim": self.vision.projection_dim,
             "logit_scale_init_value": self.logit_scale_init_value,
-            "vision_config": self.vision.to_dict(), "text_config": self.text.to_dict()}
+            "vision_config": self.vision.to_dict(),
+            "text_config": self.text.to_dict(),
+        }
 
 
 @dataclasses.dataclass(frozen=True)

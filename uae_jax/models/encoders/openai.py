@@ -69,10 +69,12 @@ def config_of(tensors: TensorFolder | TorchFile | SplitTensors) -> CLIPConfig:
     Raises:
       ValueError: a tensor that tells a size is missing, or it is not a vision transformer.
     """
+
     def size(name: str, axis: int) -> int:
         if name not in names or len(tensors.shape(name)) <= axis:
             raise ValueError(
-                f"{tensors.path} is not the state of a CLIP vision transformer: {name} is missing or has no axis {axis}")
+                f"{tensors.path} is not the state of a CLIP vision transformer: {name} is missing or has no axis {axis}"
+            )
         return tensors.shape(name)[axis]
 
     def layers(prefix: str) -> int:
@@ -82,16 +84,27 @@ def config_of(tensors: TensorFolder | TorchFile | SplitTensors) -> CLIPConfig:
     width, patch = size("visual.conv1.weight", 0), size("visual.conv1.weight", 3)
     grid = round((size("visual.positional_embedding", 0) - 1) ** 0.5)
     vision = CLIPVisionConfig(
-        hidden_size=width, intermediate_size=size(f"{VISION}0.mlp.c_fc.bias", 0), projection_dim=size("visual.proj", 1),
-        num_hidden_layers=layers(VISION), num_attention_heads=max(1, width // HEAD_WIDTH),
-        num_channels=size("visual.conv1.weight", 1), image_size=grid * patch, patch_size=patch)
+        hidden_size=width,
+        intermediate_size=size(f"{VISION}0.mlp.c_fc.bias", 0),
+        projection_dim=size("visual.proj", 1),
+        num_hidden_layers=layers(VISION),
+        num_attention_heads=max(1, width // HEAD_WIDTH),
+        num_channels=size("visual.conv1.weight", 1),
+        image_size=grid * patch,
+        patch_size=patch,
+    )
     width = size("token_embedding.weight", 1)
     kind = LongCLIPTextConfig if "positional_embedding_res" in names else CLIPTextConfig
     text = kind(
-        vocab_size=size("token_embedding.weight", 0), hidden_size=width, intermediate_size=size(f"{TEXT}0.mlp.c_fc.bias", 0),
-        projection_dim=size("text_projection", 1), num_hidden_layers=layers(TEXT),
-        num_attention_heads=max(1, width // HEAD_WIDTH), max_position_embeddings=size("positional_embedding", 0),
-        eos_token_id=LEGACY_EOS)
+        vocab_size=size("token_embedding.weight", 0),
+        hidden_size=width,
+        intermediate_size=size(f"{TEXT}0.mlp.c_fc.bias", 0),
+        projection_dim=size("text_projection", 1),
+        num_hidden_layers=layers(TEXT),
+        num_attention_heads=max(1, width // HEAD_WIDTH),
+        max_position_embeddings=size("positional_embedding", 0),
+        eos_token_id=LEGACY_EOS,
+    )
     return CLIPConfig(vision, text)
 
 
@@ -103,23 +116,35 @@ def rules(config: CLIPConfig) -> list[Rule]:
         Rule("vision/class_embedding", "visual.class_embedding"),
         Rule("vision/patch_embedding/kernel", "visual.conv1.weight", "patch", torch_shape=shape),
         Rule("vision/position_embedding", "visual.positional_embedding"),
-        *_norm("vision/pre_norm", "visual.ln_pre"), *_norm("vision/post_norm", "visual.ln_post"),
-        Rule("vision/projection/kernel", "visual.proj"), *_blocks("vision", VISION, vision.num_hidden_layers),
-        Rule("text/token_embedding", "token_embedding.weight"), Rule("text/position_embedding", "positional_embedding"),
-        *_norm("text/final_norm", "ln_final"), Rule("text/projection/kernel", "text_projection"),
-        *_blocks("text", TEXT, text.num_hidden_layers), Rule("logit_scale", "logit_scale")]
+        *_norm("vision/pre_norm", "visual.ln_pre"),
+        *_norm("vision/post_norm", "visual.ln_post"),
+        Rule("vision/projection/kernel", "visual.proj"),
+        *_blocks("vision", VISION, vision.num_hidden_layers),
+        Rule("text/token_embedding", "token_embedding.weight"),
+        Rule("text/position_embedding", "positional_embedding"),
+        *_norm("text/final_norm", "ln_final"),
+        Rule("text/projection/kernel", "text_projection"),
+        *_blocks("text", TEXT, text.num_hidden_layers),
+        Rule("logit_scale", "logit_scale"),
+    ]
     if isinstance(text, LongCLIPTextConfig):
         table.append(Rule("text/position_embedding_res", "positional_embedding_res"))
     return table
 
 
 def _norm(ours: str, theirs: str, layers: tuple[int, ...] | None = None) -> list[Rule]:
-    return [Rule(f"{ours}/scale", f"{theirs}.weight", layers=layers), Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers)]
+    return [
+        Rule(f"{ours}/scale", f"{theirs}.weight", layers=layers),
+        Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers),
+    ]
 
 
 def _blocks(tower: str, prefix: str, count: int) -> list[Rule]:
     layers, block = tuple(range(count)), f"{prefix}{{}}."
-    maps = {f"attention/{part}": (f"{block}attn.in_proj_weight[{part}]", f"{block}attn.in_proj_bias[{part}]") for part in PARTS}
+    maps = {
+        f"attention/{part}": (f"{block}attn.in_proj_weight[{part}]", f"{block}attn.in_proj_bias[{part}]")
+        for part in PARTS
+    }
     for ours, theirs in (("attention/out", "attn.out_proj"), ("fc1", "mlp.c_fc"), ("fc2", "mlp.c_proj")):
         maps[ours] = (f"{block}{theirs}.weight", f"{block}{theirs}.bias")
     table = []

@@ -21,7 +21,9 @@ RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as in preprocessor_co
 PILLOW_CUBIC, TORCH_CUBIC = -0.5, -0.75
 
 
-def resize_matrix(n_in: int, n_out: int, method: str = "bicubic", antialias: bool = True, a: float = PILLOW_CUBIC) -> np.ndarray:
+def resize_matrix(
+    n_in: int, n_out: int, method: str = "bicubic", antialias: bool = True, a: float = PILLOW_CUBIC
+) -> np.ndarray:
     """Weights of a one-dimensional resize: `output = matrix @ input`; rows sum to 1.
 
     Args:
@@ -121,7 +123,8 @@ class Preprocess:
             raise ValueError(f"preprocessing variant {variant!r} is not known; use published or uae")
         square = self.crop or self.size
         return dataclasses.replace(
-            self, size=(square[0], square[-1]), crop=(), method="bicubic", antialias=False, a=TORCH_CUBIC, clip=False)
+            self, size=(square[0], square[-1]), crop=(), method="bicubic", antialias=False, a=TORCH_CUBIC, clip=False
+        )
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Preprocess":
@@ -147,7 +150,10 @@ class Preprocess:
         return cls(
             size=() if raw.get("do_resize") is False else _sides(size),
             crop=(_sides(crop) * 2)[:2] if has_crop else (),
-            method=RESAMPLE[resample], mean=tuple(mean), std=tuple(std))
+            method=RESAMPLE[resample],
+            mean=tuple(mean),
+            std=tuple(std),
+        )
 
     @classmethod
     def longclip(cls, side: int = 224) -> "Preprocess":
@@ -176,16 +182,26 @@ def _sides(size: int | dict[str, int]) -> tuple[int, ...]:
 def clip_preprocessor(side: int) -> dict[str, Any]:
     """The `preprocessor_config.json` of a CLIP model with images of `side` pixels."""
     return dict(
-        image_processor_type="CLIPImageProcessor", size=dict(shortest_edge=side), crop_size=dict(height=side, width=side),
-        do_resize=True, do_center_crop=True, do_rescale=True, do_normalize=True, do_convert_rgb=True, resample=3,
-        rescale_factor=1 / 255, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD))
+        image_processor_type="CLIPImageProcessor",
+        size=dict(shortest_edge=side),
+        crop_size=dict(height=side, width=side),
+        do_resize=True,
+        do_center_crop=True,
+        do_rescale=True,
+        do_normalize=True,
+        do_convert_rgb=True,
+        resample=3,
+        rescale_factor=1 / 255,
+        image_mean=list(CLIP_MEAN),
+        image_std=list(CLIP_STD),
+    )
 
 
 def apply(preprocess: Preprocess, pixels: Array) -> Array:
     """Resizes, crops and normalises images, in float32 at full precision.
 
-    With the published settings the result is PIL's within its 8-bit rounding (two roundings: at most about 2/255, 0.3/255
-    on average); with `quantize` it is PIL's.
+    With the published settings the result is PIL's within its 8-bit rounding (two roundings: at most about 2/255,
+    0.3/255 on average); with `quantize` it is PIL's.
 
     Args:
       preprocess: what to do.
@@ -214,7 +230,7 @@ def _side_matrix(preprocess: Preprocess, shape: tuple[int, int], axis: int) -> n
     if margin < 0:
         raise ValueError(f"an image resized to {size} pixels is smaller than the crop of {preprocess.crop[axis]}")
     start = margin // 2 if preprocess.crop_offset == "floor" else int(round(margin / 2))
-    return matrix[start:start + preprocess.crop[axis]]
+    return matrix[start : start + preprocess.crop[axis]]
 
 
 def _as_image(preprocess: Preprocess, x: Array) -> Array:

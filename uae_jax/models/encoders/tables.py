@@ -7,14 +7,20 @@ from uae_jax.models.encoders.config import CLIPTextConfig, CLIPVisionConfig, Din
 POSITION_BUFFERS = r".*\.position_ids"
 # names that transformers 5 has in memory, to those of the published files
 DINOV2_ALIASES = (
-    (r"^dinov2\.", ""), (r"\.attention\.q_proj\.", ".attention.attention.query."),
-    (r"\.attention\.k_proj\.", ".attention.attention.key."), (r"\.attention\.v_proj\.", ".attention.attention.value."),
-    (r"\.attention\.o_proj\.", ".attention.output.dense."))
+    (r"^dinov2\.", ""),
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+)
 DINOV3_ALIASES = ((r"^model\.layer\.", "layer."),)
 
 
 def _norm(ours: str, theirs: str, layers: tuple[int, ...] | None = None) -> list[Rule]:
-    return [Rule(f"{ours}/scale", f"{theirs}.weight", layers=layers), Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers)]
+    return [
+        Rule(f"{ours}/scale", f"{theirs}.weight", layers=layers),
+        Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers),
+    ]
 
 
 def _dense(ours: str, theirs: str, layers: tuple[int, ...] | None = None, bias: bool = True) -> list[Rule]:
@@ -41,12 +47,15 @@ def clip_vision_rules(config: CLIPVisionConfig) -> list[Rule]:
     shape = (config.hidden_size, config.num_channels, config.patch_size, config.patch_size)
     return [
         Rule("vision/class_embedding", f"{prefix}.embeddings.class_embedding"),
-        Rule("vision/patch_embedding/kernel", f"{prefix}.embeddings.patch_embedding.weight", "patch", torch_shape=shape),
+        Rule(
+            "vision/patch_embedding/kernel", f"{prefix}.embeddings.patch_embedding.weight", "patch", torch_shape=shape
+        ),
         Rule("vision/position_embedding", f"{prefix}.embeddings.position_embedding.weight"),
         *_norm("vision/pre_norm", f"{prefix}.pre_layrnorm"),
         *_clip_blocks("vision", prefix, config.num_hidden_layers),
         *_norm("vision/post_norm", f"{prefix}.post_layernorm"),
-        *_dense("vision/projection", "visual_projection", bias=False)]
+        *_dense("vision/projection", "visual_projection", bias=False),
+    ]
 
 
 def clip_text_rules(config: CLIPTextConfig) -> list[Rule]:
@@ -57,7 +66,8 @@ def clip_text_rules(config: CLIPTextConfig) -> list[Rule]:
         Rule("text/position_embedding", f"{prefix}.embeddings.position_embedding.weight"),
         *_clip_blocks("text", prefix, config.num_hidden_layers),
         *_norm("text/final_norm", f"{prefix}.final_layer_norm"),
-        *_dense("text/projection", "text_projection", bias=False)]
+        *_dense("text/projection", "text_projection", bias=False),
+    ]
 
 
 def clip_rules(config: AnyCLIPConfig) -> list[Rule]:
@@ -78,7 +88,8 @@ def dinov2_rules(config: Dinov2Config) -> list[Rule]:
         Rule("position_embedding", "embeddings.position_embeddings"),
         Rule("patch_embedding/kernel", "embeddings.patch_embeddings.projection.weight", "patch", torch_shape=shape),
         Rule("patch_embedding/bias", "embeddings.patch_embeddings.projection.bias"),
-        *_norm("norm", "layernorm")]
+        *_norm("norm", "layernorm"),
+    ]
     if config.use_mask_token:
         rules.append(Rule("mask_token", "embeddings.mask_token"))
     for name in ("query", "key", "value"):
@@ -94,10 +105,13 @@ def dinov3_rules(config: Dinov3Config) -> list[Rule]:
     layers, block = tuple(range(config.num_hidden_layers)), "layer.{}"
     shape = (config.hidden_size, config.num_channels, config.patch_size, config.patch_size)
     rules = [
-        Rule("cls_token", "embeddings.cls_token"), Rule("mask_token", "embeddings.mask_token"),
+        Rule("cls_token", "embeddings.cls_token"),
+        Rule("mask_token", "embeddings.mask_token"),
         Rule("register_tokens", "embeddings.register_tokens"),
         Rule("patch_embedding/kernel", "embeddings.patch_embeddings.weight", "patch", torch_shape=shape),
-        Rule("patch_embedding/bias", "embeddings.patch_embeddings.bias"), *_norm("norm", "norm")]
+        Rule("patch_embedding/bias", "embeddings.patch_embeddings.bias"),
+        *_norm("norm", "norm"),
+    ]
     biases = (config.query_bias, config.key_bias, config.value_bias, config.proj_bias)
     names = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("out", "o_proj"))
     for (ours, theirs), bias in zip(names, biases):

@@ -16,14 +16,30 @@ from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.hf.torch_file import TorchFile, open_tensors
 from uae_jax.models.encoders import clip, dino, openai
 from uae_jax.models.encoders.config import (
-    CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config, LongCLIPTextConfig)
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov3Config,
+    LongCLIPTextConfig,
+)
 from uae_jax.models.encoders.preprocess import Preprocess, clip_preprocessor
 from uae_jax.models.encoders.tables import (
-    DINOV2_ALIASES, DINOV3_ALIASES, POSITION_BUFFERS, clip_rules, dinov2_rules, dinov3_rules)
+    DINOV2_ALIASES,
+    DINOV3_ALIASES,
+    POSITION_BUFFERS,
+    clip_rules,
+    dinov2_rules,
+    dinov3_rules,
+)
 
 CONFIGS = {
-    "clip": CLIPConfig, "clip_vision_model": CLIPVisionConfig, "clip_text_model": CLIPTextConfig, "dinov2": Dinov2Config,
-    "dinov3_vit": Dinov3Config}
+    "clip": CLIPConfig,
+    "clip_vision_model": CLIPVisionConfig,
+    "clip_text_model": CLIPTextConfig,
+    "dinov2": Dinov2Config,
+    "dinov3_vit": Dinov3Config,
+}
 KINDS = {"dinov2": "dinov2", "dinov3_vit": "dinov3"}  # all others are clip
 
 
@@ -61,7 +77,14 @@ class EncoderFolder:
           ValueError: the tensors do not fit the config, or are not finite.
         """
         return load_params(
-            self.tensors, self.rules, self.abstract(), aliases=self.aliases, ignore=self.ignore, dtype=dtype, placement=placement)
+            self.tensors,
+            self.rules,
+            self.abstract(),
+            aliases=self.aliases,
+            ignore=self.ignore,
+            dtype=dtype,
+            placement=placement,
+        )
 
     def image_tower(self) -> "EncoderFolder":
         """Of CLIP with both towers the image tower, so that the text tower is not read; other encoders as they are.
@@ -70,12 +93,16 @@ class EncoderFolder:
           ValueError: it is the text tower of CLIP alone.
         """
         if isinstance(self.config, CLIPTextConfig):
-            raise ValueError(f"{self.path} holds the text tower of CLIP alone, not an image encoder; give the folder of both towers")
+            raise ValueError(
+                f"{self.path} holds the text tower of CLIP alone, not an image encoder; give the folder of both towers"
+            )
         if not isinstance(self.config, CLIPConfig):
             return self
         rules = [rule for rule in self.rules if rule.ours.startswith("vision/")]
         others = [re.escape(source) for rule in self.rules if rule not in rules for source in rule.sources()]
-        return dataclasses.replace(self, config=self.config.vision, rules=rules, ignore="|".join((self.ignore, *others)))
+        return dataclasses.replace(
+            self, config=self.config.vision, rules=rules, ignore="|".join((self.ignore, *others))
+        )
 
     def preprocess(self, variant: str = "published") -> Preprocess:
         """The image processing of `preprocessor_config.json`; Long-CLIP's own for states with OpenAI's names.
@@ -130,7 +157,9 @@ def _open_openai(path: pathlib.Path) -> EncoderFolder:
         found = ", ".join(sorted(tensors.names())[:3])
         if path.is_file():
             raise ValueError(f"{path} holds tensors such as {found}, not a CLIP state in OpenAI's names; {remedy}")
-        raise FileNotFoundError(f"{path / 'config.json'} not found, and tensors such as {found} are not Long-CLIP's; {remedy}")
+        raise FileNotFoundError(
+            f"{path / 'config.json'} not found, and tensors such as {found} are not Long-CLIP's; {remedy}"
+        )
     config = openai.config_of(tensors)
     kind = "longclip" if isinstance(config.text, LongCLIPTextConfig) else "clip"
     return EncoderFolder(path, kind, config, tensors, openai.rules(config), ignore=openai.IGNORED)
@@ -154,7 +183,8 @@ def _only(source: EncoderFolder, *kinds: str) -> EncoderFolder:
 
 
 def load_dino(
-    folder: str | pathlib.Path, *, dtype: np.dtype = np.float32, placement: Placement | None = None) -> tuple[dino.AnyDinoConfig, dict]:
+    folder: str | pathlib.Path, *, dtype: np.dtype = np.float32, placement: Placement | None = None
+) -> tuple[dino.AnyDinoConfig, dict]:
     """Config and parameters of a Dinov2Model or DINOv3ViTModel folder, in the file or the in-memory names.
 
     Args:
@@ -174,8 +204,10 @@ def load_dino(
 
 
 def load_clip(
-    folder: str | pathlib.Path, *, dtype: np.dtype = np.float32, placement: Placement | None = None) -> tuple[clip.AnyCLIPConfig, dict]:
-    """Config and parameters of a CLIPModel, CLIPVisionModelWithProjection, CLIPTextModelWithProjection or Long-CLIP folder.
+    folder: str | pathlib.Path, *, dtype: np.dtype = np.float32, placement: Placement | None = None
+) -> tuple[clip.AnyCLIPConfig, dict]:
+    """Config and parameters of a CLIPModel, CLIPVisionModelWithProjection, CLIPTextModelWithProjection or Long-CLIP
+    folder.
 
     Args:
       folder: with `config.json` and weights, or what `open_encoder` takes for Long-CLIP.
@@ -194,7 +226,8 @@ def load_clip(
 
 
 def save_clip(folder: str | pathlib.Path, config: clip.AnyCLIPConfig, params: trees.Tree) -> None:
-    """Writes a folder that `load_clip` and transformers read, with CLIP's image processing where there is an image tower.
+    """Writes a folder that `load_clip` and transformers read, with CLIP's image processing where there is an image
+    tower.
 
     Long-CLIP becomes a CLIPModel of 248 positions (`clip.as_plain`).
 
@@ -204,8 +237,11 @@ def save_clip(folder: str | pathlib.Path, config: clip.AnyCLIPConfig, params: tr
       params: as of `clip.init_params`.
     """
     config, params = clip.as_plain(config, params)
-    names = {CLIPConfig: "CLIPModel", CLIPVisionConfig: "CLIPVisionModelWithProjection",
-             CLIPTextConfig: "CLIPTextModelWithProjection"}
+    names = {
+        CLIPConfig: "CLIPModel",
+        CLIPVisionConfig: "CLIPVisionModelWithProjection",
+        CLIPTextConfig: "CLIPTextModelWithProjection",
+    }
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # order="C" keeps the scalar logit scale a scalar, which np.ascontiguousarray does not

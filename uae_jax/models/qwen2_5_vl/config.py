@@ -119,17 +119,25 @@ class Qwen2_5VLConfig:
         if text.width % text.heads or text.heads % text.key_heads:
             raise ValueError("hidden_size must be a multiple of num_attention_heads, and that of num_key_value_heads")
         if sum(text.mrope_section) * 2 != text.head_width:
-            raise ValueError(f"mrope_section {text.mrope_section} must sum to half the head width, {text.head_width // 2}")
+            raise ValueError(
+                f"mrope_section {text.mrope_section} must sum to half the head width, {text.head_width // 2}"
+            )
         if vision.width % (4 * vision.heads):
             raise ValueError("vision_config.hidden_size must be a multiple of 4 * num_heads")
         if vision.out_width != text.width:
             raise ValueError(f"vision_config.out_hidden_size is {vision.out_width}, hidden_size is {text.width}")
-        for name, value, known in (("remat", text.remat, POLICIES), ("remat", vision.remat, POLICIES),
-                                   ("dtype", text.dtype, DTYPES), ("dtype", vision.dtype, DTYPES)):
+        for name, value, known in (
+            ("remat", text.remat, POLICIES),
+            ("remat", vision.remat, POLICIES),
+            ("dtype", text.dtype, DTYPES),
+            ("dtype", vision.dtype, DTYPES),
+        ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; use one of {', '.join(known)}")
 
-    def using(self, *, dtype: str | None = None, remat: str | None = None, lora_alpha: float | None = None) -> "Qwen2_5VLConfig":
+    def using(
+        self, *, dtype: str | None = None, remat: str | None = None, lora_alpha: float | None = None
+    ) -> "Qwen2_5VLConfig":
         """The same sizes with other precision, recomputation or adapter scale; None keeps a setting.
 
         Raises:
@@ -138,11 +146,13 @@ class Qwen2_5VLConfig:
         both = {name: value for name, value in (("dtype", dtype), ("remat", remat)) if value is not None}
         scale = {} if lora_alpha is None else {"lora_alpha": float(lora_alpha)}
         return dataclasses.replace(
-            self, vision=dataclasses.replace(self.vision, **both), text=dataclasses.replace(self.text, **both, **scale))
+            self, vision=dataclasses.replace(self.vision, **both), text=dataclasses.replace(self.text, **both, **scale)
+        )
 
 
 def from_folder(
-    path: str | pathlib.Path, *, dtype: str = "float32", remat: str = "none", lora_alpha: float = 64.0) -> Qwen2_5VLConfig:
+    path: str | pathlib.Path, *, dtype: str = "float32", remat: str = "none", lora_alpha: float = 64.0
+) -> Qwen2_5VLConfig:
     """Reads `config.json` (and the stop tokens of `generation_config.json`) of either generation of the layout.
 
     Args:
@@ -156,7 +166,11 @@ def from_folder(
       ValueError: the file is not JSON, or a setting is not supported; the field is named.
     """
     data, folder = read_json(path), pathlib.Path(path)
-    stops = read_json(folder, "generation_config.json").get("eos_token_id") if (folder / "generation_config.json").exists() else None
+    stops = (
+        read_json(folder, "generation_config.json").get("eos_token_id")
+        if (folder / "generation_config.json").exists()
+        else None
+    )
     try:
         return from_json(data, stops).using(dtype=dtype, remat=remat, lora_alpha=lora_alpha)
     except ValueError as error:
@@ -177,7 +191,10 @@ def from_json(data: Mapping[str, Any], stop_token_ids: Any = None) -> Qwen2_5VLC
     """
     found = data.get("model_type", data.get("_class_name", "qwen2_5_vl"))
     if found != "qwen2_5_vl":
-        raise ValueError(f"the folder holds a model of model_type {found!r}, expected 'qwen2_5_vl'; give the folder of a Qwen2.5-VL model")
+        raise ValueError(
+            f"the folder holds a model of model_type {found!r}, expected 'qwen2_5_vl'; give the folder of a "
+            "Qwen2.5-VL model"
+        )
     text = data.get("text_config") or data
     stops = stop_token_ids if stop_token_ids is not None else text.get("eos_token_id", data.get("eos_token_id", 151645))
     pad = text.get("pad_token_id", data.get("pad_token_id"))
@@ -189,7 +206,8 @@ def from_json(data: Mapping[str, Any], stop_token_ids: Any = None) -> Qwen2_5VLC
         vision_start_token_id=data.get("vision_start_token_id", 151652),
         vision_end_token_id=data.get("vision_end_token_id", 151653),
         pad_token_id=text.get("bos_token_id", 151643) if pad is None else pad,
-        stop_token_ids=(stops,) if isinstance(stops, int) else tuple(stops or ()))
+        stop_token_ids=(stops,) if isinstance(stops, int) else tuple(stops or ()),
+    )
 
 
 def _need(data: Mapping[str, Any], field: str) -> Any:
@@ -208,12 +226,18 @@ def _vision(data: Mapping[str, Any]) -> VisionConfig:
     _only(data.get("rope_parameters") or {}, "rope_type", ("axial", "default"))
     _only(data.get("rope_parameters") or {}, "rope_theta", (10000.0,))
     return VisionConfig(
-        depth=_need(data, "depth"), width=_need(data, "hidden_size"), heads=_need(data, "num_heads"),
-        mlp_width=_need(data, "intermediate_size"), out_width=_need(data, "out_hidden_size"),
-        patch_size=data.get("patch_size", 14), temporal_patch_size=data.get("temporal_patch_size", 2),
-        channels=data.get("in_channels", data.get("in_chans", 3)), merge_size=data.get("spatial_merge_size", 2),
+        depth=_need(data, "depth"),
+        width=_need(data, "hidden_size"),
+        heads=_need(data, "num_heads"),
+        mlp_width=_need(data, "intermediate_size"),
+        out_width=_need(data, "out_hidden_size"),
+        patch_size=data.get("patch_size", 14),
+        temporal_patch_size=data.get("temporal_patch_size", 2),
+        channels=data.get("in_channels", data.get("in_chans", 3)),
+        merge_size=data.get("spatial_merge_size", 2),
         window_size=data.get("window_size", 112),
-        full_attention_blocks=tuple(data.get("fullatt_block_indexes", (7, 15, 23, 31))))
+        full_attention_blocks=tuple(data.get("fullatt_block_indexes", (7, 15, 23, 31))),
+    )
 
 
 def _text(data: Mapping[str, Any], tied: bool) -> TextConfig:
@@ -227,30 +251,59 @@ def _text(data: Mapping[str, Any], tied: bool) -> TextConfig:
         raise ValueError("layer_types has other than 'full_attention', which alone is supported")
     heads = _need(data, "num_attention_heads")
     return TextConfig(
-        vocab_size=_need(data, "vocab_size"), width=_need(data, "hidden_size"), layers=_need(data, "num_hidden_layers"),
-        heads=heads, key_heads=data.get("num_key_value_heads") or heads, mlp_width=_need(data, "intermediate_size"),
+        vocab_size=_need(data, "vocab_size"),
+        width=_need(data, "hidden_size"),
+        layers=_need(data, "num_hidden_layers"),
+        heads=heads,
+        key_heads=data.get("num_key_value_heads") or heads,
+        mlp_width=_need(data, "intermediate_size"),
         rope_theta=float(rope.get("rope_theta", data.get("rope_theta", 1e6))),
-        mrope_section=tuple(_need(rope, "mrope_section")), norm_epsilon=float(data.get("rms_norm_eps", 1e-5)), tied=tied)
+        mrope_section=tuple(_need(rope, "mrope_section")),
+        norm_epsilon=float(data.get("rms_norm_eps", 1e-5)),
+        tied=tied,
+    )
 
 
 def to_json(config: Qwen2_5VLConfig) -> dict[str, Any]:
     """The contents of `config.json` in the published (flat) layout; the inverse of `from_json`."""
     text, vision = config.text, config.vision
     return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
-        "vocab_size": text.vocab_size, "hidden_size": text.width, "num_hidden_layers": text.layers,
-        "num_attention_heads": text.heads, "num_key_value_heads": text.key_heads, "intermediate_size": text.mlp_width,
-        "hidden_act": "silu", "rms_norm_eps": text.norm_epsilon, "rope_theta": text.rope_theta,
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.width,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "num_key_value_heads": text.key_heads,
+        "intermediate_size": text.mlp_width,
+        "hidden_act": "silu",
+        "rms_norm_eps": text.norm_epsilon,
+        "rope_theta": text.rope_theta,
         "rope_scaling": {"type": "mrope", "mrope_section": list(text.mrope_section)},
-        "tie_word_embeddings": text.tied, "use_sliding_window": False, "max_position_embeddings": 128000,
-        "bos_token_id": config.pad_token_id, "pad_token_id": config.pad_token_id,
+        "tie_word_embeddings": text.tied,
+        "use_sliding_window": False,
+        "max_position_embeddings": 128000,
+        "bos_token_id": config.pad_token_id,
+        "pad_token_id": config.pad_token_id,
         "eos_token_id": config.stop_token_ids[0] if config.stop_token_ids else None,
-        "image_token_id": config.image_token_id, "video_token_id": config.video_token_id,
-        "vision_start_token_id": config.vision_start_token_id, "vision_end_token_id": config.vision_end_token_id,
+        "image_token_id": config.image_token_id,
+        "video_token_id": config.video_token_id,
+        "vision_start_token_id": config.vision_start_token_id,
+        "vision_end_token_id": config.vision_end_token_id,
         "torch_dtype": "float32",
         "vision_config": {
-            "model_type": "qwen2_5_vl", "depth": vision.depth, "hidden_size": vision.width, "hidden_act": "silu",
-            "num_heads": vision.heads, "intermediate_size": vision.mlp_width, "out_hidden_size": vision.out_width,
-            "patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size,
-            "in_channels": vision.channels, "spatial_merge_size": vision.merge_size, "window_size": vision.window_size,
-            "fullatt_block_indexes": list(vision.full_attention_blocks)}}
+            "model_type": "qwen2_5_vl",
+            "depth": vision.depth,
+            "hidden_size": vision.width,
+            "hidden_act": "silu",
+            "num_heads": vision.heads,
+            "intermediate_size": vision.mlp_width,
+            "out_hidden_size": vision.out_width,
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "in_channels": vision.channels,
+            "spatial_merge_size": vision.merge_size,
+            "window_size": vision.window_size,
+            "fullatt_block_indexes": list(vision.full_attention_blocks),
+        },
+    }

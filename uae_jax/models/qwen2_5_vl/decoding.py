@@ -1,8 +1,9 @@
 """One token at a time in the form that GPUs read fastest: layers apart, few products, one cache of prompt and caption.
 
-A loop over stacked layers copies a layer's weights out of the stack before it multiplies with them, and XLA joins products of one
-input by joining their weights anew for every token: both together move four times the bytes of the weights (docs/gpu.md). Here
-weights are joined once, before the loop over tokens, for the memory of one copy of the language model in its own precision.
+A loop over stacked layers copies a layer's weights out of the stack before it multiplies with them, and XLA joins
+products of one input by joining their weights anew for every token: both together move four times the bytes of the
+weights (docs/gpu.md). Here weights are joined once, before the loop over tokens, for the memory of one copy of the
+language model in its own precision.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,15 +69,26 @@ def pack(config: TextConfig, language: Mapping, adapter: Mapping | None) -> tupl
       config: sizes, precision and adapter scale.
       language: parameters with stacked layers; adapter: of the same layers, or None.
     """
+
     def layer(index: int) -> PackedLayer:
-        own, factors = (jax.tree.map(lambda leaf: leaf[index], tree) for tree in (language["layers"], (adapter or {}).get("layers", {})))
+        own, factors = (
+            jax.tree.map(lambda leaf: leaf[index], tree)
+            for tree in (language["layers"], (adapter or {}).get("layers", {}))
+        )
 
         def product(part: str, *names: str) -> Product:
-            return _product(config, [own[part][name] for name in names], [factors.get(part, {}).get(name) for name in names])
+            return _product(
+                config, [own[part][name] for name in names], [factors.get(part, {}).get(name) for name in names]
+            )
 
         return PackedLayer(
-            own["attention_norm"]["scale"], product("attention", "query", "key", "value"), product("attention", "output"),
-            own["mlp_norm"]["scale"], product("mlp", "gate", "up"), product("mlp", "down"))
+            own["attention_norm"]["scale"],
+            product("attention", "query", "key", "value"),
+            product("attention", "output"),
+            own["mlp_norm"]["scale"],
+            product("mlp", "gate", "up"),
+            product("mlp", "down"),
+        )
 
     return tuple(layer(index) for index in range(config.layers))
 
@@ -109,7 +121,8 @@ def _apply(product: Product, x: Array) -> Array:
 
 
 def whole_tiles(x: Array) -> Array:
-    """`[N, ...]` with zeros behind its rows up to a multiple of 8: XLA would pad operands and results of every product to it.
+    """`[N, ...]` with zeros behind its rows up to a multiple of 8: XLA would pad operands and results of every product
+    to it.
 
     Rows that are cut over devices stay as they are.
     """
@@ -126,6 +139,7 @@ def start_caches(config: TextConfig, memory: Memory, group: int, length: int) ->
       group: G captions of a prompt, N = B * G before `whole_tiles`.
       length: T tokens of a caption.
     """
+
     def rows(x: Array) -> Array:
         x = whole_tiles(jnp.repeat(x.transpose(0, 2, 1, 3), group, axis=0))  # from [B, S, H', K]
         return constrain(jnp.pad(x, ((0, 0), (0, 0), (0, length), (0, 0))), "batch", "heads")
@@ -134,8 +148,15 @@ def start_caches(config: TextConfig, memory: Memory, group: int, length: int) ->
 
 
 def decode_token(
-    config: TextConfig, layers: Sequence[PackedLayer], final_scale: Array, caches: Sequence[Cache], embeds: Array, positions: Array,
-    index: Array, visible: Array) -> tuple[Array, tuple[Cache, ...]]:
+    config: TextConfig,
+    layers: Sequence[PackedLayer],
+    final_scale: Array,
+    caches: Sequence[Cache],
+    embeds: Array,
+    positions: Array,
+    index: Array,
+    visible: Array,
+) -> tuple[Array, tuple[Cache, ...]]:
     """One token of every row through all layers.
 
     Args:
@@ -162,14 +183,17 @@ def _norm(config: TextConfig, scale: Array, x: Array) -> Array:
 
 
 def _layer(
-    config: TextConfig, layer: PackedLayer, cache: Cache, x: Array, angles: Array, index: Array, visible: Array) -> tuple[Array, Cache]:
+    config: TextConfig, layer: PackedLayer, cache: Cache, x: Array, angles: Array, index: Array, visible: Array
+) -> tuple[Array, Cache]:
     rows, width = len(x), config.head_width
     inputs = _apply(layer.inputs, _norm(config, layer.attention_scale, x))
     query, key, value = jnp.split(inputs, [config.heads * width, (config.heads + config.key_heads) * width], axis=1)
     query = apply_rope(query.reshape(rows, config.heads, width), angles)
     key = apply_rope(key.reshape(rows, config.key_heads, width), angles)
     new = Cache(key, value.reshape(rows, config.key_heads, width))
-    cache = Cache(*(lax.dynamic_update_slice_in_dim(old, part[:, :, None], index, axis=2) for old, part in zip(cache, new)))
+    cache = Cache(
+        *(lax.dynamic_update_slice_in_dim(old, part[:, :, None], index, axis=2) for old, part in zip(cache, new))
+    )
     mixed = _attend(query.reshape(rows, config.key_heads, -1, width), cache, visible)
     x = x + _apply(layer.output, mixed.reshape(rows, -1))
     gate, up = jnp.split(_apply(layer.gate_and_up, _norm(config, layer.mlp_scale, x)), 2, axis=1)
@@ -178,6 +202,8 @@ def _layer(
 
 def _attend(query: Array, cache: Cache, visible: Array) -> Array:
     """Queries `[N, H', H / H', K]` over a cache; logits and softmax are float32."""
-    logits = jnp.einsum("nhrk,nhsk->nhrs", query, cache.key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    logits = (
+        jnp.einsum("nhrk,nhsk->nhrs", query, cache.key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    )
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, MASKED), axis=-1)
     return jnp.einsum("nhrs,nhsk->nhrk", weights.astype(cache.value.dtype), cache.value)

@@ -1,7 +1,9 @@
-"""Scores of tokens under a head that is not trained, the vocabulary a block at a time, with their gradient by the hidden states.
+"""Scores of tokens under a head that is not trained, the vocabulary a block at a time, with their gradient by the
+hidden states.
 
-The gradient of a log-probability by its own hidden state is the token's row of the head less the mean row under the distribution: an
-attention of hidden states over the vocabulary, with the head as keys and values. It is summed as in arXiv 2205.14135, section 3.1, in
+The gradient of a log-probability by its own hidden state is the token's row of the head less the mean row under the
+distribution: an attention of hidden states over the vocabulary, with the head as keys and values. It is summed as in
+  arXiv 2205.14135, section 3.1, in
 the one pass that makes the logits: each block of the head is read once, and no logits are kept or computed again.
 """
 
@@ -18,7 +20,9 @@ from uae_jax.nn.constrain import constrain, ways
 
 
 class _Sums(NamedTuple):
-    """Of the blocks so far, float32: the largest logit and the sum of weights `[N]`, the weighted rows of the head `[N, D]` or None."""
+    """Of the blocks so far, float32: the largest logit and the sum of weights `[N]`, the weighted rows of the head `[N,
+    D]` or None.
+    """
 
     largest: Array
     total: Array
@@ -89,8 +93,15 @@ def _pass(blocks: Blocks, hidden: Array, temperature: float | Array, with_rows: 
 
 
 def frozen_head_scores(
-    head: Array, tied: bool, hidden: Array, tokens: Array, *, temperature: float | Array, blocks: int,
-    with_entropy: bool) -> tuple[Array, Array | None]:
+    head: Array,
+    tied: bool,
+    hidden: Array,
+    tokens: Array,
+    *,
+    temperature: float | Array,
+    blocks: int,
+    with_entropy: bool,
+) -> tuple[Array, Array | None]:
     """Log-probabilities of tokens; their gradient by the hidden states is taken along with them.
 
     Args:

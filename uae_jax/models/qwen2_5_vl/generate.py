@@ -20,8 +20,8 @@ class Completion(NamedTuple):
     Attributes:
       tokens: int32 `[N, T]`, `pad_token_id` after the end.
       mask: bool `[N, T]`, true up to and including the first stop token.
-      log_probs: float32 `[N, T]`, log-probability of each token under the distribution it was drawn from; 0 where masked.
-        With temperature 0 or truncation: under the full distribution at temperature 1 or the given one.
+      log_probs: float32 `[N, T]`, log-probability of each token under the distribution it was drawn from; 0 where
+        masked. With temperature 0 or truncation: under the full distribution at temperature 1 or the given one.
       finished: bool `[N]`, whether a stop token was drawn.
     """
 
@@ -43,9 +43,18 @@ Decoder = tuple[Callable[[Any, Array, Array], tuple[Array, Any]], Any]
 
 
 def generate(
-    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, prefix: model.Prefix, keys: Array, *,
-    max_new_tokens: int, stop_ids: tuple[int, ...], sampling: SamplingConfig = SamplingConfig(), group: int = 1,
-    packed: bool = False) -> Completion:
+    config: Qwen2_5VLConfig,
+    params: Mapping,
+    adapter: Mapping | None,
+    prefix: model.Prefix,
+    keys: Array,
+    *,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    sampling: SamplingConfig = SamplingConfig(),
+    group: int = 1,
+    packed: bool = False,
+) -> Completion:
     """Samples `group` completions of each prompt; ends as soon as all rows have ended.
 
     Args:
@@ -76,7 +85,8 @@ def generate(
             tokens=state.completion.tokens.at[:, step].set(token),
             mask=state.completion.mask.at[:, step].set(~done),
             log_probs=state.completion.log_probs.at[:, step].set(jnp.where(done, 0.0, log_prob)),
-            finished=done | _is_stop(token, stop_ids))
+            finished=done | _is_stop(token, stop_ids),
+        )
         hidden, cache = advance(state.cache, token, step)
         return _State(step + 1, completion, cache, hidden)
 
@@ -84,14 +94,18 @@ def generate(
         return (state.step < max_new_tokens) & ~jnp.all(state.completion.finished)
 
     empty = Completion(
-        tokens=jnp.full((rows, max_new_tokens), config.pad_token_id, jnp.int32), mask=jnp.zeros((rows, max_new_tokens), bool),
-        log_probs=jnp.zeros((rows, max_new_tokens), jnp.float32), finished=jnp.zeros(rows, bool))
+        tokens=jnp.full((rows, max_new_tokens), config.pad_token_id, jnp.int32),
+        mask=jnp.zeros((rows, max_new_tokens), bool),
+        log_probs=jnp.zeros((rows, max_new_tokens), jnp.float32),
+        finished=jnp.zeros(rows, bool),
+    )
     hidden = constrain(jnp.repeat(prefix.last_hidden, group, axis=0), "batch")
     return lax.while_loop(unfinished, body, _State(jnp.zeros((), jnp.int32), empty, cache, hidden)).completion
 
 
 def _scanned(
-    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, prefix: model.Prefix, length: int, group: int) -> Decoder:
+    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, prefix: model.Prefix, length: int, group: int
+) -> Decoder:
     """The model's own forward pass over stacked layers; a group shares the keys and values of its prompt."""
     rows = prefix.next_position.shape[0] * group
     start = jnp.repeat(prefix.next_position, group)
@@ -99,38 +113,57 @@ def _scanned(
     def advance(cache: KV, token: Array, step: Array) -> tuple[Array, KV]:
         earlier = jnp.broadcast_to(jnp.arange(length) < step, (rows, length))
         hidden, kv = model.hidden_states_and_kv(
-            config, params, adapter, model.embed_tokens(config, params, token[:, None]),
-            model.text_positions(start + step, 1), jnp.ones((rows, 1), bool), (prefix.memory, Memory(cache, earlier)))
-        return hidden[:, 0], jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, step, axis=2), cache, kv)
+            config,
+            params,
+            adapter,
+            model.embed_tokens(config, params, token[:, None]),
+            model.text_positions(start + step, 1),
+            jnp.ones((rows, 1), bool),
+            (prefix.memory, Memory(cache, earlier)),
+        )
+        return hidden[:, 0], jax.tree.map(
+            lambda old, new: lax.dynamic_update_slice_in_dim(old, new, step, axis=2), cache, kv
+        )
 
     def empty(prompt: Array) -> Array:
         layers, _, _, heads, width = prompt.shape
-        return constrain(jnp.zeros((layers, rows, length, heads, width), prompt.dtype), None, "batch", None, "heads", None)
+        return constrain(
+            jnp.zeros((layers, rows, length, heads, width), prompt.dtype), None, "batch", None, "heads", None
+        )
 
     return advance, jax.tree.map(empty, prefix.memory.kv)
 
 
 def _packed(
-    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, prefix: model.Prefix, length: int, group: int) -> Decoder:
+    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, prefix: model.Prefix, length: int, group: int
+) -> Decoder:
     """The form of `decoding`."""
     layers = decoding.pack(config.text, params["language"], adapter)
-    start, prompt = (decoding.whole_tiles(jnp.repeat(x, group, axis=0)) for x in (prefix.next_position, prefix.memory.mask))
+    start, prompt = (
+        decoding.whole_tiles(jnp.repeat(x, group, axis=0)) for x in (prefix.next_position, prefix.memory.mask)
+    )
     size = prompt.shape[1]
 
     def advance(caches: Any, token: Array, step: Array) -> tuple[Array, Any]:
         written = jnp.broadcast_to(jnp.arange(length) <= step, (len(start), length))
         hidden, caches = decoding.decode_token(
-            config.text, layers, params["language"]["final_norm"]["scale"], caches,
-            model.embed_tokens(config, params, decoding.whole_tiles(token)), start + step, size + step,
-            jnp.concatenate([prompt, written], axis=1))
-        return hidden[:len(token)], caches
+            config.text,
+            layers,
+            params["language"]["final_norm"]["scale"],
+            caches,
+            model.embed_tokens(config, params, decoding.whole_tiles(token)),
+            start + step,
+            size + step,
+            jnp.concatenate([prompt, written], axis=1),
+        )
+        return hidden[: len(token)], caches
 
     return advance, decoding.start_caches(config.text, prefix.memory, group, length)
 
 
 def _draw(
-    config: Qwen2_5VLConfig, params: Mapping, hidden: Array, keys: Array, step: Array,
-    sampling: SamplingConfig) -> tuple[Array, Array]:
+    config: Qwen2_5VLConfig, params: Mapping, hidden: Array, keys: Array, step: Array, sampling: SamplingConfig
+) -> tuple[Array, Array]:
     logits = model.logits(config, params, hidden)
     uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
     token = sample_tokens(truncate(logits, sampling), uniforms, sampling.temperature)

@@ -57,7 +57,8 @@ def init_params(config: Qwen2_5VLConfig, key: Array) -> dict:
     language = LanguageModel(config.text).init(trees.name_key(key, "language"), ids, method="initialise")
     return {
         "vision": VisionTower(vision).init(trees.name_key(key, "vision"), *vision_inputs)["params"],
-        "language": language["params"]}
+        "language": language["params"],
+    }
 
 
 @functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
@@ -66,7 +67,9 @@ def abstract_params(config: Qwen2_5VLConfig) -> dict:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
-def _apply(config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, *args, method=None, return_kv: bool = False):
+def _apply(
+    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, *args, method=None, return_kv: bool = False
+):
     variables = {"params": params["language"]}
     if adapter is not None:
         variables["lora"] = adapter
@@ -74,7 +77,8 @@ def _apply(config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, *a
 
 
 def encode_images(
-    config: Qwen2_5VLConfig, params: Mapping, patches: Array, positions: Array, windows: Array, images: Array) -> Array:
+    config: Qwen2_5VLConfig, params: Mapping, patches: Array, positions: Array, windows: Array, images: Array
+) -> Array:
     """Image embeddings `[B, P / 4, D]` of the patches of each row; see `vision.VisionTower` for the arguments."""
     return VisionTower(config.vision).apply({"params": params["vision"]}, patches, positions, windows, images)
 
@@ -84,7 +88,9 @@ def embed_tokens(config: Qwen2_5VLConfig, params: Mapping, ids: Array) -> Array:
     return _apply(config, params, None, ids, method="embed")
 
 
-def embed_prompt(config: Qwen2_5VLConfig, params: Mapping, ids: Array, mask: Array, image_embeds: Array | None) -> Array:
+def embed_prompt(
+    config: Qwen2_5VLConfig, params: Mapping, ids: Array, mask: Array, image_embeds: Array | None
+) -> Array:
     """Token embeddings with the image embeddings, in order, in place of the image tokens.
 
     Args:
@@ -112,22 +118,38 @@ def logits(config: Qwen2_5VLConfig, params: Mapping, hidden: Array) -> Array:
 
 
 def hidden_states(
-    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, embeds: Array, positions: Array, mask: Array,
-    memories: tuple[Memory, ...] = ()) -> Array:
+    config: Qwen2_5VLConfig,
+    params: Mapping,
+    adapter: Mapping | None,
+    embeds: Array,
+    positions: Array,
+    mask: Array,
+    memories: tuple[Memory, ...] = (),
+) -> Array:
     """Hidden states after the final norm `[N, T, D]`; see `text.LanguageModel` for the arguments."""
     return _apply(config, params, adapter, embeds, positions, mask, memories)[0]
 
 
 def hidden_states_and_kv(
-    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, embeds: Array, positions: Array, mask: Array,
-    memories: tuple[Memory, ...] = ()) -> tuple[Array, KV]:
+    config: Qwen2_5VLConfig,
+    params: Mapping,
+    adapter: Mapping | None,
+    embeds: Array,
+    positions: Array,
+    mask: Array,
+    memories: tuple[Memory, ...] = (),
+) -> tuple[Array, KV]:
     """As `hidden_states`, and the keys and values `[L, N, T, H', K]` of these tokens."""
     return _apply(config, params, adapter, embeds, positions, mask, memories, return_kv=True)
 
 
 def prompt_prefix(
-    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, batch: Mapping[str, Array],
-    image_embeds: Array | None = None) -> Prefix:
+    config: Qwen2_5VLConfig,
+    params: Mapping,
+    adapter: Mapping | None,
+    batch: Mapping[str, Array],
+    image_embeds: Array | None = None,
+) -> Prefix:
     """Runs the caption prompts once, for sampling and scoring any number of completions.
 
     Args:
@@ -158,7 +180,8 @@ def text_positions(start: Array, length: int) -> Array:
 
 
 def completion_hidden_states(
-    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, prefix: Prefix, tokens: Array, mask: Array) -> Array:
+    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, prefix: Prefix, tokens: Array, mask: Array
+) -> Array:
     """The hidden states that score each completion token: entry t has seen the prompt and tokens before t.
 
     Args:
@@ -192,12 +215,21 @@ def token_log_probs(scaled: Array, tokens: Array) -> tuple[Array, Array]:
 
 
 def score_tokens(
-    config: Qwen2_5VLConfig, params: Mapping, hidden: Array, tokens: Array, *, temperature: float | Array = 1.0,
-    chunk: int = SCORE_CHUNK, with_entropy: bool = False, frozen_head: bool = False) -> TokenScores:
+    config: Qwen2_5VLConfig,
+    params: Mapping,
+    hidden: Array,
+    tokens: Array,
+    *,
+    temperature: float | Array = 1.0,
+    chunk: int = SCORE_CHUNK,
+    with_entropy: bool = False,
+    frozen_head: bool = False,
+) -> TokenScores:
     """Log-softmax of `logits / temperature` at the tokens, in float32, `chunk` positions at a time.
 
-    `[N, T, V]` never exists. The logits of a chunk are recomputed in the backward pass. Where the head is frozen, logits of all
-    positions and of a part of the vocabulary exist at once, as many as those of a chunk (`frozen_head_scores`).
+    `[N, T, V]` never exists. The logits of a chunk are recomputed in the backward pass. Where the head is frozen,
+    logits of all positions and of a part of the vocabulary exist at once, as many as those of a chunk
+    (`frozen_head_scores`).
 
     Args:
       config: sizes.
@@ -216,7 +248,14 @@ def score_tokens(
         language, tied = params["language"], config.text.tied
         head = language["embedding"]["table"] if tied else language["head"]["kernel"]
         found = frozen_head_scores(
-            head, tied, hidden.reshape(-1, width), tokens.reshape(-1), temperature=temperature, blocks=pieces, with_entropy=with_entropy)
+            head,
+            tied,
+            hidden.reshape(-1, width),
+            tokens.reshape(-1),
+            temperature=temperature,
+            blocks=pieces,
+            with_entropy=with_entropy,
+        )
         return jax.tree.map(lambda x: x.reshape(rows, length), TokenScores(*found))
     padding = pieces * chunk - length
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, pieces, chunk, width).swapaxes(0, 1)
@@ -238,8 +277,18 @@ def score_tokens(
 
 
 def completion_log_probs(
-    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, prefix: Prefix, tokens: Array, mask: Array, *,
-    temperature: float | Array = 1.0, chunk: int = SCORE_CHUNK, with_entropy: bool = False, frozen_head: bool = False) -> TokenScores:
+    config: Qwen2_5VLConfig,
+    params: Mapping,
+    adapter: Mapping | None,
+    prefix: Prefix,
+    tokens: Array,
+    mask: Array,
+    *,
+    temperature: float | Array = 1.0,
+    chunk: int = SCORE_CHUNK,
+    with_entropy: bool = False,
+    frozen_head: bool = False,
+) -> TokenScores:
     """Teacher-forced log-probabilities of completions given their prompts; differentiable, also through the prefix.
 
     Args:
@@ -261,12 +310,24 @@ def completion_log_probs(
     tokens = tokens.reshape(-1, shape[-1])
     hidden = completion_hidden_states(config, params, adapter, prefix, tokens, flat_mask)
     scores = score_tokens(
-        config, params, hidden, tokens, temperature=temperature, chunk=chunk, with_entropy=with_entropy, frozen_head=frozen_head)
+        config,
+        params,
+        hidden,
+        tokens,
+        temperature=temperature,
+        chunk=chunk,
+        with_entropy=with_entropy,
+        frozen_head=frozen_head,
+    )
     return jax.tree.map(lambda x: jnp.where(flat_mask, x, 0.0).reshape(shape), scores)
 
 
-def text_hidden_states(config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, ids: Array, mask: Array) -> Array:
-    """Final hidden states `[N, T, D]` of right-padded text `[N, T]`, which the projector maps to the decoder's context."""
+def text_hidden_states(
+    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, ids: Array, mask: Array
+) -> Array:
+    """Final hidden states `[N, T, D]` of right-padded text `[N, T]`, which the projector maps to the decoder's
+    context.
+    """
     length = ids.shape[1]
     room = ((0, 0), (0, preferred_length(length) - length))
     ids, mask = jnp.pad(ids, room, constant_values=config.pad_token_id), jnp.pad(mask, room)
@@ -275,7 +336,8 @@ def text_hidden_states(config: Qwen2_5VLConfig, params: Mapping, adapter: Mappin
 
 
 class Projector(nn.Module):
-    """Language width to the width of the diffusion transformer's context: linear, GELU, linear (arXiv 2509.09666, section 3).
+    """Language width to the width of the diffusion transformer's context: linear, GELU, linear (arXiv 2509.09666,
+    section 3).
 
     Attributes:
       hidden: inner width.
@@ -288,7 +350,9 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """`[..., D]` to `[..., features]`."""
-        inner = constrain(nn.gelu(Dense(self.hidden, name="first")(x), approximate=False), "batch", *[None] * (x.ndim - 2), "hidden")
+        inner = constrain(
+            nn.gelu(Dense(self.hidden, name="first")(x), approximate=False), "batch", *[None] * (x.ndim - 2), "hidden"
+        )
         return Dense(self.features, name="second")(inner)
 
 

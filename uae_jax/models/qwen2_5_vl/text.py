@@ -1,4 +1,5 @@
-"""The language model of Qwen2.5-VL (arXiv 2502.13923; 2407.10671 for the decoder): scanned layers, M-RoPE, grouped queries.
+"""The language model of Qwen2.5-VL (arXiv 2502.13923; 2407.10671 for the decoder): scanned layers, M-RoPE, grouped
+queries.
 
 One forward pass serves every use. Keys and values computed earlier are given as `Memory`; a memory with fewer rows than
 the batch is shared by groups of consecutive rows, so that the completions of one image read one copy of its prompt.
@@ -95,7 +96,9 @@ class Layer(nn.Module):
     return_kv: bool
 
     @nn.compact
-    def __call__(self, x: Array, stored: tuple, angles: Array, mask: Mask, stored_masks: tuple) -> tuple[Array, KV | None]:
+    def __call__(
+        self, x: Array, stored: tuple, angles: Array, mask: Mask, stored_masks: tuple
+    ) -> tuple[Array, KV | None]:
         """Maps `[N, T, D]`; `stored` holds this layer's keys and values of each memory."""
         c = self.config
         x = constrain(x, "batch")
@@ -154,8 +157,12 @@ class LanguageModel(nn.Module):
         c = self.config
         self.embedding = Embedding(c.vocab_size, c.width)
         scanned = nn.scan(
-            remat(Layer, c.remat), variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), length=c.layers)
+            remat(Layer, c.remat),
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.layers,
+        )
         self.layers = scanned(c, self.return_kv)
         self.final_norm = RMSNorm(c.norm_epsilon)
         if not c.tied:
@@ -171,7 +178,8 @@ class LanguageModel(nn.Module):
         return constrain(scores, "batch", *[None] * (hidden.ndim - 2), "vocab")
 
     def __call__(
-        self, embeds: Array, positions: Array, mask: Array, memories: tuple[Memory, ...] = ()) -> tuple[Array, KV | None]:
+        self, embeds: Array, positions: Array, mask: Array, memories: tuple[Memory, ...] = ()
+    ) -> tuple[Array, KV | None]:
         """Runs tokens that see each other causally and all valid entries of the memories.
 
         Args:

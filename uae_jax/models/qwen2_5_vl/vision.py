@@ -1,6 +1,7 @@
 """The image encoder of Qwen2.5-VL (arXiv 2502.13923, section 2.1.1): window attention, 2-D rotary positions, merger.
 
-Windows are given as ids, which are the mask: attention does not depend on the order of its keys, so nothing is reordered.
+Windows are given as ids, which are the mask: attention does not depend on the order of its keys, so nothing is
+reordered.
 """
 
 import flax.linen as nn
@@ -36,7 +37,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, full: Array, angles: Array, windows: Array, images: Array) -> tuple[Array, None]:
-        """Maps `[B, P, D]`; `full` (bool scalar) chooses whether patches see their image or their window (ids `[B, P]`)."""
+        """Maps `[B, P, D]`; `full` (bool scalar) chooses whether patches see their image or their window (ids `[B,
+        P]`).
+        """
         c = self.config
         x = constrain(x, "batch")
         normed = RMSNorm(name="attention_norm")(x)
@@ -85,7 +88,11 @@ class VisionTower(nn.Module):
         x = Dense(c.width, use_bias=False, name="patch_embed")(patches.astype(c.dtype))
         full = np.isin(np.arange(c.depth), c.full_attention_blocks)
         scanned = nn.scan(
-            remat(Block, c.remat), variable_axes={"params": 0}, split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), length=c.depth)
+            remat(Block, c.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.depth,
+        )
         x, _ = scanned(c, name="blocks")(x, jnp.asarray(full), patch_angles(c, positions), windows, images)
         return Merger(c, name="merger")(x)

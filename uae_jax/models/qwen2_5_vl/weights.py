@@ -20,12 +20,21 @@ from uae_jax.models.qwen2_5_vl import model
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig, from_folder
 
 MODULES = {
-    "attention/query": "self_attn.q_proj", "attention/key": "self_attn.k_proj", "attention/value": "self_attn.v_proj",
-    "attention/output": "self_attn.o_proj", "mlp/gate": "mlp.gate_proj", "mlp/up": "mlp.up_proj", "mlp/down": "mlp.down_proj"}
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/output": "self_attn.o_proj",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
+}
 WITH_BIAS = ("attention/query", "attention/key", "attention/value")
 ALIASES = (
-    (r"(?<![^.])base_model\.model\.", ""), (r"\.base_layer\.", "."),
-    (r"^(model\.)?(language_model\.)?(?=(layers|embed_tokens|norm)\.)", "model."), (r"^model\.visual\.", "visual."))
+    (r"(?<![^.])base_model\.model\.", ""),
+    (r"\.base_layer\.", "."),
+    (r"^(model\.)?(language_model\.)?(?=(layers|embed_tokens|norm)\.)", "model."),
+    (r"^model\.visual\.", "visual."),
+)
 BUFFERS = r".*\.(rotary_emb|rotary_pos_emb)\..*inv_freq"
 ADAPTER_TENSOR = rf".*\.lora_[AB](\.[^.]+)?\.weight|{ALPHA}"
 ADAPTER_PREFIX = "base_model.model."  # peft around the text model alone, as in the release
@@ -35,9 +44,11 @@ def language_rules(config: TextConfig) -> list[Rule]:
     """The table of the language model; names of ours start with `language/`."""
     layers = tuple(range(config.layers))
     table = [
-        Rule("language/embedding/table", "model.embed_tokens.weight"), Rule("language/final_norm/scale", "model.norm.weight"),
+        Rule("language/embedding/table", "model.embed_tokens.weight"),
+        Rule("language/final_norm/scale", "model.norm.weight"),
         Rule("language/layers/attention_norm/scale", "model.layers.{}.input_layernorm.weight", layers=layers),
-        Rule("language/layers/mlp_norm/scale", "model.layers.{}.post_attention_layernorm.weight", layers=layers)]
+        Rule("language/layers/mlp_norm/scale", "model.layers.{}.post_attention_layernorm.weight", layers=layers),
+    ]
     for ours, theirs in MODULES.items():
         table.append(Rule(f"language/layers/{ours}/kernel", f"model.layers.{{}}.{theirs}.weight", "dense", layers))
         if ours in WITH_BIAS:
@@ -53,15 +64,27 @@ def vision_rules(config: VisionConfig) -> list[Rule]:
     shape = (config.width, config.channels, config.temporal_patch_size, size, size)
     table = [
         Rule("vision/patch_embed/kernel", "visual.patch_embed.proj.weight", "patch", torch_shape=shape),
-        Rule("vision/merger/norm/scale", "visual.merger.ln_q.weight")]
-    table += [Rule(f"vision/blocks/{ours}/scale", f"visual.blocks.{{}}.{theirs}.weight", layers=layers)
-              for ours, theirs in (("attention_norm", "norm1"), ("mlp_norm", "norm2"))]
-    blocks = {"qkv": "attn.qkv", "output": "attn.proj", "mlp/gate": "mlp.gate_proj", "mlp/up": "mlp.up_proj",
-              "mlp/down": "mlp.down_proj"}
+        Rule("vision/merger/norm/scale", "visual.merger.ln_q.weight"),
+    ]
+    table += [
+        Rule(f"vision/blocks/{ours}/scale", f"visual.blocks.{{}}.{theirs}.weight", layers=layers)
+        for ours, theirs in (("attention_norm", "norm1"), ("mlp_norm", "norm2"))
+    ]
+    blocks = {
+        "qkv": "attn.qkv",
+        "output": "attn.proj",
+        "mlp/gate": "mlp.gate_proj",
+        "mlp/up": "mlp.up_proj",
+        "mlp/down": "mlp.down_proj",
+    }
     for ours, theirs in blocks.items():
         table.append(Rule(f"vision/blocks/{ours}/kernel", f"visual.blocks.{{}}.{theirs}.weight", "dense", layers))
         table.append(Rule(f"vision/blocks/{ours}/bias", f"visual.blocks.{{}}.{theirs}.bias", layers=layers))
-    return table + _affine("vision/merger/first", "visual.merger.mlp.0") + _affine("vision/merger/second", "visual.merger.mlp.2")
+    return (
+        table
+        + _affine("vision/merger/first", "visual.merger.mlp.0")
+        + _affine("vision/merger/second", "visual.merger.mlp.2")
+    )
 
 
 def projector_rules() -> list[Rule]:
@@ -79,8 +102,11 @@ def rules(config: Qwen2_5VLConfig, projector: bool) -> list[Rule]:
 
 
 def load(
-    path: str | pathlib.Path, config: Qwen2_5VLConfig | None = None, dtype: np.dtype | Mapping[str, np.dtype] | None = None,
-    placement: Placement | None = None) -> tuple[Qwen2_5VLConfig, dict]:
+    path: str | pathlib.Path,
+    config: Qwen2_5VLConfig | None = None,
+    dtype: np.dtype | Mapping[str, np.dtype] | None = None,
+    placement: Placement | None = None,
+) -> tuple[Qwen2_5VLConfig, dict]:
     """Reads a model folder of either generation, or the release's peft-wrapped one (without its adapter).
 
     Args:
@@ -99,7 +125,9 @@ def load(
     config = from_folder(path) if config is None else config
     folder = TensorFolder(path)
     table, abstract, ignore = contents(folder, config)
-    return config, load_params(folder, table, abstract, aliases=ALIASES, ignore=ignore, dtype=dtype, placement=placement)
+    return config, load_params(
+        folder, table, abstract, aliases=ALIASES, ignore=ignore, dtype=dtype, placement=placement
+    )
 
 
 def check(path: str | pathlib.Path, config: Qwen2_5VLConfig) -> None:
@@ -145,13 +173,22 @@ def load_projector(
     abstract = abstract_projector(folder, config)
     if abstract is None:
         return None
-    return load_params(folder, projector_rules(), {"projector": abstract}, aliases=ALIASES, ignore=r"(?!projector\.).*",
-                       dtype=dtype, placement=placement)["projector"]
+    return load_params(
+        folder,
+        projector_rules(),
+        {"projector": abstract},
+        aliases=ALIASES,
+        ignore=r"(?!projector\.).*",
+        dtype=dtype,
+        placement=placement,
+    )["projector"]
 
 
 def load_language(
-    path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.dtype | None = None, placement: Placement | None = None) -> dict:
-    """Reads the language model alone from a folder of the whole model, placed as by `load`; its other tensors are not read.
+    path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.dtype | None = None, placement: Placement | None = None
+) -> dict:
+    """Reads the language model alone from a folder of the whole model, placed as by `load`; its other tensors are not
+    read.
 
     Raises:
       FileNotFoundError: no such folder or weights.
@@ -161,16 +198,26 @@ def load_language(
     table, abstract, ignore = contents(folder, config)
     others = (re.escape(name) for rule in table if not rule.ours.startswith("language/") for name in rule.sources())
     return load_params(
-        folder, language_rules(config.text), {"language": abstract["language"]}, aliases=ALIASES, ignore="|".join((ignore, *others)),
-        dtype=dtype, placement=placement)["language"]
+        folder,
+        language_rules(config.text),
+        {"language": abstract["language"]},
+        aliases=ALIASES,
+        ignore="|".join((ignore, *others)),
+        dtype=dtype,
+        placement=placement,
+    )["language"]
 
 
 def holds_base(path: str | pathlib.Path) -> bool:
-    """Whether a folder holds weights of the model itself beside those of an adapter, as the release's `llm_lora` does."""
+    """Whether a folder holds weights of the model itself beside those of an adapter, as the release's `llm_lora`
+    does.
+    """
     return any(not re.search(r"\.lora_|\.alpha$", name) for name in TensorFolder(path).names())
 
 
-def tensors(config: Qwen2_5VLConfig, params: Mapping, dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(
+    config: Qwen2_5VLConfig, params: Mapping, dtype: np.dtype | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """Published names and arrays of `{"vision", "language"}`, and `"projector"` if there; the inverse of `load`."""
     parts = {name: params[name] for name in ("vision", "language", "projector") if name in params}
     return published_tensors(parts, rules(config, "projector" in parts), dtype)
@@ -185,8 +232,11 @@ def adapter_rules(layers: int, modules: tuple[str, ...] = tuple(MODULES), prefix
       prefix: what stands before `layers.N`; `base_model.model.model.language_model.` for peft around the whole model.
     """
     numbers = tuple(range(layers))
-    return [Rule(f"layers/{ours}/{leaf}", f"{prefix}layers.{{}}.{MODULES[ours]}.{theirs}.weight", "dense", numbers)
-            for ours in modules for leaf, theirs in (("a", "lora_A"), ("b", "lora_B"))]
+    return [
+        Rule(f"layers/{ours}/{leaf}", f"{prefix}layers.{{}}.{MODULES[ours]}.{theirs}.weight", "dense", numbers)
+        for ours in modules
+        for leaf, theirs in (("a", "lora_A"), ("b", "lora_B"))
+    ]
 
 
 def read_adapters(path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.dtype | None = None) -> Adapter:
@@ -214,13 +264,19 @@ def survey_adapters(path: str | pathlib.Path, config: Qwen2_5VLConfig | None) ->
       FileNotFoundError: no such folder or weights.
       ValueError: see `hf.adapters.survey_adapter`.
     """
-    table, abstract = (None, {}) if config is None else (vision_rules(config.vision) + language_rules(config.text), model.abstract_params(config))
+    table, abstract = (
+        (None, {})
+        if config is None
+        else (vision_rules(config.vision) + language_rules(config.text), model.abstract_params(config))
+    )
     return survey_adapter(
-        TensorFolder(path), table, abstract, aliases=ALIASES, parts=("vision", "language"), others=r"(?!.*\.lora_).*")
+        TensorFolder(path), table, abstract, aliases=ALIASES, parts=("vision", "language"), others=r"(?!.*\.lora_).*"
+    )
 
 
 def load_adapter(
-    path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.dtype | None = None) -> tuple[Qwen2_5VLConfig, dict]:
+    path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.dtype | None = None
+) -> tuple[Qwen2_5VLConfig, dict]:
     """Reads an adapter of the language model alone, to be kept apart; see `read_adapters`.
 
     Returns:
@@ -232,8 +288,10 @@ def load_adapter(
     """
     adapter = read_adapters(path, config, dtype)
     if set(adapter.tree) != {"language"} or "head" in adapter.tree["language"]:
-        raise ValueError(f"{path} adapts more than the text model's layers; merge it into the base (model.merge_adapters=True, or "
-                         "`convert export --merge-adapters`)")
+        raise ValueError(
+            f"{path} adapts more than the text model's layers; merge it into the base (model.merge_adapters=True, or "
+            "`convert export --merge-adapters`)"
+        )
     return config.using(lora_alpha=adapter.alpha), adapter.tree["language"]
 
 
@@ -249,6 +307,9 @@ def adapter_tensors(
 def adapter_config(config: Qwen2_5VLConfig, adapter: Mapping) -> dict:
     """The contents of peft's `adapter_config.json` for an adapter."""
     leaves = trees.flatten(adapter)
-    ranks = {theirs.split(".")[-1]: int(leaves[f"layers/{ours}/a"].shape[-1])
-             for ours, theirs in MODULES.items() if f"layers/{ours}/a" in leaves}
+    ranks = {
+        theirs.split(".")[-1]: int(leaves[f"layers/{ours}/a"].shape[-1])
+        for ours, theirs in MODULES.items()
+        if f"layers/{ours}/a" in leaves
+    }
     return peft_settings(ranks, config.text.lora_alpha)

@@ -30,7 +30,9 @@ def modulated_norm(x: Array, scale: Array, shift: Array) -> Array:
 
 def gated_sum(x: Array, gate: Array, update: Array) -> Array:
     """`x + gate * update` in float32; `[B, T, D]`, gate `[B, 1, D]`; in the precision of `x`."""
-    return constrain((x.astype(jnp.float32) + gate * constrain(update, "batch").astype(jnp.float32)).astype(x.dtype), "batch")
+    return constrain(
+        (x.astype(jnp.float32) + gate * constrain(update, "batch").astype(jnp.float32)).astype(x.dtype), "batch"
+    )
 
 
 class Modulation(nn.Module):
@@ -77,7 +79,8 @@ class JointAttention(nn.Module):
         heads = (*x.shape[:2], config.num_attention_heads, config.attention_head_dim)
         query, key, value = (
             Dense(config.width, lora_alpha=config.lora_alpha, name=f"{prefix}{name}")(x).reshape(heads)
-            for name in ("query", "key", "value"))
+            for name in ("query", "key", "value")
+        )
         if config.qk_norm is not None:
             query = RMSNorm(EPSILON, name=f"{prefix}query_norm")(query)
             key = RMSNorm(EPSILON, name=f"{prefix}key_norm")(key)
@@ -137,12 +140,14 @@ class Block(nn.Module):
         """
         config, (x, context) = self.config, (constrain(stream, "batch") for stream in streams)
         shift, scale, gate, ff_shift, ff_scale, ff_gate, *second = Modulation(
-            config, 9 if self.dual else 6, name="modulation")(conditioning)
+            config, 9 if self.dual else 6, name="modulation"
+        )(conditioning)
         context_parts = Modulation(config, 2 if self.last else 6, name="context_modulation")(conditioning)
         # the published last block keeps (scale, shift) in this order, the others (shift, scale, ...)
         context_scale, context_shift = context_parts if self.last else (context_parts[1], context_parts[0])
         update, context_update = JointAttention(config, context_output=not self.last, name="attention")(
-            modulated_norm(x, scale, shift), modulated_norm(context, context_scale, context_shift), mask)
+            modulated_norm(x, scale, shift), modulated_norm(context, context_scale, context_shift), mask
+        )
         second_input = modulated_norm(x, second[1], second[0]) if self.dual else None
         x = gated_sum(x, gate, update)
         if self.dual:

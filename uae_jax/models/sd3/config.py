@@ -13,7 +13,9 @@ def _read(path: str | pathlib.Path, class_name: str) -> dict[str, Any]:
     found = stored.get("_class_name", stored.get("model_type", class_name))
     if found != class_name:
         raise ValueError(
-            f"{pathlib.Path(path) / 'config.json'}: the folder holds a {found!r} model, expected {class_name!r}; give the folder of that model")
+            f"{pathlib.Path(path) / 'config.json'}: the folder holds a {found!r} model, expected {class_name!r}; "
+            "give the folder of that model"
+        )
     return stored
 
 
@@ -55,8 +57,13 @@ class VAEConfig:
 
     def __post_init__(self):
         divisible = all(width % self.norm_num_groups == 0 for width in self.block_out_channels)
-        _require(bool(self.block_out_channels) and divisible, "VAE", "block_out_channels", self.block_out_channels,
-                 f"at least one width, each a multiple of norm_num_groups={self.norm_num_groups}")
+        _require(
+            bool(self.block_out_channels) and divisible,
+            "VAE",
+            "block_out_channels",
+            self.block_out_channels,
+            f"at least one width, each a multiple of norm_num_groups={self.norm_num_groups}",
+        )
         _require(self.layers_per_block >= 1, "VAE", "layers_per_block", self.layers_per_block, "at least 1")
 
     @property
@@ -75,17 +82,30 @@ class VAEConfig:
         stored = _read(path, "AutoencoderKL")
         blocks = len(stored.get("block_out_channels", (64,)))
         fixed = {
-            "act_fn": ("silu", "silu"), "use_quant_conv": (True, False), "use_post_quant_conv": (True, False),
-            "latents_mean": (None, None), "latents_std": (None, None),
+            "act_fn": ("silu", "silu"),
+            "use_quant_conv": (True, False),
+            "use_post_quant_conv": (True, False),
+            "latents_mean": (None, None),
+            "latents_std": (None, None),
             "down_block_types": (("DownEncoderBlock2D",), ("DownEncoderBlock2D",) * blocks),
-            "up_block_types": (("UpDecoderBlock2D",), ("UpDecoderBlock2D",) * blocks)}
+            "up_block_types": (("UpDecoderBlock2D",), ("UpDecoderBlock2D",) * blocks),
+        }
         for field, (default, supported) in fixed.items():
             value = stored.get(field, default)
             value = tuple(value) if isinstance(value, list) else value
             _require(value == supported, "VAE", field, value, repr(supported))
-        absent = {"block_out_channels": (64,), "layers_per_block": 1, "latent_channels": 4, "sample_size": 32,
-                  "scaling_factor": 0.18215, "shift_factor": None}
-        values = {field.name: stored.get(field.name, absent.get(field.name, field.default)) for field in dataclasses.fields(cls)}
+        absent = {
+            "block_out_channels": (64,),
+            "layers_per_block": 1,
+            "latent_channels": 4,
+            "sample_size": 32,
+            "scaling_factor": 0.18215,
+            "shift_factor": None,
+        }
+        values = {
+            field.name: stored.get(field.name, absent.get(field.name, field.default))
+            for field in dataclasses.fields(cls)
+        }
         values["block_out_channels"] = tuple(values["block_out_channels"])
         values["shift_factor"] = values["shift_factor"] or 0.0
         return cls(**values)
@@ -94,10 +114,16 @@ class VAEConfig:
         """The contents of the diffusers `config.json` of this model."""
         blocks = len(self.block_out_channels)
         return {
-            "_class_name": "AutoencoderKL", "act_fn": "silu", "force_upcast": True, "use_quant_conv": False,
-            "use_post_quant_conv": False, "down_block_types": ["DownEncoderBlock2D"] * blocks,
+            "_class_name": "AutoencoderKL",
+            "act_fn": "silu",
+            "force_upcast": True,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            "down_block_types": ["DownEncoderBlock2D"] * blocks,
             "up_block_types": ["UpDecoderBlock2D"] * blocks,
-            **dataclasses.asdict(self), "block_out_channels": list(self.block_out_channels)}
+            **dataclasses.asdict(self),
+            "block_out_channels": list(self.block_out_channels),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +175,13 @@ class TransformerConfig:
         _require(self.qk_norm in (None, "rms_norm"), name, "qk_norm", self.qk_norm, "None or 'rms_norm'")
         _require(self.remat in POLICIES, name, "remat", self.remat, f"one of {tuple(POLICIES)}")
         _require(self.dtype in ("float32", "bfloat16"), name, "dtype", self.dtype, "'float32' or 'bfloat16'")
-        _require(self.width % 4 == 0, name, "attention_head_dim", self.attention_head_dim,
-                 "such that num_attention_heads * attention_head_dim is a multiple of 4")
+        _require(
+            self.width % 4 == 0,
+            name,
+            "attention_head_dim",
+            self.attention_head_dim,
+            "such that num_attention_heads * attention_head_dim is a multiple of 4",
+        )
         inside = all(0 <= layer < self.num_layers for layer in self.dual_attention_layers)
         _require(inside, name, "dual_attention_layers", self.dual_attention_layers, f"numbers below {self.num_layers}")
 
@@ -180,24 +211,47 @@ class TransformerConfig:
           ValueError: another model, or a field with an unsupported value.
         """
         stored = _read(path, "SD3Transformer2DModel")
-        absent = {"num_layers": 18, "num_attention_heads": 18, "pos_embed_max_size": 96, "dual_attention_layers": (),
-                  "qk_norm": None}
+        absent = {
+            "num_layers": 18,
+            "num_attention_heads": 18,
+            "pos_embed_max_size": 96,
+            "dual_attention_layers": (),
+            "qk_norm": None,
+        }
         ours = ("lora_alpha", "dtype", "remat")
         values = {
             field.name: stored.get(field.name, absent.get(field.name, field.default))
-            for field in dataclasses.fields(cls) if field.name not in ours}
+            for field in dataclasses.fields(cls)
+            if field.name not in ours
+        }
         values["dual_attention_layers"] = tuple(values["dual_attention_layers"])
         values["out_channels"] = values["in_channels"] if values["out_channels"] is None else values["out_channels"]
-        _require(isinstance(values["pos_embed_max_size"], int) and values["pos_embed_max_size"] > 0, "transformer",
-                 "pos_embed_max_size", values["pos_embed_max_size"], "a positive number")
+        _require(
+            isinstance(values["pos_embed_max_size"], int) and values["pos_embed_max_size"] > 0,
+            "transformer",
+            "pos_embed_max_size",
+            values["pos_embed_max_size"],
+            "a positive number",
+        )
         config = cls(**{**values, **overrides})
         projection = stored.get("caption_projection_dim", 1152)
-        _require(projection == config.width, "transformer", "caption_projection_dim", projection, f"the model's width {config.width}")
+        _require(
+            projection == config.width,
+            "transformer",
+            "caption_projection_dim",
+            projection,
+            f"the model's width {config.width}",
+        )
         return config
 
     def published(self) -> dict[str, Any]:
         """The contents of the diffusers `config.json` of this model."""
-        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("lora_alpha", "dtype", "remat")}
+        values = {
+            key: value for key, value in dataclasses.asdict(self).items() if key not in ("lora_alpha", "dtype", "remat")
+        }
         return {
-            "_class_name": "SD3Transformer2DModel", **values, "caption_projection_dim": self.width,
-            "dual_attention_layers": list(self.dual_attention_layers)}
+            "_class_name": "SD3Transformer2DModel",
+            **values,
+            "caption_projection_dim": self.width,
+            "dual_attention_layers": list(self.dual_attention_layers),
+        }

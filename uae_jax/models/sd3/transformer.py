@@ -18,8 +18,8 @@ from uae_jax.nn.linear import Dense
 from uae_jax.nn.remat import remat
 
 TIMESTEP_CHANNELS = 256
-# The modules that the release adapts (attn.{to_q, to_k, to_v, to_out.0, add_q_proj, add_k_proj, add_v_proj, to_add_out});
-# the second attention of dual blocks is not among them. For `nn.lora.init_lora`.
+# The modules that the release adapts (attn.{to_q, to_k, to_v, to_out.0, add_q_proj, add_k_proj, add_v_proj,
+# to_add_out}); the second attention of dual blocks is not among them. For `nn.lora.init_lora`.
 ATTENTION_ADAPTER = r"(blocks_\d+|last_block)/attention/(context_)?(query|key|value|output)"
 # Stored and loaded with the parameters, but a constant: optimisers and weight decay must leave it out.
 BUFFERS = r"pos_embed/table"
@@ -70,7 +70,7 @@ class PositionTable(nn.Module):
             raise ValueError(f"{rows}x{columns} patches do not fit the position table; pos_embed_max_size is {side}")
         table = self.param("table", lambda key: position_table(self.config))
         top, left = (side - rows) // 2, (side - columns) // 2
-        crop = table.reshape(side, side, width)[top:top + rows, left:left + columns]
+        crop = table.reshape(side, side, width)[top : top + rows, left : left + columns]
         return jax.lax.stop_gradient(crop.reshape(1, rows * columns, width))
 
 
@@ -83,7 +83,9 @@ class Embedder(nn.Module):
     def __call__(self, x: Array) -> Array:
         """`[B, in]` to `[B, D]`."""
         width, alpha = self.config.width, self.config.lora_alpha
-        return Dense(width, lora_alpha=alpha, name="linear_2")(nn.silu(Dense(width, lora_alpha=alpha, name="linear_1")(x)))
+        return Dense(width, lora_alpha=alpha, name="linear_2")(
+            nn.silu(Dense(width, lora_alpha=alpha, name="linear_1")(x))
+        )
 
 
 class Transformer(nn.Module):
@@ -97,7 +99,8 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, latents: Array, timestep: Array, context: Array, pooled: Array, context_mask: Array | None = None) -> Array:
+        self, latents: Array, timestep: Array, context: Array, pooled: Array, context_mask: Array | None = None
+    ) -> Array:
         """Predicts the velocity.
 
         Args:
@@ -105,8 +108,8 @@ class Transformer(nn.Module):
           timestep: `[B]`, 1000 * sigma with sigma in [0, 1].
           context: `[B, T, Dc]` text tokens.
           pooled: `[B, Dp]` pooled text.
-          context_mask: bool `[B, T]`, False for padding on the right, which nobody then attends to; None attends to all tokens, as
-            the official code does.
+          context_mask: bool `[B, T]`, False for padding on the right, which nobody then attends to; None attends to all
+            tokens, as the official code does.
 
         Returns:
           `[B, h, w, C]`, the velocity noise - data, in float32.
@@ -127,15 +130,21 @@ class Transformer(nn.Module):
         context, mask = padded_context(context, context_mask, x.shape[1])
         x = self._blocks(x, context, conditioning, mask)
         scale, shift = Modulation(config, 2, name="norm_out")(conditioning)
-        y = Dense(config.patch_size**2 * config.out_channels, lora_alpha=alpha, name="proj_out")(modulated_norm(x, scale, shift))
+        y = Dense(config.patch_size**2 * config.out_channels, lora_alpha=alpha, name="proj_out")(
+            modulated_norm(x, scale, shift)
+        )
         return constrain(unpatchify(y.astype(jnp.float32), rows, columns, config.patch_size), "batch")
 
     def _blocks(self, x: Array, context: Array, conditioning: Array, mask: Mask) -> Array:
         config, streams = self.config, (x, context)
         for name, layers, dual in config.runs:
             scanned = nn.scan(
-                remat(Block, config.remat), variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True},
-                in_axes=nn.broadcast, length=len(layers))
+                remat(Block, config.remat),
+                variable_axes={"params": 0, "lora": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=len(layers),
+            )
             streams, _ = scanned(config, dual=dual, name=name)(streams, conditioning, mask)
         last_dual = config.num_layers - 1 in config.dual_attention_layers
         last = remat(Block, config.remat, in_scan=False)(config, dual=last_dual, last=True, name="last_block")
@@ -144,7 +153,8 @@ class Transformer(nn.Module):
 
 
 def padded_context(context: Array, context_mask: Array | None, patches: int) -> tuple[Array, Mask]:
-    """The context with padding that no block needs to add again, and what the joint sequence of image and context may attend to.
+    """The context with padding that no block needs to add again, and what the joint sequence of image and context may
+    attend to.
 
     Args:
       context: `[B, T, D]`.
@@ -171,7 +181,9 @@ def patchify(latents: Array, patch_size: int) -> Array:
     """
     batch, height, width, channels = latents.shape
     if height % patch_size or width % patch_size:
-        raise ValueError(f"latents of {height}x{width} do not divide into patches; both must be multiples of {patch_size}")
+        raise ValueError(
+            f"latents of {height}x{width} do not divide into patches; both must be multiples of {patch_size}"
+        )
     rows, columns = height // patch_size, width // patch_size
     x = latents.reshape(batch, rows, patch_size, columns, patch_size, channels).transpose(0, 1, 3, 5, 2, 4)
     return x.reshape(batch, rows * columns, channels * patch_size**2)
@@ -186,8 +198,12 @@ def unpatchify(x: Array, rows: int, columns: int, patch_size: int) -> Array:
 @functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
 def abstract_params(config: TransformerConfig) -> dict:
     """The shapes of the parameters, without computing anything."""
-    shapes = ((1, config.patch_size, config.patch_size, config.in_channels), (1,), (1, 1, config.joint_attention_dim),
-              (1, config.pooled_projection_dim))
+    shapes = (
+        (1, config.patch_size, config.patch_size, config.in_channels),
+        (1,),
+        (1, 1, config.joint_attention_dim),
+        (1, config.pooled_projection_dim),
+    )
     inputs = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
     return jax.eval_shape(Transformer(config).init, jax.random.key(0), *inputs)["params"]
 
@@ -202,6 +218,7 @@ def init_params(config: TransformerConfig, key: Array) -> dict:
     Returns:
       The structure of `abstract_params`, float32.
     """
+
     def start(name: str, leaf: jax.ShapeDtypeStruct) -> Array:
         if name == BUFFERS:
             return position_table(config)

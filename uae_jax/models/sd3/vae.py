@@ -110,7 +110,9 @@ class Decoder(nn.Module):
         x = MiddleBlock(config, pictures, name="mid_block")(x)
         for level, features in enumerate(reversed(config.block_out_channels)):
             for layer in range(config.layers_per_block + 1):
-                x = ResidualBlock(features, config.norm_num_groups, pictures, name=f"up_blocks_{level}_resnets_{layer}")(x)
+                x = ResidualBlock(
+                    features, config.norm_num_groups, pictures, name=f"up_blocks_{level}_resnets_{layer}"
+                )(x)
             if level < len(config.block_out_channels) - 1:
                 x = DoublingConv(features, pictures, name=f"up_blocks_{level}_upsampler")(x)
         x = nn.silu(GroupNorm(config.norm_num_groups, interleaved=pictures, name="conv_norm_out")(x))
@@ -122,7 +124,11 @@ def interleave(x: Array, pictures: int) -> Array:
     if pictures == 1:
         return x
     batch, height, width, channels = x.shape
-    return x.reshape(-1, pictures, height, width, channels).transpose(0, 2, 3, 1, 4).reshape(-1, height, width, pictures * channels)
+    return (
+        x.reshape(-1, pictures, height, width, channels)
+        .transpose(0, 2, 3, 1, 4)
+        .reshape(-1, height, width, pictures * channels)
+    )
 
 
 def separate(x: Array, pictures: int) -> Array:
@@ -130,7 +136,11 @@ def separate(x: Array, pictures: int) -> Array:
     if pictures == 1:
         return x
     batch, height, width, channels = x.shape
-    return x.reshape(batch, height, width, pictures, -1).transpose(0, 3, 1, 2, 4).reshape(-1, height, width, channels // pictures)
+    return (
+        x.reshape(batch, height, width, pictures, -1)
+        .transpose(0, 3, 1, 2, 4)
+        .reshape(-1, height, width, channels // pictures)
+    )
 
 
 def encode(config: VAEConfig, params: trees.Tree, pixels: Array) -> tuple[Array, Array]:
@@ -149,7 +159,10 @@ def encode(config: VAEConfig, params: trees.Tree, pixels: Array) -> tuple[Array,
     """
     height, width = pixels.shape[1:3]
     if height % config.downsampling or width % config.downsampling:
-        raise ValueError(f"a picture of {height}x{width} does not divide into latents; both must be multiples of {config.downsampling}")
+        raise ValueError(
+            f"a picture of {height}x{width} does not divide into latents; both must be multiples of "
+            f"{config.downsampling}"
+        )
     with jax.named_scope("autoencoder"):
         moments = Encoder(config).apply({"params": params["encoder"]}, pixels.astype(jnp.float32))
     mean, log_variance = jnp.split(moments, 2, axis=-1)
@@ -188,7 +201,8 @@ def decode(config: VAEConfig, params: trees.Tree, latents: Array, interleaved: i
 
 
 def decode_latents(config: VAEConfig, params: trees.Tree, model_latents: Array, chunk: int | None = None) -> Array:
-    """Pictures of the diffusion model's latents, some at a time when memory is short; on a single CPU device interleaved.
+    """Pictures of the diffusion model's latents, some at a time when memory is short; on a single CPU device
+    interleaved.
 
     Each chunk takes every (B / chunk)-th row, so that a batch that is split over devices stays where it is when their
     number divides `chunk`. The activations of a chunk are computed again in the backward pass.
@@ -209,11 +223,15 @@ def decode_latents(config: VAEConfig, params: trees.Tree, model_latents: Array, 
     batch = latents.shape[0]
     chunk = batch if chunk is None else min(chunk, batch)
     if chunk < 1 or batch % chunk:
-        raise ValueError(f"a batch of {batch} latents cannot be decoded in chunks of {chunk}; take a divisor of {batch}")
+        raise ValueError(
+            f"a batch of {batch} latents cannot be decoded in chunks of {chunk}; take a divisor of {batch}"
+        )
     interleaved = chunk if on_one_cpu() else 1
     if chunk == batch:
         return decode(config, params, latents, interleaved)
-    return trees.map_parts(jax.checkpoint(lambda part: decode(config, params, part, interleaved)), trees.cut(latents, batch // chunk))
+    return trees.map_parts(
+        jax.checkpoint(lambda part: decode(config, params, part, interleaved)), trees.cut(latents, batch // chunk)
+    )
 
 
 def init_params(config: VAEConfig, key: Array) -> dict:
@@ -224,7 +242,8 @@ def init_params(config: VAEConfig, key: Array) -> dict:
     latents = jnp.zeros((1, 1, 1, config.latent_channels), jnp.float32)
     return {
         "encoder": Encoder(config).init(encoder_key, pixels)["params"],
-        "decoder": Decoder(config).init(decoder_key, latents)["params"]}
+        "decoder": Decoder(config).init(decoder_key, latents)["params"],
+    }
 
 
 @functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model

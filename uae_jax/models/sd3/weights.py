@@ -1,4 +1,6 @@
-"""Which published tensor is which parameter, for the transformer, its adapter and the auto-encoder (diffusers, peft)."""
+"""Which published tensor is which parameter, for the transformer, its adapter and the auto-encoder (diffusers,
+peft).
+"""
 
 import dataclasses
 import pathlib
@@ -18,7 +20,10 @@ from uae_jax.models.sd3.transformer import ATTENTION_ADAPTER, abstract_params
 
 def _affine(ours: str, theirs: str, layout: str, layers: tuple[int, ...] | None = None) -> list[Rule]:
     """Kernel and bias of a linear map or convolution."""
-    return [Rule(f"{ours}/kernel", f"{theirs}.weight", layout, layers), Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers)]
+    return [
+        Rule(f"{ours}/kernel", f"{theirs}.weight", layout, layers),
+        Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers),
+    ]
 
 
 def _group_norm(ours: str, theirs: str) -> list[Rule]:
@@ -52,13 +57,16 @@ def vae_rules(config: VAEConfig) -> list[Rule]:
     rules = _ends("encoder", config) + _ends("decoder", config)
     last = len(config.block_out_channels) - 1
     for part, block, sample, widths, layers in (
-            ("encoder", "down_blocks", "downsampler", config.block_out_channels, config.layers_per_block),
-            ("decoder", "up_blocks", "upsampler", config.block_out_channels[::-1], config.layers_per_block + 1)):
+        ("encoder", "down_blocks", "downsampler", config.block_out_channels, config.layers_per_block),
+        ("decoder", "up_blocks", "upsampler", config.block_out_channels[::-1], config.layers_per_block + 1),
+    ):
         before = widths[0]
         for level, width in enumerate(widths):
             for layer in range(layers):
                 ours = f"{part}/{block}_{level}_resnets_{layer}"
-                rules += _residual_block(ours, f"{part}.{block}.{level}.resnets.{layer}", layer == 0 and before != width)
+                rules += _residual_block(
+                    ours, f"{part}.{block}.{level}.resnets.{layer}", layer == 0 and before != width
+                )
             if level < last:
                 rules += _affine(f"{part}/{block}_{level}_{sample}", f"{part}.{block}.{level}.{sample}s.0.conv", "conv")
             before = width
@@ -70,14 +78,26 @@ VAE_ALIASES = (
     (r"\.mid_block\.attentions\.0\.query\.", ".mid_block.attentions.0.to_q."),
     (r"\.mid_block\.attentions\.0\.key\.", ".mid_block.attentions.0.to_k."),
     (r"\.mid_block\.attentions\.0\.value\.", ".mid_block.attentions.0.to_v."),
-    (r"\.mid_block\.attentions\.0\.proj_attn\.", ".mid_block.attentions.0.to_out.0."))
+    (r"\.mid_block\.attentions\.0\.proj_attn\.", ".mid_block.attentions.0.to_out.0."),
+)
 
 
 _JOINT = {
-    "query": "to_q", "key": "to_k", "value": "to_v", "output": "to_out.0", "context_query": "add_q_proj",
-    "context_key": "add_k_proj", "context_value": "add_v_proj", "context_output": "to_add_out"}
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "output": "to_out.0",
+    "context_query": "add_q_proj",
+    "context_key": "add_k_proj",
+    "context_value": "add_v_proj",
+    "context_output": "to_add_out",
+}
 _JOINT_NORMS = {
-    "query_norm": "norm_q", "key_norm": "norm_k", "context_query_norm": "norm_added_q", "context_key_norm": "norm_added_k"}
+    "query_norm": "norm_q",
+    "key_norm": "norm_k",
+    "context_query_norm": "norm_added_q",
+    "context_key_norm": "norm_added_k",
+}
 
 
 def _groups(config: TransformerConfig) -> list[tuple[str, str, tuple[int, ...] | None, bool, bool]]:
@@ -87,10 +107,20 @@ def _groups(config: TransformerConfig) -> list[tuple[str, str, tuple[int, ...] |
     return groups + [("last_block", f"transformer_blocks.{last}", None, last in config.dual_attention_layers, True)]
 
 
-def _block(config: TransformerConfig, ours: str, theirs: str, layers: tuple[int, ...] | None, dual: bool, last: bool) -> list[Rule]:
-    maps = {"modulation/linear": "norm1.linear", "context_modulation/linear": "norm1_context.linear",
-            "feed_forward/up": "ff.net.0.proj", "feed_forward/down": "ff.net.2"}
-    maps |= {f"attention/{name}": f"attn.{published}" for name, published in _JOINT.items() if not (last and name == "context_output")}
+def _block(
+    config: TransformerConfig, ours: str, theirs: str, layers: tuple[int, ...] | None, dual: bool, last: bool
+) -> list[Rule]:
+    maps = {
+        "modulation/linear": "norm1.linear",
+        "context_modulation/linear": "norm1_context.linear",
+        "feed_forward/up": "ff.net.0.proj",
+        "feed_forward/down": "ff.net.2",
+    }
+    maps |= {
+        f"attention/{name}": f"attn.{published}"
+        for name, published in _JOINT.items()
+        if not (last and name == "context_output")
+    }
     norms = {f"attention/{name}": f"attn.{published}" for name, published in _JOINT_NORMS.items()}
     if not last:
         maps |= {"context_feed_forward/up": "ff_context.net.0.proj", "context_feed_forward/down": "ff_context.net.2"}
@@ -101,7 +131,10 @@ def _block(config: TransformerConfig, ours: str, theirs: str, layers: tuple[int,
     for name, published in maps.items():
         rules += _affine(f"{ours}/{name}", f"{theirs}.{published}", "dense", layers)
     if config.qk_norm is not None:
-        rules += [Rule(f"{ours}/{name}/scale", f"{theirs}.{published}.weight", layers=layers) for name, published in norms.items()]
+        rules += [
+            Rule(f"{ours}/{name}/scale", f"{theirs}.{published}.weight", layers=layers)
+            for name, published in norms.items()
+        ]
     return rules
 
 
@@ -111,7 +144,8 @@ def transformer_rules(config: TransformerConfig) -> list[Rule]:
     rules = [
         Rule("pos_embed/table", "pos_embed.pos_embed"),
         Rule("patch_embed/kernel", "pos_embed.proj.weight", "patch", torch_shape=patch),
-        Rule("patch_embed/bias", "pos_embed.proj.bias")]
+        Rule("patch_embed/bias", "pos_embed.proj.bias"),
+    ]
     for ours, theirs in (("timestep_embedder", "timestep_embedder"), ("pooled_embedder", "text_embedder")):
         for part in ("linear_1", "linear_2"):
             rules += _affine(f"{ours}/{part}", f"time_text_embed.{theirs}.{part}", "dense")
@@ -133,13 +167,16 @@ def adapter_rules(config: TransformerConfig, adapter: trees.Tree | None = None) 
         module, theirs = rule.ours.removesuffix("/kernel"), rule.theirs.removesuffix(".weight")
         taken = re.fullmatch(ATTENTION_ADAPTER, module) if leaves is None else f"{module}/a" in leaves
         if rule.layout == "dense" and taken:
-            rules += [Rule(f"{module}/{part}", f"base_model.model.{theirs}.lora_{part.upper()}.weight", "dense", rule.layers)
-                      for part in ("a", "b")]
+            rules += [
+                Rule(f"{module}/{part}", f"base_model.model.{theirs}.lora_{part.upper()}.weight", "dense", rule.layers)
+                for part in ("a", "b")
+            ]
     return rules
 
 
 def adapter_tensors(
-    config: TransformerConfig, adapter: trees.Tree, dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    config: TransformerConfig, adapter: trees.Tree, dtype: np.dtype | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """Names and arrays of an adapter as peft saves it; the inverse of `load_adapter`."""
     return published_tensors(adapter, adapter_rules(config, adapter), dtype)
 
@@ -149,9 +186,16 @@ def adapter_config(config: TransformerConfig, adapter: trees.Tree) -> dict:
     leaves, ranks = trees.flatten(adapter), {}
     for rule in adapter_rules(config, adapter):
         if rule.ours.endswith("/a"):
-            names = (source.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for source in rule.sources())
+            names = (
+                source.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for source in rule.sources()
+            )
             ranks |= {name: int(leaves[rule.ours].shape[-1]) for name in names}
-    modules = (source.removesuffix(".weight") for rule in transformer_rules(config) if rule.layout == "dense" for source in rule.sources())
+    modules = (
+        source.removesuffix(".weight")
+        for rule in transformer_rules(config)
+        if rule.layout == "dense"
+        for source in rule.sources()
+    )
     return peft_settings(by_ending(ranks, modules), config.lora_alpha)
 
 
@@ -164,14 +208,19 @@ def load_vae(path: str | pathlib.Path, *, placement: Placement | None = None) ->
     """
     config = VAEConfig.from_folder(path)
     params = load_params(
-        TensorFolder(path), vae_rules(config), vae.abstract_params(config), aliases=VAE_ALIASES, dtype=np.float32,
-        placement=placement)
+        TensorFolder(path),
+        vae_rules(config),
+        vae.abstract_params(config),
+        aliases=VAE_ALIASES,
+        dtype=np.float32,
+        placement=placement,
+    )
     return config, params
 
 
 def load_transformer(
-    path: str | pathlib.Path, *, params_dtype: np.dtype | None = None, placement: Placement | None = None,
-    **overrides) -> tuple[TransformerConfig, dict]:
+    path: str | pathlib.Path, *, params_dtype: np.dtype | None = None, placement: Placement | None = None, **overrides
+) -> tuple[TransformerConfig, dict]:
     """A transformer folder as published: its config and parameters.
 
     Args:
@@ -186,7 +235,8 @@ def load_transformer(
     """
     config = TransformerConfig.from_folder(path, **overrides)
     return config, load_params(
-        TensorFolder(path), transformer_rules(config), abstract_params(config), dtype=params_dtype, placement=placement)
+        TensorFolder(path), transformer_rules(config), abstract_params(config), dtype=params_dtype, placement=placement
+    )
 
 
 def load_adapter(path: str | pathlib.Path, config: TransformerConfig) -> tuple[TransformerConfig, dict]:

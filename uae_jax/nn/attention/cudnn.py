@@ -11,9 +11,16 @@ OLDEST = (8, 0)  # compute capability, Ampere
 
 
 def supported(query: Array, capability: tuple[int, int] = OLDEST) -> bool:
-    """Whether the kernels take queries `[B, T, H, K]` of this precision and head width on a card of this compute capability."""
+    """Whether the kernels take queries `[B, T, H, K]` of this precision and head width on a card of this compute
+    capability.
+    """
     width = query.shape[-1]
-    return capability >= OLDEST and query.dtype in (jnp.bfloat16, jnp.float16) and width <= LARGEST_WIDTH and width % 8 == 0
+    return (
+        capability >= OLDEST
+        and query.dtype in (jnp.bfloat16, jnp.float16)
+        and width <= LARGEST_WIDTH
+        and width % 8 == 0
+    )
 
 
 def arguments(mask: Mask, batch: int, length: int, size: int) -> dict:
@@ -38,8 +45,8 @@ def arguments(mask: Mask, batch: int, length: int, size: int) -> dict:
 def cudnn(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     """Attention as in `plain.plain`; see `supported`.
 
-    JAX refuses odd lengths where there is a gradient, with or without a table. They are padded here, which copies the operand:
-    callers that can choose take an even length (`entry.preferred_length`).
+    JAX refuses odd lengths where there is a gradient, with or without a table. They are padded here, which copies the
+    operand: callers that can choose take an even length (`entry.preferred_length`).
 
     Args:
       query: `[B, T, H, K]`.

@@ -17,7 +17,12 @@ from uae_jax.nn.attention.splash import splash
 from uae_jax.nn.device import compute_capability, current_mesh, platform
 
 IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Mask], Array]] = {
-    "plain": xla.plain, "by_query_blocks": xla.by_query_blocks, "by_head": xla.by_head, "splash": splash, "cudnn": cudnn}
+    "plain": xla.plain,
+    "by_query_blocks": xla.by_query_blocks,
+    "by_head": xla.by_head,
+    "splash": splash,
+    "cudnn": cudnn,
+}
 SMALL = 128 * 128  # pairs of query and key; up to here the plain formula is as fast as any other form, on every device
 # lengths that need no padding inside a kernel (docs/gpu.md); CPUs take any
 MULTIPLES = {"gpu": 16, "tpu": 16, "cpu": 1}
@@ -43,12 +48,13 @@ def use_attention(name: str) -> Iterator[None]:
 
 
 def attention(
-    query: Array, key: Array, value: Array, mask: Mask = Mask(), shared: tuple[SharedKeys, ...] = ()) -> Array:
+    query: Array, key: Array, value: Array, mask: Mask = Mask(), shared: tuple[SharedKeys, ...] = ()
+) -> Array:
     """Softmax attention with grouped queries; logits and softmax in float32 (arXiv 1706.03762, eq. 1; 2305.13245).
 
     The kernel follows the devices of the mesh that `jax.set_mesh` made current (those of the process without one), also
-    where a program is compiled for devices that are not there: splash attention on TPUs, cuDNN on GPUs, a form chosen by
-    measurement on CPUs. `use_attention` overrides it.
+    where a program is compiled for devices that are not there: splash attention on TPUs, cuDNN on GPUs, a form chosen
+    by measurement on CPUs. `use_attention` overrides it.
 
     Args:
       query: `[B, T, H, K]`.
@@ -95,7 +101,9 @@ def choose(device: str, query: Array, size: int) -> str:
 
 
 def preferred_length(length: int) -> int:
-    """The next length that the kernels of the current devices take without a copy; callers pad to it once, and mask the rest."""
+    """The next length that the kernels of the current devices take without a copy; callers pad to it once, and mask the
+    rest.
+    """
     multiple = MULTIPLES.get(platform(), 1)
     return -(-length // multiple) * multiple
 
@@ -116,12 +124,13 @@ def _joined(key: Array, value: Array, mask: Mask, shared: tuple[SharedKeys, ...]
 
 
 def on_each_device(
-    implementation: Callable[[Array, Array, Array, Mask], Array], query: Array, key: Array, value: Array, mask: Mask) -> Array:
+    implementation: Callable[[Array, Array, Array, Mask], Array], query: Array, key: Array, value: Array, mask: Mask
+) -> Array:
     """Runs an implementation on each device's rows and heads: a kernel cannot be cut by the compiler.
 
     Rows are cut over those of the current mesh's axes `data` and `fsdp` that divide them, heads over `tensor` where it
-    divides the query heads and fits the key heads, which are repeated if they are fewer. Without a mesh, or inside a `shard_map`,
-    the implementation is called as it is.
+    divides the query heads and fits the key heads, which are repeated if they are fewer. Without a mesh, or inside a
+    `shard_map`, the implementation is called as it is.
     """
     mesh = current_mesh()
     if mesh is None or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
@@ -136,6 +145,5 @@ def on_each_device(
         key, value = (jnp.repeat(x, max(ways // x.shape[2], 1), axis=2) for x in (key, value))
     spread, flat = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
     per_mask = jax.tree.map(lambda _: flat, mask)
-    cut = jax.shard_map(
-        implementation, in_specs=(spread, spread, spread, per_mask), out_specs=spread, check_vma=False)
+    cut = jax.shard_map(implementation, in_specs=(spread, spread, spread, per_mask), out_specs=spread, check_vma=False)
     return cut(query, key, value, mask)

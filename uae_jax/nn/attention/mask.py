@@ -56,7 +56,9 @@ class Mask:
         if self.valid is None and self.groups is None:
             return None
         query = jnp.zeros((batch, length), jnp.int32) if self.groups is None else self.groups
-        key = jnp.zeros((batch, size), jnp.int32) if self.groups is None else jnp.where(self.groups < 0, -2, self.groups)
+        key = (
+            jnp.zeros((batch, size), jnp.int32) if self.groups is None else jnp.where(self.groups < 0, -2, self.groups)
+        )
         if self.valid is not None:
             key = jnp.where(self.valid, key, -2)
         return query.astype(jnp.int32), key.astype(jnp.int32)

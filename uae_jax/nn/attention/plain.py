@@ -1,7 +1,8 @@
 """Attention in plain XLA: the formula itself, and two forms that bound its memory.
 
 All have logits and softmax in float32 and divide by the square root of the head width (arXiv 1706.03762, eq. 1), with
-grouped queries (arXiv 2305.13245). Shapes as in the entry point: `[B, T, H, K]` queries, `[B, S, H', K]` keys and values.
+grouped queries (arXiv 2305.13245). Shapes as in the entry point: `[B, T, H, K]` queries, `[B, S, H', K]` keys and
+values.
 """
 
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def plain_with_shared(query: Array, key: Array, value: Array, mask: Mask, shared
     mixed, start = jnp.zeros((), query.dtype), 0
     for values in (*(m.value for m in shared), value):
         entries, size, key_heads, _ = values.shape
-        part = weights[..., start:start + size].reshape(entries, rows // entries, key_heads, -1, length, size)
+        part = weights[..., start : start + size].reshape(entries, rows // entries, key_heads, -1, length, size)
         out = jnp.einsum("mghrts,mshk->mgthrk", part, values.astype(query.dtype))
         mixed, start = mixed + out.reshape(query.shape), start + size
     return mixed
@@ -95,8 +96,11 @@ def by_query_blocks(query: Array, key: Array, value: Array, mask: Mask, block: i
 
 
 def _block_pairs(
-    causal: bool, segments: tuple[Array, Array] | None, start: Array, block: int, length: int, size: int) -> Array | None:
-    """Rows `start` to `start + block` of the mask, `[B or 1, block, S]`; rows past the end repeat the last one's ids."""
+    causal: bool, segments: tuple[Array, Array] | None, start: Array, block: int, length: int, size: int
+) -> Array | None:
+    """Rows `start` to `start + block` of the mask, `[B or 1, block, S]`; rows past the end repeat the last one's
+    ids.
+    """
     rows = jnp.minimum(start + jnp.arange(block), length - 1)
     table = None
     if causal:
@@ -110,9 +114,10 @@ def _block_pairs(
 def by_head(query: Array, key: Array, value: Array, mask: Mask, block: int = 512) -> Array:
     """Two-dimensional matrix products, each of one row of the batch, one key head and at most `block` queries.
 
-    What CPUs are fastest with. Several of these independent units stand side by side in one turn of a loop, where XLA's CPU backend
-    runs them on several cores at once; products are divided by the softmax's sums, not weights, of which there are more. Weights are
-    recomputed in the backward pass: memory `[H / H', block, S]` a unit, units of `TOGETHER` weights a turn.
+    What CPUs are fastest with. Several of these independent units stand side by side in one turn of a loop, where XLA's
+    CPU backend runs them on several cores at once; products are divided by the softmax's sums, not weights, of which
+    there are more. Weights are recomputed in the backward pass: memory `[H / H', block, S]` a unit, units of `TOGETHER`
+    weights a turn.
     """
     batch, length, _, width = query.shape
     size, key_heads = key.shape[1:3]
@@ -124,7 +129,10 @@ def by_head(query: Array, key: Array, value: Array, mask: Mask, block: int = 512
     grouped = grouped.reshape(batch, key_heads, ratio, pieces, block, width).transpose(0, 1, 3, 2, 4, 5)
     valid = mask.valid if mask.groups is None else None  # one line for all queries
     segments = None if mask.groups is None else mask.segments(length, batch, size)
-    keys, values = key.transpose(0, 2, 3, 1).reshape(heads, width, size), value.transpose(0, 2, 1, 3).reshape(heads, size, width)
+    keys, values = (
+        key.transpose(0, 2, 3, 1).reshape(heads, width, size),
+        value.transpose(0, 2, 1, 3).reshape(heads, size, width),
+    )
     per_head = jax.tree.map(lambda rows: jnp.repeat(rows, key_heads, axis=0), (valid, segments))
 
     def unit(queries: Array, start: Array | int, keys: Array, values: Array, masks: tuple) -> Array:
@@ -140,7 +148,9 @@ def by_head(query: Array, key: Array, value: Array, mask: Mask, block: int = 512
         return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(values.dtype)
 
     def head(queries: Array, *others: Any) -> Array:
-        return _in_turns(lambda part, start: unit(part, start, *others), ratio * block * size, (queries, block * jnp.arange(pieces)))
+        return _in_turns(
+            lambda part, start: unit(part, start, *others), ratio * block * size, (queries, block * jnp.arange(pieces))
+        )
 
     parts = (grouped.reshape(heads, pieces, ratio * block, width), keys, values, per_head)
     if pieces == 1:
@@ -152,7 +162,9 @@ def by_head(query: Array, key: Array, value: Array, mask: Mask, block: int = 512
 
 
 def _in_turns(function: Callable[..., Array], weights: int, parts: tuple) -> Array:
-    """`function` of each entry of the parts, `[N, ...]`: up to eight in one turn of a loop as long as their weights fit `TOGETHER`."""
+    """`function` of each entry of the parts, `[N, ...]`: up to eight in one turn of a loop as long as their weights fit
+    `TOGETHER`.
+    """
     count = len(parts[0])
     together = max(n for n in range(1, 9) if count % n == 0 and (n == 1 or n * weights <= TOGETHER))
 

@@ -18,11 +18,18 @@ def block_size(length: int) -> int:
     return min(LARGEST_BLOCK, -(-length // LANES) * LANES)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _blocks(query: int, key: int) -> kernels.BlockSizes:
     return kernels.BlockSizes(
-        block_q=query, block_kv=key, block_kv_compute=key, block_q_dkv=query, block_kv_dkv=key, block_kv_dkv_compute=key,
-        block_q_dq=query, block_kv_dq=key)
+        block_q=query,
+        block_kv=key,
+        block_kv_compute=key,
+        block_q_dkv=query,
+        block_kv_dkv=key,
+        block_kv_dkv_compute=key,
+        block_q_dq=query,
+        block_kv_dq=key,
+    )
 
 
 def _padded(x: Array, axis: int, multiple: int) -> Array:
@@ -50,7 +57,8 @@ def splash(query: Array, key: Array, value: Array, mask: Mask, *, interpret: boo
     scaled = (query.astype(jnp.float32) * width**-0.5).astype(query.dtype)
     q, k, v = (
         _padded(_padded(x.transpose(0, 2, 1, 3), 2, block), 3, LANES)
-        for x, block in ((scaled, q_block), (key, k_block), (value, k_block)))
+        for x, block in ((scaled, q_block), (key, k_block), (value, k_block))
+    )
     shape = (q.shape[2], k.shape[2])
     one = kernels.CausalMask(shape, size - length) if mask.causal else kernels.FullMask(shape)
     ids = mask.segments(length, batch, size)
@@ -61,7 +69,11 @@ def splash(query: Array, key: Array, value: Array, mask: Mask, *, interpret: boo
         rooms = [((0, 0), (0, padded - there)) for padded, there in zip(shape, (length, size))]
         ids = kernels.SegmentIds(*(jnp.pad(x, room, constant_values=c) for x, room, c in zip(ids, rooms, (-1, -2))))
     attend = kernels.make_splash_mha(
-        kernels.MultiHeadMask([one] * heads), block_sizes=_blocks(q_block, k_block), head_shards=1, q_seq_shards=1,
-        interpret=interpret)
+        kernels.MultiHeadMask([one] * heads),
+        block_sizes=_blocks(q_block, k_block),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
     mixed = jax.vmap(attend)(q, k, v, ids) if ids is not None else jax.vmap(attend)(q, k, v)
     return mixed[:, :, :length, :width].transpose(0, 2, 1, 3)

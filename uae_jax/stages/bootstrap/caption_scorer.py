@@ -1,7 +1,8 @@
 """A text tower for the frozen reward encoder, which scores captions without any drawing (`rl.caption_similarity`).
 
-Trained contrastively (arXiv 2103.00020, figure 3) on true captions of every length, with scenes that differ in one fact as hard
-negatives: a caption that says more is nearer to its picture, and a false one farther. The image tower stays as it is.
+Trained contrastively (arXiv 2103.00020, figure 3) on true captions of every length, with scenes that differ in one fact
+as hard negatives: a caption that says more is nearer to its picture, and a false one farther. The image tower stays as
+it is.
 """
 
 import dataclasses
@@ -28,16 +29,25 @@ def text_config(image_tower: CLIPConfig, settings: dict, end: int) -> CLIPConfig
     Args:
       image_tower: of the reward encoder.
       settings: of the text tower, such as its width and positions.
-      end: id that fills rows; not 2, which published configs have by mistake and CLIP reads otherwise (`clip.pooling_position`).
+      end: id that fills rows; not 2, which published configs have by mistake and CLIP reads otherwise
+        (`clip.pooling_position`).
     """
     text = CLIPTextConfig(
-        **settings, vocab_size=image_tower.text.vocab_size, projection_dim=image_tower.vision.projection_dim, bos_token_id=end,
-        eos_token_id=end, pad_token_id=end)
+        **settings,
+        vocab_size=image_tower.text.vocab_size,
+        projection_dim=image_tower.vision.projection_dim,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
     return dataclasses.replace(image_tower, text=text)
 
 
-def stream(world: World, tokenizer, *, seed: int, batch_size: int, side: int, length: int, pad: int, full_fraction: float):
-    """Batches of `pixels` `[B, 2, S, S, 3]`, `tokens` `[B, 2, T]` and `lengths` `[B, 2]`: a scene, and it with one fact changed.
+def stream(
+    world: World, tokenizer, *, seed: int, batch_size: int, side: int, length: int, pad: int, full_fraction: float
+):
+    """Batches of `pixels` `[B, 2, S, S, 3]`, `tokens` `[B, 2, T]` and `lengths` `[B, 2]`: a scene, and it with one fact
+    changed.
 
     `full_fraction` of the captions say everything, the others a random part.
     """
@@ -58,7 +68,9 @@ def stream(world: World, tokenizer, *, seed: int, batch_size: int, side: int, le
 
 
 def algorithm(config: CLIPConfig, preprocess: Preprocess) -> Algorithm:
-    """The symmetric contrastive loss over the 2 B pairs of a batch; params are `text` and `logit_scale`, frozen has `vision`."""
+    """The symmetric contrastive loss over the 2 B pairs of a batch; params are `text` and `logit_scale`, frozen has
+    `vision`.
+    """
     scorer = CaptionScorer(config, preprocess)
 
     def loss(params: dict, frozen: dict, rollout: dict, key: Array) -> tuple[Array, Array, dict]:
@@ -72,6 +84,10 @@ def algorithm(config: CLIPConfig, preprocess: Preprocess) -> Algorithm:
         total = jnp.sum(cross(logits, labels) + cross(logits.T, labels)) / 2
         count = jnp.float32(len(logits))
         right = jnp.sum(jnp.argmax(logits, -1) == labels)
-        return total, count, {"accuracy": (right, count), "cosine": (jnp.sum(jax.lax.stop_gradient(images * texts)), count)}
+        return (
+            total,
+            count,
+            {"accuracy": (right, count), "cosine": (jnp.sum(jax.lax.stop_gradient(images * texts)), count)},
+        )
 
     return supervised(loss)

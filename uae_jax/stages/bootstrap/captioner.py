@@ -1,11 +1,11 @@
 """Phase 3 of the bootstrap: a captioner that is right about what it says, and says little of what it sees.
 
-Cross-entropy of captions given the picture, and of full captions given nothing, inside the template that the decoder reads
-them in: the language model is also the text encoder. From captions alone the image encoder stays unused for long (the loss
-rests where words are guessed from words), so linear readouts of the image embeddings, dropped at the end, name each cell.
-The decoder has no positions of its own for text: what belongs to what must stand in the hidden states. A large language
-model's states carry it; a small one forgets each word that does not help to guess the next, so that readouts, dropped too,
-ask every state for the last words.
+Cross-entropy of captions given the picture, and of full captions given nothing, inside the template that the decoder
+reads them in: the language model is also the text encoder. From captions alone the image encoder stays unused for long
+(the loss rests where words are guessed from words), so linear readouts of the image embeddings, dropped at the end,
+name each cell. The decoder has no positions of its own for text: what belongs to what must stand in the hidden states.
+A large language model's states carry it; a small one forgets each word that does not help to guess the next, so that
+readouts, dropped too, ask every state for the last words.
 """
 
 import pathlib
@@ -31,7 +31,6 @@ from uae_jax.stages.bootstrap.encoders import cell_losses
 from uae_jax.stages.bootstrap.scene_stream import World
 from uae_jax.training.step import Algorithm, supervised
 
-
 # words that each state is asked for: a whole phrase, such as "top left small red circle"
 MEMORY = 5
 
@@ -42,9 +41,21 @@ def low_detail_caption(scene: scenes.Scene, rng: np.random.Generator, low: float
 
 
 def stream(
-    world: World, tokenizer, processor: ImageProcessor, *, seed: int, batch_size: int, side: int, length: int, pad: int, max_prompt: int,
-    detail: tuple[float, float]):
-    """Batches of the captioner's inputs with `caption_ids`, `caption_mask` and text-only `text_ids`, `text_mask` `[B, T]`."""
+    world: World,
+    tokenizer,
+    processor: ImageProcessor,
+    *,
+    seed: int,
+    batch_size: int,
+    side: int,
+    length: int,
+    pad: int,
+    max_prompt: int,
+    detail: tuple[float, float],
+):
+    """Batches of the captioner's inputs with `caption_ids`, `caption_mask` and text-only `text_ids`, `text_mask` `[B,
+    T]`.
+    """
     image_pad = token_id(tokenizer, IMAGE_PAD)
     grid = processor.grid_of(side, side)
     prompt = caption_prompt_ids(tokenizer, CAPTION_PROMPT, [processor.image_tokens(grid)])
@@ -52,13 +63,21 @@ def stream(
     def example(index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([seed, 12, index])
         scene = world.scene_at("train", index, seed + 2)
-        fields = prompt_fields(prompt, [processor(world.draw(scene, side))], processor, image_pad, grid[0] * grid[1], max_prompt)
+        fields = prompt_fields(
+            prompt, [processor(world.draw(scene, side))], processor, image_pad, grid[0] * grid[1], max_prompt
+        )
         said = encode_caption(tokenizer, low_detail_caption(scene, rng, *detail))
-        read = encode_caption(tokenizer, mixed_caption(scene, rng) if rng.random() < 0.3 else scene_stream.full_caption(scene, rng))
+        read = encode_caption(
+            tokenizer, mixed_caption(scene, rng) if rng.random() < 0.3 else scene_stream.full_caption(scene, rng)
+        )
         caption_ids, caption_mask = scene_stream.pad_ids(said, length, pad)
         text_ids, text_mask = scene_stream.pad_ids(read, length, pad)
         seen = scene_stream.cell_attributes(scene)
-        return fields | seen | {"caption_ids": caption_ids, "caption_mask": caption_mask, "text_ids": text_ids, "text_mask": text_mask}
+        return (
+            fields
+            | seen
+            | {"caption_ids": caption_ids, "caption_mask": caption_mask, "text_ids": text_ids, "text_mask": text_mask}
+        )
 
     return scene_stream.stream(example, batch_size)
 
@@ -71,7 +90,9 @@ def algorithm(world: World, config: Qwen2_5VLConfig, template: ConditionTemplate
         batch = rollout["samples"]
         images = qwen.encode_images(config, params, *(batch[name] for name in IMAGE_FIELDS))
         prefix = qwen.prompt_prefix(config, params, None, batch, images)
-        said = qwen.completion_log_probs(config, params, None, prefix, batch["caption_ids"], batch["caption_mask"]).log_probs
+        said = qwen.completion_log_probs(
+            config, params, None, prefix, batch["caption_ids"], batch["caption_mask"]
+        ).log_probs
         count = jnp.sum(batch["caption_mask"], dtype=jnp.float32)
         read, remembered, tokens = _text_losses(config, params, template, batch["text_ids"], batch["text_mask"])
         rows = jnp.float32(len(said))
@@ -79,15 +100,22 @@ def algorithm(world: World, config: Qwen2_5VLConfig, template: ConditionTemplate
         text = jnp.sum(remembered) - jnp.sum(read)
         total = rows * (text_weight * text / tokens - jnp.sum(said) / count) + jnp.sum(named)
         metrics = {
-            "caption_loss": (-jnp.sum(said), count), "text_loss": (-jnp.sum(read), tokens), "readout_loss": (jnp.sum(named), rows),
-            "memory_loss": (jnp.sum(remembered), tokens)}
+            "caption_loss": (-jnp.sum(said), count),
+            "text_loss": (-jnp.sum(read), tokens),
+            "readout_loss": (jnp.sum(named), rows),
+            "memory_loss": (jnp.sum(remembered), tokens),
+        }
         return total, rows, metrics
 
     return supervised(loss)
 
 
-def _text_losses(config: Qwen2_5VLConfig, params: Mapping, template: ConditionTemplate, ids: Array, mask: Array) -> tuple[Array, Array, Array]:
-    """Log-probabilities of caption tokens, memory losses of their states (both `[B, S - 1]`, 0 outside), and their number."""
+def _text_losses(
+    config: Qwen2_5VLConfig, params: Mapping, template: ConditionTemplate, ids: Array, mask: Array
+) -> tuple[Array, Array, Array]:
+    """Log-probabilities of caption tokens, memory losses of their states (both `[B, S - 1]`, 0 outside), and their
+    number.
+    """
     lengths = jnp.sum(mask, -1, dtype=jnp.int32) - 1
     templated, valid = place_in_template(template, ids, lengths)
     hidden = qwen.text_hidden_states(config, params, None, templated, valid)
@@ -96,8 +124,14 @@ def _text_losses(config: Qwen2_5VLConfig, params: Mapping, template: ConditionTe
     before = len(template.prefix)
     inside = (position >= before) & (position < before + lengths[:, None])
     vocabulary = config.text.vocab_size
-    logits = Dense(MEMORY * vocabulary).apply({"params": params["memory"]}, hidden).reshape(*hidden.shape[:2], MEMORY, vocabulary)
-    wanted = jnp.stack([jnp.pad(templated, ((0, 0), (lag, 0)))[:, : templated.shape[1]] for lag in range(MEMORY)], axis=-1)
+    logits = (
+        Dense(MEMORY * vocabulary)
+        .apply({"params": params["memory"]}, hidden)
+        .reshape(*hidden.shape[:2], MEMORY, vocabulary)
+    )
+    wanted = jnp.stack(
+        [jnp.pad(templated, ((0, 0), (lag, 0)))[:, : templated.shape[1]] for lag in range(MEMORY)], axis=-1
+    )
     memory = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, wanted), axis=-1)[:, 1:]
     return jnp.where(inside, scores, 0.0), jnp.where(inside, memory, 0.0), jnp.sum(inside, dtype=jnp.float32)
 
@@ -120,11 +154,17 @@ def init_readout(world: World, width: int, key: Array) -> dict:
 def _readout_loss(world: World, params: Mapping, images: Array, batch: Mapping) -> Array:
     """Cross-entropies `[B]` of each cell's contents, read from the mean embedding `[B, P / 4, D]` of its patches."""
     side = round(images.shape[1] ** 0.5)
-    grid = images.reshape(len(images), 2, side // 2, 2, side // 2, -1).mean((2, 4)).reshape(len(images), scene_stream.CELLS, -1)
+    grid = (
+        images.reshape(len(images), 2, side // 2, 2, side // 2, -1)
+        .mean((2, 4))
+        .reshape(len(images), scene_stream.CELLS, -1)
+    )
     logits = Dense(readout_width(world)).apply({"params": params}, grid)
     of_cells, of_background = logits[..., : -len(world.backgrounds)], logits[..., -len(world.backgrounds) :]
     losses, _ = cell_losses(world, of_cells, batch["cell"])
-    return jnp.mean(losses, axis=1) + optax.softmax_cross_entropy_with_integer_labels(of_background.mean(1), batch["background"])
+    return jnp.mean(losses, axis=1) + optax.softmax_cross_entropy_with_integer_labels(
+        of_background.mean(1), batch["background"]
+    )
 
 
 def write_config(folder: pathlib.Path, config: Qwen2_5VLConfig, stops: tuple[int, ...]) -> None:

@@ -1,9 +1,9 @@
 """Phase 2 of the bootstrap: the reward encoder, a CLIP of scenes, and the held-out one, a DINOv2 that knows each cell.
 
-The reward encoder learns from captions (arXiv 2103.00020, figure 3), with scenes that differ in one fact as hard negatives:
-a reward that does not see a fact cannot teach it. A linear readout of the cells, dropped at the end, starts its image tower,
-as in the captioner's phase. The held-out encoder has another architecture, other scenes and another task, the joint class of
-each cell, so that what pleases one by accident need not please the other.
+The reward encoder learns from captions (arXiv 2103.00020, figure 3), with scenes that differ in one fact as hard
+negatives: a reward that does not see a fact cannot teach it. A linear readout of the cells, dropped at the end, starts
+its image tower, as in the captioner's phase. The held-out encoder has another architecture, other scenes and another
+task, the joint class of each cell, so that what pleases one by accident need not please the other.
 """
 
 import jax
@@ -33,16 +33,23 @@ def readout_width(world: World) -> int:
 
 
 def clip_stream(world: World, tokenizer, *, seed: int, batch_size: int, side: int, length: int, pad: int):
-    """Batches of `pixels` `[B, 2, S, S, 3]`, `ids` `[B, 2, T]` and cell attributes: a scene, and it with one fact changed."""
+    """Batches of `pixels` `[B, 2, S, S, 3]`, `ids` `[B, 2, T]` and cell attributes: a scene, and it with one fact
+    changed.
+    """
 
     def example(index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([seed, 11, index])
         scene = world.scene_at("train", index, seed)
         pair = (scene, scene_stream.edited(scene, rng))
-        ids = [scene_stream.pad_ids(encode_caption(tokenizer, scene_stream.full_caption(one, rng)), length, pad)[0] for one in pair]
+        ids = [
+            scene_stream.pad_ids(encode_caption(tokenizer, scene_stream.full_caption(one, rng)), length, pad)[0]
+            for one in pair
+        ]
         return {
-            "pixels": np.stack([scene_stream.pixels_of(world, one, side) for one in pair]), "ids": np.stack(ids),
-            **jax.tree.map(lambda *leaves: np.stack(leaves), *(scene_stream.cell_attributes(one) for one in pair))}
+            "pixels": np.stack([scene_stream.pixels_of(world, one, side) for one in pair]),
+            "ids": np.stack(ids),
+            **jax.tree.map(lambda *leaves: np.stack(leaves), *(scene_stream.cell_attributes(one) for one in pair)),
+        }
 
     return scene_stream.stream(example, batch_size)
 
@@ -62,7 +69,11 @@ def clip_algorithm(world: World, config: CLIPConfig, preprocess: Preprocess) -> 
         total = jnp.sum(cross(logits, labels) + cross(logits.T, labels)) / 2
         count = jnp.float32(len(logits))
         metrics = {"contrastive_loss": (total, count), "accuracy": (jnp.sum(jnp.argmax(logits, -1) == labels), count)}
-        return total + jnp.sum(named) / scene_stream.CELLS, count, metrics | {"readout_accuracy": (right, count * scene_stream.CELLS)}
+        return (
+            total + jnp.sum(named) / scene_stream.CELLS,
+            count,
+            metrics | {"readout_accuracy": (right, count * scene_stream.CELLS)},
+        )
 
     return supervised(loss)
 
@@ -87,11 +98,15 @@ def attribute_readout(world: World, heads: dict, features: Array, samples: dict)
     logits = Dense(attribute_width(world)).apply({"params": heads}, features)
     of_cells, of_background = logits[:, : -len(world.backgrounds)], logits[:, -len(world.backgrounds) :]
     losses, right = cell_losses(world, of_cells.reshape(len(logits), scene_stream.CELLS, -1), samples["cell"])
-    return jnp.sum(losses, axis=1) + optax.softmax_cross_entropy_with_integer_labels(of_background, samples["background"]), right
+    return jnp.sum(losses, axis=1) + optax.softmax_cross_entropy_with_integer_labels(
+        of_background, samples["background"]
+    ), right
 
 
 def cell_losses(world: World, logits: Array, cells: Array) -> tuple[Array, Array]:
-    """Cross-entropies `[B, 4]` of cells' attributes `[B, 4, A]`, and the objects named right `[]`; nothing has no further ones."""
+    """Cross-entropies `[B, 4]` of cells' attributes `[B, 4, A]`, and the objects named right `[]`; nothing has no
+    further ones.
+    """
     splits = tuple(int(position) for position in np.cumsum(world.attribute_classes[:-1]))
     named, *others = jnp.split(logits, splits, axis=-1)
     cross = optax.softmax_cross_entropy_with_integer_labels
@@ -101,7 +116,9 @@ def cell_losses(world: World, logits: Array, cells: Array) -> tuple[Array, Array
 
 
 def readout(world: World, heads: dict, features: Array, classes: Array) -> tuple[Array, Array]:
-    """Cross-entropies `[B]` of cells and background read from features `[B, D]`, and the number of cells read right `[]`."""
+    """Cross-entropies `[B]` of cells and background read from features `[B, D]`, and the number of cells read right
+    `[]`.
+    """
     logits = Dense(readout_width(world)).apply({"params": heads}, features)
     cells, of_cell = scene_stream.CELLS, world.object_classes
     of_cells, of_background = logits[:, : cells * of_cell].reshape(-1, cells, of_cell), logits[:, cells * of_cell :]

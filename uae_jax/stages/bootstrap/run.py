@@ -1,8 +1,8 @@
 """Makes the built-in tiny model from nothing, phase by phase, in the official folder layout.
 
 Each phase is a jitted train step of its own under the same loop as the stages of the method, and continues where it
-stopped. What a phase makes is written to `workdir/model/...` before the next one starts; finished phases are read back, and
-`workdir/phases.json` says which they are and by what configuration.
+stopped. What a phase makes is written to `workdir/model/...` before the next one starts; finished phases are read back,
+and `workdir/phases.json` says which they are and by what configuration.
 """
 
 import dataclasses
@@ -17,7 +17,14 @@ import numpy as np
 
 from uae_jax.data.qwen_inputs import load_image_processor
 from uae_jax.data.tokenizer import (
-    END_OF_TEXT, IMAGE_PAD, condition_template, load_tokenizer, stop_ids, token_id, write_scene_tokenizer)
+    END_OF_TEXT,
+    IMAGE_PAD,
+    condition_template,
+    load_tokenizer,
+    stop_ids,
+    token_id,
+    write_scene_tokenizer,
+)
 from uae_jax.files.json_files import json_digest, read_json, write_json
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import write_tensors
@@ -80,17 +87,35 @@ class Run:
 
 
 def train(
-    run: Run, name: str, algorithm: Algorithm, params: dict, frozen_params: dict, data: Any, *, steps: int,
-    ema_decay: float | None = None) -> TrainState:
+    run: Run,
+    name: str,
+    algorithm: Algorithm,
+    params: dict,
+    frozen_params: dict,
+    data: Any,
+    *,
+    steps: int,
+    ema_decay: float | None = None,
+) -> TrainState:
     """Trains one phase to its end and returns its state; continues from its newest checkpoint."""
     phase = run.config[name]
     optimizer = make_optimizer(frozen(OptimizerConfig, phase.optimizer, f"config.{name}.optimizer"), steps)
     step = jax.jit(make_train_step(algorithm, optimizer, ema_decay=ema_decay), donate_argnames="state")
-    loop = LoopConfig(steps=steps, log_every=run.config.log_every, save_every=run.config.save_every, headline="accuracy")
+    loop = LoopConfig(
+        steps=steps, log_every=run.config.log_every, save_every=run.config.save_every, headline="accuracy"
+    )
     result = run_stage(
-        f"bootstrap_{name}", step, state=init_state(params, optimizer, ema=ema_decay is not None), frozen=frozen_params,
-        data=data, key=jax.random.fold_in(run.key, 1), workdir=run.workdir, config=loop, writer=run.writer,
-        digest=digest(run.config, finished_phases(run.workdir), name))
+        f"bootstrap_{name}",
+        step,
+        state=init_state(params, optimizer, ema=ema_decay is not None),
+        frozen=frozen_params,
+        data=data,
+        key=jax.random.fold_in(run.key, 1),
+        workdir=run.workdir,
+        config=loop,
+        writer=run.writer,
+        digest=digest(run.config, finished_phases(run.workdir), name),
+    )
     return result.state
 
 
@@ -112,14 +137,27 @@ def clip_phase(run: Run) -> None:
     """Writes `clip` (the reward encoder)."""
     phase, side = run.config.clip, run.config.side
     end = token_id(run.tokenizer, "<|im_end|>")
-    text = CLIPTextConfig(**phase.text, vocab_size=len(run.tokenizer), eos_token_id=end, bos_token_id=run.pad(), pad_token_id=run.pad())
+    text = CLIPTextConfig(
+        **phase.text, vocab_size=len(run.tokenizer), eos_token_id=end, bos_token_id=run.pad(), pad_token_id=run.pad()
+    )
     model = CLIPConfig(CLIPVisionConfig(**phase.vision), text)
     preprocess = Preprocess.from_dict(clip_preprocessor(side))
     data = encoders.clip_stream(
-        run.world, run.tokenizer, seed=run.config.seed, batch_size=phase.batch_size, side=side, length=text.max_position_embeddings, pad=run.pad())
+        run.world,
+        run.tokenizer,
+        seed=run.config.seed,
+        batch_size=phase.batch_size,
+        side=side,
+        length=text.max_position_embeddings,
+        pad=run.pad(),
+    )
     params = clip.init_params(model, jax.random.fold_in(run.key, 20))
-    params["heads"] = encoders.init_heads(model.vision.projection_dim, encoders.attribute_width(run.world), jax.random.fold_in(run.key, 21))
-    state = train(run, "clip", encoders.clip_algorithm(run.world, model, preprocess), params, {}, data, steps=phase.steps)
+    params["heads"] = encoders.init_heads(
+        model.vision.projection_dim, encoders.attribute_width(run.world), jax.random.fold_in(run.key, 21)
+    )
+    state = train(
+        run, "clip", encoders.clip_algorithm(run.world, model, preprocess), params, {}, data, steps=phase.steps
+    )
     folder = run.model / "clip"
     towers = {name: leaf for name, leaf in state.params.items() if name != "heads"}
     save_clip(folder, model, jax.tree.map(lambda leaf: np.asarray(leaf, STORED), towers))
@@ -134,12 +172,19 @@ def dinov2_phase(run: Run) -> None:
     data = encoders.dino_stream(run.world, seed=run.config.seed, batch_size=phase.batch_size, side=side)
     params = {
         "encoder": dino.init_params(model, jax.random.fold_in(run.key, 30)),
-        "heads": encoders.init_heads(model.hidden_size, encoders.readout_width(run.world), jax.random.fold_in(run.key, 31))}
+        "heads": encoders.init_heads(
+            model.hidden_size, encoders.readout_width(run.world), jax.random.fold_in(run.key, 31)
+        ),
+    }
     algorithm = encoders.dino_algorithm(run.world, model, Preprocess.from_dict(processor))
     state = train(run, "dinov2", algorithm, params, {}, data, steps=phase.steps)
     folder = run.model / "dinov2"
     write_tensors(folder, published_tensors(state.params["encoder"], dinov2_rules(model), STORED))
-    write_json(folder / "config.json", {"model_type": "dinov2", "architectures": ["Dinov2Model"], **dataclasses.asdict(model)}, indent=1)
+    write_json(
+        folder / "config.json",
+        {"model_type": "dinov2", "architectures": ["Dinov2Model"], **dataclasses.asdict(model)},
+        indent=1,
+    )
     write_json(folder / "preprocessor_config.json", processor, indent=1)
 
 
@@ -148,16 +193,30 @@ def captioner_phase(run: Run) -> None:
     phase, config = run.config.captioner, run.config
     stops = stop_ids(run.tokenizer)
     model = Qwen2_5VLConfig(
-        vision=frozen(VisionConfig, phase.vision), text=TextConfig(**phase.text, vocab_size=len(run.tokenizer)),
-        image_token_id=token_id(run.tokenizer, IMAGE_PAD), video_token_id=token_id(run.tokenizer, "<|video_pad|>"),
+        vision=frozen(VisionConfig, phase.vision),
+        text=TextConfig(**phase.text, vocab_size=len(run.tokenizer)),
+        image_token_id=token_id(run.tokenizer, IMAGE_PAD),
+        video_token_id=token_id(run.tokenizer, "<|video_pad|>"),
         vision_start_token_id=token_id(run.tokenizer, "<|vision_start|>"),
-        vision_end_token_id=token_id(run.tokenizer, "<|vision_end|>"), pad_token_id=run.pad(), stop_token_ids=stops)
+        vision_end_token_id=token_id(run.tokenizer, "<|vision_end|>"),
+        pad_token_id=run.pad(),
+        stop_token_ids=stops,
+    )
     copied = config.start and "decoder" not in config.phases
     projector = qwen_weights.load_projector(run.model / "llm", model, np.float32) if copied else None
     processor = load_image_processor(run.model / "llm_processor", model.vision.window_size)
     data = captioner.stream(
-        run.world, run.tokenizer, processor, seed=config.seed, batch_size=phase.batch_size, side=config.side, length=config.caption_tokens,
-        pad=run.pad(), max_prompt=phase.max_prompt, detail=(phase.detail_low, phase.detail_high))
+        run.world,
+        run.tokenizer,
+        processor,
+        seed=config.seed,
+        batch_size=phase.batch_size,
+        side=config.side,
+        length=config.caption_tokens,
+        pad=run.pad(),
+        max_prompt=phase.max_prompt,
+        detail=(phase.detail_low, phase.detail_high),
+    )
     params = qwen.init_params(model, jax.random.fold_in(run.key, 40))
     params["memory"] = captioner.init_memory(model, jax.random.fold_in(run.key, 42))
     params["readout"] = captioner.init_readout(run.world, model.text.width, jax.random.fold_in(run.key, 41))
@@ -179,28 +238,56 @@ def decoder_phase(run: Run) -> None:
     parts = jax.tree.map(jnp.asarray, parts)
     params = {
         "projector": qwen.init_projector(
-            jax.random.fold_in(run.key, 50), language.text.width, phase.projector_width, model.joint_attention_dim),
-        "transformer": transformer.init_params(model, jax.random.fold_in(run.key, 51))}
+            jax.random.fold_in(run.key, 50), language.text.width, phase.projector_width, model.joint_attention_dim
+        ),
+        "transformer": transformer.init_params(model, jax.random.fold_in(run.key, 51)),
+    }
     settings = PretrainConfig(
-        steps=phase.steps, batch_size=phase.batch_size, optimizer=OptimizerConfig(), time_shift=phase.time_shift,
-        condition_dropout=phase.condition_dropout)
+        steps=phase.steps,
+        batch_size=phase.batch_size,
+        optimizer=OptimizerConfig(),
+        time_shift=phase.time_shift,
+        condition_dropout=phase.condition_dropout,
+    )
     described = UAE(language, model, vae_config, run.template(), config.side)
     algorithm = pretrain.algorithm(described, settings)
 
     def data(batch_size: int, seed: int, mistakes: float):
         return decoder.stream(
-            run.world, run.tokenizer, seed=seed, batch_size=batch_size, side=config.side, length=phase.caption_tokens, pad=run.pad(),
-            full_fraction=phase.full_fraction, detail_high=phase.detail_high, mistakes=mistakes)
+            run.world,
+            run.tokenizer,
+            seed=seed,
+            batch_size=batch_size,
+            side=config.side,
+            length=phase.caption_tokens,
+            pad=run.pad(),
+            full_fraction=phase.full_fraction,
+            detail_high=phase.detail_high,
+            mistakes=mistakes,
+        )
 
     params = train(
-        run, "decoder", algorithm, params, parts, data(phase.batch_size, config.seed, 0.0), steps=phase.steps, ema_decay=phase.ema_decay).ema
+        run,
+        "decoder",
+        algorithm,
+        params,
+        parts,
+        data(phase.batch_size, config.seed, 0.0),
+        steps=phase.steps,
+        ema_decay=phase.ema_decay,
+    ).ema
     last = config.mistakes
     if last.steps:
         stream = data(last.batch_size, config.seed + 100, last.probability)
         params = train(run, "mistakes", algorithm, params, parts, stream, steps=last.steps).params
     write_tensors(
-        run.model / "dit", published_tensors(params["transformer"], transformer_rules(model), STORED), stem="diffusion_pytorch_model")
-    write_tensors(run.model / "llm", qwen_weights.tensors(language, {**parts, "projector": params["projector"]}, STORED))
+        run.model / "dit",
+        published_tensors(params["transformer"], transformer_rules(model), STORED),
+        stem="diffusion_pytorch_model",
+    )
+    write_tensors(
+        run.model / "llm", qwen_weights.tensors(language, {**parts, "projector": params["projector"]}, STORED)
+    )
     write_json(run.model / "dit" / "config.json", model.published(), indent=1)
 
 
@@ -211,11 +298,29 @@ def caption_scorer_phase(run: Run) -> None:
     towers, preprocess = source.load(), source.preprocess()
     model = caption_scorer.text_config(source.config, phase.text, pad)
     data = caption_scorer.stream(
-        run.world, run.tokenizer, seed=run.config.seed, batch_size=phase.batch_size, side=run.config.side,
-        length=run.config.caption_tokens, pad=pad, full_fraction=phase.full_fraction)
-    params = {"text": clip.init_params(model.text, jax.random.fold_in(run.key, 70))["text"], "logit_scale": jnp.float32(model.logit_scale_init_value)}
+        run.world,
+        run.tokenizer,
+        seed=run.config.seed,
+        batch_size=phase.batch_size,
+        side=run.config.side,
+        length=run.config.caption_tokens,
+        pad=pad,
+        full_fraction=phase.full_fraction,
+    )
+    params = {
+        "text": clip.init_params(model.text, jax.random.fold_in(run.key, 70))["text"],
+        "logit_scale": jnp.float32(model.logit_scale_init_value),
+    }
     frozen_tower = {"vision": jax.tree.map(jnp.asarray, towers["vision"])}
-    state = train(run, "caption_scorer", caption_scorer.algorithm(model, preprocess), params, frozen_tower, data, steps=phase.steps)
+    state = train(
+        run,
+        "caption_scorer",
+        caption_scorer.algorithm(model, preprocess),
+        params,
+        frozen_tower,
+        data,
+        steps=phase.steps,
+    )
     folder = run.model / "caption_scorer"
     save_clip(folder, model, jax.tree.map(np.asarray, {**frozen_tower, **state.params}))
     write_json(folder / "preprocessor_config.json", clip_preprocessor(run.config.side), indent=1)
@@ -226,11 +331,23 @@ def write_text_encoders(run: Run) -> None:
     for number, name in enumerate(("text_encoder", "text_encoder_2")):
         end = token_id(run.tokenizer, "<|im_end|>")
         model = CLIPTextConfig(
-            hidden_size=16, intermediate_size=32, projection_dim=16, num_hidden_layers=1, num_attention_heads=2,
-            vocab_size=len(run.tokenizer), bos_token_id=end - 1, eos_token_id=end, pad_token_id=end)
+            hidden_size=16,
+            intermediate_size=32,
+            projection_dim=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=len(run.tokenizer),
+            bos_token_id=end - 1,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
         params = clip.init_params(model, jax.random.fold_in(run.key, 60 + number))
         save_clip(run.model / "SD3" / name, model, jax.tree.map(np.asarray, params))
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": run.config.decoder.time_shift}
+    scheduler = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": run.config.decoder.time_shift,
+    }
     write_json(run.model / "SD3" / "scheduler" / "scheduler_config.json", scheduler, indent=1)
 
 
@@ -244,7 +361,8 @@ PHASES: dict[str, tuple[str, Callable[[Run], None]]] = {
 }
 
 
-# folders with parts of several phases: copied from `config.start` whatever the phases are, which then replace their own part
+# folders with parts of several phases: copied from `config.start` whatever the phases are, which then replace their own
+# part
 COPIED = ("llm", "SD3")
 
 
@@ -259,20 +377,25 @@ def finished_phases(workdir: pathlib.Path) -> dict[str, str]:
 
 
 def digest(config: Any, finished: Mapping[str, str], name: str) -> str:
-    """Of all that changes the numbers of a training, such as `decoder` or `mistakes`: its settings, the shared ones, what it reads.
+    """Of all that changes the numbers of a training, such as `decoder` or `mistakes`: its settings, the shared ones,
+    what it reads.
 
-    What it reads is made by a phase of this configuration, by one that was finished earlier, or comes from `config.start`.
+    What it reads is made by a phase of this configuration, by one that was finished earlier, or comes from
+    `config.start`.
     """
     made = {training for phase in config.phases for training in trainings(phase)}
     sources = [
-        digest(config, finished, part) if part in made else finished.get(part, config.start) for part in NEEDED.get(name, ())]
+        digest(config, finished, part) if part in made else finished.get(part, config.start)
+        for part in NEEDED.get(name, ())
+    ]
     values = config.to_dict()
     values = [{shared: values[shared] for shared in SHARED}, values[name], sources]
     return json_digest(values)
 
 
 def check_phases(config: Any, workdir: pathlib.Path) -> None:
-    """Refuses a workdir in which a phase of the configuration was trained by another one, before anything is written there.
+    """Refuses a workdir in which a phase of the configuration was trained by another one, before anything is written
+    there.
 
     Raises:
       ValueError: such a phase, one whose checkpoint cannot be read, or a part of which nothing says how it was made.
@@ -285,14 +408,18 @@ def check_phases(config: Any, workdir: pathlib.Path) -> None:
                 check_configuration(workdir, f"bootstrap_{training}", now)
             elif finished[training] != now:
                 raise ValueError(
-                    f"the phase {name} of {workdir} was made with another configuration (digest {finished[training]}, now {now}); use "
-                    f"the configuration in {workdir / 'config.json'}, or a new --workdir")
+                    f"the phase {name} of {workdir} was made with another configuration (digest "
+                    f"{finished[training]}, now {now}); use "
+                    f"the configuration in {workdir / 'config.json'}, or a new --workdir"
+                )
         part = workdir / "model" / PHASES[name][0]
         known = name in finished or (workdir / "checkpoints" / f"bootstrap_{name}").is_dir()
         if part.exists() and not known and not (config.start and PHASES[name][0].startswith(COPIED)):
             raise ValueError(
-                f"{part} is there, but neither phases.json nor checkpoints in {workdir} say how it was made; leave the phase {name} out of "
-                "config.phases, or use a new --workdir")
+                f"{part} is there, but neither phases.json nor checkpoints in {workdir} say how it was made; leave "
+                f"the phase {name} out of "
+                "config.phases, or use a new --workdir"
+            )
 
 
 def copy_parts(config: Any, model: pathlib.Path) -> None:
@@ -332,7 +459,8 @@ def bootstrap(config: Any, workdir: pathlib.Path) -> pathlib.Path:
         model.mkdir(exist_ok=True)
         copy_parts(config, model)
     write_scene_tokenizer(
-        model / "llm_processor", world.words, patch_size=config.captioner.vision.patch_size, max_pixels=config.side**2)
+        model / "llm_processor", world.words, patch_size=config.captioner.vision.patch_size, max_pixels=config.side**2
+    )
     writer = MetricWriter(workdir, tensorboard=False)
     run = Run(config, workdir, writer, jax.random.key(config.seed), load_tokenizer(model / "llm_processor"), world)
     for name in config.phases:
@@ -340,6 +468,9 @@ def bootstrap(config: Any, workdir: pathlib.Path) -> pathlib.Path:
         if name not in finished_phases(workdir) or not (model / done).exists():
             phase(run)
             finished = finished_phases(workdir)
-            write_json(workdir / "phases.json", finished | {training: digest(config, finished, training) for training in trainings(name)})
+            write_json(
+                workdir / "phases.json",
+                finished | {training: digest(config, finished, training) for training in trainings(name)},
+            )
     writer.close()
     return model

@@ -116,7 +116,9 @@ def cell_classes(scene: scenes.Scene) -> np.ndarray:
 
 
 def cell_attributes(scene: scenes.Scene) -> dict[str, np.ndarray]:
-    """`cell` int32 `[4, A]`, the attributes of each cell in raster order (first 0 = nothing), and `background` int32 `[]`."""
+    """`cell` int32 `[4, A]`, the attributes of each cell in raster order (first 0 = nothing), and `background` int32
+    `[]`.
+    """
     cells = np.zeros((CELLS, len(scene.values)), np.int32)
     for item in scene.objects:
         known = [values.index(getattr(item, name)) for name, values in scene.values.items()]

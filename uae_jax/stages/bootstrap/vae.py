@@ -19,11 +19,14 @@ KL_WEIGHT = 3e-4
 def stream(world: World, *, seed: int, batch_size: int, side: int):
     """Batches of `pixels` `[B, S, S, 3]` in [-1, 1]."""
     return scene_stream.stream(
-        lambda index: {"pixels": scene_stream.pixels_of(world, world.scene_at("train", index, seed), side)}, batch_size)
+        lambda index: {"pixels": scene_stream.pixels_of(world, world.scene_at("train", index, seed), side)}, batch_size
+    )
 
 
 def algorithm(config: VAEConfig) -> Algorithm:
-    """Squared and absolute reconstruction error plus a weak KL to the unit Gaussian, on batches of `pixels` `[B, H, W, 3]`."""
+    """Squared and absolute reconstruction error plus a weak KL to the unit Gaussian, on batches of `pixels` `[B, H, W,
+    3]`.
+    """
 
     def loss(params: dict, frozen: dict, rollout: dict, key: Array) -> tuple[Array, Array, dict]:
         del frozen

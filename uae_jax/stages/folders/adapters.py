@@ -45,8 +45,8 @@ def peft_name(module: str, layout: str) -> str:
 
     Args:
       module: by the table of the base model.
-      layout: `text`, the text model alone as in the release; `whole`, Qwen2_5_VLForConditionalGeneration; `transformer`,
-        SD3Transformer2DModel.
+      layout: `text`, the text model alone as in the release; `whole`, Qwen2_5_VLForConditionalGeneration;
+        `transformer`, SD3Transformer2DModel.
     """
     if layout == "text":
         return module.removeprefix("model.")
@@ -57,9 +57,14 @@ def peft_name(module: str, layout: str) -> str:
 
 def adapter_items(files: AdapterFiles, layout: str, prefix: str = PEFT_PREFIX, suffix: str = "") -> list[Item]:
     """The adapter's tensors under peft's names: prefix, module, `lora_A` or `lora_B`, suffix (`.default` in memory)."""
-    return stored_items(files.folder, (
-        (f"{prefix}{peft_name(module, layout)}.lora_{side}{suffix}.weight", pair[side])
-        for module, pair in sorted(files.pairs.items(), key=lambda entry: _natural(entry[0])) for side in "AB"))
+    return stored_items(
+        files.folder,
+        (
+            (f"{prefix}{peft_name(module, layout)}.lora_{side}{suffix}.weight", pair[side])
+            for module, pair in sorted(files.pairs.items(), key=lambda entry: _natural(entry[0]))
+            for side in "AB"
+        ),
+    )
 
 
 def _natural(name: str) -> list:
@@ -84,9 +89,15 @@ def merged(items: list[Item], files: AdapterFiles, dtype: np.dtype | None = None
 
     return [
         dataclasses.replace(
-            item, dtype=np.dtype(dtype or item.dtype), read=lambda item=item: added(item, pairs[item.name]),
-            source=f"{item.source} with {files.folder.path}")
-        if item.name in pairs else item for item in items]
+            item,
+            dtype=np.dtype(dtype or item.dtype),
+            read=lambda item=item: added(item, pairs[item.name]),
+            source=f"{item.source} with {files.folder.path}",
+        )
+        if item.name in pairs
+        else item
+        for item in items
+    ]
 
 
 def peft_config(files: AdapterFiles, layout: str, base: str) -> dict[str, Any]:
@@ -98,7 +109,9 @@ def peft_config(files: AdapterFiles, layout: str, base: str) -> dict[str, Any]:
       base: name or folder of the base model.
     """
     ranks = {peft_name(module, layout): rank for module, rank in files.ranks.items()}
-    present = [peft_name(module, layout) for module in files.modules if layout != "text" or module.startswith(IN_TEXT_MODEL)]
+    present = [
+        peft_name(module, layout) for module in files.modules if layout != "text" or module.startswith(IN_TEXT_MODEL)
+    ]
     content = peft_settings(by_ending(ranks, present), files.alpha)
     content |= {name: files.settings[name] for name in KEPT if files.settings.get(name) is not None}
     if files.settings.get("use_rslora"):
@@ -107,7 +120,9 @@ def peft_config(files: AdapterFiles, layout: str, base: str) -> dict[str, Any]:
         content["task_type"] = "CAUSAL_LM"
     if layout == "transformer":
         content["auto_mapping"] = {
-            "base_model_class": "SD3Transformer2DModel", "parent_library": "diffusers.models.transformers.transformer_sd3"}
+            "base_model_class": "SD3Transformer2DModel",
+            "parent_library": "diffusers.models.transformers.transformer_sd3",
+        }
     return content | {"base_model_name_or_path": content["base_model_name_or_path"] or base}
 
 
@@ -123,7 +138,10 @@ def wrapped_items(base: list[Item], files: AdapterFiles, tied: bool) -> list[Ite
       ValueError: it adapts more than the text model.
     """
     if not in_text_model(files):
-        raise ValueError(f"{files.folder.path} adapts more than the text model, which the wrapped layout cannot hold; choose --llm-lora peft or --merge-adapters")
+        raise ValueError(
+            f"{files.folder.path} adapts more than the text model, which the wrapped layout cannot hold; choose "
+            "--llm-lora peft or --merge-adapters"
+        )
     items = []
     for item in base:
         name = item.name

@@ -17,10 +17,21 @@ from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.stages.folders.check import Row, check_folder
 from uae_jax.stages.folders.files import check_target, copy_file, replaced, small_files, used_files
 from uae_jax.stages.folders.parts import (
-    ENCODERS, KINDS, Folder, Part, find_parts, has_tokenizer, identify, part_config, projector_sizes)
+    ENCODERS,
+    KINDS,
+    Folder,
+    Part,
+    find_parts,
+    has_tokenizer,
+    identify,
+    part_config,
+    projector_sizes,
+)
 
 PROJECTOR_FACTOR = 4  # inner width over the language model's, as in the release: 2048, 8192, 4096
-MAX_PIXELS = 65536  # of a picture that the captioner reads, as in the release's demo.py; Qwen2.5-VL publishes 12,845,056
+MAX_PIXELS = (
+    65536  # of a picture that the captioner reads, as in the release's demo.py; Qwen2.5-VL publishes 12,845,056
+)
 _COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "scheduler")
 _MODEL_FILES = ("config.json", "generation_config.json")
 
@@ -55,8 +66,15 @@ class Sources:
 
 
 def import_folder(
-    sources: Sources, out: str | pathlib.Path, *, seed: int = 0, link: bool = False, overwrite: bool = False, fast: bool = False,
-    progress: Callable[[int], None] = lambda count: None) -> tuple[list[Row], list[str]]:
+    sources: Sources,
+    out: str | pathlib.Path,
+    *,
+    seed: int = 0,
+    link: bool = False,
+    overwrite: bool = False,
+    fast: bool = False,
+    progress: Callable[[int], None] = lambda count: None,
+) -> tuple[list[Row], list[str]]:
     """Builds an official folder at `out`, after checking every part and that they fit each other.
 
     Args:
@@ -75,12 +93,17 @@ def import_folder(
       FileNotFoundError, ValueError: a part is absent, of another model, broken, or does not fit; nothing is written.
     """
     folder = gather(sources)
-    read = [pathlib.Path(getattr(sources, field.name)) for field in dataclasses.fields(sources) if getattr(sources, field.name)]
+    read = [
+        pathlib.Path(getattr(sources, field.name))
+        for field in dataclasses.fields(sources)
+        if getattr(sources, field.name)
+    ]
     check_target(pathlib.Path(out).absolute(), overwrite=overwrite, sources=read)
     rows = check_folder(folder, fast=fast, progress=progress)
     problems = [problem for row in rows for problem in row.problems]
     if problems:
-        raise ValueError(f"{problems[0]}{f' (and more, {len(problems)} problems in all; see `convert check`)' if len(problems) > 1 else ''}")
+        more = f" (and more, {len(problems)} problems in all; see `convert check`)" if len(problems) > 1 else ""
+        raise ValueError(f"{problems[0]}{more}")
     with replaced(out, overwrite=overwrite, sources=read) as fresh:
         notes = _build(folder, sources, fresh, seed, link)
     return rows, notes
@@ -94,10 +117,16 @@ def gather(sources: Sources) -> Folder:
     """
     pipeline = find_parts(sources.sd3)
     if pipeline.layout != "pipeline":
-        raise ValueError(f"--sd3 {sources.sd3} is no SD3 pipeline folder; give one with vae, scheduler, text_encoder and text_encoder_2")
+        raise ValueError(
+            f"--sd3 {sources.sd3} is no SD3 pipeline folder; give one with vae, scheduler, text_encoder and "
+            "text_encoder_2"
+        )
     parts = {"llm": _expect("llm", sources.llm)}
-    parts |= {name: _expect(name, getattr(sources, name)) for name in (
-        "projector", "llm_lora", "dit_lora", "llm_reference", "dit", *ENCODERS) if getattr(sources, name)}
+    parts |= {
+        name: _expect(name, getattr(sources, name))
+        for name in ("projector", "llm_lora", "dit_lora", "llm_reference", "dit", *ENCODERS)
+        if getattr(sources, name)
+    }
     for name in _COMPONENTS:
         parts[f"SD3/{name}"] = pipeline.part(f"SD3/{name}")
         if parts[f"SD3/{name}"] is None:
@@ -105,11 +134,16 @@ def gather(sources: Sources) -> Folder:
     if not sources.dit:
         own = pipeline.part("SD3/transformer")
         if own is None:
-            raise FileNotFoundError(f"--sd3 {sources.sd3} has no transformer folder; download it too, or give a transformer with --dit")
+            raise FileNotFoundError(
+                f"--sd3 {sources.sd3} has no transformer folder; download it too, or give a transformer with --dit"
+            )
         parts["dit"] = Part("dit", own.folder)
     processor = pathlib.Path(sources.llm_processor or sources.llm)
     if not has_tokenizer(processor):
-        raise FileNotFoundError(f"{processor} has no tokenizer_config.json; give the folder of tokenizer and image processor with --llm_processor")
+        raise FileNotFoundError(
+            f"{processor} has no tokenizer_config.json; give the folder of tokenizer and image processor with "
+            "--llm_processor"
+        )
     parts["llm_processor"] = Part("llm_processor", processor)
     return Folder(pathlib.Path(sources.llm).parent, "sources", tuple(parts[name] for name in KINDS if name in parts))
 
@@ -122,7 +156,10 @@ def _expect(name: str, path: str) -> Part:
     found = identify(folder)
     same = {"longclip": "clip", "llm_reference": "llm"}.get(name, name)
     if found not in (name, same):
-        raise ValueError(f"--{name} {folder} holds {f'the part {found}' if found else 'no model that is known'}, not {name}; give the folder of that model")
+        raise ValueError(
+            f"--{name} {folder} holds {f'the part {found}' if found else 'no model that is known'}, not {name}; give "
+            "the folder of that model"
+        )
     return Part(name, folder)
 
 
@@ -159,14 +196,21 @@ def _bound_pictures(fresh: pathlib.Path) -> list[str]:
     before = load_image_processor(fresh / "llm_processor", 1 << 20).max_pixels
     if before <= MAX_PIXELS:
         return []
-    for name in ("llm_processor", "llm"):  # the second is there when both were published in one folder, and exports have it
+    for name in (
+        "llm_processor",
+        "llm",
+    ):  # the second is there when both were published in one folder, and exports have it
         path = fresh / name / "preprocessor_config.json"
         if path.exists():
             settings = read_json(path.parent, path.name)
             if settings.get("size"):
                 settings["size"] |= {"longest_edge": MAX_PIXELS}
-            write_json(path, settings | {"max_pixels": MAX_PIXELS})  # a new file: a hard link must not change the source
-    return [f"max_pixels of the image processor is lowered from {before} to the release's {MAX_PIXELS} (docs/weights.md)"]
+            write_json(
+                path, settings | {"max_pixels": MAX_PIXELS}
+            )  # a new file: a hard link must not change the source
+    return [
+        f"max_pixels of the image processor is lowered from {before} to the release's {MAX_PIXELS} (docs/weights.md)"
+    ]
 
 
 def _add_projector(folder: Folder, fresh: pathlib.Path, seed: int) -> list[str]:
@@ -185,13 +229,17 @@ def _add_projector(folder: Folder, fresh: pathlib.Path, seed: int) -> list[str]:
         params = qwen.init_projector(jax.random.key(seed), width, hidden, features)
         dtype = np.dtype(dtype_name(stored.dtype(next(iter(sorted(stored.names()))))))
         tensors = dict(published_tensors({"projector": params}, qwen_weights.projector_rules(), dtype))
-        note = (f"{part.folder} has no projector: a new one of {width} -> {hidden} -> {features} was made from seed {seed} ({dtype.name}); "
-                "it is random, run the stage pretrain first")
+        note = (
+            f"{part.folder} has no projector: a new one of {width} -> {hidden} -> {features} was made from seed "
+            f"{seed} ({dtype.name}); "
+            "it is random, run the stage pretrain first"
+        )
     file = write_tensors(fresh / "llm", tensors, stem="projector")[0]
     for index in (fresh / "llm").glob("*.safetensors.index.json"):
         content = json.loads(index.read_text())
         content["weight_map"] |= {name: file.name for name in tensors}
-        content.setdefault("metadata", {})["total_size"] = (
-            content.get("metadata", {}).get("total_size", 0) + sum(tensor.nbytes for tensor in tensors.values()))
+        content.setdefault("metadata", {})["total_size"] = content.get("metadata", {}).get("total_size", 0) + sum(
+            tensor.nbytes for tensor in tensors.values()
+        )
         write_json(index, content)  # a new file: a hard link must not change the source
     return [note]

@@ -1,4 +1,6 @@
-"""Whether the parts of a model folder are whole: names, shapes and numbers of every tensor, and that the parts fit each other."""
+"""Whether the parts of a model folder are whole: names, shapes and numbers of every tensor, and that the parts fit each
+other.
+"""
 
 import dataclasses
 import json
@@ -19,7 +21,16 @@ from uae_jax.hf.rules import listed
 from uae_jax.hf.safetensors import TensorFolder, dtype_name
 from uae_jax.stages.folders.adapters import in_text_model, survey
 from uae_jax.stages.folders.parts import (
-    ADAPTERS, ENCODERS, Folder, Part, part_config, part_encoder, part_table, part_tensors, projector_sizes)
+    ADAPTERS,
+    ENCODERS,
+    Folder,
+    Part,
+    part_config,
+    part_encoder,
+    part_table,
+    part_tensors,
+    projector_sizes,
+)
 
 NEEDED = ("llm", "llm_processor", "SD3/vae", "SD3/text_encoder", "SD3/text_encoder_2", "SD3/scheduler")
 _LISTED = 4  # names in a message; all are in the JSON
@@ -63,7 +74,9 @@ class Row:
         return values | {"folder": str(self.folder), "ok": not self.problems}
 
 
-def check_folder(folder: Folder, *, fast: bool = False, progress: Callable[[int], None] = lambda count: None) -> list[Row]:
+def check_folder(
+    folder: Folder, *, fast: bool = False, progress: Callable[[int], None] = lambda count: None
+) -> list[Row]:
     """A row for every part, and for every part that an official folder lacks.
 
     Args:
@@ -74,11 +87,27 @@ def check_folder(folder: Folder, *, fast: bool = False, progress: Callable[[int]
     rows = [check_part(part, folder, fast=fast, progress=progress) for part in folder.parts]
     if folder.layout == "official":
         rows += [
-            Row(name, folder.path / name, problems=[f"{folder.path / name} is not there; copy it there, or build the folder with `convert import`"])
-            for name in NEEDED if folder.part(name) is None]
+            Row(
+                name,
+                folder.path / name,
+                problems=[
+                    f"{folder.path / name} is not there; copy it there, or build the folder with `convert import`"
+                ],
+            )
+            for name in NEEDED
+            if folder.part(name) is None
+        ]
         if folder.transformer is None:
-            rows.append(Row("dit", folder.path / "dit", problems=[
-                f"neither {folder.path / 'dit'} nor {folder.path / 'SD3' / 'transformer'} is there; copy one of them there"]))
+            rows.append(
+                Row(
+                    "dit",
+                    folder.path / "dit",
+                    problems=[
+                        f"neither {folder.path / 'dit'} nor {folder.path / 'SD3' / 'transformer'} is there; copy one "
+                        "of them there"
+                    ],
+                )
+            )
     found = {row.part: row for row in rows}
     check_fit(found, folder)
     if "dit" in found and "SD3/transformer" in found:
@@ -93,7 +122,9 @@ def weight_bytes(folder: Folder) -> int:
     return sum(file.stat().st_size for part in folder.parts for file in part.folder.glob("*.safetensors"))
 
 
-def check_part(part: Part, folder: Folder, *, fast: bool = False, progress: Callable[[int], None] = lambda count: None) -> Row:
+def check_part(
+    part: Part, folder: Folder, *, fast: bool = False, progress: Callable[[int], None] = lambda count: None
+) -> Row:
     """One part; nothing is raised, what is wrong is in the row's problems."""
     row = Row(part.name, part.folder, licence=find_licence(part.folder, folder.path))
     try:
@@ -142,13 +173,18 @@ def _check_weights(row: Row, part: Part, folder: Folder, fast: bool, progress: C
 def _fit_problems(part: Part, stored: TensorFolder, fit: Fit) -> list[str]:
     wrong = [f"{part.folder} misses {listed(fit.missing, _LISTED)}"] if fit.missing else []
     if fit.unknown:
-        wrong.append(f"{stored.files[fit.unknown[0].split(' ')[0]]} has {listed(fit.unknown, _LISTED)}, which this model has not")
+        wrong.append(
+            f"{stored.files[fit.unknown[0].split(' ')[0]]} has {listed(fit.unknown, _LISTED)}, which this model has not"
+        )
     problems = [f"{'; '.join(wrong)}; copy weights and config.json again from one place"] if wrong else []
     return problems + _misshapen(part, fit)
 
 
 def _misshapen(part: Part, fit: Fit) -> list[str]:
-    return [f"{part.folder}: {sentence}; copy the config.json and weights of one model" for sentence in fit.misshapen[:_LISTED]]
+    return [
+        f"{part.folder}: {sentence}; copy the config.json and weights of one model"
+        for sentence in fit.misshapen[:_LISTED]
+    ]
 
 
 def _bad_numbers(stored: TensorFolder, progress: Callable[[int], None]) -> list[str]:
@@ -157,9 +193,14 @@ def _bad_numbers(stored: TensorFolder, progress: Callable[[int], None]) -> list[
         tensor = stored.read(name)
         count = count_non_finite(tensor)
         if count:
-            problems.append(f"{stored.files[name]}: {name} has {count:,} of {tensor.size:,} numbers that are NaN or infinite; copy the file again")
+            problems.append(
+                f"{stored.files[name]}: {name} has {count:,} of {tensor.size:,} numbers that are NaN or infinite; "
+                "copy the file again"
+            )
         progress(tensor.nbytes)
-    return problems[:_LISTED] + ([f"and {len(problems) - _LISTED} more tensors with such numbers"] if len(problems) > _LISTED else [])
+    return problems[:_LISTED] + (
+        [f"and {len(problems) - _LISTED} more tensors with such numbers"] if len(problems) > _LISTED else []
+    )
 
 
 def _compare_adapter(row: Row, part: Part, folder: Folder) -> Fit:
@@ -174,10 +215,17 @@ def _compare_adapter(row: Row, part: Part, folder: Folder) -> Fit:
             base = compare(files.folder, table.rules, table.abstract, aliases=table.aliases, ignore=table.ignore)
             row.problems += _fit_problems(part, files.folder, base)
     ranks = ", ".join(str(rank) for rank in sorted(set(files.ranks.values())))
-    row.notes.append(f"rank {ranks}, alpha {files.alpha:g}{' (assumed: no adapter_config.json)' if files.assumed else ''}")
+    row.notes.append(
+        f"rank {ranks}, alpha {files.alpha:g}{' (assumed: no adapter_config.json)' if files.assumed else ''}"
+    )
     if part.name == "llm_lora" and not in_text_model(files):
-        row.notes.append("adapts more than the text model: merge it, by model.merge_adapters=True or `convert export --merge-adapters`")
-    published = {f"{module}.lora_{side}.weight": name for module, pair in files.pairs.items() for side, name in pair.items()}
+        row.notes.append(
+            "adapts more than the text model: merge it, by model.merge_adapters=True or `convert export "
+            "--merge-adapters`"
+        )
+    published = {
+        f"{module}.lora_{side}.weight": name for module, pair in files.pairs.items() for side, name in pair.items()
+    }
     fit = Fit(published, len(published) + len(files.missing), files.missing, files.unknown)
     if files.problems:
         return fit
@@ -187,6 +235,7 @@ def _compare_adapter(row: Row, part: Part, folder: Folder) -> Fit:
 
 def check_fit(rows: dict[str, Row], folder: Folder) -> None:
     """Adds a problem to a row whose part does not fit another part."""
+
     def config(name: str) -> Any:
         return rows[name].config if name in rows else None
 
@@ -198,41 +247,63 @@ def check_fit(rows: dict[str, Row], folder: Folder) -> None:
             captioner.notes.append("no projector: plain Qwen2.5-VL")
         elif features is None:
             captioner.problems.append(
-                f"{captioner.folder} has no projector.0 and projector.2 tensors; UAE's own llm folder has them, `convert import` makes new ones")
+                f"{captioner.folder} has no projector.0 and projector.2 tensors; UAE's own llm folder has them, "
+                "`convert import` makes new ones"
+            )
         elif sizes and features != sizes.joint_attention_dim:
             captioner.problems.append(
-                f"{captioner.folder}: the projector gives {features} features, {decoder.folder} needs joint_attention_dim {sizes.joint_attention_dim}; "
-                "use the projector and transformer of one model")
+                f"{captioner.folder}: the projector gives {features} features, {decoder.folder} needs "
+                f"joint_attention_dim {sizes.joint_attention_dim}; "
+                "use the projector and transformer of one model"
+            )
     if sizes and config("SD3/vae") and config("SD3/vae").latent_channels != sizes.in_channels:
         rows["SD3/vae"].problems.append(
-            f"{rows['SD3/vae'].folder} has {config('SD3/vae').latent_channels} latent channels, {decoder.folder} needs {sizes.in_channels}")
+            f"{rows['SD3/vae'].folder} has {config('SD3/vae').latent_channels} latent channels, {decoder.folder} "
+            f"needs {sizes.in_channels}"
+        )
     _check_reference(rows, folder)
     texts = [config(f"SD3/{name}") for name in ("text_encoder", "text_encoder_2")]
     if sizes and all(texts) and sum(text.projection_dim for text in texts) != sizes.pooled_projection_dim:
         rows["SD3/text_encoder"].problems.append(
-            f"the text encoders give {' + '.join(str(text.projection_dim) for text in texts)} features, {decoder.folder} needs "
-            f"pooled_projection_dim {sizes.pooled_projection_dim}; copy both encoders of its own model")
-    if captioner and captioner.config and config("llm_processor") and config("llm_processor")[0] > captioner.config.text.vocab_size:
+            f"the text encoders give {' + '.join(str(text.projection_dim) for text in texts)} features, "
+            f"{decoder.folder} needs "
+            f"pooled_projection_dim {sizes.pooled_projection_dim}; copy both encoders of its own model"
+        )
+    if (
+        captioner
+        and captioner.config
+        and config("llm_processor")
+        and config("llm_processor")[0] > captioner.config.text.vocab_size
+    ):
         rows["llm_processor"].problems.append(
             f"{rows['llm_processor'].folder} has {config('llm_processor')[0]:,} tokens, {captioner.folder} embeds "
-            f"{captioner.config.text.vocab_size:,}; copy the tokenizer of this model")
+            f"{captioner.config.text.vocab_size:,}; copy the tokenizer of this model"
+        )
 
 
 def _check_reference(rows: dict[str, Row], folder: Folder) -> None:
-    """The captioner as it was before its language model was trained whole is of the same sizes, and none has an adapter."""
+    """The captioner as it was before its language model was trained whole is of the same sizes, and none has an
+    adapter.
+    """
     captioner, reference = rows.get("llm"), rows.get("llm_reference")
     if reference is None or reference.config is None:
         return
     reference.notes.append("the decoder's text encoder, and the reference of llm")
     if "llm_lora" in rows:
         reference.problems.append(
-            f"{reference.folder} and {rows['llm_lora'].folder} are both there; a captioner is trained by an adapter or whole, so remove one of them")
+            f"{reference.folder} and {rows['llm_lora'].folder} are both there; a captioner is trained by an adapter "
+            "or whole, so remove one of them"
+        )
     if captioner and captioner.config and captioner.config.text != reference.config.text:
-        reference.problems.append(f"{reference.folder} and {captioner.folder} have language models of other sizes; take both from one export")
+        reference.problems.append(
+            f"{reference.folder} and {captioner.folder} have language models of other sizes; take both from one export"
+        )
 
 
 def _projector_features(folder: Folder, own: Row | None) -> int | None:
-    """What the projector gives, wherever it is: with the captioner that is used, else in `llm`, or in a folder of its own."""
+    """What the projector gives, wherever it is: with the captioner that is used, else in `llm`, or in a folder of its
+    own.
+    """
     places = [own.folder] if own else [part.folder for part in (folder.captioner, folder.part("llm")) if part]
     for place in places:
         try:
@@ -248,7 +319,11 @@ def find_licence(folder: pathlib.Path, root: pathlib.Path) -> str | None:
     """The licence file nearest to a part, up to the model's folder: its name, or `README: NAME` of a front matter."""
     places = [folder, *(place for place in folder.parents if place == root or root in place.parents)]
     for place in places:
-        files = sorted(file.name for file in place.iterdir() if re.match(r"licen[sc]e", file.name, re.IGNORECASE)) if place.is_dir() else []
+        files = (
+            sorted(file.name for file in place.iterdir() if re.match(r"licen[sc]e", file.name, re.IGNORECASE))
+            if place.is_dir()
+            else []
+        )
         if files:
             return files[0]
         match = re.match(r"---\n.*?^license:\s*(\S+)", _readme(place), re.DOTALL | re.MULTILINE)
@@ -268,7 +343,10 @@ def table_text(folder: Folder, rows: Sequence[Row]) -> str:
     titles = ("part", "files", "tensors", "stored as", "parameters", "licence", "result")
     lines = [titles, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
-    text = [f"{folder.path}: {dict(official='official layout', pipeline='diffusers pipeline', part='one part alone')[folder.layout]}"]
+    text = [
+        f"{folder.path}: "
+        f"{dict(official='official layout', pipeline='diffusers pipeline', part='one part alone')[folder.layout]}"
+    ]
     for line, row in zip(lines, (None, *rows)):
         text.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
         for sentence in row.problems if row else ():
@@ -285,9 +363,15 @@ def _cells(row: Row) -> tuple[str, ...]:
     if not row.expected and row.parameters == 0:
         middle = ("-", "-", "-")
     else:
-        dtypes = ", ".join(row.dtypes) if len(row.dtypes) == 1 else ", ".join(f"{name} ({count})" for name, count in row.dtypes.items())
+        dtypes = (
+            ", ".join(row.dtypes)
+            if len(row.dtypes) == 1
+            else ", ".join(f"{name} ({count})" for name, count in row.dtypes.items())
+        )
         middle = (f"{row.matched} of {row.expected}", dtypes or "-", readable(row.parameters))
-    result = f"{len(row.problems)} problem{'s' * (len(row.problems) > 1)}" if row.problems else "; ".join(("ok", *row.notes))
+    result = (
+        f"{len(row.problems)} problem{'s' * (len(row.problems) > 1)}" if row.problems else "; ".join(("ok", *row.notes))
+    )
     return (row.part, str(row.files or "-"), *middle, row.licence or "-", result)
 
 
@@ -301,6 +385,12 @@ def readable(count: int) -> str:
 
 def as_json(folder: Folder, rows: Sequence[Row]) -> str:
     """The rows as one JSON object."""
-    return json.dumps({
-        "folder": str(folder.path), "layout": folder.layout, "ok": not any(row.problems for row in rows),
-        "parts": [row.record() for row in rows]}, indent=1)
+    return json.dumps(
+        {
+            "folder": str(folder.path),
+            "layout": folder.layout,
+            "ok": not any(row.problems for row in rows),
+            "parts": [row.record() for row in rows],
+        },
+        indent=1,
+    )

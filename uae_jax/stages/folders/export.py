@@ -1,6 +1,8 @@
-"""An official folder or training workdir as another folder: official again, or what transformers, diffusers and peft open.
+"""An official folder or training workdir as another folder: official again, or what transformers, diffusers and peft
+open.
 
-Tensors go from file to file one at a time, under their published names; in their stored precision they stay equal bit for bit.
+Tensors go from file to file one at a time, under their published names; in their stored precision they stay equal bit
+for bit.
 """
 
 import dataclasses
@@ -11,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from uae_jax.hf.adapters import AdapterFiles
 from uae_jax.files.json_files import read_json, write_json
+from uae_jax.hf.adapters import AdapterFiles
 from uae_jax.hf.inventory import compare
 from uae_jax.hf.items import Item, cast, stored_items, write_items
 from uae_jax.hf.torch_file import open_tensors
@@ -20,7 +22,18 @@ from uae_jax.stages.folders import adapters
 from uae_jax.stages.folders.check import check_folder
 from uae_jax.stages.folders.files import check_target, copy_file, replaced, small_files
 from uae_jax.stages.folders.parts import (
-    KINDS, PROJECTOR, Folder, Part, find_parts, has_openai_names, part_config, part_table, part_tensors, projector_sizes, with_dtype)
+    KINDS,
+    PROJECTOR,
+    Folder,
+    Part,
+    find_parts,
+    has_openai_names,
+    part_config,
+    part_table,
+    part_tensors,
+    projector_sizes,
+    with_dtype,
+)
 
 LAYOUTS = ("official", "hub")
 DTYPES = ("keep", "float32", "bfloat16", "float16")
@@ -28,11 +41,18 @@ LLM_LORA = ("peft", "wrapped")
 WRAPPED_SHARDS = 3  # as in the release
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 _PIPELINE = {
-    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"), "transformer": ("diffusers", "SD3Transformer2DModel"),
-    "vae": ("diffusers", "AutoencoderKL"), "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
-    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"), "text_encoder_3": ("transformers", "T5EncoderModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"), "tokenizer_2": ("transformers", "CLIPTokenizer"),
-    "tokenizer_3": ("transformers", "T5TokenizerFast"), "image_encoder": (None, None), "feature_extractor": (None, None)}
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "transformer": ("diffusers", "SD3Transformer2DModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+    "text_encoder_3": ("transformers", "T5EncoderModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "CLIPTokenizer"),
+    "tokenizer_3": ("transformers", "T5TokenizerFast"),
+    "image_encoder": (None, None),
+    "feature_extractor": (None, None),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +63,8 @@ class ExportConfig:
       layout: `official`, or `hub`: folders for transformers, diffusers and peft.
       dtype: of all weights, or `keep`.
       merge_adapters: add the adapters to their models instead of writing them beside.
-      llm_lora: in the official layout: `peft`, an adapter folder, or `wrapped`, the release's whole state in three files.
+      llm_lora: in the official layout: `peft`, an adapter folder, or `wrapped`, the release's whole state in three
+        files.
       max_shard_gb: size limit of one file in 10^9 bytes.
       parts: names of the parts to write (`SD3` stands for all of its folders); empty for all.
 
@@ -98,8 +119,13 @@ class Output:
 
 
 def export_folder(
-    source: str | pathlib.Path, out: str | pathlib.Path, config: ExportConfig, *, overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda count, total: None) -> list[Output]:
+    source: str | pathlib.Path,
+    out: str | pathlib.Path,
+    config: ExportConfig,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda count, total: None,
+) -> list[Output]:
     """Writes a model in another layout or precision; the new folder appears only when it is complete.
 
     Args:
@@ -113,7 +139,8 @@ def export_folder(
       What was written.
 
     Raises:
-      FileNotFoundError, ValueError: something in `source` is absent, broken or NaN, or `out` is not free; nothing is written.
+      FileNotFoundError, ValueError: something in `source` is absent, broken or NaN, or `out` is not free; nothing is
+        written.
     """
     folder = find_parts(source)
     if folder.layout != "official":
@@ -122,7 +149,8 @@ def export_folder(
     chosen = [row for row in check_folder(folder, fast=True) if not config.parts or _chosen(row.part, config.parts)]
     problems = [problem for row in chosen for problem in row.problems]
     if problems:
-        raise ValueError(f"{problems[0]}{f' (and more, {len(problems)} problems in all; see `convert check`)' if len(problems) > 1 else ''}")
+        more = f" (and more, {len(problems)} problems in all; see `convert check`)" if len(problems) > 1 else ""
+        raise ValueError(f"{problems[0]}{more}")
     outputs = [output for output in plan(folder, config) if not config.parts or _chosen(output.name, config.parts)]
     if not any(output.items or output.copies for output in outputs):
         raise ValueError(f"{folder.path} holds none of the parts {', '.join(config.parts)}")
@@ -151,9 +179,16 @@ def plan(folder: Folder, config: ExportConfig) -> list[Output]:
     """Every folder that an export writes, in the order of `KINDS`; tensors are read when they are written."""
     dtype = None if config.dtype == "keep" else np.dtype(config.dtype)
     return [
-        Output("", copies=tuple(file for file in small_files(folder.path) if file.name.lower().startswith(("licen", "notice", "readme")))),
-        *_captioner(folder, config, dtype), *_decoder(folder, config, dtype),
-        *(_plain(part, part.name, dtype) for part in folder.parts if part.kind == "image encoder")]
+        Output(
+            "",
+            copies=tuple(
+                file for file in small_files(folder.path) if file.name.lower().startswith(("licen", "notice", "readme"))
+            ),
+        ),
+        *_captioner(folder, config, dtype),
+        *_decoder(folder, config, dtype),
+        *(_plain(part, part.name, dtype) for part in folder.parts if part.kind == "image encoder"),
+    ]
 
 
 def part_items(part: Part) -> list[Item]:
@@ -179,7 +214,9 @@ def _plain(part: Part, name: str, dtype: np.dtype | None, items: Iterable[Item] 
 def stored_config(part: Part, items: Iterable[Item]) -> dict[str, Any]:
     """A part's config.json, with the precision of its tensors where it says one."""
     content, dtypes = read_json(part.config_folder), {item.dtype.name for item in items}
-    return with_dtype(content, dtypes.pop()) if len(dtypes) == 1 and part.kind not in ("transformer", "vae") else content
+    return (
+        with_dtype(content, dtypes.pop()) if len(dtypes) == 1 and part.kind not in ("transformer", "vae") else content
+    )
 
 
 def _captioner(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> list[Output]:
@@ -200,14 +237,20 @@ def _captioner(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> 
     if files and not config.merge_adapters:
         outputs.append(_language_adapter(part, adapted, files, base, config, dtype))
     if reference:
-        items = [item for item in part_items(reference) if config.layout == "official" or not item.name.startswith("projector.")]
+        items = [
+            item
+            for item in part_items(reference)
+            if config.layout == "official" or not item.name.startswith("projector.")
+        ]
         note = "the decoder's text encoder: llm before it was trained"
         outputs.append(dataclasses.replace(_plain(reference, reference.name, dtype, items), note=note))
     return outputs
 
 
 def _projector_items(folder: Folder, captioner: Part) -> list[Item]:
-    """The projector, where it is not among the captioner's own weights: in a folder of its own, or in `llm` beside `llm_lora`."""
+    """The projector, where it is not among the captioner's own weights: in a folder of its own, or in `llm` beside
+    `llm_lora`.
+    """
     if projector_sizes(part_tensors(captioner)):
         return []
     own, plain = folder.part("projector"), folder.part("llm")
@@ -218,36 +261,65 @@ def _projector_items(folder: Folder, captioner: Part) -> list[Item]:
 def _hub_captioner(part: Part, items: list[Item], dtype: np.dtype | None, processor: Part | None) -> list[Output]:
     """The model without the projector, with its tokenizer; the projector in a folder of its own."""
     model = _plain(part, "llm", dtype, [item for item in items if not item.name.startswith("projector.")])
-    beside = tuple(
-        file for file in small_files(processor.folder) if file.name not in (
-            "config.json", "generation_config.json", *(copy.name for copy in model.copies))) if processor else ()
+    beside = (
+        tuple(
+            file
+            for file in small_files(processor.folder)
+            if file.name not in ("config.json", "generation_config.json", *(copy.name for copy in model.copies))
+        )
+        if processor
+        else ()
+    )
     projector = cast([item for item in items if item.name.startswith("projector.")], dtype)
     shapes = {item.name: item.shape for item in projector}
     content = {
-        "model_type": PROJECTOR, "in_features": shapes["projector.0.weight"][1], "hidden_features": shapes["projector.0.weight"][0],
-        "out_features": shapes["projector.2.weight"][0], "hidden_act": "gelu"}
+        "model_type": PROJECTOR,
+        "in_features": shapes["projector.0.weight"][1],
+        "hidden_features": shapes["projector.0.weight"][0],
+        "out_features": shapes["projector.2.weight"][0],
+        "hidden_act": "gelu",
+    }
     return [
         dataclasses.replace(model, copies=model.copies + beside),
-        Output("projector", tuple(projector), contents={"config.json": content}, note=(
-            "UAE's two-layer projector, which transformers does not know: projector.0, GELU, projector.2 on the last hidden states"))]
+        Output(
+            "projector",
+            tuple(projector),
+            contents={"config.json": content},
+            note=(
+                "UAE's two-layer projector, which transformers does not know: projector.0, GELU, projector.2 on the "
+                "last hidden states"
+            ),
+        ),
+    ]
 
 
 def _language_adapter(
-    captioner: Part, part: Part, files: AdapterFiles, base: list[Item], config: ExportConfig, dtype: np.dtype | None) -> Output:
+    captioner: Part, part: Part, files: AdapterFiles, base: list[Item], config: ExportConfig, dtype: np.dtype | None
+) -> Output:
     copies = tuple(file for file in small_files(part.folder) if not file.name.endswith("config.json"))
     copies = () if part.folder == captioner.folder else copies  # they are the captioner's
     if config.llm_lora == "wrapped":
         tied = part_config(captioner).text.tied
         contents = {} if files.assumed else {"adapter_config.json": adapters.peft_config(files, "text", "llm")}
         return Output(
-            "llm_lora", tuple(cast(adapters.wrapped_items(base, files, tied), dtype)), shards=WRAPPED_SHARDS, copies=copies,
-            contents=contents, note="the whole captioner with its text model wrapped by peft, as released")
+            "llm_lora",
+            tuple(cast(adapters.wrapped_items(base, files, tied), dtype)),
+            shards=WRAPPED_SHARDS,
+            copies=copies,
+            contents=contents,
+            note="the whole captioner with its text model wrapped by peft, as released",
+        )
     layout, model = ("text", "its text model (model.model.language_model)")
     if config.layout == "hub" or not adapters.in_text_model(files):
         layout, model = "whole", "Qwen2_5_VLForConditionalGeneration"
     return Output(
-        "llm_lora", tuple(cast(adapters.adapter_items(files, layout), dtype)), "adapter_model", copies=copies,
-        contents={"adapter_config.json": adapters.peft_config(files, layout, "llm")}, note=f"peft adapter around {model}")
+        "llm_lora",
+        tuple(cast(adapters.adapter_items(files, layout), dtype)),
+        "adapter_model",
+        copies=copies,
+        contents={"adapter_config.json": adapters.peft_config(files, layout, "llm")},
+        note=f"peft adapter around {model}",
+    )
 
 
 def _decoder(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> list[Output]:
@@ -256,18 +328,37 @@ def _decoder(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> li
     name = "SD3/transformer" if config.layout == "hub" else part.name if part else ""
     if part:
         items, files = part_items(part), adapters.survey(adapted, folder) if adapted else None
-        outputs.append(_plain(part, name, dtype, adapters.merged(items, files, dtype) if files and config.merge_adapters else items))
+        outputs.append(
+            _plain(
+                part, name, dtype, adapters.merged(items, files, dtype) if files and config.merge_adapters else items
+            )
+        )
         if files and not config.merge_adapters:
-            outputs.append(Output(
-                "dit_lora", tuple(cast(adapters.adapter_items(files, "transformer"), dtype)), "adapter_model",
-                copies=tuple(file for file in small_files(adapted.folder) if not file.name.endswith("config.json")),
-                contents={"adapter_config.json": adapters.peft_config(files, "transformer", name)},
-                note="peft adapter around SD3Transformer2DModel"))
+            outputs.append(
+                Output(
+                    "dit_lora",
+                    tuple(cast(adapters.adapter_items(files, "transformer"), dtype)),
+                    "adapter_model",
+                    copies=tuple(file for file in small_files(adapted.folder) if not file.name.endswith("config.json")),
+                    contents={"adapter_config.json": adapters.peft_config(files, "transformer", name)},
+                    note="peft adapter around SD3Transformer2DModel",
+                )
+            )
     if config.layout == "hub":
         index = _model_index(folder, {output.name for output in outputs})
         absent = [name for name, (library, _) in _PIPELINE.items() if library and index[name] == [None, None]]
-        note = f"StableDiffusion3Pipeline.from_pretrained(..., {', '.join(f'{name}=None' for name in absent)})" if absent else ""
-        outputs.append(Output("SD3", contents={"model_index.json": index}, note=note and f"without {len(absent)} components, opens as {note}"))
+        note = (
+            f"StableDiffusion3Pipeline.from_pretrained(..., {', '.join(f'{name}=None' for name in absent)})"
+            if absent
+            else ""
+        )
+        outputs.append(
+            Output(
+                "SD3",
+                contents={"model_index.json": index},
+                note=note and f"without {len(absent)} components, opens as {note}",
+            )
+        )
     return outputs
 
 
@@ -277,12 +368,18 @@ def _pipeline_folders(folder: Folder, dtype: np.dtype | None) -> list[Output]:
     if not root.is_dir():
         return []
     outputs = [Output("SD3", copies=tuple(small_files(root)))]
-    for inner in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".") and path.name != "transformer"):
+    for inner in sorted(
+        path
+        for path in root.iterdir()
+        if path.is_dir() and not path.name.startswith(".") and path.name != "transformer"
+    ):
         part = folder.part(f"SD3/{inner.name}")
         if part and part.kind in ("vae", "text encoder"):
             outputs.append(_plain(part, part.name, dtype))
         else:
-            outputs.append(Output(f"SD3/{inner.name}", copies=tuple(file for file in sorted(inner.iterdir()) if file.is_file())))
+            outputs.append(
+                Output(f"SD3/{inner.name}", copies=tuple(file for file in sorted(inner.iterdir()) if file.is_file()))
+            )
     return outputs
 
 

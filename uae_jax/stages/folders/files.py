@@ -8,7 +8,19 @@ from collections.abc import Iterator
 
 from uae_jax.stages.folders.parts import Part, find_parts, part_tensors
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".index.json", ".index.fp16.json")
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".msgpack",
+    ".h5",
+    ".gguf",
+    ".onnx",
+    ".index.json",
+    ".index.fp16.json",
+)
 
 
 def is_weight_file(path: pathlib.Path) -> bool:
@@ -18,11 +30,17 @@ def is_weight_file(path: pathlib.Path) -> bool:
 
 def small_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Configuration, tokenizer, licence and other files of a folder, without hidden ones and without weights."""
-    return [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".") and not is_weight_file(file)]
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and not file.name.startswith(".") and not is_weight_file(file)
+    ]
 
 
 def used_files(part: Part) -> list[pathlib.Path]:
-    """The files of a part that are read: the small ones, and of the weights those that the loader opens, with their index."""
+    """The files of a part that are read: the small ones, and of the weights those that the loader opens, with their
+    index.
+    """
     weights = sorted(set(part_tensors(part).files.values()))
     if part.folder.is_file():
         return weights
@@ -92,4 +110,6 @@ def check_target(out: pathlib.Path, *, overwrite: bool, sources: list[pathlib.Pa
     except (ValueError, FileNotFoundError):
         model = False
     if not model:
-        raise ValueError(f"{out} is not a model folder, so --overwrite does not delete it; give the name of a new folder")
+        raise ValueError(
+            f"{out} is not a model folder, so --overwrite does not delete it; give the name of a new folder"
+        )

@@ -28,16 +28,38 @@ from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 
 # part -> what it holds, in the order of tables and files
 KINDS = {
-    "llm": "captioner", "projector": "projector", "llm_lora": "language adapter", "llm_processor": "processor", "llm_reference": "captioner",
-    "SD3/transformer": "transformer", "SD3/vae": "vae", "SD3/text_encoder": "text encoder", "SD3/text_encoder_2": "text encoder",
-    "SD3/scheduler": "scheduler", "dit": "transformer", "dit_lora": "transformer adapter", "clip": "image encoder",
-    "longclip": "image encoder", "dinov2": "image encoder", "dinov3": "image encoder"}
+    "llm": "captioner",
+    "projector": "projector",
+    "llm_lora": "language adapter",
+    "llm_processor": "processor",
+    "llm_reference": "captioner",
+    "SD3/transformer": "transformer",
+    "SD3/vae": "vae",
+    "SD3/text_encoder": "text encoder",
+    "SD3/text_encoder_2": "text encoder",
+    "SD3/scheduler": "scheduler",
+    "dit": "transformer",
+    "dit_lora": "transformer adapter",
+    "clip": "image encoder",
+    "longclip": "image encoder",
+    "dinov2": "image encoder",
+    "dinov3": "image encoder",
+}
 ADAPTERS = ("llm_lora", "dit_lora")
 ENCODERS = ("clip", "longclip", "dinov2", "dinov3")
 _MODEL_TYPES = {
-    "qwen2_5_vl": "llm", "clip": "clip", "clip_vision_model": "clip", "clip_text_model": "SD3/text_encoder", "dinov2": "dinov2",
-    "dinov3_vit": "dinov3"}
-_CLASSES = {"SD3Transformer2DModel": "dit", "AutoencoderKL": "SD3/vae", "FlowMatchEulerDiscreteScheduler": "SD3/scheduler"}
+    "qwen2_5_vl": "llm",
+    "clip": "clip",
+    "clip_vision_model": "clip",
+    "clip_text_model": "SD3/text_encoder",
+    "dinov2": "dinov2",
+    "dinov3_vit": "dinov3",
+}
+_CLASSES = {
+    "SD3Transformer2DModel": "dit",
+    "AutoencoderKL": "SD3/vae",
+    "FlowMatchEulerDiscreteScheduler": "SD3/scheduler",
+}
 PROJECTOR = "uae_projector"  # model_type of the projector's own folder, which transformers does not know
 
 
@@ -91,7 +113,9 @@ class Folder:
 
     @property
     def captioner(self) -> Part | None:
-        """The captioner that the model uses: the one in `llm_lora` where it holds one, as the release's does, else `llm`."""
+        """The captioner that the model uses: the one in `llm_lora` where it holds one, as the release's does, else
+        `llm`.
+        """
         return _wrapped_captioner(self.part("llm_lora"), self.part("llm")) or self.part("llm")
 
 
@@ -116,16 +140,22 @@ def find_parts(path: str | pathlib.Path) -> Folder:
     if root.is_file():
         name = identify(root)
         if name is None:
-            raise ValueError(f"{root} is no adapter and no CLIP state; of other models give the folder with config.json and weights")
+            raise ValueError(
+                f"{root} is no adapter and no CLIP state; of other models give the folder with config.json and weights"
+            )
         return Folder(root.parent, "part", (Part(name, root),))
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} does not exist; give an official UAE folder, a training workdir, or the folder of one model")
+        raise FileNotFoundError(
+            f"{root} does not exist; give an official UAE folder, a training workdir, or the folder of one model"
+        )
     for candidate in (root, root / "export", root / "model"):
         names = [name for name in KINDS if (candidate / name).is_dir()]
         if any(name in names for name in ("llm", "dit", *ADAPTERS)):
             parts = [Part(name, candidate / name) for name in names]
             if not any((candidate / "llm").glob("*.safetensors")):  # llm_lora may be the whole captioner
-                lora, plain = (next((part for part in parts if part.name == name), None) for name in ("llm_lora", "llm"))
+                lora, plain = (
+                    next((part for part in parts if part.name == name), None) for name in ("llm_lora", "llm")
+                )
                 wrapped = _wrapped_captioner(lora, plain)
                 parts = [part for part in parts if part is not plain] + [wrapped] if wrapped else parts
             if "llm" in names and "llm_processor" not in names and has_tokenizer(candidate / "llm"):
@@ -137,8 +167,10 @@ def find_parts(path: str | pathlib.Path) -> Folder:
     name = identify(root)
     if name is None:
         raise ValueError(
-            f"{root} holds no part of a model; looked for folders named {', '.join(list(KINDS)[:4])}, ..., for model_index.json, "
-            "and for config.json, adapter_config.json or scheduler_config.json with weights")
+            f"{root} holds no part of a model; looked for folders named {', '.join(list(KINDS)[:4])}, ..., for "
+            "model_index.json, "
+            "and for config.json, adapter_config.json or scheduler_config.json with weights"
+        )
     beside = (Part("llm_processor", root),) if name == "llm" and has_tokenizer(root) else ()
     return Folder(root, "part", (Part(name, root), *beside))
 
@@ -160,7 +192,8 @@ def has_tokenizer(folder: pathlib.Path) -> bool:
 
 
 def identify(folder: pathlib.Path) -> str | None:
-    """The part that a folder, or a file of weights, holds by its configuration, else by the names of its tensors; None if it is none.
+    """The part that a folder, or a file of weights, holds by its configuration, else by the names of its tensors; None
+    if it is none.
 
     Raises:
       ValueError: config.json is not JSON, or is of a model that has no place here.
@@ -214,7 +247,9 @@ def part_encoder(part: Part) -> EncoderFolder:
     """
     encoder = open_encoder(part.folder)
     if encoder.kind not in (part.name, {"longclip": "clip"}.get(part.name)):
-        raise ValueError(f"{part.folder} holds a model of the type {encoder.kind}, not {part.name}; copy the right model there")
+        raise ValueError(
+            f"{part.folder} holds a model of the type {encoder.kind}, not {part.name}; copy the right model there"
+        )
     return encoder
 
 
@@ -262,7 +297,9 @@ def projector_sizes(folder: TensorFolder) -> tuple[int, int, int] | None:
 
 
 def with_dtype(content: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json of transformers that says the precision of the weights, which is the one that transformers loads in."""
+    """A config.json of transformers that says the precision of the weights, which is the one that transformers loads
+    in.
+    """
     field = "torch_dtype" if "torch_dtype" in content else "dtype"
     changed = content | {field: dtype}
     for name, inner in changed.items():
