@@ -69,10 +69,10 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "uae-train=uae_jax.main:command",
+            "uae-train=uae_jax.main:main",
             "uae-infer=uae_jax.infer:main",
             "uae-convert=uae_jax.convert:main",
-            "uae-plan=uae_jax.plan:command",
+            "uae-plan=uae_jax.plan:main",
             "uae-evaluate=uae_jax.evaluate:main",
             "uae-demo=uae_jax.demo:main",
         ]

@@ -2,8 +2,8 @@
 
     import uae_jax
 
-    model = uae_jax.load("runs/tiny", steps=20)       # a training workdir, an official folder, or "" for the built-in
-    model captions = model.caption(["a.png", "b.jpg"])
+    model = uae_jax.load("runs/tiny", steps=20)  # a training workdir, an official folder, or "" for the built-in model
+    captions = model.caption(["a.png", "b.jpg"])
     pictures = model.generate(["gray background , top left large red circle"])
     for result in model.reconstruct(["a.png"], progress=True):
         result.image.save("a_again.png")
@@ -28,21 +28,13 @@ from uae_jax.data.loader import square_image
 from uae_jax.data.qwen_inputs import to_rgb
 from uae_jax.data.sources import load_image
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
+from uae_jax.settings import frozen
 from uae_jax.stages.inference import Inference, InferenceConfig, Row, builtin_settings
-from uae_jax.stages.settings import frozen
-from uae_jax.stages.steps import RL_STAGES
+from uae_jax.stages.run_config import CAPTION_PROMPT, NEGATIVE_PROMPT
 from uae_jax.stages.weights import ModelConfig, model_folder
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
 Failed = Callable[[int, Exception], None]
-
-RELEASE_PROMPT = (
-    "You are an expert vision-language model.  \nYour task is: Given an input image, generate a **textual "
-    "description** "
-    'of the image. If there is text in the image, transcribe it inside double quotes "".  \nNow, carefully analyze the '
-    "input image and output the full description. "
-)
-RELEASE_NEGATIVE = "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +91,8 @@ def default_settings(folder: str | os.PathLike = "") -> dict[str, Any]:
     if run is None:
         wrapped = model / "llm_lora"
         return dict(
-            prompt=RELEASE_PROMPT,
-            negative_prompt=RELEASE_NEGATIVE,
+            prompt=CAPTION_PROMPT,
+            negative_prompt=NEGATIVE_PROMPT,
             policy_condition=wrapped.is_dir() and qwen_weights.holds_base(wrapped),
         )
     data, evaluation = run["data"], run["evaluation"]
@@ -120,7 +112,7 @@ def default_settings(folder: str | os.PathLike = "") -> dict[str, Any]:
 
 def _conditions_through_policy(run: Mapping) -> bool:
     """Whether the decoder was trained with captions that the trained captioner encodes."""
-    return any(stage in run["stages"] and run[stage]["condition_model"] == "policy" for stage in RL_STAGES)
+    return any(run.get(stage, {}).get("condition_model") == "policy" for stage in run["stages"])
 
 
 def _run_config(folder: pathlib.Path) -> dict | None:
@@ -132,7 +124,7 @@ def _run_config(folder: pathlib.Path) -> dict | None:
         run = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); restore it, or give the folder {folder / 'export'}") from error
-    return run if {"stages", "data", "evaluation", "sampler", *RL_STAGES} <= set(run) else None
+    return run if {"stages", "data", "evaluation", "sampler"} <= set(run) else None
 
 
 def load(

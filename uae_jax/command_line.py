@@ -13,8 +13,9 @@ from absl import flags
 
 
 def error_line(error: BaseException) -> str:
-    """What is printed of an expected error."""
-    return f"error: {' '.join(str(error).split())}"
+    """What is printed of an expected error: one line, or one for each mistake of settings."""
+    lines = getattr(error, "lines", None) or [" ".join(str(error).split())]
+    return "\n".join(f"error: {line}" for line in lines)
 
 
 def plain_warning(message: Warning | str, *where: object) -> None:

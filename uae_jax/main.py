@@ -1,88 +1,162 @@
 """Trains UAE.
 
     python -m uae_jax.main --config=configs/unified_grpo.py --workdir=runs/tiny
-    python -m uae_jax.main --config=configs/gen_for_und.py:qwen2_5_vl_3b_sd3_5_medium --workdir=runs/a \
+    python -m uae_jax.main --config=unified_grpo:qwen2_5_vl_3b_sd3_5_medium --workdir=runs/medium \\
         --config.model.folder=/weights/UAE --config.data.folder=/data/images --config.gen_for_und.group_size=16
+    python -m uae_jax.main --config=unified_grpo --describe=und_for_gen.nft
+    python -m uae_jax.main --config=unified_grpo --workdir=runs/tiny --dry_run
 
-The same workdir continues where it stopped.
+--config takes a path, or the name of a built-in configuration, with :PRESET behind it. --config.FIELD=VALUE changes a
+setting. The same workdir continues where it stopped.
 """
 
+import argparse
 import pathlib
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from uae_jax.command_line import error_line, plain_warning
+from uae_jax.config_file import apply_overrides, load_config, split_overrides
 
-from uae_jax.command_line import error_line, import_configs, parse_flags, plain_warning
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, as configs/unified_grpo.py[:PRESET].", lock_config=True
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of checkpoints, metrics, samples, report and export; the same one continues."
-)
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the cluster does not say it.")
-_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, with --coordinator.")
 EXPECTED = (ValueError, FileNotFoundError, FloatingPointError, ImportError, ConnectionError)
 CONTINUE = "The same command continues from the newest checkpoint."
 
 
-def main(argv: list[str]) -> None:
-    """Runs the configuration; every expected error is one line and exit code 1, a stop by signal 130 or 143."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; options start with --")
-    if logging.get_verbosity() == logging.INFO and not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.ERROR)  # checkpointing alone writes twenty lines a save
-    warnings.showwarning = plain_warning
-    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value).absolute()
+def make_parser() -> argparse.ArgumentParser:
+    """The flags beside --config.FIELD=VALUE."""
+    parser = argparse.ArgumentParser(
+        prog="python -m uae_jax.main",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="NAME[:PRESET]", help="configuration, by path or by name")
+    parser.add_argument("--workdir", help="folder of checkpoints, metrics, samples, report and export")
+    parser.add_argument(
+        "--describe", nargs="?", const="", metavar="SECTION", help="print every setting, or those of a section, and end"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check everything that needs no weights, say what would run, and end"
+    )
+    parser.add_argument("--coordinator", help="host:port of process 0, where the cluster does not say it")
+    parser.add_argument("--processes", type=int, help="number of processes, with --coordinator")
+    parser.add_argument("--process_id", type=int, help="which of them this is, from 0, with --coordinator")
+    parser.add_argument("--verbose", action="store_true", help="also show what the libraries log")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; every expected error is a line and exit code 1, a stop by signal 130 or 143."""
+    overrides, others = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    options = make_parser().parse_args(others)
+    quiet(options.verbose)
     from uae_jax.training import processes
     from uae_jax.training.signals import StopTraining
 
     try:
-        if not workdir.parent.is_dir():
-            raise FileNotFoundError(f"the folder {workdir.parent} that --workdir needs does not exist; make it first")
-        processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
-        if "phases" in config:
-            from uae_jax.stages.bootstrap.run import bootstrap
+        config, mistakes = read_command(options, overrides)
+        if options.describe is not None:
+            show_settings(config, options.describe, mistakes)
+            return
+        workdir = pathlib.Path(options.workdir).absolute()
+        if options.dry_run:
+            from uae_jax.dry_run import dry_run
 
-            if not processes.alone():
-                raise ValueError("configs/bootstrap.py makes a tiny model in one process; start it on one host")
-            workdir.mkdir(exist_ok=True)
-            print(f"the model is in {bootstrap(config, workdir)}")
+            sys.exit(dry_run(config, workdir, mistakes))
+        processes.join(options.coordinator, options.processes, options.process_id)
+        if "phases" in config:
+            make_builtin_model(config, workdir, mistakes)
             return
         from uae_jax.stages.run import run
 
-        run(config.to_dict(), workdir)
+        run(config, workdir, mistakes)
         print(f"done; open {workdir / 'report.html'}")
     except StopTraining as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
     except Exception as error:
-        if processes.lost_process(
-            error
-        ):  # first: a lost connection may come as a ValueError of the array that was read
-            reason = str(error).splitlines()[0]
-            processes.leave(
-                f"error: another process of this run is gone ({reason}); see what it said last. {CONTINUE}",
-                1,
-                wait=False,
-            )
-        if isinstance(error, EXPECTED):
-            processes.leave(error_line(error), 1)
-        if processes.alone():
-            raise
-        processes.leave(f"{traceback.format_exc()}the other processes end too. {CONTINUE}", 1)
+        leave_with(error)
 
 
-def command() -> None:
-    """The console script."""
-    import_configs()
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse_flags)
+def read_command(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], list[str]]:
+    """The configuration with the values of the command line, and what of them does not fit.
+
+    Raises:
+      ValueError: no workdir, or the configuration cannot be opened.
+      FileNotFoundError: there is no such configuration.
+    """
+    if options.workdir is None and options.describe is None:
+        raise ValueError("--workdir is not given; name the folder for checkpoints, metrics, samples and report")
+    return apply_overrides(load_config(options.config).to_dict(), overrides)
+
+
+def show_settings(config: dict[str, Any], section: str, mistakes: list[str]) -> None:
+    """Prints the settings of a section with their meaning.
+
+    Raises:
+      ValueError: there is no such section.
+    """
+    from uae_jax.settings import Mistakes, describe
+    from uae_jax.stages.checks import read_config
+    from uae_jax.stages.run_config import RunConfig
+
+    settings, found = read_config(config)
+    if mistakes + found:
+        raise Mistakes(mistakes + found)
+    lines = describe(RunConfig, settings, wanted=section.removeprefix("config."))
+    if not lines:
+        raise ValueError(f"--describe={section} names no section; try --describe, which prints all settings")
+    print("\n".join(lines))
+
+
+def make_builtin_model(config: dict[str, Any], workdir: pathlib.Path, mistakes: list[str]) -> None:
+    """Runs the phases of `configs/bootstrap.py`.
+
+    Raises:
+      ValueError: a setting that does not exist, or several processes.
+    """
+    import ml_collections
+
+    from uae_jax.settings import Mistakes
+    from uae_jax.stages.bootstrap.run import bootstrap
+    from uae_jax.training import processes
+
+    if mistakes:
+        raise Mistakes(mistakes)
+    if not workdir.parent.is_dir():
+        raise FileNotFoundError(f"the folder {workdir.parent} that --workdir needs does not exist; make it first")
+    if not processes.alone():
+        raise ValueError("configs/bootstrap.py makes a tiny model in one process; start it on one host")
+    workdir.mkdir(exist_ok=True)
+    print(f"the model is in {bootstrap(ml_collections.ConfigDict(config), workdir)}")
+
+
+def quiet(verbose: bool) -> None:
+    """Makes warnings one line each, and hides what libraries log: checkpointing alone writes twenty lines a save."""
+    from absl import logging
+
+    logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
+    warnings.showwarning = plain_warning
+
+
+def leave_with(error: Exception) -> None:
+    """Ends the process with what an error says; other processes of the run end too."""
+    from uae_jax.training import processes
+
+    # first: a lost connection may come as a ValueError of the array that was read
+    if processes.lost_process(error):
+        reason = str(error).splitlines()[0]
+        gone = f"error: another process of this run is gone ({reason}); see what it said last. {CONTINUE}"
+        processes.leave(gone, 1, wait=False)
+    if isinstance(error, EXPECTED):
+        processes.leave(error_line(error), 1)
+    if processes.alone():
+        raise error
+    processes.leave(f"{traceback.format_exc()}the other processes end too. {CONTINUE}", 1)
 
 
 if __name__ == "__main__":
-    command()
+    main()

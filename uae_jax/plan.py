@@ -1,37 +1,22 @@
 """Says what a run needs on machines that are not there: bytes a chip, floating-point operations, seconds.
 
-    python -m uae_jax.plan --config=configs/unified_grpo.py:qwen2_5_vl_3b_sd3_5_large --topology=v6e:8x8
-    python -m uae_jax.plan --config=configs/unified_grpo.py --topology=cpu:8 --config.mesh.fsdp=8 --config.mesh.data=1
-    python -m uae_jax.plan --config=configs/unified_grpo.py:qwen2_5_vl_3b_sd3_5_medium --topology=gpu:8xH200
-    --stages=gen_for_und
+    python -m uae_jax.plan --config=unified_grpo:qwen2_5_vl_3b_sd3_5_large --topology=v6e:8x8
+    python -m uae_jax.plan --config=unified_grpo --topology=cpu:8 --config.mesh.fsdp=8 --config.mesh.data=1
+    python -m uae_jax.plan --config=unified_grpo:qwen2_5_vl_3b_sd3_5_medium --topology=gpu:8xH200 --stages=gen_for_und
 
-TPU slices are compiled for, ahead of time, by libtpu on this host (extra `tpu`); `cpu:N` compiles for N faked devices;
-`gpu:NxCARD` is compiled where the CUDA wheels are (extra `cuda`), and estimated elsewhere. The exit code is 1 when a
-stage does not fit. No weights are read.
+TPU slices are compiled for, ahead of time, by libtpu on this host (extra `tpu`). `cpu:N` compiles for N faked devices.
+`gpu:NxCARD` is compiled where the CUDA wheels are (extra `cuda`), and estimated elsewhere. The exit code is 2 when a
+stage does not fit, and 1 for an error. No weights are read.
 """
 
+import argparse
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 
-from absl import app, flags
-from ml_collections import config_flags
-
-from uae_jax.command_line import import_configs, parse_flags, plain_errors
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, as configs/unified_grpo.py[:PRESET].", lock_config=True
-)
-_TOPOLOGY = flags.DEFINE_string(
-    "topology",
-    None,
-    "TPU slice such as v6e:8x8 or v5p:4x4x4, cards such as gpu:8xH200 or gpu:2x8xH100 (hosts x cards), or cpu:8.",
-)
-_STAGES = flags.DEFINE_list("stages", [], "Which stages; all of the configuration when it is not given.")
-_HLO = flags.DEFINE_string(
-    "hlo", None, "Folder for the text of each compiled stage (python -m benchmarks.gpu_program reads it)."
-)
-_JSON = flags.DEFINE_string("json", None, "File for all figures, unrounded.")
+from uae_jax.command_line import plain_errors
+from uae_jax.config_file import apply_overrides, load_config, split_overrides
 
 
 def prepare_environment(topology: str) -> None:
@@ -53,49 +38,73 @@ def prepare_environment(topology: str) -> None:
         os.environ.setdefault(name, value)
 
 
-def main(argv: list[str]) -> None:
-    """Prints the plan; every expected error is one line and exit code 1, as is a stage that does not fit."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; options start with --")
-    prepare_environment(_TOPOLOGY.value)
+def make_parser() -> argparse.ArgumentParser:
+    """The flags beside --config.FIELD=VALUE."""
+    parser = argparse.ArgumentParser(
+        prog="python -m uae_jax.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="NAME[:PRESET]", help="configuration, by path or by name")
+    parser.add_argument(
+        "--topology", required=True, help="v6e:8x8, v5p:4x4x4, gpu:8xH200, gpu:2x8xH100 (hosts x cards), or cpu:8"
+    )
+    parser.add_argument("--stages", default="", help="which stages, with commas; all of the configuration if not given")
+    parser.add_argument("--hlo", help="folder for the text of each compiled stage, for benchmarks.gpu_program")
+    parser.add_argument("--json", help="file for all figures, unrounded")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the plan; every expected error is one line and exit code 1, a stage that does not fit exit code 2."""
+    overrides, others = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    options = make_parser().parse_args(others)
+    prepare_environment(options.topology)
+    with plain_errors():
+        fits = _plan(options, overrides)
+    if not fits:
+        sys.exit(2)
+
+
+def _plan(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> bool:
     from uae_jax.planning.compile import gib
     from uae_jax.planning.plan import make_plan
     from uae_jax.planning.table import as_json, text_table
+    from uae_jax.settings import Mistakes
 
-    config = _CONFIG.value.to_dict()
-    with plain_errors():
-        if "phases" in config:
-            raise ValueError(
-                "configs/bootstrap.py has no stages to plan; give a configuration that has, such as "
-                "configs/unified_grpo.py"
-            )
-        if _JSON.value and not pathlib.Path(_JSON.value).absolute().parent.is_dir():
-            raise FileNotFoundError(f"the folder of --json={_JSON.value} does not exist; make it first")
-        texts = pathlib.Path(_HLO.value) if _HLO.value else None
-        if texts:
-            if texts.exists() and not texts.is_dir():
-                raise NotADirectoryError(f"--hlo={texts} is a file; give a folder")
-            texts.mkdir(parents=True, exist_ok=True)
-        plans, topology, sizes = make_plan(
-            config,
-            _TOPOLOGY.value,
-            tuple(_STAGES.value),
-            lambda plan: print(f"{plan.stage}: {gib(plan.memory.peak):.2f} GiB a device", file=sys.stderr, flush=True),
-            texts,
+    config, mistakes = apply_overrides(load_config(options.config).to_dict(), overrides)
+    if mistakes:
+        raise Mistakes(mistakes)
+    if "phases" in config:
+        raise ValueError(
+            "configs/bootstrap.py has no stages to plan; give a configuration that has, such as configs/unified_grpo.py"
         )
+    if options.json and not pathlib.Path(options.json).absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder of --json={options.json} does not exist; make it first")
+    texts = _texts(options.hlo)
+    plans, topology, sizes = make_plan(
+        config,
+        options.topology,
+        tuple(name for name in options.stages.split(",") if name),
+        lambda plan: print(f"{plan.stage}: {gib(plan.memory.peak):.2f} GiB a device", file=sys.stderr, flush=True),
+        texts,
+    )
     print(text_table(plans, topology, sizes, config["preset"]))
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(as_json(plans, topology, sizes, config["preset"]))
-    if not all(plan.fits(topology) for plan in plans):
-        sys.exit(1)
+    if options.json:
+        pathlib.Path(options.json).write_text(as_json(plans, topology, sizes, config["preset"]))
+    return all(plan.fits(topology) for plan in plans)
 
 
-def command() -> None:
-    """The console script."""
-    import_configs()
-    flags.mark_flags_as_required(["config", "topology"])
-    app.run(main, flags_parser=parse_flags)
+def _texts(name: str | None) -> pathlib.Path | None:
+    if name is None:
+        return None
+    folder = pathlib.Path(name)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--hlo={folder} is a file; give a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 if __name__ == "__main__":
-    command()
+    main()

@@ -8,7 +8,7 @@ their activations (`nn.constrain`).
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uae_jax import trees
+from uae_jax.settings import Settings, setting
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -44,12 +45,19 @@ LARGE = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Settings):
     """Sizes of the mesh axes; one may be -1 and takes the devices that are left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = setting(-1, "devices over which a batch alone is sharded; -1 for those that are left", low=-1)
+    fsdp: int = setting(1, "devices over which batch and parameters are sharded; -1 for those that are left", low=-1)
+    tensor: int = setting(1, "devices over which matrices are sharded; -1 for those that are left", low=-1)
+
+    def problems(self) -> Iterator[str]:
+        """The mistakes of ranges, an axis of 0, and two axes that are left open."""
+        yield from super().problems()
+        sizes = dataclasses.astuple(self)
+        if 0 in sizes or sizes.count(-1) > 1:
+            yield f"data, fsdp, tensor are {sizes}; each must be positive, and at most one may be -1"
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -62,8 +70,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     known = int(np.prod([size for size in sizes if size != -1]))
-    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-        raise ValueError(f"mesh sizes are {dict(zip(AXES, sizes))}; each must be positive, and at most one may be -1")
     if len(devices) % known:
         raise ValueError(f"mesh {dict(zip(AXES, sizes))} does not divide {len(devices)} devices; change config.mesh")
     sizes = [len(devices) // known if size == -1 else size for size in sizes]

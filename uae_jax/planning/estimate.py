@@ -13,10 +13,10 @@ from typing import Any
 import jax
 
 from uae_jax import sharding, trees
+from uae_jax.methods.method import Described
 from uae_jax.planning.compile import Memory, Program
 from uae_jax.planning.roofline import MeshSizes
 from uae_jax.stages.run_config import RunConfig
-from uae_jax.stages.steps import Described
 
 FLOAT = 4
 BLOCK = 512  # queries whose logits exist at once (`nn.attention.plain`)
@@ -148,6 +148,8 @@ def _stage_activations(
     if stage == "pretrain":
         encode = _language_layer(s, small, s.context) + _maps(s, small, 3)
         return max(encode, _gradient(s, small) + unsummed) + rows * s.context * s.text_width * s.activation
+    if stage not in ("cold_start", "gen_for_und", "und_for_gen"):
+        return _gradient(s, small) + unsummed  # a stranger's method: its gradient is known, its rollout is not
     guided = 1 if settings.guidance_scale == 1 else 2
     if stage == "cold_start":
         steps = small * s.pixels / 64 * 16 * FLOAT * settings.sampler_steps
@@ -160,7 +162,7 @@ def _stage_activations(
     if stage == "gen_for_und":
         writing = gathered + _writing(s, rows * group, rows, length, bool(gathered))
         return max(writing, drawing, _language_gradient(s, small * group, length, settings.score_chunk))
-    steps = getattr(settings, "window", 0) if settings.method == "flow_grpo" else settings.noise_levels
+    steps = getattr(settings.own, "kept_steps", 1)
     # what a rollout keeps for its updates: latents of the window, and every drawing's context
     window = (
         3 * steps * rows * group * s.pixels / 64 * 16 * FLOAT

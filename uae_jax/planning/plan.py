@@ -8,18 +8,20 @@ from typing import Any
 from jax.sharding import Mesh
 
 from uae_jax import sharding, trees
+from uae_jax.methods import STAGES
 from uae_jax.nn.attention import use_attention
 from uae_jax.planning.chips import Topology, parse_topology
 from uae_jax.planning.compile import compile_program, plan_mesh
 from uae_jax.planning.estimate import estimate_memory
 from uae_jax.planning.flops import Count, count_work
 from uae_jax.planning.roofline import MeshSizes, roofline
-from uae_jax.planning.system import AbstractSystem, abstract_system
+from uae_jax.planning.system import abstract_system
 from uae_jax.planning.table import StagePlan
+from uae_jax.settings import frozen
+from uae_jax.stages.abstract import AbstractSystem
+from uae_jax.stages.checks import check_batch
 from uae_jax.stages.program import make_program
 from uae_jax.stages.run_config import RunConfig
-from uae_jax.stages.settings import frozen
-from uae_jax.stages.steps import STAGES, check_batch
 
 
 def mesh_sizes(config: RunConfig, devices: int) -> MeshSizes:
@@ -131,7 +133,7 @@ def make_plan(
     sizes, plans = mesh_sizes(settings, chips.devices), []
     wanted = stages or tuple(dict.fromkeys(stage for _, stage in settings.order()))
     for stage in wanted:
-        check_batch(stage, getattr(settings, stage), sizes.batch)
+        check_batch(settings, stage, sizes.batch)
     mesh = _mesh(settings, chips)
     if texts is not None and mesh is None:
         raise ValueError(

@@ -19,10 +19,10 @@ from uae_jax.rl.rewards import Encoder
 CAPTIONER = Qwen2_5VLConfig()
 # PKU-YuanGroup/UAE, llm/config.json: the projector's inner width, Linear 2048 to 8192 and 8192 to 4096
 PROJECTOR_WIDTH = 8192
-# stabilityai/stable-diffusion-3.5-medium and -large, transformer/config.json
+# decoders by `config.model.sizes`: stabilityai/stable-diffusion-3.5-medium and -large, transformer/config.json
 TRANSFORMERS = {
-    "sd3_5_medium": TransformerConfig(),
-    "sd3_5_large": TransformerConfig(
+    "qwen2_5_vl_3b_sd3_5_medium": TransformerConfig(),
+    "qwen2_5_vl_3b_sd3_5_large": TransformerConfig(
         num_layers=38, num_attention_heads=38, pos_embed_max_size=192, dual_attention_layers=()
     ),
 }
@@ -64,12 +64,6 @@ CAPTION_PROMPT_TOKENS = 80
 def template() -> ConditionTemplate:
     """The ids around a caption in the decoder's condition."""
     return ConditionTemplate(TEMPLATE_PREFIX, TEMPLATE_SUFFIX, NEGATIVE_PROMPT, CAPTIONER.pad_token_id)
-
-
-def transformer_of(preset: str) -> TransformerConfig | None:
-    """The decoder of a full-size preset such as `qwen2_5_vl_3b_sd3_5_large@v5e-64`; None for other presets."""
-    captioner, _, decoder = preset.partition("@")[0].partition("_sd3_5_")
-    return TRANSFORMERS.get(f"sd3_5_{decoder}") if captioner == "qwen2_5_vl_3b" else None
 
 
 def using(

@@ -5,7 +5,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from uae_jax.models.encoders import clip, dino, weights
 from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
 from uae_jax.models.encoders.preprocess import Preprocess, apply
 from uae_jax.rl.advantages import group_advantages
+from uae_jax.settings import Settings, setting
 
 CLAMPS = ("hard", "straight_through", "none")
 
@@ -218,61 +219,54 @@ def pixel_reward(original: Array, reconstruction: Array, group: int, *, clamp: s
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardConfig:
-    """A weighted sum of encoder similarities and, optionally, of pixel similarity and of caption similarity.
+class RewardConfig(Settings):
+    """A weighted sum of encoder similarities and, optionally, of pixel similarity and of caption similarity."""
 
-    Attributes:
-      names: of the encoders.
-      weights: one for each encoder.
-      pixel_weight: of `pixel_reward`; 0 leaves it out.
-      caption_weight: of `caption_similarity.caption_reward`, which looks at no drawing; 0 leaves it out. gen_for_und
-        alone has it.
-      contrast, contrast_temperature: of `cosine_reward`; without contrast, as in the paper, each drawing's own original
-        alone counts.
-      overlong_penalty: taken off where a caption reaches the longest length without an end (DAPO, arXiv 2503.14476,
-        section 3.4, as a step); 0, as in the paper, for none. gen_for_und alone has it.
-      clamp: see `clamp_image`.
+    names: tuple[str, ...] = setting(("clip",), "image encoders whose cosine is rewarded", source="arXiv 2509.09666")
+    weights: tuple[float, ...] = setting((1.0,), "one weight for each of them")
+    pixel_weight: float = setting(0.0, "weight of pixel_reward; 0 leaves it out")
+    caption_weight: float = setting(
+        0.0, "weight of the similarity of caption and original, without any reconstruction; gen_for_und alone has it"
+    )
+    contrast: float = setting(
+        0.0, "share of the similarity to the batch's other images that is taken off; the paper has none", low=0, high=1
+    )
+    contrast_temperature: float = setting(0.0, "0 takes the mean of the others; above, a soft maximum", low=0)
+    overlong_penalty: float = setting(
+        0.0,
+        "taken off a caption without an end; gen_for_und alone has it",
+        low=0,
+        source="arXiv 2503.14476, section 3.4",
+    )
+    clamp: str = setting("hard", "how images are clipped to their range, see clamp_image", choices=CLAMPS)
+
+    def problems(self) -> Iterator[str]:
+        """The mistakes of ranges, names and weights that do not go together, and a reward without a term."""
+        yield from super().problems()
+        if len(self.names) != len(self.weights) or len(set(self.names)) != len(self.names):
+            yield f"names {self.names} need one weight each and no repetition; weights: {self.weights}"
+        if not self.names and not self.pixel_weight and not self.caption_weight:
+            yield "names is empty: the reward has no term; name an encoder or give a pixel or a caption weight"
+
+    def caption_terms(self, stage: str) -> Iterator[str]:
+        """The mistakes of a stage that does not train captions: terms about them."""
+        for name in ("caption_weight", "overlong_penalty"):
+            value = getattr(self, name)
+            if value:
+                yield f"reward.{name} is {value}, but {stage} does not train captions; only gen_for_und can use it"
+
+
+def chosen_encoders(config: RewardConfig, encoders: Mapping[str, Encoder]) -> tuple[Encoder, ...]:
+    """The image encoders of a reward, in its order.
 
     Raises:
-      ValueError: names and weights do not go together, there is no term at all, a contrast outside [0, 1], or a
-        temperature or a penalty below 0.
+      ValueError: one of them is not loaded.
     """
-
-    names: tuple[str, ...] = ("clip",)
-    weights: tuple[float, ...] = (1.0,)
-    pixel_weight: float = 0.0
-    caption_weight: float = 0.0
-    contrast: float = 0.0
-    contrast_temperature: float = 0.0
-    overlong_penalty: float = 0.0
-    clamp: str = "hard"
-
-    def __post_init__(self):
-        if len(self.names) != len(self.weights) or len(set(self.names)) != len(self.names):
-            raise ValueError(
-                f"reward names {self.names} need one weight each and no repetition; weights: {self.weights}"
-            )
-        if not self.names and not self.pixel_weight and not self.caption_weight:
-            raise ValueError("the reward has no term; name an encoder or give a pixel or a caption weight")
-        others = (self.pixel_weight, self.caption_weight)
-        if not all(math.isfinite(weight) for weight in (*self.weights, *others)):
-            raise ValueError(f"reward weights must be finite, not {(*self.weights, *others)}")
-        if not 0 <= self.contrast <= 1:
-            raise ValueError(f"reward.contrast is {self.contrast}; it must be from 0 to 1")
-        for name in ("contrast_temperature", "overlong_penalty"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"reward.{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.clamp not in CLAMPS:
-            raise ValueError(f"clamp {self.clamp!r} is not known; use one of {', '.join(CLAMPS)}")
-
-    def check_drawings_alone(self, stage: str) -> None:
-        """Raises ValueError for a term about captions in a stage that does not train the captioner."""
-        for name in ("caption_weight", "overlong_penalty"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"{stage}.reward.{name} is {getattr(self, name)}, but {stage} does not train captions; only "
-                    "gen_for_und can use it"
-                )
+    for name in config.names:
+        if name not in encoders:
+            loaded = ", ".join(sorted(encoders)) or "none"
+            raise ValueError(f"reward encoder {name!r} is not loaded; loaded: {loaded}")
+    return tuple(encoders[name] for name in config.names)
 
 
 def mixed_reward(

@@ -24,6 +24,7 @@ from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.rl.captioning import repeated_sequences, sample_captions
 from uae_jax.rl.reconstruction import Denoising, draw, sample_keys
 from uae_jax.rl.rewards import cosine_reward
+from uae_jax.settings import Settings, setting
 from uae_jax.stages.weights import System
 from uae_jax.training.summary import intervals
 
@@ -31,31 +32,19 @@ SAMPLE_SIDE = 128  # small pictures are enlarged to this side, pixel by pixel, t
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """Settings of the held-out scores.
+class EvaluationConfig(Settings):
+    """Settings of the held-out scores."""
 
-    Attributes:
-      images: pictures scored before and after each stage.
-      images_during: the first so many of them are scored every `loop.eval_every` steps of the RL stages.
-      batch_size: pictures in one compiled call.
-      sampler_steps, guidance_scale: of the deterministic sampler.
-      temperature: of the captions; 0 is greedy.
-      encoders: image encoders whose mean cosine is `unified_score`.
-      heldout_encoder: one that is never a reward; empty for none.
-      geneval_per_tag: prompts of each tag, on the built-in scenes; 0 for none.
-      samples: pictures kept as samples.
-    """
-
-    images: int = 100
-    images_during: int = 32
-    batch_size: int = 4
-    sampler_steps: int = 40
-    guidance_scale: float = 5.0
-    temperature: float = 0.0
-    encoders: tuple[str, ...] = ("clip",)
-    heldout_encoder: str = "dinov2"
-    geneval_per_tag: int = 0
-    samples: int = 8
+    images: int = setting(100, "images scored before and after each stage", low=1)
+    images_during: int = setting(32, "the first so many of them are scored every loop.eval_every steps", low=1)
+    batch_size: int = setting(4, "images in one compiled call", low=1)
+    sampler_steps: int = setting(40, "denoising steps", low=1, source="released UAE demo")
+    guidance_scale: float = setting(5.0, "1 is without guidance", low=0, source="released UAE demo")
+    temperature: float = setting(0.0, "of the captions; 0 is greedy", low=0)
+    encoders: tuple[str, ...] = setting(("clip",), "image encoders whose mean cosine is unified_score")
+    heldout_encoder: str = setting("dinov2", "one that is never a reward; empty for none")
+    geneval_per_tag: int = setting(0, "prompts of each tag, on the built-in scenes; 0 for none", low=0)
+    samples: int = setting(8, "images kept as samples", low=0)
 
 
 class Evaluator:

@@ -19,11 +19,12 @@ from uae_jax.data import tokenizer as tokens
 from uae_jax.data.loader import RowBuilder, batch_spec, from_signed
 from uae_jax.data.qwen_inputs import prompt_fields
 from uae_jax.data.tokenizer import decode_caption
-from uae_jax.diffusion.schedule import sigma_schedule
+from uae_jax.diffusion.schedule import KINDS, sigma_schedule
 from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.rl.captioning import sample_captions
 from uae_jax.rl.reconstruction import Denoising, draw, sample_keys
+from uae_jax.settings import Settings, setting
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages.weights import ModelConfig, System, load_system
 
@@ -32,44 +33,22 @@ SHORTEST_QUESTION = 64  # tokens that short questions are padded to
 
 
 @dataclasses.dataclass(frozen=True)
-class InferenceConfig:
-    """Settings of inference; the defaults are the release's (official demo.py).
+class InferenceConfig(Settings):
+    """Settings of inference; the defaults are the release's (official demo.py)."""
 
-    Attributes:
-      seed: of captions and noise.
-      steps: Euler steps.
-      guidance_scale: 1 leaves out the negative prompt.
-      size: side of the drawn pictures in pixels.
-      temperature, top_p: of caption sampling; temperature 0 is greedy.
-      max_new_tokens: longest caption.
-      shift, schedule: noise levels (`diffusion.schedule`).
-      prompt: what the captioner is asked.
-      negative_prompt: what guidance moves away from.
-      batch_size: pictures in one compiled call.
-      policy_condition: encode captions with the trained captioner, as the release does.
-
-    Raises:
-      ValueError: a count below 1.
-    """
-
-    seed: int = 42
-    steps: int = 40
-    guidance_scale: float = 5.0
-    size: int = 1024
-    temperature: float = 0.7
-    top_p: float = 1.0
-    max_new_tokens: int = 512
-    shift: float = 3.0
-    schedule: str = "diffusers"
-    prompt: str = ""
-    negative_prompt: str = ""
-    batch_size: int = 1
-    policy_condition: bool = False
-
-    def __post_init__(self):
-        for name in ("steps", "size", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+    seed: int = setting(42, "of captions and noise")
+    steps: int = setting(40, "denoising steps", low=1)
+    guidance_scale: float = setting(5.0, "1 is without guidance", low=0)
+    size: int = setting(1024, "side of the generated images", unit="pixels", low=1)
+    temperature: float = setting(0.7, "of captions; 0 is greedy", low=0)
+    top_p: float = setting(1.0, "share of the probability that captions are sampled from", above=0, high=1)
+    max_new_tokens: int = setting(512, "longest caption", unit="tokens", low=1)
+    shift: float = setting(3.0, "static shift of the noise levels", above=0)
+    schedule: str = setting("diffusers", "kind of schedule, see diffusion.schedule", choices=KINDS)
+    prompt: str = setting("", "what the captioner is asked")
+    negative_prompt: str = setting("", "what guidance moves away from")
+    batch_size: int = setting(1, "images in one compiled call", low=1)
+    policy_condition: bool = setting(False, "encode captions with the trained captioner, as the release does")
 
 
 class Row(NamedTuple):

@@ -1,6 +1,4 @@
-"""A stage's step and the shapes of its arguments, from shapes alone: for plans without weights, and to find mistakes
-before any work.
-"""
+"""A stage's step and the shapes of its arguments, from shapes alone: for plans and checks."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -10,8 +8,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uae_jax import sharding
-from uae_jax.stages.run_config import RunConfig
-from uae_jax.stages.steps import RL_STAGES, STAGES, Described, held, make_step, with_drawing_policy
+from uae_jax.methods.method import Described, build_step, make_method
+from uae_jax.methods.trained import COPY, LORA, check_start, stored, trainable, with_policy_as_transformer
+from uae_jax.stages.run_config import RunConfig, is_rl
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.step import TrainState, init_state
 
@@ -55,39 +54,64 @@ def make_program(
       system: without weights.
       parts: shapes of the model's parameters when the run begins.
       batch: shapes of a batch of so many rows.
-      stage: a name of `STAGES`.
+      stage: its name.
       mesh: where arguments lie; None leaves them without shardings.
     """
-    settings = getattr(config, stage)
-    optimizer = make_optimizer(settings.optimizer, settings.steps * settings.updates_per_rollout)
+    settings = config.stage(stage)
+    optimizer = make_optimizer(settings.optimizer, settings.total_updates)
     parts = _with_copies(config, dict(parts), stage)
-    if stage not in RL_STAGES:
-        parts = with_drawing_policy(parts)
-    start = jax.eval_shape(lambda parts: STAGES[stage][1](parts, settings, jax.random.key(0)), parts)
+    if not is_rl(stage, config):
+        parts = with_policy_as_transformer(parts)
+    start = trainable_shapes(config, parts, stage)
     state = jax.eval_shape(lambda parts: init_state(parts, optimizer, ema=bool(settings.ema_decay)), start)
     frozen = {name: part for name, part in parts.items() if name not in start}
-    frozen = jax.eval_shape(lambda parts: held(parts, config.trained_from(stage), config.model.frozen_dtype), frozen)
+    frozen = jax.eval_shape(lambda parts: stored(parts, config.trained_from(stage), config.model.frozen_dtype), frozen)
     inputs, key, shardings = batch(settings.batch_size), jax.eval_shape(lambda: jax.random.key(0)), None
     if mesh is not None:
-        rows, whole = NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), NamedSharding(mesh, PartitionSpec())
+        rows, replicated = NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), NamedSharding(mesh, PartitionSpec())
         state, frozen = (_placed(tree, sharding.tree_shardings(tree, mesh)) for tree in (state, frozen))
         inputs = _placed(inputs, jax.tree.map(lambda leaf: rows, inputs))
-        key = _placed(key, whole)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state), whole
-    step = make_step(stage, settings, config.sampler, system, optimizer, shardings)
+        key = _placed(key, replicated)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state), replicated
+    step = build_step(make_method(stage, settings, config.sampler, system), optimizer, shardings)
     return Program(stage, settings, step, state, frozen, inputs, key)
 
 
+def with_adapters(config: RunConfig, parts: Mapping, key: jax.Array) -> dict:
+    """The parts, and new adapters for the stages that will train one: all stages then share their compiled programs.
+
+    A stage that fine-tunes fully makes its copy when it begins, of what the stages before it have trained.
+
+    Args:
+      config: of the run.
+      parts: of the loaded model.
+      key: of the run.
+
+    Raises:
+      ValueError: see `methods.trained.check_start`.
+    """
+    found = dict(parts)
+    for stage in (stage for _, stage in config.order()):
+        names = config.trains(stage)
+        check_start(parts, stage, names)
+        adapters = [name for name in names if name.endswith(LORA)]
+        found |= trainable(found, adapters, getattr(config.stage(stage), "lora_rank", 1), key)
+    return found
+
+
+def trainable_shapes(config: RunConfig, parts: Mapping, stage: str) -> dict:
+    """Shapes of what a stage trains, from shapes of the model's parts."""
+    settings, names = config.stage(stage), config.trains(stage)
+    rank = getattr(settings, "lora_rank", 1)
+    return jax.eval_shape(lambda parts: trainable(parts, names, rank, jax.random.key(0)), dict(parts))
+
+
 def _with_copies(config: RunConfig, parts: dict, stage: str) -> dict:
-    """Shapes of the parts when a stage begins: with the whole copies that the RL stages before it have trained."""
+    """Shapes of the parts when a stage begins: with the fully fine-tuned copies of the stages before it."""
     stages = [name for _, name in config.order()]
     for earlier in stages[: stages.index(stage)] if stage in stages else ():
-        settings = getattr(config, earlier)
-        if earlier in RL_STAGES and settings.train == "full":
-            parts = parts | jax.eval_shape(
-                lambda parts, make=STAGES[earlier][1], settings=settings: make(parts, settings, jax.random.key(0)),
-                parts,
-            )
+        if any(name.endswith(COPY) for name in config.trains(earlier)):
+            parts = parts | trainable_shapes(config, parts, earlier)
     return parts
 
 

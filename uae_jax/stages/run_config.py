@@ -1,154 +1,164 @@
-"""A whole configuration as frozen dataclasses: what a file in `configs/` becomes."""
+"""A complete configuration as frozen dataclasses: what a file in `configs/` becomes."""
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
-from uae_jax.files.json_files import json_digest
+from uae_jax.methods import STAGES
+from uae_jax.methods.stage_settings import SamplerConfig, StageSettings
+from uae_jax.methods.trained import COPY, LORA, STORABLE, copied_parts
+from uae_jax.settings import Settings, as_dict, sections, setting
 from uae_jax.sharding import MeshConfig
-from uae_jax.stages import cold_start, gen_for_und, pretrain, und_for_gen
 from uae_jax.stages.evaluation import EvaluationConfig
-from uae_jax.stages.steps import HELD, RL_STAGES, STAGES, SamplerConfig
 from uae_jax.stages.weights import ModelConfig
 from uae_jax.training.guard import GuardConfig
 
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where pictures come from, and fixed shapes.
-
-    Attributes:
-      source: `scenes` (built in), `emoji` (of `uae_jax.fetch_emoji`), `folder` or `tfds`.
-      folder: of `captions.jsonl` and images, or of emoji; heldout_folder: the same for scores, or empty to hold out the
-        last rows.
-      name, split, data_dir, image_key, caption_key: of a TFDS data set; heldout_split: for scores.
-      image_size: side of the square pictures in pixels.
-      max_prompt: room for the caption prompt with its image tokens; 0 for what it needs.
-      max_caption: room for a caption with its stop token.
-      detail, rl_detail: captions of scenes and emoji in the supervised and in the RL stages: `full`, `detail`, `mixed`
-        or `short`.
-      mistakes: probability that a fact is wrong in the scenes' captions of the supervised stages.
-      caption_prompt, negative_prompt: texts.
-    """
-
-    source: str = "scenes"
-    folder: str = ""
-    name: str = ""
-    split: str = "train"
-    data_dir: str = ""
-    image_key: str = "image"
-    caption_key: str = "caption"
-    heldout_folder: str = ""
-    heldout_split: str = "test"
-    image_size: int = 512
-    max_prompt: int = 0
-    max_caption: int = 512
-    detail: str = "full"
-    rl_detail: str = "mixed"
-    mistakes: float = 0.0
-    caption_prompt: str = ""
-    negative_prompt: str = ""
+# of the official demo.py
+CAPTION_PROMPT = (
+    "You are an expert vision-language model.  \nYour task is: Given an input image, generate a **textual "
+    'description** of the image. If there is text in the image, transcribe it inside double quotes "".  \nNow, '
+    "carefully analyze the input image and output the full description. "
+)
+NEGATIVE_PROMPT = "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."
+DETAILS = ("full", "detail", "mixed", "short")
 
 
 @dataclasses.dataclass(frozen=True)
-class LoopSettings:
-    """How often things are written: in steps; `keep` newest checkpoints. `eval_every` is of the RL stages; 0 for
-    never.
-    """
+class DataConfig(Settings):
+    """Where images come from, and fixed shapes."""
 
-    log_every: int = 1
-    save_every: int = 50
-    eval_every: int = 0
-    keep: int = 2
-    wandb_project: str = ""
+    source: str = setting(
+        "folder",
+        "built-in scenes, emoji of fetch_emoji, a folder, or TFDS",
+        choices=("scenes", "emoji", "folder", "tfds"),
+    )
+    folder: str = setting("", "folder of captions.jsonl and images, or of emoji")
+    name: str = setting("", "of a TFDS data set")
+    split: str = setting("train", "of a TFDS data set, for training")
+    data_dir: str = setting("", "where TFDS prepared the data set; empty for the default of TFDS")
+    image_key: str = setting("image", "feature of a TFDS data set")
+    caption_key: str = setting("caption", "feature of a TFDS data set")
+    heldout_folder: str = setting("", "folder for scores; empty to hold out the last rows of the training folder")
+    heldout_split: str = setting("test", "of a TFDS data set, for scores")
+    image_size: int = setting(512, "side of the square images", unit="pixels", low=8)
+    max_prompt: int = setting(
+        0, "room for the caption prompt with its image; 0 for what it needs", unit="tokens", low=0
+    )
+    max_caption: int = setting(512, "room for a caption with its stop token", unit="tokens", low=2)
+    detail: str = setting("full", "captions of scenes and emoji in the supervised stages", choices=DETAILS)
+    rl_detail: str = setting("mixed", "captions of scenes and emoji in the RL stages", choices=DETAILS)
+    mistakes: float = setting(
+        0.0, "probability that a fact of a scene's caption is wrong, in the supervised stages", low=0, high=1
+    )
+    caption_prompt: str = setting(CAPTION_PROMPT, "what the captioner is asked", source="released UAE demo")
+    negative_prompt: str = setting(NEGATIVE_PROMPT, "what guidance moves away from", source="released UAE demo")
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """A whole configuration file, frozen."""
+class LoopSettings(Settings):
+    """How often things are written."""
 
-    preset: str
-    seed: int
-    stages: tuple[str, ...]
-    rounds: int
-    model: ModelConfig
-    data: DataConfig
-    sampler: SamplerConfig
-    mesh: MeshConfig
-    evaluation: EvaluationConfig
-    loop: LoopSettings
-    pretrain: pretrain.PretrainConfig
-    cold_start: cold_start.ColdStartConfig
-    gen_for_und: gen_for_und.GenForUndConfig
-    und_for_gen: und_for_gen.UndForGenConfig
+    log_every: int = setting(1, "steps between lines of metrics", unit="steps", low=1)
+    save_every: int = setting(100, "steps between checkpoints; 0 for the end alone", unit="steps", low=0)
+    eval_every: int = setting(100, "steps between held-out scores of the RL stages; 0 for never", unit="steps", low=0)
+    keep: int = setting(2, "newest checkpoints that are kept", low=1)
+    wandb_project: str = setting("", "Weights & Biases project; empty for none")
+
+
+def _stage_sections() -> dict[str, type]:
+    return {name: stage.settings for name, stage in STAGES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(Settings):
+    """A complete configuration file. The section of each stage has the stage's name, as in `config.pretrain`."""
+
+    preset: str = setting("", "name of the preset that the file was made from")
+    seed: int = setting(0, "of all random numbers", low=0)
+    stages: tuple[str, ...] = setting((), "stages in order; none to score a model alone")
+    rounds: int = setting(1, "how often the RL stages are run, in turn", low=1)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    loop: LoopSettings = LoopSettings()
     guard: GuardConfig = GuardConfig()
+    stage_settings: dict[str, Any] = sections(_stage_sections)
 
-    def __post_init__(self):
-        """Raises ValueError for a stage that does not exist or fewer than one round."""
+    def problems(self) -> Iterator[str]:
+        """The mistakes of ranges, and stages that do not exist."""
+        yield from super().problems()
         for name in self.stages:
             if name not in STAGES:
-                raise ValueError(f"config.stages names {name!r}; the stages are {', '.join(STAGES)}")
-        if self.rounds < 1:
-            raise ValueError(f"config.rounds is {self.rounds}; it must be at least 1")
+                yield f"stages names {name!r}; the stages are {', '.join(STAGES)}"
+
+    def stage(self, name: str) -> Any:
+        """The settings of a stage."""
+        return self.stage_settings[name]
+
+    def with_stage(self, name: str, **changes: Any) -> "RunConfig":
+        """The configuration with other settings of a stage."""
+        changed = dataclasses.replace(self.stage_settings[name], **changes)
+        return dataclasses.replace(self, stage_settings={**self.stage_settings, name: changed})
 
     def order(self) -> list[tuple[str, str]]:
         """(run name, stage) in order; the RL stages repeat for every round, with the round's number from 2 on."""
         listed = [(stage, stage) for stage in self.stages]
-        again = [stage for stage in self.stages if stage in RL_STAGES]
+        again = [stage for stage in self.stages if is_rl(stage, self)]
         return listed + [(f"{stage}_{number}", stage) for number in range(2, self.rounds + 1) for stage in again]
 
+    def trains(self, stage: str) -> tuple[str, ...]:
+        """Names of the parts that a stage trains, see `methods.method.Method.trains`."""
+        settings: StageSettings = self.stage_settings[stage]
+        return STAGES[stage].method(settings).trains(settings)
+
     def trained_from(self, stage: str) -> set[str]:
-        """Parts that a stage or one after its first turn trains as they are, and parts that a later one copies to train
-        them whole.
+        """Parts that a stage or a later one trains as they are, and parts that a later one copies to fine-tune them.
 
         Adapters and copies have names of their own.
         """
         stages = [kind for _, kind in self.order()]
         first = stages.index(stage)
         later, begin = stages[first:], set(stages[first + 1 :]) - set(stages[: first + 1])
-        own = {
-            "pretrain": ("transformer", "projector") if self.pretrain.train_projector else ("transformer",),
-            "cold_start": ("transformer", "projector"),
-        }
-        copied = {
-            name
-            for kind, name in (("gen_for_und", "language"), ("und_for_gen", "transformer"))
-            if kind in begin and getattr(self, kind).train == "full"
-        }
-        return {name for kind in later for name in own.get(kind, ())} | copied
+        trained = {name for kind in later for name in self.trains(kind) if not name.endswith((LORA, COPY))}
+        return trained.union(*(copied_parts(self.trains(kind)) for kind in begin))
 
     def frozen_from_start(self) -> set[str]:
-        """Parts that may be held in `model.frozen_dtype` from the first stage on: nothing trains them, and nothing
-        copies them to train.
-        """
+        """Parts that may be read in `model.frozen_dtype`: no stage trains them, and none copies them to train."""
         order = self.order()
         if not order:
             return set()
-        copies = {"gen_for_und": "language", "und_for_gen": "transformer"}
-        copied = {copies[stage] for _, stage in order if stage in copies and getattr(self, stage).train == "full"}
-        return set(HELD) - self.trained_from(order[0][1]) - copied
+        copied = set().union(*(copied_parts(self.trains(stage)) for _, stage in order))
+        return set(STORABLE) - self.trained_from(order[0][1]) - copied
 
     def policy_condition(self) -> bool:
-        """Whether scores are drawn through the captioner as it is trained: where an RL stage, of this run or before it,
-        draws so.
+        """Whether scores encode captions through the captioner as it is trained.
+
+        That is so where an RL stage, of this run or before it, does so.
         """
-        stages = [stage for stage in RL_STAGES if stage in self.stages] or RL_STAGES
-        return any(getattr(self, stage).condition_model == "policy" for stage in stages)
+        known = [stage for stage in STAGES if hasattr(self.stage_settings[stage], "condition_model")]
+        stages = [stage for stage in known if stage in self.stages] or known
+        return any(self.stage_settings[stage].condition_model == "policy" for stage in stages)
 
-    def digest(self, name: str) -> str:
-        """Of everything that changes the numbers of a stage; a checkpoint of another digest is refused.
+    def identity(self, name: str) -> dict[str, Any]:
+        """Everything that changes the numbers of a stage; a checkpoint of another identity is refused.
 
-        That is what all stages share, and the settings of this stage and of those before it: what comes later may still
-          change.
+        That is what all stages share, and the settings of this stage and of those before it. What comes later may still
+        change.
 
         Args:
           name: of the run's `order`.
         """
         order = self.order()
         upto = order[: [run_name for run_name, _ in order].index(name) + 1]
-        values = {part: dataclasses.asdict(getattr(self, part)) for part in ("model", "data", "sampler", "guard")}
+        values: dict[str, Any] = {part: as_dict(getattr(self, part)) for part in ("model", "data", "sampler", "guard")}
         if self.data.source == "folder" and not self.data.heldout_folder:
-            values["heldout"] = self.evaluation.images  # these pictures are taken from the training set
-        values |= {
-            "seed": self.seed,
-            "stages": [(run_name, dataclasses.asdict(getattr(self, stage))) for run_name, stage in upto],
-        }
-        return json_digest(values)
+            values["evaluation"] = {"images": self.evaluation.images}  # these are taken from the training set
+        values |= {"seed": self.seed, "order": [run_name for run_name, _ in upto]}
+        return values | {stage: as_dict(self.stage_settings[stage]) for _, stage in upto}
+
+
+def is_rl(stage: str, config: RunConfig) -> bool:
+    """Whether a stage learns from rewards: it then repeats in rounds, and is scored while it runs."""
+    return STAGES[stage].method(config.stage(stage)).reinforcement

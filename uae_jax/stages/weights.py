@@ -32,42 +32,36 @@ from uae_jax.nn.lora import merge_adapter
 from uae_jax.rl.caption_similarity import PART as SCORER
 from uae_jax.rl.caption_similarity import CaptionScorer, load_caption_scorer
 from uae_jax.rl.rewards import Encoder, load_encoder
+from uae_jax.settings import Settings, setting
 
 BUILTIN = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
 ENCODERS = ("clip", "longclip", "dinov2", "dinov3")
 REFERENCE = "llm_reference"
+SIZES = ("", "qwen2_5_vl_3b_sd3_5_medium", "qwen2_5_vl_3b_sd3_5_large")
+PRECISIONS = ("float32", "bfloat16")
 CAPTIONER = ("vision", "language", "projector")
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Which weights, and how they compute.
+class ModelConfig(Settings):
+    """Which weights, and how they compute."""
 
-    Attributes:
-      folder: official folder, training workdir, or empty for the built-in model.
-      lora_alpha: numerator of the scale of new adapters; adapters that are read keep theirs, or twice their rank (the
-        release's 64 over 32) where no adapter_config.json says it.
-      dtype: precision of activations, `float32` or `bfloat16`.
-      remat: what the backward pass recomputes: `none`, `full`, `dots`.
-      frozen_dtype: precision in which captioner, projector and transformer are held from the first stage on that no
-        longer trains them (nor does a later one); auto-encoder, image encoders, adapters and all that is trained stay
-        float32.
-      merge_adapters: add the adapters that are read to the weights, so that the reference model and new adapters start
-        from them; otherwise they are kept apart and train on.
-      caption_scorer: folder or workdir with the `caption_scorer` that a reward with a caption weight needs
-        (`rl.caption_similarity`); empty for none.
-      adapters: False leaves the adapters of the folder unread, and a language model beside its `llm_reference`, for the
-        model as it was before they were trained.
-    """
-
-    folder: str = ""
-    lora_alpha: float = 64.0
-    frozen_dtype: str = "float32"
-    dtype: str = "float32"
-    remat: str = "none"
-    merge_adapters: bool = False
-    adapters: bool = True
-    caption_scorer: str = ""
+    folder: str = setting("", "official folder or training workdir; empty for the built-in model")
+    sizes: str = setting("", "published sizes of the folder, for plans without it; empty for any", choices=SIZES)
+    lora_alpha: float = setting(
+        64.0,
+        "numerator of the scale of new adapters; adapters that are read keep theirs",
+        above=0,
+        source="released UAE",
+    )
+    frozen_dtype: str = setting(
+        "float32", "precision of captioner, projector and transformer while nothing trains them", choices=PRECISIONS
+    )
+    dtype: str = setting("float32", "precision of activations", choices=PRECISIONS)
+    remat: str = setting("none", "what the backward pass recomputes", choices=("none", "full", "dots"))
+    merge_adapters: bool = setting(False, "add the adapters that are read to the weights, for new ones to start from")
+    adapters: bool = setting(True, "False leaves adapters and fully fine-tuned copies of the folder unread")
+    caption_scorer: str = setting("", "folder or workdir of the caption scorer that a caption weight needs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +109,17 @@ def model_folder(path: str | pathlib.Path) -> pathlib.Path:
     )
 
 
+def processor_folder(folder: pathlib.Path) -> pathlib.Path:
+    """The folder of tokenizer, chat template and image processor of a model folder."""
+    own = folder / "llm_processor"
+    return own if own.is_dir() else folder / "llm"
+
+
 def load_system(
     config: ModelConfig,
     *,
     image_size: int,
     negative_prompt: str = "",
-    attend_padding: bool = False,
     mesh: Mesh | None = None,
     max_caption: int = 0,
     frozen: Collection[str] = (),
@@ -134,7 +133,6 @@ def load_system(
       config: which folder.
       image_size: side of the pictures.
       negative_prompt: text for guidance.
-      attend_padding: see `ConditionTemplate`.
       mesh: where the parameters lie, by the rules of `sharding`; None leaves them on the host as numpy arrays.
       max_caption: tokens that a caption scorer must be able to read.
       frozen: parts that are read into `frozen_dtype`, since nothing trains them; the others are float32.
@@ -143,12 +141,12 @@ def load_system(
       FileNotFoundError, ValueError: a part is absent or does not fit; the message names file, tensor and remedy.
     """
     folder = model_folder(config.folder)
-    processor_folder = folder / "llm_processor" if (folder / "llm_processor").is_dir() else folder / "llm"
-    tokenizer = tokens.load_tokenizer(processor_folder)
+    words = processor_folder(folder)
+    tokenizer = tokens.load_tokenizer(words)
     captioner, transformer, vae, parts = _load_models(folder, config, mesh, frozen)
     prefix, suffix = tokens.condition_template(tokenizer)
     negative = tokens.encode_caption(tokenizer, negative_prompt)[:-1]
-    template = ConditionTemplate(tuple(prefix), tuple(suffix), tuple(negative), captioner.pad_token_id, attend_padding)
+    template = ConditionTemplate(tuple(prefix), tuple(suffix), tuple(negative), captioner.pad_token_id)
     encoders = {}
     parts["encoders"] = {}
     for name in ENCODERS:
@@ -169,7 +167,7 @@ def load_system(
         uae.UAE(captioner, transformer, vae, template, image_size),
         parts,
         tokenizer,
-        load_image_processor(processor_folder, captioner.vision.window_size),
+        load_image_processor(words, captioner.vision.window_size),
         tokens.stop_ids(tokenizer),
         ScheduleConfig.from_folder(folder / "SD3"),
         encoders,

@@ -6,12 +6,14 @@ checkpoint. A single gradient outlier does no harm: `skip_outliers` leaves its u
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from uae_jax.settings import Settings, setting
 
 PyTree = Any
 
@@ -29,49 +31,32 @@ COUNTS = ("non_finite", "gradient_outliers")
 
 
 @dataclasses.dataclass(frozen=True)
-class GuardConfig:
-    """Bounds of every stage; 0 switches one off.
+class GuardConfig(Settings):
+    """Bounds of every stage; 0 switches one off. Means are judged once their window is full."""
 
-    Attributes:
-      window: steps of running means and of "recent", and updates of the running median. Means are judged once they are
-        full.
-      reward_fall: the running-mean reward may fall by so much from its best.
-      non_finite: so many recent steps with a loss or gradient that is not finite trip; their updates are left out by
-        the step. With 0 the first such loss ends the run (`FloatingPointError`).
-      gradient_ratio: an update whose gradient norm is more than so many times the running median is left out.
-      gradient_outliers: so many recent updates left out trip.
-      kl: bound of the running-mean metric `kl`.
-      flow_kl: the same for und_for_gen, whose KL is a mean over latent numbers instead of tokens.
-      truncated: bound of the running-mean `truncated_fraction`.
-      margin: a checkpoint is good while nothing exceeds this share of its bound.
+    window: int = setting(10, "steps of running means and of recent counts", unit="steps", low=2)
+    reward_fall: float = setting(0.1, "the running-mean reward may fall by so much from its best", low=0)
+    non_finite: int = setting(
+        3,
+        "so many recent steps with a non-finite loss or gradient trip; with 0 the first such loss ends the run",
+        low=0,
+    )
+    gradient_ratio: float = setting(
+        10.0, "an update whose gradient norm is above so many running medians is skipped", low=0
+    )
+    gradient_outliers: int = setting(3, "so many recent skipped updates trip", low=0)
+    kl: float = setting(1.0, "bound of the running-mean KL, a token", low=0)
+    flow_kl: float = setting(0.0, "the same for und_for_gen, a latent value", low=0)
+    truncated: float = setting(0.5, "bound of the running share of captions without an end", low=0)
+    margin: float = setting(0.5, "a checkpoint is good below this share of every bound", above=0, high=1)
 
-    Raises:
-      ValueError: a negative bound, a window below 2, or a margin outside (0, 1].
-    """
-
-    window: int = 10
-    reward_fall: float = 0.0
-    non_finite: int = 0
-    gradient_ratio: float = 0.0
-    gradient_outliers: int = 0
-    kl: float = 0.0
-    flow_kl: float = 0.0
-    truncated: float = 0.0
-    margin: float = 0.5
-
-    def __post_init__(self) -> None:
-        bounds = (*self.bounds().values(), self.gradient_ratio, self.flow_kl)
-        if (
-            self.window < 2
-            or not 0 < self.margin <= 1
-            or not all(bound >= 0 and math.isfinite(bound) for bound in bounds)
-        ):
-            raise ValueError(
-                "guard: window must be at least 2, margin above 0 and at most 1, and every bound 0 (off) or more"
-            )
+    def problems(self) -> Iterator[str]:
+        """The mistakes of ranges, and a ratio that skips ordinary updates."""
+        yield from super().problems()
         if 0 < self.gradient_ratio <= 1 or (self.gradient_outliers and not self.gradient_ratio):
-            raise ValueError(
-                "guard.gradient_ratio must be above 1, and set where gradient_outliers is; 0 switches both off"
+            yield (
+                f"gradient_ratio is {self.gradient_ratio}; it must be above 1, and set where gradient_outliers is; "
+                "0 switches both off"
             )
 
     def bounds(self) -> dict[str, float]:
@@ -82,6 +67,11 @@ class GuardConfig:
     def on(self) -> bool:
         """Whether anything can trip."""
         return any(self.bounds().values())
+
+
+OFF = GuardConfig(
+    reward_fall=0.0, non_finite=0, gradient_ratio=0.0, gradient_outliers=0, kl=0.0, flow_kl=0.0, truncated=0.0
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,9 @@ import jax
 import tqdm
 
 from uae_jax.files.json_files import write_json
+from uae_jax.settings import differences
 from uae_jax.training.checkpoint import Checkpoints, Restored, abstract
-from uae_jax.training.guard import WATCHED, Guard, GuardConfig, Trip, Tripped
+from uae_jax.training.guard import OFF, WATCHED, Guard, GuardConfig, Trip, Tripped
 from uae_jax.training.metrics import Clock, MetricWriter
 from uae_jax.training.signals import StopFlag, StopTraining, interrupt_as_terminate, stop_on_signals
 from uae_jax.training.step import TrainState
@@ -119,7 +120,7 @@ def run_stage(
     put: Callable[[PyTree], PyTree] = lambda batch: batch,
     hooks: Hooks | None = None,
     guard: GuardConfig | None = None,
-    digest: str = "",
+    identity: Mapping[str, Any] | None = None,
 ) -> StageResult:
     """Runs a stage to its end, from its newest checkpoint when there is one; returns at once when it is finished.
 
@@ -140,7 +141,7 @@ def run_stage(
       put: host batch -> device batch.
       hooks: evaluation around the steps.
       guard: bounds on what the step reports; None for none. A checkpoint of step 0 is written when it is on.
-      digest: of the configuration; a checkpoint with another one is refused. "" = not checked.
+      identity: the settings that change the numbers; a checkpoint of other settings is refused. None is not checked.
 
     Raises:
       StopTraining: SIGINT, SIGTERM or a preemption; the checkpoint is on disk.
@@ -155,16 +156,20 @@ def run_stage(
         trip = json.loads(tripped.read_text(encoding="utf-8")) if tripped.exists() else None
         restored = checkpoints.restore(state, trip["restored_step"] if trip else None)
         if restored is not None:
-            _check_digest(folder, restored.meta, digest)
+            _check_identity(folder, restored.meta, identity)
         if restored is not None and finished.exists():
             return StageResult(state=restored.state, **json.loads(finished.read_text(encoding="utf-8")))
-        loop = _Loop(name, config, checkpoints, writer, hooks or Hooks(), data, digest, guard or GuardConfig())
+        loop = _Loop(name, config, checkpoints, writer, hooks or Hooks(), data, identity, guard or OFF)
         if restored is not None:
             state = restored.state
             loop.resume(restored, trip)
+        done, target = restored.step if restored else None, abstract(state)
         # several processes must stop at one step: jax listens for SIGTERM, and tells all of them (reached_preemption)
         with stop_on_signals() if jax.process_count() == 1 else interrupt_as_terminate() as flag:
-            result = loop.run(state, restored.step if restored else None, step, frozen, key, put, flag)
+            if loop.trip is None:
+                loop.begin(state, done)
+                state = loop.train(state, done, step, frozen, key, put, flag)
+            result = loop.finish(state, target, flag)
         if jax.process_index() == 0:
             write_json(finished, result.record())
         if flag.signum:  # it came while the `after` hook ran
@@ -172,16 +177,16 @@ def run_stage(
         return result
 
 
-def check_configuration(workdir: Path, name: str, digest: str) -> None:
-    """Refuses a workdir whose stage was trained with another configuration, before a run writes anything there.
+def check_configuration(workdir: Path, name: str, identity: Mapping[str, Any]) -> None:
+    """Refuses a workdir whose stage was trained with other settings, before a run writes anything there.
 
     Args:
       workdir: the training folder; it may not exist yet.
       name: stage name.
-      digest: of the configuration.
+      identity: the settings that change the numbers.
 
     Raises:
-      ValueError: the stage's newest checkpoint has another digest, or cannot be read.
+      ValueError: the stage's newest checkpoint has other settings, or cannot be read.
     """
     folder = Path(workdir) / "checkpoints" / name
     if not folder.is_dir():
@@ -189,15 +194,19 @@ def check_configuration(workdir: Path, name: str, digest: str) -> None:
     with Checkpoints(folder) as checkpoints:
         meta = checkpoints.meta()
     if meta is not None:
-        _check_digest(folder, meta, digest)
+        _check_identity(folder, meta, identity)
 
 
-def _check_digest(folder: Path, meta: Mapping[str, Any], digest: str) -> None:
-    if digest and meta["digest"] not in ("", digest):
-        raise ValueError(
-            f"{folder} was written with another configuration (digest {meta['digest']}, now {digest}); use the "
-            f"configuration in {folder.parents[1] / 'config.json'}, or a new --workdir"
-        )
+def _check_identity(folder: Path, meta: Mapping[str, Any], identity: Mapping[str, Any] | None) -> None:
+    stored = meta.get("identity")
+    if identity is None or (stored is None and "digest" not in meta):
+        return
+    remedy = f"use the configuration in {folder.parents[1] / 'config.json'}, or a new --workdir"
+    if stored is None:
+        raise ValueError(f"{folder} was written by an earlier version, whose settings had other names; {remedy}")
+    changed = differences(stored, identity)
+    if changed:
+        raise ValueError(f"{folder} was written with another configuration: {'; '.join(changed)}; {remedy}")
 
 
 class _Loop:
@@ -211,11 +220,11 @@ class _Loop:
         writer: MetricWriter,
         hooks: Hooks,
         data: DataIterator,
-        digest: str,
+        identity: Mapping[str, Any] | None,
         guard: GuardConfig,
     ) -> None:
         self.name, self.config, self.checkpoints, self.writer = name, config, checkpoints, writer
-        self.hooks, self.data, self.digest = hooks, data, digest
+        self.hooks, self.data, self.identity = hooks, data, identity
         self.clock = Clock()
         self.before: Scores = {}
         self.guard = Guard(guard)
@@ -236,58 +245,70 @@ class _Loop:
             self.guard = Guard(self.guard.config, meta["guard"] and meta["guard"]["statistics"])
             self.good = meta["guard"]["good"] if meta["guard"] else restored.step
 
-    def run(self, state, restored, step_fn, frozen, key, put, flag: StopFlag) -> StageResult:
-        """From `restored` steps (None: from nothing) to the end; see `run_stage`."""
-        config, target = self.config, abstract(state)
-        if self.trip is None:
-            self.writer.begin(self.name, restored or 0)
-            if restored is None and self.hooks.before is not None:
-                with self.clock.paused():
-                    self.before = self.hooks.before(state)
-            if restored is None and self.guard.config.on and config.steps:
-                self.save(state, 0)
-            try:
-                state = self.train(state, restored, step_fn, frozen, key, put, flag)
-            except Tripped as tripped:
-                state = None  # there is no room for two of a large model
-                self.stop(tripped.trip)
+    def begin(self, state: TrainState, done: int | None) -> None:
+        """Before the first step: scores, and the checkpoint of step 0 that a guard needs; `done` as in `train`."""
+        self.writer.begin(self.name, done or 0)
+        if done is None and self.hooks.before is not None:
+            with self.clock.paused():
+                self.before = self.hooks.before(state)
+        if done is None and self.guard.config.on and self.config.steps:
+            self.save(state, 0)
+
+    def train(
+        self,
+        state: TrainState,
+        done: int | None,
+        train_step: Callable,
+        frozen: PyTree,
+        key: jax.Array,
+        put: Callable[[PyTree], PyTree],
+        flag: StopFlag,
+    ) -> TrainState | None:
+        """The steps after the `done` ones (None: from nothing); None where the guard tripped."""
+        config, start = self.config, done or 0
+        self.bar = tqdm.tqdm(
+            total=config.steps, initial=start, desc=self.name, file=sys.stderr, disable=not _on_terminal()
+        )
+        try:
+            with self.bar:
+                for number in range(start, config.steps):
+                    if number != done:
+                        self.evaluate(state, number)
+                        self.save_if_due(state, number, flag)
+                    batch = put(self.next_batch(number))
+                    state, metrics = train_step(state, frozen, batch, key)
+                    self.log(number + 1, metrics)
+                    if self.hooks.on_step is not None:
+                        self.hooks.on_step(number + 1)
+                self.flush(config.steps)
+                if config.steps > start:
+                    self.save(state, config.steps)
+        except Tripped as tripped:
+            self.stop(tripped.trip)
+            return None  # there is no room for two states of a large model
+        return state
+
+    def finish(self, state: TrainState | None, target: PyTree, flag: StopFlag) -> StageResult:
+        """After the last step: the last good state where the guard tripped, and scores.
+
+        Args:
+          state: after the last step; None where the guard tripped.
+          target: structure, shapes and placement of a state.
+          flag: whether the run was asked to stop.
+        """
+        steps, guard = self.config.steps, None
         if self.trip is not None:
             self.report_trip()
-            state = self.checkpoints.restore(target, self.trip["restored_step"]).state
-        self.leave_if_asked(self.trip["step"] if self.trip else config.steps, flag)
+            steps = self.trip["restored_step"]
+            guard = {name: value for name, value in self.trip.items() if "seconds" not in name}
+            state = self.checkpoints.restore(target, steps).state
+        self.leave_if_asked(self.trip["step"] if self.trip else steps, flag)
         after: Scores = {}
         if self.hooks.after is not None:
             with self.clock.paused():
                 after = self.hooks.after(state)
-        steps, guard = config.steps, None
-        if self.trip is not None:
-            steps, guard = (
-                self.trip["restored_step"],
-                {name: value for name, value in self.trip.items() if "seconds" not in name},
-            )
         times = round(self.clock.seconds, 3), round(self.clock.wall_seconds, 3)
         return StageResult(self.name, state, steps, *times, self.before, after, guard)
-
-    def train(self, state, restored, step_fn, frozen, key, put, flag: StopFlag) -> TrainState:
-        """The steps. Raises `Tripped`."""
-        config, start = self.config, restored or 0
-        self.bar = tqdm.tqdm(
-            total=config.steps, initial=start, desc=self.name, file=sys.stderr, disable=not _on_terminal()
-        )
-        with self.bar:
-            for number in range(start, config.steps):
-                if number != restored:
-                    self.evaluate(state, number)
-                    self.save_if_due(state, number, flag)
-                batch = put(self.next_batch(number))
-                state, metrics = step_fn(state, frozen, batch, key)
-                self.log(number + 1, metrics)
-                if self.hooks.on_step is not None:
-                    self.hooks.on_step(number + 1)
-            self.flush(config.steps)
-            if config.steps > start:
-                self.save(state, config.steps)
-        return state
 
     def stop(self, trip: Trip) -> None:
         """Puts the trip on disk: from here on the stage is one that tripped, whatever happens to this process."""
@@ -343,7 +364,7 @@ class _Loop:
     def save(self, state: TrainState, number: int) -> None:
         meta = {
             "stage": self.name,
-            "digest": self.digest,
+            "identity": self.identity,
             "seconds": round(self.clock.seconds, 3),
             "wall_seconds": round(self.clock.wall_seconds, 3),
             "before": self.before,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from uae_jax import trees
+from uae_jax.settings import Settings, setting
 
 PyTree = Any
 
@@ -16,60 +17,44 @@ PyTree = Any
 DECAYED = r"(^|/)(kernel|embedding|a|b)$"
 
 
+SCHEDULES = ("constant", "cosine", "linear")
+
+
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW settings. Durations are optimizer updates, not train steps.
+class OptimizerConfig(Settings):
+    """AdamW settings. Durations are optimizer updates, not train steps."""
 
-    Attributes:
-      learning_rate: peak value, > 0.
-      schedule: "constant", "cosine" or "linear" after the warm-up.
-      warmup_steps: update k < warmup_steps uses (k + 1) / warmup_steps of the peak, so that no update is a no-op.
-      final_fraction: share of the peak reached at the last update of "cosine" and "linear".
-      b1, b2, eps: Adam's.
-      weight_decay: decoupled decay of the leaves whose path matches `decayed`.
-      decayed: regular expression, searched in "a/b/kernel" paths.
-      max_grad_norm: global-norm clip, 0 = off.
-      multipliers: (path pattern, factor) pairs on the learning rate; the first match counts, no match is 1.
-    """
+    learning_rate: float = setting(1e-4, "peak value", above=0)
+    schedule: str = setting("constant", "after the warm-up", choices=SCHEDULES)
+    warmup_steps: int = setting(0, "updates of the linear warm-up, shortened in a shorter run", unit="updates", low=0)
+    final_fraction: float = setting(
+        0.0, "share of the peak at the last update of cosine and linear schedules", low=0, high=1
+    )
+    b1: float = setting(0.9, "Adam's decay of the first moment", low=0, high=1)
+    b2: float = setting(0.999, "Adam's decay of the second moment", low=0, high=1)
+    eps: float = setting(1e-8, "Adam's denominator offset", low=0)
+    weight_decay: float = setting(1e-4, "decoupled decay of the leaves that match decayed", low=0, source="flow_grpo")
+    decayed: str = setting(DECAYED, "regular expression, searched in paths such as a/b/kernel")
+    max_grad_norm: float = setting(1.0, "global-norm clip; 0 for none", low=0, source="flow_grpo")
+    multipliers: tuple[tuple[str, float], ...] = setting(
+        (), "(path pattern, factor) pairs on the learning rate; the first match counts"
+    )
 
-    learning_rate: float = 1e-4
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    final_fraction: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    decayed: str = DECAYED
-    max_grad_norm: float = 1.0
-    multipliers: tuple[tuple[str, float], ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.schedule not in ("constant", "cosine", "linear"):
-            raise ValueError(f"optimizer.schedule is {self.schedule!r}; use 'constant', 'cosine' or 'linear'")
-        if self.learning_rate <= 0:
-            raise ValueError(f"optimizer.learning_rate is {self.learning_rate}; it must be above 0")
-        if self.warmup_steps < 0 or self.max_grad_norm < 0 or self.weight_decay < 0:
-            raise ValueError("optimizer.warmup_steps, max_grad_norm and weight_decay must be 0 or more")
+    def warmup_of(self, total_updates: int) -> int:
+        """The updates of the warm-up: as configured, or half of a run that is not longer than that."""
+        return self.warmup_steps if self.warmup_steps < total_updates else total_updates // 2
 
 
 def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule:
-    """Learning rate of update k = 0, 1, ...: linear warm-up, then the named decay, which ends at update
-    `total_updates`.
+    """Learning rate of update k: linear warm-up, then the named decay, which ends at update `total_updates`.
 
-    Raises:
-      ValueError: a decay with a warm-up as long as the run.
+    Update k of the warm-up has (k + 1) / warmup_steps of the peak, so that no update does nothing.
     """
-    if config.schedule != "constant" and config.warmup_steps >= total_updates:
-        raise ValueError(
-            f"optimizer.warmup_steps is {config.warmup_steps} in a run of {total_updates} updates; shorten it, or "
-            "use the "
-            "constant schedule"
-        )
-    length = max(total_updates - config.warmup_steps, 1)
+    warmup_steps = config.warmup_of(total_updates)
+    length = max(total_updates - warmup_steps, 1)
 
     def schedule(k: jax.Array) -> jax.Array:
-        progress = jnp.clip((k - config.warmup_steps) / length, 0.0, 1.0)
+        progress = jnp.clip((k - warmup_steps) / length, 0.0, 1.0)
         if config.schedule == "cosine":
             factor = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
         elif config.schedule == "linear":
@@ -78,7 +63,7 @@ def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule
             factor = jnp.ones_like(progress)
         if config.schedule != "constant":
             factor = config.final_fraction + (1.0 - config.final_fraction) * factor
-        warmup = jnp.minimum((k + 1) / max(config.warmup_steps, 1), 1.0)
+        warmup = jnp.minimum((k + 1) / max(warmup_steps, 1), 1.0)
         return config.learning_rate * factor * warmup
 
     return schedule

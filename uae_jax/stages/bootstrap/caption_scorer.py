@@ -15,12 +15,12 @@ from jax import Array
 
 from uae_jax.data.scene_captions import random_detail_caption
 from uae_jax.data.tokenizer import encode_caption
+from uae_jax.methods.method import Supervised
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig
 from uae_jax.models.encoders.preprocess import Preprocess
 from uae_jax.rl.caption_similarity import CaptionScorer
 from uae_jax.stages.bootstrap import scene_stream
 from uae_jax.stages.bootstrap.scene_stream import World
-from uae_jax.training.step import Algorithm, supervised
 
 
 def text_config(image_tower: CLIPConfig, settings: dict, end: int) -> CLIPConfig:
@@ -67,7 +67,7 @@ def stream(
     return scene_stream.stream(example, batch_size)
 
 
-def algorithm(config: CLIPConfig, preprocess: Preprocess) -> Algorithm:
+def algorithm(config: CLIPConfig, preprocess: Preprocess) -> Supervised:
     """The symmetric contrastive loss over the 2 B pairs of a batch; params are `text` and `logit_scale`, frozen has
     `vision`.
     """
@@ -90,4 +90,4 @@ def algorithm(config: CLIPConfig, preprocess: Preprocess) -> Algorithm:
             {"accuracy": (right, count), "cosine": (jnp.sum(jax.lax.stop_gradient(images * texts)), count)},
         )
 
-    return supervised(loss)
+    return Supervised(loss)

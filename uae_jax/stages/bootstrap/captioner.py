@@ -21,6 +21,7 @@ from uae_jax.data.qwen_inputs import ImageProcessor, prompt_fields
 from uae_jax.data.scene_captions import CAPTION_PROMPT, caption, mixed_caption
 from uae_jax.data.tokenizer import IMAGE_PAD, caption_prompt_ids, encode_caption, token_id
 from uae_jax.files.json_files import write_json
+from uae_jax.methods.method import Supervised
 from uae_jax.models.condition import ConditionTemplate, place_in_template
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, to_json
@@ -29,7 +30,6 @@ from uae_jax.rl.captioning import IMAGE_FIELDS
 from uae_jax.stages.bootstrap import scene_stream
 from uae_jax.stages.bootstrap.encoders import cell_losses
 from uae_jax.stages.bootstrap.scene_stream import World
-from uae_jax.training.step import Algorithm, supervised
 
 # words that each state is asked for: a whole phrase, such as "top left small red circle"
 MEMORY = 5
@@ -82,7 +82,7 @@ def stream(
     return scene_stream.stream(example, batch_size)
 
 
-def algorithm(world: World, config: Qwen2_5VLConfig, template: ConditionTemplate, text_weight: float) -> Algorithm:
+def algorithm(world: World, config: Qwen2_5VLConfig, template: ConditionTemplate, text_weight: float) -> Supervised:
     """Cross-entropy per token of both kinds of captions, the second weighted by `text_weight`, and of the readouts."""
 
     def loss(params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
@@ -107,7 +107,7 @@ def algorithm(world: World, config: Qwen2_5VLConfig, template: ConditionTemplate
         }
         return total, rows, metrics
 
-    return supervised(loss)
+    return Supervised(loss)
 
 
 def _text_losses(

@@ -1,4 +1,4 @@
-"""Phase 4 of the bootstrap: a decoder that draws what a caption says, by the flow matching of `stages.pretrain`."""
+"""Phase 4 of the bootstrap: a decoder that draws what a caption says, by the flow matching of `methods.pretrain`."""
 
 import numpy as np
 

@@ -13,13 +13,13 @@ import optax
 from jax import Array
 
 from uae_jax.data.tokenizer import encode_caption
+from uae_jax.methods.method import Supervised
 from uae_jax.models.encoders import clip, dino
 from uae_jax.models.encoders.config import CLIPConfig, Dinov2Config
 from uae_jax.models.encoders.preprocess import Preprocess, apply
 from uae_jax.nn.linear import Dense
 from uae_jax.stages.bootstrap import scene_stream
 from uae_jax.stages.bootstrap.scene_stream import World
-from uae_jax.training.step import Algorithm, supervised
 
 
 def attribute_width(world: World) -> int:
@@ -54,7 +54,7 @@ def clip_stream(world: World, tokenizer, *, seed: int, batch_size: int, side: in
     return scene_stream.stream(example, batch_size)
 
 
-def clip_algorithm(world: World, config: CLIPConfig, preprocess: Preprocess) -> Algorithm:
+def clip_algorithm(world: World, config: CLIPConfig, preprocess: Preprocess) -> Supervised:
     """The symmetric contrastive loss over the 2 B pairs of a batch, and the readout's."""
 
     def loss(params: dict, frozen: dict, rollout: dict, key: Array) -> tuple[Array, Array, dict]:
@@ -75,7 +75,7 @@ def clip_algorithm(world: World, config: CLIPConfig, preprocess: Preprocess) -> 
             metrics | {"readout_accuracy": (right, count * scene_stream.CELLS)},
         )
 
-    return supervised(loss)
+    return Supervised(loss)
 
 
 def dino_stream(world: World, *, seed: int, batch_size: int, side: int):
@@ -127,7 +127,7 @@ def readout(world: World, heads: dict, features: Array, classes: Array) -> tuple
     return losses, jnp.sum(jnp.argmax(of_cells, -1) == classes[:, :cells])
 
 
-def dino_algorithm(world: World, config: Dinov2Config, preprocess: Preprocess) -> Algorithm:
+def dino_algorithm(world: World, config: Dinov2Config, preprocess: Preprocess) -> Supervised:
     """Cross-entropy of every cell's contents and of the background, read linearly from the class token."""
 
     def loss(params: dict, frozen: dict, rollout: dict, key: Array) -> tuple[Array, Array, dict]:
@@ -138,7 +138,7 @@ def dino_algorithm(world: World, config: Dinov2Config, preprocess: Preprocess) -
         count = jnp.float32(len(pixels))
         return jnp.sum(losses), count, {"accuracy": (right, count * scene_stream.CELLS)}
 
-    return supervised(loss)
+    return Supervised(loss)
 
 
 def _unit(x: Array) -> Array:

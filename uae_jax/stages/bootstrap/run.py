@@ -28,6 +28,9 @@ from uae_jax.data.tokenizer import (
 from uae_jax.files.json_files import json_digest, read_json, write_json
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import write_tensors
+from uae_jax.methods.method import Learner, build_step
+from uae_jax.methods.pretrain import Pretrain, PretrainConfig
+from uae_jax.methods.stage_settings import SamplerConfig
 from uae_jax.models.condition import ConditionTemplate
 from uae_jax.models.encoders import clip, dino
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config
@@ -42,22 +45,31 @@ from uae_jax.models.sd3 import vae as sd3_vae
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.models.sd3.weights import load_vae, transformer_rules, vae_rules
 from uae_jax.models.uae import UAE
-from uae_jax.stages import pretrain
+from uae_jax.rl.rewards import Encoder
+from uae_jax.settings import frozen
 from uae_jax.stages.bootstrap import caption_scorer, captioner, decoder, encoders, vae
 from uae_jax.stages.bootstrap.scene_stream import World, open_world
-from uae_jax.stages.pretrain import PretrainConfig
-from uae_jax.stages.settings import frozen
 from uae_jax.stages.weights import model_folder
 from uae_jax.training.loop import LoopConfig, check_configuration, run_stage
 from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import OptimizerConfig, make_optimizer
-from uae_jax.training.step import Algorithm, TrainState, init_state, make_train_step
+from uae_jax.training.step import TrainState, init_state
 
 # of every phase; what else a phase depends on is its own section of the configuration, and what it reads
 SHARED = ("data", "seed", "side", "caption_tokens")
 NEEDED = {"decoder": ("vae", "captioner"), "mistakes": ("decoder",), "caption_scorer": ("clip",)}
 # half precision keeps the built-in model under 12 MB and rounds weights by one part in 2,000
 STORED = np.float16
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelAlone:
+    """What pretraining needs to know of a model: the description; see `methods.method.Described`."""
+
+    model: UAE
+    encoders: Mapping[str, Encoder] = dataclasses.field(default_factory=dict)
+    stops: tuple[int, ...] = ()
+    scorer: None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,32 +101,31 @@ class Run:
 def train(
     run: Run,
     name: str,
-    algorithm: Algorithm,
+    learner: Learner,
     params: dict,
     frozen_params: dict,
     data: Any,
     *,
     steps: int,
-    ema_decay: float | None = None,
 ) -> TrainState:
     """Trains one phase to its end and returns its state; continues from its newest checkpoint."""
     phase = run.config[name]
     optimizer = make_optimizer(frozen(OptimizerConfig, phase.optimizer, f"config.{name}.optimizer"), steps)
-    step = jax.jit(make_train_step(algorithm, optimizer, ema_decay=ema_decay), donate_argnames="state")
+    step = build_step(learner, optimizer)
     loop = LoopConfig(
         steps=steps, log_every=run.config.log_every, save_every=run.config.save_every, headline="accuracy"
     )
     result = run_stage(
         f"bootstrap_{name}",
         step,
-        state=init_state(params, optimizer, ema=ema_decay is not None),
+        state=init_state(params, optimizer, ema=bool(learner.settings.ema_decay)),
         frozen=frozen_params,
         data=data,
         key=jax.random.fold_in(run.key, 1),
         workdir=run.workdir,
         config=loop,
         writer=run.writer,
-        digest=digest(run.config, finished_phases(run.workdir), name),
+        identity=identity(run.config, finished_phases(run.workdir), name),
     )
     return result.state
 
@@ -245,12 +256,11 @@ def decoder_phase(run: Run) -> None:
     settings = PretrainConfig(
         steps=phase.steps,
         batch_size=phase.batch_size,
-        optimizer=OptimizerConfig(),
         time_shift=phase.time_shift,
         condition_dropout=phase.condition_dropout,
     )
-    described = UAE(language, model, vae_config, run.template(), config.side)
-    algorithm = pretrain.algorithm(described, settings)
+    described = ModelAlone(UAE(language, model, vae_config, run.template(), config.side))
+    learner = Pretrain(dataclasses.replace(settings, ema_decay=phase.ema_decay), SamplerConfig(), described)
 
     def data(batch_size: int, seed: int, mistakes: float):
         return decoder.stream(
@@ -269,17 +279,19 @@ def decoder_phase(run: Run) -> None:
     params = train(
         run,
         "decoder",
-        algorithm,
+        learner,
         params,
         parts,
         data(phase.batch_size, config.seed, 0.0),
         steps=phase.steps,
-        ema_decay=phase.ema_decay,
     ).ema
     last = config.mistakes
     if last.steps:
         stream = data(last.batch_size, config.seed + 100, last.probability)
-        params = train(run, "mistakes", algorithm, params, parts, stream, steps=last.steps).params
+        params = train(
+            run, "mistakes", Pretrain(settings, SamplerConfig(), described), params, parts, stream, steps=last.steps
+        )
+        params = params.params
     write_tensors(
         run.model / "dit",
         published_tensors(params["transformer"], transformer_rules(model), STORED),
@@ -377,20 +389,25 @@ def finished_phases(workdir: pathlib.Path) -> dict[str, str]:
 
 
 def digest(config: Any, finished: Mapping[str, str], name: str) -> str:
-    """Of all that changes the numbers of a training, such as `decoder` or `mistakes`: its settings, the shared ones,
-    what it reads.
+    """Of the `identity` of a training."""
+    return json_digest(identity(config, finished, name))
+
+
+def identity(config: Any, finished: Mapping[str, str], name: str) -> dict[str, Any]:
+    """All that changes the numbers of a training, such as `decoder` or `mistakes`.
+
+    That is its settings, the shared ones, and what it reads.
 
     What it reads is made by a phase of this configuration, by one that was finished earlier, or comes from
     `config.start`.
     """
     made = {training for phase in config.phases for training in trainings(phase)}
-    sources = [
-        digest(config, finished, part) if part in made else finished.get(part, config.start)
+    sources = {
+        part: digest(config, finished, part) if part in made else finished.get(part, config.start)
         for part in NEEDED.get(name, ())
-    ]
+    }
     values = config.to_dict()
-    values = [{shared: values[shared] for shared in SHARED}, values[name], sources]
-    return json_digest(values)
+    return {shared: values[shared] for shared in SHARED} | {name: values[name], "reads": sources}
 
 
 def check_phases(config: Any, workdir: pathlib.Path) -> None:
@@ -405,7 +422,7 @@ def check_phases(config: Any, workdir: pathlib.Path) -> None:
         for training in trainings(name):
             now = digest(config, finished, training)
             if training not in finished:
-                check_configuration(workdir, f"bootstrap_{training}", now)
+                check_configuration(workdir, f"bootstrap_{training}", identity(config, finished, training))
             elif finished[training] != now:
                 raise ValueError(
                     f"the phase {name} of {workdir} was made with another configuration (digest "

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from uae_jax.methods.method import Supervised
 from uae_jax.models.sd3 import vae
 from uae_jax.models.sd3.config import VAEConfig
 from uae_jax.stages.bootstrap import scene_stream
 from uae_jax.stages.bootstrap.scene_stream import World
-from uae_jax.training.step import Algorithm, supervised
 
 # small beside the squared error of a good picture (1e-3), large enough to keep the latents smooth
 KL_WEIGHT = 3e-4
@@ -23,7 +23,7 @@ def stream(world: World, *, seed: int, batch_size: int, side: int):
     )
 
 
-def algorithm(config: VAEConfig) -> Algorithm:
+def algorithm(config: VAEConfig) -> Supervised:
     """Squared and absolute reconstruction error plus a weak KL to the unit Gaussian, on batches of `pixels` `[B, H, W,
     3]`.
     """
@@ -40,7 +40,7 @@ def algorithm(config: VAEConfig) -> Algorithm:
         total = jnp.sum(squared + 0.2 * absolute + KL_WEIGHT * kl)
         return total, count, {"squared_error": (squared.sum(), count), "kl": (kl.sum(), count)}
 
-    return supervised(loss)
+    return Supervised(loss)
 
 
 def fit_latent_scale(config: VAEConfig, params: dict, pixels: Array) -> VAEConfig:

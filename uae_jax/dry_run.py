@@ -1,0 +1,106 @@
+"""What a run would do: all mistakes at once, device, mesh, stages, parameters, bytes, and the first rows of data."""
+
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from uae_jax import sharding, trees
+from uae_jax.data.loader import RowBuilder
+from uae_jax.data.tokenizer import decode_caption, load_tokenizer
+from uae_jax.planning.estimate import estimate_memory
+from uae_jax.planning.roofline import MeshSizes
+from uae_jax.planning.system import abstract_system
+from uae_jax.stages.abstract import AbstractSystem
+from uae_jax.stages.checks import check_programs, find_mistakes, notices, read_config
+from uae_jax.stages.data import open_sources
+from uae_jax.stages.program import Program, make_program
+from uae_jax.stages.run_config import RunConfig
+from uae_jax.stages.weights import model_folder, processor_folder
+
+ROWS = 3
+GIB = 2**30
+
+
+def dry_run(config: Mapping[str, Any], workdir: pathlib.Path, mistakes: list[str]) -> int:
+    """Prints what a run would do.
+
+    Args:
+      config: of a file in `configs/`.
+      workdir: of the run; nothing is written there.
+      mistakes: those that reading the command line has found.
+
+    Returns:
+      The exit code: 1 with mistakes, of which each is a line on stderr.
+    """
+    settings, found = read_config(config)
+    mistakes = [*mistakes, *found, *find_mistakes(settings, workdir)]
+    for notice in notices(settings):
+        print(f"note: {notice}", file=sys.stderr)
+    if not mistakes:
+        try:
+            system = abstract_system(settings)
+            check_programs(settings, system)
+        except ValueError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        print("\n".join(f"error: {mistake}" for mistake in mistakes), file=sys.stderr)
+        return 1
+    print("\n".join([*_machine(settings, workdir), *_stages(settings, system), *_rows(settings, system)]))
+    return 0
+
+
+def _machine(config: RunConfig, workdir: pathlib.Path) -> list[str]:
+    mesh = sharding.make_mesh(config.mesh)
+    device = jax.devices()[0]
+    sizes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    state = "continues" if (workdir / "checkpoints").is_dir() else "new"
+    return [
+        f"device:  {len(jax.devices())} x {device.device_kind} ({device.platform})",
+        f"mesh:    {sizes}",
+        f"model:   {config.model.folder or 'built in'}, activations {config.model.dtype}",
+        f"data:    {config.data.source} {config.data.folder or config.data.name}".rstrip(),
+        f"workdir: {workdir} ({state})",
+    ]
+
+
+def _stages(config: RunConfig, system: AbstractSystem) -> list[str]:
+    """One line a stage: steps, images, parameters, and the estimated bytes of a device."""
+    if not config.stages:
+        return ["", "no stages: the model is scored alone"]
+    mesh = sharding.make_mesh(config.mesh)
+    sizes = MeshSizes(**mesh.shape)
+    header = f"{'stage':14} {'steps':>7} {'images':>9} {'trained':>12} {'frozen':>14} {'GiB a device':>13}"
+    lines = ["", header]
+    for name, stage in config.order():
+        program = make_program(config, system, system.parts, system.batch, stage)
+        lines.append(f"{name:14} {_counts(program)} {_gib(config, system, program, sizes):>13}")
+    return [*lines, "GiB a device are estimated; python -m uae_jax.plan compiles them"]
+
+
+def _counts(program: Program) -> str:
+    steps, images = program.config.steps, program.config.steps * program.config.batch_size
+    trained, frozen = trees.parameter_count(program.state.params), trees.parameter_count(program.frozen)
+    return f"{steps:>7,} {images:>9,} {trained:>12,} {frozen:>14,}"
+
+
+def _gib(config: RunConfig, system: AbstractSystem, program: Program, sizes: MeshSizes) -> str:
+    return f"{estimate_memory(program, config, sizes, system).peak / GIB:.3f}"
+
+
+def _rows(config: RunConfig, system: AbstractSystem) -> list[str]:
+    """The first images with their captions as the model will see them."""
+    source, _ = open_sources(config.data, config.seed, 1, check=False)
+    tokenizer = load_tokenizer(processor_folder(model_folder(config.model.folder)))
+    rows = RowBuilder(tokenizer, system.processor, system.spec, config.data.caption_prompt)
+    side, lines = config.data.image_size, ["", f"data, the first of {len(source):,} rows:"]
+    for index in range(min(ROWS, len(source))):
+        example = source[index]
+        row = rows(index, example)
+        tokens = int(row["caption_mask"].sum())
+        caption = decode_caption(tokenizer, row["caption_ids"][:tokens])
+        cut = ", cut at the longest length" if row["caption_truncated"] else ""
+        lines.append(f"  {example.id}: {side} x {side} pixels, {tokens} tokens{cut}: {caption}")
+    return lines

@@ -1,0 +1,256 @@
+"""Flow-GRPO: the transformer learns by the clipped ratios of stochastic denoising steps.
+
+Source: arXiv 2505.05470, with the window of Flow-GRPO-Fast and the options of DanceGRPO (arXiv 2505.07818) and
+GRPO-Guard (arXiv 2510.22319). Each caption is denoised G times. The steps inside a window are stochastic, the others
+deterministic. Departures:
+
+1. A step's log-probability is a mean over latent values, as in the published code, not a sum.
+2. With one update a rollout, the loss takes the sampled velocities for its values, so that the ratio is exactly 1 and
+   the half of guidance without gradient is not evaluated again.
+3. The gradient is taken one step of the window at a time, with the memory of one step (`rl.step_sums`).
+
+Shape letters: N generated images, W steps of the window, `h w C` latents.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from uae_jax import trees
+from uae_jax.diffusion.sampler import Replay, Trajectory, replay_window, sample_window, window_start
+from uae_jax.diffusion.steps import KL_KINDS, CpsStep, DanceStep, SdeStep, gaussian_kl
+from uae_jax.methods.method import Loss
+from uae_jax.methods.stage_settings import UpdateSettings
+from uae_jax.methods.und_for_gen import DecoderMethod, DecoderMethodSettings, UndForGenConfig
+from uae_jax.nn.constrain import constrain_rows
+from uae_jax.rl.advantages import SCALES
+from uae_jax.rl.losses import flow_grpo_loss, gap_metrics
+from uae_jax.rl.reconstruction import Context, initial_noise, predictor, sample_keys
+from uae_jax.rl.step_sums import sum_over_steps
+from uae_jax.settings import changed, setting
+
+STEP_RULES = {"sde": SdeStep, "dance": DanceStep, "cps": CpsStep}
+# what a rollout keeps of each step of the window, [N, W, ...]
+STEP_FIELDS = (
+    "latents",
+    "next_latents",
+    "velocity",
+    "sampled_log_prob",
+    "old_log_prob",
+    "old_means",
+    "reference",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowGrpoConfig(DecoderMethodSettings):
+    """Settings of Flow-GRPO; published values where a source is named."""
+
+    updates_per_rollout: int = changed(UpdateSettings, "updates_per_rollout", 2, source="arXiv 2505.05470")
+    guidance_scale: float = setting(1.0, "of the rollouts; 1 is without guidance", low=0)
+    shared_noise: bool = setting(
+        False,
+        "one starting noise for the images of a group, which then differ by the window's noise alone (DanceGRPO)",
+        source="arXiv 2505.05470",
+    )
+    step_rule: str = setting("sde", "stochastic step", choices=tuple(STEP_RULES), source="arXiv 2505.05470")
+    noise_level: float = setting(0.7, "strength of the stochastic step", above=0, source="arXiv 2505.05470")
+    window: int = setting(3, "stochastic steps", low=1, source="Flow-GRPO-Fast")
+    window_low: int = setting(0, "first step at which the window may begin", low=0)
+    window_high: int = setting(5, "step before which the window ends; the last step is never trained", low=1)
+    clip_range: float = setting(1e-5, "the ratio is clipped to 1 +- clip_range", above=0, source="Flow-GRPO-Fast")
+    kl_weight: float = setting(0.04, "weight of the KL to the reference policy", low=0, source="arXiv 2505.05470")
+    kl_kind: str = setting("gaussian_nodt", "how that KL is measured, see diffusion.steps", choices=KL_KINDS)
+    grpo_guard: bool = setting(False, "ratio normalisation and step weights of GRPO-Guard", source="arXiv 2510.22319")
+    advantage_scale: str = setting("batch", "what advantages are divided by", choices=SCALES, source="arXiv 2505.05470")
+
+    def problems(self) -> Iterator[str]:
+        """The mistakes of ranges, and a guard without a Gaussian log-probability."""
+        yield from super().problems()
+        if self.grpo_guard and self.step_rule == "cps":
+            yield "grpo_guard needs the Gaussian log-probability of step_rule 'sde' or 'dance', not 'cps'"
+
+    def stage_problems(self, stage: UndForGenConfig) -> Iterator[str]:
+        """A window that does not fit into the stage's denoising steps."""
+        last = stage.sampler_steps - 1
+        if self.window_low > self.window_high - self.window or self.window_high > last:
+            yield (
+                f"window is {self.window} steps in [{self.window_low}, {self.window_high}]; it does not fit into the "
+                f"first {last} of {stage.sampler_steps} denoising steps; the last step is never trained"
+            )
+
+    @property
+    def kept_steps(self) -> int:
+        """Latents that a rollout keeps of an image."""
+        return self.window
+
+    @property
+    def rule(self) -> SdeStep | DanceStep | CpsStep:
+        """The stochastic step."""
+        return STEP_RULES[self.step_rule](self.noise_level)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowGrpo(DecoderMethod):
+    """The method; a `methods.method.Method`."""
+
+    Settings = FlowGrpoConfig
+
+    def rollout(self, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
+        """Captions, stochastic trajectories, rewards, advantages, and what the reference would have done.
+
+        Args:
+          params: trained parts of the model; frozen: the other parts.
+          batch: B images with prompts (`data.loader`).
+          key: of this step.
+
+        Returns:
+          `samples` with leading axis N, `shared` (step numbers of the window, negative context), and `metrics`.
+        """
+        parts, own, model, how = (
+            jax.lax.stop_gradient({**frozen, **params}),
+            self.own,
+            self.system.model,
+            self.denoising,
+        )
+        group, sample_ids = self.settings.group_size, batch["sample_id"]
+        positive, negative, caption_metrics = self.contexts(parts, batch, key)
+        noise = initial_noise(model, trees.name_key(key, "noise"), sample_ids, group, shared=own.shared_noise)
+        start = window_start(trees.name_key(key, "window"), own.window_low, own.window_high, own.window)
+        step_keys = sample_keys(trees.name_key(key, "steps"), sample_ids, group)
+        predict = predictor(model, parts, how, positive, negative)
+        trajectory = sample_window(predict, noise, jnp.asarray(how.sigmas), own.rule, start, own.window, step_keys)
+        advantage, metrics = self.advantages(parts, batch["pixels"], trajectory.final)
+        samples = kept(trajectory, positive, advantage)
+        shared = {"sigma_indices": trajectory.sigma_indices, "negative": negative}
+        samples |= self.compared(parts, samples, shared)
+        if self.replay:
+            metrics |= gap_metrics("log_prob_gap", samples["old_log_prob"], samples["sampled_log_prob"])
+        return {"samples": constrain_rows(samples), "shared": shared, "metrics": metrics | caption_metrics}
+
+    def loss(self, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> Loss:
+        """The clipped loss of a window's steps; sum, count and metrics as `losses.flow_grpo_loss`.
+
+        Without replay and guidance, metrics compare velocities and log-probabilities with those of sampling.
+        """
+        samples, shared = constrain_rows(rollout["samples"]), rollout["shared"]
+        steps = {name: samples[name].swapaxes(0, 1) for name in STEP_FIELDS if name in samples}
+        steps["sigma_indices"] = shared["sigma_indices"]
+
+        def step_loss(params: Mapping, step: Mapping) -> tuple[Array, tuple[Array, dict]]:
+            one = {name: value[:, None] for name, value in step.items() if name in STEP_FIELDS}
+            index = {"sigma_indices": step["sigma_indices"][None]}
+            total, count, metrics = self.step_loss({**frozen, **params}, {**samples, **one}, {**shared, **index})
+            return total, (count, metrics)
+
+        total, (count, metrics) = sum_over_steps(step_loss, params, steps)
+        largest = {name: (metrics[name][0].max(), metrics[name][1][0]) for name in metrics if name.endswith("_max")}
+        return total, count.sum(), jax.tree.map(jnp.sum, metrics) | largest
+
+    def step_loss(self, parts: Mapping, samples: Mapping, shared: Mapping) -> Loss:
+        """`loss` of the one step, W = 1, that `samples` and `shared` hold."""
+        own = self.own
+        if self.replay:
+            now, gaps = self.replayed(parts, samples, shared, trained=True), {}
+        else:
+            now, gaps = self.replayed_unchanged(parts, samples, shared)
+        kl = step_kl(own.kl_kind, now, samples["reference"]) if own.kl_weight else None
+        guard = {}
+        if own.grpo_guard:
+            means = now.means.swapaxes(0, 1)
+            old = samples["old_means"] if self.replay else jax.lax.stop_gradient(means)
+            shift = jnp.mean(jnp.square(means - old), axis=(2, 3, 4))
+            guard = {"guard": True, "mean_shift": shift, "std": now.stds, "dt": now.dts}
+        total, count, metrics = flow_grpo_loss(
+            now.log_probs.T,
+            samples.get("old_log_prob"),
+            samples["advantage"],
+            clip_range=own.clip_range,
+            kl=kl,
+            kl_weight=own.kl_weight,
+            **guard,
+        )
+        return total, count, metrics | gaps
+
+    def compared(self, parts: Mapping, samples: Mapping, shared: Mapping) -> dict[str, Array]:
+        """What the loss compares with: the reference's steps for the KL, and the replayed old log-probabilities."""
+        found = {}
+        if self.replay:
+            old = self.replayed(parts, samples, shared, trained=True)
+            found["old_log_prob"] = old.log_probs.T
+            if self.own.grpo_guard:
+                found["old_means"] = old.means.swapaxes(0, 1)
+        if self.own.kl_weight:
+            reference = self.replayed(parts, samples, shared, trained=False)
+            values = reference.velocities if self.own.kl_kind == "velocity" else reference.means
+            found["reference"] = values.swapaxes(0, 1)
+        return found
+
+    def replayed(self, parts: Mapping, samples: Mapping, shared: Mapping, *, trained: bool) -> Replay:
+        """The window's steps by the policy or the reference: log-probabilities `[W, N]`, means `[W, N, h, w, C]`."""
+        predict = predictor(
+            self.system.model,
+            parts,
+            self.denoising,
+            (samples["context"], samples["context_mask"]),
+            shared["negative"],
+            policy=trained,
+            stop_negative_gradient=True,
+        )
+        return self.scored_by(predict, samples, shared)
+
+    def replayed_unchanged(self, parts: Mapping, samples: Mapping, shared: Mapping) -> tuple[Replay, dict]:
+        """`replayed` of one step, W = 1, by the very parameters that sampled it, with the gap to sampling.
+
+        The value is the sampled velocity. The gradient is that of the positive half of guidance times its scale; the
+        negative half has none. The metrics compare where there is no guidance, and are empty otherwise.
+        """
+        how, sampled = self.denoising, samples["velocity"][:, 0]
+        context, unguided = (samples["context"], samples["context_mask"]), dataclasses.replace(how, guidance_scale=1.0)
+        predict = predictor(self.system.model, parts, unguided, context, None)
+        velocity = predict(samples["latents"][:, 0], jnp.asarray(how.sigmas)[shared["sigma_indices"][0]])
+        fixed = jax.lax.stop_gradient(velocity)
+        now = self.scored_by(lambda *_: sampled + how.guidance_scale * (velocity - fixed), samples, shared)
+        if how.guidance_scale != 1:
+            return now, {}
+        implied = self.scored_by(lambda *_: fixed, samples, shared).log_probs.T
+        gaps = gap_metrics("velocity_gap", fixed, sampled)
+        return now, gaps | gap_metrics("log_prob_gap", implied, samples["sampled_log_prob"])
+
+    def scored_by(self, predict: Callable[[Array, Array], Array], samples: Mapping, shared: Mapping) -> Replay:
+        """The window's steps as a velocity function scores them."""
+        return replay_window(
+            predict,
+            samples["latents"].swapaxes(0, 1),
+            samples["next_latents"].swapaxes(0, 1),
+            shared["sigma_indices"],
+            jnp.asarray(self.denoising.sigmas),
+            self.own.rule,
+        )
+
+
+def kept(trajectory: Trajectory, positive: Context, advantage: Array) -> dict[str, Array]:
+    """What a rollout keeps of N trajectories: leaves `[N, W, ...]`, contexts `[N, S, Dc]`, advantages `[N]`."""
+    return {
+        "latents": trajectory.latents.swapaxes(0, 1),
+        "next_latents": trajectory.next_latents.swapaxes(0, 1),
+        "velocity": trajectory.velocities.swapaxes(0, 1),
+        "sampled_log_prob": trajectory.log_probs.T,
+        "context": positive[0],
+        "context_mask": positive[1],
+        "advantage": advantage,
+    }
+
+
+def step_kl(kind: str, now: Replay, reference: Array) -> Array:
+    """KL of each step `[N, W]` to a reference `[N, W, h, w, C]`, of means or, for `velocity`, of velocities."""
+
+    def one(mean: Array, velocity: Array, std: Array, dt: Array, other: Array) -> Array:
+        if kind == "velocity":
+            return gaussian_kl(mean, mean, std, "velocity", velocity=velocity, velocity_ref=other)
+        return gaussian_kl(mean, other, std, kind, dt=dt)
+
+    return jax.vmap(one)(now.means, now.velocities, now.stds, now.dts, reference.swapaxes(0, 1)).T

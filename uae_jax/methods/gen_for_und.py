@@ -1,0 +1,258 @@
+"""Generation for understanding: the captioner learns, by GRPO, what the decoder can rebuild.
+
+Source: arXiv 2509.09666, section 3; GRPO, arXiv 2402.03300. For each of B images, G captions are sampled. The frozen
+decoder generates an image from each. The reward is the similarity of that image and the original. The decoder is part
+of the environment: no gradient passes through it. Departures, and choices where the paper is silent:
+
+1. The decoder reads the caption encoded by the reference model, so that training the captioner does not move the
+   decoder's input; `condition_model="policy"` does as the release does.
+2. The reconstructions of one image start from one noise, so that the advantage measures the caption alone.
+3. Old log-probabilities are computed again by the function that the loss uses, where a rollout has several updates.
+   With one update, the ratio is exactly 1.
+4. `objective="supervised"` is the control: cross-entropy of the data set's captions, without rollouts.
+
+Shape letters: B images, G captions of an image, T caption tokens.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from uae_jax import trees
+from uae_jax.methods.method import Described, Loss
+from uae_jax.methods.stage_settings import RolloutSettings, SamplerConfig, UpdateSettings, rollout_denoising
+from uae_jax.models import condition, uae
+from uae_jax.models.qwen2_5_vl import model as qwen
+from uae_jax.models.qwen2_5_vl.generate import Completion
+from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.nn.constrain import constrain_rows
+from uae_jax.rl import caption_similarity
+from uae_jax.rl.advantages import SCALES
+from uae_jax.rl.captioning import caption_metrics, encode_batch_images, sample_captions
+from uae_jax.rl.losses import AGGREGATIONS, KL_ESTIMATORS, gap_metrics, token_grpo_loss
+from uae_jax.rl.reconstruction import draw, initial_noise
+from uae_jax.rl.rewards import chosen_encoders, reward_advantages
+from uae_jax.settings import changed, setting
+from uae_jax.training.optimizer import OptimizerConfig
+
+PROMPT_FIELDS = ("prompt_ids", "prompt_mask", "prompt_positions", "prompt_next")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenForUndConfig(UpdateSettings, RolloutSettings):
+    """Settings of GRPO on captions."""
+
+    batch_size: int = changed(RolloutSettings, "batch_size", 64)
+    # TRL's rate for adapters
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, warmup_steps=10)
+    temperature: float = changed(RolloutSettings, "temperature", 1.0, above=0, low=None)
+    guidance_scale: float = setting(5.0, "of the reconstructions; 1 is without", low=0, source="released UAE code")
+    shared_noise: bool = setting(True, "one starting noise for the reconstructions of an image")
+    aggregation: str = setting("grpo", "how token losses are summed, see losses.token_grpo_loss", choices=AGGREGATIONS)
+    clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low", low=0, source="arXiv 2402.03300")
+    clip_high: float = setting(0.2, "the ratio is clipped above 1 + clip_high", low=0, source="arXiv 2402.03300")
+    dual_clip: float = setting(0.0, "bound of the loss of bad samples, above 1; 0 for none", low=0)
+    kl_weight: float = setting(0.02, "weight of the KL to the reference policy, a token", low=0)
+    kl_estimator: str = setting("k3", "estimator of that KL", choices=KL_ESTIMATORS, source="arXiv 2402.03300")
+    advantage_scale: str = setting("group", "what advantages are divided by", choices=SCALES, source="arXiv 2402.03300")
+    score_chunk: int = setting(
+        qwen.SCORE_CHUNK, "caption positions whose logits exist at once; memory, not results", low=1
+    )
+    objective: str = setting(
+        "grpo", "grpo, or the control: cross-entropy of the data set's captions", choices=("grpo", "supervised")
+    )
+
+    def problems(self) -> Iterator[str]:
+        """The mistakes of ranges, and a dual clip between 0 and 1."""
+        yield from super().problems()
+        if 0 < self.dual_clip <= 1:
+            yield f"dual_clip is {self.dual_clip}; it must be above 1, or 0 for none"
+
+
+@dataclasses.dataclass(frozen=True)
+class GenForUnd:
+    """The method; a `methods.method.Method`.
+
+    Raises:
+      ValueError: a reward with a caption weight, and no caption scorer.
+    """
+
+    Settings = GenForUndConfig
+    reinforcement = True
+    kl_bound = "kl"
+    samples_per_image = 1  # a sample is an image with all its captions
+
+    settings: GenForUndConfig
+    sampler: SamplerConfig
+    system: Described
+
+    def __post_init__(self) -> None:
+        if self.settings.reward.caption_weight and self.system.scorer is None:
+            raise ValueError(
+                "gen_for_und.reward.caption_weight needs model.caption_scorer, a folder that configs/bootstrap.py "
+                "makes with --config.phases=\"('caption_scorer',)\" --config.start=builtin"
+            )
+
+    @staticmethod
+    def trains(settings: GenForUndConfig) -> tuple[str, ...]:
+        """The language model: its adapter, or a fully fine-tuned copy."""
+        return (settings.trained_part("language"),)
+
+    @property
+    def replay(self) -> bool:
+        """Whether the rollout is scored again for the old log-probabilities."""
+        return self.settings.updates_per_rollout > 1
+
+    def rollout(self, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
+        """Captions, reconstructions, rewards, advantages, and the log-probabilities that the loss compares with.
+
+        Args:
+          params: trained parts of the model; frozen: the other parts.
+          batch: B images with prompts (`data.loader`).
+          key: of this step.
+
+        Returns:
+          `samples` with leading axis B, and `metrics`; without a sampler for the supervised control.
+        """
+        if self.settings.objective == "supervised":
+            return {"samples": batch}
+        parts, group = jax.lax.stop_gradient({**frozen, **params}), self.settings.group_size
+        images = encode_batch_images(self.system.model, parts, batch)
+        completion = self.write_captions(parts, batch, images, key)
+        pixels = self.reconstruct(parts, completion, batch["sample_id"], key)
+        advantage, metrics = self.advantages(parts, batch["pixels"], pixels, completion)
+        samples = {
+            **{name: batch[name] for name in PROMPT_FIELDS},
+            "image_embeds": images,
+            "advantage": advantage,
+            "tokens": completion.tokens.reshape(len(images), group, -1),
+            "mask": completion.mask.reshape(len(images), group, -1),
+        }
+        samples |= self.compared(parts, samples)
+        sampled = completion.log_probs.reshape(samples["tokens"].shape)
+        if self.replay:
+            metrics |= gap_metrics("log_prob_gap", samples["old"], sampled, samples["mask"])
+        else:
+            samples["sampled_log_prob"] = sampled
+        return {"samples": constrain_rows(samples), "metrics": metrics | caption_metrics(completion, group)}
+
+    def loss(self, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> Loss:
+        """The clipped token loss of a rollout; sum, count and metrics as `losses.token_grpo_loss`.
+
+        Where the rollout was not replayed, `log_prob_gap` compares with the log-probabilities of sampling.
+        """
+        if self.settings.objective == "supervised":
+            return self.supervised_loss({**frozen, **params}, rollout["samples"])
+        settings, samples = self.settings, constrain_rows(rollout["samples"])
+        scores = self.score_captions({**frozen, **params}, samples, trained=True)
+
+        def flat(name: str) -> Array | None:
+            return samples[name].reshape(-1, samples[name].shape[-1]) if name in samples else None
+
+        mask = flat("mask")
+        total, count, metrics = token_grpo_loss(
+            scores.log_probs.reshape(mask.shape),
+            flat("old"),
+            flat("reference"),
+            samples["advantage"].reshape(-1),
+            mask,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            dual_clip=settings.dual_clip or None,
+            kl_weight=settings.kl_weight,
+            kl_estimator=settings.kl_estimator,
+            aggregation=settings.aggregation,
+            max_tokens=settings.max_new_tokens,
+            entropy=jax.lax.stop_gradient(scores.entropy).reshape(mask.shape),
+        )
+        if "sampled_log_prob" in samples:
+            metrics |= gap_metrics("log_prob_gap", scores.log_probs, samples["sampled_log_prob"], samples["mask"])
+        return total, count, metrics
+
+    def supervised_loss(self, parts: Mapping, batch: Mapping) -> Loss:
+        """Cross-entropy of the data set's captions, a mean over tokens."""
+        model = self.system.model
+        images = encode_batch_images(model, parts, batch)
+        weights, adapter = uae.captioner_weights(parts, policy=True)
+        prefix = qwen.prompt_prefix(model.captioner, weights, adapter, batch, images)
+        tokens, mask = batch["caption_ids"], batch["caption_mask"]
+        said = qwen.completion_log_probs(
+            model.captioner, weights, adapter, prefix, tokens, mask, chunk=self.settings.score_chunk
+        )
+        return -jnp.sum(said.log_probs), jnp.sum(mask, dtype=jnp.float32), {}
+
+    def write_captions(self, parts: Mapping, batch: Mapping, image_embeds: Array, key: Array) -> Completion:
+        """G sampled captions of each image, rows of a group together: `[B * G, T]`; keys by global sample id."""
+        settings = self.settings
+        return sample_captions(
+            self.system.model,
+            parts,
+            batch,
+            key,
+            image_embeds,
+            max_new_tokens=settings.max_new_tokens,
+            stops=self.system.stops,
+            sampling=SamplingConfig(settings.temperature),
+            group=settings.group_size,
+            gather_weights=settings.gather_weights,
+        )
+
+    def reconstruct(self, parts: Mapping, completion: Completion, sample_ids: Array, key: Array) -> Array:
+        """The decoder's images `[B * G, H, W, 3]` of sampled captions."""
+        settings, model = self.settings, self.system.model
+        how = rollout_denoising(settings, self.sampler, settings.guidance_scale)
+        noise_key = trees.name_key(key, "noise")
+        noise = initial_noise(model, noise_key, sample_ids, settings.group_size, shared=settings.shared_noise)
+        lengths = condition.caption_lengths(completion.mask, completion.finished)
+        return draw(model, parts, how, completion.tokens, lengths, noise)
+
+    def advantages(self, parts: Mapping, original: Array, pixels: Array, completion: Completion) -> tuple[Array, dict]:
+        """Advantages `[B, G]` of reconstructions `[B * G, H, W, 3]`, and the metrics of their rewards."""
+        settings, said = self.settings, None
+        if settings.reward.caption_weight and self.system.scorer is not None:
+            lengths = condition.caption_lengths(completion.mask, completion.finished)
+            params = parts["encoders"][caption_similarity.PART]
+            said = caption_similarity.caption_reward(
+                self.system.scorer, params, original, completion.tokens, lengths, settings.group_size
+            )
+        return reward_advantages(
+            settings.reward,
+            chosen_encoders(settings.reward, self.system.encoders),
+            parts["encoders"],
+            original,
+            pixels,
+            settings.group_size,
+            settings.advantage_scale,
+            said,
+            ~completion.finished.reshape(-1, settings.group_size),
+        )
+
+    def score_captions(self, parts: Mapping, samples: Mapping, *, trained: bool) -> qwen.TokenScores:
+        """Log-probabilities `[B, G, T]` of a rollout's captions under the policy or the reference."""
+        captioner = self.system.model.captioner
+        params, adapter = uae.captioner_weights(parts, policy=trained)
+        prefix = qwen.prompt_prefix(captioner, params, adapter, samples, samples["image_embeds"])
+        return qwen.completion_log_probs(
+            captioner,
+            params,
+            adapter,
+            prefix,
+            samples["tokens"],
+            samples["mask"],
+            temperature=self.settings.temperature,
+            chunk=self.settings.score_chunk,
+            with_entropy=trained,
+            frozen_head="language_policy" not in parts,
+        )
+
+    def compared(self, parts: Mapping, samples: Mapping) -> dict[str, Array]:
+        """What the loss compares with, `[B, G, T]`: `reference` for the KL, and `old` where it is replayed."""
+        found = {}
+        if self.settings.kl_weight:
+            found["reference"] = self.score_captions(parts, samples, trained=False).log_probs
+        if self.replay:
+            found["old"] = self.score_captions(parts, samples, trained=True).log_probs
+        return found

@@ -1,0 +1,249 @@
+"""What a method is, the registry of stages and their methods, and the one compiled train step.
+
+A method says what a stage trains, makes a rollout and scores it. `build_step` compiles one step of it:
+
+    rollout (samples, rewards, advantages) -> loss -> gradient -> update
+
+A stranger's method needs one line, `add_stage("mine", Mine)` or `add_method("und_for_gen", "mine", Mine)`; see
+CONTRIBUTING.md. Shape letters: N samples of one rollout, U updates, M micro-batches.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from uae_jax import trees
+from uae_jax.methods.stage_settings import SamplerConfig, StageSettings, SupervisedSettings
+from uae_jax.models.uae import UAE
+from uae_jax.rl.caption_similarity import CaptionScorer
+from uae_jax.rl.rewards import Encoder
+from uae_jax.training.guard import outlier_metrics
+from uae_jax.training.step import Metrics, PyTree, TrainState, apply_gradients, as_pairs, join_metrics, step_key
+
+Loss = tuple[Array, Array, Metrics]
+
+
+class Described(Protocol):
+    """What a method needs to know of a model; `stages.weights.System` and `stages.abstract.AbstractSystem` are such.
+
+    Attributes:
+      model: the description.
+      encoders: image encoders by name.
+      stops: ids that end a caption.
+      scorer: of captions, or None.
+    """
+
+    @property
+    def model(self) -> UAE: ...
+    @property
+    def encoders(self) -> Mapping[str, Encoder]: ...
+    @property
+    def stops(self) -> tuple[int, ...]: ...
+    @property
+    def scorer(self) -> CaptionScorer | None: ...
+
+
+class Learner(Protocol):
+    """What the train step needs.
+
+    Attributes:
+      settings: with `updates_per_rollout`, `micro_batches` and `ema_decay`.
+      samples_per_image: consecutive samples of a rollout that stay in one update.
+    """
+
+    @property
+    def settings(self) -> Any: ...
+    @property
+    def samples_per_image(self) -> int: ...
+
+    def rollout(self, params: PyTree, frozen: PyTree, batch: PyTree, key: Array) -> dict[str, PyTree]:
+        """Samples of the parameters at the beginning of a step.
+
+        Returns:
+          `samples`: leaves `[N, ...]`, which are split into updates and micro-batches. `shared` (optional): handed to
+          every `loss` as it is. `metrics` (optional): logged. No gradient flows through any of them.
+        """
+        ...
+
+    def loss(self, params: PyTree, frozen: PyTree, rollout: dict[str, PyTree], key: Array) -> Loss:
+        """(sum, count, metrics) of a slice of the rollout; the objective is sum / count over the whole update.
+
+        All micro-batches of an update get the same key. A key that is folded with the sample's id makes the result
+        independent of how the samples are split. A metric is a scalar, or a pair (sum, count) of scalars.
+        """
+        ...
+
+
+class Method(Learner, Protocol):
+    """A training method: a class of `methods/`, made of a stage's settings, the sampler and a model's description.
+
+    Attributes:
+      Settings: dataclass of the method's section in the configuration.
+      reinforcement: whether it learns from rewards. Such stages repeat in rounds and are scored while they run.
+      kl_bound: the field of `training.guard.GuardConfig` that bounds its metric `kl`.
+    """
+
+    Settings: ClassVar[type]
+    reinforcement: ClassVar[bool]
+    kl_bound: ClassVar[str]
+
+    def __init__(self, settings: Any, sampler: SamplerConfig, system: Described) -> None: ...
+    @staticmethod
+    def trains(settings: Any) -> tuple[str, ...]:
+        """Names of the parts that it changes: a part, its adapter `_lora`, or its fully fine-tuned copy `_policy`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised:
+    """A learner made of a loss alone: its rollout is the batch, every leaf of it `[N, ...]`."""
+
+    loss: Callable[..., Loss]
+    settings: SupervisedSettings = SupervisedSettings()
+    samples_per_image: int = 1
+
+    def rollout(self, params: PyTree, frozen: PyTree, batch: PyTree, key: Array) -> dict[str, PyTree]:
+        """The batch."""
+        return {"samples": batch}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of a run.
+
+    Attributes:
+      settings: dataclass of its section in the configuration.
+      methods: by the name that `settings.method` holds; one without a name where there is nothing to choose.
+    """
+
+    settings: type[StageSettings]
+    methods: dict[str, type[Method]]
+
+    def method(self, settings: StageSettings) -> type[Method]:
+        """The method that the settings name."""
+        return self.methods[getattr(settings, "method", "")]
+
+
+STAGES: dict[str, Stage] = {}
+
+
+def add_stage(name: str, method: type[Method]) -> None:
+    """Registers a stage with one method; its section of the configuration is `config.NAME`."""
+    STAGES[name] = Stage(method.Settings, {"": method})
+
+
+def add_method(stage: str, name: str, method: type[Method]) -> None:
+    """Registers one more method of a stage; its section of the configuration is `config.STAGE.NAME`."""
+    STAGES[stage].methods[name] = method
+
+
+def make_method(stage: str, settings: StageSettings, sampler: SamplerConfig, system: Described) -> Method:
+    """The method of a stage's settings."""
+    return STAGES[stage].method(settings)(settings, sampler, system)
+
+
+def build_step(method: Learner, optimizer: optax.GradientTransformation, shardings: Any = None) -> Callable:
+    """The compiled `train_step(state, frozen, batch, key) -> (state, metrics)` of a method.
+
+    Args:
+      method: what is trained, and how.
+      optimizer: of `training.optimizer`.
+      shardings: of state and metrics, or None.
+    """
+    return jax.jit(make_train_step(method, optimizer), donate_argnames="state", out_shardings=shardings)
+
+
+def make_train_step(method: Learner, optimizer: optax.GradientTransformation) -> Callable:
+    """The train step as a pure function: one rollout, then `updates_per_rollout` updates.
+
+    Update u takes the groups u, u + U, u + 2U, ... of the rollout. The random streams "rollout" and "loss" are folded
+    from the stage's key and `state.step`, so that the same state gives the same step after a restart. Metrics are
+    float32 scalars: `loss`, `grad_norm` (before clipping), `skipped_updates`, `outlier_updates`, and the method's own.
+
+    Raises:
+      ValueError: at trace time: samples that do not divide, a metric name used twice, or a missing moving average.
+    """
+    settings, group = method.settings, method.samples_per_image
+    updates, ema_decay = settings.updates_per_rollout, settings.ema_decay or None
+
+    def train_step(state: TrainState, frozen: PyTree, batch: PyTree, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        if (ema_decay is None) != (state.ema is None):
+            raise ValueError("ema_decay and state.ema must both be set or both be None; see init_state(ema=True)")
+        rollout = method.rollout(state.params, frozen, batch, step_key(key, "rollout", state.step))
+        rollout = jax.lax.stop_gradient({"shared": {}, "metrics": {}, **rollout})
+        loss_key = step_key(key, "loss", state.step)
+        parts = split_samples(rollout["samples"], updates, group)
+
+        def update(state: TrainState, index: Array) -> tuple[TrainState, PyTree]:
+            slice_ = {"samples": jax.tree.map(lambda leaf: leaf[index], parts), "shared": rollout["shared"]}
+            own_key = jax.random.fold_in(loss_key, index)
+            gradients, loss, metrics = gradients_of(
+                method.loss, state.params, frozen, slice_, own_key, settings.micro_batches
+            )
+            state, norm = apply_gradients(state, gradients, loss, optimizer, ema_decay)
+            return state, (loss, norm, metrics)
+
+        state, (losses, norms, stacked) = jax.lax.scan(update, state, jnp.arange(updates), unroll=updates == 1)
+        own = {"loss": losses.mean(), "grad_norm": norms.mean(), "skipped_updates": state.skipped}
+        own |= outlier_metrics(state.opt_state)
+        metrics = join_metrics(own, rollout["metrics"], jax.tree.map(lambda leaf: leaf.sum(0), stacked))
+        return state.replace(step=state.step + 1), metrics
+
+    return train_step
+
+
+def gradients_of(
+    loss: Callable[..., Loss],
+    params: PyTree,
+    frozen: PyTree,
+    rollout: Mapping[str, PyTree],
+    key: Array,
+    micro_batches: int,
+) -> tuple[PyTree, Array, Metrics]:
+    """Gradient of sum / count over one update, one micro-batch at a time: (sum of gradients) / (sum of counts).
+
+    Returns:
+      Gradients like `params`, the loss [], and metrics as (sum, count) pairs.
+    """
+
+    def objective(params: PyTree, samples: PyTree) -> tuple[Array, tuple[Array, Metrics]]:
+        total, count, metrics = loss(params, frozen, {"samples": samples, "shared": rollout["shared"]}, key)
+        return total.astype(jnp.float32), (jax.lax.stop_gradient(count).astype(jnp.float32), as_pairs(metrics))
+
+    def micro_step(gradients: PyTree, samples: PyTree) -> tuple[PyTree, PyTree]:
+        (total, (count, metrics)), new = jax.value_and_grad(objective, has_aux=True)(params, samples)
+        gradients = jax.tree.map(lambda old, extra: old + extra.astype(jnp.float32), gradients, new)
+        return gradients, (total, count, metrics)
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    parts = split_samples(rollout["samples"], micro_batches)
+    # Unrolled when there is one part: XLA's CPU backend runs convolutions inside loops on a single thread.
+    gradients, stacked = jax.lax.scan(micro_step, zeros, parts, unroll=micro_batches == 1)
+    total, count, metrics = jax.tree.map(lambda leaf: leaf.sum(0), stacked)
+    scale = 1.0 / jnp.maximum(count, 1e-8)
+    gradients = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), gradients, params)
+    return gradients, total / jnp.maximum(count, 1e-8), metrics
+
+
+def split_samples(samples: PyTree, parts: int, group_size: int = 1) -> PyTree:
+    """The samples of a rollout in equal parts, see `trees.cut`.
+
+    Raises:
+      ValueError: N is no multiple of parts * group_size, or the leaves disagree on N.
+    """
+    sizes = sorted({leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(samples)})
+    if len(sizes) != 1 or sizes[0] == 0:
+        raise ValueError(
+            f"rollout samples need one common leading axis, found lengths {sizes}; put scalars and tables in 'shared'"
+        )
+    if sizes[0] % (parts * group_size):
+        raise ValueError(
+            f"{sizes[0]} samples of a rollout do not divide into {parts} parts of complete groups of {group_size}; "
+            "change the batch size, updates_per_rollout or micro_batches"
+        )
+    return trees.cut(samples, parts, group_size)

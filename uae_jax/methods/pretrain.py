@@ -1,0 +1,116 @@
+"""Pretraining on long captions: projector and transformer learn to generate images by flow matching.
+
+Source: arXiv 2509.09666, section 3. The language model and the auto-encoder are frozen. Where the paper is silent:
+
+1. The velocity target is noise - image, times are logit-normal(0, 1), and the weight is 1, as in UniWorld-V1's
+   train_denoiser.py (arXiv 2506.03147).
+2. A share of the captions is replaced by the negative prompt, so that guidance works.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from uae_jax import trees
+from uae_jax.diffusion import flow
+from uae_jax.methods.method import Described, Loss, split_samples
+from uae_jax.methods.stage_settings import SamplerConfig, SupervisedSettings
+from uae_jax.models import condition, uae
+from uae_jax.models.qwen2_5_vl import model as qwen
+from uae_jax.models.sd3 import vae
+from uae_jax.rl.reconstruction import sample_keys
+from uae_jax.settings import changed, setting
+from uae_jax.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(SupervisedSettings):
+    """Settings of pretraining."""
+
+    steps: int = changed(SupervisedSettings, "steps", 20_000)
+    batch_size: int = changed(SupervisedSettings, "batch_size", 256)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, warmup_steps=500, schedule="cosine")
+    condition_dropout: float = setting(
+        0.1, "share of the captions that the negative prompt replaces, for guidance", low=0, high=1
+    )
+    time_scheme: str = setting(
+        "logit_normal", "density of the noise levels", choices=flow.SCHEMES, source="arXiv 2506.03147"
+    )
+    time_shift: float = setting(3.0, "shift of the noise levels", above=0)
+    weighting: str = setting("none", "weight of the loss by noise level", choices=flow.WEIGHTINGS)
+    train_projector: bool = setting(True, "whether the projector learns too")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """The method; a `methods.method.Method`."""
+
+    Settings = PretrainConfig
+    reinforcement = False
+    kl_bound = "kl"
+    samples_per_image = 1
+
+    settings: PretrainConfig
+    sampler: SamplerConfig
+    system: Described
+
+    @staticmethod
+    def trains(settings: PretrainConfig) -> tuple[str, ...]:
+        """The transformer, and the projector where the settings say so."""
+        return ("projector", "transformer") if settings.train_projector else ("transformer",)
+
+    def rollout(self, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
+        """Latents of the images and hidden states of the captions; the frozen encoders run here, without gradients."""
+        parts, model, settings = {**frozen, **params}, self.system.model, self.settings
+        keys = sample_keys(key, batch["sample_id"])
+        dropped = jax.vmap(lambda k: jax.random.bernoulli(trees.name_key(k, "drop"), settings.condition_dropout))(keys)
+        lengths = jnp.sum(batch["caption_mask"], -1, dtype=jnp.int32) - 1
+        tokens, lengths = drop_captions(model, batch["caption_ids"], lengths, dropped)
+        captioner, _ = uae.captioner_weights(parts, policy=False)
+
+        def encode(inputs: Mapping) -> dict:
+            ids, mask = condition.place_in_template(model.template, inputs["tokens"], inputs["lengths"])
+            hidden = qwen.text_hidden_states(model.captioner, captioner, None, ids, mask)
+            mean, log_variance = vae.encode(model.vae, parts["vae"], inputs["pixels"])
+            drawn = jax.vmap(lambda k, m, v: vae.sample_latents(trees.name_key(k, "latents"), m, v))(
+                inputs["keys"], mean, log_variance
+            )
+            return {"latents": vae.to_model_latents(model.vae, drawn), "hidden": hidden, "mask": mask}
+
+        inputs = {"tokens": tokens, "lengths": lengths, "pixels": batch["pixels"], "keys": keys}
+        # the images of a batch at full resolution do not fit where only a part of its gradient does
+        encoded = trees.map_parts(encode, split_samples(inputs, settings.micro_batches * settings.updates_per_rollout))
+        return {"samples": encoded | {"sample_id": batch["sample_id"]}}
+
+    def loss(self, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> Loss:
+        """Flow matching: the squared error of the predicted velocity at one random noise level an image."""
+        parts, samples, model = {**frozen, **params}, rollout["samples"], self.system.model
+        keys = sample_keys(key, samples["sample_id"])
+        sigma = flow.sample_sigmas(_named(keys, "sigma"), self.settings.time_scheme, self.settings.time_shift)
+        noise = uae.initial_noise(model, _named(keys, "noise"))
+        context = qwen.project(parts["projector"], samples["hidden"]), samples["mask"]
+        noisy = flow.corrupt(samples["latents"], noise, sigma)
+        predicted = uae.velocity(model, parts, noisy, sigma, context, policy=False)
+        weight = flow.loss_weight(sigma, self.settings.weighting)
+        losses = flow.flow_matching_loss(predicted, flow.velocity_target(samples["latents"], noise), weight)
+        return jnp.sum(losses), jnp.float32(len(losses)), {}
+
+
+def drop_captions(model: uae.UAE, tokens: Array, lengths: Array, dropped: Array) -> tuple[Array, Array]:
+    """Puts the negative prompt in place of some captions.
+
+    Args:
+      model: for the negative prompt.
+      tokens: int32 `[B, T]`; lengths: int32 `[B]`, without the stop token.
+      dropped: bool `[B]`, which captions are replaced.
+    """
+    negative = jnp.asarray(model.template.negative, jnp.int32)[: tokens.shape[1]]
+    row = jnp.zeros(tokens.shape[1], jnp.int32).at[: len(negative)].set(negative)
+    return jnp.where(dropped[:, None], row, tokens), jnp.where(dropped, len(negative), lengths)
+
+
+def _named(keys: Array, name: str) -> Array:
+    return jax.vmap(lambda key: trees.name_key(key, name))(keys)

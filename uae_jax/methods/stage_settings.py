@@ -1,0 +1,92 @@
+"""Settings that stages share, and what follows from them: how rollouts are sampled and what is trained."""
+
+import dataclasses
+
+from uae_jax.diffusion.schedule import KINDS, sigma_schedule
+from uae_jax.rl.reconstruction import Denoising
+from uae_jax.rl.rewards import RewardConfig
+from uae_jax.settings import Settings, setting
+from uae_jax.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig(Settings):
+    """Noise levels of every sampler."""
+
+    shift: float = setting(3.0, "static shift of the noise levels", above=0, source="SD3, arXiv 2403.03206, eq. 23")
+    schedule: str = setting("diffusers", "kind of schedule, see diffusion.schedule", choices=KINDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSettings(Settings):
+    """How the samples of a rollout become updates."""
+
+    updates_per_rollout: int = setting(1, "optimizer updates of one rollout or batch", low=1)
+    ema_decay: float = setting(
+        0.0, "ceiling of the moving average, which replaces the weights at the end; 0 for none", low=0, high=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSettings(Settings):
+    """What every stage has."""
+
+    steps: int = setting(1_000, "train steps", low=1)
+    batch_size: int = setting(32, "images a step", low=1)
+    micro_batches: int = setting(1, "parts of an update whose gradients are summed; memory, not results", low=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    @property
+    def total_updates(self) -> int:
+        """Optimizer updates of the stage."""
+        return self.steps * getattr(self, "updates_per_rollout", 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedSettings(UpdateSettings, StageSettings):
+    """What the stages share that learn without rewards."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutSettings(StageSettings):
+    """What the stages share that learn from rewards."""
+
+    group_size: int = setting(8, "samples of an image whose rewards are compared", low=2)
+    temperature: float = setting(1.0, "of caption sampling; 0 is greedy", low=0)
+    max_new_tokens: int = setting(512, "longest caption", unit="tokens", low=1)
+    sampler_steps: int = setting(10, "denoising steps of a rollout", low=1, source="released UAE code")
+    condition_model: str = setting(
+        "reference",
+        "language model that encodes captions: without the trained adapter, or with it as the release does",
+        choices=("reference", "policy"),
+    )
+    vae_chunk: int = setting(0, "images decoded at once; 0 for all; memory, not results", low=0)
+    gather_weights: bool = setting(
+        False, "gather a sharded language model once a rollout instead of once a token; costs a copy on every device"
+    )
+    train: str = setting("lora", "what is trained: an adapter, or a full fine-tuned copy", choices=("lora", "full"))
+    lora_rank: int = setting(32, "rank of a new adapter", low=1, source="released UAE code")
+    reward: RewardConfig = RewardConfig()
+
+    def trained_part(self, base: str) -> str:
+        """Name of what is trained of a part: its adapter, or its fully fine-tuned copy."""
+        return f"{base}_lora" if self.train == "lora" else f"{base}_policy"
+
+
+def denoising(
+    sampler: SamplerConfig, steps: int, guidance_scale: float, *, policy_condition: bool = False, vae_chunk: int = 0
+) -> Denoising:
+    """The deterministic sampler of a stage or of an evaluation."""
+    sigmas = sigma_schedule(steps, sampler.shift, sampler.schedule)
+    return Denoising(tuple(float(sigma) for sigma in sigmas), guidance_scale, policy_condition, vae_chunk)
+
+
+def rollout_denoising(settings: RolloutSettings, sampler: SamplerConfig, guidance_scale: float) -> Denoising:
+    """The sampler of a stage's rollouts."""
+    return denoising(
+        sampler,
+        settings.sampler_steps,
+        guidance_scale,
+        policy_condition=settings.condition_model == "policy",
+        vae_chunk=settings.vae_chunk,
+    )

@@ -1,0 +1,167 @@
+"""Understanding for generation: the stage in which the decoder learns from the captioner, by one of several methods.
+
+Source: arXiv 2509.09666, section 3. The frozen captioner writes one caption of each of B images. The transformer
+generates G images from it. The reward is the similarity of a generated image and the original. The methods differ in
+how the transformer learns from these rewards: `flow_grpo`, `diffusion_nft`.
+
+1. A share of the captions may be the data set's own (`data_captions`); the paper has none.
+2. The captions are encoded by the reference model; `condition_model="policy"` does as the release does.
+
+Shape letters: B images, G generated images of an image, N = B * G.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax import Array
+
+from uae_jax.methods.method import STAGES, Described
+from uae_jax.methods.stage_settings import RolloutSettings, SamplerConfig, UpdateSettings, rollout_denoising
+from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.nn.constrain import constrain_rows
+from uae_jax.rl.captioning import caption_metrics, drawn_captions, sample_captions
+from uae_jax.rl.reconstruction import Context, Denoising, decode, encode_condition
+from uae_jax.rl.rewards import chosen_encoders, reward_advantages
+from uae_jax.settings import changed, sections, setting
+from uae_jax.training.optimizer import OptimizerConfig
+
+STAGE = "und_for_gen"
+
+
+def _method_sections() -> dict[str, type]:
+    return {name: method.Settings for name, method in STAGES[STAGE].methods.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderMethodSettings(UpdateSettings):
+    """What every method of the stage has."""
+
+    ema_decay: float = changed(UpdateSettings, "ema_decay", 0.9, source="arXiv 2505.05470")
+
+
+@dataclasses.dataclass(frozen=True)
+class UndForGenConfig(RolloutSettings):
+    """Settings of the stage; those of each method stand in a section of the method's name."""
+
+    # flow_grpo: 48 groups of 24, learning rate 3e-4
+    batch_size: int = changed(RolloutSettings, "batch_size", 48, source="arXiv 2505.05470")
+    group_size: int = changed(RolloutSettings, "group_size", 24, source="arXiv 2505.05470")
+    temperature: float = changed(RolloutSettings, "temperature", 0.7)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4)
+    method: str = setting("flow_grpo", "how the transformer learns; its settings are in the section of that name")
+    data_captions: float = setting(
+        0.0, "share of the images whose caption is the data set's own instead of the captioner's", low=0, high=1
+    )
+    methods: dict[str, Any] = sections(_method_sections)
+
+    def problems(self) -> Iterator[str]:
+        """The mistakes of ranges, an unknown method, and what the methods refuse."""
+        yield from super().problems()
+        if self.method not in self.methods:
+            yield f"method is {self.method!r}; choose one of {', '.join(self.methods)}"
+        yield from self.reward.caption_terms(STAGE)
+        for name, method in self.methods.items():
+            check = getattr(method, "stage_problems", None)
+            yield from (f"{name}.{problem}" for problem in (check(self) if check else ()))
+
+    @property
+    def own(self) -> Any:
+        """The settings of the chosen method."""
+        return self.methods[self.method]
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Of the chosen method."""
+        return self.own.updates_per_rollout
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the chosen method's rollouts; 1 where it has none."""
+        return getattr(self.own, "guidance_scale", 1.0)
+
+    @property
+    def ema_decay(self) -> float:
+        """Of the chosen method."""
+        return self.own.ema_decay
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderMethod:
+    """What the methods of the stage share; they add `rollout` and `loss`."""
+
+    reinforcement = True
+    kl_bound = "flow_kl"  # a mean over latent values, not over tokens
+
+    settings: UndForGenConfig
+    sampler: SamplerConfig
+    system: Described
+
+    @staticmethod
+    def trains(settings: UndForGenConfig) -> tuple[str, ...]:
+        """The transformer: its adapter, or a fully fine-tuned copy."""
+        return (settings.trained_part("transformer"),)
+
+    @property
+    def own(self) -> Any:
+        """The method's settings."""
+        return self.settings.own
+
+    @property
+    def samples_per_image(self) -> int:
+        """G: the samples of a group stay in one update."""
+        return self.settings.group_size
+
+    @property
+    def replay(self) -> bool:
+        """Whether the rollout is scored again for what the policy did."""
+        return self.own.updates_per_rollout > 1
+
+    @property
+    def denoising(self) -> Denoising:
+        """The sampler of rollouts."""
+        return rollout_denoising(self.settings, self.sampler, self.settings.guidance_scale)
+
+    def contexts(self, parts: Mapping, batch: Mapping, key: Array) -> tuple[Context, Context | None, dict]:
+        """What the decoder reads.
+
+        Args:
+          parts: the model.
+          batch: B images with prompts (`data.loader`).
+          key: of the step.
+
+        Returns:
+          (`[N, S, Dc]`, mask `[N, S]`), those of the negative prompt `[1, S, Dc]` or None, and metrics of the captions.
+        """
+        settings, model = self.settings, self.system.model
+        completion = sample_captions(
+            model,
+            parts,
+            batch,
+            key,
+            max_new_tokens=settings.max_new_tokens,
+            stops=self.system.stops,
+            sampling=SamplingConfig(settings.temperature),
+            gather_weights=settings.gather_weights,
+        )
+        tokens, lengths = drawn_captions(settings.data_captions, completion, batch, key)
+        positive, negative = encode_condition(model, parts, self.denoising, tokens, lengths)
+        group = settings.group_size
+        positive = constrain_rows(jax.tree.map(lambda leaf: leaf.repeat(group, axis=0), positive))
+        return positive, negative, caption_metrics(completion, 1)
+
+    def advantages(self, parts: Mapping, original: Array, latents: Array) -> tuple[Array, dict]:
+        """Advantages `[N]` of generated latents `[N, h, w, C]`, and the metrics of their rewards."""
+        pixels = decode(self.system.model, parts, self.denoising, latents)
+        reward = self.settings.reward
+        advantage, metrics = reward_advantages(
+            reward,
+            chosen_encoders(reward, self.system.encoders),
+            parts["encoders"],
+            original,
+            pixels,
+            self.settings.group_size,
+            self.own.advantage_scale,
+        )
+        return advantage.reshape(-1), metrics

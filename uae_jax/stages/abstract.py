@@ -1,0 +1,137 @@
+"""The model of a folder without its weights: configs, shapes of parameters and shapes of a batch."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from uae_jax.data import tokenizer as tokens
+from uae_jax.data.loader import BatchSpec, batch_shapes
+from uae_jax.data.qwen_inputs import ImageProcessor, load_image_processor
+from uae_jax.files.json_files import read_json
+from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.methods.trained import COPY
+from uae_jax.models.condition import ConditionTemplate
+from uae_jax.models.encoders import clip, dino
+from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
+from uae_jax.models.encoders.preprocess import Preprocess
+from uae_jax.models.encoders.weights import open_encoder
+from uae_jax.models.qwen2_5_vl import config as qwen_config
+from uae_jax.models.qwen2_5_vl import model as qwen
+from uae_jax.models.sd3 import transformer, vae
+from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
+from uae_jax.models.uae import UAE
+from uae_jax.rl.caption_similarity import PART as SCORER
+from uae_jax.rl.caption_similarity import CaptionScorer
+from uae_jax.rl.rewards import Encoder
+from uae_jax.stages.data import spec_of
+from uae_jax.stages.run_config import RunConfig
+from uae_jax.stages.weights import ENCODERS, REFERENCE, config_folder, model_folder, processor_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractSystem:
+    """As `stages.weights.System`, with shapes in place of arrays.
+
+    Attributes:
+      model: the description.
+      parts: the dictionary of parameters (`models.uae`), `jax.ShapeDtypeStruct` leaves.
+      encoders: image encoders by name.
+      stops: ids that end a caption.
+      processor: of the captioner's images.
+      spec: fixed shapes of a batch.
+      scorer: of captions, where the settings name one.
+    """
+
+    model: UAE
+    parts: dict
+    encoders: dict[str, Encoder]
+    stops: tuple[int, ...]
+    processor: ImageProcessor
+    spec: BatchSpec
+    scorer: CaptionScorer | None = None
+
+    def batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of a batch of so many rows."""
+        shapes = batch_shapes(self.spec, batch_size, self.processor)
+        return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def abstract_folder(config: RunConfig) -> AbstractSystem:
+    """The system of a model folder.
+
+    Raises:
+      FileNotFoundError, ValueError: a config of the folder is absent or not supported.
+    """
+    settings, data = config.model, config.data
+    folder = model_folder(settings.folder)
+    words = processor_folder(folder)
+    tokenizer = tokens.load_tokenizer(words)
+    overrides = dict(dtype=settings.dtype, remat=settings.remat, lora_alpha=settings.lora_alpha)
+    captioner = qwen_config.from_folder(config_folder(folder), **overrides)
+    dit = folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer"
+    decoder = TransformerConfig.from_folder(dit, **overrides)
+    autoencoder = VAEConfig.from_folder(folder / "SD3" / "vae")
+    prefix, suffix = tokens.condition_template(tokenizer)
+    negative = tokens.encode_caption(tokenizer, data.negative_prompt)[:-1]
+    template = ConditionTemplate(tuple(prefix), tuple(suffix), tuple(negative), captioner.pad_token_id)
+    processor = load_image_processor(words, captioner.vision.window_size)
+    spec = spec_of(data, tokenizer, processor)
+    encoders = {name: _encoder(folder / name) for name in ENCODERS if (folder / name).is_dir()}
+    parts = part_shapes(captioner, decoder, autoencoder, _projector_width(folder / "llm", captioner), encoders)
+    scorer = None
+    if settings.caption_scorer:
+        source = open_encoder(model_folder(settings.caption_scorer) / SCORER)
+        scorer = CaptionScorer(source.config, source.preprocess())
+        parts["encoders"][SCORER] = clip.abstract_params(source.config)
+    if settings.adapters and (folder / REFERENCE).is_dir():
+        parts[f"language{COPY}"] = parts["language"]
+    model = UAE(captioner, decoder, autoencoder, template, data.image_size)
+    return AbstractSystem(model, parts, encoders, tokens.stop_ids(tokenizer), processor, spec, scorer)
+
+
+def part_shapes(
+    captioner: qwen_config.Qwen2_5VLConfig,
+    decoder: TransformerConfig,
+    autoencoder: VAEConfig,
+    projector_width: int,
+    encoders: Mapping[str, Encoder],
+) -> dict:
+    """Shapes of all parameters, float32."""
+    width, features = captioner.text.width, decoder.joint_attention_dim
+    projector = jax.eval_shape(lambda: qwen.init_projector(jax.random.key(0), width, projector_width, features))
+    models = {"clip": clip, "dinov2": dino, "dinov3": dino}
+    return {
+        **qwen.abstract_params(captioner),
+        "projector": projector,
+        "transformer": transformer.abstract_params(decoder),
+        "vae": vae.abstract_params(autoencoder),
+        "pooled": jax.ShapeDtypeStruct((decoder.pooled_projection_dim,), jnp.float32),
+        "encoders": {name: models[encoder.kind].abstract_params(encoder.config) for name, encoder in encoders.items()},
+    }
+
+
+def _projector_width(folder: pathlib.Path, captioner: qwen_config.Qwen2_5VLConfig) -> int:
+    """Of the stored tensor's header; without weights, four times the language model's width as in the release."""
+    if not any(folder.glob("*.safetensors")):
+        return 4 * captioner.text.width
+    stored = TensorFolder(folder)
+    return stored.shape("projector.0.weight")[0] if "projector.0.weight" in stored.names() else 4 * captioner.text.width
+
+
+def _encoder(folder: pathlib.Path) -> Encoder:
+    kind = read_json(folder).get("model_type")
+    classes = {
+        "clip": CLIPConfig,
+        "clip_vision_model": CLIPVisionConfig,
+        "dinov2": Dinov2Config,
+        "dinov3_vit": Dinov3Config,
+    }
+    if kind not in classes:
+        raise ValueError(f"{folder} holds a {kind} model; use a CLIP, DINOv2 or DINOv3 folder")
+    model = classes[kind].from_folder(folder)
+    model = model.vision if isinstance(model, CLIPConfig) else model
+    name = {"clip_vision_model": "clip", "dinov3_vit": "dinov3"}.get(kind, kind)
+    return Encoder(folder.name, name, model, Preprocess.from_folder(folder))

@@ -1,0 +1,172 @@
+"""Finds the mistakes of a run before any weight is read: settings, data, model folder, encoders, mesh, workdir.
+
+Every check is made, whatever the others find, so that all mistakes are told at once.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from uae_jax import sharding
+from uae_jax.settings import read
+from uae_jax.stages.abstract import AbstractSystem, abstract_folder
+from uae_jax.stages.data import open_sources
+from uae_jax.stages.folders.check import check_folder
+from uae_jax.stages.folders.parts import find_parts
+from uae_jax.stages.program import make_program, with_adapters
+from uae_jax.stages.run_config import RunConfig
+from uae_jax.stages.weights import ENCODERS, model_folder
+from uae_jax.training.loop import check_configuration
+
+EXPECTED = (ValueError, OSError, ImportError)
+
+
+def read_config(config: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
+    """The settings of a configuration file, with defaults where they are wrong, and all mistakes."""
+    made, mistakes = read(RunConfig, config)
+    return made or RunConfig(), mistakes
+
+
+def find_mistakes(config: RunConfig, workdir: pathlib.Path | None) -> list[str]:
+    """The mistakes of settings that are each in range, one line each; no weights are read.
+
+    Args:
+      config: of the run.
+      workdir: of the run; None leaves it unchecked.
+    """
+    checks: list[Callable[[], Iterator[str]]] = [
+        lambda: _check_batches(config),
+        lambda: _check_model(config),
+        lambda: _check_encoders(config),
+        lambda: _check_data(config),
+    ]
+    if workdir is not None:
+        checks.append(lambda: _check_workdir(config, workdir))
+    found: list[str] = []
+    for check in checks:
+        try:
+            found += check()
+        except EXPECTED as error:
+            found.append(" ".join(str(error).split()))
+    return list(dict.fromkeys(found))
+
+
+def notices(config: RunConfig) -> list[str]:
+    """What a run does other than its settings say, one line each."""
+    found = []
+    for stage in dict.fromkeys(stage for _, stage in config.order()):
+        settings = config.stage(stage)
+        optimizer, total = settings.optimizer, settings.total_updates
+        warmup = optimizer.warmup_of(total)
+        if warmup != optimizer.warmup_steps:
+            found.append(
+                f"{stage}: the warm-up is shortened from {optimizer.warmup_steps} to {warmup} updates, since the stage "
+                f"has {total}"
+            )
+    return found
+
+
+def check_programs(config: RunConfig, system: AbstractSystem) -> None:
+    """Traces the step of every stage without computing, so that a setting of the last one does not fail late.
+
+    Raises:
+      ValueError: a setting with which a step cannot be built.
+    """
+    parts = jax.eval_shape(lambda parts: with_adapters(config, parts, jax.random.key(0)), system.parts)
+    with sharding.in_use(sharding.make_mesh(config.mesh)):
+        for stage in dict.fromkeys(stage for _, stage in config.order()):
+            try:
+                program = make_program(config, system, parts, system.batch, stage)
+                jax.eval_shape(program.step, *program.arguments)
+            except ValueError as error:
+                raise ValueError(f"{stage}: {error}") from error
+
+
+def check_batch(config: RunConfig, stage: str, ways: int) -> None:
+    """Checks that a stage's batch can be split as its settings say.
+
+    Args:
+      config: of the run; stage: its name.
+      ways: devices that share the batch.
+
+    Raises:
+      ValueError: images do not divide over the devices, or samples into updates and micro-batches.
+    """
+    settings = config.stage(stage)
+    parts = settings.updates_per_rollout * settings.micro_batches
+    samples = settings.batch_size * (settings.group_size if stage == "und_for_gen" else 1)
+    if settings.batch_size % ways or samples % parts:
+        raise ValueError(
+            f"config.{stage}.batch_size is {settings.batch_size}; it must be a multiple of the {ways} devices that "
+            f"share the batch, and its {samples} samples one of updates_per_rollout * micro_batches = {parts}"
+        )
+
+
+def _check_batches(config: RunConfig) -> Iterator[str]:
+    mesh = sharding.make_mesh(config.mesh)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for stage in dict.fromkeys(stage for _, stage in config.order()):
+        try:
+            check_batch(config, stage, ways)
+        except ValueError as error:
+            yield str(error)
+
+
+def _check_model(config: RunConfig) -> Iterator[str]:
+    if not config.model.folder and config.model.sizes:
+        yield (
+            f"config.model.folder is empty; give a folder with the weights of {config.model.sizes} (docs/weights.md "
+            "says where they are)"
+        )
+        return
+    for row in check_folder(find_parts(model_folder(config.model.folder)), fast=True):
+        yield from row.problems
+    abstract_folder(config)
+
+
+def _check_encoders(config: RunConfig) -> Iterator[str]:
+    if not config.model.folder and config.model.sizes:
+        return
+    folder = model_folder(config.model.folder)
+    present = {name for name in ENCODERS if (folder / name).is_dir()}
+    wanted = {name: "evaluation.encoders" for name in config.evaluation.encoders}
+    for stage in dict.fromkeys(stage for _, stage in config.order()):
+        reward = getattr(config.stage(stage), "reward", None)
+        wanted |= {name: f"{stage}.reward.names" for name in (reward.names if reward else ())}
+        if reward and reward.caption_weight and not config.model.caption_scorer:
+            yield (
+                f"config.{stage}.reward.caption_weight needs config.model.caption_scorer, a folder that "
+                "configs/bootstrap.py makes with --config.phases=\"('caption_scorer',)\" --config.start=builtin"
+            )
+    for name, field in sorted(wanted.items()):
+        if name not in present:
+            yield f"config.{field} needs the image encoder {name!r}; put it at {folder / name}"
+
+
+def _check_data(config: RunConfig) -> Iterator[str]:
+    open_sources(config.data, config.seed, 1, check=False)
+    yield from ()
+
+
+def _check_workdir(config: RunConfig, workdir: pathlib.Path) -> Iterator[str]:
+    """A workdir whose parent is absent, that cannot be written, or in which another configuration has trained."""
+    if not workdir.parent.is_dir():
+        yield f"the folder {workdir.parent} that --workdir needs does not exist; make it first"
+        return
+    place = workdir if workdir.exists() else workdir.parent
+    if not os.access(place, os.W_OK):
+        yield f"{place} cannot be written; choose another --workdir"
+    names = [name for name, _ in config.order()]
+    folder = workdir / "checkpoints"
+    others = sorted(path.name for path in folder.iterdir() if path.name not in names) if folder.is_dir() else []
+    if others:
+        yield (
+            f"{workdir} has checkpoints of the stage {others[0]}, which this configuration does not run; use a new "
+            "--workdir"
+        )
+        return
+    for name in names:
+        check_configuration(workdir, name, config.identity(name))
