@@ -70,9 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "phases" in config:
             make_builtin_model(config, workdir, mistakes)
             return
-        from uae_jax.stages.run import run
+        from uae_jax.stages.checks import checked_config
 
-        run(config, workdir, mistakes)
+        settings = checked_config(config, workdir, mistakes)
+        from uae_jax.stages.run import run  # after the checks: imports alone take seconds
+
+        run(settings, workdir)
         print(f"done; open {workdir / 'report.html'}")
     except StopTraining as stop:
         print(stop, file=sys.stderr)
