@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+MISSING = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,24 +211,18 @@ def as_dict(settings: Any) -> dict[str, Any]:
     return found
 
 
-def flat(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """A nested mapping as `{"section.field": value}`."""
-    found = {}
-    for name, value in config.items():
-        full = f"{path}.{name}" if path else name
-        found |= flat(value, full) if isinstance(value, Mapping) else {full: value}
-    return found
-
-
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The fields in which two nested mappings differ, with both values; a field that one of them lacks is named so."""
-    before, after = flat(old), flat(new)
-    missing = object()
+    """The fields in which two nested mappings differ, with both values; a field that one of them lacks is named so.
+
+    A section that one of them lacks is one row.
+    """
     rows = []
-    for name in dict.fromkeys((*before, *after)):
-        a, b = before.get(name, missing), after.get(name, missing)
-        if _plain(a) != _plain(b):
-            rows.append(f"{name} was {_shown(a, missing)} and is {_shown(b, missing)}")
+    for name in dict.fromkeys((*old, *new)):
+        a, b = old.get(name, MISSING), new.get(name, MISSING)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            rows += [f"{name}.{row}" for row in differences(a, b)]
+        elif _plain(a) != _plain(b):
+            rows.append(f"{name} was {_shown(a)} and is {_shown(b)}")
     return rows
 
 
@@ -331,5 +326,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _shown(value: Any, missing: object) -> str:
-    return "absent" if value is missing else _short(value)
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "set"
+    return "absent" if value is MISSING else _short(value)

@@ -68,8 +68,9 @@ def test_the_mix_adds_it_with_its_weight(params):
     np.testing.assert_allclose(both, 1 + 0.5 * said, atol=1e-6)
     with pytest.raises(ValueError, match="no caption similarities"):
         rewards.mixed_reward(config, (), {}, pixels(), np.zeros((6, 16, 16, 3)), 3)
-    with pytest.raises(ValueError, match="cold_start does not train captions"):
-        config.check_drawings_alone("cold_start")
+    (refused,) = config.caption_terms("cold_start")
+    assert refused.startswith("reward.caption_weight is 0.5, but cold_start does not train captions")
+    assert not list(rewards.RewardConfig().caption_terms("cold_start"))
 
 
 def test_a_caption_without_an_end_earns_the_penalty_less():
@@ -84,9 +85,9 @@ def test_a_caption_without_an_end_earns_the_penalty_less():
     assert set(terms) == set(same_terms) == {"pixel"}  # the terms are as they were
     with pytest.raises(ValueError, match="which captions have no end"):
         rewards.mixed_reward(penalised, (), {}, pixels(), drawn, 3)
-    with pytest.raises(ValueError, match="und_for_gen.reward.overlong_penalty is 0.25"):
-        penalised.check_drawings_alone("und_for_gen")
-    with pytest.raises(ValueError, match="must be 0 or more"):
+    (refused,) = penalised.caption_terms("und_for_gen")
+    assert refused.startswith("reward.overlong_penalty is 0.25, but und_for_gen does not train captions")
+    with pytest.raises(ValueError, match="overlong_penalty is -0.1; it must be at least 0"):
         rewards.RewardConfig(overlong_penalty=-0.1)
 
 
