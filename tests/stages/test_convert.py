@@ -353,7 +353,7 @@ def test_import_refuses_what_is_not_that_model(hub, tmp_path):
     broken = shutil.copytree(hub / "clip", tmp_path / "clip")
     for file in broken.glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-8])
-    assert "cut short" in refused("import", *flags, "--clip", broken, tmp_path / "new")
+    assert "truncated" in refused("import", *flags, "--clip", broken, tmp_path / "new")
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*"))
 
 
