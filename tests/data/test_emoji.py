@@ -123,7 +123,7 @@ def test_a_folder_that_is_not_whole_is_named(tmp_path, monkeypatch):
     folder = emoji_pieces.write_emoji(tmp_path, monkeypatch)
     row = json.loads((folder / "emoji.json").read_text())["emoji"][1]
     (folder / row["file"]).write_bytes(b"x")
-    with pytest.raises(ValueError, match=f"{row['file']} is not the picture that was fetched"):
+    with pytest.raises(ValueError, match=f"{row['file']} is not the image that was fetched"):
         EmojiSet(folder)
     (folder / row["file"]).unlink()
     with pytest.raises(FileNotFoundError, match=f"{row['file']} does not exist"):

@@ -227,13 +227,6 @@ def test_prompt_checker_on_pictures():
         assert scene_prompts.check_prompt(entry, scenes.draw(three)) == (count == 3)
 
 
-def test_summary_is_the_mean_of_tags_not_of_prompts():
-    results = [{"tag": "colors", "correct": True}] * 3 + [{"tag": "position", "correct": False}]
-    assert scene_prompts.geneval_summary(results) == {"colors": 1.0, "position": 0.0, "overall": 0.5}
-    with pytest.raises(ValueError, match="no results"):
-        scene_prompts.geneval_summary([])
-
-
 @pytest.mark.parametrize("mistakes", [0.0, 0.3, 1.0])
 def test_a_share_of_the_facts_is_said_wrong(mistakes):
     rng = np.random.default_rng(0)

@@ -63,9 +63,9 @@ def test_published_sizes_have_the_published_numbers_of_parameters(preset, billio
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="max_prompt is 128, .* needs 161 tokens; set it to 0"):
+    with pytest.raises(ValueError, match="max_prompt is 128, .* needs 161 tokens; set max_prompt to 0"):
         abstract_system(frozen(RunConfig, settings(LARGE, data=dict(max_prompt=128))))
-    with pytest.raises(ValueError, match="max_prompt is 8, .* tokens; set it to 0"):  # of a folder
+    with pytest.raises(ValueError, match="max_prompt is 8, .* tokens; set max_prompt to 0"):  # of a folder
         abstract_system(frozen(RunConfig, settings("tiny", data=dict(max_prompt=8))))
 
 
