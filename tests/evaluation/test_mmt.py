@@ -11,7 +11,7 @@ from PIL import Image
 from stand_ins import refused
 
 from uae_jax import evaluate
-from uae_jax.evaluation import mmt, mmt_scores, tables
+from uae_jax.evaluation import mmt, tables
 
 OPTIONS = {"A": "a red circle", "B": "a blue square", "C": "two crosses"}
 
@@ -219,7 +219,7 @@ def test_the_split_without_answers_gets_its_submission(tmp_path, engine):
     ],
 )
 def test_letters(answer, letter):
-    assert mmt_scores.chosen_letter(answer, OPTIONS) == letter
+    assert mmt.chosen_letter(answer, OPTIONS) == letter
 
 
 def test_accuracy_overall_and_by_meta_task(tmp_path, capsys):
@@ -248,7 +248,7 @@ def test_accuracy_overall_and_by_meta_task(tmp_path, capsys):
     assert "1 predictions name no option" in capsys.readouterr().out
     judged = [row | {"hit": "1"} for row in rows]
     tables.write_xlsx(tmp_path / "judged.xlsx", judged, ["index", "hit"])
-    assert mmt_scores.scores(tables.read_table(tmp_path / "judged.xlsx"))["overall"]["value"] == 1
+    assert mmt.scores(tables.read_table(tmp_path / "judged.xlsx"))["overall"]["value"] == 1
 
 
 def test_bad_input_is_one_line(tmp_path, data, engine):

@@ -21,6 +21,8 @@ from tqdm import tqdm
 from uae_jax.files.json_files import write_json
 from uae_jax.model_flags import add_model_flags, load_model
 
+SCORE_SCALE = 2.5  # CLIPScore of a cosine: arXiv 2104.08718, section 3
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
@@ -78,8 +80,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _scene_result(options: argparse.Namespace) -> dict[str, Any]:
     from uae_jax.data.scenes import draw, scene_at
-    from uae_jax.evaluation.caption_facts import facts_summary
-    from uae_jax.evaluation.caption_statistics import text_statistics
+    from uae_jax.evaluation.caption_scores import facts_summary, text_statistics
 
     if not options.out:
         raise ValueError("--scenes needs --out, the folder that the model's captions are kept in")
@@ -96,7 +97,7 @@ def _scene_result(options: argparse.Namespace) -> dict[str, Any]:
 
 def _scene_captions(options: argparse.Namespace, names: Sequence[str], pictures: Sequence) -> list[str]:
     """The model's captions, in order; those in --out already are not written again."""
-    from uae_jax.evaluation.reconstructions import CAPTIONS, sample_number
+    from uae_jax.evaluation.drawing import CAPTIONS, sample_number
     from uae_jax.evaluation.records import RecordLog
     from uae_jax.evaluation.run_settings import ANSWERING, begin, model_settings
 
@@ -118,8 +119,8 @@ def _scene_captions(options: argparse.Namespace, names: Sequence[str], pictures:
 
 
 def _data_result(options: argparse.Namespace) -> dict[str, Any]:
-    from uae_jax.evaluation.caption_statistics import text_statistics
-    from uae_jax.evaluation.judging import read_captions
+    from uae_jax.evaluation.caption_scores import text_statistics
+    from uae_jax.evaluation.pairs import read_captions
 
     file = pathlib.Path(options.captions or pathlib.Path(options.data) / "captions.jsonl")
     captions = read_captions(file)
@@ -136,8 +137,8 @@ def _data_result(options: argparse.Namespace) -> dict[str, Any]:
 
 def _clip_result(options: argparse.Namespace, captions: dict[str, str], folder: str) -> dict[str, Any]:
     """Mean cosine and CLIPScore, the score of every image, and the images that cannot be scored."""
-    from uae_jax.evaluation.clip_text import SCORE_SCALE, caption_cosines, open_text_scorer
-    from uae_jax.evaluation.judging import image_files
+    from uae_jax.evaluation.encoders import caption_cosines, open_text_scorer
+    from uae_jax.evaluation.pairs import image_files
     from uae_jax.training.summary import interval
 
     files = image_files(folder, list(captions))

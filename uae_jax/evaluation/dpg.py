@@ -15,10 +15,8 @@ import re
 from typing import Any
 
 from uae_jax.evaluation import run_settings
-from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, refuse, tell
-from uae_jax.evaluation.drawing import draw_folder
-from uae_jax.evaluation.grouped_scores import grouped_scores
-from uae_jax.evaluation.picture_files import GRID_SIDE, Target, content_problems
+from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, grouped_scores, refuse, tell
+from uae_jax.evaluation.drawing import GRID_SIDE, Target, content_problems, draw_folder
 from uae_jax.model_flags import add_model_flags
 
 SAMPLES = GRID_SIDE**2

@@ -27,10 +27,8 @@ from uae_jax.data.scene_checker import read_picture
 from uae_jax.data.scene_prompts import check_scene, scene_prompts
 from uae_jax.data.scenes import SHAPES, Scene
 from uae_jax.evaluation import run_settings
-from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, refuse, tell
-from uae_jax.evaluation.drawing import draw_folder
-from uae_jax.evaluation.grouped_scores import grouped_scores, table, uneven
-from uae_jax.evaluation.picture_files import Target, content_problems, picture_problem
+from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, grouped_scores, refuse, table, tell, uneven
+from uae_jax.evaluation.drawing import Target, content_problems, draw_folder, picture_problem
 from uae_jax.files.json_files import read_objects, write_json_lines
 from uae_jax.files.whole import write_bytes
 from uae_jax.model_flags import add_model_flags

@@ -15,10 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from uae_jax.evaluation import run_settings
-from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, refuse, tell
-from uae_jax.evaluation.drawing import draw_folder
-from uae_jax.evaluation.grouped_scores import grouped_scores, table
-from uae_jax.evaluation.picture_files import Target, content_problems
+from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, grouped_scores, refuse, table, tell
+from uae_jax.evaluation.drawing import Target, content_problems, draw_folder
 from uae_jax.files.json_files import read_objects
 from uae_jax.model_flags import add_model_flags
 

@@ -110,7 +110,8 @@ def run(options: argparse.Namespace) -> None:
       FileNotFoundError: a file is missing.
       OSError: the endpoint cannot be used; answers so far are kept, and counted in the result.
     """
-    from uae_jax.evaluation.judging import Criteria, image_files, make_questions, read_captions
+    from uae_jax.evaluation.judging import Criteria, make_questions
+    from uae_jax.evaluation.pairs import image_files, read_captions
 
     if not options.questions and not (options.answers and options.output):
         raise ValueError("give --answers and --output, or --questions to write the questions alone")
@@ -168,7 +169,7 @@ def _write_questions(path: pathlib.Path, questions: Sequence, side: int) -> None
 
 def _answer(options: argparse.Namespace, keys: Sequence[str], questions: Sequence) -> None:
     """Asks the questions that have no valid answer yet, several at a time; every answer is written when it comes."""
-    from uae_jax.evaluation.endpoint import ChatEndpoint
+    from uae_jax.evaluation.judging import ChatEndpoint
     from uae_jax.evaluation.records import RecordLog
 
     if not options.endpoint:
@@ -210,8 +211,7 @@ class _Asker:
 
     def ask(self, question: Any) -> None:
         """Writes the first well-formed answer, or the last malformed one, or why the question was refused."""
-        from uae_jax.evaluation.endpoint import EndpointError, QuestionRefused
-        from uae_jax.evaluation.judging import parse_verdict
+        from uae_jax.evaluation.judging import EndpointError, QuestionRefused, parse_verdict
 
         if self.endpoint.stop.is_set():
             return

@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> None:
     errors: list[dict[str, str]] = []
     ref_dir, gen_dir, captions = options.ref_dir, options.gen_dir, {}
     if options.images:
-        from uae_jax.evaluation.reconstructions import CAPTIONS, PICTURES
+        from uae_jax.evaluation.drawing import CAPTIONS, PICTURES
 
         errors += _reconstruct(options)
         ref_dir, gen_dir = options.images, str(options.out / PICTURES)
@@ -112,8 +112,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _reconstruct(options: argparse.Namespace) -> list[dict[str, str]]:
+    from uae_jax.evaluation.drawing import SETTINGS, write_reconstructions
     from uae_jax.evaluation.pairs import find_images
-    from uae_jax.evaluation.reconstructions import SETTINGS, write_reconstructions
     from uae_jax.evaluation.run_settings import model_settings
 
     images = find_images(options.images)
@@ -130,9 +130,8 @@ def _score(
     errors: list[dict[str, str]],
 ) -> None:
     """Scores two folders, writes JSON and page, prints the means."""
-    from uae_jax.evaluation.page import write_page
     from uae_jax.evaluation.pairs import find_images, match_images, unread_images
-    from uae_jax.evaluation.scores import results_json
+    from uae_jax.evaluation.scores import results_json, write_page
 
     pictures, references = find_images(gen_dir), find_images(ref_dir)
     pairs = match_images(pictures, references)
@@ -192,7 +191,7 @@ def _score_encoder(
     errors: list[dict[str, str]],
 ) -> None:
     """Fills in one encoder's scores as they come."""
-    from uae_jax.evaluation.scores import pair_cosines
+    from uae_jax.evaluation.encoders import pair_cosines
 
     try:
         params = encoder.source.load()
