@@ -1,8 +1,9 @@
 """What the commands of the benchmarks share: the action `summary`, how problems are told, scores by group."""
 
+import argparse
 import collections
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from uae_jax.files.json_files import write_json
 
 
-def add_summary(actions: Any, what: str, argument: str, files: str) -> None:
+def add_summary(actions: Any, what: str, argument: str, files: str, run: Callable[[argparse.Namespace], None]) -> None:
     """Adds `summary` to the sub-parsers: the file that is summarised, and --output.
 
     Args:
@@ -18,10 +19,12 @@ def add_summary(actions: Any, what: str, argument: str, files: str) -> None:
       what: the scores are from.
       argument: name of the file among the options.
       files: which files it may be.
+      run: summarises.
     """
-    summary = actions.add_parser("summary", help=what, allow_abbrev=False)
+    summary = actions.add_parser("summary", help=what)
     summary.add_argument(argument, type=pathlib.Path, help=files)
     summary.add_argument("--output", type=pathlib.Path, help="JSON file for the scores")
+    summary.set_defaults(run=run)
 
 
 def tell(report: str, warnings: Sequence[str], scores: Any = None, output: pathlib.Path | None = None) -> None:

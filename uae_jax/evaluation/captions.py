@@ -2,8 +2,8 @@
 
     python -m uae_jax.evaluate captions --scenes=200 --checkpoint=runs/tiny --out=said --output=facts.json
     python -m uae_jax.evaluate captions --data=folder --clip=clip-vit-large-patch14 --output=captions.json
-    python -m uae_jax.evaluate captions --captions=bench/captions.jsonl --images=originals --clip=DIR
-    --output=captions.json
+    python -m uae_jax.evaluate captions --captions=bench/captions.jsonl --images=originals --clip=DIR \\
+        --output=captions.json
 
 --scenes asks the model to caption held-out built-in scenes, and counts which of their facts it says (recall) and which
 of its claims are true (precision), by attribute. --data is a folder of images with captions.jsonl, lines {"image" or
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the model's captions are kept; a run that was cut off continues",
     )
-    add_model_flags(scenes)
+    add_model_flags(parser)
     data = parser.add_argument_group("any captioned data")
     data.add_argument("--data", metavar="DIR", help="folder with captions.jsonl and images")
     data.add_argument("--captions", metavar="FILE", help="captions, when they are elsewhere")
@@ -48,9 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=16,
         metavar="N",
-        help="pairs in one call of CLIP (default: %(default)s)",
+        help="pairs in one call of CLIP",
     )
     parser.add_argument("--output", type=pathlib.Path, required=True, metavar="FILE", help="the result, JSON")
+    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -46,32 +46,23 @@ _STATED = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `answer`, `check` and `summary`."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", help="answer, check or summary")
-    answer = actions.add_parser("answer", help="answer the questions", allow_abbrev=False)
-    answer.add_argument(
+    actions = parser.add_subparsers()
+    answer_flags = actions.add_parser("answer", help="answer the questions")
+    answer_flags.set_defaults(run=answer)
+    answer_flags.add_argument(
         "--data", type=pathlib.Path, required=True, help="MMT-Bench_VAL.tsv, or another TSV of this form"
     )
-    answer.add_argument("--out", type=pathlib.Path, required=True, help="folder of the tables")
-    answer.add_argument(
-        "--name", default="uae_jax", help="of the model, the first part of the file names (default: %(default)s)"
-    )
-    answer.add_argument(
+    answer_flags.add_argument("--out", type=pathlib.Path, required=True, help="folder of the tables")
+    answer_flags.add_argument("--name", default="uae_jax", help="of the model, the first part of the file names")
+    answer_flags.add_argument(
         "--image_root", type=pathlib.Path, help="where relative image_path values start (default: beside --data)"
     )
-    add_model_flags(answer)
-    check = actions.add_parser("check", help="is every item answered?", allow_abbrev=False)
-    check.add_argument("table", type=pathlib.Path)
-    check.add_argument("--data", type=pathlib.Path, required=True, help="the benchmark's TSV")
-    add_summary(actions, "accuracy", "table", "a table of `answer`, or VLMEvalKit's *_result.xlsx or .tsv")
-
-
-def run(options: argparse.Namespace) -> None:
-    """Does one action.
-
-    Raises:
-      ValueError, FileNotFoundError: bad input; what was written before stays.
-    """
-    {"answer": answer, "check": check, "summary": summary}[options.action](options)
+    add_model_flags(answer_flags)
+    check_flags = actions.add_parser("check", help="is every item answered?")
+    check_flags.set_defaults(run=check)
+    check_flags.add_argument("table", type=pathlib.Path, help="a .tsv or .xlsx of `answer`")
+    check_flags.add_argument("--data", type=pathlib.Path, required=True, help="the benchmark's TSV")
+    add_summary(actions, "accuracy", "table", "a table of `answer`, or VLMEvalKit's *_result.xlsx or .tsv", summary)
 
 
 def read_items(path: pathlib.Path) -> list[Line]:
