@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from uae_jax.command_line import error_line, plain_warning
+from uae_jax.command_line import CommandParser, error_line, plain_warning, underscored
 from uae_jax.config_file import apply_overrides, load_config, split_overrides
 
 EXPECTED = (ValueError, FileNotFoundError, FloatingPointError, ImportError, ConnectionError)
@@ -27,12 +27,7 @@ CONTINUE = "The same command continues from the newest checkpoint."
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags beside --config.FIELD=VALUE."""
-    parser = argparse.ArgumentParser(
-        prog="python -m uae_jax.main",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(prog="python -m uae_jax.main", description=__doc__)
     parser.add_argument("--config", required=True, metavar="NAME[:PRESET]", help="configuration, by path or by name")
     parser.add_argument("--workdir", help="folder of checkpoints, metrics, samples, report and export")
     parser.add_argument(
@@ -51,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; every expected error is a line and exit code 1, a stop by signal 130 or 143."""
     overrides, others = split_overrides(sys.argv[1:] if arguments is None else arguments)
-    options = make_parser().parse_args(others)
+    options = make_parser().parse_args(underscored(others))
     quiet(options.verbose)
     from uae_jax.training import processes
     from uae_jax.training.signals import StopTraining

@@ -14,8 +14,16 @@ from uae_jax import evaluate
 from uae_jax.data.scene_captions import caption, random_detail_caption
 from uae_jax.data.scene_checker import caption_score
 from uae_jax.data.scenes import Scene, SceneObject, scene_at
-from uae_jax.evaluation.caption_facts import ATTRIBUTES, caption_facts, facts_summary, ratio_interval
-from uae_jax.evaluation.caption_statistics import distinct, repetition, text_statistics, words
+from uae_jax.evaluation.caption_scores import (
+    ATTRIBUTES,
+    caption_facts,
+    distinct,
+    facts_summary,
+    ratio_interval,
+    repetition,
+    text_statistics,
+    words,
+)
 from uae_jax.files.json_files import read_records
 
 SCENE = Scene("gray", (SceneObject(0, 0, "circle", "red", "large"), SceneObject(1, 1, "square", "blue", "small")))

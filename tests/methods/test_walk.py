@@ -36,7 +36,7 @@ def documented() -> list[tuple[str, str]]:
 
 
 def own_frames() -> list[tuple[str, str]]:
-    """(outermost function, file) of the package's frames on the stack, from `main` on; nested functions are of theirs."""
+    """(outermost function, file) of the package's frames on the stack, from `main` on."""
     frames, frame = [], sys._getframe(1)
     while frame is not None:
         path = pathlib.Path(frame.f_code.co_filename)
@@ -61,7 +61,8 @@ def test_the_walk_to_a_loss_is_the_documented_one(name, tmp_path, monkeypatch):
     settings = [f"--config.{setting}" for setting in (*SMALL, *METHODS[name].split())]
     main.main([f"--config={ROOT / 'configs' / f'{stage}.py'}", f"--workdir={tmp_path / 'run'}", *settings])
     walk = [*seen[-1], ("loss", f"uae_jax/methods/{method.__module__.rpartition('.')[2]}.py")]
-    expected = [(function, file.replace("METHOD", walk[-1][1].rpartition("/")[2][:-3])) for function, file in documented()]
+    own = pathlib.Path(walk[-1][1]).stem
+    expected = [(function, file.replace("METHOD", own)) for function, file in documented()]
     assert walk == expected
     assert len(walk) <= 8
     assert len({file for _, file in walk}) <= 5

@@ -1,14 +1,18 @@
 """What a person types: errors are one line and a code other than 0; pictures go in and come out."""
 
+import argparse
+import functools
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
 
-from uae_jax import api, infer
+from uae_jax import api, convert, demo, evaluate, fetch_emoji, infer
+from uae_jax.command_line import CommandParser, run_command
 from uae_jax.data import scenes
 
 
@@ -31,6 +35,76 @@ def test_main_ends_with_one_line(arguments, message):
     done = command("uae_jax.main", *arguments)
     assert done.returncode != 0 and message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def parsers(parser):
+    """A parser and those of its subcommands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for part in action.choices.values():
+                yield from parsers(part)
+
+
+def every_parser():
+    """All parsers but those of the commands that `evaluate` has not imported."""
+    for module in (infer, convert, demo, fetch_emoji, *evaluate.COMMANDS):
+        whole = evaluate if module in evaluate.COMMANDS else module
+        parser = CommandParser(prog=f"python -m {whole.__name__}", description=whole.__doc__)
+        add = functools.partial(evaluate.add_arguments, command=module) if whole is evaluate else module.add_arguments
+        add(parser)
+        for part in parsers(parser):
+            if whole is not evaluate or part.prog.split()[3:4] in ([], [module]):
+                yield pytest.param(part, id=part.prog.removeprefix("python -m "))
+
+
+@pytest.mark.parametrize("parser", list(every_parser()))
+def test_help_has_examples_and_defaults_and_names_have_underscores(parser):
+    shown = parser.format_help()
+    _, described = shown.split("\n\n", 1)
+    assert described[0].isupper()
+    assert re.search(rf"^ +{re.escape(parser.prog)} \S", described, re.MULTILINE)
+    words = " ".join(shown.split())
+    for action in parser._actions:
+        assert not any("-" in name.lstrip("-") for name in action.option_strings)
+        if isinstance(action.default, (int, float, pathlib.Path)) and not isinstance(action.default, bool):
+            assert f"(default: {action.default})" in words
+        assert action.help or isinstance(action, argparse._SubParsersAction)
+    assert not parser.allow_abbrev
+    assert parser.get_default("run") or any(isinstance(a, argparse._SubParsersAction) for a in parser._actions)
+
+
+def test_flags_take_dashes_or_underscores_but_no_abbreviations(capsys):
+    seen = []
+
+    def add_arguments(parser):
+        parser.add_argument("texts", nargs="*")
+        parser.add_argument("--top_p", type=float)
+        parser.set_defaults(run=seen.append)
+
+    def run(*words):
+        run_command("uae_jax.infer", "A command.", add_arguments, words)
+        return vars(seen.pop())
+
+    assert run("--top-p=0.5")["top_p"] == run("--top_p", "0.5")["top_p"] == 0.5
+    assert run("--top-p=1", "-- a-b", "--", "--c-d=e-f")["texts"] == ["-- a-b", "--c-d=e-f"]
+    with pytest.raises(SystemExit) as end:
+        run("--top=0.5")
+    assert end.value.code == 2 and "unrecognized arguments: --top=0.5" in capsys.readouterr().err
+
+
+def test_what_a_command_returns_is_its_exit_code_and_expected_errors_are_one_line():
+    def add_arguments(parser, run):
+        parser.set_defaults(run=run)
+
+    def refused(options):
+        raise ValueError("two\nlines")
+
+    run_command("uae_jax.infer", "A command.", functools.partial(add_arguments, run=lambda options: 0), [])
+    with pytest.raises(SystemExit, match="^3$"):
+        run_command("uae_jax.infer", "A command.", functools.partial(add_arguments, run=lambda options: 3), [])
+    with pytest.raises(SystemExit, match="^error: two lines$"):
+        run_command("uae_jax.infer", "A command.", functools.partial(add_arguments, run=refused), [])
 
 
 @pytest.fixture

@@ -363,26 +363,13 @@ def picture_score(scene: Scene, pixels: np.ndarray) -> float:
     return scene_score(scene, read_like(scene, np.asarray(pixels)[None])[0])
 
 
-def _seen(scenes: Sequence[Scene], pixels: np.ndarray) -> list[tuple[Scene, Scene]]:
-    """Each scene (all of one kind) with the scene read from its image."""
+def picture_scores(scenes: Sequence[Scene], pixels: np.ndarray) -> np.ndarray:
+    """`picture_score` of B scenes, all of one kind, and images [B, S, S, 3]: float32 [B].
+
+    Raises:
+      ValueError: different numbers of scenes and images.
+    """
     if len(scenes) != len(pixels):
         raise ValueError(f"{len(scenes)} scenes cannot be checked against {len(pixels)} images")
-    return list(zip(scenes, read_like(scenes[0], pixels))) if scenes else []
-
-
-def picture_scores(scenes: Sequence[Scene], pixels: np.ndarray) -> np.ndarray:
-    """`picture_score` of B scenes and images [B, S, S, 3]: float32 [B].
-
-    Raises:
-      ValueError: different numbers of scenes and images.
-    """
-    return np.array([scene_score(scene, seen) for scene, seen in _seen(scenes, pixels)], np.float32)
-
-
-def picture_matches(scenes: list[Scene], pixels: np.ndarray) -> np.ndarray:
-    """Whether each of B images [B, S, S, 3] shows exactly its scene, nothing missing and nothing more: bool [B].
-
-    Raises:
-      ValueError: different numbers of scenes and images.
-    """
-    return np.array([scene == seen for scene, seen in _seen(scenes, pixels)], bool)
+    seen = read_like(scenes[0], pixels) if scenes else []
+    return np.array([scene_score(*pair) for pair in zip(scenes, seen)], np.float32)

@@ -303,7 +303,9 @@ class _Loop:
             guard = {name: value for name, value in self.trip.items() if "seconds" not in name}
             good = self.checkpoints.restore(target, steps)
             if good is None:
-                raise ValueError(f"{self.checkpoints.folder} has lost its checkpoint of step {steps}; start the stage anew")
+                raise ValueError(
+                    f"{self.checkpoints.folder} has lost its checkpoint of step {steps}; start the stage anew"
+                )
             state = good.state
         self.leave_if_asked(self.trip["step"] if self.trip else steps, flag)
         after: Scores = {}
