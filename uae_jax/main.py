@@ -97,14 +97,15 @@ def show_settings(config: dict[str, Any], section: str, mistakes: list[str]) -> 
     Raises:
       ValueError: there is no such section.
     """
-    from uae_jax.settings import Mistakes, describe
-    from uae_jax.stages.checks import read_config
+    from uae_jax.settings import Mistakes, describe, read
+    from uae_jax.stages.bootstrap.settings import BootstrapConfig
     from uae_jax.stages.run_config import RunConfig
 
-    settings, found = read_config(config)
+    kind = BootstrapConfig if "phases" in config else RunConfig
+    settings, found = read(kind, config)
     if mistakes + found:
         raise Mistakes(mistakes + found)
-    lines = describe(RunConfig, settings, wanted=section.removeprefix("config."))
+    lines = describe(kind, settings, wanted=section.removeprefix("config."))
     if not lines:
         raise ValueError(f"--describe={section} names no section; try --describe, which prints all settings")
     print("\n".join(lines))
@@ -116,8 +117,6 @@ def make_builtin_model(config: dict[str, Any], workdir: pathlib.Path, mistakes: 
     Raises:
       ValueError: a setting that does not exist, or several processes.
     """
-    import ml_collections
-
     from uae_jax.settings import Mistakes
     from uae_jax.stages.bootstrap.run import bootstrap
     from uae_jax.training import processes
@@ -129,7 +128,7 @@ def make_builtin_model(config: dict[str, Any], workdir: pathlib.Path, mistakes: 
     if not processes.alone():
         raise ValueError("configs/bootstrap.py makes a tiny model in one process; start it on one host")
     workdir.mkdir(exist_ok=True)
-    print(f"the model is in {bootstrap(ml_collections.ConfigDict(config), workdir)}")
+    print(f"the model is in {bootstrap(config, workdir)}")
 
 
 def quiet(verbose: bool) -> None:

@@ -16,6 +16,8 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import ml_collections
+
 T = TypeVar("T")
 MISSING = object()
 
@@ -76,7 +78,10 @@ def setting(default: Any, text: str, **more: Any) -> Any:
       text: what it is, in one line.
       **more: `unit`, `source`, `choices`, `low`, `high`, `above` of `Meaning`.
     """
-    return dataclasses.field(default=default, metadata={"meaning": Meaning(text, **more)})
+    meaning = {"meaning": Meaning(text, **more)}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=default.copy, metadata=meaning)
+    return dataclasses.field(default=default, metadata=meaning)
 
 
 def changed(cls: type, name: str, default: Any, **more: Any) -> Any:
@@ -154,6 +159,7 @@ def read(cls: type[T], config: Mapping[str, Any], path: str = "config") -> tuple
       The settings, with the default in place of a field that is wrong, and one line a mistake. The settings are None
       where no object can be made.
     """
+    config = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     places = _places(cls)
     mistakes = [_unknown(path, name, places) for name in config if name not in places]
     values: dict[str, Any] = {}
@@ -291,6 +297,8 @@ def _value(kind: Any, value: Any, path: str) -> tuple[Any, list[str]]:
         if not isinstance(value, Mapping):
             return None, [f"{path} is {value!r}; it is a section with fields of its own"]
         return read(typing.cast(type, kind), value, path)
+    if typing.get_origin(kind) is dict:
+        return (dict(value), []) if isinstance(value, Mapping) else (None, [f"{path} is {value!r}; it is a section"])
     if typing.get_origin(kind) is tuple:
         return _tuple(typing.get_args(kind), value, path)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -39,12 +39,12 @@ def small_config(preset="tiny"):
 
 @pytest.mark.slow
 def test_bootstrap_makes_a_folder_that_loads_and_does_not_repeat_finished_phases(tmp_path, monkeypatch):
-    folder = bootstrap(small_config(), tmp_path)
+    folder = bootstrap(small_config().to_dict(), tmp_path)
     system = load_system(ModelConfig(folder=str(folder)), image_size=32)
     assert set(system.encoders) == {"clip", "dinov2"}
     assert system.parts["pooled"].shape == (system.model.transformer.pooled_projection_dim,)
     monkeypatch.setattr(scene_stream, "stream", lambda *_: pytest.fail("a finished phase asked for data"))
-    assert bootstrap(small_config(), tmp_path) == folder
+    assert bootstrap(small_config().to_dict(), tmp_path) == folder
 
 
 @pytest.mark.slow

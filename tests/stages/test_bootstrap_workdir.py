@@ -40,7 +40,7 @@ def phases(monkeypatch):
                     {"weight": jnp.zeros(())},
                     {},
                     data,
-                    steps=run.config[training].steps,
+                    steps=getattr(run.config, training).steps,
                 )
             if name in broken:
                 raise KeyboardInterrupt

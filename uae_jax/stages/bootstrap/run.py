@@ -46,13 +46,14 @@ from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.models.sd3.weights import load_vae, transformer_rules, vae_rules
 from uae_jax.models.uae import UAE
 from uae_jax.rl.rewards import Encoder
-from uae_jax.settings import frozen
+from uae_jax.settings import as_dict, frozen
 from uae_jax.stages.bootstrap import caption_scorer, captioner, decoder, encoders, vae
 from uae_jax.stages.bootstrap.scene_stream import World, open_world
+from uae_jax.stages.bootstrap.settings import BootstrapConfig
 from uae_jax.stages.weights import model_folder
 from uae_jax.training.loop import LoopConfig, check_configuration, run_stage
 from uae_jax.training.metrics import MetricWriter
-from uae_jax.training.optimizer import OptimizerConfig, make_optimizer
+from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.step import TrainState, init_state
 
 # of every phase; what else a phase depends on is its own section of the configuration, and what it reads
@@ -76,7 +77,7 @@ class ModelAlone:
 class Run:
     """What the phases share: the config, where files go, the writer, the root key, the tokenizer and what is drawn."""
 
-    config: Any
+    config: BootstrapConfig
     workdir: pathlib.Path
     writer: MetricWriter
     key: jax.Array
@@ -109,8 +110,7 @@ def train(
     steps: int,
 ) -> TrainState:
     """Trains one phase to its end and returns its state; continues from its newest checkpoint."""
-    phase = run.config[name]
-    optimizer = make_optimizer(frozen(OptimizerConfig, phase.optimizer, f"config.{name}.optimizer"), steps)
+    optimizer = make_optimizer(getattr(run.config, name).optimizer, steps)
     step = build_step(learner, optimizer)
     loop = LoopConfig(
         steps=steps, log_every=run.config.log_every, save_every=run.config.save_every, headline="accuracy"
@@ -388,12 +388,12 @@ def finished_phases(workdir: pathlib.Path) -> dict[str, str]:
     return read_json(workdir, "phases.json") if (workdir / "phases.json").exists() else {}
 
 
-def digest(config: Any, finished: Mapping[str, str], name: str) -> str:
+def digest(config: BootstrapConfig, finished: Mapping[str, str], name: str) -> str:
     """Of the `identity` of a training."""
     return json_digest(identity(config, finished, name))
 
 
-def identity(config: Any, finished: Mapping[str, str], name: str) -> dict[str, Any]:
+def identity(config: BootstrapConfig, finished: Mapping[str, str], name: str) -> dict[str, Any]:
     """All that changes the numbers of a training, such as `decoder` or `mistakes`.
 
     That is its settings, the shared ones, and what it reads.
@@ -406,11 +406,11 @@ def identity(config: Any, finished: Mapping[str, str], name: str) -> dict[str, A
         part: digest(config, finished, part) if part in made else finished.get(part, config.start)
         for part in NEEDED.get(name, ())
     }
-    values = config.to_dict()
+    values = as_dict(config)
     return {shared: values[shared] for shared in SHARED} | {name: values[name], "reads": sources}
 
 
-def check_phases(config: Any, workdir: pathlib.Path) -> None:
+def check_phases(config: BootstrapConfig, workdir: pathlib.Path) -> None:
     """Refuses a workdir in which a phase of the configuration was trained by another one, before anything is written
     there.
 
@@ -439,7 +439,7 @@ def check_phases(config: Any, workdir: pathlib.Path) -> None:
             )
 
 
-def copy_parts(config: Any, model: pathlib.Path) -> None:
+def copy_parts(config: BootstrapConfig, model: pathlib.Path) -> None:
     """Copies what no phase of the config makes from the folder `config.start` (`builtin`: the built-in model), once."""
     source = model_folder("" if config.start == "builtin" else config.start)
     made = {PHASES[name][0].split("/")[0] for name in config.phases} - set(COPIED)
@@ -451,11 +451,11 @@ def copy_parts(config: Any, model: pathlib.Path) -> None:
             partial.rename(model / folder.name)
 
 
-def bootstrap(config: Any, workdir: pathlib.Path) -> pathlib.Path:
+def bootstrap(settings: Mapping[str, Any] | BootstrapConfig, workdir: pathlib.Path) -> pathlib.Path:
     """Runs the phases named in the config that are not finished yet.
 
     Args:
-      config: of `configs/bootstrap.py`.
+      settings: of `configs/bootstrap.py`.
       workdir: checkpoints, metrics and `model/`.
 
     Returns:
@@ -465,18 +465,19 @@ def bootstrap(config: Any, workdir: pathlib.Path) -> pathlib.Path:
       ValueError: an unknown phase, or a workdir of another configuration; nothing was written.
       FileNotFoundError: the folder to start from does not exist.
     """
-    for name in config.phases:
-        if name not in PHASES:
-            raise ValueError(f"config.phases names {name!r}; the phases are {', '.join(PHASES)}")
+    config = settings if isinstance(settings, BootstrapConfig) else frozen(BootstrapConfig, settings)
     model = workdir / "model"
     world = open_world(config.data)
     check_phases(config, workdir)
-    write_json(workdir / "config.json", config.to_dict())
+    write_json(workdir / "config.json", as_dict(config))
     if config.start:
         model.mkdir(exist_ok=True)
         copy_parts(config, model)
     write_scene_tokenizer(
-        model / "llm_processor", world.words, patch_size=config.captioner.vision.patch_size, max_pixels=config.side**2
+        model / "llm_processor",
+        world.words,
+        patch_size=config.captioner.vision["patch_size"],
+        max_pixels=config.side**2,
     )
     writer = MetricWriter(workdir, tensorboard=False)
     run = Run(config, workdir, writer, jax.random.key(config.seed), load_tokenizer(model / "llm_processor"), world)
