@@ -1,8 +1,8 @@
-"""Makes the built-in tiny model from nothing, phase by phase, in the official folder layout.
+"""Trains the built-in tiny model from random weights, phase by phase, in the official folder layout.
 
-Each phase is a jitted train step of its own under the same loop as the stages of the method, and continues where it
-stopped. What a phase makes is written to `workdir/model/...` before the next one starts; finished phases are read back,
-and `workdir/phases.json` says which they are and by what configuration.
+Each phase has its own jitted train step under the loop of the method's stages, and continues after an interruption. A
+phase writes its part to `workdir/model/...` before the next phase starts. `workdir/phases.json` has the digest of the
+configuration of each finished phase.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uae_jax import trees
 from uae_jax.data.qwen_inputs import load_image_processor
 from uae_jax.data.tokenizer import (
     END_OF_TEXT,
@@ -53,16 +54,17 @@ from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import OptimizerConfig, make_optimizer
 from uae_jax.training.step import Algorithm, TrainState, init_state, make_train_step
 
-# of every phase; what else a phase depends on is its own section of the configuration, and what it reads
+# settings of every phase; a phase also depends on its own section of the configuration, and on the parts that it reads
 SHARED = ("data", "seed", "side", "caption_tokens")
 NEEDED = {"decoder": ("vae", "captioner"), "mistakes": ("decoder",), "caption_scorer": ("clip",)}
 # half precision keeps the built-in model under 12 MB and rounds weights by one part in 2,000
-STORED = np.float16
+STORED = np.dtype(np.float16)
+READ = np.dtype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the phases share: the config, where files go, the writer, the root key, the tokenizer and what is drawn."""
+    """Shared by the phases: config, workdir, writer of metrics, root key, tokenizer and kind of scenes."""
 
     config: Any
     workdir: pathlib.Path
@@ -77,7 +79,7 @@ class Run:
         return self.workdir / "model"
 
     def pad(self) -> int:
-        """Id that fills rows."""
+        """The padding id."""
         return token_id(self.tokenizer, END_OF_TEXT)
 
     def template(self) -> ConditionTemplate:
@@ -90,14 +92,14 @@ def train(
     run: Run,
     name: str,
     algorithm: Algorithm,
-    params: dict,
-    frozen_params: dict,
+    params: trees.Tree,
+    frozen_params: trees.Tree,
     data: Any,
     *,
     steps: int,
     ema_decay: float | None = None,
 ) -> TrainState:
-    """Trains one phase to its end and returns its state; continues from its newest checkpoint."""
+    """Trains one phase from its newest checkpoint to its end, and returns its state."""
     phase = run.config[name]
     optimizer = make_optimizer(frozen(OptimizerConfig, phase.optimizer, f"config.{name}.optimizer"), steps)
     step = jax.jit(make_train_step(algorithm, optimizer, ema_decay=ema_decay), donate_argnames="state")
@@ -189,7 +191,7 @@ def dinov2_phase(run: Run) -> None:
 
 
 def captioner_phase(run: Run) -> None:
-    """Writes `llm`, without projector until the decoder has one; a captioner alone keeps the one that was copied."""
+    """Writes `llm` without projector, which the decoder phase adds; without that phase, a copied projector is kept."""
     phase, config = run.config.captioner, run.config
     stops = stop_ids(run.tokenizer)
     model = Qwen2_5VLConfig(
@@ -203,7 +205,7 @@ def captioner_phase(run: Run) -> None:
         stop_token_ids=stops,
     )
     copied = config.start and "decoder" not in config.phases
-    projector = qwen_weights.load_projector(run.model / "llm", model, np.float32) if copied else None
+    projector = qwen_weights.load_projector(run.model / "llm", model, READ) if copied else None
     processor = load_image_processor(run.model / "llm_processor", model.vision.window_size)
     data = captioner.stream(
         run.world,
@@ -232,7 +234,7 @@ def decoder_phase(run: Run) -> None:
     phase, config = run.config.decoder, run.config
     write_text_encoders(run)
     model = frozen(TransformerConfig, phase.model, "config.decoder.model")
-    language, parts = qwen_weights.load(run.model / "llm", dtype=np.float32)
+    language, parts = qwen_weights.load(run.model / "llm", dtype=READ)
     vae_config, parts["vae"] = load_vae(run.model / "SD3" / "vae")
     parts["pooled"] = pooled_empty_prompt([run.model / "SD3" / name for name in ("text_encoder", "text_encoder_2")])
     parts = jax.tree.map(jnp.asarray, parts)
@@ -266,16 +268,9 @@ def decoder_phase(run: Run) -> None:
             mistakes=mistakes,
         )
 
-    params = train(
-        run,
-        "decoder",
-        algorithm,
-        params,
-        parts,
-        data(phase.batch_size, config.seed, 0.0),
-        steps=phase.steps,
-        ema_decay=phase.ema_decay,
-    ).ema
+    stream = data(phase.batch_size, config.seed, 0.0)
+    state = train(run, "decoder", algorithm, params, parts, stream, steps=phase.steps, ema_decay=phase.ema_decay)
+    params = state.params if state.ema is None else state.ema
     last = config.mistakes
     if last.steps:
         stream = data(last.batch_size, config.seed + 100, last.probability)
@@ -292,9 +287,11 @@ def decoder_phase(run: Run) -> None:
 
 
 def caption_scorer_phase(run: Run) -> None:
-    """Writes `caption_scorer`: the image tower of `clip`, and a text tower of its own."""
+    """Writes `caption_scorer`: the image tower of `clip` and a new text tower."""
     phase, pad = run.config.caption_scorer, run.pad()
     source = open_encoder(run.model / "clip")
+    if not isinstance(source.config, CLIPConfig):
+        raise ValueError(f"{source.path} is no CLIP with both towers, which the caption scorer needs; train phase clip")
     towers, preprocess = source.load(), source.preprocess()
     model = caption_scorer.text_config(source.config, phase.text, pad)
     data = caption_scorer.stream(
@@ -312,22 +309,15 @@ def caption_scorer_phase(run: Run) -> None:
         "logit_scale": jnp.float32(model.logit_scale_init_value),
     }
     frozen_tower = {"vision": jax.tree.map(jnp.asarray, towers["vision"])}
-    state = train(
-        run,
-        "caption_scorer",
-        caption_scorer.algorithm(model, preprocess),
-        params,
-        frozen_tower,
-        data,
-        steps=phase.steps,
-    )
+    algorithm = caption_scorer.algorithm(model, preprocess)
+    state = train(run, "caption_scorer", algorithm, params, frozen_tower, data, steps=phase.steps)
     folder = run.model / "caption_scorer"
     save_clip(folder, model, jax.tree.map(np.asarray, {**frozen_tower, **state.params}))
     write_json(folder / "preprocessor_config.json", clip_preprocessor(run.config.side), indent=1)
 
 
 def write_text_encoders(run: Run) -> None:
-    """Two small random CLIP text towers: the pooled condition is one constant vector, which any tower gives."""
+    """Writes two small random CLIP text towers, which give the constant pooled condition."""
     for number, name in enumerate(("text_encoder", "text_encoder_2")):
         end = token_id(run.tokenizer, "<|im_end|>")
         model = CLIPTextConfig(
@@ -361,27 +351,25 @@ PHASES: dict[str, tuple[str, Callable[[Run], None]]] = {
 }
 
 
-# folders with parts of several phases: copied from `config.start` whatever the phases are, which then replace their own
-# part
+# folders with parts of several phases: always copied from `config.start`, then a phase replaces its own part
 COPIED = ("llm", "SD3")
 
 
 def trainings(name: str) -> tuple[str, ...]:
-    """The sections of the configuration by which a phase trains, one after the other."""
+    """The sections of the configuration for the trainings of a phase, in order."""
     return ("decoder", "mistakes") if name == "decoder" else (name,)
 
 
 def finished_phases(workdir: pathlib.Path) -> dict[str, str]:
-    """Digests of the trainings whose phase is finished, by name."""
+    """Digests of the trainings of finished phases, by name."""
     return read_json(workdir, "phases.json") if (workdir / "phases.json").exists() else {}
 
 
 def digest(config: Any, finished: Mapping[str, str], name: str) -> str:
-    """Of all that changes the numbers of a training, such as `decoder` or `mistakes`: its settings, the shared ones,
-    what it reads.
+    """A digest of everything that changes the numbers of a training, such as `decoder` or `mistakes`.
 
-    What it reads is made by a phase of this configuration, by one that was finished earlier, or comes from
-    `config.start`.
+    That is the training's settings, the shared settings, and the parts that the training reads. Such a part comes from
+    a phase of this configuration, from a phase finished earlier, or from `config.start`.
     """
     made = {training for phase in config.phases for training in trainings(phase)}
     sources = [
@@ -394,11 +382,10 @@ def digest(config: Any, finished: Mapping[str, str], name: str) -> str:
 
 
 def check_phases(config: Any, workdir: pathlib.Path) -> None:
-    """Refuses a workdir in which a phase of the configuration was trained by another one, before anything is written
-    there.
+    """Refuses a workdir with a phase of another configuration, before anything is written there.
 
     Raises:
-      ValueError: such a phase, one whose checkpoint cannot be read, or a part of which nothing says how it was made.
+      ValueError: such a phase, a checkpoint that cannot be read, or a part of unknown configuration.
     """
     finished = finished_phases(workdir)
     for name in config.phases:
@@ -409,21 +396,22 @@ def check_phases(config: Any, workdir: pathlib.Path) -> None:
             elif finished[training] != now:
                 raise ValueError(
                     f"the phase {name} of {workdir} was made with another configuration (digest "
-                    f"{finished[training]}, now {now}); use "
-                    f"the configuration in {workdir / 'config.json'}, or a new --workdir"
+                    f"{finished[training]}, now {now}); use the configuration in {workdir / 'config.json'}, or a new "
+                    "--workdir"
                 )
         part = workdir / "model" / PHASES[name][0]
         known = name in finished or (workdir / "checkpoints" / f"bootstrap_{name}").is_dir()
         if part.exists() and not known and not (config.start and PHASES[name][0].startswith(COPIED)):
             raise ValueError(
                 f"{part} is there, but neither phases.json nor checkpoints in {workdir} say how it was made; leave "
-                f"the phase {name} out of "
-                "config.phases, or use a new --workdir"
+                f"the phase {name} out of config.phases, or use a new --workdir"
             )
 
 
 def copy_parts(config: Any, model: pathlib.Path) -> None:
-    """Copies what no phase of the config makes from the folder `config.start` (`builtin`: the built-in model), once."""
+    """Copies parts that no phase of the config makes, once, from the folder `config.start` (`builtin`: the built-in
+    model).
+    """
     source = model_folder("" if config.start == "builtin" else config.start)
     made = {PHASES[name][0].split("/")[0] for name in config.phases} - set(COPIED)
     for folder in source.iterdir():
@@ -435,7 +423,7 @@ def copy_parts(config: Any, model: pathlib.Path) -> None:
 
 
 def bootstrap(config: Any, workdir: pathlib.Path) -> pathlib.Path:
-    """Runs the phases named in the config that are not finished yet.
+    """Runs the unfinished phases of the config.
 
     Args:
       config: of `configs/bootstrap.py`.
@@ -445,7 +433,7 @@ def bootstrap(config: Any, workdir: pathlib.Path) -> pathlib.Path:
       The model's folder.
 
     Raises:
-      ValueError: an unknown phase, or a workdir of another configuration; nothing was written.
+      ValueError: an unknown phase, or a workdir of another configuration; nothing is written.
       FileNotFoundError: the folder to start from does not exist.
     """
     for name in config.phases:
