@@ -180,12 +180,12 @@ def test_reading_survives_noise_and_blur():
 
 def test_picture_score_counts_the_facts_found():
     wrong = Scene("gray", (SceneObject(1, 1, "square", "blue", "small"), SceneObject(0, 0, "circle", "green", "large")))
-    assert scene_checker.picture_score(EXAMPLE, scenes.draw(wrong)) == pytest.approx(8 / 9)
+    assert scene_checker.picture_scores([EXAMPLE], scenes.draw(wrong)[None])[0] == pytest.approx(8 / 9)
     empty = Scene("gray", ())
     assert scene_checker.read_picture(scenes.draw(empty)) == empty
-    assert scene_checker.picture_score(EXAMPLE, scenes.draw(empty)) == pytest.approx(1 / 9)
+    assert scene_checker.picture_scores([EXAMPLE], scenes.draw(empty)[None])[0] == pytest.approx(1 / 9)
     more = Scene("gray", EXAMPLE.objects + (SceneObject(0, 1, "cross", "cyan", "small"),))
-    assert scene_checker.picture_score(EXAMPLE, scenes.draw(more)) == 1
+    assert scene_checker.picture_scores([EXAMPLE], scenes.draw(more)[None])[0] == 1
     with pytest.raises(ValueError, match="even S"):
         scene_checker.read_picture(scenes.draw(EXAMPLE, 31))
 

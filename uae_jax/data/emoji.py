@@ -151,14 +151,14 @@ class EmojiSet:
         if side < 16 or side % 2:
             raise ValueError(f"emoji cannot be rendered {side} pixels wide: use an even number, at least 16")
         cell = side // 2
-        picture = np.empty((side, side, 3), np.float32)
+        image = np.empty((side, side, 3), np.float32)
         for row, colour in enumerate(BACKGROUNDS[scene.background]):
-            picture[row * cell : (row + 1) * cell] = COLOURS[colour]
+            image[row * cell : (row + 1) * cell] = COLOURS[colour]
         for item in scene.objects:
-            there = picture[item.row * cell : (item.row + 1) * cell, item.column * cell : (item.column + 1) * cell]
+            there = image[item.row * cell : (item.row + 1) * cell, item.column * cell : (item.column + 1) * cell]
             sprite = self.sprite(item.name, item.size, side)
             there[:] = there * (1 - sprite[..., 3:]) + sprite[..., :3]
-        return np.rint(picture).astype(np.uint8)
+        return np.rint(image).astype(np.uint8)
 
     def sample_scene(self, rng: np.random.Generator) -> EmojiScene:
         """Samples a scene: one to three emoji in distinct cells (see `scenes.sample_cells`), half on one colour."""
@@ -185,8 +185,8 @@ class EmojiSet:
         nothing = np.zeros((side // 2, side // 2, 4), np.float32)
         sprites = np.stack([nothing, *(self.sprite(name, size, side) for name in self.names for size in SIZES)])
         grounds = np.array(list(COLOURS.values()), np.float32)[:, None, None, None, :]
-        pictures = np.rint(grounds * (1 - sprites[None, ..., 3:]) + sprites[None, ..., :3])
-        return pictures.reshape(len(COLOURS), len(sprites), -1)
+        images = np.rint(grounds * (1 - sprites[None, ..., 3:]) + sprites[None, ..., :3])
+        return images.reshape(len(COLOURS), len(sprites), -1)
 
     def read_pictures(self, pixels: np.ndarray) -> list[EmojiScene]:
         """Reads images [B, S, S, 3] in 0..255 with even S as the scenes of smallest squared error.

@@ -100,7 +100,7 @@ def candidates(names: dict[str, Any], pictures: dict[str, bytes]) -> list[tuple[
 
 
 def most_different(pictures: Sequence[bytes], count: int) -> list[int]:
-    """Indices of `count` images: of the two that look most alike the later one is dropped, until so many are left."""
+    """Indices of `count` images: the later image of the most similar pair is dropped until `count` are left."""
     looks = np.stack([_look(picture) for picture in pictures])
     square = (looks * looks).sum(-1)
     distances = square[:, None] + square[None] - 2 * looks @ looks.T
@@ -120,12 +120,12 @@ def _look(content: bytes) -> np.ndarray:
 
 
 def write_folder(folder: pathlib.Path, archives: pathlib.Path, count: int) -> list[str]:
-    """Takes the emoji out of the two archives, which lie in `archives`, and returns their names.
+    """Extracts the emoji from the two archives in the folder `archives`, and returns their names.
 
-    The index is written last, so that a folder with an index is whole.
+    The index is written last, so that a folder with an index is complete.
 
     Raises:
-      ValueError: an archive is not what it must be, or holds fewer emoji than `count`.
+      ValueError: an archive has another checksum, or fewer emoji than `count`.
     """
     for archive in ARCHIVES:
         check_archive(archives / archive.file, archive)

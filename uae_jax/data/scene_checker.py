@@ -281,14 +281,14 @@ def _cell_templates(side: int) -> tuple[np.ndarray, list[tuple[str, str, str] | 
     """All contents of a cell: images [backgrounds, 1 + shapes * sizes * colours, cell * cell * 3] and their names."""
     cell = side // 2
     names: list[tuple[str, str, str] | None] = [None]
-    pictures = [np.broadcast_to(_GROUNDS[:, None, None, :], (len(_GROUNDS), cell, cell, 3))]
+    images = [np.broadcast_to(_GROUNDS[:, None, None, :], (len(_GROUNDS), cell, cell, 3))]
     for shape in SHAPES:
         for size in SIZES:
             mask = coverage(shape, size, 0, 0, side)[:cell, :cell, None]
             for colour, value in zip(COLOURS, _PALETTE):
                 names.append((shape, colour, size))
-                pictures.append(_GROUNDS[:, None, None, :] + mask * (value - _GROUNDS[:, None, None, :]))
-    return np.stack(pictures, 1).reshape(len(_GROUNDS), len(names), -1), names
+                images.append(_GROUNDS[:, None, None, :] + mask * (value - _GROUNDS[:, None, None, :]))
+    return np.stack(images, 1).reshape(len(_GROUNDS), len(names), -1), names
 
 
 def read_pictures(pixels: np.ndarray) -> list[Scene]:
@@ -358,13 +358,10 @@ def scene_score(scene: Scene, seen: Scene) -> float:
     return (found + (seen.background == scene.background)) / len(facts(scene))
 
 
-def picture_score(scene: Scene, pixels: np.ndarray) -> float:
-    """Share of the scene's facts found in an image, uint8 [S, S, 3]; 1 also for an image that shows more."""
-    return scene_score(scene, read_like(scene, np.asarray(pixels)[None])[0])
-
-
 def picture_scores(scenes: Sequence[Scene], pixels: np.ndarray) -> np.ndarray:
-    """`picture_score` of B scenes, all of one kind, and images [B, S, S, 3]: float32 [B].
+    """Share of the facts of B scenes, all of one kind, that are in their images [B, S, S, 3]: float32 [B] in [0, 1].
+
+    An image that shows more can have 1 too.
 
     Raises:
       ValueError: different numbers of scenes and images.

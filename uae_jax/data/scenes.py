@@ -161,11 +161,11 @@ def draw(scene: Scene[SceneObject], side: int = 32) -> np.ndarray:
     if side < 8:
         raise ValueError(f"a scene cannot be rendered {side} pixels wide: use at least 8")
     background = np.array(BACKGROUNDS[scene.background], np.float32)
-    picture = np.broadcast_to(background, (side, side, 3)).copy()
+    image = np.broadcast_to(background, (side, side, 3)).copy()
     for item in scene.objects:
         mask = coverage(item.shape, item.size, item.row, item.column, side)
-        picture += mask[..., None] * (np.array(COLOURS[item.colour], np.float32) - background)
-    return np.rint(picture).astype(np.uint8)
+        image += mask[..., None] * (np.array(COLOURS[item.colour], np.float32) - background)
+    return np.rint(image).astype(np.uint8)
 
 
 def sample_cells(rng: np.random.Generator, kinds: int, most: int = MAX_OBJECTS) -> tuple[np.ndarray, np.ndarray]:

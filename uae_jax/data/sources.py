@@ -7,6 +7,7 @@ exactly.
 import concurrent.futures
 import dataclasses
 import glob
+import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any, ClassVar, Protocol
@@ -105,7 +106,7 @@ class SceneSource:
         return Example(self.draw(scene), text, f"{self.split} {self.kind} {index}", scene)
 
 
-def load_image(path: str | pathlib.Path) -> np.ndarray:
+def load_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Reads an image file as RGB, uint8 [H, W, 3], with the EXIF rotation applied and transparency on white.
 
     Raises:
