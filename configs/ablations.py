@@ -182,7 +182,7 @@ _FLOW_GRPO = {
     "und_for_gen.method": "flow_grpo",
     "und_for_gen.sampler_steps": 8,
     "und_for_gen.train": "lora",
-    "und_for_gen.advantage_scale": "batch",
+    "und_for_gen.flow_grpo.advantage_scale": "batch",
     "und_for_gen.optimizer.learning_rate": 1e-3,
 }
 _TWICE = {"gen_for_und.updates_per_rollout": 2}
@@ -269,17 +269,17 @@ ARMS: dict[str, Arm] = {
         f"gen_group_size_{size}": _gen("gen_group", str(size), _drawings("und_for_gen", size)) for size in (2, 4, 8, 16)
     },
     "gen_flow_grpo_shared": _gen(
-        "gen_method", "Flow-GRPO, shared noise", _FLOW_GRPO | {"und_for_gen.shared_noise": True}
+        "gen_method", "Flow-GRPO, shared noise", _FLOW_GRPO | {"und_for_gen.flow_grpo.shared_noise": True}
     ),
     "gen_flow_grpo_independent": _gen("gen_method", "Flow-GRPO, independent noise", _FLOW_GRPO),
     "gen_adapter": _gen("gen_method", "an adapter of rank 32", {"und_for_gen.train": "lora"}),
     "gen_own_captions": _gen("gen_method", "the captioner's captions alone", {"und_for_gen.data_captions": 0.0}),
-    "gen_kl_0": _gen("gen_loss", "KL weight 0", {"und_for_gen.kl_weight": 0.0}),
-    "gen_kl_1": _gen("gen_loss", "KL weight 1", {"und_for_gen.kl_weight": 1.0}),
+    "gen_kl_0": _gen("gen_loss", "KL weight 0", {"und_for_gen.nft.kl_weight": 0.0}),
+    "gen_kl_1": _gen("gen_loss", "KL weight 1", {"und_for_gen.nft.kl_weight": 1.0}),
     "gen_advantage_batch": _gen(
-        "gen_loss", "advantages over the batch's deviation", {"und_for_gen.advantage_scale": "batch"}
+        "gen_loss", "advantages over the batch's deviation", {"und_for_gen.nft.advantage_scale": "batch"}
     ),
-    "gen_advantage_none": _gen("gen_loss", "advantages as they are", {"und_for_gen.advantage_scale": "none"}),
+    "gen_advantage_none": _gen("gen_loss", "advantages as they are", {"und_for_gen.nft.advantage_scale": "none"}),
 }
 
 

@@ -133,22 +133,22 @@ def _mini() -> Deviations:
 # (docs/scaling.md). The images of a rollout are decoded `vae_chunk` at a time, one or two a device.
 SLICES: dict[str, Deviations] = {
     # 64 chips of 16 GiB
-    "v5e-64": dict(mesh=dict(data=1, fsdp=64), und_for_gen=dict(micro_batches=6)),
+    "v5e-64": dict(mesh=dict(fsdp=64)),
     # 64 chips of 32 GiB
     "v6e-64": dict(
-        mesh=dict(data=1, fsdp=64),
+        mesh=dict(fsdp=64),
         gen_for_und=dict(vae_chunk=128),
-        und_for_gen=dict(vae_chunk=128, micro_batches=6),
+        und_for_gen=dict(vae_chunk=128),
     ),
     # 64 chips of 95 GiB
     "v5p-64": dict(
-        mesh=dict(data=1, fsdp=64),
+        mesh=dict(fsdp=64),
         gen_for_und=dict(vae_chunk=256),
         und_for_gen=dict(vae_chunk=256, micro_batches=2),
     ),
     # 8 cards of 80 or 141 GB
     "8xH200": dict(
-        mesh=dict(data=1, fsdp=8),
+        mesh=dict(fsdp=8),
         pretrain=dict(micro_batches=2),
         cold_start=dict(micro_batches=4, vae_chunk=8),
         gen_for_und=dict(micro_batches=2, vae_chunk=16),
@@ -156,7 +156,7 @@ SLICES: dict[str, Deviations] = {
     ),
     # one card of 80 or 141 GB: fewer images a step; of the large model adapters alone
     "1xH200": dict(
-        mesh=dict(data=1, fsdp=1),
+        mesh=dict(fsdp=1),
         pretrain=dict(micro_batches=64),
         cold_start=dict(batch_size=16, micro_batches=16, vae_chunk=1),
         gen_for_und=dict(batch_size=8, micro_batches=2, vae_chunk=4),
@@ -164,7 +164,7 @@ SLICES: dict[str, Deviations] = {
     ),
     # one card of 24 GB: adapters alone, and no copy of the language model for sampling
     "1x24GB": dict(
-        mesh=dict(data=1, fsdp=1),
+        mesh=dict(fsdp=1),
         gen_for_und=dict(batch_size=8, micro_batches=8, vae_chunk=2, gather_weights=False),
         und_for_gen=dict(batch_size=4, micro_batches=12, vae_chunk=2, gather_weights=False),
     ),

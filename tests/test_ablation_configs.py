@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from configs import ablations, presets
+from uae_jax.settings import as_dict, differences, frozen
 from uae_jax.stages.bootstrap.run import PHASES
+from uae_jax.stages.checks import check_batch
 from uae_jax.stages.run_config import RunConfig
-from uae_jax.stages.settings import frozen
-from uae_jax.stages.steps import check_batch
 
 
 @pytest.mark.parametrize("name", ablations.ARMS)
@@ -20,7 +20,14 @@ def test_an_arm_is_a_valid_configuration(name):
     settings = frozen(RunConfig, config.to_dict())
     assert settings.stages == arm.stages
     for stage in arm.stages:
-        check_batch(stage, getattr(settings, stage), 1)
+        check_batch(settings, stage, 1)
+    # what an arm changes reaches the method that it runs
+    plain = frozen(RunConfig, presets.preset("tiny", arm.stages).to_dict())
+    rows = [
+        row for stage in arm.stages for row in differences(as_dict(plain.stage(stage)), as_dict(settings.stage(stage)))
+    ]
+    for other in settings.stage("und_for_gen").methods.keys() - {settings.stage("und_for_gen").method}:
+        assert not [row for row in rows if row.startswith(f"{other}.")]
     for field in arm.start:
         assert getattr(settings.model, field.removeprefix("model.")) == ""
 

@@ -10,6 +10,7 @@ from PIL import Image
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 from uae_jax import demo  # noqa: E402
+from uae_jax.command_line import CommandParser  # noqa: E402
 from uae_jax.data import scenes  # noqa: E402
 from uae_jax.evaluation.similarities import Similarities  # noqa: E402
 from uae_jax.stages.weights import BUILTIN  # noqa: E402
@@ -19,7 +20,9 @@ FLAGS = ["--steps", "2", "--max_new_tokens", "12"]
 
 @pytest.fixture(scope="module")
 def model():
-    return demo.load_model(demo._parser().parse_args(FLAGS), inputs=1)
+    parser = CommandParser()
+    demo.add_arguments(parser)
+    return demo.load_model(parser.parse_args(FLAGS), inputs=1)
 
 
 @pytest.fixture(scope="module")

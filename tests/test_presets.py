@@ -1,85 +1,141 @@
-"""Every setting that the stages have can be changed from the command line: the configuration is locked, so it must be
-there.
-"""
+"""Presets: each has every setting, each can be changed from the command line, and none repeats a default."""
 
 import dataclasses
-import sys
 import typing
 
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 from configs import presets
+from uae_jax.config_file import apply_overrides, split_overrides
+from uae_jax.settings import as_dict, frozen
 from uae_jax.stages.run_config import RunConfig
-from uae_jax.stages.settings import frozen
-from uae_jax.training.optimizer import OptimizerConfig
 
 STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
+LARGE = "qwen2_5_vl_3b_sd3_5_large"
 
 
 def fields(cls, path: str = "") -> set[str]:
-    """Paths of all fields of nested dataclasses, such as `gen_for_und.reward.clamp`."""
+    """Paths of all fields of nested dataclasses, such as `gen_for_und.reward.clamp` or `und_for_gen.nft.levels`."""
     hints, found = typing.get_type_hints(cls), set()
     for field in dataclasses.fields(cls):
         inner = hints[field.name]
-        found |= fields(inner, f"{path}{field.name}.") if dataclasses.is_dataclass(inner) else {path + field.name}
+        if "sections" in field.metadata:
+            for name, kind in field.metadata["sections"]().items():
+                found |= fields(kind, f"{path}{name}.")
+        elif dataclasses.is_dataclass(inner):
+            found |= fields(inner, f"{path}{field.name}.")
+        else:
+            found.add(path + field.name)
     return found
 
 
-def written(values: dict, path: str = "") -> set[str]:
-    """The same of a dictionary."""
-    found = set()
+def written(values: dict, path: str = "") -> dict:
+    """The values of a nested dictionary by the same paths, lists as tuples."""
+    found = {}
     for name, value in values.items():
-        found |= written(value, f"{path}{name}.") if isinstance(value, dict) else {path + name}
+        inner = written(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: plain(value)}
+        found |= inner
     return found
+
+
+def plain(value):
+    return tuple(plain(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
-def test_a_preset_has_every_field(name):
+def test_a_preset_has_every_field_and_is_a_valid_configuration(name):
     values = presets.preset(name, STAGES).to_dict()
-    assert written(values) == fields(RunConfig)
-    frozen(RunConfig, values)
+    assert written(values).keys() == fields(RunConfig)
+    settings = frozen(RunConfig, values)
+    assert settings.preset == name and written(as_dict(settings)) == written(values)
 
 
-def test_the_written_defaults_of_adam_are_those_of_the_optimizer():
-    values = presets.preset("tiny", STAGES).pretrain.optimizer.to_dict()
-    default = dataclasses.asdict(OptimizerConfig())
-    chosen = {"learning_rate", "schedule", "warmup_steps", "weight_decay"}
-    assert {name: value for name, value in values.items() if name not in chosen} == {
-        name: value for name, value in default.items() if name not in chosen
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_a_preset_repeats_no_default(name):
+    """A value that a preset writes, and that the settings have anyway, would hide where it comes from."""
+    defaults = written(as_dict(RunConfig()))
+    deviations = written(presets.PRESETS[name]())
+    assert deviations and deviations.keys() <= defaults.keys()
+    base = name.partition("@")[0] if "@" in name else {"emoji": "tiny"}.get(name)
+    replaced = written(presets.PRESETS[base]()) if base else {}  # a value of another preset may be set back
+    usual = defaults | replaced
+    own = {path: value for path, value in deviations.items() if path not in replaced or value != replaced[path]}
+    assert own and not {path for path, value in own.items() if value == usual[path]}
+
+
+@pytest.mark.parametrize("machine", presets.SLICES)
+@pytest.mark.parametrize("base", presets.FULL)
+def test_a_machine_repeats_no_value_of_the_preset(base, machine):
+    before = written(as_dict(RunConfig())) | written(presets.PRESETS[base]())
+    values = written(presets.SLICES[machine])
+    assert values and not {path for path, value in values.items() if before[path] == value}
+
+
+def test_the_emoji_preset_repeats_no_value_of_the_tiny_one():
+    tiny, emoji = (written(presets.PRESETS[name]()) for name in ("tiny", "emoji"))
+    defaults = written(as_dict(RunConfig()))
+    changed = {path for path, value in emoji.items() if value != tiny.get(path, defaults[path])}
+    assert changed == {
+        "model.folder",
+        "data.source",
+        "data.folder",
+        "data.image_size",
+        "evaluation.geneval_per_tag",
+        "und_for_gen.flow_grpo.clip_range",
     }
+
+
+def test_the_full_size_is_that_of_the_papers_where_it_names_them():
+    settings = frozen(RunConfig, presets.preset(LARGE, STAGES).to_dict())
+    flow, nft = (settings.stage("und_for_gen").methods[name] for name in ("flow_grpo", "nft"))
+    assert (flow.kl_weight, flow.updates_per_rollout, flow.clip_range, flow.window) == (0.04, 2, 1e-5, 3)
+    assert (nft.kl_weight, nft.updates_per_rollout, nft.levels, nft.strength) == (1e-4, 1, 10, 1.0)
+    assert (nft.advantage_scale, flow.advantage_scale, nft.ema_decay) == ("group", "batch", 0.9)
+
+
+def test_the_chosen_method_brings_its_own_settings():
+    values, mistakes = apply_overrides(presets.preset(LARGE, STAGES).to_dict(), [("und_for_gen.method", "nft")])
+    stage = frozen(RunConfig, values).stage("und_for_gen")
+    assert not mistakes and stage.own is stage.methods["nft"]
+    assert (stage.own.kl_weight, stage.updates_per_rollout, stage.own.levels) == (1e-4, 1, 10)
+    assert stage.total_updates == stage.steps and stage.guidance_scale == 1.0
 
 
 @pytest.mark.parametrize(
     "setting, value, read",
     [
-        ("gen_for_und.objective", "supervised", lambda config: config.gen_for_und.objective == "supervised"),
-        ("und_for_gen.reward.pixel_weight", "0.5", lambda config: config.und_for_gen.reward.pixel_weight == 0.5),
-        ("cold_start.reward.names", "('dinov2',)", lambda config: config.cold_start.reward.names == ("dinov2",)),
+        ("gen_for_und.objective", "supervised", lambda config: config.stage("gen_for_und").objective == "supervised"),
+        (
+            "und_for_gen.reward.pixel_weight",
+            "0.5",
+            lambda config: config.stage("und_for_gen").reward.pixel_weight == 0.5,
+        ),
+        (
+            "cold_start.reward.names",
+            "('dinov2',)",
+            lambda config: config.stage("cold_start").reward.names == ("dinov2",),
+        ),
+        ("und_for_gen.nft.levels", "3", lambda config: config.stage("und_for_gen").methods["nft"].levels == 3),
         ("model.adapters", "False", lambda config: config.model.adapters is False),
         (
             "pretrain.optimizer.multipliers",
             "(('projector',0.1),)",
-            lambda config: config.pretrain.optimizer.multipliers == (("projector", 0.1),),
+            lambda config: config.stage("pretrain").optimizer.multipliers == (("projector", 0.1),),
         ),
     ],
 )
-def test_a_field_is_set_from_the_command_line(monkeypatch, setting, value, read):
-    arguments = ["main", "--config=configs/unified_grpo.py", f"--config.{setting}={value}"]
-    monkeypatch.setattr(sys, "argv", arguments)  # where overrides are looked up
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-    values(arguments)
-    assert read(frozen(RunConfig, holder.value.to_dict()))
+def test_a_field_is_set_from_the_command_line(setting, value, read):
+    base = presets.preset("tiny", STAGES).to_dict()
+    assert not read(frozen(RunConfig, base))
+    for arguments in ([f"--config.{setting}={value}"], [f"--config.{setting}", value]):
+        pairs, others = split_overrides(arguments)
+        values, mistakes = apply_overrides(base, pairs)
+        assert not others and not mistakes and read(frozen(RunConfig, values))
 
 
 def test_a_preset_of_a_small_card_has_the_stages_that_fit():
     name = "qwen2_5_vl_3b_sd3_5_medium@1x24GB"
-    assert presets.preset(name, ("pretrain", "cold_start", "gen_for_und", "und_for_gen")).stages == (
-        "gen_for_und",
-        "und_for_gen",
-    )
+    assert presets.preset(name, STAGES).stages == ("gen_for_und", "und_for_gen")
     assert presets.preset(name, ()).stages == ()
     with pytest.raises(ValueError, match="trains adapters only.*too small for pretrain"):
         presets.preset(name, ("pretrain",))

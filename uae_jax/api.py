@@ -1,4 +1,4 @@
-"""The Python API: a model that captions pictures, draws texts, and reconstructs pictures through their captions.
+"""The Python API: a model that captions images, generates images from texts, and reconstructs images from captions.
 
     import uae_jax
 
@@ -8,8 +8,8 @@
     for result in model.reconstruct(["a.png"], progress=True):
         result.image.save("a_again.png")
 
-The lists come back in the order of what was given. `each_caption`, `each_drawing` and `each_reconstruction` give every
-batch as soon as it is done, hold no more than that in memory, and go on after a picture that cannot be read.
+The lists are in the order of the inputs. `each_caption`, `each_drawing` and `each_reconstruction` give every batch as
+soon as it is done, keep no more than a batch in memory, and can continue after an unreadable image.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from uae_jax.data.loader import square_image
-from uae_jax.data.qwen_inputs import to_rgb
+from uae_jax.data.qwen_inputs import Fields, to_rgb
 from uae_jax.data.sources import load_image
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.settings import frozen
@@ -33,38 +33,37 @@ from uae_jax.stages.inference import Inference, InferenceConfig, Row, builtin_se
 from uae_jax.stages.run_config import CAPTION_PROMPT, NEGATIVE_PROMPT
 from uae_jax.stages.weights import ModelConfig, model_folder
 
-ImageLike = str | os.PathLike | Image.Image | np.ndarray
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 Failed = Callable[[int, Exception], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-    """A picture, what the captioner said of it, and what was drawn from that alone."""
+    """An image, its caption, and the image generated from the caption alone."""
 
     original: Image.Image
     caption: str
     image: Image.Image
 
     def strip(self, side: int = 256) -> Image.Image:
-        """Original (its centre square), caption and reconstruction side by side, each square `side` pixels."""
+        """Original (its centre square), caption and reconstruction side by side, each `side` pixels square."""
         gap = side // 32
         strip = Image.new("RGB", (3 * side + 4 * gap, side + 2 * gap), "white")
-        for column, picture in (
-            (0, Image.fromarray(square_image(self.original, min(self.original.size)))),
-            (2, self.image),
-        ):
-            filter_ = Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
-            strip.paste(picture.resize((side, side), filter_), (gap + column * (side + gap), gap))
-        font = ImageFont.load_default(max(10, side // 21))
-        lines = _wrapped(self.caption, font, side)[: int(side / (font.size * 1.3))]
+        original = Image.fromarray(square_image(self.original, min(self.original.size)))
+        for column, image in ((0, original), (2, self.image)):
+            filter_ = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
+            strip.paste(image.resize((side, side), filter_), (gap + column * (side + gap), gap))
+        size = max(10, side // 21)
+        font = ImageFont.load_default(size)
+        lines = _wrapped(self.caption, font, side)[: int(side / (size * 1.3))]
         ImageDraw.Draw(strip).multiline_text(
-            (2 * gap + side, gap), "\n".join(lines), fill="black", font=font, spacing=font.size * 0.2
+            (2 * gap + side, gap), "\n".join(lines), fill="black", font=font, spacing=size * 0.2
         )
         return strip
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines of words no wider than `width` pixels; a longer word has a line of its own."""
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines of words no wider than `width` pixels; a longer word gets its own line."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
@@ -75,18 +74,18 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return lines
 
 
-def default_settings(folder: str | os.PathLike = "") -> dict[str, Any]:
-    """Fields of `InferenceConfig` that suit a folder: the built-in model's, a training run's own, or the release's.
+def default_settings(folder: str | os.PathLike[str] = "") -> dict[str, Any]:
+    """Fields of `InferenceConfig` for a folder: those of the built-in model, of a training run, or of the release.
 
-    A folder whose `llm_lora` holds the whole captioner, as the release's does, also encodes captions through it.
+    If `llm_lora` holds the complete captioner, as in the release, that captioner also encodes captions.
 
     Raises:
-      FileNotFoundError: there is no model.
+      FileNotFoundError: no model.
       ValueError: a run's config.json is not JSON.
     """
     if not str(folder):
         return builtin_settings()
-    model = model_folder(folder)
+    model = model_folder(str(folder))
     run = _run_config(pathlib.Path(folder)) or _run_config(model.parent)
     if run is None:
         wrapped = model / "llm_lora"
@@ -116,7 +115,7 @@ def _conditions_through_policy(run: Mapping) -> bool:
 
 
 def _run_config(folder: pathlib.Path) -> dict | None:
-    """The configuration of a training workdir; None for other folders, whose config.json may be of a single model."""
+    """The configuration of a training workdir; None for other folders, whose config.json may belong to one model."""
     path = folder / "config.json"
     if not path.is_file():
         return None
@@ -128,36 +127,36 @@ def _run_config(folder: pathlib.Path) -> dict | None:
 
 
 def load(
-    folder: str | os.PathLike = "",
+    folder: str | os.PathLike[str] = "",
     *,
     dtype: str = "float32",
     adapters: bool = True,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] (an alias inside of jax)
     **settings: Any,
 ) -> "Model":
-    """A model ready to caption, draw and reconstruct.
+    """A model for captions, image generation and reconstruction.
 
     Args:
       folder: official UAE folder, training workdir, or "" for the built-in model of 32-pixel scenes.
       dtype: precision of activations, `float32` or `bfloat16`.
-      adapters: False leaves out the folder's `llm_lora` and `dit_lora`, and an `llm` beside its `llm_reference`: the
-        model as it was before they were trained.
-      devices: over which the parameters are cut; None takes the first one.
-      **settings: fields of `InferenceConfig` such as `steps`, `guidance_scale`, `size`, `seed`, `temperature`; what is
-        not given is taken from `default_settings`.
+      adapters: False gives the model from before its training: without `llm_lora` and `dit_lora`, and with
+        `llm_reference` in place of `llm`.
+      devices: the parameters are sharded over these devices; None for the first device.
+      **settings: fields of `InferenceConfig` such as `steps`, `guidance_scale`, `size`, `seed`, `temperature`; other
+        fields have the values of `default_settings`.
 
     Raises:
-      FileNotFoundError, ValueError: the folder cannot be read, or a setting does not exist or cannot be.
+      FileNotFoundError, ValueError: the folder cannot be read, or a setting is unknown or invalid.
     """
     config = frozen(InferenceConfig, default_settings(folder) | settings, "settings")
     return Model(Inference(ModelConfig(folder=str(folder), dtype=dtype, adapters=adapters), config, devices))
 
 
 class Model:
-    """What `load` returns. Pictures are paths, PIL images or uint8 arrays `[H, W, 3]`, of any sizes.
+    """The result of `load`. Images are paths, PIL images or uint8 arrays `[H, W, 3]`, of any size.
 
-    Every result depends on the settings, the input and its number in `sample_ids` (0, 1, ... where not given) alone: a
-    part of the work that is done later, or in another batch, comes out the same.
+    A result depends only on the settings, the input and its number in `sample_ids` (default 0, 1, ...). So a result is
+    the same in another batch, or in a later call.
 
     Args:
       engine: the loaded model.
@@ -168,34 +167,33 @@ class Model:
 
     @property
     def settings(self) -> InferenceConfig:
-        """The settings that are in force."""
+        """The settings of this model."""
         return self.engine.config
 
     def caption(
         self, images: Sequence[ImageLike], *, sample_ids: Sequence[int] | None = None, progress: bool = False
     ) -> list[str]:
-        """A caption of each picture.
+        """A caption for each image.
 
         Args:
-          images: pictures.
-          sample_ids: numbers in 0 .. 2**31 - 1 that the random tokens follow from.
-          progress: draw a bar on stderr.
+          images: images.
+          sample_ids: numbers in 0 .. 2**31 - 1 that seed the random tokens.
+          progress: show a progress bar on stderr.
 
         Raises:
-          FileNotFoundError, ValueError: a picture cannot be read.
+          FileNotFoundError, ValueError: an image cannot be read.
         """
         return _in_order(self.each_caption(images, sample_ids=sample_ids), len(_listed(images)), "caption", progress)
 
     def generate(
         self, texts: Sequence[str], *, sample_ids: Sequence[int] | None = None, progress: bool = False
     ) -> list[Image.Image]:
-        """A picture of each text, `size` pixels square.
+        """An image for each text, `size` pixels square.
 
         Args:
-          texts: what to draw.
-          sample_ids: numbers in 0 .. 2**31 - 1 that the noise follows from; with the same number and text a picture is
-            the same.
-          progress: draw a bar on stderr.
+          texts: captions of the images.
+          sample_ids: numbers in 0 .. 2**31 - 1 that seed the noise; the same number and text give the same image.
+          progress: show a progress bar on stderr.
 
         Raises:
           ValueError: a text has more than `max_new_tokens` tokens.
@@ -205,15 +203,15 @@ class Model:
     def reconstruct(
         self, images: Sequence[ImageLike], *, sample_ids: Sequence[int] | None = None, progress: bool = False
     ) -> list[Reconstruction]:
-        """Captions each picture and draws the caption.
+        """Captions each image, and generates an image from the caption.
 
         Args:
-          images: pictures.
-          sample_ids: numbers in 0 .. 2**31 - 1 that random tokens and noise follow from.
-          progress: draw a bar on stderr.
+          images: images.
+          sample_ids: numbers in 0 .. 2**31 - 1 that seed random tokens and noise.
+          progress: show a progress bar on stderr.
 
         Raises:
-          FileNotFoundError, ValueError: a picture cannot be read.
+          FileNotFoundError, ValueError: an image cannot be read.
         """
         return _in_order(
             self.each_reconstruction(images, sample_ids=sample_ids), len(_listed(images)), "reconstruct", progress
@@ -222,37 +220,34 @@ class Model:
     def each_caption(
         self, images: Sequence[ImageLike], *, sample_ids: Sequence[int] | None = None, failed: Failed | None = None
     ) -> Iterator[tuple[int, str]]:
-        """(index, caption) of each picture, batch by batch; pictures of one shape go together, so that others may
-        overtake.
+        """(index, caption) of each image, batch by batch, out of order: a batch has images of one shape.
 
         Args:
-          images: pictures; files are read when their turn comes.
+          images: images; a file is read just before its batch.
           sample_ids: see `caption`.
-          failed: called with index and error of a picture that cannot be read, which is then left out; None raises the
-            error.
+          failed: called with index and error of an unreadable image, which is then left out; None raises the error.
 
         Raises:
-          FileNotFoundError, ValueError: a picture cannot be read, and there is no `failed`.
+          FileNotFoundError, ValueError: an image cannot be read, and there is no `failed`.
         """
-        for row, caption in self.engine.captions(
-            self._rows(images, sample_ids, failed, lambda image: self._opened(image)[1])
-        ):
+        rows = self._rows(images, sample_ids, failed, lambda image: self._opened(image)[1])
+        for row, caption in self.engine.captions(rows):
             yield row.index, caption
 
     def each_drawing(
         self, texts: Sequence[str], *, sample_ids: Sequence[int] | None = None, failed: Failed | None = None
     ) -> Iterator[tuple[int, Image.Image]]:
-        """(index, picture) of each text, batch by batch; see `each_caption` and `generate`."""
+        """(index, image) of each text, batch by batch; see `each_caption` and `generate`."""
         for row, drawn in self.engine.drawings(self._rows(texts, sample_ids, failed, self.engine.text_fields)):
             yield row.index, Image.fromarray(drawn)
 
     def each_reconstruction(
         self, images: Sequence[ImageLike], *, sample_ids: Sequence[int] | None = None, failed: Failed | None = None
     ) -> Iterator[tuple[int, Reconstruction]]:
-        """(index, reconstruction) of each picture, batch by batch; see `each_caption`."""
+        """(index, reconstruction) of each image, batch by batch; see `each_caption`."""
         originals: dict[int, Image.Image] = {}
 
-        def opened(numbered: tuple[int, ImageLike]) -> dict[str, np.ndarray]:
+        def opened(numbered: tuple[int, ImageLike]) -> Fields:
             index, image = numbered
             originals[index], fields = self._opened(image)
             return fields
@@ -261,19 +256,23 @@ class Model:
         for row, caption, drawn in self.engine.reconstructions(rows):
             yield row.index, Reconstruction(originals.pop(row.index), caption, Image.fromarray(drawn))
 
-    def _opened(self, image: ImageLike) -> tuple[Image.Image, dict[str, np.ndarray]]:
-        """A picture as RGB, turned as its file says and with transparency on white, and the captioner's inputs."""
-        is_file = isinstance(image, str | os.PathLike)
-        original = Image.fromarray(load_image(image)) if is_file else to_rgb(image)
+    def _opened(self, image: ImageLike) -> tuple[Image.Image, Fields]:
+        """An image as RGB, with EXIF rotation applied and transparency on white, and the captioner's inputs."""
+        place = f"{image}: " if isinstance(image, str | os.PathLike) else ""
+        original = Image.fromarray(load_image(image)) if isinstance(image, str | os.PathLike) else to_rgb(image)
         try:
             return original, self.engine.image_fields(original)
         except ValueError as error:
-            raise ValueError(f"{image}: {error}" if is_file else str(error)) from error
+            raise ValueError(f"{place}{error}") from error
 
     def _rows(
-        self, inputs: Sequence, sample_ids: Sequence[int] | None, failed: Failed | None, fields: Callable[[Any], dict]
+        self,
+        inputs: Sequence[Any],
+        sample_ids: Sequence[int] | None,
+        failed: Failed | None,
+        fields: Callable[[Any], Fields],
     ) -> Iterator[Row]:
-        """The engine's rows; errors of a single input go to `failed`."""
+        """The engine's rows; the error of one input goes to `failed`."""
         numbers = range(len(_listed(inputs))) if sample_ids is None else sample_ids
         if len(numbers) != len(inputs):
             raise ValueError(f"there are {len(numbers)} sample_ids for {len(inputs)} inputs; give one for each")
@@ -291,14 +290,14 @@ class Model:
 
 
 def _listed(inputs: Any) -> Any:
-    """Inputs as they are; a single one would be taken apart, letter by letter or row by row."""
+    """The inputs, unless they are a single input, which a loop would split into letters or rows."""
     if isinstance(inputs, str | os.PathLike | Image.Image) or isinstance(inputs, np.ndarray) and inputs.ndim == 3:
-        raise ValueError("give a list of pictures or texts, also for a single one")
+        raise ValueError("give a list of images or texts, also for a single one")
     return inputs
 
 
 def _in_order(results: Iterator[tuple[int, Any]], count: int, what: str, progress: bool) -> list:
-    """The results by their index, with a bar."""
+    """The results in order of their index, with a progress bar."""
     from tqdm import tqdm
 
     found = dict(tqdm(results, total=count, desc=what, file=sys.stderr, disable=not progress))

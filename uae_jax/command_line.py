@@ -1,15 +1,12 @@
-"""What the commands share: expected errors and warnings are one line; configuration files can import their
-neighbours.
-"""
+"""What the commands share: how flags are read, errors and warnings of one line."""
 
+import argparse
 import contextlib
-import pathlib
 import re
 import sys
 import warnings
-from collections.abc import Iterator
-
-from absl import flags
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 
 def error_line(error: BaseException) -> str:
@@ -36,29 +33,72 @@ def plain_errors() -> Iterator[None]:
         sys.exit("error: interrupted; what was written stays")
 
 
-def config_file() -> str | None:
-    """The file named by --config on the command line, without its preset."""
-    for index, argument in enumerate(sys.argv):
-        name, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and name == "config":
-            value = value if equals else (sys.argv[index + 1] if index + 1 < len(sys.argv) else "")
-            return value.partition(":")[0]
-    return None
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help with the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        plain = default is None or isinstance(default, bool) or default in ("", (), argparse.SUPPRESS)
+        return text if plain or "default" in text else f"{text} (default: %(default)s)"
 
 
-def import_configs() -> None:
-    """Lets a configuration import its neighbours, wherever the command is started."""
-    file = config_file()
-    if file:
-        sys.path.insert(0, str(pathlib.Path(file).absolute().parents[1]))
+class _Commands(argparse._SubParsersAction):
+    """Subcommands; the help of each ends with its examples from the description of the command above."""
+
+    text = ""
+
+    def add_parser(self, name: str, *, help: str, **settings: Any) -> Any:
+        parser = super().add_parser(name, help=help, **{"description": f"{help[0].upper()}{help[1:]}", **settings})
+        if "description" not in settings:
+            lines = rf"^ *{re.escape(parser.prog)}\b(?:.*\\\n)*.*$"
+            parser.epilog = "\n".join(["examples:", *re.findall(lines, self.text, re.MULTILINE)])
+        return parser
 
 
-def parse_flags(arguments: list[str]) -> list[str]:
-    """Parses the flags; an unknown preset, field or flag is one line, without the trace of where it was noticed."""
-    try:
-        return flags.FLAGS(arguments)
-    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
-        lines = str(error).replace("\\n", "\n").splitlines()
-        told = [line.strip() for line in lines if line.strip()]
-        message = told[-1] if "Traceback" in str(error) else " ".join(told)
-        sys.exit(f"error: {re.sub(r'^[A-Za-z]*Error: ', '', message)}")
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose flags are not abbreviated, and whose subcommands show examples."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
+
+    def add_subparsers(self, **settings: Any) -> Any:
+        commands: Any = super().add_subparsers(action=_Commands, **{"required": True, "metavar": "COMMAND", **settings})
+        commands.text = self.description or ""
+        return commands
+
+
+def underscored(arguments: Sequence[str]) -> list[str]:
+    """Arguments with `--a-b` and `--a-b=value` as `--a_b` and `--a_b=value`; what follows `--` stays."""
+    found: list[str] = []
+    for index, word in enumerate(arguments):
+        if word == "--":
+            return [*found, *arguments[index:]]
+        name, equals, value = word.partition("=")
+        if re.fullmatch(r"--\w[\w-]*", name):
+            name = f"--{name[2:].replace('-', '_')}"
+        found.append(name + equals + value)
+    return found
+
+
+def run_command(
+    module: str,
+    text: str | None,
+    add_arguments: Callable[[CommandParser], None],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Reads a command line and runs the function that it chooses; an expected error is one line and exit code 1.
+
+    Args:
+      module: that is started, such as `uae_jax.infer`.
+      text: its docstring: what the command does, with examples.
+      add_arguments: adds flags and subcommands, and sets the default `run` of each: a function of the parsed flags,
+        which returns an exit code or None.
+      arguments: words of the command line; None for those of the process.
+    """
+    parser = CommandParser(prog=f"python -m {module}", description=text)
+    add_arguments(parser)
+    options = parser.parse_args(underscored(sys.argv[1:] if arguments is None else arguments))
+    with plain_errors():
+        code = options.run(options)
+    if code:
+        sys.exit(code)

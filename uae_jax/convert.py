@@ -2,8 +2,8 @@
 
     python -m uae_jax.convert check /weights/UAE
     python -m uae_jax.convert export runs/medium medium_hub --layout hub --dtype bfloat16
-    python -m uae_jax.convert import --llm Qwen2.5-VL-3B-Instruct --sd3 stable-diffusion-3.5-medium --clip
-    clip-vit-large-patch14 UAE_new
+    python -m uae_jax.convert import --llm Qwen2.5-VL-3B-Instruct --sd3 stable-diffusion-3.5-medium \\
+        --clip clip-vit-large-patch14 UAE_new
 
 check reads every tensor of an official UAE folder, a training workdir, a diffusers SD3 pipeline, or the folder of one
 model (Qwen2.5-VL, SD3 transformer, VAE, CLIP, DINO, peft adapter); its exit code is 1 when a part is not whole.
@@ -15,9 +15,9 @@ Nothing is written unless everything that is read is whole.
 import argparse
 import os
 import pathlib
-import sys
+from typing import Any
 
-from uae_jax.command_line import plain_errors
+from uae_jax.command_line import run_command
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -37,52 +37,51 @@ IMPORTED = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
-    style = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = argparse.ArgumentParser(prog="python -m uae_jax.convert", description=__doc__, **style)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="check|export|import")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `check`, `export` and `import`."""
+    commands = parser.add_subparsers()
     check = commands.add_parser("check", help="is every tensor there, of the right shape, and a number")
-    check.add_argument("folder", metavar="FOLDER")
+    check.add_argument("folder", metavar="FOLDER", help="model folder, pipeline, training workdir or one model")
     check.add_argument("--fast", action="store_true", help="read names and shapes only, not the numbers")
     check.add_argument("--json", action="store_true", help="print one JSON object")
+    check.set_defaults(run=_check)
     export = commands.add_parser("export", help="write a model in another layout or precision")
     export.add_argument("source", metavar="SOURCE", help="official UAE folder or training workdir")
     export.add_argument("out", metavar="OUT", help="a new folder")
-    export.add_argument("--layout", choices=("official", "hub"), default="official", help="(default: %(default)s)")
+    export.add_argument("--layout", choices=("official", "hub"), default="official", help="of the new folder")
     export.add_argument(
         "--dtype",
         choices=("keep", "float32", "bfloat16", "float16"),
         default="keep",
         help="of the weights (default: as stored)",
     )
-    export.add_argument("--merge-adapters", action="store_true", help="add the adapters to their models")
+    export.add_argument("--merge_adapters", action="store_true", help="add the adapters to their models")
     export.add_argument(
-        "--llm-lora",
+        "--llm_lora",
         choices=("peft", "wrapped"),
         default="peft",
         help="adapter folder, or the release's whole state in three files",
     )
-    export.add_argument(
-        "--max-shard-gb", type=float, default=5.0, metavar="GB", help="size limit of one file (default: %(default)s)"
-    )
+    export.add_argument("--max_shard_gb", type=float, default=5.0, metavar="GB", help="size limit of one file")
     export.add_argument(
         "--parts", nargs="+", default=(), metavar="PART", help="write these parts only, such as llm SD3/vae dit_lora"
     )
+    export.set_defaults(run=_export)
     build = commands.add_parser("import", help="build an official folder from published models")
     for name, text in IMPORTED.items():
         build.add_argument(f"--{name}", default="", metavar="DIR", required=name in ("llm", "sd3"), help=text)
     build.add_argument("out", metavar="OUT", help="a new folder")
-    build.add_argument("--seed", type=int, default=0, help="of a new projector (default: %(default)s)")
+    build.add_argument("--seed", type=int, default=0, help="of a new projector")
     build.add_argument(
         "--link", action="store_true", help="hard links instead of copies, where both folders are on one disk"
     )
     build.add_argument("--fast", action="store_true", help="check names and shapes only, not the numbers")
+    build.set_defaults(run=_import)
     for command in (export, build):
         command.add_argument("--overwrite", action="store_true", help="replace the model folder OUT")
-    return parser
 
 
-def _bar(text: str, total: int | None = None):
+def _bar(text: str, total: int | None = None) -> Any:
     """A progress bar in bytes on a terminal, nothing elsewhere."""
     from tqdm import tqdm
 
@@ -100,7 +99,7 @@ def _check(options: argparse.Namespace) -> int:
     return int(any(row.problems for row in rows))
 
 
-def _export(options: argparse.Namespace) -> int:
+def _export(options: argparse.Namespace) -> None:
     from uae_jax.stages.folders.check import readable
     from uae_jax.stages.folders.export import ExportConfig, export_folder
 
@@ -127,10 +126,9 @@ def _export(options: argparse.Namespace) -> int:
         elif output.note:
             print(f"{output.name:<20} {output.note}")
     print(f"written to {options.out}")
-    return 0
 
 
-def _import(options: argparse.Namespace) -> int:
+def _import(options: argparse.Namespace) -> None:
     from uae_jax.stages.folders.assemble import Sources, import_folder
 
     sources = Sources(**{name: getattr(options, name) for name in IMPORTED})
@@ -152,18 +150,13 @@ def _import(options: argparse.Namespace) -> int:
         f"written to {options.out}; use it as --checkpoint {options.out} or "
         f"--config.model.folder={pathlib.Path(options.out).absolute()}"
     )
-    return 0
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line; every expected error is one line and exit code 1."""
-    options = _parser().parse_args(arguments)
+    """The command line; `check` ends with code 1 when a part is not complete."""
     # nothing here computes more than a random projector: an accelerator would only be occupied
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    with plain_errors():
-        code = {"check": _check, "export": _export, "import": _import}[options.command](options)
-    if code:
-        sys.exit(code)
+    run_command("uae_jax.convert", __doc__, add_arguments, arguments)
 
 
 if __name__ == "__main__":

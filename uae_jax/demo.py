@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from uae_jax.command_line import plain_errors
+from uae_jax.command_line import run_command
 from uae_jax.model_flags import add_model_flags, load_model
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def build(page: Page, name: str) -> "gradio.Blocks":
             caption = gr.Button("Caption", elem_id="write")
             draw = gr.Button("Draw the caption", elem_id="draw")
             both = gr.Button("Reconstruct", variant="primary", elem_id="both")
-        one_at_a_time = dict(concurrency_id="model", concurrency_limit=1)
+        one_at_a_time: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1)
         show.click(_told(page.scene), scene, picture, api_name="scene")
         caption.click(_told(page.caption), [picture, number], text, api_name="caption", **one_at_a_time)
         draw.click(_told(page.draw), [picture, text, number], [drawn, table], api_name="draw", **one_at_a_time)
@@ -158,13 +158,8 @@ def _told(function: Callable) -> Callable:
     return call
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m uae_jax.demo",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     add_model_flags(parser)
     for name, text in ENCODERS.items():
         parser.add_argument(
@@ -173,12 +168,10 @@ def _parser() -> argparse.ArgumentParser:
             metavar="PATH",
             help=f"{text}, to compare under (default: the checkpoint's, if it has one)",
         )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 for the whole network (default: %(default)s)"
-    )
-    parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 for the whole network")
+    parser.add_argument("--port", type=int, default=7860, help="port to serve at")
     parser.add_argument("--share", action="store_true", help="also serve through a public address of gradio's")
-    return parser
+    parser.set_defaults(run=run)
 
 
 def open_page(options: argparse.Namespace) -> "gradio.Blocks":
@@ -198,12 +191,15 @@ def open_page(options: argparse.Namespace) -> "gradio.Blocks":
     return build(Page(model, Similarities(model, paths)), options.checkpoint or "built-in")
 
 
+def run(options: argparse.Namespace) -> None:
+    """Serves the page until it is interrupted."""
+    page = open_page(options)
+    page.launch(server_name=options.host, server_port=options.port, share=options.share, css=STYLE)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """The command line; every expected error is one line and exit code 1."""
-    options = _parser().parse_args(arguments)
-    with plain_errors():
-        page = open_page(options)
-        page.launch(server_name=options.host, server_port=options.port, share=options.share, css=STYLE)
+    """The command line."""
+    run_command("uae_jax.demo", __doc__, add_arguments, arguments)
 
 
 if __name__ == "__main__":

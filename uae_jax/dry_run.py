@@ -14,7 +14,7 @@ from uae_jax.planning.estimate import estimate_memory
 from uae_jax.planning.roofline import MeshSizes
 from uae_jax.planning.system import abstract_system
 from uae_jax.stages.abstract import AbstractSystem
-from uae_jax.stages.checks import check_programs, find_mistakes, notices, read_config
+from uae_jax.stages.checks import check_programs, find_mistakes, find_model_mistakes, notices, read_config
 from uae_jax.stages.data import open_sources
 from uae_jax.stages.program import Program, make_program
 from uae_jax.stages.run_config import RunConfig
@@ -36,7 +36,7 @@ def dry_run(config: Mapping[str, Any], workdir: pathlib.Path, mistakes: list[str
       The exit code: 1 with mistakes, of which each is a line on stderr.
     """
     settings, found = read_config(config)
-    mistakes = [*mistakes, *found, *find_mistakes(settings, workdir)]
+    mistakes = [*mistakes, *found, *find_mistakes(settings, workdir), *find_model_mistakes(settings)]
     for notice in notices(settings):
         print(f"note: {notice}", file=sys.stderr)
     if not mistakes:

@@ -1,19 +1,22 @@
 """Measures models with the paper's benchmarks.
 
-python -m uae_jax.evaluate COMMAND --help
-python -m uae_jax.evaluate unified_bench --ref_dir=originals --gen_dir=drawn --clip=DIR --output=scores.json
+    python -m uae_jax.evaluate COMMAND --help
+    python -m uae_jax.evaluate unified_bench --ref_dir=originals --gen_dir=drawn --clip=DIR --output=scores.json
+
+The help of a command has its flags and examples.
 """
 
 import argparse
+import functools
 import importlib
 import os
 import sys
 
-from uae_jax.command_line import plain_errors
+from uae_jax.command_line import run_command
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# command -> its module, which has add_arguments(parser) and run(options), and what it does
+# command -> its module, whose add_arguments(parser) sets `run`, and what it does
 COMMANDS = {
     "unified_bench": (
         "uae_jax.evaluation.unified_bench",
@@ -37,36 +40,21 @@ COMMANDS = {
 }
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
-    """The parser with the arguments of one command; only its module is imported."""
-    table = "\n".join(f"  {name:14} {text}" for name, (_, text) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m uae_jax.evaluate",
-        description=f"{__doc__}\ncommands:\n{table}",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help="one of the commands above")
-    for name in COMMANDS:
-        module = importlib.import_module(COMMANDS[name][0]) if name == command else None
-        part = commands.add_parser(
-            name,
-            description=module and module.__doc__,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    """All commands, but the flags of one only: the other modules are not imported."""
+    commands = parser.add_subparsers()
+    for name, (path, text) in COMMANDS.items():
+        module = importlib.import_module(path) if name == command else None
+        part = commands.add_parser(name, help=text, description=module and module.__doc__)
         if module:
             module.add_arguments(part)
-            part.set_defaults(run=module.run)
-    return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line; every expected error is one line and exit code 1, and what was written before stays."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser(next((word for word in arguments if not word.startswith("-")), "")).parse_args(arguments)
-    with plain_errors():
-        options.run(options)
+    """The command line."""
+    words = sys.argv[1:] if arguments is None else arguments
+    command = next((word for word in words if not word.startswith("-")), "")
+    run_command("uae_jax.evaluate", __doc__, functools.partial(add_arguments, command=command), words)
 
 
 if __name__ == "__main__":

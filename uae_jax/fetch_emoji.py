@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 
-from uae_jax.command_line import plain_errors
+from uae_jax.command_line import run_command
 from uae_jax.data.emoji import INDEX_FILE, EmojiSet
 from uae_jax.data.emoji_files import ARCHIVES, Archive, check_archive, write_folder
 
@@ -66,27 +66,37 @@ def _reason(text: str) -> str:
     return "; ".join([line for line in lines if line][:3]) or "it said nothing"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Fetches, chooses and writes; does nothing for a folder that is whole."""
-    parser = argparse.ArgumentParser(
-        prog="python -m uae_jax.fetch_emoji", description="Fetches the emoji data set.", allow_abbrev=False
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="where pictures and emoji.json are written")
-    parser.add_argument("--count", type=int, default=COUNT, help="how many emoji are taken (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    with plain_errors():
-        if (options.folder / INDEX_FILE).is_file():
-            there = len(EmojiSet(options.folder).names)
-            if there != options.count:
-                raise ValueError(
-                    f"{options.folder} holds {there} emoji, not {options.count}: choose another folder, or remove it"
-                )
-            print(f"{options.folder} holds {there} emoji already")
-            return
-        for archive in ARCHIVES:
-            fetch(archive, options.folder / PACKAGES)
-        names = write_folder(options.folder, options.folder / PACKAGES, options.count)
-        print(f"{len(names)} emoji are in {options.folder}, from {names[0]} to {names[-1]}")
+    parser.add_argument("--count", type=int, default=COUNT, help="how many emoji are taken")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Fetches, chooses and writes; does nothing for a folder that is whole.
+
+    Raises:
+      ValueError: the folder holds another number of emoji, or a fetched file is another one.
+      OSError: npm is missing or cannot fetch.
+    """
+    if (options.folder / INDEX_FILE).is_file():
+        there = len(EmojiSet(options.folder).names)
+        if there != options.count:
+            raise ValueError(
+                f"{options.folder} holds {there} emoji, not {options.count}: choose another folder, or remove it"
+            )
+        print(f"{options.folder} holds {there} emoji already")
+        return
+    for archive in ARCHIVES:
+        fetch(archive, options.folder / PACKAGES)
+    names = write_folder(options.folder, options.folder / PACKAGES, options.count)
+    print(f"{len(names)} emoji are in {options.folder}, from {names[0]} to {names[-1]}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    run_command("uae_jax.fetch_emoji", __doc__, add_arguments, arguments)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@
     python -m uae_jax.infer reconstruct folder_of_images --checkpoint runs/tiny --out strips
 
 Without --checkpoint the built-in model of 32-pixel scenes is used. --checkpoint takes an official UAE folder or a
-training workdir. Settings that are not given are the run's own, or the release's: 1024 pixels, 40 steps, guidance 5,
-temperature 0.7, top_p 1, seed 42.
+training workdir.
 
 Results are written as each batch is done; pictures of other shapes may overtake. A picture that cannot be read is
 reported, the others are done, and the exit code is 1.
@@ -20,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from uae_jax.command_line import plain_errors
+from uae_jax.command_line import run_command
 from uae_jax.files.pictures import save_picture
 from uae_jax.model_flags import add_model_flags, load_model
 
@@ -30,23 +29,16 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m uae_jax.infer",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=("caption", "generate", "reconstruct"))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument("command", choices=("caption", "generate", "reconstruct"), help="what is done")
     parser.add_argument(
         "inputs", nargs="+", metavar="IMAGE|TEXT", help="image files, folders or patterns; texts for `generate`"
     )
-    parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder of the pictures (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder of the pictures")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_model_flags(parser)
-    return parser
+    parser.set_defaults(run=run)
 
 
 def _names(paths: list[pathlib.Path]) -> list[str]:
@@ -123,10 +115,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line; every expected error is one line and exit code 1."""
-    options = _parser().parse_args(arguments)
-    with plain_errors():
-        run(options)
+    """The command line."""
+    run_command("uae_jax.infer", __doc__, add_arguments, arguments)
 
 
 if __name__ == "__main__":

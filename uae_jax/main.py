@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from uae_jax.command_line import error_line, plain_warning
+from uae_jax.command_line import CommandParser, error_line, plain_warning, underscored
 from uae_jax.config_file import apply_overrides, load_config, split_overrides
 
 EXPECTED = (ValueError, FileNotFoundError, FloatingPointError, ImportError, ConnectionError)
@@ -27,12 +27,7 @@ CONTINUE = "The same command continues from the newest checkpoint."
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags beside --config.FIELD=VALUE."""
-    parser = argparse.ArgumentParser(
-        prog="python -m uae_jax.main",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(prog="python -m uae_jax.main", description=__doc__)
     parser.add_argument("--config", required=True, metavar="NAME[:PRESET]", help="configuration, by path or by name")
     parser.add_argument("--workdir", help="folder of checkpoints, metrics, samples, report and export")
     parser.add_argument(
@@ -51,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; every expected error is a line and exit code 1, a stop by signal 130 or 143."""
     overrides, others = split_overrides(sys.argv[1:] if arguments is None else arguments)
-    options = make_parser().parse_args(others)
+    options = make_parser().parse_args(underscored(others))
     quiet(options.verbose)
     from uae_jax.training import processes
     from uae_jax.training.signals import StopTraining
@@ -70,9 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "phases" in config:
             make_builtin_model(config, workdir, mistakes)
             return
-        from uae_jax.stages.run import run
+        from uae_jax.stages.checks import checked_config
 
-        run(config, workdir, mistakes)
+        settings = checked_config(config, workdir, mistakes)
+        from uae_jax.stages.run import run  # after the checks: imports alone take seconds
+
+        run(settings, workdir)
         print(f"done; open {workdir / 'report.html'}")
     except StopTraining as stop:
         print(stop, file=sys.stderr)
@@ -99,14 +97,15 @@ def show_settings(config: dict[str, Any], section: str, mistakes: list[str]) -> 
     Raises:
       ValueError: there is no such section.
     """
-    from uae_jax.settings import Mistakes, describe
-    from uae_jax.stages.checks import read_config
+    from uae_jax.settings import Mistakes, describe, read
+    from uae_jax.stages.bootstrap.settings import BootstrapConfig
     from uae_jax.stages.run_config import RunConfig
 
-    settings, found = read_config(config)
+    kind = BootstrapConfig if "phases" in config else RunConfig
+    settings, found = read(kind, config)
     if mistakes + found:
         raise Mistakes(mistakes + found)
-    lines = describe(RunConfig, settings, wanted=section.removeprefix("config."))
+    lines = describe(kind, settings, wanted=section.removeprefix("config."))
     if not lines:
         raise ValueError(f"--describe={section} names no section; try --describe, which prints all settings")
     print("\n".join(lines))
@@ -118,8 +117,6 @@ def make_builtin_model(config: dict[str, Any], workdir: pathlib.Path, mistakes: 
     Raises:
       ValueError: a setting that does not exist, or several processes.
     """
-    import ml_collections
-
     from uae_jax.settings import Mistakes
     from uae_jax.stages.bootstrap.run import bootstrap
     from uae_jax.training import processes
@@ -131,7 +128,7 @@ def make_builtin_model(config: dict[str, Any], workdir: pathlib.Path, mistakes: 
     if not processes.alone():
         raise ValueError("configs/bootstrap.py makes a tiny model in one process; start it on one host")
     workdir.mkdir(exist_ok=True)
-    print(f"the model is in {bootstrap(ml_collections.ConfigDict(config), workdir)}")
+    print(f"the model is in {bootstrap(config, workdir)}")
 
 
 def quiet(verbose: bool) -> None:

@@ -15,7 +15,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from uae_jax.command_line import plain_errors
+from uae_jax.command_line import CommandParser, run_command
 from uae_jax.config_file import apply_overrides, load_config, split_overrides
 
 
@@ -38,14 +38,8 @@ def prepare_environment(topology: str) -> None:
         os.environ.setdefault(name, value)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The flags beside --config.FIELD=VALUE."""
-    parser = argparse.ArgumentParser(
-        prog="python -m uae_jax.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: CommandParser, overrides: Sequence[tuple[str, str]]) -> None:
+    """The flags beside --config.FIELD=VALUE, whose values are the overrides."""
     parser.add_argument("--config", required=True, metavar="NAME[:PRESET]", help="configuration, by path or by name")
     parser.add_argument(
         "--topology", required=True, help="v6e:8x8, v5p:4x4x4, gpu:8xH200, gpu:2x8xH100 (hosts x cards), or cpu:8"
@@ -53,21 +47,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stages", default="", help="which stages, with commas; all of the configuration if not given")
     parser.add_argument("--hlo", help="folder for the text of each compiled stage, for benchmarks.gpu_program")
     parser.add_argument("--json", help="file for all figures, unrounded")
-    return parser
+    parser.set_defaults(run=lambda options: plan(options, overrides))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the plan; every expected error is one line and exit code 1, a stage that does not fit exit code 2."""
+    """The command."""
     overrides, others = split_overrides(sys.argv[1:] if arguments is None else arguments)
-    options = make_parser().parse_args(others)
+    run_command("uae_jax.plan", __doc__ or "", lambda parser: add_arguments(parser, overrides), others)
+
+
+def plan(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    """Prints the plan of parsed flags; the exit code is 2 where a stage does not fit."""
     prepare_environment(options.topology)
-    with plain_errors():
-        fits = _plan(options, overrides)
-    if not fits:
-        sys.exit(2)
-
-
-def _plan(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> bool:
     from uae_jax.planning.compile import gib
     from uae_jax.planning.plan import make_plan
     from uae_jax.planning.table import as_json, text_table
@@ -93,7 +84,7 @@ def _plan(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> 
     print(text_table(plans, topology, sizes, config["preset"]))
     if options.json:
         pathlib.Path(options.json).write_text(as_json(plans, topology, sizes, config["preset"]))
-    return all(plan.fits(topology) for plan in plans)
+    return 0 if all(plan.fits(topology) for plan in plans) else 2
 
 
 def _texts(name: str | None) -> pathlib.Path | None:

@@ -1,20 +1,20 @@
-"""One mesh, and rules that say how each parameter lies on it.
+"""One mesh, and rules for the sharding of each parameter.
 
-Axes: `data` (batch only), `fsdp` (batch, and parameters cut to save memory), `tensor` (heads and hidden widths).
-Placement is data: a table of (pattern, axes) pairs over parameter names. Models never see a mesh; they name the axes of
+Axes: `data` (batch only), `fsdp` (batch, and parameters sharded to save memory), `tensor` (heads and hidden widths).
+The rules are a table of (pattern, axes) pairs over parameter names. Models never see a mesh; they name the axes of
 their activations (`nn.constrain`).
 """
 
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from uae_jax import trees
 from uae_jax.settings import Settings, setting
@@ -24,24 +24,33 @@ BATCH = ("data", "fsdp")
 WIDEST = "widest"
 Rule = tuple[str, tuple[str | None, ...] | str]
 
-# (pattern of the whole name, mesh axes of the LAST axes of the leaf), so that stacked layers need no rule of their own;
-# the first match counts. An axis that does not divide its dimension goes to the widest one that it does divide, and
-# `WIDEST` asks for that at once. Optimizer slots, adapters, copies and averages end in the name of their parameter.
+# (pattern of the complete name, mesh axes of the LAST axes of the leaf), so that stacked layers need no separate rules.
+# The first match counts. An fsdp axis that does not divide its dimension moves to the widest dimension that it divides;
+# `WIDEST` chooses that dimension at once. Optimizer slots, adapters, copies and averages end in the parameter's name.
 RULES: tuple[Rule, ...] = (
     (r"(.*/)?(scale|bias)", ()),
-    # the table is cropped along its positions, so these stay whole
+    # the table is cropped along its positions, so the positions are not sharded
     (r"(.*/)?pos_embed/table", (None, "fsdp")),
     (r"(.*/)?embedding/table", ("tensor", "fsdp")),
-    # Megatron's placement (arXiv 1909.08053): the first matrix of a pair is cut along its output, the second along its
-    # input
+    # Megatron's sharding (arXiv 1909.08053): the first matrix of a pair along its output, the second along its input
     (r"(.*/)?((context_)?(query|key|value)|gate|up|fc1|first|linear|linear_1)/(kernel|b)", ("fsdp", "tensor")),
     (r"(.*/)?((context_)?output|out|down|fc2|second|linear_2)/(kernel|a)", ("tensor", "fsdp")),
     (r".*", WIDEST),
 )
-# below this many numbers a gather costs more than the memory it saves
+# for fewer numbers a gather costs more than the memory that sharding saves
 SMALL = 2**16
-# above this many numbers (16 MiB in float32) a copy on every device is a mistake
+# for more numbers (16 MiB in float32) a copy on every device is a mistake
 LARGE = 2**22
+
+
+class Sizes(Protocol):
+    """The sizes of a mesh, without devices."""
+
+    @property
+    def shape(self) -> Mapping[str, int]: ...
+
+
+Axes = Mesh | AbstractMesh | Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +70,7 @@ class MeshConfig(Settings):
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of all devices, those of a process side by side, so that each process holds neighbouring rows of a
-    batch.
+    """The mesh of all devices. Devices of a process are neighbours, so that a process has neighbouring rows of a batch.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -85,15 +93,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def in_use(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """While the block runs, functions that are compiled place their activations on this mesh (`nn.constrain`)."""
+    """Functions compiled inside the block shard their activations over this mesh (`nn.constrain`)."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def matching_rule(name: str, rules: Sequence[Rule] = RULES) -> Rule:
-    """The first rule whose pattern is the whole name.
+    """The first rule whose pattern matches the complete name.
 
     Raises:
-      ValueError: there is none.
+      ValueError: no rule matches.
     """
     for rule in rules:
         if re.fullmatch(rule[0], name):
@@ -101,13 +109,13 @@ def matching_rule(name: str, rules: Sequence[Rule] = RULES) -> Rule:
     raise ValueError(f"no sharding rule matches the parameter {name!r}; add one to the table")
 
 
-def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[Rule] = RULES) -> PartitionSpec:
-    """Where one parameter lies: copied when it is small, else by its rule.
+def parameter_spec(name: str, shape: tuple[int, ...], mesh: Axes, rules: Sequence[Rule] = RULES) -> PartitionSpec:
+    """The sharding of one parameter: replicated if small, else by its rule.
 
     Args:
-      name: leaf name, such as `language/layers/attention/query/kernel`; optimizer slots and averages carry the same
+      name: leaf name, such as `language/layers/attention/query/kernel`; optimizer slots and averages have the same
         ending.
-      shape: its shape; stacked layers have a leading layer axis.
+      shape: of the leaf; stacked layers have a leading layer axis.
       mesh: sizes of the axes.
       rules: the table.
     """
@@ -116,24 +124,24 @@ def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequenc
         return PartitionSpec()
     spec: list[str | None] = [None] * len(shape)
 
-    def place(axis: str, index: int | None) -> None:
+    def shard(axis: str, index: int | None) -> None:
         size = mesh.shape[axis]
         if size == 1:
             return
         free = [at for at in range(len(shape)) if spec[at] is None and shape[at] % size == 0]
-        if index in free:
+        if index is not None and index in free:
             spec[index] = axis
         elif axis == "fsdp" and free:
             spec[max(free, key=lambda at: shape[at])] = axis
 
     named = {} if wanted == WIDEST else {axis: len(shape) - len(wanted) + at for at, axis in enumerate(wanted) if axis}
-    place("tensor", named.get("tensor"))
-    place("fsdp", named.get("fsdp"))
+    shard("tensor", named.get("tensor"))
+    shard("fsdp", named.get("fsdp"))
     return PartitionSpec(*spec)
 
 
-def check_rules(tree: trees.Tree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> None:
-    """Checks the table against a whole model.
+def check_rules(tree: trees.Tree, mesh: Axes, rules: Sequence[Rule] = RULES) -> None:
+    """Checks the table against a complete model.
 
     Args:
       tree: all parts of the model, arrays or shapes.
@@ -141,8 +149,8 @@ def check_rules(tree: trees.Tree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> 
       rules: the table.
 
     Raises:
-      ValueError: a rule that is never the first match, a leaf without a rule, or a leaf of more than `LARGE` numbers
-        that every device would hold whole although parameters are to be cut (`fsdp` or `tensor` above 1).
+      ValueError: a rule that is never the first match, a leaf without a rule, or a replicated leaf of more than `LARGE`
+        numbers although parameters are sharded (`fsdp` or `tensor` above 1).
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in trees.flatten(tree).items()}
     used = {matching_rule(name, rules)[0] for name in shapes}
@@ -159,9 +167,8 @@ def check_rules(tree: trees.Tree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> 
         if numbers > LARGE and not any(parameter_spec(name, shape, mesh, rules)):
             raise ValueError(
                 f"{name} of shape {shape} ({numbers / 1e6:.0f} M numbers) would be copied to every device: none of "
-                "its axes divides by "
-                f"fsdp = {fsdp}, and its rule names none for tensor = {tensor}; set config.mesh.fsdp to a divisor of "
-                "one of its axes"
+                f"its axes divides by fsdp = {fsdp}, and its rule names none for tensor = {tensor}; set "
+                "config.mesh.fsdp to a divisor of one of its axes"
             )
 
 
@@ -173,10 +180,10 @@ def tree_shardings(tree: trees.Tree, mesh: Mesh) -> trees.Tree:
 
 
 def gather_over_fsdp(tree: trees.Tree, dtype: Any) -> trees.Tree:
-    """Inside a compiled function: matrices in the precision they are used in, cut over `tensor` alone.
+    """Inside a compiled function: matrices in the precision of their use, sharded over `tensor` alone.
 
-    A loop that reads its weights in every pass, such as the sampling of captions, then gathers them once, for the
-    memory of one copy. Without a mesh in use (`in_use`) nothing happens.
+    A loop that reads its weights in every pass, such as caption sampling, then gathers the weights once, for the memory
+    of one copy. Without a mesh in use (`in_use`) the tree is unchanged.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
@@ -192,9 +199,7 @@ def gather_over_fsdp(tree: trees.Tree, dtype: Any) -> trees.Tree:
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """A leaf on the mesh. Every process holds the whole value of a leaf that is not on a mesh of several processes
-    yet.
-    """
+    """Puts a leaf on the mesh. Every process has the complete value of a leaf that is not on a global mesh yet."""
     if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
         return jax.device_put(leaf, sharding)
     value = np.asarray(leaf)
@@ -202,12 +207,12 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def shard_tree(tree: trees.Tree, mesh: Mesh) -> trees.Tree:
-    """Puts every leaf where its rule says; with several processes all of them call this with the same values."""
+    """Shards every leaf by its rule; several processes all call this with the same values."""
     return jax.tree.map(_put, tree, tree_shardings(tree, mesh))
 
 
 def make_on(mesh: Mesh, function: Callable[..., trees.Tree], *arguments: Any) -> trees.Tree:
-    """`function(*arguments)`, a tree, computed where its rules say, so that no device ever holds a cut leaf whole."""
+    """The tree `function(*arguments)`, computed in shards, so that no device ever has a complete sharded leaf."""
     return jax.jit(function, out_shardings=tree_shardings(jax.eval_shape(function, *arguments), mesh))(*arguments)
 
 
@@ -223,7 +228,7 @@ def replicate_key(key: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 def host_values(tree: trees.Tree) -> trees.Tree:
-    """The whole leaves as numpy arrays, on every process; all processes call this together."""
+    """The complete leaves as numpy arrays, on every process; all processes call this together."""
 
     def fetch(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
@@ -234,16 +239,16 @@ def host_values(tree: trees.Tree) -> trees.Tree:
 
 
 def batch_slice(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
-    """Which rows of the global batch a process feeds: the i-th of n equal slices, as (i, n).
+    """The rows of the global batch that a process loads: the i-th of n equal slices, as (i, n).
 
-    Processes that share their rows, because the tensor axis spans them, get the same slice.
+    Processes that share rows, because the tensor axis spans them, get the same slice.
 
     Args:
-      mesh: over `data` and `fsdp`, which cut the batch.
-      process: its index; None for this one.
+      mesh: its axes `data` and `fsdp` shard the batch.
+      process: index of the process; None for this process.
 
     Raises:
-      ValueError: the devices of a process hold rows that are no such slice.
+      ValueError: the rows of a process are no such slice.
     """
     process = jax.process_index() if process is None else process
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
@@ -252,9 +257,8 @@ def batch_slice(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     first, size = int(shards[0]), len(shards)
     if shards[-1] - first + 1 != size or first % size or ways % size:
         raise ValueError(
-            f"the devices of process {process} hold the parts {shards.tolist()} of a batch cut into {ways}; choose "
-            "config.mesh.tensor "
-            f"so that it divides, or is a multiple of, the devices of a process"
+            f"the devices of process {process} hold the shards {shards.tolist()} of {ways} of a batch; choose "
+            "config.mesh.tensor so that it divides, or is a multiple of, the devices of a process"
         )
     return first // size, ways // size
 

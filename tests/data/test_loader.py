@@ -67,7 +67,7 @@ def test_shapes_that_are_too_small_fail_at_once(parts):
     tokenizer, processor, _, _ = parts
     with pytest.raises(ValueError, match="64 patches, max_patches is 63"):
         ld.RowBuilder(tokenizer, processor, ld.BatchSpec(32, 63, 24, 5), "describe")
-    with pytest.raises(ValueError, match="max_prompt is 23, .* needs 24 tokens; set it to 0"):
+    with pytest.raises(ValueError, match="max_prompt is 23, .* needs 24 tokens; set max_prompt to 0"):
         ld.RowBuilder(tokenizer, processor, ld.BatchSpec(32, 64, 23, 5), "describe")
 
 

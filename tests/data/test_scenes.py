@@ -159,8 +159,12 @@ def test_drawings_read_back_exactly(side):
     every = many(400) + many(200, "test")
     pictures = np.stack([scenes.draw(s, side) for s in every])
     assert scene_checker.read_pictures(pictures) == every
-    assert scene_checker.picture_matches(every, pictures).all()
     assert (scene_checker.picture_scores(every, pictures) == 1).all()
+
+
+def share_read(every, pictures):
+    """The share of the pictures that are read as their scenes exactly."""
+    return np.mean([seen == scene for seen, scene in zip(scene_checker.read_pictures(pictures), every, strict=True)])
 
 
 def test_reading_survives_noise_and_blur():
@@ -168,21 +172,20 @@ def test_reading_survives_noise_and_blur():
     clean = np.stack([scenes.draw(s) for s in every]).astype(float)
     noisy = clean + np.random.default_rng(0).normal(0, 12, clean.shape)
     noisy = np.clip(noisy, 0, 255).astype(np.uint8)
-    assert scene_checker.picture_matches(every, noisy).mean() >= 0.99
+    assert share_read(every, noisy) >= 0.99
     padded = np.pad(clean, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     blurred = np.mean([padded[:, i : i + 32, j : j + 32] for i in range(3) for j in range(3)], 0)
-    assert scene_checker.picture_matches(every, blurred).mean() >= 0.95
+    assert share_read(every, blurred) >= 0.95
 
 
 def test_picture_score_counts_the_facts_found():
     wrong = Scene("gray", (SceneObject(1, 1, "square", "blue", "small"), SceneObject(0, 0, "circle", "green", "large")))
-    assert scene_checker.picture_score(EXAMPLE, scenes.draw(wrong)) == pytest.approx(8 / 9)
+    assert scene_checker.picture_scores([EXAMPLE], scenes.draw(wrong)[None])[0] == pytest.approx(8 / 9)
     empty = Scene("gray", ())
     assert scene_checker.read_picture(scenes.draw(empty)) == empty
-    assert scene_checker.picture_score(EXAMPLE, scenes.draw(empty)) == pytest.approx(1 / 9)
+    assert scene_checker.picture_scores([EXAMPLE], scenes.draw(empty)[None])[0] == pytest.approx(1 / 9)
     more = Scene("gray", EXAMPLE.objects + (SceneObject(0, 1, "cross", "cyan", "small"),))
-    assert scene_checker.picture_score(EXAMPLE, scenes.draw(more)) == 1
-    assert not scene_checker.picture_matches([EXAMPLE], scenes.draw(more)[None])[0]
+    assert scene_checker.picture_scores([EXAMPLE], scenes.draw(more)[None])[0] == 1
     with pytest.raises(ValueError, match="even S"):
         scene_checker.read_picture(scenes.draw(EXAMPLE, 31))
 
@@ -225,13 +228,6 @@ def test_prompt_checker_on_pictures():
     for count in (2, 3, 4):
         entry = {"tag": "counting", "include": [{"class": "cross", "count": count}], "prompt": ""}
         assert scene_prompts.check_prompt(entry, scenes.draw(three)) == (count == 3)
-
-
-def test_summary_is_the_mean_of_tags_not_of_prompts():
-    results = [{"tag": "colors", "correct": True}] * 3 + [{"tag": "position", "correct": False}]
-    assert scene_prompts.geneval_summary(results) == {"colors": 1.0, "position": 0.0, "overall": 0.5}
-    with pytest.raises(ValueError, match="no results"):
-        scene_prompts.geneval_summary([])
 
 
 @pytest.mark.parametrize("mistakes", [0.0, 0.3, 1.0])

@@ -63,7 +63,7 @@ def test_folder_source(folder):
     "line, message",
     [
         ('{"file_name": "a.png", "caption"', "captions.jsonl line 4 is not JSON"),
-        ("[1]", "line 4 names no image"),
+        ("[1]", "line 4 is not a JSON object"),
         ('{"caption": "x"}', "line 4 names no image"),
         ('{"file_name": "a.png"}', "line 4 has no caption"),
         ('{"file_name": "a.png", "caption": []}', "line 4 has no caption"),

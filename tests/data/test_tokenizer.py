@@ -83,7 +83,9 @@ def test_condition_template_equals_tokenising_the_whole(name, request):
     tokenizer = request.getfixturevalue(name)
     prefix, suffix = tok.condition_template(tokenizer)
     for text in [*CAPTIONS, "gray background , red circle"]:
-        whole = tok.chat_ids(tokenizer, "generate", text)
+        turn = {"role": "generate", "content": [{"type": "text", "text": text}]}
+        chat = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer(chat, add_special_tokens=False)["input_ids"]
         assert prefix + tok.encode_caption(tokenizer, text)[:-1] + suffix == whole
 
 

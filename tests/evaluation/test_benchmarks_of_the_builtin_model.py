@@ -116,5 +116,5 @@ def test_pictures_come_before_the_question(model):
     assert sorted(tokenizer.caption_prompt_ids(engine.system.tokenizer, "describe", [2, 3])) == sorted(
         tokenizer.caption_prompt_ids(engine.system.tokenizer, "describe", [2, 3], images_first=True)
     )
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         engine.question_fields("describe", [])

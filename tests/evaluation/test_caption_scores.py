@@ -14,8 +14,16 @@ from uae_jax import evaluate
 from uae_jax.data.scene_captions import caption, random_detail_caption
 from uae_jax.data.scene_checker import caption_score
 from uae_jax.data.scenes import Scene, SceneObject, scene_at
-from uae_jax.evaluation.caption_facts import ATTRIBUTES, caption_facts, facts_summary, ratio_interval
-from uae_jax.evaluation.caption_statistics import distinct, repetition, text_statistics, words
+from uae_jax.evaluation.caption_scores import (
+    ATTRIBUTES,
+    caption_facts,
+    distinct,
+    facts_summary,
+    ratio_interval,
+    repetition,
+    text_statistics,
+    words,
+)
 from uae_jax.files.json_files import read_records
 
 SCENE = Scene("gray", (SceneObject(0, 0, "circle", "red", "large"), SceneObject(1, 1, "square", "blue", "small")))
@@ -100,6 +108,7 @@ def test_ratio_interval_covers_and_is_none_without_claims():
     rng = np.random.default_rng(0)
     claimed = rng.integers(0, 5, 400)
     found = ratio_interval(rng.binomial(claimed, 0.7), claimed)
+    assert found is not None
     assert (
         found["low"] < found["value"] < found["high"]
         and found["low"] < 0.7 < found["high"]

@@ -10,7 +10,8 @@ from stand_ins import SIZE, Painter, contents, geneval_pictures, geneval_result,
 from uae_jax import evaluate
 from uae_jax.data import scenes
 from uae_jax.data.scene_prompts import TAGS, check_prompt, check_scene, scene_prompts
-from uae_jax.evaluation import geneval, grouped_scores
+from uae_jax.evaluation import geneval
+from uae_jax.evaluation.benchmark_commands import grouped_scores
 
 ENTRIES = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
@@ -216,11 +217,11 @@ def test_summary_is_that_of_the_official_script(tmp_path, capsys):
 def test_intervals_are_over_prompts_not_over_pictures():
     together = [("tag", str(prompt), float(prompt % 2)) for prompt in range(10) for _ in range(100)]
     apart = [("tag", str(number), score) for number, (_, _, score) in enumerate(together)]
-    wide, narrow = (grouped_scores.grouped_scores(records)["overall"] for records in (together, apart))
+    wide, narrow = (grouped_scores(records)["overall"] for records in (together, apart))
     assert wide["value"] == narrow["value"] == 0.5
     assert wide["high"] - wide["low"] > 5 * (narrow["high"] - narrow["low"])
     with pytest.raises(ValueError, match="no results"):
-        grouped_scores.grouped_scores([])
+        grouped_scores([])
 
 
 def test_scenes_are_scored_as_the_checker_says(tmp_path, capsys, monkeypatch):

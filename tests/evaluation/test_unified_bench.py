@@ -11,6 +11,7 @@ from bench_pieces import ENCODERS, longclip_encoder, photographs, reconstruction
 from PIL import Image
 
 from uae_jax import evaluate
+from uae_jax.evaluation import encoders as module
 from uae_jax.evaluation.encoders import open_bench_encoder
 from uae_jax.evaluation.scores import results_json
 
@@ -190,9 +191,7 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, message, encoders, fold
 
 
 def test_interrupted_scoring_keeps_what_was_done(encoders, folders, tmp_path, monkeypatch):
-    from uae_jax.evaluation import scores
-
-    calls, whole = [], scores.image_features
+    calls, whole = [], module.image_features
 
     def features(*arguments):
         calls.append(1)
@@ -200,7 +199,7 @@ def test_interrupted_scoring_keeps_what_was_done(encoders, folders, tmp_path, mo
             raise KeyboardInterrupt
         return whole(*arguments)
 
-    monkeypatch.setattr(scores, "image_features", features)
+    monkeypatch.setattr(module, "image_features", features)
     with pytest.raises(SystemExit, match="interrupted"):
         bench(folders[0], tmp_path / "scores.json", clip=encoders["clip"].path, dinov2=encoders["dinov2"].path)
     results = json.loads((tmp_path / "scores.json").read_text())

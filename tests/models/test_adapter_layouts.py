@@ -365,7 +365,7 @@ def test_the_release_s_three_shards_give_captioner_projector_and_adapter(saved, 
     assert weights.holds_base(tmp_path)
     _, base = weights.load(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, base, params)
-    with pytest.warns(UserWarning, match="8 is taken, twice the rank, as in the UAE release"):
+    with pytest.warns(UserWarning, match="8 is used, twice the rank, as in the UAE release"):
         adapted, adapter = weights.load_adapter(tmp_path, config)
     assert difference(logits(adapted, base, adapter), torch_logits(llm)) < 1e-4
     assert trees.parameter_count(adapter) == sum(value.numel() for name, value in state.items() if ".lora_" in name)

@@ -298,7 +298,7 @@ def test_the_wrapped_release_layout_and_a_peft_folder_give_the_adapter(saved, tm
     assert scaled.text.lora_alpha == 8
     _, base = weights.load(tmp_path / "llm_lora", scaled)
     jax.tree.map(np.testing.assert_array_equal, params, base)
-    with pytest.warns(UserWarning, match="lora_alpha; 8 is taken, twice the rank"):
+    with pytest.warns(UserWarning, match="lora_alpha; 8 is used, twice the rank"):
         again = weights.load_adapter(tmp_path / "llm_lora", config)
     assert again[0] == scaled
     jax.tree.map(np.testing.assert_array_equal, adapter, again[1])

@@ -124,7 +124,7 @@ def test_the_file_that_diffusers_pipelines_save(base, tmp_path, said):
     assert all(name.startswith("transformer.transformer_blocks.") for name in TensorFolder(file).names())
     config, params = base("like_medium")
     if said == "nothing":
-        with pytest.warns(UserWarning, match="lora_alpha; 3 is taken, the rank, as diffusers does"):
+        with pytest.warns(UserWarning, match="lora_alpha; 3 is used, the rank, as diffusers does"):
             adapted, _ = weights.load_adapter(tmp_path, config)
         again = torch_transformer(**SIZES["like_medium"])
         again.load_lora_adapter(load_file(file), prefix="transformer")

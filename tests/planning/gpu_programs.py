@@ -16,9 +16,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 from configs import presets
 from uae_jax import sharding
 from uae_jax.planning.system import abstract_system
+from uae_jax.settings import frozen
 from uae_jax.stages.program import Program, make_program
 from uae_jax.stages.run_config import RunConfig
-from uae_jax.stages.settings import frozen
 
 STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
 HOPPER = "NVIDIA H200"

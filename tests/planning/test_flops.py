@@ -9,8 +9,8 @@ from configs import presets
 from uae_jax.planning.flops import count_work
 from uae_jax.planning.plan import step_work
 from uae_jax.planning.system import abstract_system
+from uae_jax.settings import frozen
 from uae_jax.stages.run_config import RunConfig
-from uae_jax.stages.settings import frozen
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
@@ -104,10 +104,7 @@ def tiny():
 
 
 def counts(values: dict, **changes) -> dict[str, float]:
-    changed = {name: {**value} if isinstance(value, dict) else value for name, value in values.items()}
-    for name, more in changes.items():
-        changed[name] |= more
-    config = frozen(RunConfig, changed)
+    config = frozen(RunConfig, presets.merged(values, changes))
     system = abstract_system(config)
     return {stage: step_work(config, system, stage).flops for stage in changes if stage in STAGES}
 

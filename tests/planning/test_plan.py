@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from configs import presets
+from uae_jax import plan as plan_command
 from uae_jax import sharding, trees
 from uae_jax.nn.attention import attention
 from uae_jax.planning import plan, published
@@ -26,10 +27,10 @@ from uae_jax.planning.plan import make_plan, mesh_sizes
 from uae_jax.planning.roofline import MeshSizes, roofline
 from uae_jax.planning.system import abstract_system
 from uae_jax.planning.table import StagePlan, as_json, text_table
+from uae_jax.settings import frozen
 from uae_jax.stages.folders.assemble import MAX_PIXELS
 from uae_jax.stages.program import make_program
 from uae_jax.stages.run_config import RunConfig
-from uae_jax.stages.settings import frozen
 from uae_jax.stages.weights import load_system
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -38,10 +39,7 @@ MEDIUM, LARGE = "qwen2_5_vl_3b_sd3_5_medium", "qwen2_5_vl_3b_sd3_5_large"
 
 
 def settings(preset: str, **sections) -> dict:
-    values = presets.preset(preset, STAGES).to_dict()
-    for name, changes in sections.items():
-        values[name] |= changes
-    return values
+    return presets.merged(presets.preset(preset, STAGES).to_dict(), sections)
 
 
 def test_the_shapes_of_a_folder_are_those_of_its_weights():
@@ -65,9 +63,9 @@ def test_published_sizes_have_the_published_numbers_of_parameters(preset, billio
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="max_prompt is 128, .* needs 161 tokens; set it to 0"):
+    with pytest.raises(ValueError, match="max_prompt is 128, .* needs 161 tokens; set max_prompt to 0"):
         abstract_system(frozen(RunConfig, settings(LARGE, data=dict(max_prompt=128))))
-    with pytest.raises(ValueError, match="max_prompt is 8, .* tokens; set it to 0"):  # of a folder
+    with pytest.raises(ValueError, match="max_prompt is 8, .* tokens; set max_prompt to 0"):  # of a folder
         abstract_system(frozen(RunConfig, settings("tiny", data=dict(max_prompt=8))))
 
 
@@ -378,7 +376,7 @@ def test_the_command_prints_a_table_writes_json_and_fails_where_a_stage_does_not
         f"--json={tmp_path}/plan.json",
         "--config.pretrain.micro_batches=256",
     )
-    assert done.returncode == 1 and "pretrain does not fit" in done.stdout, done.stderr
+    assert done.returncode == 2 and "pretrain does not fit" in done.stdout, done.stderr
     stored = json.loads((tmp_path / "plan.json").read_text())
     assert stored["stages"][0]["memory"]["peak"] > 80 * GIB and stored["preset"] == LARGE
 
@@ -389,11 +387,33 @@ def test_the_command_prints_a_table_writes_json_and_fails_where_a_stage_does_not
         (("--config=configs/unified_grpo.py", "--topology=v7:8x8"), "topology is 'v7:8x8'"),
         (("--config=configs/unified_grpo.py:huge", "--topology=cpu:2"), "unknown preset 'huge'"),
         (("--config=configs/bootstrap.py", "--topology=cpu:2"), "no stages to plan"),
+        (("--config=unified_gpro", "--topology=cpu:2"), "did you mean unified_grpo?"),
+        (
+            ("--config=unified_grpo", "--topology=cpu:2", "--config.seed=x"),
+            "config.seed is 'x'; it must be of type int",
+        ),
     ],
 )
-def test_wrong_arguments_are_one_line(arguments, message):
-    done = command(*arguments)
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+def test_wrong_arguments_are_one_line(arguments, message, monkeypatch):
+    monkeypatch.setattr(plan_command, "prepare_environment", lambda topology: None)  # JAX is imported already
+    with pytest.raises(SystemExit) as stop:
+        plan_command.main(arguments)
+    assert re.fullmatch(f"error: .*{re.escape(message)}.*", stop.value.code)
+
+
+def test_the_command_ends_with_2_where_a_stage_does_not_fit(monkeypatch, capsys, without_wheels):
+    monkeypatch.setattr(plan_command, "prepare_environment", lambda topology: None)
+    arguments = [f"--config=unified_grpo:{LARGE}", "--stages=pretrain", "--config.pretrain.micro_batches=256"]
+    with pytest.raises(SystemExit) as stop:
+        plan_command.main([*arguments, "--topology=gpu:1xH100"])
+    assert stop.value.code == 2 and "pretrain does not fit" in capsys.readouterr().out
+    assert plan_command.main([*arguments, "--topology=gpu:8xH100"]) is None
+    assert "does not fit" not in capsys.readouterr().out
+
+
+def test_the_command_reads_its_arguments_in_another_process():
+    done = command("--config=configs/unified_grpo.py", "--topology=v7:8x8")
+    assert done.returncode == 1 and "topology is 'v7:8x8'" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_published_template_is_that_of_the_tokenizer():

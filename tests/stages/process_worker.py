@@ -12,8 +12,9 @@ import jax
 from stage_pieces import one_step
 
 from uae_jax import sharding
+from uae_jax.settings import frozen
 from uae_jax.stages import run as run_module
-from uae_jax.stages.settings import frozen
+from uae_jax.stages.run_config import RunConfig
 from uae_jax.training import processes
 
 
@@ -22,7 +23,7 @@ def main(config: str, result: str, coordinator: str, count: str, index: str, *st
     processes.join(coordinator, int(count), int(index))
     sharding.SMALL = 256  # even a tiny model is cut
     values = json.loads(pathlib.Path(config).read_text())
-    run = run_module.Run(frozen(run_module.RunConfig, values), pathlib.Path(result).parent)
+    run = run_module.Run(frozen(RunConfig, values), pathlib.Path(result).parent)
     assert not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(run.parts))
     found = {stage: one_step(run, stage) for stage in stages}
     if jax.process_index() == 0:

@@ -75,7 +75,7 @@ def test_the_wrapped_captioner_wins_over_the_plain_one_and_is_enough(folder, wra
         shutil.rmtree(folder / "llm")
     if beside == "llm_config":
         (folder / "llm" / "model.safetensors").unlink()
-    with pytest.warns(UserWarning, match="llm_lora does not say its lora_alpha; 4 is taken"):
+    with pytest.warns(UserWarning, match="llm_lora does not state lora_alpha; 4 is used"):
         assert_captioner(load(folder), base, adapter)
 
 

@@ -12,7 +12,7 @@ from uae_jax.nn.attention import entry
 def _gradient(config, workdir, devices):
     """Changes of the adapter by one step whose optimizer is linear in the gradient, and the reward."""
     run = make_run(config, workdir, devices)
-    pieces = stage_of(run, "und_for_gen", updates_per_rollout=1)
+    pieces = stage_of(run, "und_for_gen", flow_grpo=dict(updates_per_rollout=1))
     state = pieces.state()
     with jax.set_mesh(run.mesh):
         state, metrics = pieces.step(state)(state, pieces.frozen, pieces.batch, pieces.key)

@@ -12,11 +12,13 @@ from configs import presets
 from uae_jax.data import scene_checker, scenes
 from uae_jax.data.tokenizer import decode_caption, load_tokenizer, write_scene_tokenizer
 from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.settings import as_dict
 from uae_jax.stages.bootstrap import decoder, scene_stream
 from uae_jax.stages.bootstrap import run as bootstrap_run
 from uae_jax.stages.bootstrap.run import bootstrap
 from uae_jax.stages.run import run
 from uae_jax.stages.weights import BUILTIN, ModelConfig, load_system
+from uae_jax.training.optimizer import OptimizerConfig
 from uae_jax.training.step import TrainState
 
 
@@ -37,12 +39,12 @@ def small_config(preset="tiny"):
 
 @pytest.mark.slow
 def test_bootstrap_makes_a_folder_that_loads_and_does_not_repeat_finished_phases(tmp_path, monkeypatch):
-    folder = bootstrap(small_config(), tmp_path)
+    folder = bootstrap(small_config().to_dict(), tmp_path)
     system = load_system(ModelConfig(folder=str(folder)), image_size=32)
     assert set(system.encoders) == {"clip", "dinov2"}
     assert system.parts["pooled"].shape == (system.model.transformer.pooled_projection_dim,)
     monkeypatch.setattr(scene_stream, "stream", lambda *_: pytest.fail("a finished phase asked for data"))
-    assert bootstrap(small_config(), tmp_path) == folder
+    assert bootstrap(small_config().to_dict(), tmp_path) == folder
 
 
 @pytest.mark.slow
@@ -58,7 +60,7 @@ def test_bootstrap_learns_from_emoji(tmp_path, monkeypatch):
     values = presets.preset("emoji", ("pretrain",)).to_dict()
     values["model"]["folder"], values["data"]["folder"] = str(folder), config.data.folder
     values["evaluation"] |= dict(images=2, batch_size=2, sampler_steps=2, samples=1)
-    values["pretrain"] |= dict(steps=1, batch_size=8, optimizer=presets._optimizer(1e-4))
+    values["pretrain"] |= dict(steps=1, batch_size=8, optimizer=as_dict(OptimizerConfig(learning_rate=1e-4)))
     after = run(values, tmp_path / "emoji_run")["stages"][0]["after"]
     assert after["fact_recall"]["n"] == after["scene_accuracy"]["n"] == 2
 
@@ -98,10 +100,10 @@ def test_the_parts_of_a_preset_fit_together(preset, side, tmp_path, monkeypatch)
         config.data.folder = str(emoji_pieces.write_emoji(tmp_path / "emoji", monkeypatch))
     traced = []
 
-    def train(run, name, algorithm, params, frozen, data, *, steps, ema_decay=None):
+    def train(run, name, learner, params, frozen, data, *, steps):
         key = jax.random.key(0)
         total, count, _ = jax.eval_shape(
-            lambda *trees: algorithm.loss(*trees[:2], algorithm.rollout(*trees, key), key), params, frozen, next(data)
+            lambda *trees: learner.loss(*trees[:2], learner.rollout(*trees, key), key), params, frozen, next(data)
         )
         traced.append((name, total.shape, count.shape))
         return TrainState(0, 0, 0, params, None, params)

@@ -1,14 +1,18 @@
 """What a person types: errors are one line and a code other than 0; pictures go in and come out."""
 
+import argparse
+import functools
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
 
-from uae_jax import api, infer
+from uae_jax import api, convert, demo, evaluate, fetch_emoji, infer
+from uae_jax.command_line import CommandParser, run_command
 from uae_jax.data import scenes
 
 
@@ -31,6 +35,77 @@ def test_main_ends_with_one_line(arguments, message):
     done = command("uae_jax.main", *arguments)
     assert done.returncode != 0 and message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def parsers(parser):
+    """A parser and those of its subcommands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for part in action.choices.values():
+                yield from parsers(part)
+
+
+def every_parser():
+    """The parsers of all commands and subcommands."""
+    for module in (infer, convert, demo, fetch_emoji):
+        parser = CommandParser(prog=f"python -m {module.__name__}", description=module.__doc__)
+        module.add_arguments(parser)
+        yield from parsers(parser)
+    for name in evaluate.COMMANDS:  # which imports one of its commands at a time
+        parser = CommandParser(prog="python -m uae_jax.evaluate", description=evaluate.__doc__)
+        evaluate.add_arguments(parser, name)
+        yield from (part for part in parsers(parser) if part.prog.split()[3:4] == [name])
+    yield parser
+
+
+@pytest.mark.parametrize("parser", list(every_parser()), ids=lambda parser: parser.prog)
+def test_help_has_examples_and_defaults_and_names_have_underscores(parser):
+    shown = parser.format_help()
+    _, described = shown.split("\n\n", 1)
+    assert described[0].isupper()
+    assert re.search(rf"^ +{re.escape(parser.prog)} \S", described, re.MULTILINE)
+    words = " ".join(shown.split())
+    for action in parser._actions:
+        assert not any("-" in name.lstrip("-") for name in action.option_strings)
+        if isinstance(action.default, (int, float, pathlib.Path)) and not isinstance(action.default, bool):
+            assert f"(default: {action.default})" in words
+        assert action.help or isinstance(action, argparse._SubParsersAction)
+    assert not parser.allow_abbrev
+    assert parser.get_default("run") or any(isinstance(a, argparse._SubParsersAction) for a in parser._actions)
+
+
+def test_flags_take_dashes_or_underscores_but_no_abbreviations(capsys):
+    seen = []
+
+    def add_arguments(parser):
+        parser.add_argument("texts", nargs="*")
+        parser.add_argument("--top_p", type=float)
+        parser.set_defaults(run=seen.append)
+
+    def run(*words):
+        run_command("uae_jax.infer", "A command.", add_arguments, words)
+        return vars(seen.pop())
+
+    assert run("--top-p=0.5")["top_p"] == run("--top_p", "0.5")["top_p"] == 0.5
+    assert run("--top-p=1", "-- a-b", "--", "--c-d=e-f")["texts"] == ["-- a-b", "--c-d=e-f"]
+    with pytest.raises(SystemExit) as end:
+        run("--top=0.5")
+    assert end.value.code == 2 and "unrecognized arguments: --top=0.5" in capsys.readouterr().err
+
+
+def test_what_a_command_returns_is_its_exit_code_and_expected_errors_are_one_line():
+    def add_arguments(parser, run):
+        parser.set_defaults(run=run)
+
+    def refused(options):
+        raise ValueError("two\nlines")
+
+    run_command("uae_jax.infer", "A command.", functools.partial(add_arguments, run=lambda options: 0), [])
+    with pytest.raises(SystemExit, match="^3$"):
+        run_command("uae_jax.infer", "A command.", functools.partial(add_arguments, run=lambda options: 3), [])
+    with pytest.raises(SystemExit, match="^error: two lines$"):
+        run_command("uae_jax.infer", "A command.", functools.partial(add_arguments, run=refused), [])
 
 
 @pytest.fixture
@@ -67,7 +142,7 @@ def test_reconstruct_writes_a_strip_for_every_picture_of_a_folder(model_folder, 
     assert len(records) == 3
     for index, record in enumerate(records):
         strip = Image.open(out / f"scene_{index}_strip.png")
-        assert strip.text["caption"] == record["caption"] and strip.width > 2 * strip.height
+        assert strip.info["caption"] == record["caption"] and strip.width > 2 * strip.height
         assert Image.open(record["reconstruction"]).size == (16, 16)
 
 
@@ -76,7 +151,7 @@ def test_generate_draws_each_text_with_its_own_noise(model_folder, tmp_path, cap
         ["generate", "red circle", "red circle", "--checkpoint", str(model_folder), "--out", str(tmp_path), *FAST]
     )
     first, second = (Image.open(tmp_path / f"{number:04d}.png") for number in (0, 1))
-    assert first.text["caption"] == "red circle" and first.tobytes() != second.tobytes()
+    assert first.info["caption"] == "red circle" and first.tobytes() != second.tobytes()
     infer.main(["generate", "red circle", "--checkpoint", str(model_folder), "--out", str(tmp_path / "again"), *FAST])
     assert Image.open(tmp_path / "again" / "0000.png").tobytes() == first.tobytes()
     capsys.readouterr()
@@ -97,7 +172,7 @@ def test_a_bad_picture_among_many_leaves_the_others_done_and_a_code(model_folder
     }
     assert {name for name, record in records.items() if "error" in record} == {"scene_0b.png", "scene_1b.png"}
     for name in ("scene_0.png", "scene_1.jpg", "scene_2.png"):
-        assert Image.open(records[name]["reconstruction"]).text["caption"] == records[name]["caption"]
+        assert Image.open(records[name]["reconstruction"]).info["caption"] == records[name]["caption"]
     assert sorted(path.name for path in out.iterdir()) == sorted(
         f"scene_{n}{end}.png" for n in range(3) for end in ("", "_strip")
     )

@@ -1,4 +1,4 @@
-"""The controls of gen_for_und: a reward of captions without drawings, and supervised training of the same adapter."""
+"""The controls of gen_for_und: a reward of captions without images, and supervised training of the same adapter."""
 
 import dataclasses
 
@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stage_pieces import changed, largest_gap, make_run, nudged, stage_of
+from stage_pieces import changed, largest_gap, make_run, nudged, stage_of, varied
 
 from configs import ablations
 from configs import bootstrap as bootstrap_config
 from uae_jax import sharding
-from uae_jax.rl import caption_policy
+from uae_jax.methods.gen_for_und import PROMPT_FIELDS
 from uae_jax.rl.captioning import encode_batch_images
-from uae_jax.stages import gen_for_und
+from uae_jax.settings import Mistakes
 from uae_jax.stages import run as run_module
 from uae_jax.stages.bootstrap.run import bootstrap
 from uae_jax.training.metrics import read_lines
@@ -58,46 +58,47 @@ def test_the_scorer_keeps_the_image_tower_of_the_reward(judged):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_caption_reward_does_not_look_at_drawings(judged):
+def test_a_caption_reward_does_not_look_at_reconstructions(judged):
     _, stage = judged
-    algorithm = gen_for_und.algorithm(stage.policy)
     key = step_key(stage.key, "rollout", 0)
     broken = stage.frozen | {
         "transformer": jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), stage.frozen["transformer"])
     }
-    found = jax.jit(algorithm.rollout)(stage.trained, broken, stage.batch, key)
+    found = jax.jit(stage.method.rollout)(stage.trained, broken, stage.batch, key)
     assert np.isfinite(found["metrics"]["reward_caption"]) and "reward_clip" not in found["metrics"]
     advantage = np.asarray(found["samples"]["advantage"])
     assert np.isfinite(advantage).all() and np.abs(advantage).max() > 0.1
 
 
-def test_a_caption_weight_needs_its_scorer_and_its_stage(config, judged):
+def test_a_caption_weight_needs_its_scorer_and_its_stage(config, judged, tmp_path):
     _, stage = judged
     with pytest.raises(ValueError, match="needs model.caption_scorer"):
-        dataclasses.replace(stage.policy, scorer=None)
-    with pytest.raises(ValueError, match="und_for_gen does not train captions"):
-        make_run(
-            changed(config, und_for_gen=dict(reward=dict(names=("clip",), weights=(1.0,), caption_weight=1.0))), None
-        )
+        dataclasses.replace(stage.method, system=dataclasses.replace(stage.method.system, scorer=None))
+    with pytest.raises(Mistakes, match="needs config.model.caption_scorer, a folder"):
+        values = changed(config, stages=("gen_for_und",), gen_for_und=dict(reward=dict(caption_weight=1.0)))
+        run_module.run(values, tmp_path / "new")
+    with pytest.raises(ValueError, match="config.und_for_gen.reward.caption_weight is 1.0, but und_for_gen does not"):
+        make_run(changed(config, und_for_gen=dict(reward=dict(caption_weight=1.0))), tmp_path)
 
 
 def test_supervised_gradient_is_that_of_grpo_when_every_true_caption_is_worth_one(whole):
     stage = stage_of(whole, "gen_for_und", objective="supervised", aggregation="token_mean", kl_weight=0.0)
+    grpo = varied(stage.method, objective="grpo")
     adapter = {"language_lora": nudged(stage.trained["language_lora"])}
     batch, parts = stage.batch, {**stage.frozen, **adapter}
 
     def told(params):
-        return caption_policy.supervised_loss(stage.policy, params, stage.frozen, {"samples": batch}, stage.key)[:2]
+        return stage.method.loss(params, stage.frozen, {"samples": batch}, stage.key)[:2]
 
     def rewarded(params):
         samples = {
-            **{name: batch[name] for name in caption_policy.PROMPT_FIELDS},
+            **{name: batch[name] for name in PROMPT_FIELDS},
             "advantage": jnp.ones((len(batch["pixels"]), 1)),
-            "image_embeds": encode_batch_images(stage.policy.model, parts, batch),
+            "image_embeds": encode_batch_images(stage.method.system.model, parts, batch),
             "tokens": batch["caption_ids"][:, None],
             "mask": batch["caption_mask"][:, None],
         }
-        return caption_policy.loss(stage.policy, params, stage.frozen, {"samples": samples}, stage.key)[:2]
+        return grpo.loss(params, stage.frozen, {"samples": samples}, stage.key)[:2]
 
     (_, count), expected = jax.jit(jax.value_and_grad(rewarded, has_aux=True))(adapter)
     (_, tokens), gradient = jax.jit(jax.value_and_grad(told, has_aux=True))(adapter)
@@ -117,12 +118,6 @@ def test_supervised_training_lowers_its_loss_and_trains_the_adapter_alone(whole)
     assert losses[-1] < losses[0] and set(state.params) == {"language_lora"}
 
 
-def test_an_unknown_objective_is_named(whole):
-    stage = stage_of(whole, "gen_for_und")
-    with pytest.raises(ValueError, match="objective is 'sft'; choose grpo or supervised"):
-        dataclasses.replace(stage.policy, objective="sft")
-
-
 @pytest.mark.slow
 def test_an_arm_of_the_ablations_runs_to_its_end(config, scorer_folder, tmp_path, monkeypatch):
     values = ablations.get_config("caption_similarity").to_dict()
@@ -132,7 +127,7 @@ def test_an_arm_of_the_ablations_runs_to_its_end(config, scorer_folder, tmp_path
     values["gen_for_und"] |= {name: config["gen_for_und"][name] for name in small}
     values["gen_for_und"]["reward"] |= dict(overlong_penalty=0.0)
     make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+    monkeypatch.setattr(sharding, "make_mesh", lambda mesh, devices=None: make_mesh(mesh, devices or jax.devices()[:1]))
     (stage,) = run_module.run(values, tmp_path / "run")["stages"]
     assert stage["name"] == "gen_for_und" and stage["steps"] == config["gen_for_und"]["steps"]
     kinds = ("background", "position", "size", "colour", "shape")

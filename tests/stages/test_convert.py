@@ -251,7 +251,7 @@ def test_the_table_is_readable_when_piped(model_folder, capsys):
     converted("check", model_folder)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("official layout") and lines[1].split()[:2] == ["part", "files"]
-    assert any(line.startswith("llm ") and "float32" in line for line in lines) and lines[-1].endswith("all whole")
+    assert any(line.startswith("llm ") and "float32" in line for line in lines) and lines[-1].endswith("all complete")
 
 
 def test_licences_are_found(folder, capsys):
@@ -339,6 +339,13 @@ def test_parts_that_do_not_fit_each_other_are_named(folder, capsys):
     assert "joint_attention_dim 16" in checked(folder, capsys)[1]["llm"]["problems"][0]
 
 
+def test_a_projector_without_its_tensors_is_named(hub, tmp_path, capsys):
+    alone = shutil.copytree(hub / "projector", tmp_path / "projector")
+    rewrite(alone, pop("projector.2.weight"))
+    code, rows = checked(alone, capsys)
+    assert code == 1 and "has no projector.0 and projector.2 tensors" in rows["projector"]["problems"][0]
+
+
 def test_absent_parts_are_rows(folder, capsys):
     shutil.rmtree(folder / "SD3" / "vae")
     code, rows = checked(folder, capsys)
@@ -353,7 +360,7 @@ def test_import_refuses_what_is_not_that_model(hub, tmp_path):
     broken = shutil.copytree(hub / "clip", tmp_path / "clip")
     for file in broken.glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-8])
-    assert "cut short" in refused("import", *flags, "--clip", broken, tmp_path / "new")
+    assert "truncated" in refused("import", *flags, "--clip", broken, tmp_path / "new")
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*"))
 
 
@@ -386,7 +393,7 @@ def test_folders_are_not_overwritten_unless_asked(folder, model_folder, tmp_path
     (tmp_path / "notes" / "mine.txt").write_text("mine")
     assert "is not empty" in refused("export", model_folder, folder, "--parts", "dit")
     assert "not a model folder" in refused("export", model_folder, tmp_path / "notes", "--overwrite")
-    assert "holds what is read" in refused("export", folder, folder, "--overwrite")
+    assert "holds the source" in refused("export", folder, folder, "--overwrite")
     assert "make it first" in refused("export", folder, tmp_path / "no" / "parent")
     converted("export", model_folder, folder, "--parts", "dit", "--overwrite")
     assert sorted(path.name for path in folder.iterdir()) == ["dit"]

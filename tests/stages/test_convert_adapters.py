@@ -68,7 +68,8 @@ def rank_stabilised(system, folder):
 
 def ranks_by_pattern(system, folder):
     params = system.parts["language"]
-    adapter = trees.merge(random_adapter(params, ADAPTER_PATTERN), random_adapter(params, r"layers/mlp/up", 3))
+    adapters = random_adapter(params, ADAPTER_PATTERN), random_adapter(params, r"layers/mlp/up", 3)
+    adapter = trees.unflatten({name: leaf for tree in adapters for name, leaf in trees.flatten(tree).items()})
     write_tensors(
         folder / "llm_lora", qwen_weights.adapter_tensors(system.model.captioner, adapter), stem="adapter_model"
     )

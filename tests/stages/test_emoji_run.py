@@ -11,9 +11,9 @@ from configs import presets
 from uae_jax.data.emoji import EmojiSource, split_of
 from uae_jax.data.loader import make_loader
 from uae_jax.data.tokenizer import load_tokenizer, write_scene_tokenizer
-from uae_jax.stages.run import open_sources
+from uae_jax.settings import frozen
+from uae_jax.stages.data import open_sources
 from uae_jax.stages.run_config import RunConfig
-from uae_jax.stages.settings import frozen
 
 STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
 

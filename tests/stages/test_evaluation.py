@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from uae_jax.data.scene_checker import caption_score
+from uae_jax.methods.stage_settings import denoising
+from uae_jax.stages.data import open_sources
 from uae_jax.stages.evaluation import Evaluator
-from uae_jax.stages.run import open_sources
-from uae_jax.stages.steps import make_denoising
 
 IMAGES = 5
 
@@ -29,7 +29,7 @@ def scored(whole, tmp_path_factory):
         evaluator = Evaluator(
             whole.system,
             settings,
-            make_denoising(whole.config.sampler, settings.sampler_steps, settings.guidance_scale),
+            denoising(whole.config.sampler, settings.sampler_steps, settings.guidance_scale),
             examples,
             whole.rows,
             whole.config.data.max_caption,

@@ -21,9 +21,9 @@ def test_a_tripped_stage_hands_its_good_checkpoint_to_the_next(config, tmp_path,
     monkeypatch.setattr(sharding, "make_mesh", lambda mesh, devices=None: make_mesh(mesh, devices or jax.devices()[:1]))
 
     class Watched(run_module.Run):
-        def run_stage(self, name, *arguments):
+        def train_stage(self, name, *arguments):
             starts[name] = jax.tree.map(np.array, self.parts["language_lora"])
-            results[name] = super().run_stage(name, *arguments)
+            results[name] = super().train_stage(name, *arguments)
             return results[name]
 
     monkeypatch.setattr(run_module, "Run", Watched)
@@ -61,6 +61,7 @@ def test_a_tripped_stage_hands_its_good_checkpoint_to_the_next(config, tmp_path,
 
 @pytest.mark.parametrize("wrong", [dict(kl=-1.0), dict(margin=2.0), dict(gradient_ratio=0.0)])
 def test_wrong_bounds_are_refused_before_anything_is_written(config, tmp_path, wrong):
-    with pytest.raises(ValueError, match="guard"):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"^config.guard.{name} is "):
         run_module.run(changed(config, guard=wrong), tmp_path / "new")
     assert not (tmp_path / "new").exists()

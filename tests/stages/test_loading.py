@@ -8,9 +8,9 @@ from stage_pieces import changed, make_run
 
 from uae_jax import sharding, trees
 from uae_jax.data import scenes
+from uae_jax.methods.trained import STORABLE, stored
 from uae_jax.sharding import MeshConfig, make_mesh
 from uae_jax.stages.inference import Inference, InferenceConfig, Row
-from uae_jax.stages.steps import HELD, held
 from uae_jax.stages.weights import ModelConfig, load_system
 
 
@@ -58,19 +58,19 @@ def test_a_run_reads_what_nothing_trains_in_the_precision_in_which_it_is_held(co
     changes, halved = HALVED[case]
     values = changed(config, model=dict(frozen_dtype="bfloat16"), **changes)
     run = make_run(values, tmp_path)
-    kinds = {name: {leaf.dtype.name for leaf in jax.tree.leaves(run.parts[name])} for name in HELD}
-    assert kinds == {name: {"bfloat16" if name in halved else "float32"} for name in HELD}
+    kinds = {name: {leaf.dtype.name for leaf in jax.tree.leaves(run.parts[name])} for name in STORABLE}
+    assert kinds == {name: {"bfloat16" if name in halved else "float32"} for name in STORABLE}
     # the same numbers as those of a stage that rounds what was read in float32
     exact = load_system(ModelConfig(folder=values["model"]["folder"]), image_size=16).parts
     for name in halved:
-        rounded = held({name: jax.tree.map(jnp.asarray, exact[name])}, (), "bfloat16")[name]
+        rounded = stored({name: jax.tree.map(jnp.asarray, exact[name])}, (), "bfloat16")[name]
         jax.tree.map(np.testing.assert_array_equal, run.parts[name], rounded)
 
 
 def test_adapters_are_merged_into_weights_in_float32(config, tmp_path):
     values = changed(config, model=dict(frozen_dtype="bfloat16", merge_adapters=True), stages=("gen_for_und",))
     run = make_run(values, tmp_path)
-    assert {leaf.dtype.name for name in HELD for leaf in jax.tree.leaves(run.parts[name])} == {"float32"}
+    assert {leaf.dtype.name for name in STORABLE for leaf in jax.tree.leaves(run.parts[name])} == {"float32"}
 
 
 def test_inference_over_several_devices_says_and_draws_the_same(model_folder, monkeypatch):

@@ -39,7 +39,7 @@ def start(count: int, devices: int, command, folder: pathlib.Path) -> list[subpr
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "SLURM_", "TPU_"))
     } | {
-        "PYTHONPATH": str(HERE.parents[1]),
+        "PYTHONPATH": os.pathsep.join(map(str, HERE.parents[:2])),
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "HF_HUB_OFFLINE": "1",

@@ -11,11 +11,10 @@ import sys
 
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 from programs import compiler_flags
 
-from uae_jax import command_line, main
+from uae_jax import main
 from uae_jax.stages import run as run_module
 from uae_jax.training.signals import StopTraining
 
@@ -58,13 +57,7 @@ def _contents(folder):
 
 def _in_process(*arguments):
     """`main` with these arguments, without the start of another interpreter."""
-    arguments = ["main", "--config=configs/unified_grpo.py", *arguments]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", arguments)  # where overrides of the configuration are looked up
-        try:
-            main.main(command_line.parse_flags(arguments))
-        finally:
-            flags.FLAGS.unparse_flags()
+    main.main(["--config=configs/unified_grpo.py", *arguments])
 
 
 def test_a_broken_line_of_captions_is_named_by_number(workdir, broken_captions):
@@ -92,9 +85,12 @@ def test_a_broken_line_of_captions_is_named_by_number(workdir, broken_captions):
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ("gen_for_und.group_size=1", "at least 2 samples"),
+        ("gen_for_und.group_size=1", "config.gen_for_und.group_size is 1; it must be at least 2"),
         ("model.folder=/no/model", "model folder /no/model does not exist"),
         ("gen_for_und.batch_size=3", "config.gen_for_und.batch_size is 3"),
+        ("gen_for_und.group_size=many", "config.gen_for_und.group_size is 'many'; it must be of type int"),
+        ("und_for_gen.kl_weight=0.1", "config.und_for_gen.kl_weight does not exist; .*"),
+        ("evaluation.encoders=longclip", "config.evaluation.encoders needs the image encoder 'longclip'; put it at .*"),
     ],
 )
 def test_settings_that_cannot_work_end_with_one_line(workdir, capsys, setting, message):
@@ -102,13 +98,14 @@ def test_settings_that_cannot_work_end_with_one_line(workdir, capsys, setting, m
     with pytest.raises(SystemExit) as stop:
         _in_process(f"--workdir={workdir}", f"--config.{setting}")
     assert stop.value.code == 1
-    assert re.fullmatch(f"error: .*{message}[^\n]*", capsys.readouterr().err.strip().splitlines()[-1])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.fullmatch(f"error: {message}.*", line)
     assert _contents(workdir) == before
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_says_so_and_exits_as_the_shell_expects(tmp_path, monkeypatch, capsys, signum, code):
-    def stopped(config, workdir):
+    def stopped(config, workdir, mistakes):
         raise StopTraining("gen_for_und", 7, signum)
 
     monkeypatch.setattr(run_module, "run", stopped)

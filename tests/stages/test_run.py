@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from stage_pieces import changed, make_run
 
-from configs import presets
 from uae_jax import sharding, trees
 from uae_jax.data.scenes import fact_kinds, scene_at
+from uae_jax.methods.trained import with_policy_as_transformer
+from uae_jax.settings import frozen
 from uae_jax.stages import run as run_module
-from uae_jax.stages.settings import frozen
+from uae_jax.stages.program import with_adapters
+from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import ModelConfig, load_system
 from uae_jax.training.metrics import read_lines
 from uae_jax.training.signals import StopTraining
@@ -58,21 +60,24 @@ def watched(config, tmp_path_factory):
     seen = types.SimpleNamespace(workdir=tmp_path_factory.mktemp("runs") / "whole", steps={}, results={}, changed={})
 
     class Watched(run_module.Run):
-        def step(self, stage, state, optimizer):
-            seen.run = self
-            seen.steps[stage] = super().step(stage, state, optimizer)
-            return seen.steps[stage]
-
-        def run_stage(self, name, *arguments):
+        def train_stage(self, name, *arguments):
+            seen.run, seen.stage = self, name
             before = _fingerprints(self.parts)
-            seen.results[name] = super().run_stage(name, *arguments)
+            seen.results[name] = super().train_stage(name, *arguments)
             after = _fingerprints(self.parts)
             assert before.keys() == after.keys()
             seen.changed[name] = {part for part in after if before[part] != after[part]}
             return seen.results[name]
 
+    build_step = run_module.build_step
+
+    def watched_step(*arguments):
+        assert seen.stage not in seen.steps
+        return seen.steps.setdefault(seen.stage, build_step(*arguments))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "Run", Watched)
+        patch.setattr(run_module, "build_step", watched_step)
         seen.summary = run_module.run(config, seen.workdir)
     return seen
 
@@ -189,20 +194,18 @@ def test_rl_stages_report_what_is_not_their_reward(finished):
     assert len(samples) == 2 and {"clip", "fact_recall"} <= set(samples[0]["scores"])
     for line in lines:
         assert (
-            line["stage"] not in run_module.RL_STAGES
+            line["stage"] not in watched
             or "loss" not in line
             or {"caption_tokens", "truncated_fraction", "repetition"} <= set(line)
         )
 
 
 def test_whole_copies_are_not_there_before_their_stage(config, whole):
-    settings = frozen(
-        run_module.RunConfig, changed(config, gen_for_und=dict(train="full"), und_for_gen=dict(train="full"))
-    )
+    settings = frozen(RunConfig, changed(config, gen_for_und=dict(train="full"), und_for_gen=dict(train="full")))
     parts = {name: whole.parts[name] for name in ("language", "transformer")}
-    assert run_module.with_adapters(settings, parts, jax.random.key(0)).keys() == parts.keys()
-    lora = dataclasses.replace(settings, und_for_gen=dataclasses.replace(settings.und_for_gen, train="lora"))
-    assert run_module.with_adapters(lora, parts, jax.random.key(0)).keys() == parts.keys() | {"transformer_lora"}
+    assert with_adapters(settings, parts, jax.random.key(0)).keys() == parts.keys()
+    lora = settings.with_stage("und_for_gen", train="lora")
+    assert with_adapters(lora, parts, jax.random.key(0)).keys() == parts.keys() | {"transformer_lora"}
 
 
 @pytest.mark.slow
@@ -214,7 +217,7 @@ def test_a_stage_that_trains_a_whole_copy_makes_it_of_what_earlier_stages_traine
     values = changed(
         config,
         stages=("pretrain", "und_for_gen"),
-        und_for_gen=dict(train="full", optimizer=still, ema_decay=0.0),
+        und_for_gen=dict(train="full", optimizer=still, flow_grpo=dict(ema_decay=0.0)),
         pretrain=dict(train_projector=False, optimizer=dict(config["pretrain"]["optimizer"], learning_rate=0.05)),
     )
     pretrain, und_for_gen = run_module.run(values, tmp_path / "run")["stages"]
@@ -222,8 +225,8 @@ def test_a_stage_that_trains_a_whole_copy_makes_it_of_what_earlier_stages_traine
 
 
 def test_supervised_training_goes_on_from_a_whole_copy():
-    copied = run_module.with_drawing_policy({"transformer": 1, "transformer_policy": 2, "vae": 3})
-    assert copied == {"transformer": 2, "vae": 3} == run_module.with_drawing_policy(copied)
+    copied = with_policy_as_transformer({"transformer": 1, "transformer_policy": 2, "vae": 3})
+    assert copied == {"transformer": 2, "vae": 3} == with_policy_as_transformer(copied)
 
 
 def test_running_again_changes_nothing(finished, config, monkeypatch):
@@ -286,7 +289,9 @@ def test_stopped_by_sigterm_in_every_stage_and_continued_is_bit_equal(finished, 
 def test_another_configuration_is_refused_and_overwrites_nothing(finished, config):
     _, workdir = finished
     before = {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in workdir.rglob("*") if file.is_file()}
-    with pytest.raises(ValueError, match="another configuration.*config.json, or a new --workdir"):
+    with pytest.raises(
+        ValueError, match="another configuration: seed was 0 and is 1; use .*config.json, or a new --workdir"
+    ):
         run_module.run(changed(config, seed=1), workdir)
     assert {
         file: (file.stat().st_mtime_ns, file.stat().st_size) for file in workdir.rglob("*") if file.is_file()
@@ -298,7 +303,7 @@ def test_another_configuration_is_refused_and_overwrites_nothing(finished, confi
     [
         (("und_for_gen",), "checkpoints of the stage cold_start"),
         ((), "checkpoints of the stage cold_start"),
-        (("pretrain", "cold_start", "und_for_gen", "gen_for_und"), "another configuration"),
+        (("pretrain", "cold_start", "und_for_gen", "gen_for_und"), "another configuration: order was .*gen_for_und"),
     ],
 )
 def test_other_stages_are_refused_in_a_workdir_and_overwrite_nothing(finished, config, stages, message):
@@ -315,26 +320,26 @@ def test_other_stages_are_refused_in_a_workdir_and_overwrite_nothing(finished, c
 def test_settings_of_stages_to_come_may_change(config):
     """A correction of the last stage must not cost the first one's days; what a stage saw must be as it was."""
 
-    def digests(**changes):
-        settings = frozen(run_module.RunConfig, changed(config, **changes))
-        return [settings.digest(name) for name, _ in settings.order()]
+    def identities(**changes):
+        settings = frozen(RunConfig, changed(config, **changes))
+        return [json.dumps(settings.identity(name), sort_keys=True) for name, _ in settings.order()]
 
-    first = digests()
+    first = identities()
     assert (
         len(set(first)) == len(STAGES)
-        and digests(evaluation=dict(images=3), loop=dict(save_every=1), mesh=dict(fsdp=2)) == first
+        and identities(evaluation=dict(images=3), loop=dict(save_every=1), mesh=dict(fsdp=2)) == first
     )
-    assert digests(rounds=2)[: len(STAGES)] == first
-    assert [old == new for old, new in zip(first, digests(gen_for_und=dict(kl_weight=0.5)))] == [
+    assert identities(rounds=2)[: len(STAGES)] == first
+    assert [old == new for old, new in zip(first, identities(gen_for_und=dict(kl_weight=0.5)))] == [
         True,
         True,
         False,
         False,
     ]
-    assert not set(first) & set(digests(data=dict(detail="mixed"))) and not set(first) & set(digests(seed=1))
+    assert not set(first) & set(identities(data=dict(detail="mixed"))) and not set(first) & set(identities(seed=1))
     folder = dict(source="folder", folder="pictures")
-    assert not set(digests(data=folder)) & set(digests(data=folder, evaluation=dict(images=3))), (
-        "held-out pictures are not trained on"
+    assert not set(identities(data=folder)) & set(identities(data=folder, evaluation=dict(images=3))), (
+        "held-out images are not trained on"
     )
 
 
@@ -343,27 +348,30 @@ def test_scores_are_drawn_through_the_captioner_where_training_does(config, whol
     policy = make_run(changed(config, und_for_gen=dict(condition_model="policy")), tmp_path)
     assert policy.config.policy_condition() and policy.evaluator.denoising.policy_condition
     alone = changed(config, stages=("gen_for_und",), und_for_gen=dict(condition_model="policy"))
-    assert not frozen(run_module.RunConfig, alone).policy_condition()
+    assert not frozen(RunConfig, alone).policy_condition()
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(gen_for_und=dict(group_sice=4)), "did you mean config.gen_for_und.group_size"),
+        (
+            dict(gen_for_und=dict(group_sice=4)),
+            "config.gen_for_und.group_sice does not exist; did you mean config.gen_for_und.group_size",
+        ),
         (dict(stages=("pretrain", "warm_start")), "warm_start"),
         (dict(mesh=dict(data=3)), "does not divide|devices"),
         (dict(evaluation=dict(encoders=("longclip",))), "longclip"),
         (dict(data=dict(source="folder")), "config.data.folder"),
         (
-            dict(und_for_gen=dict(optimizer=presets._optimizer(1e-2, warmup_steps=9, schedule="cosine"))),
-            "und_for_gen: optimizer.warmup_steps is 9 in a run of 4",
+            dict(und_for_gen=dict(optimizer=dict(multipliers=(("decoder", 2.0),)))),
+            "und_for_gen: optimizer.multipliers: 'decoder' matches no parameter",
         ),
         (dict(und_for_gen=dict(vae_chunk=5)), "und_for_gen: a batch of 16 latents cannot be decoded in chunks of 5"),
         (
             dict(und_for_gen=dict(batch_size=3)),
-            "und_for_gen: 6 samples of a rollout do not divide into 2 parts of whole groups",
+            "und_for_gen: 6 samples of a rollout do not divide into 2 parts of complete groups",
         ),
-        (dict(gen_for_und=dict(aggregation="mean")), "gen_for_und: .*aggregation"),
+        (dict(gen_for_und=dict(aggregation="mean")), "config.gen_for_und.aggregation is 'mean'; choose one of"),
     ],
 )
 def test_wrong_settings_name_themselves_and_write_nothing(config, tmp_path, change, message):

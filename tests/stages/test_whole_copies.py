@@ -2,7 +2,6 @@
 begun with.
 """
 
-import dataclasses
 import json
 import shutil
 
@@ -10,18 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stage_pieces import changed, exported, largest_gap, make_run, nudged
+from stage_pieces import changed, exported, largest_gap, make_run, nudged, start_of
 
 from uae_jax import convert, sharding, trees
 from uae_jax.data import scenes
+from uae_jax.methods.trained import trainable
 from uae_jax.nn.lora import merge_adapter
 from uae_jax.planning.system import abstract_system
+from uae_jax.settings import frozen
 from uae_jax.sharding import MeshConfig, make_mesh
 from uae_jax.stages import run as run_module
 from uae_jax.stages.export import export_system
 from uae_jax.stages.inference import Inference, InferenceConfig, Row
 from uae_jax.stages.program import make_program
-from uae_jax.stages.settings import frozen
+from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import ModelConfig, load_system
 from uae_jax.training.loop import StageResult
 
@@ -111,8 +112,7 @@ def test_a_later_run_trains_the_copy_on(config, trained, tmp_path):
         changed(config, model=dict(folder=str(folder)), stages=("gen_for_und",), gen_for_und=dict(train="full")),
         tmp_path,
     )
-    start = run_module.STAGES["gen_for_und"][1](run.parts, run.config.gen_for_und, run.key)
-    assert_same(start, {"language_policy": parts["language_policy"]})
+    assert_same(start_of(run, "gen_for_und"), {"language_policy": parts["language_policy"]})
     assert_same(run.parts["language"], parts["language"])
 
 
@@ -231,7 +231,7 @@ def stages_of(config, monkeypatch, tmp_path):
     monkeypatch.setattr(run_module, "run_stage", stood_still)
     run = make_run(config, tmp_path)
     for name, stage in run.config.order():
-        run.run_stage(name, stage, None, None)
+        run.train_stage(name, stage, None, None)
     return seen
 
 
@@ -240,7 +240,9 @@ def dtypes(part):
 
 
 FULL = dict(
-    model=dict(frozen_dtype="bfloat16"), gen_for_und=dict(train="full"), und_for_gen=dict(train="full", ema_decay=0.0)
+    model=dict(frozen_dtype="bfloat16"),
+    gen_for_und=dict(train="full"),
+    und_for_gen=dict(train="full", flow_grpo=dict(ema_decay=0.0)),
 )
 
 
@@ -272,7 +274,7 @@ def test_an_earlier_stage_does_not_round_what_is_copied(config, monkeypatch, tmp
 
 def test_plans_hold_the_same_precisions(config, monkeypatch, tmp_path):
     config = changed(config, stages=("gen_for_und", "und_for_gen"), **FULL)
-    settings, seen = frozen(run_module.RunConfig, config), stages_of(config, monkeypatch, tmp_path)
+    settings, seen = frozen(RunConfig, config), stages_of(config, monkeypatch, tmp_path)
     system = abstract_system(settings)
     for stage, (params, held) in seen.items():
         program = make_program(settings, system, system.parts, system.batch, stage)
@@ -283,9 +285,7 @@ def test_plans_hold_the_same_precisions(config, monkeypatch, tmp_path):
 
 
 def test_plans_know_the_copy_of_a_folder(config, trained):
-    settings = frozen(
-        run_module.RunConfig, changed(config, model=dict(folder=str(trained[1])), stages=("und_for_gen",))
-    )
+    settings = frozen(RunConfig, changed(config, model=dict(folder=str(trained[1])), stages=("und_for_gen",)))
     planned = {
         name: leaf.shape
         for name, leaf in trees.flatten(abstract_system(settings).parts).items()
@@ -296,8 +296,9 @@ def test_plans_know_the_copy_of_a_folder(config, trained):
 
 def test_a_rounded_model_is_copied_in_single_precision(whole):
     rounded = {"transformer": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), whole.parts["transformer"])}
-    settings = dataclasses.replace(whole.config.und_for_gen, train="full")
-    assert dtypes(run_module.STAGES["und_for_gen"][1](rounded, settings, whole.key)) == {"float32"}
+    names = whole.config.with_stage("und_for_gen", train="full").trains("und_for_gen")
+    assert names == ("transformer_policy",)
+    assert dtypes(trainable(rounded, names, 4, whole.key)) == {"float32"}
 
 
 @pytest.mark.slow

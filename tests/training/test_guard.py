@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from learners import learner
 
-from uae_jax.training.guard import Guard, GuardConfig, skip_outliers
+from uae_jax.methods.method import make_train_step
+from uae_jax.training.guard import OFF, Guard, GuardConfig, skip_outliers
 from uae_jax.training.loop import Hooks, LoopConfig, run_stage
 from uae_jax.training.metrics import MetricWriter, read_lines
 from uae_jax.training.signals import StopTraining
-from uae_jax.training.step import Algorithm, init_state, make_train_step
+from uae_jax.training.step import init_state
 
 FINE = {"loss": 0.1, "grad_norm": 0.2, "reward": 0.5, "kl": 0.01, "truncated_fraction": 0.0, "outlier_updates": 0.0}
 ALL = GuardConfig(
@@ -66,7 +68,7 @@ def test_a_healthy_noisy_stream_trips_nothing():
     ]
     stream[50] = stream[50] | {"loss": math.nan, "reward": math.nan}  # one lost step is not two
     assert first_trip(ALL, stream) is None
-    assert first_trip(GuardConfig(), [FINE, FINE | {"loss": math.nan}]) is None
+    assert first_trip(OFF, [FINE, FINE | {"loss": math.nan}]) is None
 
 
 def test_a_slow_fall_from_the_best_mean_trips():
@@ -103,14 +105,21 @@ def test_a_state_near_a_bound_is_not_good():
     ],
 )
 def test_wrong_bounds_are_refused(wrong):
-    with pytest.raises(ValueError, match="guard"):
-        GuardConfig(**wrong)
+    (name,) = wrong
+    with pytest.raises(ValueError, match="^gradient_ratio is" if name == "gradient_outliers" else f"^{name} is"):
+        dataclasses.replace(OFF, **wrong)
+
+
+def test_the_defaults_guard_and_the_one_that_is_off_does_not():
+    lost = FINE | {"loss": math.nan}
+    assert GuardConfig().on and first_trip(GuardConfig(), [lost] * 3).what == "non_finite"
+    assert not OFF.on and not any(OFF.bounds().values())
 
 
 def test_an_outlier_leaves_parameters_and_moments_as_they_are():
-    config = GuardConfig(window=4, gradient_ratio=5.0, gradient_outliers=2)
+    config = dataclasses.replace(OFF, window=4, gradient_ratio=5.0, gradient_outliers=2)
     plain, guarded = optax.adam(0.1), skip_outliers(optax.adam(0.1), config)
-    assert skip_outliers(plain, GuardConfig()) is plain
+    assert skip_outliers(plain, OFF) is plain
     params = {"w": jnp.ones(3)}
     update = jax.jit(guarded.update)
     state, reference = guarded.init(params), plain.init(params)
@@ -166,7 +175,7 @@ def make_step(guard):
         return (samples["scale"][:, None] * samples["move"] * params["w"]).sum(), jnp.float32(2), {}
 
     optimizer = skip_outliers(optax.adam(0.01), guard)
-    step = jax.jit(make_train_step(Algorithm(rollout, loss), optimizer, ema_decay=0.9), donate_argnames="state")
+    step = jax.jit(make_train_step(learner(loss, rollout, ema_decay=0.9), optimizer), donate_argnames="state")
     return step, init_state({"w": jnp.ones(3)}, optimizer, ema=True)
 
 
@@ -185,7 +194,7 @@ def train(workdir, changes, guard, *, steps=16, hooks=None, **config):
         writer=MetricWriter(workdir, tensorboard=False),
         hooks=hooks,
         guard=guard,
-        digest="d",
+        identity={"a": 1},
     )
     assert step._cache_size() <= 1
     return result
@@ -196,7 +205,7 @@ def fall(step):
     return {"reward": 0.5 + 0.05 * step if step <= 8 else 0.9 - 0.05 * (step - 8)}
 
 
-GUARD = GuardConfig(window=3, reward_fall=0.12)
+GUARD = dataclasses.replace(OFF, window=3, reward_fall=0.12)
 
 
 def lines(workdir):
@@ -226,7 +235,7 @@ def test_a_trip_restores_the_good_checkpoint_and_not_the_newest(tmp_path, capsys
     assert tripped - good > 3, "the newest checkpoint must not be the good one, or this test shows nothing"
     assert result.guard["value"] == pytest.approx(gaps[tripped - 3])
 
-    expected = train(tmp_path / "short", fall, GuardConfig(), steps=good).state
+    expected = train(tmp_path / "short", fall, OFF, steps=good).state
     equal(result.state, expected)
     np.testing.assert_array_equal(seen[0], expected.params["w"])
     written = lines(tmp_path / "run")
@@ -241,7 +250,7 @@ def test_a_trip_restores_the_good_checkpoint_and_not_the_newest(tmp_path, capsys
 
 
 def test_a_trip_before_any_checkpoint_restores_the_start(tmp_path):
-    early = GuardConfig(window=2, reward_fall=0.1)
+    early = dataclasses.replace(OFF, window=2, reward_fall=0.1)
     result = train(tmp_path, lambda step: {"reward": 0.9 if step < 3 else 0.1}, early, save_every=0)
     assert (result.guard["step"], result.guard["restored_step"], result.steps) == (3, 0, 0)
     equal(result.state, make_step(early)[1])
@@ -278,7 +287,7 @@ def test_a_process_that_dies_after_the_trip_does_not_train_on(tmp_path):
 
 
 def test_lost_steps_trip_when_they_repeat_and_one_alone_does_not(tmp_path):
-    guard = GuardConfig(window=4, non_finite=2)
+    guard = dataclasses.replace(OFF, window=4, non_finite=2)
     lost = lambda *steps: lambda step: {"scale": math.nan if step in steps else 1.0}
     one = train(tmp_path / "one", lost(5), guard)
     assert (
@@ -299,7 +308,7 @@ def test_lost_steps_trip_when_they_repeat_and_one_alone_does_not(tmp_path):
 
 
 def test_gradient_outliers_are_left_out_and_trip_when_they_repeat(tmp_path):
-    guard = GuardConfig(window=4, gradient_ratio=6.0, gradient_outliers=2)
+    guard = dataclasses.replace(OFF, window=4, gradient_ratio=6.0, gradient_outliers=2)
     spikes = lambda *steps: lambda step: {"scale": 1e4 if step in steps else 1.0}
     one = train(tmp_path / "one", spikes(7), guard)
     assert one.guard is None and int(one.state.opt_state.outliers) == 1

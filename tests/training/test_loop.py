@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from learners import learner
 
-from uae_jax.training.loop import Hooks, LoopConfig, run_stage
+from uae_jax.methods.method import make_train_step
+from uae_jax.training.loop import Hooks, LoopConfig, check_configuration, run_stage
 from uae_jax.training.metrics import MetricWriter, read_lines
 from uae_jax.training.optimizer import OptimizerConfig, make_optimizer
 from uae_jax.training.signals import StopTraining
-from uae_jax.training.step import Algorithm, init_state, make_train_step
+from uae_jax.training.step import init_state
 
 
 class Batches:
@@ -52,10 +54,8 @@ def make_stage():
         return error.sum(), jnp.asarray(error.size), {}
 
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.01, schedule="cosine", warmup_steps=2), 20)
-    step = jax.jit(
-        make_train_step(Algorithm(rollout, loss), optimizer, updates_per_rollout=2, ema_decay=0.9),
-        donate_argnames="state",
-    )
+    method = learner(loss, rollout, updates_per_rollout=2, ema_decay=0.9)
+    step = jax.jit(make_train_step(method, optimizer), donate_argnames="state")
     return step, traces, init_state({"kernel": jnp.ones((3, 2))}, optimizer, ema=True)
 
 
@@ -74,7 +74,7 @@ def train(workdir, *, steps=10, data=None, hooks=None, **config):
         config=config,
         writer=writer,
         hooks=hooks,
-        digest="d",
+        identity={"rate": 0.01, "names": ("a",)},
     )
     assert step._cache_size() <= 1  # compiled once at most, on a restored state too
     return result, traces
@@ -150,10 +150,21 @@ def test_data_that_end_early(tmp_path):
         train(tmp_path, data=Batches(length=3))
 
 
-def test_another_configuration_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "identity, message",
+    [
+        ({"rate": 0.02, "names": ("a",)}, "another configuration: rate was 0.01 and is 0.02; use .*new --workdir"),
+        ({"rate": 0.01, "names": ("a", "b")}, r"names was \['a'\] and is \('a', 'b'\); use"),
+        ({"names": ("a",), "more": {"b": 1}}, "rate was 0.01 and is absent; more.b was absent and is 1; use"),
+    ],
+)
+def test_another_configuration_is_refused_with_its_fields(tmp_path, identity, message):
     train(tmp_path, steps=1)
     step, _, state = make_stage()
-    with pytest.raises(ValueError, match="another configuration.*new --workdir"):
+    check_configuration(tmp_path, "toy", {"names": ["a"], "rate": 0.01})
+    with pytest.raises(ValueError, match=message):
+        check_configuration(tmp_path, "toy", identity)
+    with pytest.raises(ValueError, match=message):
         run_stage(
             "toy",
             step,
@@ -164,5 +175,5 @@ def test_another_configuration_is_refused(tmp_path):
             workdir=tmp_path,
             config=LoopConfig(steps=1),
             writer=MetricWriter(tmp_path, tensorboard=False),
-            digest="e",
+            identity=identity,
         )

@@ -60,13 +60,26 @@ def test_clip_bounds_what_adam_sees():
 
 @pytest.mark.parametrize(
     "fields, message",
-    [({"schedule": "step"}, "'cosine'"), ({"learning_rate": 0.0}, "above 0"), ({"warmup_steps": -1}, "0 or more")],
+    [
+        ({"schedule": "step"}, "schedule is 'step'; choose one of constant, cosine, linear"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
+        ({"warmup_steps": -1}, "warmup_steps is -1; it must be at least 0"),
+        ({"b1": 1.5}, "b1 is 1.5; it must be at least 0, at most 1"),
+    ],
 )
 def test_bad_config_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**fields)
 
 
-def test_warmup_longer_than_the_run_is_refused():
-    with pytest.raises(ValueError, match="shorten it"):
-        make_schedule(OptimizerConfig(schedule="cosine", warmup_steps=10), 10)
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+@pytest.mark.parametrize("warmup_steps", [10, 500])
+def test_a_warmup_as_long_as_the_run_is_shortened_to_half_of_it(schedule, warmup_steps):
+    long = OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_steps=warmup_steps)
+    assert long.warmup_of(10) == 5 and long.warmup_of(warmup_steps + 1) == warmup_steps
+    short = OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_steps=5)
+    updates = jnp.arange(12)
+    rates = np.asarray(jax.vmap(make_schedule(long, 10))(updates))
+    np.testing.assert_array_equal(rates, jax.vmap(make_schedule(short, 10))(updates))
+    np.testing.assert_allclose(rates[:5], [0.4, 0.8, 1.2, 1.6, 2.0], rtol=1e-6)
+    assert long.warmup_of(1) == 0 and float(make_schedule(long, 1)(jnp.asarray(0))) == 2.0

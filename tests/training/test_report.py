@@ -200,7 +200,7 @@ def test_what_is_taken_off_the_similarity_is_told(tmp_path):
     page = write_report(tmp_path).read_text()
     assert (
         "gen_for_und trains on is the similarity less a penalty for captions without an end:" in page
-        and "likeness" not in page
+        and "other images" not in page
     )
     (tmp_path / "config.json").unlink()
     assert "is the similarity less" not in write_report(tmp_path).read_text()

@@ -1,1 +1,1 @@
-"""Host-side data: built-in scenes, image processing, tokenizers, sources and the Grain pipeline (numpy only)."""
+"""Data on the host, in numpy: built-in scenes, image processing, tokenizers, sources and the Grain pipeline."""

@@ -1,8 +1,8 @@
-"""Scenes of emoji that people drew, composed as their captions say: a small real data set of pictures.
+"""Scenes composed of emoji by human designers: a small data set of real images.
 
 A scene is a background of one or two colours with one to three emoji on a 2 x 2 grid of cells, each large or small. The
-pictures come from a folder that `uae_jax.fetch_emoji` writes. Captions, their parser and the picture checker are those
-of the built-in scenes (`scene_captions`, `scene_checker`) with names in place of shapes and colours:
+emoji come from a folder that `uae_jax.fetch_emoji` writes. Captions, parser and image checker are those of the built-in
+scenes (`scene_captions`, `scene_checker`), with names in place of shapes and colours:
 
     blue above green background , top left large red apple , bottom right small octopus
 """
@@ -14,8 +14,7 @@ import io
 import itertools
 import json
 import pathlib
-from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -35,17 +34,17 @@ COLOURS = {
     "green": (110, 190, 110),
     "blue": (105, 170, 245),
 }
-# The colours of the upper and the lower half by name.
+# the colours of the upper and the lower half by name
 BACKGROUNDS = {name: (name, name) for name in COLOURS} | {
     f"{above} above {below}": (above, below) for above, below in itertools.permutations(COLOURS, 2)
 }
-# The longer side of an emoji as a fraction of its cell.
+# the longer side of an emoji as a fraction of its cell
 _EXTENT = {"small": 0.56, "large": 0.94}
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class EmojiObject(PlacedObject):
-    """An emoji: its `name`, which may be two words, its `size`, and its cell."""
+    """An emoji: its `name` of one or two words, its `size`, and its cell."""
 
     name: str
     size: str
@@ -57,8 +56,8 @@ class EmojiObject(PlacedObject):
 
 
 @dataclasses.dataclass(frozen=True)
-class EmojiScene(Scene):
-    """A background name, objects in raster order, and the set that their pictures are from.
+class EmojiScene(Scene[EmojiObject]):
+    """A background name, objects in raster order, and the set of their images.
 
     Raises:
       ValueError: unknown background or name, or two objects in one cell.
@@ -74,18 +73,23 @@ class EmojiScene(Scene):
                 raise ValueError(f"the emoji in {self.emoji.folder} have no {item.name!r}")
 
     @property
-    def values(self) -> Mapping[str, tuple[str, ...]]:
+    def values(self) -> dict[str, tuple[str, ...]]:
         """See `Scene`."""
         return self.emoji.values
 
 
 class EmojiSet:
-    """The emoji of a folder: `names` in order, `pictures` by name (RGBA, cropped to what is drawn), `values` as of its
-    scenes, `grammar` and `words` of captions.
+    """The emoji of a folder.
+
+    Attributes:
+      names: in the order of the index.
+      pictures: images by name, RGBA, without the transparent margin.
+      values: the possible facts of the scenes (see `Scene`).
+      grammar, words: of captions.
 
     Raises:
-      FileNotFoundError: the folder has no index, or a picture of the index is missing.
-      ValueError: the index cannot be read, or a picture is not the one that was fetched.
+      FileNotFoundError: the folder has no index, or an image of the index is missing.
+      ValueError: the index cannot be read, or an image has another checksum.
     """
 
     def __init__(self, folder: str | pathlib.Path):
@@ -99,7 +103,7 @@ class EmojiSet:
         self.sprite = functools.lru_cache(maxsize=None)(self._sprite)
         self.templates = functools.lru_cache(maxsize=2)(self._templates)
 
-    def _index(self) -> list[dict]:
+    def _index(self) -> list[dict[str, Any]]:
         path = self.folder / INDEX_FILE
         if not path.is_file():
             raise FileNotFoundError(
@@ -113,22 +117,19 @@ class EmojiSet:
             raise ValueError(f"{path} cannot be read ({error}): remove it and fetch the emoji again") from error
         return rows
 
-    def _picture(self, row: dict) -> Image.Image:
+    def _picture(self, row: dict[str, Any]) -> Image.Image:
         path = self.folder / row["file"]
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: fetch the emoji again")
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != row["sha256"]:
-            raise ValueError(
-                f"{path} is not the picture that was fetched (its checksum differs): fetch the emoji again"
-            )
+            raise ValueError(f"{path} is not the image that was fetched (its checksum differs): fetch the emoji again")
         return cropped(content)
 
     def _sprite(self, name: str, size: str, side: int) -> np.ndarray:
-        """An emoji in the middle of a cell of a picture `side` pixels wide: float32 [side / 2, side / 2, 4]
-        (read-only).
+        """An emoji centred in a cell of an image `side` pixels wide: float32 [side / 2, side / 2, 4] (read-only).
 
-        Colours (0..255) are multiplied by the coverage in [0, 1], which is the last channel.
+        Colours (0..255) are multiplied by the coverage in [0, 1]; the coverage is the last channel.
         """
         cell = side // 2
         sprite = np.zeros((cell, cell, 4), np.float32)
@@ -142,27 +143,25 @@ class EmojiSet:
         return sprite
 
     def draw(self, scene: EmojiScene, side: int = 64) -> np.ndarray:
-        """Draws a scene: uint8 [side, side, 3] in 0..255, the same picture for the same scene every time.
+        """Renders a scene: uint8 [side, side, 3] in 0..255, a deterministic function of the scene.
 
         Raises:
           ValueError: `side` odd or below 16.
         """
         if side < 16 or side % 2:
-            raise ValueError(f"emoji cannot be drawn {side} pixels wide: use an even number, at least 16")
+            raise ValueError(f"emoji cannot be rendered {side} pixels wide: use an even number, at least 16")
         cell = side // 2
-        picture = np.empty((side, side, 3), np.float32)
+        image = np.empty((side, side, 3), np.float32)
         for row, colour in enumerate(BACKGROUNDS[scene.background]):
-            picture[row * cell : (row + 1) * cell] = COLOURS[colour]
+            image[row * cell : (row + 1) * cell] = COLOURS[colour]
         for item in scene.objects:
-            there = picture[item.row * cell : (item.row + 1) * cell, item.column * cell : (item.column + 1) * cell]
+            there = image[item.row * cell : (item.row + 1) * cell, item.column * cell : (item.column + 1) * cell]
             sprite = self.sprite(item.name, item.size, side)
             there[:] = there * (1 - sprite[..., 3:]) + sprite[..., :3]
-        return np.rint(picture).astype(np.uint8)
+        return np.rint(image).astype(np.uint8)
 
     def sample_scene(self, rng: np.random.Generator) -> EmojiScene:
-        """Draws a random scene: one to three emoji in distinct cells (see `scenes.sample_cells`), half on one
-        colour.
-        """
+        """Samples a scene: one to three emoji in distinct cells (see `scenes.sample_cells`), half on one colour."""
         cells, kinds = scenes.sample_cells(rng, len(self.names), MAX_EMOJI)
         sizes = rng.integers(len(SIZES), size=len(cells))
         objects = tuple(
@@ -182,15 +181,15 @@ class EmojiSet:
         return scenes.scene_at(split, index, seed, self.sample_scene, split_of)
 
     def _templates(self, side: int) -> np.ndarray:
-        """Everything a cell can show, nothing first: float32 [colours, 1 + names * sizes, cell * cell * 3]."""
+        """All possible contents of a cell, empty first: float32 [colours, 1 + names * sizes, cell * cell * 3]."""
         nothing = np.zeros((side // 2, side // 2, 4), np.float32)
         sprites = np.stack([nothing, *(self.sprite(name, size, side) for name in self.names for size in SIZES)])
         grounds = np.array(list(COLOURS.values()), np.float32)[:, None, None, None, :]
-        pictures = np.rint(grounds * (1 - sprites[None, ..., 3:]) + sprites[None, ..., :3])
-        return pictures.reshape(len(COLOURS), len(sprites), -1)
+        images = np.rint(grounds * (1 - sprites[None, ..., 3:]) + sprites[None, ..., :3])
+        return images.reshape(len(COLOURS), len(sprites), -1)
 
     def read_pictures(self, pixels: np.ndarray) -> list[EmojiScene]:
-        """Reads pictures back, [B, S, S, 3] in 0..255 with even S: the scenes of smallest squared error.
+        """Reads images [B, S, S, 3] in 0..255 with even S as the scenes of smallest squared error.
 
         Raises:
           ValueError: the array is not [B, S, S, 3] with even S.
@@ -198,7 +197,7 @@ class EmojiSet:
         scene_checker.check_pictures(pixels)
         errors = scene_checker.cell_errors(pixels, self.templates(pixels.shape[1]))
         choice = errors.argmin(-1)
-        # Both cells of a row share its colour.
+        # both cells of a row have the row's colour
         grounds = errors.min(-1).reshape(len(pixels), 2, 2, -1).sum(2).argmin(-1)
         return [self._scene(*rows) for rows in zip(grounds, choice)]
 
@@ -215,10 +214,10 @@ class EmojiSet:
 
 
 def cropped(content: bytes) -> Image.Image:
-    """A picture from the bytes of its file, RGBA, without the transparent margin.
+    """An image from the bytes of its file, RGBA, without the transparent margin.
 
     Raises:
-      ValueError: not an image, or nothing is drawn in it.
+      ValueError: not an image, or a transparent one.
     """
     try:
         image = Image.open(io.BytesIO(content)).convert("RGBA")
@@ -226,15 +225,15 @@ def cropped(content: bytes) -> Image.Image:
         raise ValueError(f"an emoji is not a readable image ({error}): fetch the emoji again") from error
     box = image.getchannel("A").getbbox()
     if box is None:
-        raise ValueError("an emoji is wholly transparent")
+        raise ValueError("an emoji is completely transparent")
     return image.crop(box)
 
 
 def scaled(image: Image.Image, extent: int) -> Image.Image:
-    """A picture whose longer side is `extent` pixels."""
+    """The image resized to a longer side of `extent` pixels."""
     scale = extent / max(image.size)
-    size = tuple(max(1, round(length * scale)) for length in image.size)
-    return image.resize(size, Image.Resampling.LANCZOS)
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _held_out(*parts: str) -> bool:
@@ -243,10 +242,10 @@ def _held_out(*parts: str) -> bool:
 
 
 def split_of(scene: EmojiScene) -> str:
-    """The split a scene belongs to: "test" when it holds a combination or a layout that training never shows.
+    """The split of a scene: "test" for a combination or a layout that training never shows, else "train".
 
-    One in ten pairs of different names is a held-out combination, and one in ten triples of name, place and size a
-    held-out layout, by a stable hash of their words. Scenes without any are "train".
+    By a stable hash of the words, one in ten pairs of different names is a held-out combination. One in ten triples of
+    name, position and size is a held-out layout.
     """
     pairs = itertools.combinations(sorted({item.name for item in scene.objects}), 2)
     layouts = ((item.name, item.position, item.size) for item in scene.objects)
@@ -260,15 +259,13 @@ def _grammar_of(scene: EmojiScene) -> Grammar:
 
 
 @scene_checker.read_like.register
-def _read_like(scene: EmojiScene, pixels: np.ndarray) -> list[Scene]:
+def _read_like(scene: EmojiScene, pixels: np.ndarray) -> list[EmojiScene]:
     return scene.emoji.read_pictures(pixels)
 
 
 @dataclasses.dataclass(frozen=True)
 class EmojiSource(SceneSource):
-    """Scenes of emoji in the place of built-in ones: the same settings, and the pictures in `emoji`; see also
-    `split_of`.
-    """
+    """Scenes of emoji, with the settings of `SceneSource` and the images in `emoji`; see also `split_of`."""
 
     side: int = 64
     kind: ClassVar[str] = "emoji scene"
@@ -279,5 +276,5 @@ class EmojiSource(SceneSource):
         return self.emoji.scene_at(self.split, index, self.seed)
 
     def draw(self, scene: EmojiScene) -> np.ndarray:
-        """Draws a scene: uint8 [side, side, 3]."""
+        """Renders a scene: uint8 [side, side, 3]."""
         return self.emoji.draw(scene, self.side)

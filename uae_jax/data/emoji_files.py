@@ -1,7 +1,6 @@
-"""Which files the emoji come from, what they must be, and which emoji are taken: archives become a folder of
-`emoji.EmojiSet`.
+"""Source archives of the emoji, their checks, and the choice of emoji for a folder of `emoji.EmojiSet`.
 
-Pictures: Fluent emoji, 3-D style, 256 pixels, WebP with transparency (Microsoft; MIT licence). Names: the CLDR short
+Images: Fluent emoji, 3-D style, 256 pixels, WebP with transparency (Microsoft; MIT licence). Names: the CLDR short
 names of Unicode (MIT package of Unicode data files).
 """
 
@@ -11,6 +10,7 @@ import json
 import pathlib
 import tarfile
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,13 +22,13 @@ from uae_jax.files.json_files import write_json
 GROUPS = ("Animals & Nature", "Food & Drink")
 FIRST_WORDS = ("red", "green", "black", "white", "brown")
 PICTURES = "pictures"
-# Pictures are compared this many pixels wide, on gray: about what a small emoji has at 64 pixels.
+# images are compared at this width in pixels on gray, about the size of a small emoji in an image of 64 pixels
 _COMPARED = 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """A package of the npm registry as `npm pack` stores it: pinned version, checksum of the file, licence."""
+    """A package of the npm registry as stored by `npm pack`: pinned version, checksum of the file, licence."""
 
     package: str
     version: str
@@ -58,35 +58,38 @@ ARCHIVES = (PICTURE_ARCHIVE, NAME_ARCHIVE)
 
 
 def check_archive(path: pathlib.Path, archive: Archive) -> None:
-    """Raises ValueError for a file that is not the pinned archive, and names it."""
+    """Raises ValueError for a file that is not the pinned archive; the message has the file."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != archive.sha256:
         raise ValueError(
             f"{path} has the checksum {found}, but {archive.package} {archive.version} has {archive.sha256}: "
-            "remove it and fetch it again"
+            "remove the file and fetch it again"
         )
 
 
 def _members(path: pathlib.Path, folder: str, suffix: str) -> dict[str, bytes]:
-    """The files below a folder of an archive by their names."""
+    """The files below a folder of an archive by name."""
     with tarfile.open(path) as archive:
         return {
-            pathlib.PurePosixPath(member.name).name: archive.extractfile(member).read()
+            pathlib.PurePosixPath(member.name).name: stream.read()
             for member in archive
-            if member.isfile() and member.name.startswith(folder) and member.name.endswith(suffix)
+            if member.isfile()
+            and member.name.startswith(folder)
+            and member.name.endswith(suffix)
+            and (stream := archive.extractfile(member))
         }
 
 
 def short_name(name: str) -> bool:
-    """Whether a name is one word of letters, or such a word after a colour, and no word means something in captions."""
+    """Whether a name is one lower-case word of letters, or a colour and such a word, without words of the grammar."""
     words = name.split()
     return all(
         word.isascii() and word.isalpha() and word.islower() and word not in GRAMMAR_WORDS for word in words
     ) and (len(words) == 1 and name not in COLOURS or len(words) == 2 and words[0] in FIRST_WORDS)
 
 
-def candidates(names: dict, pictures: dict[str, bytes]) -> list[tuple[str, str]]:
-    """(name, picture file) of everything with a short name in `GROUPS` and a picture, in Unicode's order."""
+def candidates(names: dict[str, Any], pictures: dict[str, bytes]) -> list[tuple[str, str]]:
+    """(name, image file) of everything with a short name in `GROUPS` and an image, in Unicode's order."""
     found = []
     for character, row in names.items():
         code = "-".join(f"{ord(point):04x}" for point in character)
@@ -97,7 +100,7 @@ def candidates(names: dict, pictures: dict[str, bytes]) -> list[tuple[str, str]]
 
 
 def most_different(pictures: Sequence[bytes], count: int) -> list[int]:
-    """Indices of `count` pictures: of the two that look most alike the later one is dropped, until so many are left."""
+    """Indices of `count` images: the later image of the most similar pair is dropped until `count` are left."""
     looks = np.stack([_look(picture) for picture in pictures])
     square = (looks * looks).sum(-1)
     distances = square[:, None] + square[None] - 2 * looks @ looks.T
@@ -117,12 +120,12 @@ def _look(content: bytes) -> np.ndarray:
 
 
 def write_folder(folder: pathlib.Path, archives: pathlib.Path, count: int) -> list[str]:
-    """Takes the emoji out of the two archives, which lie in `archives`, and returns their names.
+    """Extracts the emoji from the two archives in the folder `archives`, and returns their names.
 
-    The index is written last, so that a folder with an index is whole.
+    The index is written last, so that a folder with an index is complete.
 
     Raises:
-      ValueError: an archive is not what it must be, or holds fewer emoji than `count`.
+      ValueError: an archive has another checksum, or fewer emoji than `count`.
     """
     for archive in ARCHIVES:
         check_archive(archives / archive.file, archive)

@@ -1,8 +1,8 @@
 """From a source to batches of fixed shapes: a Grain pipeline whose position is a small dict.
 
-The stream of samples is global: sample i is the same whatever the number of processes, global batch s holds samples
-s * B to (s + 1) * B - 1, and process p of n gets the p-th of its n equal slices. So a run may go on with another number
-of processes, and random keys folded from `sample_id` do not depend on it either.
+The stream of samples is global and does not depend on the number of processes. Global batch s holds samples s * B to
+(s + 1) * B - 1; process p of n gets the p-th of n equal slices. So a run can continue with another number of processes,
+with the same random keys, which are folded from `sample_id`.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from uae_jax.data import tokenizer as tokenizers
-from uae_jax.data.qwen_inputs import ImageProcessor, pad_to, prompt_fields, to_rgb
+from uae_jax.data.qwen_inputs import Fields, ImageProcessor, pad_to, prompt_fields, to_rgb
 from uae_jax.data.sources import Example, Source
 
 
@@ -29,7 +29,7 @@ class BatchSpec:
 def batch_spec(
     tokenizer, processor: ImageProcessor, image_size: int, prompt: str, max_caption: int, multiple: int = 1
 ) -> BatchSpec:
-    """The smallest spec for one square image a row; the prompt's length is rounded up to `multiple`.
+    """The smallest spec for one square image per row; the prompt's length is rounded up to `multiple`.
 
     Raises:
       ValueError: `max_caption` below 2 (one word and the end), or `image_size` below 8.
@@ -42,18 +42,18 @@ def batch_spec(
 
 
 def check_max_prompt(given: int, needed: int, image_size: int) -> None:
-    """Raises ValueError when the caption prompt with its picture of `image_size` pixels has more tokens than the room
-    that was given.
-    """
+    """Raises ValueError if the caption prompt with an image of `image_size` pixels needs more than `given` tokens."""
     if given < needed:
         raise ValueError(
-            f"config.data.max_prompt is {given}, but the caption prompt with its picture of {image_size} pixels "
-            f"needs {needed} tokens; set it to "
-            "0 (what they need), or lower max_pixels in the model's llm_processor/preprocessor_config.json"
+            f"config.data.max_prompt is {given}, but the caption prompt with its image of {image_size} pixels "
+            f"needs {needed} tokens; set max_prompt to 0 (the needed length), or lower max_pixels in the model's "
+            "llm_processor/preprocessor_config.json"
         )
 
 
-def batch_shapes(spec: BatchSpec, batch_size: int, processor: ImageProcessor) -> dict[str, tuple[tuple, np.dtype]]:
+def batch_shapes(
+    spec: BatchSpec, batch_size: int, processor: ImageProcessor
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of every field of a batch of `batch_size` rows, for compiling without data."""
     patches, prompt, side = spec.max_patches, spec.max_prompt, spec.image_size
     rows = {
@@ -93,7 +93,7 @@ def square_image(image: Image.Image | np.ndarray, side: int) -> np.ndarray:
 
 
 def to_signed(image: np.ndarray) -> np.ndarray:
-    """uint8 0..255 to float32 in [-1, 1], what the VAE sees."""
+    """uint8 0..255 to float32 in [-1, 1], the VAE's input."""
     return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
@@ -105,11 +105,14 @@ def from_signed(pixels: np.ndarray) -> np.ndarray:
 class RowBuilder:
     """Turns an example into the fields of one row (see `batch_shapes`).
 
-    The captioner sees the same square crop that the VAE encodes and the reward compares. A caption longer than
-    `max_caption` is cut, keeps its end token, and is marked in "caption_truncated".
+    Captioner, VAE and reward get the same square crop. A caption longer than `max_caption` is truncated before its end
+    token, and marked in "caption_truncated".
 
     Args:
-      tokenizer: of `tokenizer.load_tokenizer`; `prompt`: the caption prompt's text.
+      tokenizer: of `tokenizer.load_tokenizer`.
+      processor: of the images.
+      spec: shapes of the row.
+      prompt: text of the caption prompt.
 
     Raises:
       ValueError: the spec is too small for an image or the prompt.
@@ -121,17 +124,17 @@ class RowBuilder:
         ids = tokenizers.caption_prompt_ids(tokenizer, prompt, [processor.image_tokens(image[1])])
         image_pad = tokenizers.token_id(tokenizer, tokenizers.IMAGE_PAD)
         check_max_prompt(spec.max_prompt, len(ids), spec.image_size)
-        # Every image is a square of one size, so all fields but the patches are the same in every row.
+        # every image is a square of one size, so all fields except the patches are the same in every row
         self.constant = prompt_fields(ids, [image], processor, image_pad, spec.max_patches, spec.max_prompt)
 
-    def image_fields(self, image: Image.Image | np.ndarray) -> dict[str, np.ndarray]:
+    def image_fields(self, image: Image.Image | np.ndarray) -> Fields:
         """Pixels, patches and prompt of one image, without a caption."""
         square = square_image(image, self.spec.image_size)
         patches, _ = self.processor(square)
         return {"pixels": to_signed(square), **self.constant, "patches": pad_to(patches, self.spec.max_patches)}
 
-    def caption_fields(self, text: str) -> dict[str, np.ndarray]:
-        """A caption's ids [Tc] ending with <|im_end|>, mask [Tc], and whether it was cut."""
+    def caption_fields(self, text: str) -> Fields:
+        """A caption's ids [Tc] with <|im_end|> at the end, mask [Tc], and whether the caption was truncated."""
         ids, limit = tokenizers.encode_caption(self.tokenizer, text), self.spec.max_caption
         kept = ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
         return {
@@ -140,8 +143,8 @@ class RowBuilder:
             "caption_truncated": np.bool_(len(ids) > limit),
         }
 
-    def __call__(self, sample_id: int, example: Example) -> dict[str, np.ndarray]:
-        """All fields of one row; a bad example is an error that names it."""
+    def __call__(self, sample_id: int, example: Example) -> Fields:
+        """All fields of one row; the error of a bad example has the example's name."""
         try:
             return {
                 "sample_id": np.int32(sample_id % 2**31),
@@ -165,21 +168,23 @@ def make_loader(
     threads: int = 2,
     prefetch: int = 4,
 ) -> grain.DatasetIterator:
-    """An iterator over this process's slices of the global batches, dicts of numpy arrays.
+    """An iterator over this process's slices of the global batches, as dicts of numpy arrays.
 
-    Its position is `get_state()`, a dict for JSON (or Orbax, through `grain.checkpoint.CheckpointSave`), and
-    `set_state()` continues exactly there; read-ahead does not count.
+    `get_state()` returns the position, a dict for JSON (or Orbax, by `grain.checkpoint.CheckpointSave`); `set_state()`
+    continues exactly there. Prefetched batches do not count.
 
     Args:
       source: see `sources`.
+      rows: makes the rows.
       batch_size: rows of the global batch B; each process gets B / process_count.
       seed: of the shuffle, which differs between epochs.
-      shuffle, repeat: switch both off to read a source once, in order; the last incomplete batch is dropped.
+      process_index, process_count: of this process.
+      shuffle, repeat: both False reads a source once, in order, without the last incomplete batch.
       threads, prefetch: reader threads, and batches read ahead.
 
     Raises:
-      ValueError: an empty source, a batch that does not divide among the processes, or one larger than the source when
-        it is not repeated.
+      ValueError: an empty source, a batch that does not divide among the processes, or a batch larger than a source
+        that is not repeated.
     """
     if len(source) == 0:
         raise ValueError("the data source is empty: there is nothing to load")
@@ -196,7 +201,7 @@ def make_loader(
     if repeat:
         data = data.repeat()
     else:
-        # Every process must see the same number of batches.
+        # every process has to get the same number of batches
         data = data[: len(source) // batch_size * batch_size]
     data = data.map_with_index(rows).batch(batch_size // process_count, drop_remainder=True)
     data = data[process_index::process_count]

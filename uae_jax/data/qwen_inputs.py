@@ -1,13 +1,14 @@
-"""Qwen2.5-VL's image processing and positions, host side, and the fixed-shape row that every stage receives.
+"""Qwen2.5-VL's image processing and positions on the host, and the fixed-shape row of every stage.
 
 Equal to transformers' Qwen2VLImageProcessorPil, `get_vision_window_index`, `get_vision_position_ids` and
-`Qwen2_5_VLModel.get_rope_index` for images, without torch. A grid is (rows, columns) in patches of one image.
+`Qwen2_5_VLModel.get_rope_index` for images, without torch. A grid is (rows, columns) of one image in patches.
 """
 
 import dataclasses
 import math
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,6 +18,8 @@ from uae_jax.files.json_files import read_json
 MAX_ASPECT = 200
 
 Grid = tuple[int, int]
+# named values of one row, without a batch axis
+Fields = dict[str, np.ndarray | np.generic]
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -40,7 +43,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
-    """Any PIL image, or uint8 [H, W], [H, W, 3] or [H, W, 4], as RGB; transparency is laid on white.
+    """Any PIL image, or uint8 [H, W], [H, W, 3] or [H, W, 4], as RGB, with transparency on white.
 
     Raises:
       ValueError: an array of another shape or type, or without content.
@@ -59,7 +62,7 @@ def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """Settings of preprocessor_config.json, and `window_size` (pixels) of the model's vision config.
+    """Settings of preprocessor_config.json, and `window_size` in pixels of the model's vision config.
 
     Raises:
       ValueError: a window smaller than one merged patch.
@@ -85,23 +88,23 @@ class ImageProcessor:
 
     @property
     def patch_width(self) -> int:
-        """Numbers in one flattened patch: 3 * temporal * patch * patch."""
+        """Width of a flattened patch: 3 * temporal * patch * patch."""
         return 3 * self.temporal_patch_size * self.patch_size**2
 
     def grid_of(self, height: int, width: int) -> Grid:
-        """Patch rows and columns of an image of this size in pixels; errors as `smart_resize`."""
+        """Patch rows and columns of an image of this size in pixels; errors of `smart_resize`."""
         rows, columns = smart_resize(height, width, self.patch_size * self.merge_size, self.min_pixels, self.max_pixels)
         return rows // self.patch_size, columns // self.patch_size
 
     def image_tokens(self, grid: Grid) -> int:
-        """Tokens of an image in the language model: merged patches."""
+        """Tokens of an image in the language model (merged patches)."""
         return grid[0] * grid[1] // self.merge_size**2
 
     def __call__(self, image: Image.Image | np.ndarray) -> tuple[np.ndarray, Grid]:
-        """Resizes (PIL bicubic, 8 bit), rescales, normalises and cuts one image into patches.
+        """Resizes (PIL bicubic, 8 bit), rescales and normalises one image and splits it into patches.
 
         Args:
-          image: PIL image or uint8 array, see `to_rgb`.
+          image: PIL image or uint8 array (see `to_rgb`).
 
         Returns:
           patches: float32 [P, 3 * temporal * patch * patch], each merge group contiguous, channels first inside a
@@ -128,7 +131,7 @@ def load_image_processor(folder: str | pathlib.Path, window_size: int) -> ImageP
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: the file is not JSON, describes another processor, or switches a step off.
+      ValueError: the file is not JSON, describes another processor, or disables a step.
     """
     path = pathlib.Path(folder) / "preprocessor_config.json"
     config = read_json(folder, path.name)
@@ -139,33 +142,24 @@ def load_image_processor(folder: str | pathlib.Path, window_size: int) -> ImageP
         if config.get(step, True) is not True:
             raise ValueError(f"{path} sets {step} to {config[step]}: the model needs every step of the processor")
     size = config.get("size") or {}
-    # The older names win over "size", as in the library.
-    known = {
-        "min_pixels": config.get("min_pixels") or size.get("shortest_edge"),
-        "max_pixels": config.get("max_pixels") or size.get("longest_edge"),
-    }
-    for field in (
-        "patch_size",
-        "merge_size",
-        "temporal_patch_size",
-        "image_mean",
-        "image_std",
-        "rescale_factor",
-        "resample",
-    ):
-        known[field] = config.get(field)
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items() if v is not None}
-    return ImageProcessor(window_size=window_size, **values)
+    known = {field.name: config.get(field.name) for field in dataclasses.fields(ImageProcessor)}
+    # the older names win over "size", as in the library
+    known["min_pixels"] = known["min_pixels"] or size.get("shortest_edge")
+    known["max_pixels"] = known["max_pixels"] or size.get("longest_edge")
+    known["window_size"] = window_size
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items() if v is not None}
+    return ImageProcessor(**values)
 
 
 def patch_layout(
     grids: Sequence[Grid], merge_size: int, window_size: int, patch_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where each patch of a row of images stands, in the processor's order.
+    """Position, window and image of each patch of a row of images, in the processor's order.
 
     Args:
-      grids: (rows, columns) of each image, in patches.
-      merge_size, patch_size: of the processor; `window_size`: of the vision config, in pixels.
+      grids: (rows, columns) of each image in patches.
+      merge_size, patch_size: of the processor.
+      window_size: of the vision config, in pixels.
 
     Returns:
       positions: int32 [P, 2], (row, column) of the patch in its image (rotary positions).
@@ -185,7 +179,8 @@ def patch_layout(
         windows.append(first_window + window[:, 0] * across + window[:, 1])
         images.append(np.full(len(where), index))
         first_window = int(windows[-1].max()) + 1
-    return tuple(np.concatenate(part).astype(np.int32) for part in (positions, windows, images))
+    positions, windows, images = (np.concatenate(part).astype(np.int32) for part in (positions, windows, images))
+    return positions, windows, images
 
 
 def mrope_positions(
@@ -193,13 +188,14 @@ def mrope_positions(
 ) -> tuple[np.ndarray, int]:
     """Multimodal rotary positions of a prompt (Qwen2.5-VL section 2.1.3, `get_rope_index`).
 
-    Text advances all three axes by one a token. The tokens of an image share one time, and count rows and columns of
-    its merged grid from there; the text goes on after the longer side.
+    A text token advances all three axes by one. The tokens of an image share one time and add the row and column in the
+    merged grid. The text continues after the longer side.
 
     Args:
       ids: prompt tokens [T], image pads expanded.
-      grids: (rows, columns) of each image, in patches.
+      grids: (rows, columns) of each image in patches.
       image_pad: id of the image token.
+      merge_size: of the processor.
 
     Returns:
       positions: int32 [T, 3], (time, row, column).
@@ -208,22 +204,22 @@ def mrope_positions(
     Raises:
       ValueError: the image tokens do not match the grids.
     """
-    ids = np.asarray(ids)
+    pads = np.asarray(ids) == image_pad
     sizes = [rows * columns // merge_size**2 for rows, columns in grids]
-    if int((ids == image_pad).sum()) != sum(sizes):
+    if int(pads.sum()) != sum(sizes):
         raise ValueError(
-            f"the prompt holds {int((ids == image_pad).sum())} image tokens but its images have "
+            f"the prompt holds {int(pads.sum())} image tokens but its images have "
             f"{sum(sizes)} merged patches: expand the prompt with caption_prompt_ids"
         )
-    positions = np.zeros((len(ids), 3), np.int32)
+    positions = np.zeros((len(pads), 3), np.int32)
     at, current, image = 0, 0, 0
-    while at < len(ids):
-        if ids[at] != image_pad:
+    while at < len(pads):
+        if not pads[at]:
             positions[at] = current
             at, current = at + 1, current + 1
             continue
         span = slice(at, at + sizes[image])
-        if (ids[span] != image_pad).any():
+        if not pads[span].all():
             raise ValueError(f"image {image} of the prompt is interrupted by another token")
         rows, columns = (side // merge_size for side in grids[image])
         grid = np.stack(np.meshgrid([0], np.arange(rows), np.arange(columns), indexing="ij"), -1)
@@ -232,18 +228,16 @@ def mrope_positions(
     return positions, current
 
 
-def pad_to(values: Sequence | np.ndarray, length: int, fill: float = 0) -> np.ndarray:
+def pad_to(values: Sequence[Any] | np.ndarray, length: int, fill: float = 0) -> np.ndarray:
     """Right-pads the first axis to `length` with `fill`.
 
     Raises:
-      ValueError: more than `length` values; nothing is ever cut here.
+      ValueError: more than `length` values; this function never truncates.
     """
     values = np.asarray(values)
     if len(values) > length:
         raise ValueError(f"{len(values)} values do not fit in {length}")
-    padded = np.full((length, *values.shape[1:]), fill, values.dtype)
-    padded[: len(values)] = values
-    return padded
+    return np.pad(values, [(0, length - len(values)), *[(0, 0)] * (values.ndim - 1)], constant_values=fill)
 
 
 def prompt_fields(
@@ -253,32 +247,34 @@ def prompt_fields(
     image_pad: int,
     max_patches: int,
     max_prompt: int,
-) -> dict[str, np.ndarray]:
+) -> Fields:
     """The captioner's inputs of one row (no batch axis), right-padded to fixed shapes.
 
     Args:
       ids: prompt tokens, image pads expanded.
-      images: (patches, grid) of each image, as `ImageProcessor` returns them.
+      images: (patches, grid) of each image, from `ImageProcessor`.
+      processor: of the images.
+      image_pad: id of the image token.
       max_patches, max_prompt: fixed lengths P and Tp.
 
     Returns:
-      patches [P, D], patch_positions [P, 2], patch_windows [P], patch_images [P] (both -1 where padded),
+      patches [P, D], patch_positions [P, 2], patch_windows [P] and patch_images [P] (both -1 in the padding),
       prompt_ids [Tp], prompt_mask [Tp], prompt_positions [Tp, 3], prompt_next [].
 
     Raises:
-      ValueError: image tokens and patches differ, or the row is too long: neither images nor prompts are cut.
+      ValueError: image tokens and patches differ, or the row is too long; images and prompts are never truncated.
     """
     grids = [grid for _, grid in images]
     patches = np.concatenate([patches for patches, _ in images]) if images else np.zeros((0, processor.patch_width))
     if len(patches) > max_patches:
         raise ValueError(
-            f"the images have {len(patches)} patches, max_patches is {max_patches}: raise it, or lower "
+            f"the images have {len(patches)} patches, max_patches is {max_patches}: raise max_patches, or lower "
             "max_pixels of the image processor"
         )
     if len(ids) > max_prompt:
         raise ValueError(
-            f"the prompt has {len(ids)} tokens, max_prompt is {max_prompt}: raise it (a prompt is never "
-            "cut, an image would lose its tail)"
+            f"the prompt has {len(ids)} tokens, max_prompt is {max_prompt}: raise max_prompt (a prompt is never "
+            "truncated, an image would lose its last tokens)"
         )
     positions, following = mrope_positions(ids, grids, image_pad, processor.merge_size)
     layout = (

@@ -1,11 +1,11 @@
-"""Captions of scenes at any level of detail, all true, from one grammar over a vocabulary of under 64 words.
+"""True captions of scenes at any level of detail, from one grammar over a vocabulary of under 64 words.
 
     caption    := clause { " , " clause }
     clause     := COLOUR "background" | phrase [ relation phrase | "and" phrase ]
     phrase     := [ NUMBER ] [ ROW COLUMN ] [ SIZE ] [ COLOUR ] ( SHAPE | "object" )
     relation   := "left of" | "right of" | "above" | "below"
 
-Nouns stay singular ("two circle"), which keeps the vocabulary small.
+Nouns stay singular ("two circle"), to keep the vocabulary small.
 """
 
 import dataclasses
@@ -30,53 +30,25 @@ NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
 NUMBER_WORDS = {value: word for word, value in NUMBERS.items()}
 RELATIONS = ("left of", "right of", "above", "below")
 STYLES = ("detail", "single_object", "two_object", "counting", "colors", "position", "color_attr")
-# The word of the caption prompt; not part of any caption.
+# the word of the caption prompt; no caption contains it
 CAPTION_PROMPT = "describe"
-# The grammar's own words, whatever the objects are.
-GRAMMAR_WORDS = (
-    ",",
-    "and",
-    "of",
-    "object",
-    "background",
-    "above",
-    "below",
-    *SIZES,
-    *ROWS,
-    *COLUMNS,
-    *NUMBERS,
-    CAPTION_PROMPT,
-)
-WORDS = (
-    ",",
-    "and",
-    "of",
-    "object",
-    "background",
-    "above",
-    "below",
-    *BACKGROUNDS,
-    *COLOURS,
-    *SHAPES,
-    *SIZES,
-    *ROWS,
-    *COLUMNS,
-    *NUMBERS,
-    CAPTION_PROMPT,
-)
+_LINKS = (",", "and", "of", "object", "background", "above", "below")
+_PLACES = (*SIZES, *ROWS, *COLUMNS, *NUMBERS, CAPTION_PROMPT)
+# the grammar's words for any kind of object
+GRAMMAR_WORDS = (*_LINKS, *_PLACES)
+# the vocabulary of the built-in scenes
+WORDS = (*_LINKS, *BACKGROUNDS, *COLOURS, *SHAPES, *_PLACES)
 
 
 def phrase(item: PlacedObject, names: tuple[str, ...] | None = None) -> str:
-    """An object in words, mentioning only the facts in `names` ("shape", "colour", "size", "position"); None for
-    all.
-    """
+    """An object in words, with only the facts in `names` ("shape", "colour", "size", "position"); None for all."""
     names = item.fact_names if names is None else names
     words = [value for name, value in reversed(object_facts(item).items()) if name in names]
     return " ".join(words if item.fact_names[0] in names else [*words, "object"])
 
 
 def holds(relation: str, first: PlacedObject, second: PlacedObject) -> bool:
-    """Whether `first` stands in `relation` to `second` (a diagonal neighbour is both beside and above or below).
+    """Whether `first` is in `relation` to `second`. A diagonal neighbour is both beside and above or below.
 
     Raises:
       ValueError: unknown relation.
@@ -92,9 +64,7 @@ def holds(relation: str, first: PlacedObject, second: PlacedObject) -> bool:
 
 
 def mistaken(scene: Scene, rng: np.random.Generator, mistakes: float) -> Scene:
-    """The scene as somebody careless saw it: every fact but the positions is another one with probability
-    `mistakes`.
-    """
+    """The scene with wrong facts: every fact except positions is replaced with probability `mistakes`."""
 
     def seen(value: str, values: Iterable[str]) -> str:
         others = [other for other in values if other != value]
@@ -111,14 +81,14 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, detail: float 
     """A true caption, "gray background , top left large red circle , bottom right small blue square" in full.
 
     Args:
-      scene: what to describe.
-      rng: source of chance; needed when `detail` < 1 or `shuffle`.
-      detail: in [0, 1]; every fact is mentioned with this probability and, before that, every object is kept with
-        probability (1 + detail) / 2. When nothing is left, one fact is said all the same.
+      scene: the scene to describe.
+      rng: random generator; needed for `detail` < 1 or `shuffle`.
+      detail: in [0, 1]. Every object is kept with probability (1 + detail) / 2, and every fact of a kept object with
+        probability `detail`. If nothing is left, the caption states one fact.
       shuffle: objects in random instead of raster order.
 
     Raises:
-      ValueError: `detail` outside [0, 1], or chance is needed and `rng` is missing.
+      ValueError: `detail` outside [0, 1], or a missing `rng`.
     """
     if not 0.0 <= detail <= 1.0:
         raise ValueError(f"detail is a probability: {detail} is not in [0, 1]")
@@ -126,7 +96,7 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, detail: float 
         raise ValueError("a caption below full detail, or shuffled, needs rng")
     count = len(scene.objects)
     said_first = tuple(reversed(scene.objects[0].fact_names)) if count else ()
-    if detail == 1.0:
+    if rng is None or detail == 1.0:
         background, chosen = True, np.ones((count, len(said_first)), bool)
     else:
         background = rng.random() < detail
@@ -135,7 +105,7 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, detail: float 
             only = int(rng.integers(1 + chosen.size))
             background = only == 0
             chosen.flat[max(only - 1, 0)] = only > 0
-    order = rng.permutation(count) if shuffle else range(count)
+    order = rng.permutation(count) if rng is not None and shuffle else range(count)
     clauses = [f"{scene.background} background"] if background else []
     for index in order:
         names = tuple(name for name, said in zip(said_first, chosen[index]) if said)
@@ -153,12 +123,12 @@ def random_detail_caption(
 
 
 def noun(item: PlacedObject) -> str:
-    """What an object is: the shape of a built-in one."""
+    """The noun for an object: the shape of a built-in object."""
     return getattr(item, item.fact_names[0])
 
 
 def applicable_styles(scene: Scene) -> tuple[str, ...]:
-    """The styles of `STYLES` that can describe this scene truthfully."""
+    """The `STYLES` that can describe this scene truthfully."""
     nouns = [noun(item) for item in scene.objects]
     several = len(set(nouns)) > 1
     repeated = any(nouns.count(word) > 1 for word in nouns)
@@ -176,9 +146,9 @@ def applicable_styles(scene: Scene) -> tuple[str, ...]:
 
 
 def style_caption(scene: Scene, style: str, rng: np.random.Generator) -> str:
-    """A short true caption in the manner of one GenEval tag, or of "detail" (random level of detail).
+    """A short true caption in the style of one GenEval tag, or of "detail" (random level of detail).
 
-    "counting" names a shape (half the time with its colour) and its exact number; "position" and "color_attr" name two
+    "counting" states a shape (half the time with its colour) and the exact number. "position" and "color_attr" name two
     objects of different shape; "position" adds colours half the time.
 
     Raises:
@@ -210,18 +180,18 @@ def _counting(items: list[PlacedObject], with_colour: bool) -> str:
     word = next(word for word in nouns if nouns.count(word) > 1)
     names = items[0].fact_names[:1]
     same = [item for item in items if noun(item) == word]
-    colours = [item.colour for item in same] if "colour" in items[0].fact_names else []
+    colours = [object_facts(item)["colour"] for item in same] if "colour" in items[0].fact_names else []
     if with_colour and any(colours.count(colour) > 1 for colour in colours):
         names = items[0].fact_names[:2]
         colour = next(colour for colour in colours if colours.count(colour) > 1)
-        same = [item for item in same if item.colour == colour]
+        same = [item for item in same if object_facts(item)["colour"] == colour]
     assert len(same) <= MAX_OBJECTS
     return f"{NUMBER_WORDS[len(same)]} {phrase(same[0], names)}"
 
 
 def mixed_caption(scene: Scene, rng: np.random.Generator, detail_probability: float = 0.5, high: float = 1.0) -> str:
-    """A training caption for text to image: random detail, at most `high`, with `detail_probability`, else one of the
-    other styles.
+    """A training caption for text to image: with `detail_probability` of random detail up to `high`, else of another
+    style.
     """
     others = [style for style in applicable_styles(scene) if style != "detail"]
     if not others or rng.random() < detail_probability:

@@ -1,7 +1,7 @@
-"""Exact checks against the ground truth: a caption, or a picture, of a scene turned back into facts.
+"""Exact checks against the ground truth: captions and images of scenes are turned back into facts.
 
-Captions are parsed with the grammar of `scene_captions`; pictures are read by analysis by synthesis: every cell is
-compared with everything that could have been drawn there, on each background.
+Captions are parsed with the grammar of `scene_captions`. Images are read by analysis by synthesis: every cell is
+compared with all possible contents on each background.
 """
 
 import collections
@@ -33,11 +33,12 @@ _GROUNDS = np.array(list(BACKGROUNDS.values()), np.float32)
 
 
 class Grammar:
-    """Which words a caption of some kind of scene may hold.
+    """The words of captions of one kind of scene.
 
     Args:
-      backgrounds: what may stand before "background".
-      nouns: what a phrase may end with, each of one or more words; `noun_name`: the fact that it states.
+      backgrounds: names allowed before "background".
+      noun_name: the fact that a noun states.
+      nouns: last words of a phrase; a noun may have several words.
       values: other facts, {value: name}; sizes and positions are always known.
     """
 
@@ -54,7 +55,7 @@ class Grammar:
         self.longest = max(value.count(" ") + 1 for value in self.names)
 
     def value_at(self, words: list[str], at: int) -> str:
-        """The longest value that begins at a word; the word itself where none does."""
+        """The longest value that begins at a word, or the word itself."""
         for length in range(min(self.longest, len(words) - at), 0, -1):
             value = " ".join(words[at : at + length])
             if value in self.names:
@@ -67,14 +68,14 @@ SCENES = Grammar(tuple(BACKGROUNDS), "shape", SHAPES, dict.fromkeys(COLOURS, "co
 
 @functools.singledispatch
 def grammar_of(scene: Scene) -> Grammar:
-    """The grammar of captions of such a scene; other kinds of scenes register theirs."""
+    """The grammar of captions of such a scene; other kinds of scenes register their grammar."""
     del scene
     return SCENES
 
 
 @dataclasses.dataclass(frozen=True)
 class Mention:
-    """One object that a caption speaks of: its claimed facts as ((name, value), ...), repeated `count` times."""
+    """One mentioned object: its claimed facts as ((name, value), ...), repeated `count` times."""
 
     claims: tuple[tuple[str, str], ...]
     count: int = 1
@@ -82,7 +83,7 @@ class Mention:
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """What a caption says: backgrounds, mentioned objects, relations (first mention, words, second), unparsed words."""
+    """The claims of a caption: backgrounds, objects, relations (first mention, words, second), unparsed words."""
 
     backgrounds: tuple[str, ...]
     mentions: tuple[Mention, ...]
@@ -94,10 +95,13 @@ class Parsed:
 class CaptionScore:
     """Counts of one caption against one scene.
 
-    `recalled`: facts of the scene that are said; `correct`: claims that are true (recalled facts and true relations);
-    `claimed`: all claims, unparsed words among them; `total`: facts of the scene; `unparsed`: words outside the
-      grammar;
-    `kinds`: of each of `scenes.fact_kinds` the facts recalled and the facts of the scene.
+    Attributes:
+      recalled: facts of the scene that the caption states.
+      correct: true claims (recalled facts and true relations).
+      claimed: all claims, with unparsed words.
+      total: facts of the scene.
+      unparsed: words outside the grammar.
+      kinds: by `scenes.fact_kinds`, the recalled facts and the facts of the scene.
     """
 
     recalled: int
@@ -109,32 +113,33 @@ class CaptionScore:
 
     @property
     def recall_by_kind(self) -> dict[str, float]:
-        """`fact_recall` of each kind of fact alone; a kind that the scene does not have is left out."""
+        """`fact_recall` by kind of fact, without kinds that the scene lacks."""
         return {kind: said / there for kind, (said, there) in self.kinds.items() if there}
 
     @property
     def fact_recall(self) -> float:
-        """Share of the scene's facts that the caption says, in [0, 1]."""
+        """Share of the scene's facts that the caption states, in [0, 1]."""
         return self.recalled / self.total
 
     @property
     def fact_precision(self) -> float:
-        """Share of the claims that are true, in [0, 1]; 0 for a caption that claims nothing."""
+        """Share of true claims, in [0, 1]; 0 for a caption without claims."""
         return self.correct / self.claimed if self.claimed else 0.0
 
 
 class _Reader:
-    """One pass over the words of a clause; `unparsed` collects what does not fit."""
+    """One pass over the words of a clause; `unparsed` collects words that do not fit."""
 
     def __init__(self, words: list[str], grammar: Grammar):
-        self.words, self.grammar, self.at, self.unparsed = words, grammar, 0, []
+        self.words, self.grammar, self.at = words, grammar, 0
+        self.unparsed: list[str] = []
 
     def peek(self, offset: int = 0) -> str:
         index = self.at + offset
         return self.words[index] if index < len(self.words) else ""
 
     def relation(self) -> str | None:
-        """Takes a relation if one stands here."""
+        """Takes a relation if the next words are one."""
         if self.peek() in ("above", "below"):
             self.at += 1
             return self.words[self.at - 1]
@@ -144,7 +149,7 @@ class _Reader:
         return None
 
     def phrase(self) -> Mention | None:
-        """Takes words up to and including a noun, or up to a link; a fact said twice in one phrase is unparsed."""
+        """Takes words up to and including a noun, or up to a link. A repeated fact in a phrase is unparsed."""
         claims: dict[str, str] = {}
         count, noun = 1, ""
         numbered = False
@@ -170,8 +175,11 @@ class _Reader:
 
 
 def parse_caption(text: str, grammar: Grammar = SCENES) -> Parsed:
-    """Turns a caption into what it says; anything outside the grammar is returned as unparsed words, never an error."""
-    backgrounds, mentions, relations, unparsed = [], [], [], []
+    """The claims of a caption; words outside the grammar are returned as unparsed, never an error."""
+    backgrounds: list[str] = []
+    mentions: list[Mention] = []
+    relations: list[tuple[int, str, int]] = []
+    unparsed: list[str] = []
     for clause in text.replace(",", " , ").split(" , "):
         words = clause.replace(",", " ").split()
         if words[-1:] == ["background"] and " ".join(words[:-1]) in grammar.backgrounds:
@@ -202,7 +210,7 @@ def parse_caption(text: str, grammar: Grammar = SCENES) -> Parsed:
 
 
 def match_mentions(claims: Sequence[Mapping[str, str]], objects: Sequence[Mapping[str, str]]) -> dict[int, int]:
-    """Which mention speaks of which object, one to one, so that most claims are true; of equals, the first mention.
+    """The one-to-one assignment of mentions to objects with the most true claims; ties go to the first mention.
 
     A dynamic programme over subsets of the objects.
 
@@ -211,7 +219,7 @@ def match_mentions(claims: Sequence[Mapping[str, str]], objects: Sequence[Mappin
       objects: the facts of each object.
 
     Returns:
-      Mention to object, without mentions that nothing is left for.
+      Index of mention to index of object, without unassigned mentions.
     """
     best: dict[int, tuple[int, dict[int, int]]] = {0: (0, {})}
     for number, claim in enumerate(claims):
@@ -227,7 +235,7 @@ def match_mentions(claims: Sequence[Mapping[str, str]], objects: Sequence[Mappin
 
 
 def _matching(claims: Sequence[Mapping[str, str]], scene: Scene) -> collections.Counter[str]:
-    """True claims of each kind of fact when every mention stands for a different object and most claims are true."""
+    """Counts of true claims by kind of fact, under the assignment of `match_mentions`."""
     known = [object_facts(item) for item in scene.objects]
     pairs = match_mentions(claims, known).items()
     return collections.Counter(
@@ -236,11 +244,11 @@ def _matching(claims: Sequence[Mapping[str, str]], scene: Scene) -> collections.
 
 
 def caption_score(scene: Scene, text: str) -> CaptionScore:
-    """Scores a caption against the scene it describes.
+    """Scores a caption against its scene.
 
-    Mentions are matched to objects one to one so that most claims are true; a claim of an unmatched mention, a
-    repeated background and an unparsed word are wrong claims. A relation is one claim, true when two different objects
-    that fit both phrases stand in it. A caption written from the scene has precision 1, the full one also recall 1.
+    Mentions are assigned to objects by `match_mentions`. Claims of an unassigned mention, repeated backgrounds and
+    unparsed words are wrong claims. A relation is one claim; it is true if two different objects that fit both phrases
+    are in that relation. A caption written from the scene has precision 1; a full caption also has recall 1.
     """
     said = parse_caption(text, grammar_of(scene))
     claims = [dict(mention.claims) for mention in said.mentions for _ in range(mention.count)]
@@ -258,7 +266,7 @@ def caption_score(scene: Scene, text: str) -> CaptionScore:
 
 
 def fitting(scene: Scene, claims: tuple[tuple[str, str], ...]) -> list[PlacedObject]:
-    """The objects of a scene of which every claim ((name, value), ...) is true."""
+    """The objects of a scene for which every claim ((name, value), ...) is true."""
     return [item for item in scene.objects if set(claims) <= set(object_facts(item).items())]
 
 
@@ -270,24 +278,24 @@ def _relation_holds(scene: Scene, first: Mention, words: str, second: Mention) -
 
 @functools.lru_cache(maxsize=8)
 def _cell_templates(side: int) -> tuple[np.ndarray, list[tuple[str, str, str] | None]]:
-    """Everything a cell can show: pictures [backgrounds, 1 + shapes * sizes * colours, cell * cell * 3] and names."""
+    """All contents of a cell: images [backgrounds, 1 + shapes * sizes * colours, cell * cell * 3] and their names."""
     cell = side // 2
     names: list[tuple[str, str, str] | None] = [None]
-    pictures = [np.broadcast_to(_GROUNDS[:, None, None, :], (len(_GROUNDS), cell, cell, 3))]
+    images = [np.broadcast_to(_GROUNDS[:, None, None, :], (len(_GROUNDS), cell, cell, 3))]
     for shape in SHAPES:
         for size in SIZES:
             mask = coverage(shape, size, 0, 0, side)[:cell, :cell, None]
             for colour, value in zip(COLOURS, _PALETTE):
                 names.append((shape, colour, size))
-                pictures.append(_GROUNDS[:, None, None, :] + mask * (value - _GROUNDS[:, None, None, :]))
-    return np.stack(pictures, 1).reshape(len(_GROUNDS), len(names), -1), names
+                images.append(_GROUNDS[:, None, None, :] + mask * (value - _GROUNDS[:, None, None, :]))
+    return np.stack(images, 1).reshape(len(_GROUNDS), len(names), -1), names
 
 
 def read_pictures(pixels: np.ndarray) -> list[Scene]:
-    """Reads drawn pictures back: uint8 (or float, 0..255) [B, S, S, 3] with even S to B scenes.
+    """Reads images as scenes: uint8 (or float, 0..255) [B, S, S, 3] with even S to B scenes.
 
-    Every picture gets the scene of smallest squared error among all scenes (backgrounds are shared by the cells), so
-    noise and blur are tolerated; an empty picture reads as a scene without objects.
+    Every image gets the scene of smallest squared error, with one background for all cells. So noise and blur are
+    tolerated. An empty image reads as a scene without objects.
 
     Raises:
       ValueError: the array is not [B, S, S, 3] with even S.
@@ -301,15 +309,20 @@ def read_pictures(pixels: np.ndarray) -> list[Scene]:
 
 
 def check_pictures(pixels: np.ndarray) -> None:
-    """Raises ValueError for pictures that cannot be read."""
+    """Raises ValueError for images of another shape than [B, S, S, 3] with even S."""
     if pixels.ndim != 4 or pixels.shape[1] != pixels.shape[2] or pixels.shape[3] != 3 or pixels.shape[1] % 2:
-        raise ValueError(f"pictures to read must be [B, S, S, 3] with even S, not {list(pixels.shape)}")
+        raise ValueError(f"images to read must be [B, S, S, 3] with even S, not {list(pixels.shape)}")
 
 
 def cell_errors(pixels: np.ndarray, templates: np.ndarray) -> np.ndarray:
-    """How far every cell of pictures [B, S, S, 3] is from every template [..., cell * cell * 3]: float32 [B, 4, ...].
+    """Squared errors between every cell of images and every template, without the cell's energy, a constant.
 
-    Squared errors, up to the cell's own energy, which no choice changes.
+    Args:
+      pixels: images [B, S, S, 3].
+      templates: [..., cell * cell * 3].
+
+    Returns:
+      float32 [B, 4, ...].
     """
     batch, side = pixels.shape[:2]
     cells = np.asarray(pixels, np.float32).reshape(batch, 2, side // 2, 2, side // 2, 3)
@@ -320,8 +333,8 @@ def cell_errors(pixels: np.ndarray, templates: np.ndarray) -> np.ndarray:
 
 
 @functools.singledispatch
-def read_like(scene: Scene, pixels: np.ndarray) -> list[Scene]:
-    """Reads pictures [B, S, S, 3] as scenes of the kind of `scene`; other kinds of scenes register theirs."""
+def read_like(scene: Scene, pixels: np.ndarray) -> Sequence[Scene]:
+    """Reads images [B, S, S, 3] as scenes of the kind of `scene`; other kinds of scenes register their reader."""
     del scene
     return read_pictures(pixels)
 
@@ -335,41 +348,25 @@ def _scene(ground: int, choice: np.ndarray, names: list[tuple[str, str, str] | N
 
 
 def read_picture(pixels: np.ndarray) -> Scene:
-    """Reads one picture, uint8 [S, S, 3] with even S; see `read_pictures`."""
+    """Reads one image, uint8 [S, S, 3] with even S; see `read_pictures`."""
     return read_pictures(np.asarray(pixels)[None])[0]
 
 
 def scene_score(scene: Scene, seen: Scene) -> float:
-    """Share of the facts of `scene` that `seen` shows, objects matched one to one, in [0, 1]."""
+    """Share of the facts of `scene` that `seen` has, with objects matched one to one, in [0, 1]."""
     found = _matching([object_facts(item) for item in seen.objects], scene).total()
     return (found + (seen.background == scene.background)) / len(facts(scene))
 
 
-def picture_score(scene: Scene, pixels: np.ndarray) -> float:
-    """Share of the scene's facts found in a picture, uint8 [S, S, 3]; 1 also for a picture that shows more."""
-    return scene_score(scene, read_like(scene, np.asarray(pixels)[None])[0])
+def picture_scores(scenes: Sequence[Scene], pixels: np.ndarray) -> np.ndarray:
+    """Share of the facts of B scenes, all of one kind, that are in their images [B, S, S, 3]: float32 [B] in [0, 1].
 
+    An image that shows more can have 1 too.
 
-def _seen(scenes: list[Scene], pixels: np.ndarray) -> list[tuple[Scene, Scene]]:
-    """Each scene, all of one kind, with what its picture reads as."""
+    Raises:
+      ValueError: different numbers of scenes and images.
+    """
     if len(scenes) != len(pixels):
-        raise ValueError(f"{len(scenes)} scenes cannot be checked against {len(pixels)} pictures")
-    return list(zip(scenes, read_like(scenes[0], pixels))) if scenes else []
-
-
-def picture_scores(scenes: list[Scene], pixels: np.ndarray) -> np.ndarray:
-    """`picture_score` of B scenes and pictures [B, S, S, 3]: float32 [B].
-
-    Raises:
-      ValueError: different numbers of scenes and pictures.
-    """
-    return np.array([scene_score(scene, seen) for scene, seen in _seen(scenes, pixels)], np.float32)
-
-
-def picture_matches(scenes: list[Scene], pixels: np.ndarray) -> np.ndarray:
-    """Whether each of B pictures [B, S, S, 3] shows exactly its scene, nothing missing and nothing more: bool [B].
-
-    Raises:
-      ValueError: different numbers of scenes and pictures.
-    """
-    return np.array([scene == seen for scene, seen in _seen(scenes, pixels)], bool)
+        raise ValueError(f"{len(scenes)} scenes cannot be checked against {len(pixels)} images")
+    seen = read_like(scenes[0], pixels) if scenes else []
+    return np.array([scene_score(*pair) for pair in zip(scenes, seen)], np.float32)

@@ -1,10 +1,11 @@
-"""GenEval for the built-in scenes: prompts in the schema of the benchmark, and an exact checker instead of a detector.
+"""GenEval for the built-in scenes: prompts in the benchmark's schema, and an exact checker instead of a detector.
 
-Schema, tags and the overall score follow GenEval (djghosh13/geneval: prompts/evaluation_metadata.jsonl and
-evaluation/summary_scores.py); the classes are the scenes' shapes.
+Schema and tags follow GenEval (djghosh13/geneval: prompts/evaluation_metadata.jsonl); the classes are the scenes'
+shapes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def _all_prompts(tag: str) -> list[dict]:
             for colour in COLOURS
         ]
     if tag == "position":
-        # As in the benchmark, the second object carries the position relative to the first one listed.
+        # as in the benchmark, the second object has the position relative to the first
         return [
             _entry(
                 tag,
@@ -60,10 +61,10 @@ def _all_prompts(tag: str) -> list[dict]:
     ]
 
 
-def scene_prompts(per_tag: int, seed: int = 0, tags: tuple[str, ...] = TAGS) -> list[dict]:
-    """`per_tag` prompts of every tag, always the same for the same arguments: `{"tag", "include", "prompt"}`.
+def scene_prompts(per_tag: int, seed: int = 0, tags: tuple[str, ...] = TAGS) -> list[dict[str, Any]]:
+    """`per_tag` prompts of every tag, `{"tag", "include", "prompt"}`; a deterministic function of the arguments.
 
-    All prompts of a tag are shuffled once; a tag with fewer than `per_tag` of them repeats (another picture each time).
+    The prompts of a tag are shuffled once; a tag with fewer than `per_tag` prompts repeats them.
 
     Raises:
       ValueError: unknown tag, or `per_tag` below 1.
@@ -86,8 +87,8 @@ def _wanted(item: Mapping) -> tuple[tuple[str, str], ...]:
 def check_scene(metadata: Mapping, scene: Scene) -> bool:
     """Whether a scene satisfies one prompt's metadata.
 
-    Every entry of "include" needs at least "count" fitting objects, exactly that many under the tag "counting"; an
-    entry with "position" needs one of them to stand in that relation to an object of the entry it refers to.
+    Every entry of "include" needs at least "count" fitting objects; the tag "counting" needs exactly that many. An
+    entry with "position" also needs one of its objects in that relation to an object of the other entry.
     """
     found = [fitting(scene, _wanted(item)) for item in metadata["include"]]
     for item, objects in zip(metadata["include"], found):
@@ -102,23 +103,5 @@ def check_scene(metadata: Mapping, scene: Scene) -> bool:
 
 
 def check_prompt(metadata: Mapping, pixels: np.ndarray) -> bool:
-    """Whether a picture, uint8 [S, S, 3] with even S, shows what the prompt asks for."""
+    """Whether an image, uint8 [S, S, 3] with even S, satisfies one prompt's metadata."""
     return check_scene(metadata, read_picture(pixels))
-
-
-def geneval_summary(results: Iterable[Mapping]) -> dict[str, float]:
-    """Accuracy of every tag and "overall", the mean of the tag accuracies (not of the prompts).
-
-    Args:
-      results: mappings with "tag" and "correct" (true or false), one a picture.
-
-    Raises:
-      ValueError: no results.
-    """
-    by_tag: dict[str, list[bool]] = {}
-    for result in results:
-        by_tag.setdefault(result["tag"], []).append(bool(result["correct"]))
-    if not by_tag:
-        raise ValueError("no results to summarise: run at least one prompt")
-    accuracy = {tag: float(np.mean(by_tag[tag])) for tag in sorted(by_tag)}
-    return accuracy | {"overall": float(np.mean(list(accuracy.values())))}

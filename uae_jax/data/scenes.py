@@ -1,15 +1,16 @@
-"""Procedurally drawn scenes: the built-in dataset.
+"""Procedurally rendered scenes: the built-in data set.
 
-A scene is a plain background with one to four objects on a 2 x 2 grid of cells. Every fact of it is known, so that a
-caption can be written at any level of detail (`scene_captions`) and captions and pictures can be checked exactly
-(`scene_checker`). Scenes are endless and addressed by index; the held-out split is disjoint from the training split.
+A scene is a plain background with one to four objects on a 2 x 2 grid of cells. All facts of a scene are known. So
+captions of any level of detail can be written (`scene_captions`), and captions and images can be checked exactly
+(`scene_checker`). The stream of scenes is endless and addressed by index; the test split is disjoint from the training
+split.
 """
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 
@@ -37,9 +38,9 @@ _SUPERSAMPLING = 4
 
 @dataclasses.dataclass(frozen=True, order=True)
 class PlacedObject:
-    """What stands in a cell: `row` (0 top, 1 bottom), `column` (0 left, 1 right).
+    """The content of a cell: `row` (0 top, 1 bottom), `column` (0 left, 1 right).
 
-    A subclass names its facts in `fact_names`; the first is what a noun says, and a caption says them in reverse order.
+    A subclass lists its facts in `fact_names`. The first is the noun; a caption states the facts in reverse order.
     """
 
     row: int
@@ -52,8 +53,8 @@ class PlacedObject:
         return f"{ROWS[self.row]} {COLUMNS[self.column]}"
 
 
-def check_known(value: object, known: tuple) -> None:
-    """Raises ValueError for an attribute of an object that does not exist."""
+def check_known(value: object, known: tuple[object, ...]) -> None:
+    """Raises ValueError for an unknown value of an object's attribute."""
     if value not in known:
         raise ValueError(f"a scene object has no {value!r}: expected one of {tuple(known)}")
 
@@ -78,16 +79,19 @@ class SceneObject(PlacedObject):
             check_known(value, known)
 
 
+Object = TypeVar("Object", bound=PlacedObject, covariant=True)
+
+
 @dataclasses.dataclass(frozen=True)
-class Scene:
-    """A background name and the objects, kept in raster order (a picture may read back as a scene without objects).
+class Scene(Generic[Object]):
+    """A background name and the objects in raster order. A scene read from an image may have no objects.
 
     Raises:
       ValueError: unknown background, or two objects in one cell.
     """
 
     background: str
-    objects: tuple[PlacedObject, ...]
+    objects: tuple[Object, ...]
     backgrounds: ClassVar[tuple[str, ...]] = tuple(BACKGROUNDS)
 
     def __post_init__(self):
@@ -98,21 +102,20 @@ class Scene:
             raise ValueError("two objects of a scene share a cell: give each its own row and column")
 
     @property
-    def values(self) -> Mapping[str, tuple[str, ...]]:
-        """What the facts of an object of such a scene can be, by name, the noun's first; positions are not among
-        them.
-        """
+    def values(self) -> dict[str, tuple[str, ...]]:
+        """The possible values of an object's facts by name, the noun first, without positions."""
         return VALUES
 
 
 def object_facts(item: PlacedObject) -> dict[str, str]:
-    """The facts of an object by name; of a built-in one: shape, colour, size, position."""
+    """The facts of an object by name; shape, colour, size, position for a built-in object."""
     return {name: getattr(item, name) for name in item.fact_names}
 
 
 def facts(scene: Scene) -> tuple[tuple[int, str, str], ...]:
-    """All facts: (object index, name, value), and the background as (-1, "background", value); of built-in scenes 1 + 4
-    an object.
+    """All facts as (object index, name, value), with the background as (-1, "background", value).
+
+    A built-in scene has one fact for the background and four for each object.
     """
     listed = [(-1, "background", scene.background)]
     for index, item in enumerate(scene.objects):
@@ -121,12 +124,12 @@ def facts(scene: Scene) -> tuple[tuple[int, str, str], ...]:
 
 
 def fact_kinds(scene: Scene) -> tuple[str, ...]:
-    """The names of the facts of such a scene, in the order in which a full caption says them."""
+    """The names of the facts of such a scene, in the order of a full caption."""
     return "background", "position", *reversed(scene.values)
 
 
 def _inside(shape: str, radius: float, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Whether points (u right, v down, cell units from the centre) lie in a shape."""
+    """Whether points (u right, v down, in cell widths from the centre) are inside a shape."""
     if shape == "circle":
         return u * u + v * v <= radius * radius
     if shape == "square":
@@ -140,7 +143,7 @@ def _inside(shape: str, radius: float, u: np.ndarray, v: np.ndarray) -> np.ndarr
 
 @functools.lru_cache(maxsize=256)
 def coverage(shape: str, size: str, row: int, column: int, side: int) -> np.ndarray:
-    """Antialiased share of every pixel that an object covers, float32 [side, side] in [0, 1] (read-only)."""
+    """Antialiased coverage of every pixel by an object, float32 [side, side] in [0, 1] (read-only)."""
     ticks = (np.arange(side * _SUPERSAMPLING) + 0.5) / (side * _SUPERSAMPLING) * 2
     u, v = np.meshgrid(ticks - column - 0.5, ticks - row - 0.5)
     inside = _inside(shape, _RADIUS[size], u, v)
@@ -149,26 +152,26 @@ def coverage(shape: str, size: str, row: int, column: int, side: int) -> np.ndar
     return mask
 
 
-def draw(scene: Scene, side: int = 32) -> np.ndarray:
-    """Draws a scene: uint8 [side, side, 3] in 0..255, the same picture for the same scene every time.
+def draw(scene: Scene[SceneObject], side: int = 32) -> np.ndarray:
+    """Renders a scene: uint8 [side, side, 3] in 0..255, a deterministic function of the scene.
 
     Raises:
       ValueError: `side` below 8.
     """
     if side < 8:
-        raise ValueError(f"a scene cannot be drawn {side} pixels wide: use at least 8")
+        raise ValueError(f"a scene cannot be rendered {side} pixels wide: use at least 8")
     background = np.array(BACKGROUNDS[scene.background], np.float32)
-    picture = np.broadcast_to(background, (side, side, 3)).copy()
+    image = np.broadcast_to(background, (side, side, 3)).copy()
     for item in scene.objects:
         mask = coverage(item.shape, item.size, item.row, item.column, side)
-        picture += mask[..., None] * (np.array(COLOURS[item.colour], np.float32) - background)
-    return np.rint(picture).astype(np.uint8)
+        image += mask[..., None] * (np.array(COLOURS[item.colour], np.float32) - background)
+    return np.rint(image).astype(np.uint8)
 
 
 def sample_cells(rng: np.random.Generator, kinds: int, most: int = MAX_OBJECTS) -> tuple[np.ndarray, np.ndarray]:
-    """One to `most` distinct cells, and what kind of `kinds` stands in each, int [count] both.
+    """One to `most` distinct cells, and the kind (below `kinds`) of the object in each; int [count] both.
 
-    In one scene of four all objects are of the same kind, so that high counts are not rare.
+    With probability 1/4 all objects are of the same kind, so that high counts are not rare.
     """
     count = int(rng.integers(1, most + 1))
     cells = rng.permutation(4)[:count]
@@ -178,8 +181,8 @@ def sample_cells(rng: np.random.Generator, kinds: int, most: int = MAX_OBJECTS) 
     return cells, chosen
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draws a random scene: one to four objects in distinct cells, every attribute uniform (see `sample_cells`)."""
+def sample_scene(rng: np.random.Generator) -> Scene[SceneObject]:
+    """Samples a scene: one to four objects in distinct cells, every attribute uniform (see `sample_cells`)."""
     cells, shapes = sample_cells(rng, len(SHAPES))
     count = len(cells)
     colours = rng.integers(len(COLOURS), size=count)
@@ -193,22 +196,27 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 
 def split_of(scene: Scene) -> str:
-    """The split a scene belongs to, by a stable hash of its facts: one scene in ten is "test", the others "train"."""
+    """The split of a scene by a stable hash of its facts: one scene in ten is "test", the others are "train"."""
     digest = hashlib.blake2b(repr(facts(scene)).encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "little") % 10 == 0 else "train"
+
+
+AnyScene = TypeVar("AnyScene", bound=Scene)
 
 
 def scene_at(
     split: str,
     index: int,
     seed: int = 0,
-    sample: Callable[[np.random.Generator], Scene] = sample_scene,
-    split_of: Callable[[Scene], str] = split_of,
-) -> Scene:
+    sample: Callable[[np.random.Generator], AnyScene] = sample_scene,
+    split_of: Callable[[AnyScene], str] = split_of,
+) -> AnyScene:
     """Scene number `index` >= 0 of an endless stream; a pure function of its arguments.
 
     Args:
-      sample, split_of: what makes a scene, and says which split it belongs to.
+      split, index, seed: the place in the stream of a split; another seed gives another stream.
+      sample: makes a scene.
+      split_of: the split of a scene.
 
     Raises:
       ValueError: unknown split.

@@ -1,15 +1,15 @@
 """Random-access sources of captioned images: built-in scenes, a folder with captions.jsonl, any TFDS data set.
 
-A source has a length and gives an `Example` for an index, always the same one, which is what Grain needs to shuffle,
-shard and resume exactly.
+A source has a length and returns the same `Example` for the same index, as Grain needs to shuffle, shard and resume
+exactly.
 """
 
 import concurrent.futures
 import dataclasses
 import glob
-import json
+import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from uae_jax.data.qwen_inputs import to_rgb
 from uae_jax.data.scene_captions import caption, mistaken, mixed_caption, random_detail_caption
 from uae_jax.data.scenes import SPLITS, Scene, draw, scene_at
+from uae_jax.files.json_files import json_objects
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 CAPTION_FILE = "captions.jsonl"
@@ -26,7 +27,7 @@ SCENE_CAPTIONS = ("full", "detail", "mixed", "short")
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One captioned image: uint8 [H, W, 3], caption, a name for messages, and the ground truth of a scene."""
+    """One captioned image: uint8 [H, W, 3], caption, a name for messages, and the scene if known."""
 
     image: np.ndarray
     caption: str
@@ -35,7 +36,7 @@ class Example:
 
 
 class Source(Protocol):
-    """What the loader reads: a length, and the same example for the same index."""
+    """Input of the loader: a length, and the same example for the same index."""
 
     def __len__(self) -> int: ...
 
@@ -44,19 +45,20 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SceneSource:
-    """Built-in scenes, drawn `side` pixels wide.
+    """Built-in scenes, rendered `side` pixels wide.
 
     Attributes:
-      split: "train" or "test" (disjoint); `seed` chooses another stream of scenes.
+      split: "train" or "test" (disjoint).
+      seed: of the stream of scenes.
+      side: of the image in pixels.
       captions: "full", "detail" (random level of detail in [low, high]), "short" (prompts as in text to image: counts,
-        relations, colours) or "mixed" (half of them short, half of random detail).
-      mistakes: probability that a fact is said wrong (`scene_captions.mistaken`), as captions from the web or from a
-        model do.
-      length: how many scenes count as one epoch.
+        relations, colours) or "mixed" (half short, half of random detail).
+      low, high: levels of detail in [0, 1].
+      mistakes: probability of a wrong fact (`scene_captions.mistaken`), as in captions from the web or from a model.
+      length: number of scenes in one epoch.
 
     Raises:
-      ValueError: an unknown split or kind of caption, a probability outside [0, 1], or levels of detail that are not 0
-        <= low <= high <= 1.
+      ValueError: an unknown split or kind of caption, a probability outside [0, 1], or not 0 <= low <= high <= 1.
     """
 
     split: str = "train"
@@ -87,7 +89,7 @@ class SceneSource:
         return scene_at(self.split, index, self.seed)
 
     def draw(self, scene: Scene) -> np.ndarray:
-        """Draws a scene: uint8 [side, side, 3]."""
+        """Renders a scene: uint8 [side, side, 3]."""
         return draw(scene, self.side)
 
     def __getitem__(self, index: int) -> Example:
@@ -104,12 +106,12 @@ class SceneSource:
         return Example(self.draw(scene), text, f"{self.split} {self.kind} {index}", scene)
 
 
-def load_image(path: str | pathlib.Path) -> np.ndarray:
-    """Reads an image file as RGB, uint8 [H, W, 3], turned as its EXIF says, transparency on white.
+def load_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads an image file as RGB, uint8 [H, W, 3], with the EXIF rotation applied and transparency on white.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not an image, or a damaged one.
+      ValueError: not an image, or a damaged image.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -122,7 +124,7 @@ def load_image(path: str | pathlib.Path) -> np.ndarray:
 
 
 def _check_image(path: pathlib.Path) -> str | None:
-    """None for an image that decodes to its end, else what is wrong (JPEG decodes at an eighth, which is fast)."""
+    """None for an image that decodes completely, else the error. JPEG is decoded at an eighth of its size."""
     if not path.is_file():
         return "the file does not exist"
     try:
@@ -135,11 +137,13 @@ def _check_image(path: pathlib.Path) -> str | None:
 
 
 def find_images(paths: str | pathlib.Path | Iterable[str | pathlib.Path]) -> list[pathlib.Path]:
-    """Image files in the order given: each path a file, a folder (its PNG, JPEG and WebP files, by name) or a glob
-    pattern.
+    """Image files in the given order.
+
+    Args:
+      paths: files, folders (their PNG, JPEG and WebP files by name) or glob patterns.
 
     Raises:
-      FileNotFoundError: a path that does not exist, a folder without images, a pattern that matches nothing.
+      FileNotFoundError: a missing path, a folder without images, a pattern without matches.
       ValueError: no paths.
     """
     found: list[pathlib.Path] = []
@@ -163,17 +167,10 @@ def find_images(paths: str | pathlib.Path | Iterable[str | pathlib.Path]) -> lis
 
 
 def _read_captions(path: pathlib.Path) -> list[tuple[str, tuple[str, ...]]]:
-    """(file name, captions) of every line; blank lines are passed over."""
+    """(file name, captions) of every line that is not blank."""
     rows = []
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not raw.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            row = json.loads(raw.decode("utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON ({error}): write one object a line") from error
-        name = row.get("file_name", row.get("image")) if isinstance(row, dict) else None
+    for where, row in json_objects(path.read_bytes().split(b"\n"), path):
+        name = row.get("file_name", row.get("image"))
         if not isinstance(name, str) or not name:
             raise ValueError(f'{where} names no image: write {{"file_name": ..., "caption": ...}}')
         captions = row.get("caption")
@@ -191,18 +188,18 @@ def _read_captions(path: pathlib.Path) -> list[tuple[str, tuple[str, ...]]]:
 
 
 class FolderSource:
-    """A folder of images with captions.jsonl: {"file_name" or "image": ..., "caption": text or list of texts} a line.
+    """A folder of images with captions.jsonl; each line is {"file_name" or "image": ..., "caption": text or texts}.
 
-    Everything is checked when it is opened, so that a run does not meet a bad file on its second day. Of several
-    captions, example i takes number i modulo their count.
+    All files are checked at the start, so that a bad file cannot stop a long run. Of n captions, example i gets number
+    i modulo n.
 
     Args:
-      folder: holds captions.jsonl; file names in it are relative to the folder.
+      folder: holds captions.jsonl and the images; file names are relative to the folder.
       check: also decode every image once (JPEG at an eighth of its size).
 
     Raises:
-      FileNotFoundError: no folder, no captions.jsonl, or a named image is missing (named with its line).
-      ValueError: a broken line (named by number), or an image that cannot be decoded.
+      FileNotFoundError: no folder, no captions.jsonl, or a missing image.
+      ValueError: a broken line (the message has its number), or an image that cannot be decoded.
     """
 
     def __init__(self, folder: str | pathlib.Path, check: bool = True):
@@ -233,23 +230,24 @@ class FolderSource:
 
 
 def _at(features: Any, key: str) -> Any:
-    """The feature at "a/b"; inside a list of dicts, the list of what is at "b"."""
+    """The feature at "a/b"; for a list of dicts at "a", the list of their "b"."""
     for part in key.split("/"):
         features = [item[part] for item in features] if isinstance(features, (list, tuple)) else features[part]
     return features
 
 
 class TfdsSource:
-    """A TFDS captioned-image data set, read without TensorFlow (array_record or another random-access format).
+    """A TFDS data set of captioned images, read without TensorFlow (array_record or another random-access format).
 
     Args:
-      name: such as "coco_captions" or "my_set:1.0.0"; `split`: such as "train" or "train[:1000]".
-      data_dir: where it was prepared; the default of TFDS when None.
+      name: such as "coco_captions" or "my_set:1.0.0".
+      split: such as "train" or "train[:1000]".
+      data_dir: folder of the prepared data set; None for the default of TFDS.
       image_key, caption_key: features by path, such as "image" and "captions/text". Captions may be bytes or text, one
-        or several; of several, example i takes number i modulo their count.
+        or several; of n captions, example i gets number i modulo n.
 
     Raises:
-      ValueError: TFDS cannot open it, or it has no such features.
+      ValueError: TFDS cannot open the data set, or the data set lacks these features.
     """
 
     def __init__(
@@ -259,7 +257,7 @@ class TfdsSource:
 
         self.name, self.split, self.image_key, self.caption_key = name, split, image_key, caption_key
         try:
-            self.data = tfds.data_source(name, split=split, data_dir=data_dir, download=False)
+            self.data: Any = tfds.data_source(name, split=split, data_dir=data_dir, download=False)
         except Exception as error:
             raise ValueError(
                 f"TFDS cannot open {name!r}, split {split!r}, in {data_dir or 'its default folder'} "
@@ -267,7 +265,7 @@ class TfdsSource:
             ) from error
         if len(self.data) == 0:
             raise ValueError(f"TFDS data set {name!r} has no examples in split {split!r}")
-        first = self.data[0]
+        first: dict[str, Any] = self.data[0]
         for key in (image_key, caption_key):
             try:
                 _at(first, key)
@@ -280,7 +278,7 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Example:
         index = int(index)
         features = self.data[index]
-        captions: bytes | str | Sequence = _at(features, self.caption_key)
+        captions = _at(features, self.caption_key)
         where = f"{self.name} {self.split} {index}"
         if isinstance(captions, np.ndarray):
             captions = captions.tolist()

@@ -1,13 +1,15 @@
-"""Tokenizers and chat templates, read from files: Qwen2.5's, or the word-level one of the built-in scenes.
+"""Tokenizers and chat templates from files: Qwen2.5's, or the word-level tokenizer of the built-in scenes.
 
 The chat format is Qwen2.5-VL's: turns between <|im_start|> and <|im_end|>, an image as one <|image_pad|> between
-<|vision_start|> and <|vision_end|>. Token ids are always found by their strings, so that any vocabulary works.
+<|vision_start|> and <|vision_end|>. Token ids are looked up by string, so that any vocabulary works.
 """
 
+import itertools
 import json
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from uae_jax.files.json_files import write_json
 
@@ -26,7 +28,7 @@ END_OF_TURN, END_OF_TEXT, IMAGE_PAD = "<|im_end|>", "<|endoftext|>", "<|image_pa
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 _SENTINEL = "sentinel0caption"
 
-# The template of the built-in model: Qwen's without the system turn and the newlines, to keep sequences short.
+# the template of the built-in model: Qwen's without system turn and newlines, to keep sequences short
 _SCENE_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }} "
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -37,10 +39,10 @@ _SCENE_TEMPLATE = (
 
 
 def load_tokenizer(folder: str | pathlib.Path):
-    """Reads a transformers tokenizer with its chat template from a local folder; never touches the network.
+    """Reads a transformers tokenizer with its chat template from a local folder, without network access.
 
     Raises:
-      FileNotFoundError: no such folder, or no tokenizer files in it.
+      FileNotFoundError: no such folder, or a folder without tokenizer files.
       ValueError: the files hold no chat template, or cannot be read.
     """
     folder = pathlib.Path(folder)
@@ -48,7 +50,7 @@ def load_tokenizer(folder: str | pathlib.Path):
         raise FileNotFoundError(f"tokenizer folder {folder} does not exist: give the folder that holds tokenizer.json")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise FileNotFoundError(f"no tokenizer in {folder}: expected one of {', '.join(_TOKENIZER_FILES)}")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers would advise to install PyTorch
     from transformers import AutoTokenizer  # slow import, needed only here
 
     try:
@@ -56,7 +58,7 @@ def load_tokenizer(folder: str | pathlib.Path):
     except Exception as error:
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): copy its files again") from error
     if not tokenizer.chat_template:
-        # Older Qwen2.5-VL folders keep the template in a file of the processor.
+        # older Qwen2.5-VL folders have the template in a file of the processor
         path = folder / "chat_template.json"
         if not path.is_file():
             raise ValueError(f"the tokenizer in {folder} has no chat template: add chat_template.json")
@@ -65,7 +67,7 @@ def load_tokenizer(folder: str | pathlib.Path):
 
 
 def token_id(tokenizer, token: str) -> int:
-    """Id of a token given by its string.
+    """Id of a token by its string.
 
     Raises:
       ValueError: the vocabulary lacks the token.
@@ -85,64 +87,56 @@ def _encode(tokenizer, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _chat_text(tokenizer, role: str, content: str | Sequence[dict]) -> str:
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-    return tokenizer.apply_chat_template([{"role": role, "content": parts}], tokenize=False, add_generation_prompt=True)
+def _chat_text(tokenizer, role: str, *parts: dict[str, Any]) -> str:
+    """One turn of a chat and the header of the answer.
 
-
-def chat_ids(tokenizer, role: str, content: str | Sequence[dict]) -> list[int]:
-    """One turn of a chat and the header of the answer: token ids [T].
-
-    Args:
-      role: "user", or "generate" for the decoder's condition (the release's name).
-      content: text, or parts {"type": "text", "text": ...} and {"type": "image"}; an image stays one <|image_pad|>.
+    The role is "user", or "generate" for the decoder's condition (the release's name). Parts are {"type": "text",
+    "text": ...} and {"type": "image"}; an image stays one <|image_pad|>.
     """
-    return _encode(tokenizer, _chat_text(tokenizer, role, content))
+    turn = {"role": role, "content": list(parts)}
+    return tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
 
 
 def caption_prompt_ids(tokenizer, prompt: str, image_tokens: Sequence[int], images_first: bool = False) -> list[int]:
-    """The captioner's prompt, text before images as in the release, every image expanded: token ids [T].
+    """The captioner's prompt, text before images as in the release, with every image expanded: token ids [T].
 
     Args:
+      tokenizer: of `load_tokenizer`.
+      prompt: text of the prompt.
       image_tokens: number of merged patches of each image, in order.
-      images_first: images before the text, as question benchmarks have it.
+      images_first: images before the text, as in question benchmarks.
 
     Raises:
-      ValueError: the prompt text itself holds an image token.
+      ValueError: the prompt text contains an image token.
     """
     if IMAGE_PAD in prompt:
         raise ValueError(f"the caption prompt must not contain {IMAGE_PAD}: images are added after the text")
-    parts = [{"type": "text", "text": prompt}, *({"type": "image"} for _ in image_tokens)]
-    text = _chat_text(tokenizer, "user", parts[1:] + parts[:1] if images_first else parts)
+    said, images = [{"type": "text", "text": prompt}], [{"type": "image"}] * len(image_tokens)
+    text = _chat_text(tokenizer, "user", *(images + said if images_first else said + images))
     head, *tails = text.split(IMAGE_PAD)
     return _encode(tokenizer, head + "".join(IMAGE_PAD * n + tail for n, tail in zip(image_tokens, tails, strict=True)))
 
 
 def condition_template(tokenizer) -> tuple[list[int], list[int]]:
-    """Ids before and after a caption in a turn of the role "generate", the decoder's condition (demo.py of the
-    release).
+    """Ids before and after a caption in a turn of role "generate", the decoder's condition (demo.py of the release).
 
-    `prefix + encode(caption) + suffix` equals tokenising the templated whole when the caption neither begins nor ends
-    with white space.
+    For a caption without white space at its ends, `prefix + encode(caption) + suffix` equals the tokens of the complete
+    templated text.
     """
-    before, after = _chat_text(tokenizer, "generate", _SENTINEL).split(_SENTINEL)
+    before, after = _chat_text(tokenizer, "generate", {"type": "text", "text": _SENTINEL}).split(_SENTINEL)
     return _encode(tokenizer, before), _encode(tokenizer, after)
 
 
 def encode_caption(tokenizer, text: str) -> list[int]:
-    """A caption as the captioner should write it: its ids, then <|im_end|>; [T]. White space around it is dropped."""
+    """A caption as the captioner should write it: the stripped caption's ids, then <|im_end|>; [T]."""
     return [*_encode(tokenizer, text.strip()), token_id(tokenizer, END_OF_TURN)]
 
 
 def decode_caption(tokenizer, ids: Sequence[int]) -> str:
-    """Text of generated ids [T] up to the first stop token, special tokens dropped."""
-    stops = set(stop_ids(tokenizer))
-    kept: list[int] = []
-    for index in map(int, ids):
-        if index in stops:
-            break
-        kept.append(index)
-    return tokenizer.decode(kept, skip_special_tokens=True).strip()
+    """Text of generated ids [T] up to the first stop token, without special tokens."""
+    stops = stop_ids(tokenizer)
+    kept = itertools.takewhile(lambda index: index not in stops, map(int, ids))
+    return tokenizer.decode(list(kept), skip_special_tokens=True).strip()
 
 
 def write_scene_tokenizer(
@@ -150,12 +144,13 @@ def write_scene_tokenizer(
 ) -> None:
     """Writes tokenizer.json, tokenizer_config.json and preprocessor_config.json of the built-in model.
 
-    Word level: lower-cased, split at white space and punctuation; unknown words become <|unknown|>. Ids: the special
-    tokens, the roles, then `words` in order.
+    The tokenizer is word level: lower-cased, split at white space and punctuation, with <|unknown|> for unknown words.
+    Ids are given to the special tokens, the roles, then `words` in order.
 
     Args:
-      folder: created when missing.
-      patch_size: side of a vision patch in pixels; two of them merge into one image token along each axis.
+      folder: created if absent.
+      words: the vocabulary.
+      patch_size: side of a vision patch in pixels; 2 x 2 patches merge into one image token.
       min_pixels, max_pixels: area limits of the resized image.
     """
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers

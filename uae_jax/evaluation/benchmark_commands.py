@@ -1,13 +1,17 @@
-"""What the commands of the benchmarks share: the action `summary`, and how problems are told."""
+"""What the commands of the benchmarks share: the action `summary`, how problems are told, scores by group."""
 
+import argparse
+import collections
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from uae_jax.files.json_files import write_json
 
 
-def add_summary(actions: Any, what: str, argument: str, files: str) -> None:
+def add_summary(actions: Any, what: str, argument: str, files: str, run: Callable[[argparse.Namespace], None]) -> None:
     """Adds `summary` to the sub-parsers: the file that is summarised, and --output.
 
     Args:
@@ -15,10 +19,12 @@ def add_summary(actions: Any, what: str, argument: str, files: str) -> None:
       what: the scores are from.
       argument: name of the file among the options.
       files: which files it may be.
+      run: summarises.
     """
-    summary = actions.add_parser("summary", help=what, allow_abbrev=False)
+    summary = actions.add_parser("summary", help=what)
     summary.add_argument(argument, type=pathlib.Path, help=files)
     summary.add_argument("--output", type=pathlib.Path, help="JSON file for the scores")
+    summary.set_defaults(run=run)
 
 
 def tell(report: str, warnings: Sequence[str], scores: Any = None, output: pathlib.Path | None = None) -> None:
@@ -54,3 +60,68 @@ def refuse(problems: Sequence[str], what: str, shown: int = 20) -> None:
         print(f"... and {len(problems) - shown} more")
     if problems:
         raise ValueError(f"{what} has {len(problems)} problem{'s' if len(problems) > 1 else ''}, listed above")
+
+
+def grouped_scores(records: Iterable[tuple[str, str, float]], resamples: int = 2000) -> dict[str, Any]:
+    """Mean score of every group, and "overall", the mean of the group means.
+
+    The 95 % intervals are percentile bootstraps that draw prompts anew within each group: several pictures of one
+    prompt are right or wrong together and are no independent evidence.
+
+    Args:
+      records: (group, prompt, score), one a picture.
+      resamples: bootstrap draws; their seed is fixed.
+
+    Returns:
+      {"overall": {"value", "low", "high", "n", "prompts"}, "groups": {group: the same}}, groups in the order of their
+      first record; `n` counts pictures.
+
+    Raises:
+      ValueError: no records.
+    """
+    tallies: dict[str, dict[str, list[float]]] = {}
+    for group, prompt, score in records:
+        tallies.setdefault(group, {}).setdefault(prompt, []).append(float(score))
+    if not tallies:
+        raise ValueError("there are no results to summarise")
+    rng = np.random.default_rng(0)
+    groups, draws = {}, []
+    for group, prompts in tallies.items():
+        sums, counts = (
+            np.array([measure(scores) for scores in prompts.values()], np.float64) for measure in (sum, len)
+        )
+        chosen = rng.integers(0, len(prompts), (resamples, len(prompts)))
+        draws.append(sums[chosen].sum(-1) / counts[chosen].sum(-1))
+        groups[group] = _interval(sums.sum() / counts.sum(), draws[-1], int(counts.sum()), len(prompts))
+    overall = _interval(
+        float(np.mean([score["value"] for score in groups.values()])),
+        np.mean(draws, axis=0),
+        sum(score["n"] for score in groups.values()),
+        sum(score["prompts"] for score in groups.values()),
+    )
+    return {"overall": overall, "groups": groups}
+
+
+def _interval(value: float, draws: np.ndarray, n: int, prompts: int) -> dict[str, float | int]:
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return {"value": float(value), "low": float(low), "high": float(high), "n": n, "prompts": prompts}
+
+
+def table(scores: Mapping[str, Any], title: str) -> str:
+    """Lines of text: the overall score and every group, in percent with intervals and counts."""
+    rows = {title: scores["overall"], **scores["groups"]}
+    width = max(map(len, rows))
+    return "\n".join(
+        f"{name:{width}}  {100 * row['value']:6.2f} %  [{100 * row['low']:.2f}, {100 * row['high']:.2f}]  "
+        f"{row['n']} pictures of {row['prompts']} prompts"
+        for name, row in rows.items()
+    )
+
+
+def uneven(counts: Mapping[str, int]) -> list[str]:
+    """Prompts that have not as many pictures as most, as sentences."""
+    if not counts:
+        return []
+    usual = collections.Counter(counts.values()).most_common(1)[0][0]
+    other = [prompt for prompt, count in counts.items() if count != usual]
+    return [f"{len(other)} prompts have not {usual} pictures as the others, such as {other[0]}"] if other else []

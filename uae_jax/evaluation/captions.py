@@ -2,8 +2,8 @@
 
     python -m uae_jax.evaluate captions --scenes=200 --checkpoint=runs/tiny --out=said --output=facts.json
     python -m uae_jax.evaluate captions --data=folder --clip=clip-vit-large-patch14 --output=captions.json
-    python -m uae_jax.evaluate captions --captions=bench/captions.jsonl --images=originals --clip=DIR
-    --output=captions.json
+    python -m uae_jax.evaluate captions --captions=bench/captions.jsonl --images=originals --clip=DIR \\
+        --output=captions.json
 
 --scenes asks the model to caption held-out built-in scenes, and counts which of their facts it says (recall) and which
 of its claims are true (precision), by attribute. --data is a folder of images with captions.jsonl, lines {"image" or
@@ -21,6 +21,8 @@ from tqdm import tqdm
 from uae_jax.files.json_files import write_json
 from uae_jax.model_flags import add_model_flags, load_model
 
+SCORE_SCALE = 2.5  # CLIPScore of a cosine: arXiv 2104.08718, section 3
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the model's captions are kept; a run that was cut off continues",
     )
-    add_model_flags(scenes)
+    add_model_flags(parser)
     data = parser.add_argument_group("any captioned data")
     data.add_argument("--data", metavar="DIR", help="folder with captions.jsonl and images")
     data.add_argument("--captions", metavar="FILE", help="captions, when they are elsewhere")
@@ -46,9 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=16,
         metavar="N",
-        help="pairs in one call of CLIP (default: %(default)s)",
+        help="pairs in one call of CLIP",
     )
     parser.add_argument("--output", type=pathlib.Path, required=True, metavar="FILE", help="the result, JSON")
+    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -78,8 +81,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _scene_result(options: argparse.Namespace) -> dict[str, Any]:
     from uae_jax.data.scenes import draw, scene_at
-    from uae_jax.evaluation.caption_facts import facts_summary
-    from uae_jax.evaluation.caption_statistics import text_statistics
+    from uae_jax.evaluation.caption_scores import facts_summary, text_statistics
 
     if not options.out:
         raise ValueError("--scenes needs --out, the folder that the model's captions are kept in")
@@ -96,7 +98,7 @@ def _scene_result(options: argparse.Namespace) -> dict[str, Any]:
 
 def _scene_captions(options: argparse.Namespace, names: Sequence[str], pictures: Sequence) -> list[str]:
     """The model's captions, in order; those in --out already are not written again."""
-    from uae_jax.evaluation.reconstructions import CAPTIONS, sample_number
+    from uae_jax.evaluation.drawing import CAPTIONS, sample_number
     from uae_jax.evaluation.records import RecordLog
     from uae_jax.evaluation.run_settings import ANSWERING, begin, model_settings
 
@@ -118,8 +120,8 @@ def _scene_captions(options: argparse.Namespace, names: Sequence[str], pictures:
 
 
 def _data_result(options: argparse.Namespace) -> dict[str, Any]:
-    from uae_jax.evaluation.caption_statistics import text_statistics
-    from uae_jax.evaluation.judging import read_captions
+    from uae_jax.evaluation.caption_scores import text_statistics
+    from uae_jax.evaluation.pairs import read_captions
 
     file = pathlib.Path(options.captions or pathlib.Path(options.data) / "captions.jsonl")
     captions = read_captions(file)
@@ -136,8 +138,8 @@ def _data_result(options: argparse.Namespace) -> dict[str, Any]:
 
 def _clip_result(options: argparse.Namespace, captions: dict[str, str], folder: str) -> dict[str, Any]:
     """Mean cosine and CLIPScore, the score of every image, and the images that cannot be scored."""
-    from uae_jax.evaluation.clip_text import SCORE_SCALE, caption_cosines, open_text_scorer
-    from uae_jax.evaluation.judging import image_files
+    from uae_jax.evaluation.encoders import caption_cosines, open_text_scorer
+    from uae_jax.evaluation.pairs import image_files
     from uae_jax.training.summary import interval
 
     files = image_files(folder, list(captions))

@@ -15,10 +15,8 @@ import re
 from typing import Any
 
 from uae_jax.evaluation import run_settings
-from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, refuse, tell
-from uae_jax.evaluation.drawing import draw_folder
-from uae_jax.evaluation.grouped_scores import grouped_scores
-from uae_jax.evaluation.picture_files import GRID_SIDE, Target, content_problems
+from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, grouped_scores, refuse, tell
+from uae_jax.evaluation.drawing import GRID_SIDE, Target, content_problems, draw_folder
 from uae_jax.model_flags import add_model_flags
 
 SAMPLES = GRID_SIDE**2
@@ -30,29 +28,22 @@ _LEVELS = {"L1 category scores:": "categories", "L2 category scores:": "subcateg
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `write`, `check` and `summary`."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", help="write, check or summary")
-    write = actions.add_parser("write", help="draw the prompts", allow_abbrev=False)
-    write.add_argument(
+    actions = parser.add_subparsers()
+    write_flags = actions.add_parser("write", help="draw the prompts")
+    write_flags.set_defaults(run=write)
+    write_flags.add_argument(
         "--prompts", type=pathlib.Path, required=True, help="dpg_bench/prompts of the benchmark: a folder of .txt files"
     )
-    write.add_argument("--out", type=pathlib.Path, required=True, help="folder of the grids")
-    add_model_flags(write)
-    check = actions.add_parser("check", help="does the evaluator find everything?", allow_abbrev=False)
-    check.add_argument("folder", type=pathlib.Path)
-    check.add_argument("--prompts", type=pathlib.Path, required=True, help="dpg_bench/prompts of the benchmark")
-    check.add_argument(
+    write_flags.add_argument("--out", type=pathlib.Path, required=True, help="folder of the grids")
+    add_model_flags(write_flags)
+    check_flags = actions.add_parser("check", help="does the evaluator find everything?")
+    check_flags.set_defaults(run=check)
+    check_flags.add_argument("folder", type=pathlib.Path, help="the --out of `write`")
+    check_flags.add_argument("--prompts", type=pathlib.Path, required=True, help="dpg_bench/prompts of the benchmark")
+    check_flags.add_argument(
         "--size", type=int, help="side of a sample, the evaluator's RESOLUTION (default: as it was written)"
     )
-    add_summary(actions, "scores from the evaluator's results", "results", "dpg-bench_*_results.txt")
-
-
-def run(options: argparse.Namespace) -> None:
-    """Does one action.
-
-    Raises:
-      ValueError, FileNotFoundError: bad input; what was written before stays.
-    """
-    {"write": write, "check": check, "summary": summary}[options.action](options)
+    add_summary(actions, "scores from the evaluator's results", "results", "dpg-bench_*_results.txt", summary)
 
 
 def read_prompts(folder: pathlib.Path) -> dict[str, str]:

@@ -1,13 +1,150 @@
-"""What the writers of picture folders share: load the model, note the settings, draw what is missing."""
+"""Generated images in a folder: a file is complete or absent, and what is complete is not generated again."""
 
 import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import math
+import pathlib
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from PIL import Image
+from tqdm import tqdm
 
 from uae_jax.evaluation import run_settings
-from uae_jax.evaluation.picture_files import Target, write_pictures
+from uae_jax.evaluation.records import RecordLog
+from uae_jax.files.pictures import SAVING, save_picture
 from uae_jax.files.whole import remove_partial
 from uae_jax.model_flags import load_model
+
+if TYPE_CHECKING:
+    from uae_jax.api import Model
+
+GRID_SIDE = 2  # a grid holds 2 x 2 samples
+CAPTIONS, PICTURES = "captions.jsonl", "reconstructions"
+# what captions and pictures follow from
+SETTINGS = (*dict.fromkeys((*run_settings.DRAWING, *run_settings.ANSWERING)), "prompt")
+
+
+class Painter(Protocol):
+    """What draws: `uae_jax.load`, or anything like it."""
+
+    def generate(self, texts: Sequence[str], *, sample_ids: Sequence[int]) -> list[Image.Image]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One file to write.
+
+    Attributes:
+      path: the file; `.png` or `.jpg`.
+      prompt: what it shows.
+      sample_ids: noise of its samples: one, or four for a grid in the order top left, top right, bottom left, bottom
+        right.
+    """
+
+    path: pathlib.Path
+    prompt: str
+    sample_ids: tuple[int, ...]
+
+    def side(self, size: int) -> int:
+        """Side of the file in pixels, of samples of `size` pixels."""
+        return size if len(self.sample_ids) == 1 else GRID_SIDE * size
+
+    def compose(self, samples: Sequence[Image.Image]) -> Image.Image:
+        """The picture of the file from its samples."""
+        if len(samples) == 1:
+            return samples[0].convert("RGB")
+        size = samples[0].width
+        grid = Image.new("RGB", (GRID_SIDE * size, GRID_SIDE * size))
+        for number, sample in enumerate(samples):
+            row, column = divmod(number, GRID_SIDE)
+            grid.paste(sample, (column * size, row * size))
+        return grid
+
+
+def picture_problem(path: pathlib.Path, side: int | None = None) -> str | None:
+    """None for a picture that decodes to its end, of the kind that its name says, else what is wrong with it.
+
+    Args:
+      path: the file.
+      side: width and height that it must have in pixels; None for any.
+    """
+    return _problem_and_size(path, side)[0]
+
+
+def _problem_and_size(path: pathlib.Path, side: int | None) -> tuple[str | None, tuple[int, int]]:
+    if not path.is_file():
+        return "is missing", (0, 0)
+    try:
+        with Image.open(path) as image:
+            image.load()
+            kind, size = image.format, image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"is not a readable picture ({' '.join(str(error).split())})", (0, 0)
+    problem = None
+    if kind != SAVING[path.suffix]["format"]:
+        problem = f"is a {kind} file by its content"
+    elif side is not None and size != (side, side):
+        problem = f"is {size[0]} x {size[1]} pixels instead of {side} x {side}"
+    return problem, size
+
+
+def content_problems(paths: Sequence[pathlib.Path], side: int | None = None) -> list[str]:
+    """Sentences on the pictures that are damaged, of another kind, or of another size than `side` or than most of
+    them.
+    """
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        seen = list(pool.map(_problem_and_size, paths, [side] * len(paths)))
+    sizes = collections.Counter(size for problem, size in seen if problem is None)
+    (width, height), _ = sizes.most_common(1)[0] if sizes else ((0, 0), 0)
+    problems = []
+    for path, (problem, size) in zip(paths, seen):
+        if problem is None and size != (width, height):
+            problem = f"is {size[0]} x {size[1]} pixels, most are {width} x {height}"
+        problems += [f"{path} {problem}"] if problem else []
+    return problems
+
+
+def write_pictures(
+    painter: Painter, targets: Sequence[Target], *, size: int, batch_size: int, label: str
+) -> tuple[int, int]:
+    """Draws every target whose file is missing, damaged or of another size.
+
+    Samples are always drawn in the same batches: a batch with one missing picture is drawn whole and only that picture
+    is written. So a picture does not depend on where an earlier call was interrupted.
+
+    Args:
+      painter: draws texts.
+      targets: all files of the folder, with equally many samples each.
+      size: side of a sample in pixels.
+      batch_size: samples that the painter draws in one compiled call.
+      label: of the progress bar, which counts files.
+
+    Returns:
+      How many files were written, and how many stood already.
+    """
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        problems = list(pool.map(lambda target: picture_problem(target.path, target.side(size)), targets))
+    missing = sum(problem is not None for problem in problems)
+    samples = len(targets[0].sample_ids) if targets else 1
+    stride = math.lcm(batch_size, samples) // samples
+    with tqdm(total=len(targets), initial=len(targets) - missing, desc=label, disable=None) as bar:
+        for start in range(0, len(targets), stride):
+            chunk, wanted = targets[start : start + stride], problems[start : start + stride]
+            if not any(wanted):
+                continue
+            drawn = painter.generate(
+                [target.prompt for target in chunk for _ in range(samples)],
+                sample_ids=[number for target in chunk for number in target.sample_ids],
+            )
+            for position, target in enumerate(chunk):
+                if wanted[position]:
+                    save_picture(target.compose(drawn[position * samples : (position + 1) * samples]), target.path)
+                    bar.update(1)
+    return missing, len(targets) - missing
 
 
 def draw_folder(
@@ -44,3 +181,78 @@ def draw_folder(
         model, targets, size=model.settings.size, batch_size=model.settings.batch_size, label=benchmark
     )
     print(f"{options.out}: {written} pictures written, {kept} were there")
+
+
+def sample_number(stem: str) -> int:
+    """The number in 0 .. 2**31 - 1 that an image's random keys follow from: of its name alone, whatever else is in the
+    folder.
+    """
+    return zlib.crc32(stem.encode("utf-8")) >> 1
+
+
+def write_reconstructions(
+    model: "Model", images: Sequence[pathlib.Path], out: pathlib.Path, settings: Mapping[str, Any]
+) -> list[dict[str, str]]:
+    """Writes `out/captions.jsonl` and `out/reconstructions/<stem>.png`; what is there already is kept.
+
+    The lines are {"image_id": stem, "image": file name, "caption": text}; `captions.jsonl.settings.json` says how
+    they were made. A picture has its caption in its PNG metadata.
+
+    Args:
+      model: as of `uae_jax.load`.
+      images: the originals.
+      out: where to write.
+      settings: what they follow from, as of `run_settings.model_settings`.
+
+    Returns:
+      One {"image", "error"} for each image that could not be read or drawn.
+
+    Raises:
+      ValueError: two images have one stem, `out` was begun with other settings, or no image could be reconstructed.
+    """
+    stems: dict[str, pathlib.Path] = {}
+    for image in images:
+        if image.stem in stems:
+            raise ValueError(f"{image} and {stems[image.stem]} would both become {image.stem}.png; rename one")
+        stems[image.stem] = image
+    run_settings.begin(out / CAPTIONS, settings)
+    errors: list[dict[str, str]] = []
+    with RecordLog(out / CAPTIONS) as log:
+        captions = {record["image_id"]: record["caption"] for record in log.records}
+        missing = [stem for stem in stems if stem not in captions]
+        written = model.each_caption(
+            [stems[stem] for stem in missing],
+            sample_ids=[sample_number(stem) for stem in missing],
+            failed=lambda index, error: errors.append({"image": str(stems[missing[index]]), "error": str(error)}),
+        )
+        for index, caption in tqdm(
+            written, desc="caption", total=len(stems), initial=len(stems) - len(missing), disable=None
+        ):
+            stem = missing[index]
+            captions[stem] = caption
+            log.append({"image_id": stem, "image": stems[stem].name, "caption": caption})
+    remove_partial(out)
+    for stem, error in _draw(
+        model, {stem: captions[stem] for stem in stems if stem in captions}, out / PICTURES
+    ).items():
+        errors.append({"image": str(stems[stem]), "error": error})
+    if len(errors) == len(images):
+        raise ValueError(f"none of the {len(images)} images could be reconstructed; the first: {errors[0]['error']}")
+    return errors
+
+
+def _draw(model: "Model", captions: Mapping[str, str], folder: pathlib.Path) -> dict[str, str]:
+    """Draws the captions that have no whole picture yet; what is wrong with those that cannot be drawn, by stem."""
+    errors: dict[str, str] = {}
+    missing = [stem for stem in captions if picture_problem(folder / f"{stem}.png", model.settings.size)]
+    drawn = model.each_drawing(
+        [captions[stem] for stem in missing],
+        sample_ids=[sample_number(stem) for stem in missing],
+        failed=lambda index, error: errors.update({missing[index]: str(error)}),
+    )
+    for index, picture in tqdm(
+        drawn, desc="draw", total=len(captions), initial=len(captions) - len(missing), disable=None
+    ):
+        stem = missing[index]
+        save_picture(picture, folder / f"{stem}.png", captions[stem])
+    return errors

@@ -1,9 +1,16 @@
-"""The benchmark's image encoders: each with its published image processing on the host, exactly as PIL and torch do
-it.
+"""The benchmarks' encoders: published image processing on the host, features, cosines of image pairs and of captions.
+
+The image processing gives what PIL and torch give. The cosine of an image and its caption is that of CLIPScore
+(arXiv 2104.08718).
 """
 
 import dataclasses
+import itertools
+import math
 import pathlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +19,7 @@ from jax import Array
 from PIL import Image
 
 from uae_jax import trees
+from uae_jax.evaluation.pairs import Pair, read_rgb
 from uae_jax.models.encoders import clip, dino
 from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
 from uae_jax.models.encoders.preprocess import Preprocess
@@ -20,6 +28,7 @@ from uae_jax.models.encoders.weights import EncoderFolder, open_encoder
 # name of the benchmark's encoder -> kinds of folders that it may be
 KINDS = {"clip": ("clip",), "longclip": ("longclip", "clip"), "dinov2": ("dinov2",), "dinov3": ("dinov3",)}
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 AnyConfig = CLIPConfig | CLIPVisionConfig | Dinov2Config | Dinov3Config
 
 
@@ -60,7 +69,11 @@ def open_bench_encoder(name: str, path: str | pathlib.Path) -> BenchEncoder:
     if source.kind not in KINDS[name]:
         raise ValueError(f"--{name}={path} holds a {source.kind} model; give the folder of {name}")
     source = source.image_tower()
-    preprocess = Preprocess.longclip(source.config.image_size) if name == "longclip" else source.preprocess()
+    config = source.config
+    if name == "longclip" and isinstance(config, CLIPVisionConfig):
+        preprocess = Preprocess.longclip(config.image_size)
+    else:
+        preprocess = source.preprocess()
     return BenchEncoder(name, source, preprocess, name == "dinov3")
 
 
@@ -100,8 +113,10 @@ def host_pixels(preprocess: Preprocess, image: Image.Image, float_resize: bool =
 
 
 def _image_features(config: AnyConfig, params: trees.Tree, pixels: Array) -> Array:
-    is_dino = isinstance(config, (Dinov2Config, Dinov3Config))
-    features = (dino.cls_features if is_dino else clip.image_features)(config, params, pixels).astype(jnp.float32)
+    if isinstance(config, (Dinov2Config, Dinov3Config)):
+        features = dino.cls_features(config, params, pixels).astype(jnp.float32)
+    else:
+        features = clip.image_features(config, params, pixels).astype(jnp.float32)
     return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
@@ -121,3 +136,153 @@ def image_features(encoder: BenchEncoder, params: trees.Tree, pixels: np.ndarray
     """
     with jax.default_matmul_precision("highest"):
         return np.asarray(_compiled_features(encoder.source.config, params, pixels))
+
+
+def pair_cosines(
+    encoder: BenchEncoder, params: trees.Tree, pairs: Sequence[Pair], batch_size: int
+) -> Iterator[tuple[Pair, float | str]]:
+    """The cosine of each pair, in order; for a pair that cannot be read, what is wrong with it.
+
+    Images of the next batch are read while the present one is encoded. Every batch has one shape, so that the encoder
+    is compiled once.
+
+    Args:
+      encoder: opened.
+      params: its parameters.
+      pairs: (picture, reference).
+      batch_size: pairs in one compiled call.
+    """
+
+    def read(pair: Pair) -> list[np.ndarray] | str:
+        try:
+            return [encoder.pixels(read_rgb(path)) for path in pair]
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+        waiting: list[Future] = []
+        for batch, following in itertools.zip_longest(batches, batches[1:], fillvalue=()):
+            waiting = waiting or [pool.submit(read, pair) for pair in batch]
+            coming = [pool.submit(read, pair) for pair in following]
+            results = [future.result() for future in waiting]
+            yield from zip(batch, _cosines(encoder, params, results, batch_size))
+            waiting = coming
+
+
+def _cosines(
+    encoder: BenchEncoder, params: trees.Tree, results: Sequence[list[np.ndarray] | str], size: int
+) -> list[float | str]:
+    read = [result for result in results if not isinstance(result, str)]
+    if not read:
+        return [result for result in results if isinstance(result, str)]
+    filled = read + [read[-1]] * (size - len(read))
+    features = image_features(encoder, params, np.stack([pixels for pair in filled for pixels in pair])).astype(
+        np.float64
+    )
+    cosines = iter((features[0::2] * features[1::2]).sum(-1))
+    found = [result if isinstance(result, str) else float(next(cosines)) for result in results]
+    return [
+        value if isinstance(value, str) or math.isfinite(value) else "the encoder's features are not finite"
+        for value in found
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextScorer:
+    """CLIP with both towers and its tokenizer.
+
+    Attributes:
+      encoder: its image side.
+      config: of both towers.
+      params: of both towers.
+      tokenizer: of transformers.
+    """
+
+    encoder: BenchEncoder
+    config: CLIPConfig
+    params: trees.Tree
+    tokenizer: Any
+
+    @property
+    def positions(self) -> int:
+        """The longest text in tokens, with start and end."""
+        return self.config.text.max_position_embeddings
+
+    def token_ids(self, text: str) -> tuple[np.ndarray, bool]:
+        """Ids `[T]` of a text, cut to the positions (the end token stays), and whether it was cut. Filled up with 0."""
+        ids = list(self.tokenizer(text)["input_ids"])
+        cut = len(ids) > self.positions
+        ids = [*ids[: self.positions - 1], ids[-1]] if cut else ids
+        return np.pad(np.array(ids, np.int32), (0, self.positions - len(ids))), cut
+
+
+def open_text_scorer(folder: str | pathlib.Path, longclip: str | pathlib.Path | None = None) -> TextScorer:
+    """Reads CLIP with its tokenizer; or Long-CLIP, which takes 248 tokens instead of 77, with CLIP's tokenizer.
+
+    Args:
+      folder: of a CLIPModel as on the hub, with its tokenizer.
+      longclip: a Long-CLIP file to use instead of the folder's weights.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: it is not a CLIP model with both towers, or a file cannot be read.
+    """
+    folder = pathlib.Path(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); give the whole folder of CLIP"
+        )
+    source = open_encoder(longclip or folder)
+    if not isinstance(source.config, CLIPConfig):
+        raise ValueError(
+            f"{source.path} holds no CLIP model with both towers; the text-image score needs one such as "
+            "clip-vit-large-patch14"
+        )
+    from transformers import AutoTokenizer  # slow import, needed only here
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"the tokenizer in {folder} cannot be read ({error}); copy its files again") from error
+    name = "longclip" if longclip else "clip"
+    preprocess = Preprocess.longclip(source.config.vision.image_size) if longclip else source.preprocess()
+    return TextScorer(BenchEncoder(name, source, preprocess, False), source.config, source.load(), tokenizer)
+
+
+def _text_features(config: CLIPConfig, params: trees.Tree, ids: Array) -> Array:
+    features = clip.text_features(config, params, ids)
+    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+
+
+_compiled_text_features = jax.jit(_text_features, static_argnums=0)
+
+
+def caption_cosines(
+    scorer: TextScorer, files: Sequence[pathlib.Path], captions: Sequence[str], batch_size: int
+) -> Iterator[tuple[float | str, bool]]:
+    """Of each picture and its caption the cosine, or what is wrong with the picture; and whether the caption was cut.
+
+    Args:
+      scorer: the model.
+      files: pictures.
+      captions: one each.
+      batch_size: pairs in one compiled call.
+    """
+    for start in range(0, len(files), batch_size):
+        pixels: list[np.ndarray | str] = []
+        for file in files[start : start + batch_size]:
+            try:
+                pixels.append(scorer.encoder.pixels(read_rgb(file)))
+            except ValueError as error:
+                pixels.append(str(error))
+        texts = [scorer.token_ids(caption) for caption in captions[start : start + batch_size]]
+        blank = np.zeros((*scorer.encoder.preprocess.crop, 3), np.float32)
+        filled = [blank if isinstance(image, str) else image for image in pixels] + [blank] * (batch_size - len(pixels))
+        ids = np.stack([ids for ids, _ in texts] + [texts[-1][0]] * (batch_size - len(texts)))
+        images = image_features(scorer.encoder, scorer.params, np.stack(filled))
+        with jax.default_matmul_precision("highest"):
+            said = np.asarray(_compiled_text_features(scorer.config, scorer.params, ids))
+        cosines = (images.astype(np.float64) * said).sum(-1)
+        for image, (_, cut), cosine in zip(pixels, texts, cosines):
+            yield (image if isinstance(image, str) else float(cosine)), cut

@@ -25,12 +25,10 @@ from PIL import Image
 
 from uae_jax.data.scene_checker import read_picture
 from uae_jax.data.scene_prompts import check_scene, scene_prompts
-from uae_jax.data.scenes import SHAPES, Scene
+from uae_jax.data.scenes import SHAPES, Scene, object_facts
 from uae_jax.evaluation import run_settings
-from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, refuse, tell
-from uae_jax.evaluation.drawing import draw_folder
-from uae_jax.evaluation.grouped_scores import grouped_scores, table, uneven
-from uae_jax.evaluation.picture_files import Target, content_problems, picture_problem
+from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, grouped_scores, refuse, table, tell, uneven
+from uae_jax.evaluation.drawing import Target, content_problems, draw_folder, picture_problem
 from uae_jax.files.json_files import read_objects, write_json_lines
 from uae_jax.files.whole import write_bytes
 from uae_jax.model_flags import add_model_flags
@@ -43,37 +41,25 @@ PICTURE = re.compile(r"\d+\.png")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `write`, `check`, `score` and `summary`."""
-    actions = parser.add_subparsers(
-        dest="action", required=True, metavar="ACTION", help="write, check, score or summary"
-    )
-    write = actions.add_parser("write", help="draw the prompts", allow_abbrev=False)
-    write.add_argument("--prompts", required=True, help="evaluation_metadata.jsonl of the benchmark, or `scenes`")
-    write.add_argument("--out", type=pathlib.Path, required=True, help="folder of the pictures")
-    write.add_argument("--images_per_prompt", type=int, default=4, help="default: %(default)s, the benchmark's")
-    write.add_argument(
-        "--per_tag", type=int, default=16, help="prompts of each tag, for `scenes` (default: %(default)s)"
-    )
-    add_model_flags(write)
-    check = actions.add_parser("check", help="does the evaluator find everything?", allow_abbrev=False)
-    check.add_argument("folder", type=pathlib.Path)
-    check.add_argument("--prompts", help="compare with this file, or `scenes`")
-    check.add_argument("--images_per_prompt", type=int, help="default: as it was written, else 4")
-    check.add_argument("--per_tag", type=int, help="for `scenes` (default: as it was written)")
-    score = actions.add_parser(
-        "score", help="check pictures of the built-in scenes' prompts exactly", allow_abbrev=False
-    )
-    score.add_argument("folder", type=pathlib.Path)
-    score.add_argument("--output", type=pathlib.Path, help="default: FOLDER.results.jsonl beside the folder")
-    add_summary(actions, "scores from the evaluator's results", "results", "results.jsonl")
-
-
-def run(options: argparse.Namespace) -> None:
-    """Does one action.
-
-    Raises:
-      ValueError, FileNotFoundError: bad input; what was written before stays.
-    """
-    {"write": write, "check": check, "score": score, "summary": summary}[options.action](options)
+    actions = parser.add_subparsers()
+    write_flags = actions.add_parser("write", help="draw the prompts")
+    write_flags.set_defaults(run=write)
+    write_flags.add_argument("--prompts", required=True, help="evaluation_metadata.jsonl of the benchmark, or `scenes`")
+    write_flags.add_argument("--out", type=pathlib.Path, required=True, help="folder of the pictures")
+    write_flags.add_argument("--images_per_prompt", type=int, default=4, help="the benchmark has 4")
+    write_flags.add_argument("--per_tag", type=int, default=16, help="prompts of each tag, for `scenes`")
+    add_model_flags(write_flags)
+    check_flags = actions.add_parser("check", help="does the evaluator find everything?")
+    check_flags.set_defaults(run=check)
+    check_flags.add_argument("folder", type=pathlib.Path, help="the --out of `write`")
+    check_flags.add_argument("--prompts", help="compare with this file, or `scenes`")
+    check_flags.add_argument("--images_per_prompt", type=int, help="default: as it was written, else 4")
+    check_flags.add_argument("--per_tag", type=int, help="for `scenes` (default: as it was written)")
+    score_flags = actions.add_parser("score", help="check pictures of the built-in scenes' prompts exactly")
+    score_flags.set_defaults(run=score)
+    score_flags.add_argument("folder", type=pathlib.Path, help="the --out of `write`")
+    score_flags.add_argument("--output", type=pathlib.Path, help="default: FOLDER.results.jsonl beside the folder")
+    add_summary(actions, "scores from the evaluator's results", "results", "results.jsonl", summary)
 
 
 def read_entries(prompts: str, per_tag: int) -> list[dict[str, Any]]:
@@ -223,15 +209,16 @@ def _boxes(scene: Scene, side: int) -> dict[str, list[list[float]]]:
     """The objects seen, as the evaluator lists them: class -> [x0, y0, x1, y1, confidence], a box being the object's
     cell.
     """
-    half, found = side / 2, {}
+    half, found = side / 2, dict[str, list[list[float]]]()
     for item in scene.objects:
         x, y = item.column * half, item.row * half
-        found.setdefault(item.shape, []).append([x, y, x + half, y + half, 1.0])
+        found.setdefault(object_facts(item)["shape"], []).append([x, y, x + half, y + half, 1.0])
     return found
 
 
 def _words(scene: Scene) -> str:
-    return ", ".join(f"{item.size} {item.colour} {item.shape}" for item in scene.objects) or "no object"
+    found = map(object_facts, scene.objects)
+    return ", ".join(f"{item['size']} {item['colour']} {item['shape']}" for item in found) or "no object"
 
 
 def _seen(file: pathlib.Path) -> tuple[np.ndarray, Scene]:

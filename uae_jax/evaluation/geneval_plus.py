@@ -15,36 +15,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from uae_jax.evaluation import run_settings
-from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, refuse, tell
-from uae_jax.evaluation.drawing import draw_folder
-from uae_jax.evaluation.grouped_scores import grouped_scores, table
-from uae_jax.evaluation.picture_files import Target, content_problems
+from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, grouped_scores, refuse, table, tell
+from uae_jax.evaluation.drawing import Target, content_problems, draw_folder
 from uae_jax.files.json_files import read_objects
 from uae_jax.model_flags import add_model_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `write`, `check` and `summary`."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", help="write, check or summary")
-    write = actions.add_parser("write", help="draw the prompts", allow_abbrev=False)
-    write.add_argument("--prompts", type=pathlib.Path, required=True, help="Geneval++.jsonl, or Geneval++.txt")
-    write.add_argument("--out", type=pathlib.Path, required=True, help="folder of the pictures")
-    add_model_flags(write)
-    check = actions.add_parser("check", help="does the judge's script find everything?", allow_abbrev=False)
-    check.add_argument("folder", type=pathlib.Path)
-    check.add_argument(
+    actions = parser.add_subparsers()
+    write_flags = actions.add_parser("write", help="draw the prompts")
+    write_flags.set_defaults(run=write)
+    write_flags.add_argument("--prompts", type=pathlib.Path, required=True, help="Geneval++.jsonl, or Geneval++.txt")
+    write_flags.add_argument("--out", type=pathlib.Path, required=True, help="folder of the pictures")
+    add_model_flags(write_flags)
+    check_flags = actions.add_parser("check", help="does the judge's script find everything?")
+    check_flags.set_defaults(run=check)
+    check_flags.add_argument("folder", type=pathlib.Path, help="the --out of `write`")
+    check_flags.add_argument(
         "--prompts", type=pathlib.Path, help="count the prompts of this file (default: as it was written)"
     )
-    add_summary(actions, "scores from the judge's answers", "results", "Output.json")
-
-
-def run(options: argparse.Namespace) -> None:
-    """Does one action.
-
-    Raises:
-      ValueError, FileNotFoundError: bad input; what was written before stays.
-    """
-    {"write": write, "check": check, "summary": summary}[options.action](options)
+    add_summary(actions, "scores from the judge's answers", "results", "Output.json", summary)
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1024,
         metavar="N",
-        help="longest side of a shown image in pixels (default: %(default)s)",
+        help="longest side of a shown image in pixels",
     )
     parser.add_argument(
         "--criteria",
@@ -60,38 +60,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api_key_env",
         default="OPENAI_API_KEY",
         metavar="NAME",
-        help="environment variable of the key (default: %(default)s)",
+        help="environment variable of the key",
     )
     parser.add_argument(
         "--request_fields",
         default='{"temperature": 0}',
         metavar="JSON",
-        help="more fields of each request (default: %(default)s)",
+        help="more fields of each request",
     )
-    parser.add_argument(
-        "--timeout", type=float, default=120.0, metavar="SECONDS", help="of one attempt (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--retries", type=int, default=5, metavar="N", help="after time-outs, status 429 and 5xx (default: %(default)s)"
-    )
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one attempt")
+    parser.add_argument("--retries", type=int, default=5, metavar="N", help="after time-outs, status 429 and 5xx")
     parser.add_argument(
         "--backoff",
         type=float,
         default=1.0,
         metavar="SECONDS",
-        help="before the first retry, doubled each time (default: %(default)s)",
+        help="before the first retry, doubled each time",
     )
     parser.add_argument(
         "--malformed_retries",
         type=int,
         default=1,
         metavar="N",
-        help="times a malformed answer is asked again (default: %(default)s)",
+        help="times a malformed answer is asked again",
     )
-    parser.add_argument(
-        "--workers", type=int, default=4, metavar="N", help="questions asked at a time (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the questions (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="questions asked at a time")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the questions")
     parser.add_argument(
         "--answers", type=pathlib.Path, metavar="FILE", help="JSON lines that answers are appended to, or read from"
     )
@@ -99,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--questions", type=pathlib.Path, metavar="FILE", help="write the questions as JSON lines and stop"
     )
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="the result, JSON")
+    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -110,7 +105,8 @@ def run(options: argparse.Namespace) -> None:
       FileNotFoundError: a file is missing.
       OSError: the endpoint cannot be used; answers so far are kept, and counted in the result.
     """
-    from uae_jax.evaluation.judging import Criteria, image_files, make_questions, read_captions
+    from uae_jax.evaluation.judging import Criteria, make_questions
+    from uae_jax.evaluation.pairs import image_files, read_captions
 
     if not options.questions and not (options.answers and options.output):
         raise ValueError("give --answers and --output, or --questions to write the questions alone")
@@ -168,7 +164,7 @@ def _write_questions(path: pathlib.Path, questions: Sequence, side: int) -> None
 
 def _answer(options: argparse.Namespace, keys: Sequence[str], questions: Sequence) -> None:
     """Asks the questions that have no valid answer yet, several at a time; every answer is written when it comes."""
-    from uae_jax.evaluation.endpoint import ChatEndpoint
+    from uae_jax.evaluation.judging import ChatEndpoint
     from uae_jax.evaluation.records import RecordLog
 
     if not options.endpoint:
@@ -210,8 +206,7 @@ class _Asker:
 
     def ask(self, question: Any) -> None:
         """Writes the first well-formed answer, or the last malformed one, or why the question was refused."""
-        from uae_jax.evaluation.endpoint import EndpointError, QuestionRefused
-        from uae_jax.evaluation.judging import parse_verdict
+        from uae_jax.evaluation.judging import EndpointError, QuestionRefused, parse_verdict
 
         if self.endpoint.stop.is_set():
             return
@@ -291,7 +286,7 @@ def _verdicts(
     kinds = dict.fromkeys(known, "missing")
     records = read_records(options.answers) if options.answers.is_file() or not options.endpoint else []
     for number, record in enumerate(records, 1):
-        place = (str(record.get("image_id")), record.get("order"))
+        place = (str(record.get("image_id")), str(record.get("order")))
         if place not in known:
             raise ValueError(
                 f"{options.answers} record {number} answers image {place[0]!r} in order {place[1]!r}, which was not "

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from uae_jax.files.json_files import read_records
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tiff", ".webp")  # the official list
 PREFIX = "recon_"
+Pair = tuple[pathlib.Path, pathlib.Path]  # image, its reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,3 +99,43 @@ def read_rgb(path: pathlib.Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable image ({error})") from error
+
+
+def read_captions(path: str | pathlib.Path) -> dict[str, str]:
+    """Captions by image: lines {"image_id" (or "image", "file_name", whose stem it is): ..., "caption": text}.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a line without image or caption, an image twice, or no line at all.
+    """
+    found: dict[str, str] = {}
+    for number, record in enumerate(read_records(path), 1):
+        file = record.get("image", record.get("file_name", ""))
+        name = str(record.get("image_id", pathlib.PurePath(file).stem if isinstance(file, str) else ""))
+        caption = record.get("caption")
+        if not name or not isinstance(caption, str) or not caption.strip():
+            raise ValueError(f'{path} record {number} needs {{"image_id": ..., "caption": text}}')
+        if name in found:
+            raise ValueError(f"{path} has two captions of image {name}; keep one")
+        found[name] = caption.strip()
+    if not found:
+        raise ValueError(f"{path} holds no captions")
+    return found
+
+
+def image_files(folder: str | pathlib.Path, names: Sequence[str]) -> dict[str, pathlib.Path]:
+    """The file of each image, by its stem.
+
+    Raises:
+      FileNotFoundError: no such folder, or an image without a file in it.
+    """
+    if not pathlib.Path(folder).is_dir():
+        raise FileNotFoundError(f"folder {folder} does not exist; give the folder of the images")
+    files = {path.stem: path for path in sorted(pathlib.Path(folder).rglob("*")) if path.suffix.lower() in SUFFIXES}
+    missing = [name for name in names if name not in files]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} has no image {missing[0]} ({len(missing)} of {len(names)} are missing); leave out --images to "
+            "judge by text alone"
+        )
+    return {name: files[name] for name in names}

@@ -1,71 +1,28 @@
-"""Cosines of pairs of pictures under the benchmark's encoders, and the JSON with the official script's keys."""
+"""The scores of Unified-Bench: JSON with the official script's keys, and `report.html` with the image pairs."""
 
-import itertools
-import math
+import base64
+import io
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import jinja2
+from PIL import Image
 
-from uae_jax import trees
-from uae_jax.evaluation.encoders import BenchEncoder, image_features
-from uae_jax.evaluation.pairs import read_rgb
+from uae_jax.evaluation.pairs import Pair, read_rgb
+from uae_jax.files.whole import write_bytes
 from uae_jax.training.summary import interval
 
-Pair = tuple[pathlib.Path, pathlib.Path]
 Similarities = Mapping[str, Mapping[str, float | None]]
-
-
-def pair_cosines(
-    encoder: BenchEncoder, params: trees.Tree, pairs: Sequence[Pair], batch_size: int
-) -> Iterator[tuple[Pair, float | str]]:
-    """The cosine of each pair, in order; for a pair that cannot be read, what is wrong with it.
-
-    Images of the next batch are read while the present one is encoded. Every batch has one shape, so that the encoder
-    is compiled once.
-
-    Args:
-      encoder: opened.
-      params: its parameters.
-      pairs: (picture, reference).
-      batch_size: pairs in one compiled call.
-    """
-
-    def read(pair: Pair) -> list[np.ndarray] | str:
-        try:
-            return [encoder.pixels(read_rgb(path)) for path in pair]
-        except ValueError as error:
-            return str(error)
-
-    with ThreadPoolExecutor() as pool:
-        batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
-        waiting: list[Future] = []
-        for batch, following in itertools.zip_longest(batches, batches[1:], fillvalue=()):
-            waiting = waiting or [pool.submit(read, pair) for pair in batch]
-            coming = [pool.submit(read, pair) for pair in following]
-            results = [future.result() for future in waiting]
-            yield from zip(batch, _cosines(encoder, params, results, batch_size))
-            waiting = coming
-
-
-def _cosines(
-    encoder: BenchEncoder, params: trees.Tree, results: Sequence[list[np.ndarray] | str], size: int
-) -> list[float | str]:
-    read = [result for result in results if not isinstance(result, str)]
-    if not read:
-        return list(results)
-    filled = read + [read[-1]] * (size - len(read))
-    features = image_features(encoder, params, np.stack([pixels for pair in filled for pixels in pair])).astype(
-        np.float64
-    )
-    cosines = iter((features[0::2] * features[1::2]).sum(-1))
-    found = [result if isinstance(result, str) else float(next(cosines)) for result in results]
-    return [
-        value if isinstance(value, str) or math.isfinite(value) else "the encoder's features are not finite"
-        for value in found
-    ]
+THUMBNAIL = 224  # longest side in pixels
+# means x 100 over the 100 pictures of Unified-Bench: arXiv 2509.09666, table of protocol 1
+PUBLISHED = {
+    "UAE": {"clip": 90.50, "longclip": 94.35, "dinov2": 81.98, "dinov3": 77.54},
+    "GPT-4o-Image": {"clip": 90.42, "longclip": 94.37, "dinov2": 81.74, "dinov3": 77.27},
+    "BAGEL": {"clip": 88.97, "longclip": 93.35, "dinov2": 78.55, "dinov3": 73.05},
+    "Janus-Pro": {"clip": 88.72, "longclip": 93.45, "dinov2": 78.30, "dinov3": 70.61},
+    "UniWorld-V1": {"clip": 85.49, "longclip": 91.53, "dinov2": 72.12, "dinov3": 66.83},
+}
 
 
 def statistics(values: Sequence[float], total: int) -> dict[str, Any]:
@@ -91,8 +48,12 @@ def statistics(values: Sequence[float], total: int) -> dict[str, Any]:
 def image_means(similarities: Similarities) -> dict[str, float]:
     """The mean over all models of each picture that every model scored."""
     scored = list(similarities.values())
-    names = [name for name in (scored[0] if scored else ()) if all(model.get(name) is not None for model in scored)]
-    return {name: sum(model[name] for model in scored) / len(scored) for name in names}
+    found: dict[str, float] = {}
+    for name in scored[0] if scored else ():
+        values = [value for model in scored if (value := model.get(name)) is not None]
+        if len(values) == len(scored):
+            found[name] = sum(values) / len(values)
+    return found
 
 
 def results_json(models: Sequence[str], similarities: Similarities) -> dict[str, Any]:
@@ -127,3 +88,92 @@ def results_json(models: Sequence[str], similarities: Similarities) -> dict[str,
         "statistics_by_model": table,
         "summary": summary,
     }
+
+
+def thumbnail(path: pathlib.Path) -> str:
+    """A picture as a data URI: JPEG with the longest side cut to `THUMBNAIL`; small pictures as PNG, unchanged.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
+    image, data = read_rgb(path), io.BytesIO()
+    small = max(image.size) <= THUMBNAIL
+    if not small:
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    image.save(data, *(("PNG",) if small else ("JPEG",)), **({} if small else {"quality": 88}))
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def pair_rows(
+    similarities: Mapping[str, Mapping[str, float | None]],
+    pairs: Sequence[Pair],
+    captions: Mapping[str, str],
+    limit: int,
+) -> list[dict]:
+    """The pairs with the lowest mean over the models that scored them, lowest first, as the page shows them.
+
+    Args:
+      similarities: model to picture's file name to cosine.
+      pairs: (picture, reference).
+      captions: stem of the picture to its caption; may be empty.
+      limit: how many.
+    """
+    rows = []
+    for picture, reference in pairs:
+        scores = {
+            model: value for model, values in similarities.items() if (value := values.get(picture.name)) is not None
+        }
+        if scores:
+            rows.append(
+                {
+                    "name": picture.name,
+                    "scores": scores,
+                    "mean": sum(scores.values()) / len(scores),
+                    "picture": picture,
+                    "reference": reference,
+                    "caption": captions.get(picture.stem, ""),
+                }
+            )
+    rows.sort(key=lambda row: (row["mean"], row["name"]))
+    return [
+        {**row, "picture": thumbnail(row["picture"]), "reference": thumbnail(row["reference"])} for row in rows[:limit]
+    ]
+
+
+def write_page(
+    path: pathlib.Path, results: Mapping[str, Any], pairs: Sequence[Pair], captions: Mapping[str, str], limit: int
+) -> None:
+    """Writes the page.
+
+    Args:
+      path: of the page.
+      results: the JSON of the scores.
+      pairs, captions, limit: see `pair_rows`.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("uae_jax.evaluation", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    models = [model for model in results["model_types"] if model in results["statistics_by_model"]]
+    published = (
+        [
+            {
+                "name": name,
+                "scores": [row[model] for model in models],
+                "mean": sum(row[model] for model in models) / len(models),
+            }
+            for name, row in PUBLISHED.items()
+        ]
+        if models
+        else []
+    )
+    page = environment.get_template("unified_bench.html").render(
+        results=results,
+        models=models,
+        rows=pair_rows(results["similarities_by_model"], pairs, captions, limit),
+        published=published,
+        total=len(pairs),
+    )
+    write_bytes(path, page.encode("utf-8"))

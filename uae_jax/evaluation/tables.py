@@ -1,13 +1,15 @@
 """Tables as VLMEvalKit exchanges them: TSV with quotes, and plain .xlsx, without pandas."""
 
 import csv
+import datetime
 import io
 import pathlib
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 from xml.etree import ElementTree
-from xml.sax.saxutils import escape
 
 from uae_jax.files.whole import write_bytes
 
@@ -36,29 +38,9 @@ MISSING = frozenset(
     )
 )
 LONGEST_FIELD = 2**31 - 1  # images are base64 text in a field
-_SHEET = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
+LONGEST_CELL = 32767  # characters that a workbook's cell may hold
+FIRST_DAY = datetime.datetime(1980, 1, 1)  # a fixed date makes equal tables equal files
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
-_PARTS = {
-    "[Content_Types].xml": '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">'
-    '<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
-    '<Override PartName="/xl/workbook.xml" '
-    'ContentType="application/vnd.openxmlformats-officedocument.spreadsheetml.sheet.main+xml"/>'
-    '<Override PartName="/xl/worksheets/sheet1.xml" '
-    'ContentType="application/vnd.openxmlformats-officedocument.spreadsheetml.worksheet+xml"/></Types>',
-    "_rels/.rels": "<Relationships "
-    'xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="rId1" '
-    'Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument" '
-    'Target="xl/workbook.xml"/></Relationships>',
-    "xl/workbook.xml": '<workbook xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main" '
-    'xmlns:r="http://schemas.openxmlformats.org/officeDocument/2006/relationships"><sheets><sheet name="Sheet1" '
-    'sheetId="1" r:id="rId1"/>'
-    "</sheets></workbook>",
-    "xl/_rels/workbook.xml.rels": "<Relationships "
-    'xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship '
-    'Id="rId1" Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/worksheet" '
-    'Target="worksheets/sheet1.xml"/>'
-    "</Relationships>",
-}
 
 Line = dict[str, str]
 
@@ -98,16 +80,10 @@ def write_tsv(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
     write_bytes(path, text.getvalue().encode("utf-8"))
 
 
-def _column_name(number: int) -> str:
-    name = ""
-    while number >= 0:
-        number, letter = divmod(number, 26)
-        name, number = chr(65 + letter) + name, number - 1
-    return name
-
-
 def write_xlsx(path: pathlib.Path, rows: Sequence[Mapping[str, str]], numbers: Sequence[str] = ()) -> None:
     """Writes a workbook of one sheet through a temporary file; missing values are empty cells.
+
+    Text stays text: a value such as `=1+1` is no formula. A text longer than `LONGEST_CELL` is cut with a warning.
 
     Args:
       path: the file.
@@ -115,68 +91,75 @@ def write_xlsx(path: pathlib.Path, rows: Sequence[Mapping[str, str]], numbers: S
       numbers: columns of integers, which become numbers; all others are text. Characters that XML cannot hold become
         spaces.
     """
+    import openpyxl  # a command's --help does not need it
+    from openpyxl.cell import WriteOnlyCell
+
+    workbook = openpyxl.Workbook(write_only=True)
+    sheet = workbook.create_sheet("Sheet1")
+
+    def text_cell(text: str) -> Any:
+        text = _CONTROL.sub(" ", text)
+        if text[:1] not in ("=", "#"):
+            return text or None
+        cell = WriteOnlyCell(sheet, text)  # which openpyxl would take for a formula or an error
+        cell.data_type = "s"
+        return cell
+
     columns = list(rows[0])
-    sheet = ['<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><sheetData>']
-    for line, row in enumerate([dict(zip(columns, columns)), *rows], 1):
-        cells = []
-        for index, column in enumerate(columns):
-            value, cell = row[column], f"{_column_name(index)}{line}"
-            if column in numbers and line > 1:
-                cells.append(f'<c r="{cell}"><v>{int(value)}</v></c>')
-            elif value != "":
-                cells.append(
-                    f'<c r="{cell}" t="inlineStr"><is><t '
-                    f'xml:space="preserve">{escape(_CONTROL.sub(" ", value))}</t></is></c>'
-                )
-        sheet.append(f'<row r="{line}">{"".join(cells)}</row>')
-    sheet.append("</sheetData></worksheet>")
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in (*_PARTS.items(), ("xl/worksheets/sheet1.xml", "".join(sheet))):
-            # a fixed date makes equal tables equal files
-            part = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-            part.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(part, '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n' + text)
-    write_bytes(path, data.getvalue())
+    sheet.append([text_cell(column) for column in columns])
+    for row in rows:
+        sheet.append([int(row[name]) if name in numbers else text_cell(row[name]) for name in columns])
+    cut = sum(len(value) > LONGEST_CELL for row in rows for value in row.values())
+    if cut:
+        warnings.warn(f"{path} holds the first {LONGEST_CELL} characters of {cut} longer texts", stacklevel=2)
+    write_bytes(path, _workbook_bytes(workbook))
+
+
+def _workbook_bytes(workbook: Any) -> bytes:
+    """The file of an openpyxl workbook, with `FIRST_DAY` as every date."""
+    from openpyxl.writer.excel import ExcelWriter
+
+    workbook.properties.created = workbook.properties.modified = FIRST_DAY
+    dated, data = io.BytesIO(), io.BytesIO()
+    ExcelWriter(workbook, zipfile.ZipFile(dated, "w")).save()
+    with zipfile.ZipFile(dated) as parts, zipfile.ZipFile(data, "w") as archive:
+        for name in parts.namelist():
+            part = zipfile.ZipInfo(name, FIRST_DAY.timetuple()[:6])
+            archive.writestr(part, parts.read(name), zipfile.ZIP_DEFLATED)
+    return data.getvalue()
 
 
 def read_xlsx(path: pathlib.Path) -> list[Line]:
-    """The rows of the first sheet of a workbook as {column: text}; numbers are written as they are stored.
+    """The rows of the first sheet of a workbook as {column: text}; of a formula its last result.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: it is not a workbook, or has no rows.
     """
+    import openpyxl
+
     if not path.is_file():
         raise FileNotFoundError(f"table {path} does not exist")
     try:
-        with zipfile.ZipFile(path) as archive:
-            strings = _shared_strings(archive)
-            sheet = ElementTree.fromstring(archive.read("xl/worksheets/sheet1.xml"))
-    except (zipfile.BadZipFile, KeyError, ElementTree.ParseError) as error:
+        workbook = openpyxl.load_workbook(io.BytesIO(path.read_bytes()), read_only=True, data_only=True)
+        sheet = workbook.worksheets[0]
+        sheet.reset_dimensions()  # some programs note a wrong size
+        rows = [row for row in sheet.iter_rows(values_only=True) if any(cell is not None for cell in row)]
+    except (zipfile.BadZipFile, ElementTree.ParseError, OSError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not an .xlsx workbook ({error})") from error
-    rows = [
-        {re.match("[A-Z]+", cell.get("r", "A"))[0]: _cell_text(cell, strings) for cell in row.iter(f"{_SHEET}c")}
-        for row in sheet.iter(f"{_SHEET}row")
-    ]
     if len(rows) < 2:
         raise ValueError(f"{path} has no rows")
-    header, *rows = rows
-    return [{name: row.get(letter, "") for letter, name in header.items()} for row in rows]
+    columns = {index: str(name) for index, name in enumerate(rows[0]) if name is not None}
+    return [
+        {name: _cell_text(row[index]) if index < len(row) else "" for index, name in columns.items()}
+        for row in rows[1:]
+    ]
 
 
-def _shared_strings(archive: zipfile.ZipFile) -> list[str]:
-    if "xl/sharedStrings.xml" not in archive.namelist():
-        return []
-    root = ElementTree.fromstring(archive.read("xl/sharedStrings.xml"))
-    return ["".join(text.text or "" for text in item.iter(f"{_SHEET}t")) for item in root.iter(f"{_SHEET}si")]
-
-
-def _cell_text(cell: ElementTree.Element, strings: Sequence[str]) -> str:
-    if cell.get("t") == "inlineStr":
-        return "".join(text.text or "" for text in cell.iter(f"{_SHEET}t"))
-    value = cell.findtext(f"{_SHEET}v") or ""
-    return strings[int(value)] if cell.get("t") == "s" else value
+def _cell_text(value: Any) -> str:
+    if value is None:
+        return ""
+    return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def read_table(path: pathlib.Path) -> list[Line]:

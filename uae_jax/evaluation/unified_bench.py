@@ -3,13 +3,13 @@
 Scores two folders, as the official script does:
 
     python -m uae_jax.evaluate unified_bench --ref_dir=originals --gen_dir=drawn --output=scores.json \\
-        --clip=clip-vit-large-patch14 --longclip=longclip-L.pt --dinov2=dinov2-large
+        --clip=clip-vit-large-patch14 --longclip=longclip-L.pt --dinov2=dinov2-large \\
         --dinov3=dinov3-vitl16-pretrain-lvd1689m
 
 or lets a model caption and redraw a folder of images first; a run that was cut off continues where it stopped:
 
-    python -m uae_jax.evaluate unified_bench --images=originals --checkpoint=UAE --out=bench
-    --clip=clip-vit-large-patch14
+    python -m uae_jax.evaluate unified_bench --images=originals --checkpoint=UAE --out=bench \\
+        --clip=clip-vit-large-patch14
 
 A picture belongs to the reference of the same file name, else of the same stem, else of its stem after `recon_`. What
 cannot be scored is listed under `errors` in the JSON, and the exit code is then 1; the scores of the rest are written
@@ -42,31 +42,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     folders = parser.add_argument_group("to score two folders")
     folders.add_argument("--ref_dir", metavar="DIR", help="the originals")
     folders.add_argument("--gen_dir", metavar="DIR", help="the pictures to score")
-    model = parser.add_argument_group("to run a model first")
-    model.add_argument("--images", metavar="DIR", help="the originals")
-    model.add_argument(
+    first = parser.add_argument_group("to run a model first")
+    first.add_argument("--images", metavar="DIR", help="the originals")
+    first.add_argument(
         "--out",
         type=pathlib.Path,
         metavar="DIR",
         help="where captions.jsonl, reconstructions/, scores and page are written",
     )
-    add_model_flags(model)
+    add_model_flags(parser)
     parser.add_argument(
         "--output", type=pathlib.Path, metavar="FILE", help="the scores (default with --out: unified_bench.json in it)"
     )
     parser.add_argument(
         "--report", type=pathlib.Path, metavar="FILE", help="the page (default: report.html beside the scores)"
     )
-    parser.add_argument(
-        "--report_pairs", type=int, default=200, metavar="N", help="pairs on the page (default: %(default)s)"
-    )
+    parser.add_argument("--report_pairs", type=int, default=200, metavar="N", help="pairs on the page")
     parser.add_argument(
         "--encoder_batch_size",
         type=int,
         default=8,
         metavar="N",
-        help="pairs in one call of an encoder (default: %(default)s)",
+        help="pairs in one call of an encoder",
     )
+    parser.set_defaults(run=run)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -103,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
     errors: list[dict[str, str]] = []
     ref_dir, gen_dir, captions = options.ref_dir, options.gen_dir, {}
     if options.images:
-        from uae_jax.evaluation.reconstructions import CAPTIONS, PICTURES
+        from uae_jax.evaluation.drawing import CAPTIONS, PICTURES
 
         errors += _reconstruct(options)
         ref_dir, gen_dir = options.images, str(options.out / PICTURES)
@@ -112,8 +111,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _reconstruct(options: argparse.Namespace) -> list[dict[str, str]]:
+    from uae_jax.evaluation.drawing import SETTINGS, write_reconstructions
     from uae_jax.evaluation.pairs import find_images
-    from uae_jax.evaluation.reconstructions import SETTINGS, write_reconstructions
     from uae_jax.evaluation.run_settings import model_settings
 
     images = find_images(options.images)
@@ -130,9 +129,8 @@ def _score(
     errors: list[dict[str, str]],
 ) -> None:
     """Scores two folders, writes JSON and page, prints the means."""
-    from uae_jax.evaluation.page import write_page
     from uae_jax.evaluation.pairs import find_images, match_images, unread_images
-    from uae_jax.evaluation.scores import results_json
+    from uae_jax.evaluation.scores import results_json, write_page
 
     pictures, references = find_images(gen_dir), find_images(ref_dir)
     pairs = match_images(pictures, references)
@@ -192,7 +190,7 @@ def _score_encoder(
     errors: list[dict[str, str]],
 ) -> None:
     """Fills in one encoder's scores as they come."""
-    from uae_jax.evaluation.scores import pair_cosines
+    from uae_jax.evaluation.encoders import pair_cosines
 
     try:
         params = encoder.source.load()
@@ -204,7 +202,7 @@ def _score_encoder(
     for (picture, _), score in tqdm(
         pair_cosines(encoder, params, pairs, batch_size), total=len(pairs), desc=encoder.name, disable=None
     ):
-        if isinstance(score, float):
+        if not isinstance(score, str):
             scores[picture.name] = score
         elif (str(picture), score) not in known:
             errors.append({"image": str(picture), "error": score})

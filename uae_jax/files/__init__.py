@@ -1,1 +1,1 @@
-"""Files that are whole or not there, JSON and JSON lines, pictures; imports nothing slow and nothing of the package."""
+"""Files written completely or not at all: JSON, JSON lines, images. Imports nothing slow and nothing of the package."""

@@ -1,5 +1,6 @@
-"""JSON files, written whole; JSON-lines files too, and read with every fault named by its line."""
+"""JSON and JSON-lines files, written completely or not at all, and read with an error message for each bad line."""
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -18,7 +19,7 @@ def read_json(folder: str | pathlib.Path, name: str = "config.json") -> dict[str
     """
     path = pathlib.Path(folder) / name
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; copy it from where the weights come from")
+        raise FileNotFoundError(f"{path} does not exist; copy it from the source of the weights")
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -26,24 +27,22 @@ def read_json(folder: str | pathlib.Path, name: str = "config.json") -> dict[str
 
 
 def write_json(path: str | pathlib.Path, value: Any, indent: int = 2) -> None:
-    """Writes a JSON file, whole or not at all, in a folder that is made if absent."""
+    """Writes a JSON file completely or not at all; creates the folder if absent."""
     write_bytes(path, (json.dumps(value, indent=indent) + "\n").encode("utf-8"))
 
 
 def json_digest(value: Any) -> str:
-    """Sixteen hexadecimal digits that tell one value from another; keys in any order, what JSON has no form for as its
-    text.
-    """
+    """A digest of a value, 16 hexadecimal digits, independent of the order of keys; non-JSON values enter as text."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def write_json_lines(path: str | pathlib.Path, values: Iterable[Any]) -> None:
-    """Writes one JSON value a line, whole or not at all, in a folder that is made if absent."""
+    """Writes one JSON value per line, completely or not at all; creates the folder if absent."""
     write_bytes(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode("utf-8"))
 
 
 def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file of ours; a last line that a kill cut off (no newline, not JSON) is left out.
+    """The objects of a JSON-lines file of ours, without a last line that a kill truncated (no newline, not JSON).
 
     Raises:
       FileNotFoundError: no such file.
@@ -51,31 +50,29 @@ def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; it should hold one JSON object a line")
+        raise FileNotFoundError(f"{path} does not exist; it should hold one JSON object per line")
     *lines, last = path.read_bytes().split(b"\n")
-    found = [value for _, value in _objects(lines, path)]
-    try:
-        found += [value for _, value in _objects([last], path)]
-    except ValueError:
-        pass
+    found = [value for _, value in json_objects(lines, path)]
+    with contextlib.suppress(ValueError):
+        found += [value for _, value in json_objects([last], path)]
     return found
 
 
 def read_objects(path: pathlib.Path, needed: Mapping[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file of others; blank lines are passed over.
+    """The objects of a benchmark's JSON-lines file, without blank lines.
 
     Args:
       path: the file.
-      needed: fields that every object has, and their types.
+      needed: fields that every object needs, and their types.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a line that is not an object with these fields (named by number), or no line at all.
+      ValueError: an empty file, or a line that is not an object with these fields; the message has its number.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the file of the benchmark")
     found = []
-    for where, value in _objects(path.read_bytes().split(b"\n"), path):
+    for where, value in json_objects(path.read_bytes().split(b"\n"), path):
         for name, kind in needed.items():
             if name not in value:
                 raise ValueError(f"{where} has no {name!r}; it has {sorted(value)}")
@@ -87,15 +84,19 @@ def read_objects(path: pathlib.Path, needed: Mapping[str, type | tuple[type, ...
     return found
 
 
-def _objects(lines: Iterable[bytes], path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, object) of every line that is not blank."""
+def json_objects(lines: Iterable[bytes], path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place for messages, object) of every line that is not blank.
+
+    Raises:
+      ValueError: a line is not a JSON object; the message has its number.
+    """
     for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{path} line {number}"
             try:
                 value = json.loads(line.decode("utf-8"))
             except ValueError as error:
-                raise ValueError(f"{where} is not JSON ({error}); mend or delete that line") from error
+                raise ValueError(f"{where} is not JSON ({error}); correct or delete that line") from error
             if not isinstance(value, dict):
-                raise ValueError(f"{where} is not a JSON object; write one object a line")
+                raise ValueError(f"{where} is not a JSON object; write one object per line")
             yield where, value

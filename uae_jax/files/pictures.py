@@ -1,26 +1,26 @@
-"""Pictures, written whole."""
+"""Images, written completely or not at all."""
 
 import io
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uae_jax.files.whole import write_bytes
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SAVING = {".png": dict(format="PNG"), ".jpg": dict(format="JPEG", quality=95, subsampling=0)}
+SAVING: dict[str, dict[str, Any]] = {".png": dict(format="PNG"), ".jpg": dict(format="JPEG", quality=95, subsampling=0)}
 
 
 def save_picture(image: "Image.Image", path: pathlib.Path, caption: str | None = None) -> None:
-    """Writes a PNG or a JPEG, whole or not at all, in a folder that is made if absent.
+    """Writes a PNG or a JPEG completely or not at all; creates the folder if absent.
 
     Args:
-      image: what to write.
+      image: the image to write.
       path: the file; `.png` or `.jpg`.
-      caption: goes into the metadata of a PNG.
+      caption: metadata of a PNG.
     """
-    from PIL.PngImagePlugin import PngInfo  # a command's --help does not need it
+    from PIL.PngImagePlugin import PngInfo  # only here, so that a command's --help starts without PIL
 
     data, given = io.BytesIO(), dict(SAVING[path.suffix])
     if caption is not None:

@@ -1,6 +1,4 @@
-"""Low-rank adapters in the files of peft and diffusers, matched to the linear maps of a model's table (LoRA, arXiv
-2106.09685).
-"""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) in the files of peft and diffusers, matched to a model's linear layers."""
 
 import dataclasses
 import json
@@ -12,13 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from numpy.typing import DTypeLike
 from safetensors import safe_open
 
 from uae_jax import trees
 from uae_jax.hf.rules import Rule, canonical, listed, load_params
-from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.hf.safetensors import Tensors
 
-# the adapter's name that peft has in memory, and diffusers' older words for the two factors
+# peft's name of the adapter in memory, and diffusers' older names of the two factors
 LEAVES = (
     (r"\.lora[._]down\.weight$", ".lora_A.weight"),
     (r"\.lora[._]up\.weight$", ".lora_B.weight"),
@@ -26,11 +25,11 @@ LEAVES = (
 )
 FACTOR = r"(.+)\.lora_([AB])\.weight"
 ALPHA = r"(.+)\.alpha"
-SPECIAL = r".*(\.lora_|lora_magnitude_vector|\.dora_scale).*"  # factors of other kinds of adapter
-HEADER = "lora_adapter_metadata"  # key of the safetensors header in which diffusers keeps the settings
+SPECIAL = r".*(\.lora_|lora_magnitude_vector|\.dora_scale).*"  # factors of other kinds of adapters
+HEADER = "lora_adapter_metadata"  # key of diffusers' settings in the safetensors header
 DIFFUSERS_PREFIX = "transformer."
 NOT_A_FACTOR = r"(?!.*\.lora_[AB]\.weight$).*"
-LAYER = r"^(.*\.)?(layers|blocks|transformer_blocks)\.\d+\."  # what stands before the name of a module in its layer
+LAYER = r"^(.*\.)?(layers|blocks|transformer_blocks)\.\d+\."  # the prefix of a module in a layer
 PLAIN = (
     "use_dora",
     "lora_bias",
@@ -44,38 +43,39 @@ PLAIN = (
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """An adapter that was read.
+    """The factors of an adapter.
 
     Attributes:
       tree: `a` `[..., in, rank]` and `b` `[..., rank, out]` of each adapted module, nested by the names of the table.
-      alpha: numerator of the scale: `alpha / rank` in every module.
-      tensors: how many tensors of the folder were taken.
+      alpha: numerator of the scale `alpha / rank`, one for all modules.
+      tensors: number of tensors that were read.
     """
 
-    tree: dict
+    tree: dict[str, Any]
     alpha: float
     tensors: int
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter in its files, understood but not read.
+    """An adapter in its files: names, shapes and settings, without the factors.
 
     Attributes:
-      folder: its tensors.
+      folder: the adapter's tensors.
       pairs: adapted module, by the base model's names, to the names in the files of its factors `A` `[r, in]` and `B`
         `[out, r]`.
-      modules: the base model's linear maps and their rules; only those of `pairs` where the base is not known.
-      abstract: shapes of the base model, or those that the factors say.
+      modules: the base model's linear layers and their rules; only those of `pairs` if the base model is unknown.
+      abstract: shapes of the base model, or shapes derived from the factors.
       aliases: pairs that turn the names in the files into those of the table.
       settings: of `read_settings`.
-      alpha: numerator of the scale, which is `alpha / rank` in every module.
-      assumed: whether nothing in the files says alpha.
-      missing, unknown: names of factors that are absent, and of tensors that have no place.
-      problems: what of this, or of the settings, makes the adapter unusable; one sentence each.
+      alpha: numerator of the scale `alpha / rank`, one for all modules.
+      assumed: whether alpha is a default, because the files do not state alpha.
+      missing: names of absent factors.
+      unknown: names of tensors without a place.
+      problems: one sentence for each reason why the adapter is unusable.
     """
 
-    folder: TensorFolder
+    folder: Tensors
     pairs: dict[str, dict[str, str]]
     modules: dict[str, Rule]
     abstract: trees.Tree
@@ -89,7 +89,7 @@ class AdapterFiles:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank of each adapted module, from whichever factor is there."""
+        """The rank of each adapted module, from factor A or, without A, from B."""
         return {
             module: self.folder.shape(pair["A"])[0] if "A" in pair else self.folder.shape(pair["B"])[-1]
             for module, pair in self.pairs.items()
@@ -100,7 +100,7 @@ def peft_settings(ranks: Mapping[str, int], alpha: float) -> dict[str, Any]:
     """The contents of peft's `adapter_config.json`.
 
     Args:
-      ranks: rank by the ending of the names of the adapted modules.
+      ranks: rank by ending of the names of the adapted modules.
       alpha: numerator of the scale.
     """
     rank = max(ranks.values())
@@ -120,11 +120,11 @@ def peft_settings(ranks: Mapping[str, int], alpha: float) -> dict[str, Any]:
 
 
 def by_ending(ranks: Mapping[str, int], modules: Iterable[str]) -> dict[str, int]:
-    """The ranks by endings without the layer, where these mean exactly the same modules with the same ranks.
+    """The ranks by endings without the layer, if the endings match exactly the same modules with the same ranks.
 
     Args:
-      ranks: rank by the name of the adapted module.
-      modules: all names that an ending may mean.
+      ranks: rank by name of the adapted module.
+      modules: all names that an ending may match.
     """
     short = {re.sub(LAYER, "", name): rank for name, rank in sorted(ranks.items())}
     meant = {name: rank for name in modules for ending, rank in short.items() if f".{name}".endswith(f".{ending}")}
@@ -132,7 +132,7 @@ def by_ending(ranks: Mapping[str, int], modules: Iterable[str]) -> dict[str, int
 
 
 def survey_adapter(
-    folder: TensorFolder,
+    folder: Tensors,
     rules: Sequence[Rule] | None,
     abstract: trees.Tree,
     *,
@@ -140,23 +140,21 @@ def survey_adapter(
     parts: tuple[str, ...] = (),
     others: str = "",
 ) -> AdapterFiles:
-    """Finds out what an adapter of any of a model's linear maps holds, from names, shapes and settings alone.
+    """Describes an adapter of a model's linear layers from names, shapes and settings.
 
-    The scale comes from `adapter_config.json`, from the header that diffusers writes, or from `alpha` tensors. Without
-    any, alpha is the rank in diffusers' files, as diffusers reads them, and otherwise twice the rank, as in the UAE
-    release.
+    The scale comes from `adapter_config.json`, from diffusers' header, or from `alpha` tensors. The default alpha is
+    the rank in diffusers' files, as in diffusers, and otherwise twice the rank, as in the UAE release.
 
     Args:
-      folder: a peft folder, a folder or file of diffusers, or a whole wrapped model.
-      rules: the table of the base model; its `dense` kernels can be adapted. None where the base is not known.
+      folder: a peft folder, a folder or file of diffusers, or a complete wrapped model.
+      rules: the table of the base model, whose `dense` kernels can be adapted; None if the base model is unknown.
       abstract: shapes of the base model.
       aliases: pairs that turn other names into those of the table.
-      parts: first names of ours that an adapter may leave out as a whole, such as `vision`.
-      others: regular expression of names that may stand beside the adapter.
+      parts: first words of our names that an adapter may leave out completely, such as `vision`.
+      others: regular expression of names allowed beside the adapter.
 
     Raises:
-      ValueError: no adapter tensor at all, settings that cannot be read or of another kind of adapter. What else is
-        wrong is in `problems`.
+      ValueError: no adapter tensor, unreadable settings, or another kind of adapter. Other errors are in `problems`.
     """
     aliases = (*aliases, *LEAVES)
     pairs, alphas, special = _survey(folder, aliases, others)
@@ -195,14 +193,14 @@ def survey_adapter(
     return dataclasses.replace(files, alpha=alpha, assumed=assumed, problems=tuple(problems))
 
 
-def read_adapter(files: AdapterFiles, dtype: np.dtype | None = None) -> Adapter:
-    """Reads an adapter that was surveyed; layers that it leaves out of a stack have zero factors.
+def read_adapter(files: AdapterFiles, dtype: DTypeLike | None = None) -> Adapter:
+    """Reads the factors of an adapter. Layers of a stack without factors get zero factors.
 
-    A scale that nothing in the files says is told by a warning.
+    A default alpha gives a warning.
 
     Args:
       files: of `survey_adapter`, with the base model's table.
-      dtype: precision to store the factors in; None keeps that of the files.
+      dtype: precision to store the factors in; None keeps the precision of the files.
 
     Raises:
       ValueError: a tensor without its pair, of another model, or of another kind of adapter; modules that the settings
@@ -213,13 +211,13 @@ def read_adapter(files: AdapterFiles, dtype: np.dtype | None = None) -> Adapter:
     if files.assumed:
         rule = "the rank, as diffusers does" if _is_diffusers(files.folder) else "twice the rank, as in the UAE release"
         warnings.warn(
-            f"{files.folder.path} does not say its lora_alpha; {files.alpha:g} is taken, {rule}; "
+            f"{files.folder.path} does not state lora_alpha; {files.alpha:g} is used, {rule}; "
             "put an adapter_config.json beside it if that is wrong",
             stacklevel=2,
         )
     count = 2 * len(files.pairs)
     logging.info(
-        "adapter %s: %d of %d linear maps, %d tensors, alpha %g",
+        "adapter %s: %d of %d linear layers, %d tensors, alpha %g",
         files.folder.path,
         len(files.pairs),
         len(files.modules),
@@ -232,17 +230,18 @@ def read_adapter(files: AdapterFiles, dtype: np.dtype | None = None) -> Adapter:
     return Adapter(tree, files.alpha, count)
 
 
-def adapter_table(files: AdapterFiles) -> tuple[list[Rule], dict, dict[str, tuple[int, list[int]]]]:
-    """The table of an adapter's factors, stacked as the kernels are, with their shapes.
+def adapter_table(files: AdapterFiles) -> tuple[list[Rule], dict[str, Any], dict[str, tuple[int, list[int]]]]:
+    """The table of an adapter's factors, stacked like the kernels, with their shapes.
 
     Returns:
-      Rules and shapes for `hf.rules.load_params`, and by leaf the layers of the whole stack and those that are adapted,
-      where these are not all.
+      Rules and shapes for `hf.rules.load_params`. For partly adapted stacks, also by leaf the number of layers in the
+      stack and the positions of the adapted ones.
 
     Raises:
       ValueError: ranks differ within a stack.
     """
-    kernels, ranks, rules, shapes, partial = trees.flatten(files.abstract), files.ranks, [], {}, {}
+    kernels, ranks, rules, shapes = trees.flatten(files.abstract), files.ranks, [], {}
+    partial: dict[str, tuple[int, list[int]]] = {}
     for rule in {files.modules[module].ours: files.modules[module] for module in ranks}.values():
         ours = rule.ours.removesuffix("/kernel")
         adapted = [source.removesuffix(".weight") in ranks for source in rule.sources()]
@@ -255,22 +254,22 @@ def adapter_table(files: AdapterFiles) -> tuple[list[Rule], dict, dict[str, tupl
             rules.append(Rule(f"{ours}/{leaf}", theirs, "dense", numbers))
             stack = () if numbers is None else (len(numbers),)
             shapes[f"{ours}/{leaf}"] = jax.ShapeDtypeStruct((*stack, *shape), np.float32)
-            if numbers != rule.layers:
+            if rule.layers and numbers and numbers != rule.layers:
                 partial[f"{ours}/{leaf}"] = (len(rule.layers), [rule.layers.index(number) for number in numbers])
     return rules, trees.unflatten(shapes), partial
 
 
 def _fill(leaf: np.ndarray, layers: int, places: list[int]) -> np.ndarray:
-    """The stack of all layers, zero where the adapter has none."""
+    """The stack of all layers, with zeros for layers without factors."""
     whole = np.zeros((layers, *leaf.shape[1:]), leaf.dtype)
     whole[places] = leaf
     return whole
 
 
 def _survey(
-    folder: TensorFolder, aliases: Sequence[tuple[str, str]], others: str
+    folder: Tensors, aliases: Sequence[tuple[str, str]], others: str
 ) -> tuple[dict[str, dict[str, str]], dict[str, float], list[str]]:
-    """The names of the factors of each adapted module, alpha where a tensor holds it, and names of no plain adapter."""
+    """The names of each module's factors, alpha by module from `alpha` tensors, and names of no plain adapter."""
     pairs: dict[str, dict[str, str]] = {}
     alphas, unknown = {}, []
     for name in sorted(folder.names()):
@@ -286,8 +285,8 @@ def _survey(
     return pairs, alphas, unknown
 
 
-def _own_table(folder: TensorFolder, pairs: Mapping[str, Mapping[str, str]]) -> tuple[list[Rule], dict]:
-    """The linear maps that an adapter itself tells of, where its base model is not known."""
+def _own_table(folder: Tensors, pairs: Mapping[str, Mapping[str, str]]) -> tuple[list[Rule], dict[str, Any]]:
+    """The table and shapes of the adapted linear layers, derived from the factors."""
     rules = [Rule(f"{module}/kernel", f"{module}.weight", "dense") for module in pairs]
     shapes = {
         f"{module}/kernel": jax.ShapeDtypeStruct((folder.shape(pair["A"])[-1], folder.shape(pair["B"])[0]), np.float32)
@@ -298,9 +297,9 @@ def _own_table(folder: TensorFolder, pairs: Mapping[str, Mapping[str, str]]) -> 
 
 
 def _problems(
-    folder: TensorFolder, special: list[str], foreign: list[str], halves: list[str], absent: list[str], told: bool
+    folder: Tensors, special: list[str], foreign: list[str], halves: list[str], absent: list[str], told: bool
 ) -> list[str]:
-    """A sentence for each kind of tensors that are too many or too few."""
+    """One sentence for each kind of extra or missing tensors."""
     path, problems = folder.path, []
     if special:
         problems.append(
@@ -309,7 +308,7 @@ def _problems(
         )
     if foreign:
         problems.append(
-            f"{path} adapts modules that this model does not have as linear maps; unknown: {listed(foreign)} in "
+            f"{path} adapts modules that this model does not have as linear layers; unknown: {listed(foreign)} in "
             f"{folder.file(foreign[0])}. Check that the adapter belongs to this model"
         )
     if halves:
@@ -331,17 +330,17 @@ def _other(name: str, letter: str) -> str:
     return name
 
 
-def _is_diffusers(folder: TensorFolder) -> bool:
+def _is_diffusers(folder: Tensors) -> bool:
     files = {file.name for file in folder.files.values()}
     prefixed = any(name.startswith(DIFFUSERS_PREFIX) for name in folder.names())
     return prefixed or files == {"pytorch_lora_weights.safetensors"}
 
 
-def read_settings(folder: TensorFolder) -> dict[str, Any]:
-    """The adapter's settings: peft's `adapter_config.json`, or what diffusers writes in the header; empty without both.
+def read_settings(folder: Tensors) -> dict[str, Any]:
+    """The adapter's settings from peft's `adapter_config.json` or diffusers' header; empty without both.
 
     Raises:
-      ValueError: not JSON, or a kind of adapter other than plain LoRA; the field is named.
+      ValueError: not JSON, or a kind of adapter other than plain LoRA; the message has the field.
     """
     file = (folder.path if folder.path.is_dir() else folder.path.parent) / "adapter_config.json"
     text = file.read_text() if file.exists() else None
@@ -360,9 +359,8 @@ def read_settings(folder: TensorFolder) -> dict[str, Any]:
         for name, plain in (("peft_type", "LORA"), ("bias", "none"))
         if settings.get(name, plain) not in (plain, None)
     ]
-    wrong += [
-        name for name in ("alpha_pattern",) if set((settings.get(name) or {}).values()) - {settings.get("lora_alpha")}
-    ]
+    if set((settings.get("alpha_pattern") or {}).values()) - {settings.get("lora_alpha")}:
+        wrong.append("alpha_pattern")
     if wrong:
         raise ValueError(f"{file}: {wrong[0]}={settings[wrong[0]]!r} is not supported; only plain LoRA adapters are")
     return settings
@@ -371,7 +369,9 @@ def read_settings(folder: TensorFolder) -> dict[str, Any]:
 def _absent(
     pairs: Mapping[str, Any], modules: Mapping[str, Rule], settings: Mapping[str, Any], *, allow_subset: bool
 ) -> list[str]:
-    """Modules that the settings name and the files lack; without settings, an adapted module is so in all layers."""
+    """Modules that the settings name and the files lack. Without settings, an adapted module has to be adapted in all
+    layers.
+    """
     if not settings:
         rules = set() if allow_subset else {modules[module].ours for module in pairs}
         expected = {module for module, rule in modules.items() if rule.ours in rules}
@@ -379,16 +379,16 @@ def _absent(
         expected = set()
     else:
         targets = settings.get("target_modules") or ()
-        # a regular expression is about the names in a model that is not here
+        # a regular expression would need the names of the wrapped model
         targets = () if isinstance(targets, str) else tuple(targets)
         expected = {module for module in modules if any(f".{module}".endswith(f".{target}") for target in targets)}
     return sorted(expected - set(pairs))
 
 
 def _alpha(
-    folder: TensorFolder, settings: Mapping[str, Any], alphas: Mapping[str, float], ranks: set[int], by_diffusers: bool
+    folder: Tensors, settings: Mapping[str, Any], alphas: Mapping[str, float], ranks: set[int], by_diffusers: bool
 ) -> tuple[float, bool]:
-    """The one numerator of the scale of all modules, and whether nothing in the files says it."""
+    """The numerator of the scale of all modules, and whether the numerator is a default."""
     if settings.get("lora_alpha") is not None:
         alpha = float(settings["lora_alpha"])
         if not settings.get("use_rslora"):
@@ -402,7 +402,7 @@ def _alpha(
     return float(max(ranks) * (1 if by_diffusers else 2)), True
 
 
-def _check_one(folder: TensorFolder, what: str, values: set) -> None:
+def _check_one(folder: Tensors, what: str, values: set[Any]) -> None:
     if len(values) > 1:
         raise ValueError(
             f"{folder.path} has different {what} {sorted(values)}; only one scale for all modules is supported"

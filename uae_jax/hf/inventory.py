@@ -1,4 +1,4 @@
-"""What a folder of weights holds, beside what a model needs: names and shapes."""
+"""Names and shapes in a folder of weights, compared with those that a model needs."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from uae_jax import trees
 from uae_jax.hf.rules import Rule, canonical
-from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.hf.safetensors import Tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,9 +16,10 @@ class Fit:
     """How the tensors of a folder fit a model.
 
     Attributes:
-      published: the model's tensors that are there: canonical name to the name in the files.
-      expected: number of tensors that the model has.
-      missing, unknown: canonical names that the folder lacks; names in the files that the model has not.
+      published: canonical name to name in the files, of the model's tensors that the folder has.
+      expected: number of tensors of the model.
+      missing: canonical names that the folder lacks.
+      unknown: names in the files that the model lacks.
       misshapen: one sentence for each tensor of another shape.
     """
 
@@ -30,21 +31,21 @@ class Fit:
 
     @property
     def matched(self) -> int:
-        """Tensors that fit."""
+        """The number of tensors that fit."""
         return self.expected - len(self.missing) - len(self.misshapen)
 
 
 def compare(
-    folder: TensorFolder,
+    folder: Tensors,
     rules: Sequence[Rule],
     abstract: trees.Tree,
     *,
     aliases: Sequence[tuple[str, str]] = (),
     ignore: str = "",
 ) -> Fit:
-    """The tensors of a folder beside a model's table; the arguments are those of `hf.rules.load_params`.
+    """Compares the headers of a folder with a model's table; raises nothing.
 
-    Only headers are read, and nothing is raised: everything that does not fit is in the result.
+    The arguments are those of `hf.rules.load_params`.
     """
     wanted = trees.flatten(abstract)
     published, unknown = {}, []
@@ -78,9 +79,7 @@ def compare(
 
 
 def cut_short(path: str | pathlib.Path) -> str | None:
-    """What is lost of a safetensors file, or of the first such file of a folder, that is not complete; None if all are
-    whole.
-    """
+    """One sentence on the first truncated safetensors file of a folder, or on one file; None if all are complete."""
     path = pathlib.Path(path)
     for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
         size = file.stat().st_size
@@ -93,10 +92,10 @@ def cut_short(path: str | pathlib.Path) -> str | None:
                 name: 8 + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
             }
         except (ValueError, KeyError, TypeError, AttributeError):
-            return f"{file} has no readable header; it is cut short or not a safetensors file, copy it again"
-        lost = sorted((name for name in ends if ends[name] > size), key=ends.get)
+            return f"{file} has no readable header; the file is truncated or not safetensors, copy it again"
+        lost = sorted((name for name in ends if ends[name] > size), key=lambda name: ends[name])
         if lost:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-            short = f"{file} is cut short: {size:,} of {max(ends.values()):,} bytes"
+            short = f"{file} is truncated: {size:,} of {max(ends.values()):,} bytes"
             return f"{short}, without the end of {lost[0]}{more}; copy it again"
     return None

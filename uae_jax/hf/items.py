@@ -1,22 +1,24 @@
-"""Tensors that are read when they are written, so that a model larger than memory can go from file to file."""
+"""Tensors read at the time of writing, so that a model larger than memory can go from file to file."""
 
 import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from uae_jax.hf.finite import count_non_finite
-from uae_jax.hf.safetensors import TensorFolder, dtype_name, write_tensors
+from uae_jax.hf.safetensors import Tensors, dtype_name, write_tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A tensor that is read when it is written.
+    """A tensor read at the time of writing.
 
     Attributes:
-      name: in the file that is written.
+      name: in the written file.
       shape, dtype: of the result of `read`.
       read: makes the array.
       source: file and name for messages.
@@ -34,8 +36,8 @@ class Item:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def stored_items(folder: TensorFolder, names: Iterable[tuple[str, str]]) -> list[Item]:
-    """Items for (name to write, name in the folder) pairs, in their stored precision."""
+def stored_items(folder: Tensors, names: Iterable[tuple[str, str]]) -> list[Item]:
+    """Items for pairs (name to write, name in the folder), in the stored precision."""
     return [
         Item(
             name,
@@ -48,8 +50,8 @@ def stored_items(folder: TensorFolder, names: Iterable[tuple[str, str]]) -> list
     ]
 
 
-def cast(items: Iterable[Item], dtype: np.dtype | None) -> list[Item]:
-    """The items in another precision (floats only; rounded to nearest even); None keeps what is stored."""
+def cast(items: Iterable[Item], dtype: DTypeLike | None) -> list[Item]:
+    """The items with floats rounded to nearest even in another precision; None keeps the stored precision."""
     if dtype is None:
         return list(items)
     dtype = np.dtype(dtype)
@@ -64,7 +66,7 @@ def cast(items: Iterable[Item], dtype: np.dtype | None) -> list[Item]:
 
     return [
         dataclasses.replace(item, dtype=dtype, read=lambda item=item: converted(item))
-        if item.dtype.kind == "f" or item.dtype.name.startswith(("bfloat", "float"))
+        if jnp.issubdtype(item.dtype, np.floating)
         else item
         for item in items
     ]
@@ -79,21 +81,21 @@ def write_items(
     shards: int = 0,
     report: Callable[[int], None] = lambda count: None,
 ) -> list[pathlib.Path]:
-    """Writes items as `hf.safetensors.write_tensors` does, each read when its turn comes.
+    """Writes items by `hf.safetensors.write_tensors`, and reads each item just before.
 
     Args:
-      folder: made if absent.
+      folder: created if absent.
       items: in the order of the files.
       stem: `model`, `diffusion_pytorch_model` or `adapter_model`.
       max_shard_bytes: size limit of one file.
-      shards: a number of files of about equal size instead of a size limit.
-      report: called with the bytes of each tensor that was read.
+      shards: number of files of about equal size, in place of the size limit; 0 keeps the limit.
+      report: called with the bytes of each tensor.
 
     Returns:
       The files written.
 
     Raises:
-      ValueError: a tensor has NaN or infinite numbers; the message names its file and name.
+      ValueError: a tensor holds NaN or infinity; the message has its file and name.
     """
 
     def read() -> Iterator[tuple[str, np.ndarray]]:
@@ -113,7 +115,7 @@ def write_items(
 
 
 def _starts(items: Sequence[Item], shards: int) -> set[str]:
-    """The items that begin a file, for files of about equal size."""
+    """Names of the items that begin a file, for files of about equal size."""
     total, starts, done = sum(item.nbytes for item in items), set(), 0
     for position, item in enumerate(items):
         files = len(starts) + 1

@@ -1,18 +1,20 @@
-"""Tables that say which published tensor is which parameter of ours, and the loader that checks them both ways."""
+"""Tables that map published tensors to our parameters, and the loader that checks names and shapes both ways."""
 
 import dataclasses
 import difflib
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from uae_jax import trees
 from uae_jax.hf.finite import count_non_finite
-from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.hf.safetensors import Tensors
 
 # from a tree of shapes to a tree of shardings
 Placement = Callable[[trees.Tree], trees.Tree]
@@ -20,15 +22,15 @@ Placement = Callable[[trees.Tree], trees.Tree]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One parameter of ours and the published tensor, or one tensor a layer, that it comes from.
+    """One of our parameters and its source: one published tensor, or one tensor for each layer.
 
     Attributes:
-      ours: name of the leaf, such as `layers/attention/query/kernel`.
+      ours: leaf name, such as `layers/attention/query/kernel`.
       theirs: published name; `{}` stands for the layer number when `layers` is given.
       layout: `same`; `dense` (torch `[out, in]` to `[in, out]`); `conv` (`OIHW` to `HWIO`); `patch` (`[O, ...]`
         flattened and transposed to `[prod(...), O]`, a convolution whose stride is its window).
       layers: layer numbers stacked along our first axis, or None for one tensor.
-      torch_shape: the published shape, needed to write `patch` tensors back and other shapes that ours flattens.
+      torch_shape: the published shape, needed to write back shapes that our layout flattens, as `patch` does.
     """
 
     ours: str
@@ -70,96 +72,93 @@ class Rule:
 
 
 def canonical(name: str, aliases: Sequence[tuple[str, str]]) -> str:
-    """The name after all (regular expression, replacement) pairs in turn."""
+    """The name after all pairs (regular expression, replacement), applied in turn."""
     for pattern, replacement in aliases:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def load_params(
-    folder: TensorFolder,
+    folder: Tensors,
     rules: Sequence[Rule],
     abstract: trees.Tree,
     *,
     aliases: Sequence[tuple[str, str]] = (),
     ignore: str = "",
-    dtype: np.dtype | Mapping[str, np.dtype] | None = None,
+    dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
     placement: Placement | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Reads every parameter of a model, after checking that names and shapes agree both ways.
 
-    Parameters are read one after the other, and of each only what this process's devices hold: with a placement, host
-    memory never holds more than one parameter and the pages of one of its tensors.
+    Parameters are read one after the other; of each, a process reads only what its devices hold. With a placement, host
+    memory holds at most one parameter and the pages of one of its tensors.
 
     Args:
-      folder: where the tensors are.
+      folder: the tensors.
       rules: one for each leaf of `abstract`.
       abstract: the model's parameters as shapes (`jax.eval_shape` of its initialisation).
-      aliases: (regular expression, replacement) pairs that turn other published names into those of the rules.
+      aliases: pairs (regular expression, replacement) that turn other published names into those of the rules.
       ignore: regular expression of published names that are not parameters (buffers, tied copies, other parts).
-      dtype: precision to cast floating tensors to, or one by the first word of a leaf's name; None keeps what is
-        stored.
-      placement: where the parameters go: a function from the tree of shapes to a tree of shardings. None leaves them on
-        the host.
+      dtype: precision to cast floating tensors to, or a precision by the first word of the leaf name; None keeps the
+        stored precision.
+      placement: function from the tree of shapes to a tree of shardings; None leaves the parameters on the host.
 
     Returns:
-      Nested dictionaries with the structure of `abstract`, of jax arrays laid out as `placement` says, or of numpy
-      arrays.
+      Nested dictionaries with the structure of `abstract`, of jax arrays sharded by `placement`, or of numpy arrays.
 
     Raises:
-      ValueError: a tensor is missing, unknown, there twice, of another shape, or not finite; it is named, with its
-        file.
+      ValueError: a tensor is missing, unknown, duplicated, of another shape, or holds non-finite numbers; the message
+        has its name and file.
     """
-    wanted = trees.flatten(abstract)
-    _check_table(rules, wanted)
-    published = _canonical_names(folder, aliases, ignore)
-    _check_names(folder, rules, published)
-    _check_shapes(folder, rules, published, wanted)
+    wanted, published = _checked_names(folder, rules, abstract, aliases, ignore)
     shardings = None if placement is None else trees.flatten(placement(abstract))
     leaves = {}
     for rule in rules:
         own = dtype.get(rule.ours.partition("/")[0]) if isinstance(dtype, Mapping) else dtype
-        stored = _Stored(
-            folder, rule, [published[source] for source in rule.sources()], tuple(wanted[rule.ours].shape), own
-        )
+        sources = [published[source] for source in rule.sources()]
+        stored = _Stored(folder, rule, sources, tuple(wanted[rule.ours].shape), own)
         leaves[rule.ours] = stored.read() if shardings is None else stored.place(shardings[rule.ours])
     return trees.unflatten(leaves)
 
 
 def check_params(
-    folder: TensorFolder,
+    folder: Tensors,
     rules: Sequence[Rule],
     abstract: trees.Tree,
     *,
     aliases: Sequence[tuple[str, str]] = (),
     ignore: str = "",
 ) -> None:
-    """The checks of `load_params` for weights that others stand for: names, shapes, and that every number is finite.
+    """The checks of `load_params` (names, shapes, finite numbers) without keeping the weights.
 
-    Tensors are read one at a time and dropped; the arguments are those of `load_params`.
+    Tensors are read one at a time; the arguments are those of `load_params`.
 
     Raises:
-      ValueError: a tensor is missing, unknown, there twice, of another shape, or not finite; it is named.
+      ValueError: a tensor is missing, unknown, duplicated, of another shape, or holds non-finite numbers; the message
+        has its name.
     """
-    wanted = trees.flatten(abstract)
-    _check_table(rules, wanted)
-    published = _canonical_names(folder, aliases, ignore)
-    _check_names(folder, rules, published)
-    _check_shapes(folder, rules, published, wanted)
+    _, published = _checked_names(folder, rules, abstract, aliases, ignore)
     for name in sorted(published.values()):
         if count_non_finite(folder.read(name)):
             raise ValueError(f"{folder.file(name)}: {name} holds NaN or infinity; copy the file again")
 
 
-def _check_table(rules: Sequence[Rule], wanted: dict) -> None:
-    names = [rule.ours for rule in rules]
+def _checked_names(
+    folder: Tensors, rules: Sequence[Rule], abstract: trees.Tree, aliases: Sequence[tuple[str, str]], ignore: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The leaves of `abstract` by name, and the names in the folder by canonical name, after all checks."""
+    wanted, names = trees.flatten(abstract), [rule.ours for rule in rules]
     wrong = set(names) ^ set(wanted)
     if wrong or len(names) != len(set(names)):
         raise ValueError(f"rule table and model disagree on the parameters {sorted(wrong)}")
+    published = _canonical_names(folder, aliases, ignore)
+    _check_names(folder, rules, published)
+    _check_shapes(folder, rules, published, wanted)
+    return wanted, published
 
 
-def _canonical_names(folder: TensorFolder, aliases: Sequence[tuple[str, str]], ignore: str) -> dict[str, str]:
-    published = {}
+def _canonical_names(folder: Tensors, aliases: Sequence[tuple[str, str]], ignore: str) -> dict[str, str]:
+    published: dict[str, str] = {}
     for name in folder.names():
         known = canonical(name, aliases)
         if ignore and re.fullmatch(ignore, known):
@@ -171,7 +170,7 @@ def _canonical_names(folder: TensorFolder, aliases: Sequence[tuple[str, str]], i
     return published
 
 
-def _check_names(folder: TensorFolder, rules: Sequence[Rule], published: dict[str, str]) -> None:
+def _check_names(folder: Tensors, rules: Sequence[Rule], published: dict[str, str]) -> None:
     expected = {source for rule in rules for source in rule.sources()}
     missing = sorted(expected - set(published))
     unknown = sorted(published[name] for name in set(published) - expected)
@@ -182,24 +181,24 @@ def _check_names(folder: TensorFolder, rules: Sequence[Rule], published: dict[st
         others = " and other files" if len({folder.file(name) for name in unknown}) > 1 else ""
         parts.append(f"unknown: {listed(unknown)} in {folder.file(unknown[0])}{others}")
     remedy = "Check that the folder holds this model and that its config.json belongs to it"
-    # a file of another model has many names that look alike, a renamed tensor is one of few
-    near = (
-        difflib.get_close_matches(missing[0], unknown, 1, 0.8) if missing and len(missing) + len(unknown) <= 16 else []
-    )
-    if near:
-        remedy = f"If {near[0]} is {missing[0]}, give it that name; "
-        remedy += "if not, check that folder and config.json are of this model"
+    # many wrong names mean a file of another model, few may mean a renamed tensor
+    few = missing and len(missing) + len(unknown) <= 16
+    if near := difflib.get_close_matches(missing[0], unknown, 1, 0.8) if few else []:
+        remedy = (
+            f"If {near[0]} is {missing[0]}, give it that name; if not, check that folder and config.json are of this "
+            "model"
+        )
     raise ValueError(f"weights in {folder.path} do not fit the model; {'; '.join(parts)}. {remedy}")
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:
-    """Names in a message: the first `most` of them in alphabetical order, and how many more there are."""
+    """Names for a message: the first `most` in alphabetical order, and the count of the rest."""
     names = sorted(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
-def _check_shapes(folder: TensorFolder, rules: Sequence[Rule], published: dict[str, str], wanted: dict) -> None:
+def _check_shapes(folder: Tensors, rules: Sequence[Rule], published: dict[str, str], wanted: dict[str, Any]) -> None:
     wrong = []
     for rule in rules:
         target = tuple(wanted[rule.ours].shape)
@@ -226,38 +225,39 @@ def _blank(shape: tuple[int, ...]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """One parameter of ours where it is stored.
+    """One of our parameters in its folder.
 
     Attributes:
-      folder: that holds it.
-      rule: its layout.
-      sources: names of its tensors in the folder, in stacking order.
+      folder: the tensors.
+      rule: the layout.
+      sources: names of the parameter's tensors in the folder, in stacking order.
       shape: ours.
       dtype: wanted precision, or None for the stored one.
     """
 
-    folder: TensorFolder
+    folder: Tensors
     rule: Rule
     sources: list[str]
     shape: tuple[int, ...]
-    dtype: np.dtype | None
+    dtype: DTypeLike | None
 
     def place(self, sharding: jax.sharding.Sharding) -> jax.Array:
-        """The parameter on its devices; what several devices hold is read once."""
+        """The parameter on its devices; a shard of several devices is read once."""
         dtype, blocks = self._dtype(), {}
 
-        def block(index: tuple[slice, ...]) -> np.ndarray:
+        def block(index: tuple[slice, ...] | None) -> np.ndarray:
+            index = index or ()  # of a scalar
             key = tuple(part.indices(size) for part, size in zip(index, self.shape))
             if key not in blocks:
                 blocks[key] = self._block(index, dtype)
             return blocks[key]
 
         array = jax.make_array_from_callback(self.shape, sharding, block, dtype=dtype)
-        # the copy on the host may go only when the devices have theirs, and must be gone before the next is read
+        # the host's copy has to stay until the devices have theirs, and to go before the next parameter is read
         return jax.block_until_ready(array)
 
     def read(self) -> np.ndarray:
-        """The whole parameter on the host."""
+        """The complete parameter on the host."""
         return self._block((slice(None),) * len(self.shape), self._dtype())
 
     def _dtype(self) -> np.dtype:
@@ -267,8 +267,7 @@ class _Stored:
                 source = next(name for name in self.sources if self.folder.read(name).dtype == dtype)
                 raise ValueError(
                     f"{self.folder.file(source)} stores {source} as {dtype}, so the model is quantised; give weights "
-                    "in float32, "
-                    "float16 or bfloat16"
+                    "in float32, float16 or bfloat16"
                 )
         return np.dtype(functools.reduce(jnp.promote_types, stored)) if self.dtype is None else np.dtype(self.dtype)
 
@@ -282,7 +281,7 @@ class _Stored:
         return block
 
     def _fill(self, block: np.ndarray, source: str, index: tuple[slice, ...]) -> None:
-        """Copies a part of one tensor to its place, in our layout and precision."""
+        """Copies a part of one tensor to `block`, in our layout and precision."""
         tensor = self.rule.to_ours(self.folder.read(source))[index]
         _copy(tensor, block)
         if not count_non_finite(block):
@@ -294,14 +293,13 @@ class _Stored:
             )
         raise ValueError(
             f"{self.folder.file(source)}: {source} holds NaN or infinity; copy the file again, or, if its source is "
-            "the same, convert "
-            "the weights again"
+            "the same, convert the weights again"
         )
 
 
 def _copy(source: np.ndarray, target: np.ndarray) -> None:
-    """Copies and casts; a transposed source in strips of one cache line of the target, several times faster than at
-    once.
+    """Copies and casts. A transposed source is copied in strips of one cache line of the target, which is several times
+    faster.
     """
     if source.ndim < 2 or source.strides[-1] <= min(source.strides) or source.size < 2**14:
         target[...] = source
@@ -312,14 +310,14 @@ def _copy(source: np.ndarray, target: np.ndarray) -> None:
 
 
 def published_tensors(
-    params: trees.Tree, rules: Sequence[Rule], dtype: np.dtype | None = None
+    params: trees.Tree, rules: Sequence[Rule], dtype: DTypeLike | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The published names and arrays of a model's parameters; the inverse of `load_params`.
 
     Args:
       params: nested dictionaries of arrays.
       rules: the model's table.
-      dtype: precision to cast to; None keeps what the parameters have.
+      dtype: precision to cast to; None keeps the parameters' precision.
     """
     leaves = trees.flatten(params)
     for rule in rules:

@@ -4,14 +4,15 @@ import json
 import pathlib
 import re
 from collections.abc import Container, Iterator, Mapping
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-# safetensors' words for precisions that parameters may be stored in, and those of buffers
-DTYPES = {
+# safetensors' names of the precisions of parameters and buffers
+DTYPES: dict[str, type] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -29,8 +30,30 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def dtype_name(stored: str) -> str:
-    """The name of a precision in numpy's words (`bfloat16`) from safetensors' (`BF16`)."""
+    """numpy's name of a precision (`bfloat16`) from safetensors' name (`BF16`)."""
     return np.dtype(DTYPES[stored]).name if stored in DTYPES else stored.lower()
+
+
+class Tensors(Protocol):
+    """Named tensors in files: what `TensorFolder` and its like offer.
+
+    Attributes:
+      path: the folder or file.
+      files: tensor name to file.
+    """
+
+    path: pathlib.Path
+    files: dict[str, pathlib.Path]
+
+    def names(self) -> set[str]: ...
+
+    def file(self, name: str) -> pathlib.Path: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> str: ...
+
+    def read(self, name: str) -> np.ndarray: ...
 
 
 class TensorFolder:
@@ -44,19 +67,17 @@ class TensorFolder:
     def __init__(self, path: str | pathlib.Path):
         """Opens the folder's index, or its only file, or all shards when there is no index.
 
-        Of a file and its variant in another precision (`model.safetensors`, `model.fp16.safetensors`) the first is
-        read.
+        A variant in another precision (`model.fp16.safetensors`) is ignored beside `model.safetensors`.
 
         Raises:
-          FileNotFoundError: there is no such folder, no safetensors file in it, or a shard of the index is missing.
-          ValueError: a file is not readable as safetensors (cut short, or of another format), or index and shards
-            disagree.
+          FileNotFoundError: the folder, its safetensors files, or a shard of the index is missing.
+          ValueError: a file is truncated or not safetensors, or index and shards disagree.
         """
         self.path = pathlib.Path(path)
         if not self.path.exists():
             raise FileNotFoundError(f"weights not found: {self.path} does not exist")
         self.files: dict[str, pathlib.Path] = {}
-        self._entries: dict[str, dict] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
         index = _index(self.path)
         for file in _weight_files(self.path) if index is None else _shards(index, self.path):
             entries = _header(file)
@@ -81,15 +102,15 @@ class TensorFolder:
         return tuple(self._entries[name]["shape"])
 
     def dtype(self, name: str) -> str:
-        """The stored precision of a tensor in safetensors' words (`F32`, `BF16`, ...), without reading it."""
+        """safetensors' name of a tensor's precision (`F32`, `BF16`, ...), without reading the tensor."""
         return self._entries[name]["dtype"]
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored precision: a read-only view of the file, which holds memory only while the view
-        lives.
+        """One tensor in its stored precision: a read-only view of the file. The view's pages stay in memory only while
+        the view lives.
 
         Raises:
-          ValueError: a precision that this package does not know.
+          ValueError: an unknown precision.
         """
         shape, dtype = self.shape(name), DTYPES.get(self.dtype(name))
         if dtype is None:
@@ -98,7 +119,7 @@ class TensorFolder:
             )
         if 0 in shape:
             return np.empty(shape, dtype)
-        # a mapping of its own for each tensor: pages of one that lasts for the whole file would all stay in memory
+        # one mapping for each tensor: all pages of a mapping of the whole file would stay in memory
         return np.asarray(np.memmap(self.file(name), dtype, "r", self._entries[name]["start"], shape))
 
 
@@ -155,14 +176,12 @@ def _check_index(index: pathlib.Path, files: Mapping[str, pathlib.Path], path: p
         )
 
 
-def _header(file: pathlib.Path) -> dict[str, dict]:
-    """Shape, dtype and first byte of each tensor of a file, whose layout is checked."""
+def _header(file: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and first byte of each tensor of a file, after a check of the file's layout."""
     try:
         with file.open("rb") as stream:
             if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise ValueError(
-                    f"{file} is a Git LFS pointer in place of the weights; run `git lfs pull` in its repository"
-                )
+                raise ValueError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its repository")
             with safe_open(file, framework="numpy"):
                 pass  # checks that the tensors fill the file
             stream.seek(0)
@@ -187,16 +206,15 @@ def write_tensors(
 ) -> list[pathlib.Path]:
     """Writes tensors as `stem.safetensors`, or as numbered shards with an index when they pass the size limit.
 
-    No more than one shard, and the tensor after it, is held in memory. Files get their names once all are written;
-    older files of the same stem are then gone. After an error nothing of the new files is left, and the older ones are
-    as they were.
+    Memory holds at most one shard and the next tensor. Files get their final names once all are written; older files of
+    the same stem are then deleted. An error deletes the new files and leaves the older ones unchanged.
 
     Args:
-      folder: made if absent.
+      folder: created if absent.
       tensors: names and arrays, in the order of the files.
       stem: `model`, `diffusion_pytorch_model` or `adapter_model`.
-      max_shard_bytes: size limit of one file; a single larger tensor has a file of its own.
-      starts: names of tensors that begin a new file whatever its size.
+      max_shard_bytes: size limit of one file; a larger tensor gets its own file.
+      starts: names of tensors that begin a new file regardless of size.
 
     Returns:
       The files written.
@@ -220,7 +238,7 @@ def write_tensors(
 
 
 class _ShardWriter:
-    """Shards under temporary names: how many there are, and so what they are called, is known after the last."""
+    """Shards under temporary names; a final name contains the number of shards, known only after the last one."""
 
     def __init__(self, folder: pathlib.Path, stem: str):
         self.folder, self.stem = folder, stem
@@ -236,7 +254,7 @@ class _ShardWriter:
         file = self.folder / f".{self.stem}-{len(self.written):05d}.tmp"
         self.written.append((file, list(self.shard)))
         file.touch()
-        mode = file.stat().st_mode  # that of any new file; safetensors' own is for the owner alone
+        mode = file.stat().st_mode  # the default of new files; safetensors would write files for the owner alone
         save_file(self.shard, file, metadata={"format": "pt"})
         file.chmod(mode)
         self.total_bytes += self.shard_bytes

@@ -1,9 +1,10 @@
-"""PyTorch's own weight files (`.pt`, `.pth`, `.bin`), read without running what a pickle can hold."""
+"""PyTorch's weight files (`.pt`, `.pth`, `.bin`), read without running code from the pickle."""
 
 import pathlib
 import pickle
 import re
 import zipfile
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +17,7 @@ REMEDY = "save the model's state_dict() alone, or as safetensors"
 
 
 class TorchFile:
-    """The tensors of one state dictionary in a PyTorch file, memory-mapped; the interface of `TensorFolder`.
+    """The tensors of one state dictionary in a PyTorch file, memory-mapped; a `hf.safetensors.Tensors`.
 
     Attributes:
       path: the file.
@@ -27,8 +28,8 @@ class TorchFile:
         """Opens the file.
 
         Raises:
-          FileNotFoundError: there is no such file.
-          ValueError: PyTorch is not installed, the file is not complete, or it holds anything but tensors by name.
+          FileNotFoundError: no such file.
+          ValueError: PyTorch is not installed, the file is not complete, or holds anything but tensors by name.
         """
         self.path = pathlib.Path(path)
         if not self.path.is_file():
@@ -49,24 +50,24 @@ class TorchFile:
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> str:
-        """The stored precision of a tensor in safetensors' words (`F32`, `BF16`, ...), without reading it."""
+        """safetensors' name of a tensor's precision (`F32`, `BF16`, ...), without reading the tensor."""
         stored = str(self._tensors[name].dtype).removeprefix("torch.")
         return DTYPES.get(stored, stored)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its stored precision."""
         tensor = self._tensors[name]
-        if self.dtype(name) == "BF16":  # which numpy has only through ml_dtypes
+        if self.dtype(name) == "BF16":  # numpy has bfloat16 only through ml_dtypes
             return tensor.contiguous().view(_torch().int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
 
 
 def open_tensors(path: str | pathlib.Path) -> TensorFolder | TorchFile:
-    """The tensors of a file, or of a folder with safetensors or, where there are none, with a PyTorch file.
+    """The tensors of a file, or of a folder: its safetensors or, without safetensors, its PyTorch file.
 
     Raises:
-      FileNotFoundError: no such file or folder, or no weights in it.
-      ValueError: several PyTorch files (and none named `pytorch_model.bin`), or one that cannot be read.
+      FileNotFoundError: no such file or folder, or no weights in the folder.
+      ValueError: several PyTorch files (and none named `pytorch_model.bin`), or an unreadable file.
     """
     path = pathlib.Path(path)
     if path.is_dir() and not any(path.glob("*.safetensors*")):
@@ -92,7 +93,7 @@ def _torch():
     return torch
 
 
-def _load(path: pathlib.Path) -> dict:
+def _load(path: pathlib.Path) -> dict[str, Any]:
     torch = _torch()
     zipped = zipfile.is_zipfile(path)
     with path.open("rb") as file:

@@ -57,14 +57,13 @@ class UndForGenConfig(RolloutSettings):
     methods: dict[str, Any] = sections(_method_sections)
 
     def problems(self) -> Iterator[str]:
-        """The mistakes of ranges, an unknown method, and what the methods refuse."""
+        """The mistakes of ranges, an unknown method, and what the chosen method refuses of the stage's settings."""
         yield from super().problems()
         if self.method not in self.methods:
             yield f"method is {self.method!r}; choose one of {', '.join(self.methods)}"
         yield from self.reward.caption_terms(STAGE)
-        for name, method in self.methods.items():
-            check = getattr(method, "stage_problems", None)
-            yield from (f"{name}.{problem}" for problem in (check(self) if check else ()))
+        check = getattr(self.methods.get(self.method), "stage_problems", None)
+        yield from (f"{self.method}.{problem}" for problem in (check(self) if check else ()))
 
     @property
     def own(self) -> Any:

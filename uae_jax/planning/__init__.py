@@ -1,1 +1,1 @@
-"""What a run needs on a machine that is not there: bytes, floating-point operations, seconds."""
+"""The needs of a run on an absent machine: bytes, floating-point operations, seconds."""

@@ -1,8 +1,9 @@
-"""NVIDIA cards as XLA's compiler wants them described, so that it compiles for one that is not there.
+"""Descriptions of NVIDIA cards for XLA's compiler, which then compiles for an absent card.
 
-The compiler refuses no program for its size: `planning.table` compares with the card's memory. Library workspaces count
-as nothing, since no library is asked.
-Sources: XLA's own target descriptions of H100, H200, A100, B200 and RTX PRO 6000 (github.com/openxla/xla,
+The compiler accepts programs of any size: `planning.table` compares with the card's memory. Library workspaces count 0,
+since no library is called.
+
+Sources: XLA's target descriptions of H100, H200, A100, B200 and RTX PRO 6000 (github.com/openxla/xla,
 target_config/specs), NVIDIA's data sheets, and table 16 of the CUDA programming guide (limits of a compute capability).
 """
 
@@ -13,12 +14,14 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What all cards of a compute capability share.
+    """The properties of a compute capability.
 
     Attributes:
       major, minor: the compute capability.
-      shared: bytes of shared memory of a multiprocessor; shared_block: at most for one block.
-      threads: of a multiprocessor; lanes: float32 units of a multiprocessor.
+      shared: bytes of shared memory per multiprocessor.
+      shared_block: largest shared memory of a block in bytes.
+      threads: threads per multiprocessor.
+      lanes: float32 units per multiprocessor.
     """
 
     major: int
@@ -43,10 +46,10 @@ class Target:
     """A card for the compiler.
 
     Attributes:
-      generation: see `Generation`.
+      generation: of the card.
       processors: number of multiprocessors.
-      cache: bytes of the second-level cache.
-      clock: GHz.
+      cache: bytes of the L2 cache.
+      clock: in GHz.
     """
 
     generation: Generation
@@ -74,9 +77,10 @@ def target_text(name: str, memory: float, bandwidth: float, device_kind: str) ->
     """A card as the text form of XLA's `GpuTargetConfigProto`.
 
     Args:
-      name: of `TARGETS`.
-      memory: bytes; bandwidth: bytes a second.
-      device_kind: the name that CUDA gives the card.
+      name: a key of `TARGETS`.
+      memory: in bytes.
+      bandwidth: of the memory, in bytes per second.
+      device_kind: CUDA's name of the card.
     """
     card = TARGETS[name]
     generation = card.generation

@@ -1,9 +1,9 @@
-"""Accelerators: what one chip or card can hold and do, from the vendors' pages, and what a topology's name means.
+"""Accelerators: memory, peak and bandwidths of a chip or card from the vendors' pages, and names of topologies.
 
 Sources: docs.cloud.google.com/tpu/docs/{v4, v5e, v5p, v6e, tpu7x} (system architecture tables: memory, bandwidth of the
-memory and of the links between chips (half of the figure for both directions), peak in bfloat16 a chip); NVIDIA's data
-sheets (dense bfloat16 with float32 sums; links: NVLink in one direction, or PCI Express x16); memory as the cards
-report it, less what they keep for error correction.
+memory and of the links between chips (half of the figure for both directions), bfloat16 peak per chip); NVIDIA's data
+sheets (dense bfloat16 with float32 sums; links: NVLink in one direction, or PCI Express x16); memory as reported by the
+cards, without the memory for error correction.
 """
 
 import dataclasses
@@ -13,21 +13,21 @@ import re
 from uae_jax.planning.cards import TARGETS
 
 GIB = 2**30
-# of one card between hosts: a network of 400 Gbit/s a card, as in NVIDIA's DGX H100
+# bytes per second of a card between hosts: a network of 400 Gbit/s per card, as in NVIDIA's DGX H100
 NETWORK = 50e9
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip, or the part of it that JAX shows as a device.
+    """One chip, or the part of a chip that JAX shows as a device.
 
     Attributes:
-      name: as in a topology.
-      memory: bytes.
-      flops: peak in bfloat16, a second.
-      memory_bandwidth: bytes a second.
-      link_bandwidth: bytes a second that a chip receives from its neighbours, all links together.
-      device_kind: the name that libtpu or CUDA gives it.
+      name: in topologies.
+      memory: in bytes.
+      flops: bfloat16 peak per second.
+      memory_bandwidth: in bytes per second.
+      link_bandwidth: bytes per second received from neighbours over all links.
+      device_kind: libtpu's or CUDA's name.
     """
 
     name: str
@@ -45,8 +45,7 @@ CHIPS = {
         Chip("v5e", 16 * GIB, 197e12, 819e9, 200e9, "TPU v5 lite"),
         Chip("v5p", 95 * GIB, 459e12, 2765e9, 600e9, "TPU v5"),
         Chip("v6e", 32 * GIB, 918e12, 1638e9, 400e9, "TPU v6 lite"),
-        # each of the two chiplets of a chip is a device: half of 192 GiB, 2307 TFLOP/s, 7380 GB/s and 600 GB/s a
-        # direction
+        # each of a chip's two chiplets is a device: half of 192 GiB, 2307 TFLOP/s, 7380 GB/s and 600 GB/s per direction
         Chip("7x", 96 * GIB, 1153.5e12, 3690e9, 300e9, "TPU7x"),
         Chip("H100", 84942979072, 989e12, 3352e9, 450e9, "NVIDIA H100 80GB HBM3"),
         Chip("H200", 150.1e9, 989e12, 4800e9, 450e9, "NVIDIA H200"),
@@ -58,13 +57,13 @@ CHIPS = {
         Chip("RTX4090", 23.6 * GIB, 165e12, 1008e9, 32e9, "NVIDIA GeForce RTX 4090"),
         Chip("RTX5090", 31.4 * GIB, 209e12, 1792e9, 64e9, "NVIDIA GeForce RTX 5090"),
         Chip("B200", 191514411008, 2250e12, 7672e9, 900e9, "NVIDIA B200"),
-        # float16: Turing's matrix units know no bfloat16
+        # peak in float16: Turing's matrix units have no bfloat16
         Chip("T4", 14.7 * GIB, 65e12, 320e9, 16e9, "Tesla T4"),
     )
 }
-# faked devices on the host stand for no chip; a plan on them shows bytes and operations, and never refuses
+# simulated host devices are no chip; a plan on them has bytes and operations, and always fits
 CPU = Chip("cpu", math.inf, math.nan, math.nan, math.nan, "cpu")
-USABLE = 0.92  # of a chip's memory; the rest is the runtime's, and fragmentation
+USABLE = 0.92  # of a chip's memory; the rest is for the runtime and fragmentation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +72,10 @@ class Topology:
 
     Attributes:
       name: as given.
-      kind: `tpu` or `gpu` (compiled ahead of time where the compiler is installed), or `cpu` (compiled for faked
+      kind: `tpu` or `gpu` (compiled ahead of time if the compiler is installed), or `cpu` (compiled for simulated
         devices).
-      chip: of which kind.
-      devices: how many.
+      chip: one of the devices.
+      devices: number of devices.
       hosts: of cards; 1 for slices of TPUs, whose links do not depend on hosts.
     """
 
@@ -91,7 +90,7 @@ def parse_topology(name: str) -> Topology:
     """A topology by name: `v6e:8x8`, `v5p:4x4x4`, `cpu:8`, `gpu:8xH200`, or `gpu:2x8xH200` for two hosts.
 
     Raises:
-      ValueError: not such a name, or a chip that is not in the table.
+      ValueError: another form of name, or an unknown chip.
     """
     kind, _, rest = name.partition(":")
     if kind == "cpu" and re.fullmatch(r"[1-9]\d*", rest):
@@ -108,6 +107,5 @@ def parse_topology(name: str) -> Topology:
         return Topology(name, "tpu", CHIPS[kind], cores * math.prod(map(int, rest.split("x"))))
     raise ValueError(
         f"topology is {name!r}; give a TPU slice such as v6e:8x8 or v5p:4x4x4, cards such as gpu:8xH200 or "
-        "gpu:2x8xH100 (hosts x cards), "
-        f"or cpu:8 (chips: {', '.join(CHIPS)})"
+        f"gpu:2x8xH100 (hosts x cards), or cpu:8 (chips: {', '.join(CHIPS)})"
     )

@@ -1,9 +1,11 @@
-"""A stage's step compiled for devices that need not be there, and what the compiler says about its memory."""
+"""Compiles a stage's step for devices that may be absent, and reads the compiler's memory figures."""
 
 import dataclasses
+import math
 import pathlib
 import re
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +15,11 @@ from jax.sharding import Mesh
 from uae_jax import sharding
 from uae_jax.planning.cards import target_text
 from uae_jax.planning.chips import GIB, Topology
+from uae_jax.planning.hlo import WIDTHS
 from uae_jax.stages.program import Program
 from uae_jax.stages.run_config import RunConfig
 
-TYPES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "s16": 2,
-    "u16": 2,
-    "f32": 4,
-    "s32": 4,
-    "u32": 4,
-    "f64": 8,
-    "s64": 8,
-    "u64": 8,
-}
-# instructions that only name what another one made
+# instructions without a result of their own
 NAMING = frozenset(
     (
         "parameter",
@@ -51,30 +39,29 @@ NAMING = frozenset(
     )
 )
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\](\{[^}]*\})? ([\w\-]+)\(")
-# the two ways in which libtpu says that a program does not fit: by its total, or by its temporaries alone
+# libtpu's two messages for a program that does not fit: by its total, or by its temporaries alone
 TOTAL = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
 TEMPORARIES = re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT])\)")
 LISTED = re.compile(r'Size: ([\d.]+)([KMGT])\s+Operator: op_name="([^"]*)"\s+Shape: (\S+)')
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# libtpu schedules the instructions of one 3x3 convolution of the auto-encoder for 7 to 37 seconds by default, and for
-# less than one with the least effort; its temporaries are then not smaller, since fewer of them stay on the chip
+# by default, libtpu schedules the instructions of one 3x3 convolution of the auto-encoder for 7 to 37 seconds, and with
+# the least effort for less than one second; temporaries are then not smaller, since fewer of them stay on the chip
 QUICK = -1.0
-# of XLA's GPU compiler, which takes twice as long by default; libraries take the products that its own kernels would
-# compete for
+# halves the time of XLA's GPU compiler; libraries then compute all matrix products
 QUICK_GPU = {"xla_gpu_enable_triton_gemm": False, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device, and how long the compiler took.
+    """Bytes of one device, and the time of the compiler.
 
     Attributes:
-      arguments: everything that stays on the device, whether this stage reads it or not.
-      temporaries: what the step needs beside them.
-      peak: both, and results that do not replace an argument.
+      arguments: everything that stays on the device, also parts that this stage does not read.
+      temporaries: of the step.
+      peak: arguments, temporaries, and results that do not replace an argument.
       largest: (bytes, shape, operation) of the largest temporaries.
       seconds: of lowering and compiling; 0 for an estimate.
-      estimated: whether nothing was compiled.
+      estimated: whether the figures are estimated, without compiling.
     """
 
     arguments: float
@@ -91,19 +78,16 @@ def resident_bytes(program: Program) -> float:
     def share(leaf: jax.ShapeDtypeStruct) -> float:
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
         size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
-        total = size
-        for side in shape:
-            total *= side
-        return total
+        return size * math.prod(shape)
 
     return float(sum(share(leaf) for leaf in jax.tree.leaves(program.arguments)))
 
 
 def plan_mesh(config: RunConfig, topology: Topology) -> Mesh:
-    """The configured mesh over a topology's devices: a compiler's description of them, or the host's faked devices.
+    """The configured mesh over a topology's devices, described by a compiler or simulated on the host.
 
     Raises:
-      ValueError: no such slice, or a mesh that does not divide it.
+      ValueError: no such slice, or a mesh that does not divide the slice.
       ImportError: libtpu, or the CUDA wheels, are not installed.
     """
     devices = {
@@ -114,13 +98,12 @@ def plan_mesh(config: RunConfig, topology: Topology) -> Mesh:
     return sharding.make_mesh(config.mesh, devices[topology.kind]())
 
 
-def _slice(topology: Topology) -> list:
-    # v4's two cores are one device in the configuration that its slices run in, and two in libtpu's default
+def _slice(topology: Topology) -> list[Any]:
+    # the two cores of a v4 chip are one device in slices, and two devices in libtpu's default
     more = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    name = topology.name.replace("7x:", "tpu7x:")
     try:
-        return list(
-            topologies.get_topology_desc(topology.name.replace("7x:", "tpu7x:"), platform="tpu", **more).devices
-        )
+        return list(topologies.get_topology_desc(name, platform="tpu", **more).devices)
     except RuntimeError as error:
         if "not installed" in str(error):
             raise ImportError(
@@ -131,18 +114,18 @@ def _slice(topology: Topology) -> list:
         ) from error
 
 
-def _cards(topology: Topology) -> list:
+def _cards(topology: Topology) -> list[Any]:
     chip = topology.chip
     text = target_text(chip.name, chip.memory, chip.memory_bandwidth, chip.device_kind)
     try:
-        # slices x hosts x devices of a host
+        # slices x hosts x devices per host
         found = topologies.get_topology_desc(
             platform="cuda",
             topology_name="",
             target_config=text,
             topology=f"1x{topology.hosts}x{topology.devices // topology.hosts}",
         )
-    except NotImplementedError as error:  # of JAX, where no plugin knows the platform
+    except NotImplementedError as error:  # JAX's error for a platform without plugin
         raise ImportError(
             "the CUDA wheels are not installed; install the extra `cuda` (pip install 'uae_jax[cuda]')"
         ) from error
@@ -152,12 +135,12 @@ def _cards(topology: Topology) -> list:
 
 
 def compile_program(program: Program, mesh: Mesh, effort: float = QUICK, text: pathlib.Path | None = None) -> Memory:
-    """Compiles a step for the devices of a mesh; a program that does not fit them is reported, not raised.
+    """Compiles a step for the devices of a mesh; a program that does not fit gives its figures, not an error.
 
     Args:
       program: with shardings on the mesh.
-      mesh: its devices need not be there.
-      effort: libtpu's, from -1 to 1; 0 is what a run gets.
+      mesh: of devices that may be absent.
+      effort: libtpu's, from -1 to 1; runs have 0.
       text: file for the compiled program's text.
     """
     options = {"tpu": {"exec_time_optimization_effort": effort}, "gpu": QUICK_GPU}.get(mesh.devices.flat[0].platform)
@@ -175,15 +158,26 @@ def compile_program(program: Program, mesh: Mesh, effort: float = QUICK, text: p
 
 
 def memory_of(compiled: jax.stages.Compiled, resident: float, largest: tuple = (), seconds: float = 0.0) -> Memory:
-    """What the compiler's buffer assignment says of a step whose arguments have so many bytes (`resident_bytes`)."""
+    """The memory of a compiled step by the compiler's buffer assignment.
+
+    Args:
+      compiled: the step.
+      resident: bytes of the arguments, of `resident_bytes`.
+      largest, seconds: see `Memory`.
+
+    Raises:
+      ValueError: the compiler has no memory analysis.
+    """
     stats = compiled.memory_analysis()
+    if stats is None:
+        raise ValueError("the compiler of this backend has no memory analysis; plan for another topology")
     temporaries = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
     results = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
     return Memory(resident, temporaries, resident + temporaries + results, largest, seconds)
 
 
 def _too_large(message: str, resident: float, seconds: float) -> Memory:
-    """What libtpu says of a program that does not fit.
+    """The memory of a program that does not fit, from libtpu's error message.
 
     Raises:
       ValueError: the compiler failed for another reason.
@@ -202,7 +196,7 @@ def _too_large(message: str, resident: float, seconds: float) -> Memory:
 
 
 def _listed(message: str) -> tuple[tuple[float, str, str], ...]:
-    """The allocations that libtpu lists when a program does not fit."""
+    """The allocations in libtpu's error message for a program that does not fit."""
     found = [
         (float(size) * UNITS[unit], shape, short_name(name)) for size, unit, name, shape in LISTED.findall(message)
     ]
@@ -210,7 +204,7 @@ def _listed(message: str) -> tuple[tuple[float, str, str], ...]:
 
 
 def largest_results(text: str, count: int = 5) -> tuple[tuple[float, str, str], ...]:
-    """The largest results of instructions of an optimised module, outside of fusions: (bytes, shape, operation)."""
+    """(bytes, shape, operation) of the largest results in an optimised module, outside of fusions."""
     found: dict[tuple[str, str], float] = {}
     inside = False
     for line in text.splitlines():
@@ -218,11 +212,9 @@ def largest_results(text: str, count: int = 5) -> tuple[tuple[float, str, str], 
             inside = "fused" in line.split("(")[0] or "fusion" in line.split("(")[0]
         match = None if inside else INSTRUCTION.match(line)
         # memory space 1 is on-chip memory
-        if not match or match[4] in NAMING or match[1] not in TYPES or "S(1)" in (match[3] or ""):
+        if not match or match[4] in NAMING or match[1] not in WIDTHS or "S(1)" in (match[3] or ""):
             continue
-        size = TYPES[match[1]]
-        for side in match[2].split(","):
-            size *= int(side or 1)
+        size = WIDTHS[match[1]] * math.prod(int(side or 1) for side in match[2].split(","))
         name = re.search(r'op_name="([^"]*)"', line)
         found[f"{match[1]}[{match[2]}]", short_name(name[1] if name else match[4])] = float(size)
     ordered = sorted(((size, shape, name) for (shape, name), size in found.items()), reverse=True)

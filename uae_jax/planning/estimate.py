@@ -1,9 +1,9 @@
-"""Bytes of one device by formulas, where nothing is compiled.
+"""Bytes of one device by formulas, without compiling.
 
-Parameters, optimizer and batch are exact: they follow from shapes and sharding rules. Temporaries are the largest phase
-of a stage: writing captions, drawing them, comparing images, or a gradient. Numbers of copies in a working set were
-fitted to compiled stages of the full-size presets on cards; a test holds the estimate between 1 and 1.15 times their
-peaks (docs/cards.md).
+Parameters, optimizer and batch are exact, from shapes and sharding rules. Temporaries are those of the largest phase of
+a stage: caption sampling, image generation, comparison of images, or a gradient. The numbers of copies were fitted to
+compiled stages of the full-size presets on cards. A test bounds the estimate to 1 to 1.15 times their peaks
+(docs/cards.md).
 """
 
 import dataclasses
@@ -19,17 +19,17 @@ from uae_jax.planning.roofline import MeshSizes
 from uae_jax.stages.run_config import RunConfig
 
 FLOAT = 4
-BLOCK = 512  # queries whose logits exist at once (`nn.attention.plain`)
-# numbers of a layer that are kept, in units of its input, where nothing is recomputed; attention's weights are the most
+BLOCK = 512  # queries in one block of attention logits (`nn.attention.plain`)
+# saved activations of a layer without recomputation, in units of its input; most are attention weights
 WHOLE_LAYER = 50
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """What the formulas read of a model, for one device: widths, lengths and bytes of a number.
+    """Inputs of the formulas for one device: widths, lengths and bytes of a number.
 
-    `encoder` counts the logits that blocks of attention of the first image encoder hold for an image; `whole_layers`
-    says that nothing is recomputed.
+    `encoder` is the number of attention logits per image in the image encoder; `whole_layers` is True without
+    recomputation.
     """
 
     activation: int
@@ -79,7 +79,7 @@ def _shapes(config: RunConfig, program: Program, sizes: MeshSizes, system: Descr
 
 
 def _encoder_logits(config: Any) -> int:
-    """Numbers of attention's logits that an image encoder holds for an image at once."""
+    """Number of attention logits of an image encoder for one image at once."""
     tokens = (config.image_size // config.patch_size) ** 2 + 1
     return config.num_attention_heads * min(BLOCK, tokens) * tokens
 
@@ -97,40 +97,35 @@ def _maps(s: Shapes, rows: float, kept: float) -> float:
     return rows * s.pixels * s.vae_width * FLOAT * kept
 
 
-def _drawing(s: Shapes, rows: float, guidance: float, chunk: float) -> float:
+def _generation(s: Shapes, rows: float, guidance: float, chunk: float) -> float:
     both = rows * (1 if guidance == 1 else 2)
     context = both * s.context * s.width * s.activation
-    # the decoder's last level begins with twice the first width
-    return (
-        max(_transformer_layer(s, both, 6) + context, _maps(s, min(chunk or rows, rows), 8))
-        + rows * s.pixels * 3 * FLOAT
-    )
+    # the last level of the VAE's decoder begins with twice the first width
+    largest = max(_transformer_layer(s, both, 6) + context, _maps(s, min(chunk or rows, rows), 8))
+    return largest + rows * s.pixels * 3 * FLOAT
 
 
-def _comparing(s: Shapes, rows: float, groups: float) -> float:
-    """Images, and the logits of attention of the image encoder, in float32."""
+def _comparison(s: Shapes, rows: float, groups: float) -> float:
+    """Images, and attention logits of the image encoder, in float32."""
     return 3 * rows * s.pixels * 3 * FLOAT + 2 * (rows + groups) * s.encoder * FLOAT
 
 
-def _writing(s: Shapes, rows: float, groups: float, length: int, packed: bool) -> float:
+def _captioning(s: Shapes, rows: float, groups: float, length: int, packed: bool) -> float:
     own = rows * (length + s.prompt) if packed else rows * length
     return (own + groups * s.prompt) * s.cache * s.activation + 3 * rows * s.vocabulary * FLOAT
 
 
 def _language_gradient(s: Shapes, rows: float, length: int, chunk: int) -> float:
-    """What is kept of every layer, its input or all of it, one layer in the backward pass, and logits of `chunk`
+    """Saved activations of every layer (its input, or all), one layer in the backward pass, and logits of `chunk`
     positions twice.
     """
     layer, inputs = _language_layer(s, rows, length), rows * length * s.text_width * s.activation
-    return (
-        s.text_layers * (WHOLE_LAYER * inputs if s.whole_layers else inputs)
-        + 2 * layer
-        + 2 * rows * min(chunk, length) * s.vocabulary * FLOAT
-    )
+    saved = s.text_layers * (WHOLE_LAYER * inputs if s.whole_layers else inputs)
+    return saved + 2 * layer + 2 * rows * min(chunk, length) * s.vocabulary * FLOAT
 
 
 def _gradient(s: Shapes, rows: float) -> float:
-    """The same of the transformer."""
+    """Saved activations and one layer in the backward pass, of the transformer."""
     layer, inputs = _transformer_layer(s, rows, 7 + 8 / s.tensor), _transformer_layer(s, rows, 1)
     return s.layers * (WHOLE_LAYER * inputs if s.whole_layers else inputs) + 2.2 * layer
 
@@ -138,12 +133,20 @@ def _gradient(s: Shapes, rows: float) -> float:
 def _stage_activations(
     stage: str, settings: Any, s: Shapes, rows: float, length: int, gathered: float, trained: float, ways: int
 ) -> float:
-    """The largest phase of a stage on one of `ways` devices: `rows` images of a batch, bytes of sampling weights and of
-    trained ones.
+    """Bytes of the largest phase of a stage on one of `ways` devices.
+
+    Args:
+      stage, settings: of the run.
+      s: sizes of the model.
+      rows: images of a batch on the device.
+      length: of captions in tokens.
+      gathered: bytes of the gathered weights for sampling.
+      trained: bytes of the trained weights on the device.
+      ways: number of shards of a batch.
     """
     parts = settings.micro_batches * settings.updates_per_rollout
     small = max(rows / parts, 1)
-    # of a layer of the trained transformer, before devices have added them up: together as many as a device's share
+    # gradients of the transformer's layers before their sum over devices: as many bytes as a device's trained weights
     unsummed = trained if ways > 1 else 0.0
     if stage == "pretrain":
         encode = _language_layer(s, small, s.context) + _maps(s, small, 3)
@@ -158,28 +161,25 @@ def _stage_activations(
             _maps(s, min(max(settings.vae_chunk / ways, 1) if settings.vae_chunk else small, small), 22),
         )
     chunk, group = settings.vae_chunk and max(settings.vae_chunk / ways, 1), settings.group_size
-    drawing = max(_drawing(s, rows * group, settings.guidance_scale, chunk), _comparing(s, rows * group, rows))
+    generation = max(_generation(s, rows * group, settings.guidance_scale, chunk), _comparison(s, rows * group, rows))
     if stage == "gen_for_und":
-        writing = gathered + _writing(s, rows * group, rows, length, bool(gathered))
-        return max(writing, drawing, _language_gradient(s, small * group, length, settings.score_chunk))
+        captioning = gathered + _captioning(s, rows * group, rows, length, bool(gathered))
+        return max(captioning, generation, _language_gradient(s, small * group, length, settings.score_chunk))
     steps = getattr(settings.own, "kept_steps", 1)
-    # what a rollout keeps for its updates: latents of the window, and every drawing's context
-    window = (
-        3 * steps * rows * group * s.pixels / 64 * 16 * FLOAT
-        + rows * group * s.context * s.context_width * s.activation
-    )
+    # a rollout keeps the latents of the window and the context of every generated image for its updates
+    latents = 3 * steps * rows * group * s.pixels / 64 * 16 * FLOAT
+    window = latents + rows * group * s.context * s.context_width * s.activation
     gradient = _gradient(s, max(rows * group / parts, 1) * guided)
-    return window + max(gathered + _writing(s, rows, rows, length, bool(gathered)), drawing, gradient)
+    return window + max(gathered + _captioning(s, rows, rows, length, bool(gathered)), generation, gradient)
 
 
 def _share(tree: Any, sizes: MeshSizes) -> float:
     """Bytes of one device's share of a tree by the sharding rules."""
     total = 0.0
     for name, leaf in trees.flatten(tree).items():
-        cut = 1
-        for axis in sharding.parameter_spec(name, tuple(leaf.shape), sizes):
-            cut *= math.prod(sizes.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
-        total += math.prod(leaf.shape) * leaf.dtype.itemsize / cut
+        axes = sharding.parameter_spec(name, tuple(leaf.shape), sizes)
+        ways = math.prod(sizes.shape[axis] for axis in axes if isinstance(axis, str))
+        total += math.prod(leaf.shape) * leaf.dtype.itemsize / ways
     return total
 
 
@@ -198,8 +198,8 @@ def estimate_memory(program: Program, config: RunConfig, sizes: MeshSizes, syste
     batch = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.batch)) / sizes.batch
     trained = _share(state.params, sizes)
     resident = _share(state, sizes) + _share(program.frozen, sizes) + batch
-    # the sum of gradients and those of a micro-batch; loops over denoising steps read a copy in the precision of
-    # activations
+    # the sum of gradients and the gradients of a micro-batch; loops over denoising steps read a copy of the weights in
+    # the precision of activations
     gradients = 2 * trained + (
         trained * shapes.activation / FLOAT if program.stage == "cold_start" and shapes.activation < FLOAT else 0
     )
@@ -219,9 +219,7 @@ def estimate_memory(program: Program, config: RunConfig, sizes: MeshSizes, syste
 
 
 def _sampling_weights(program: Program, sizes: MeshSizes, s: Shapes) -> float:
-    """Bytes of the copy of the language model that sampling reads (`gather_weights`); the next gathers are under way
-    meanwhile.
-    """
+    """Bytes of the gathered language model for sampling (`gather_weights`), with the gathers in progress."""
     if not getattr(program.config, "gather_weights", False):
         return 0.0
     language = program.frozen["language"] if "language" in program.frozen else program.state.params["language"]
@@ -232,7 +230,7 @@ def _sampling_weights(program: Program, sizes: MeshSizes, s: Shapes) -> float:
 
 
 def _largest_layer(program: Program, sizes: MeshSizes) -> float:
-    """Bytes of the gathered weights of two layers of the largest stack, in bfloat16; 0 where nothing is gathered."""
+    """Bytes of the gathered weights of two layers of the largest stack, in bfloat16; 0 without gathers."""
     if sizes.fsdp == 1:
         return 0.0
     stacks: dict[str, float] = {}

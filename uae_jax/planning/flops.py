@@ -1,8 +1,8 @@
-"""Counts of a traced step: products of matrices and convolutions, with every loop counted as often as it runs.
+"""Counts matrix products and convolutions in a traced step, with every loop body counted as often as it runs.
 
-XLA's own cost analysis counts the body of a loop once; here scans over layers, denoising steps, micro-batches and
-updates are multiplied out, and a sampling loop runs until the last token. Nothing is computed and nothing is compiled:
-the step is traced, and its jaxpr is walked.
+XLA's own cost analysis counts the body of a loop once. Here scans over layers, denoising steps, micro-batches and
+updates are multiplied out, and a sampling loop runs to the last token. The step is traced to a jaxpr, neither compiled
+nor run.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# they rearrange a weight, and what they return is still that weight
+# operations whose result on a weight is still that weight
 LAYOUT = frozenset(
     (
         "convert_element_type",
@@ -37,12 +37,12 @@ LAYOUT = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Work of a program or of a part of it, over all devices.
+    """Work of a program, or of a part, over all devices.
 
     Attributes:
       flops: of matrix products and convolutions, two for each multiplication and addition.
-      weight_bytes: parameters that these products read, each time they read them.
-      other_bytes: their other operands.
+      weight_bytes: bytes of parameters that the products read, counted at each read.
+      other_bytes: bytes of the other operands.
     """
 
     flops: float = 0.0
@@ -58,9 +58,11 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-    """Attributes:
-    decoding: work inside sampling loops (`while`), where weights are read again for every token.
-    rest: everything else.
+    """Work inside and outside of sampling loops.
+
+    Attributes:
+      decoding: inside sampling loops (`while`), which read the weights for every token.
+      rest: outside.
     """
 
     decoding: Work = Work()
@@ -74,18 +76,20 @@ class Count:
 
     @property
     def flops(self) -> float:
-        """Of the whole program."""
+        """Of the complete program."""
         return self.decoding.flops + self.rest.flops
 
 
-def count_work(function: Callable, arguments: Sequence[Any], weights: Sequence[int], *, trips: int = 1) -> Count:
+def count_work(
+    function: Callable[..., Any], arguments: Sequence[Any], weights: Sequence[int], *, trips: int = 1
+) -> Count:
     """Traces a function and counts its work.
 
     Args:
       function: of jax arrays.
       arguments: trees of arrays or `jax.ShapeDtypeStruct`.
-      weights: positions of the arguments that hold parameters.
-      trips: how often the body of a `while` runs.
+      weights: positions of the arguments with parameters.
+      trips: number of runs of the body of a `while`.
     """
     closed = jax.make_jaxpr(function)(*arguments)
     marks = [index in weights for index, argument in enumerate(arguments) for _ in jax.tree.leaves(argument)]
@@ -93,7 +97,9 @@ def count_work(function: Callable, arguments: Sequence[Any], weights: Sequence[i
 
 
 def _needed(jaxpr: Any, wanted: Sequence[bool]) -> list[Any]:
-    """The equations that the wanted results depend on, in order; the compiler drops the others."""
+    """The equations that the wanted results depend on, in order, each with its wanted results; the compiler drops the
+    other equations.
+    """
     live = {id(variable) for variable, want in zip(jaxpr.outvars, wanted, strict=True) if want}
     kept = []
     for equation in reversed(jaxpr.eqns):
@@ -104,7 +110,7 @@ def _needed(jaxpr: Any, wanted: Sequence[bool]) -> list[Any]:
 
 
 def _walk(jaxpr: Any, marks: Sequence[bool], trips: int, wanted: Sequence[bool]) -> tuple[Count, list[bool]]:
-    """Work of one jaxpr, and which of its results are weights as they came in."""
+    """Work of one jaxpr, and which of its results are still weights."""
     known = dict(zip(jaxpr.invars, marks, strict=True))
     total = Count()
 
@@ -128,7 +134,7 @@ def _equation(equation: Any, given: list[bool], trips: int, used: list[bool]) ->
         weights = sum(size for size, weight in zip(sizes, given) if weight)
         return Count(rest=Work(flops, weights, sum(sizes) - weights)), nothing
     if name == "scan":
-        # a carried weight, as in the scan over updates, changes and is still a weight
+        # a carried weight, as in the scan over updates, is still a weight after a change
         carried = parameters["num_carry"]
         count, returned = _walk(parameters["jaxpr"].jaxpr, given, trips, [True] * carried + used[carried:])
         return count * parameters["length"], returned
@@ -157,10 +163,10 @@ def _product_flops(equation: Any) -> float:
 
 
 def _convolution_flops(equation: Any) -> float:
-    """Two for each pair of a weight and a number that is there; padding and the holes of a dilation are not."""
+    """Two for each pair of a weight and an input; padding and the holes of a dilation are no inputs."""
     parameters = equation.params
     numbers = parameters["dimension_numbers"]
-    picture, kernel, result = (variable.aval.shape for variable in (*equation.invars, *equation.outvars))
+    image, kernel, result = (variable.aval.shape for variable in (*equation.invars, *equation.outvars))
     pairs = 1.0
     for index, (at, kernel_at, result_at) in enumerate(
         zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:])
@@ -171,8 +177,8 @@ def _convolution_flops(equation: Any) -> float:
             + np.arange(kernel[kernel_at])[None] * parameters["rhs_dilation"][index]
             - parameters["padding"][index][0]
         )
-        last = (picture[at] - 1) * dilation
+        last = (image[at] - 1) * dilation
         pairs *= np.sum((position >= 0) & (position <= last) & (position % dilation == 0))
     channels = kernel[numbers.rhs_spec[1]]  # of one group
-    batch = picture[numbers.lhs_spec[0]] // parameters["batch_group_count"]
+    batch = image[numbers.lhs_spec[0]] // parameters["batch_group_count"]
     return 2.0 * batch * kernel[numbers.rhs_spec[0]] * channels * pairs

@@ -1,7 +1,7 @@
-"""The text of a compiled program, read: its computations, how often each runs, and what each instruction costs.
+"""Parses the text of a compiled program: its computations, their number of runs, and the cost of each instruction.
 
-XLA's own cost analysis counts a loop's body once and is absent for devices that are not there. Here every instruction
-is counted as often as it runs, with the operations of its products and the bytes that it reads and writes.
+XLA's own cost analysis counts a loop's body once, and does not exist for absent devices. Here every instruction is
+counted as often as it runs, with the operations of its products and the bytes of its reads and writes.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ WIDTHS = {
     "f8e4m3fn": 1,
     "f8e5m2": 1,
 }
-# instructions that only name what another one made
+# instructions without a result of their own
 NAMING = frozenset(
     (
         "parameter",
@@ -48,10 +48,9 @@ _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(
-    r"(calls|body|condition|to_apply|true_computation|false_computation|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+    r"(calls|body|condition|to_apply|true_computation|false_computation|branch_computations|called_computations)"
+    r"=(\{[^}]*\}|%?[\w.\-]+)"
 )
-
-
 _TRIPS = r'"known_trip_count":\{"n":"(\d+)"'
 
 
@@ -74,10 +73,10 @@ class Instruction:
 
     Attributes:
       name, opcode: as written.
-      results: arrays that it makes.
+      results: its arrays.
       operands: names of instructions of the same computation.
       attributes: the rest of the line.
-      root: whether it is the computation's result.
+      root: whether the instruction is the computation's result.
     """
 
     name: str
@@ -88,26 +87,28 @@ class Instruction:
     root: bool
 
     def value(self, pattern: str) -> str:
-        """The first group of a pattern in the attributes; empty without one."""
+        """The first group of a pattern in the attributes; empty without a match."""
         found = re.search(pattern, self.attributes)
         return found[1] if found else ""
 
     @property
     def target(self) -> str:
-        """Of a custom call."""
+        """The target of a custom call; empty for other instructions."""
         return self.value(r'custom_call_target="([^"]*)"')
 
     @property
     def path(self) -> str:
-        """Where it stands in the program that was traced."""
+        """The path of the operation in the traced program."""
         return self.value(r'op_name="([^"]*)"')
 
     @property
     def bytes(self) -> float:
-        """Of all results; a library's workspace is left out, and what the start of a transfer only passes on."""
+        """Bytes of all results, without a library's workspace and without operands in the result of a transfer's
+        start.
+        """
         made = self.results
         if self.opcode.endswith("-start"):
-            # a copy's result comes first; those of a collective follow its operands, or stand alone
+            # a copy's result is first; results of a collective follow its operands, or are alone
             count = len(self.operands)
             made = made[:1] if self.opcode == "copy-start" else made[count : 2 * count] or made
         if self.opcode == "custom-call":
@@ -116,7 +117,7 @@ class Instruction:
 
     @property
     def called(self) -> dict[str, tuple[str, ...]]:
-        """Computations by the word that names them, such as `body` or `calls`."""
+        """Called computations by keyword, such as `body` or `calls`."""
         return {word: tuple(re.findall(r"[\w.\-]+", names)) for word, names in _CALLED.findall(self.attributes)}
 
 
@@ -125,9 +126,10 @@ class Use:
     """An instruction that runs on the device.
 
     Attributes:
-      instruction: it; computation: where it stands.
-      times: how often it runs in one call of the program.
-      loops: paths of the loops around it, the outermost first.
+      instruction: the instruction.
+      computation: the name of its computation.
+      times: number of runs in one call of the program.
+      loops: paths of the enclosing loops, the outermost first.
     """
 
     instruction: Instruction
@@ -141,7 +143,7 @@ class Module:
 
     Args:
       text: of `compiled.as_text()`.
-      trips: of a loop whose end depends on data, such as sampling's, which then runs to the last token.
+      trips: number of runs of a loop whose end depends on data, such as sampling's loop.
     """
 
     def __init__(self, text: str, trips: int = 1):
@@ -161,16 +163,14 @@ class Module:
                 current[instruction.name] = instruction
 
     def uses(self) -> Iterator[Use]:
-        """Everything that is a launch, a copy or a collective of its own, in the order of the text; fusions are one
-        each.
-        """
+        """All launches, copies and collectives in the order of the text; a fusion is one launch."""
         yield from self._walk(self.entry, 1.0, ())
 
     def _walk(self, name: str, times: float, loops: tuple[str, ...]) -> Iterator[Use]:
         for instruction in self.computations.get(name, {}).values():
             called = instruction.called
             if instruction.opcode == "while":
-                if not instruction.value(_TRIPS):  # such a loop looks at its data before every pass, and once more
+                if not instruction.value(_TRIPS):  # such a loop checks its data before every pass and at the end
                     yield from self._walk(called["condition"][0], times * (self.trips + 1), (*loops, instruction.path))
                 yield from self._walk(called["body"][0], times * self.trips_of(instruction), (*loops, instruction.path))
             elif instruction.opcode == "conditional":
@@ -192,13 +192,11 @@ class Module:
                 yield Use(instruction, name, times, loops)
 
     def trips_of(self, loop: Instruction) -> int:
-        """How often a loop's body runs."""
+        """The number of runs of a loop's body."""
         return int(loop.value(_TRIPS) or self.trips)
 
     def flops(self, use: Use) -> float:
-        """Operations of the products and convolutions of one run of an instruction, two for a multiplication and an
-        addition.
-        """
+        """Operations in products and convolutions of one run, two for each multiplication and addition."""
         return self._flops(use.instruction, self.computations[use.computation])
 
     def _flops(self, instruction: Instruction, around: dict[str, Instruction]) -> float:
@@ -220,13 +218,10 @@ class Module:
         return sum(self._flops(instruction, inside) for instruction in inside.values())
 
     def traffic(self, use: Use) -> float:
-        """Bytes that one run of an instruction reads and writes; of a stack of layers, only the layer that it picks."""
+        """Bytes that one run reads and writes; of a stack of layers, only the selected layer."""
         instruction, around = use.instruction, self.computations[use.computation]
-        inside = (
-            self.computations.get(instruction.called.get("calls", ("",))[0], {})
-            if instruction.opcode == "fusion"
-            else {}
-        )
+        fused = instruction.called.get("calls", ("",))[0] if instruction.opcode == "fusion" else ""
+        inside = self.computations.get(fused, {})
         parameters = {int(p.attributes or 0): p for p in inside.values() if p.opcode == "parameter"}
         total = _written(instruction, inside)
         for index, name in enumerate(instruction.operands):
@@ -238,16 +233,14 @@ class Module:
 
 
 def _picked(instruction: Instruction, index: int, whole: float) -> float:
-    """Bytes of an operand that an instruction outside of a fusion reads."""
+    """Bytes that an instruction outside of a fusion reads of an operand."""
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
         return min(instruction.bytes, whole)
     return 0.0 if instruction.opcode == "dynamic-update-slice" and index == 0 else whole
 
 
 def _read(parameter: Instruction, inside: dict[str, Instruction], whole: float) -> float:
-    """Bytes of a fusion's operand that are read: a slice of it where every reader takes a slice, none where it is only
-    overwritten.
-    """
+    """Bytes that a fusion reads of an operand: slices if every reader takes a slice, none if it is only overwritten."""
     total, names = 0.0, {parameter.name}
     for reader in inside.values():
         if not names & set(reader.operands):
@@ -262,7 +255,7 @@ def _read(parameter: Instruction, inside: dict[str, Instruction], whole: float) 
 
 
 def _written(instruction: Instruction, inside: dict[str, Instruction]) -> float:
-    """Bytes of the results; of an update in place, those of the update."""
+    """Bytes of the results; for an update in place, bytes of the update."""
     root = next((i for i in inside.values() if i.root), None)
     if root is None:
         return _of_root(instruction, {}) if instruction.opcode != "dynamic-update-slice" else 0.0
@@ -308,7 +301,7 @@ def _balanced(text: str) -> tuple[str, str]:
 
 
 def _dimensions(instruction: Instruction, side: str, kind: str) -> list[int]:
-    """Axes of a product's operand, as written by a dot or in the settings of a library call."""
+    """Axes of a product's operand, from a dot or from the settings of a library call."""
     found = instruction.value(rf'"?{side}_{kind}(?:_dims|_dimensions)"?[=:][\[{{]([^\]}}]*)')
     return [int(axis) for axis in re.findall(r"\d+", found)]
 
@@ -319,11 +312,11 @@ def _product_flops(instruction: Instruction, operands: list[Array]) -> float:
 
 
 def _convolution_flops(instruction: Instruction, operands: list[Array]) -> float:
-    """Padding counts as pixels that are there: a few percent too much at small pictures."""
+    """Padding counts as pixels, which is a few percent too much for small images."""
     labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)
     if labels is None or len(operands) < 2:
         return 0.0
-    # pictures and kernel of the forward convolution; libraries have calls of their own for the two gradients
+    # images and kernel of the forward convolution; libraries have separate calls for the two gradients
     made, kernel = instruction.results[0], operands[1]
     if instruction.target.endswith("BackwardInput"):
         made = operands[0]
@@ -335,5 +328,5 @@ def _convolution_flops(instruction: Instruction, operands: list[Array]) -> float
 
 def _attention_flops(instruction: Instruction, operands: list[Array]) -> float:
     (batch, length, heads, width), size = operands[0].shape, operands[1].shape[1]
-    # two products forward; five backward, one of them computed again (arXiv 2205.14135)
+    # two products forward; five backward, one of them recomputed (arXiv 2205.14135)
     return (10.0 if instruction.target.endswith("Backward") else 4.0) * batch * heads * length * size * width

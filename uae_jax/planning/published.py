@@ -1,8 +1,7 @@
-"""Sizes of the published models, so that a full-size run can be planned before a single weight is downloaded.
+"""Sizes of the published models, so that a full-size run can be planned before any download of weights.
 
-Each value is that of the `config.json` in the repository named beside it; what stands in our config classes as a
-default is published too and is not repeated. Token counts are those of Qwen2.5-VL-3B-Instruct's tokenizer and chat
-template.
+The values are from the `config.json` of the named repositories; the defaults of our config classes are published values
+too. Token counts are for Qwen2.5-VL-3B-Instruct's tokenizer and chat template.
 """
 
 import dataclasses
@@ -52,12 +51,12 @@ ENCODERS = {
 }
 # the release's demo.py lowers the image processor's max_pixels to 65536
 PROCESSOR = ImageProcessor(max_pixels=65536)
-# the chat template around a turn of the role `generate`: system turn and header before it, answer header after it
+# the chat template around a turn of role `generate`: system turn and header before, answer header after
 TEMPLATE_PREFIX = (151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198, 151644, 19366, 198)
 TEMPLATE_SUFFIX = (151645, 198, 151644, 77091, 198)
 # "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."
 NEGATIVE_PROMPT = (31115, 264, 4194, 11, 3347, 4271, 11, 27261, 11, 28513, 11, 3873, 323, 22809, 11, 30349, 2168, 13)
-# the caption prompt in its chat template without the image's tokens; a 512-pixel picture adds 81
+# tokens of the caption prompt in its chat template without image tokens; a 512-pixel image adds 81
 CAPTION_PROMPT_TOKENS = 80
 
 

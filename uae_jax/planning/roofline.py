@@ -1,4 +1,4 @@
-"""The time of a step if every chip did nothing but its products, its reading of weights and its gathering of them."""
+"""A lower bound for the time of a step from matrix products, reads of weights and gathers of weights."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from uae_jax.planning.flops import Count, Work
 
 @dataclasses.dataclass(frozen=True)
 class MeshSizes:
-    """How many ways each axis of the mesh cuts; stands for a mesh where there are no devices."""
+    """The sizes of the mesh axes, in place of a mesh without devices."""
 
     data: int
     fsdp: int
@@ -16,27 +16,26 @@ class MeshSizes:
 
     @property
     def shape(self) -> dict[str, int]:
-        """As a mesh has it, for the sharding rules."""
+        """Sizes by axis, as in a mesh."""
         return dataclasses.asdict(self)
 
     @property
     def batch(self) -> int:
-        """Ways in which rows are cut."""
+        """The number of shards of a batch."""
         return self.data * self.fsdp
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of a step, each term by itself and the bound that they give.
+    """Seconds of a step: each term and the bound.
 
     Attributes:
       compute: products at the chip's peak.
-      memory: reading weights for every product, and when sampling keys and values too, at the memory's bandwidth.
-      links: receiving the weights that other chips hold, at the links' bandwidth.
-      decoding: of the bound, the part inside sampling loops.
-      seconds: the bound: in sampling and in the rest, the largest of the three terms; nothing of one hides in the
-        other.
-      utilisation: model FLOPs (without recomputation) over what the chips could have done in that time.
+      memory: reads of weights for every product, and of keys and values in sampling, at the memory's bandwidth.
+      links: receipt of the other chips' weight shards, at the links' bandwidth.
+      decoding: the part of the bound inside sampling loops.
+      seconds: the bound: the largest of the three terms in sampling, plus the largest in the rest.
+      utilisation: model FLOPs (without recomputation) over the chips' peak FLOPs in that time.
     """
 
     compute: float
@@ -59,12 +58,11 @@ def roofline(count: Count, model_flops: float, topology: Topology, sizes: MeshSi
     """The bound of a step.
 
     Args:
-      count: of the step as it runs, recomputation included.
+      count: of the step, with recomputation.
       model_flops: of the step without recomputation.
-      topology: the chips; those of a `cpu` topology have no peak, and the result is not a number.
+      topology: the chips; a `cpu` topology has no peak, and the result is NaN.
       sizes: of the mesh.
-      gathers: for one token sampled, how often its weights are gathered: 1, or 1 / T when they are gathered once a
-        rollout.
+      gathers: gathers of the weights per sampled token: 1, or 1 / T for one gather per rollout.
     """
     compute, memory, links = _terms(count.decoding, topology, sizes, other=True)
     decoding = compute, memory, links * gathers

@@ -28,14 +28,16 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """What is known of one stage.
+    """The plan of one stage.
 
     Attributes:
-      stage: its name; images: of a global batch.
+      stage: name of the stage.
+      images: in a global batch.
       trainable, frozen: numbers of parameters.
       memory: of one chip.
-      flops: of a step as it runs, over all chips; model_flops: without recomputation.
-      time: the bound of its seconds.
+      flops: of a step over all chips, with recomputation.
+      model_flops: without recomputation.
+      time: the bound of a step's seconds.
     """
 
     stage: str
@@ -48,11 +50,11 @@ class StagePlan:
     time: Roofline
 
     def share(self, topology: Topology) -> float:
-        """Of a chip's memory that the peak needs."""
+        """The peak as a share of a chip's memory."""
         return self.memory.peak / topology.chip.memory
 
     def fits(self, topology: Topology) -> bool:
-        """Whether the peak leaves the runtime its share."""
+        """Whether the peak is within the usable share of a chip's memory."""
         return self.share(topology) <= USABLE
 
 
@@ -88,16 +90,15 @@ def _row(plan: StagePlan, topology: Topology) -> list[str]:
 
 
 def text_table(plans: list[StagePlan], topology: Topology, sizes: MeshSizes, title: str) -> str:
-    """The table in Markdown: bytes in GiB a chip, FLOPs and seconds of a step, then the largest temporaries."""
+    """The table in Markdown: GiB per device, FLOPs and seconds of a step, then the largest temporaries."""
     chip = topology.chip
-    held = f"{chip.memory / GIB:.0f} GiB each" if math.isfinite(chip.memory) else "no limit"
+    room = f"{chip.memory / GIB:.0f} GiB each" if math.isfinite(chip.memory) else "no limit"
+    end = ", estimated." if plans and plans[0].memory.estimated else "."
     rows = [list(COLUMNS), *(_row(plan, topology) for plan in plans)]
     widths = [max(len(row[index]) for row in rows) for index in range(len(COLUMNS))]
     lines = [
-        f"{title} on {topology.name}: {topology.devices} devices ({chip.name}, {held}), mesh data={sizes.data} "
-        f"fsdp={sizes.fsdp} "
-        f"tensor={sizes.tensor}. Bytes in GiB a device"
-        + (", estimated." if plans and plans[0].memory.estimated else "."),
+        f"{title} on {topology.name}: {topology.devices} devices ({chip.name}, {room}), mesh data={sizes.data} "
+        f"fsdp={sizes.fsdp} tensor={sizes.tensor}. Bytes in GiB per device{end}",
         "",
     ]
     for number, row in enumerate(rows):
@@ -113,14 +114,14 @@ def text_table(plans: list[StagePlan], topology: Topology, sizes: MeshSizes, tit
             lines += [
                 "",
                 f"{plan.stage} does not fit: {_size(plan.memory.peak)} GiB of the {USABLE * chip.memory / GIB:.1f} "
-                "GiB that may be used "
-                f"({USABLE:.0%} of a chip); more chips, smaller micro-batches or a smaller vae_chunk need less",
+                f"GiB that may be used ({USABLE:.0%} of a chip); more chips, smaller micro-batches or a smaller "
+                "vae_chunk need less",
             ]
     return "\n".join(lines)
 
 
 def as_json(plans: list[StagePlan], topology: Topology, sizes: MeshSizes, preset: str) -> str:
-    """Everything in the table, bytes and seconds unrounded."""
+    """The content of the table as JSON, with bytes and seconds unrounded."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
@@ -130,7 +131,7 @@ def as_json(plans: list[StagePlan], topology: Topology, sizes: MeshSizes, preset
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     stages = [dataclasses.asdict(plan) | {"fits": plan.fits(topology)} for plan in plans]
-    whole = {
+    content = {
         "preset": preset,
         "topology": topology.name,
         "devices": topology.devices,
@@ -138,4 +139,4 @@ def as_json(plans: list[StagePlan], topology: Topology, sizes: MeshSizes, preset
         "mesh": dataclasses.asdict(sizes),
         "stages": stages,
     }
-    return json.dumps(clean(whole), indent=1) + "\n"
+    return json.dumps(clean(content), indent=1) + "\n"

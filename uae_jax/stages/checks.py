@@ -5,13 +5,14 @@ Every check is made, whatever the others find, so that all mistakes are told at 
 
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from uae_jax import sharding
-from uae_jax.settings import read
+from uae_jax.settings import Mistakes, read
 from uae_jax.stages.abstract import AbstractSystem, abstract_folder
 from uae_jax.stages.data import open_sources
 from uae_jax.stages.folders.check import check_folder
@@ -19,9 +20,26 @@ from uae_jax.stages.folders.parts import find_parts
 from uae_jax.stages.program import make_program, with_adapters
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import ENCODERS, model_folder
-from uae_jax.training.loop import check_configuration
 
 EXPECTED = (ValueError, OSError, ImportError)
+
+
+def checked_config(config: Mapping[str, Any], workdir: pathlib.Path, mistakes: Sequence[str] = ()) -> RunConfig:
+    """The settings of a run, after all checks that need no weights.
+
+    Raises:
+      Mistakes: one line each.
+      ValueError: a step cannot be built.
+    """
+    settings, found = read_config(config)
+    found = [*mistakes, *found, *find_mistakes(settings, workdir)]
+    found = found or find_model_mistakes(settings)
+    if found:
+        raise Mistakes(found)
+    for notice in notices(settings):
+        print(f"note: {notice}", file=sys.stderr)
+    check_programs(settings, abstract_folder(settings))
+    return settings
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
@@ -31,24 +49,31 @@ def read_config(config: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
 
 
 def find_mistakes(config: RunConfig, workdir: pathlib.Path | None) -> list[str]:
-    """The mistakes of settings that are each in range, one line each; no weights are read.
+    """The mistakes that are found in an instant, one line each: batches, encoders, data, workdir.
 
     Args:
-      config: of the run.
+      config: of the run, every setting in its range.
       workdir: of the run; None leaves it unchecked.
     """
-    checks: list[Callable[[], Iterator[str]]] = [
-        lambda: _check_batches(config),
-        lambda: _check_model(config),
-        lambda: _check_encoders(config),
-        lambda: _check_data(config),
-    ]
+    checks = [_check_batches, _check_encoders, _check_data]
     if workdir is not None:
-        checks.append(lambda: _check_workdir(config, workdir))
+        checks.append(lambda config: _check_workdir(config, workdir))
+    return _all(config, checks)
+
+
+def find_model_mistakes(config: RunConfig) -> list[str]:
+    """The mistakes of the model folder, one line each: configs, and the headers of all weight files against them.
+
+    This takes seconds, since the shapes of every part are traced.
+    """
+    return _all(config, [_check_model])
+
+
+def _all(config: RunConfig, checks: Sequence[Callable[[RunConfig], Iterator[str]]]) -> list[str]:
     found: list[str] = []
     for check in checks:
         try:
-            found += check()
+            found += check(config)
         except EXPECTED as error:
             found.append(" ".join(str(error).split()))
     return list(dict.fromkeys(found))
@@ -117,11 +142,7 @@ def _check_batches(config: RunConfig) -> Iterator[str]:
 
 def _check_model(config: RunConfig) -> Iterator[str]:
     if not config.model.folder and config.model.sizes:
-        yield (
-            f"config.model.folder is empty; give a folder with the weights of {config.model.sizes} (docs/weights.md "
-            "says where they are)"
-        )
-        return
+        return  # said by `_check_encoders`
     for row in check_folder(find_parts(model_folder(config.model.folder)), fast=True):
         yield from row.problems
     abstract_folder(config)
@@ -129,6 +150,10 @@ def _check_model(config: RunConfig) -> Iterator[str]:
 
 def _check_encoders(config: RunConfig) -> Iterator[str]:
     if not config.model.folder and config.model.sizes:
+        yield (
+            f"config.model.folder is empty; give a folder with the weights of {config.model.sizes} (docs/weights.md "
+            "says where they are)"
+        )
         return
     folder = model_folder(config.model.folder)
     present = {name for name in ENCODERS if (folder / name).is_dir()}
@@ -168,5 +193,9 @@ def _check_workdir(config: RunConfig, workdir: pathlib.Path) -> Iterator[str]:
             "--workdir"
         )
         return
+    if not folder.is_dir():
+        return
+    from uae_jax.training.loop import check_configuration  # checkpointing takes a second to import
+
     for name in names:
         check_configuration(workdir, name, config.identity(name))

@@ -1,4 +1,4 @@
-"""Held-out pictures: caption them, draw the captions, and score both with what was and what was not the reward."""
+"""Held-out scores: captions of held-out images, reconstructions from these captions, and scores of both."""
 
 import dataclasses
 import pathlib
@@ -28,7 +28,7 @@ from uae_jax.settings import Settings, setting
 from uae_jax.stages.weights import System
 from uae_jax.training.summary import intervals
 
-SAMPLE_SIDE = 128  # small pictures are enlarged to this side, pixel by pixel, to be seen
+SAMPLE_SIDE = 128  # small images are enlarged to this side in pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +48,14 @@ class EvaluationConfig(Settings):
 
 
 class Evaluator:
-    """Scores a model's parameters on fixed held-out pictures; compiled once for all stages of a run.
+    """Scores a model's parameters on fixed held-out images; compiled once for all stages of a run.
 
     Args:
       system: the model.
       config: settings.
-      denoising: how pictures are drawn.
-      examples: held-out pictures.
-      rows: turns them into inputs.
+      denoising: settings of image generation.
+      examples: held-out images.
+      rows: turns examples into inputs.
       max_new_tokens: longest caption.
       seed: of noise and captions.
     """
@@ -107,20 +107,22 @@ class Evaluator:
         self._write, self._picture, self._compare = jax.jit(write), jax.jit(picture), jax.jit(compare)
 
     def draw_texts(self, parts: Mapping, texts: Sequence[str]) -> np.ndarray:
-        """Pictures of texts, uint8 `[n, H, W, 3]`; text i has the noise of picture i. Longer texts than fit are cut."""
+        """Images generated from texts (long ones truncated), uint8 `[n, H, W, 3]`; text i has the noise of image i."""
         rows = [self.rows.caption_fields(text) for text in texts]
         tokens, mask = (np.stack([row[name] for row in rows]) for name in ("caption_ids", "caption_mask"))
-        return from_signed(
-            self._in_batches(
-                lambda t, n, i: self._picture(parts, t, n, i),
-                tokens,
-                mask.sum(-1, dtype=np.int32) - 1,
-                np.arange(len(texts), dtype=np.int32),
-            )
-        )
+        lengths = mask.sum(-1, dtype=np.int32) - 1
+        return from_signed(self._generated(parts, tokens, lengths, np.arange(len(texts), dtype=np.int32)))
+
+    def _generated(self, parts: Mapping, *inputs: np.ndarray) -> np.ndarray:
+        """Images `[n, H, W, 3]` in [-1, 1] from tokens `[n, T]`, lengths `[n]` and sample numbers `[n]`."""
+        return self._in_batches(lambda *batch: self._picture(parts, *batch), *inputs)
+
+    def _cosines(self, parts: Mapping, originals: np.ndarray, generated: np.ndarray) -> dict[str, np.ndarray]:
+        """Cosines `[n]` between images `[n, H, W, 3]` in [-1, 1], by encoder."""
+        return self._in_batches(lambda *batch: self._compare(parts["encoders"], *batch), originals, generated)
 
     def _in_batches(self, function: Any, *arrays: Any) -> Any:
-        """Applies a compiled function batch by batch; the last batch is filled with its first row and cut again."""
+        """Applies a compiled function batch by batch; the last batch is filled with its first row, then shortened."""
         count, size, found = len(jax.tree.leaves(arrays)[0]), self.config.batch_size, []
         for start in range(0, count, size):
 
@@ -133,32 +135,32 @@ class Evaluator:
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
 
     def __call__(self, parts: Mapping, folder: pathlib.Path | None = None) -> dict[str, dict]:
-        """Held-out scores with 95 % intervals: {score: {"value", "n", "low", "high"}}; samples go to `folder`.
+        """Held-out scores with 95 % intervals: {score: {"value", "n", "low", "high"}}.
 
         Args:
           parts: parameters.
-          folder: where sample pictures and `samples.json` are written, or None.
+          folder: for sample images and `samples.json`, or None.
         """
         scores = self._loop(parts, self.examples, folder)
         return intervals(scores | self._with_true_captions(parts) | self._geneval(parts))
 
     def during(self, parts: Mapping, folder: pathlib.Path | None = None) -> dict[str, float]:
-        """Means of the scores of the first `images_during` pictures, by the same compiled programs; without what the
-        decoder draws from texts that no captioner wrote."""
+        """Mean scores of the first `images_during` images, by the same compiled programs.
+
+        The scores of the decoder on texts that no captioner wrote are left out.
+        """
         scores = self._loop(parts, self.examples[: self.config.images_during], folder)
         return {name: float(np.mean(values)) for name, values in scores.items()}
 
     def _loop(self, parts: Mapping, examples: Sequence[Example], folder: pathlib.Path | None) -> dict[str, np.ndarray]:
-        """Scores `[n]` of pictures captioned and drawn again."""
+        """Scores `[n]` of captions and reconstructions."""
         fields = [self.rows.image_fields(example.image) for example in examples]
         batch = {name: np.stack([row[name] for row in fields]) for name in fields[0]}
         batch["sample_id"] = np.arange(len(fields), dtype=np.int32)
         said = self._in_batches(lambda rows: self._write(parts, rows), batch)
         captions = [decode_caption(self.system.tokenizer, row[:n]) for row, n in zip(said["tokens"], said["lengths"])]
-        drawn = self._in_batches(
-            lambda t, n, i: self._picture(parts, t, n, i), said["tokens"], said["lengths"], batch["sample_id"]
-        )
-        cosines = self._in_batches(lambda a, b: self._compare(parts["encoders"], a, b), batch["pixels"], drawn)
+        drawn = self._generated(parts, said["tokens"], said["lengths"], batch["sample_id"])
+        cosines = self._cosines(parts, batch["pixels"], drawn)
         facts = self._facts(examples, captions, drawn)
         if folder is not None and jax.process_index() == 0:
             write_samples(folder, batch["pixels"], captions, drawn, cosines | facts, self.config.samples)
@@ -178,8 +180,8 @@ class Evaluator:
 
     @staticmethod
     def _facts(examples: Sequence[Example], captions: Sequence[str], drawn: np.ndarray) -> dict[str, np.ndarray]:
-        scenes = [example.scene for example in examples]
-        if None in scenes:
+        scenes = known_scenes(examples)
+        if not scenes:
             return {}
         said = [caption_score(scene, text) for scene, text in zip(scenes, captions)]
         kinds = {
@@ -193,18 +195,16 @@ class Evaluator:
         } | kinds
 
     def _with_true_captions(self, parts: Mapping) -> dict[str, np.ndarray]:
-        """The decoder alone: the data set's own captions drawn."""
+        """Scores `[n]` of the decoder alone, on the captions of the data set."""
         pixels = np.stack([self.rows.image_fields(example.image)["pixels"] for example in self.examples])
         drawn = self.draw_texts(parts, [example.caption for example in self.examples])
-        cosines = self._in_batches(lambda a, b: self._compare(parts["encoders"], a, b), pixels, to_signed(drawn))
-        scores = {"true_caption_reward": cosines[self.config.encoders[0]]}
-        scenes = [example.scene for example in self.examples]
-        return scores if None in scenes else scores | {"true_caption_scene_accuracy": picture_scores(scenes, drawn)}
+        scores = {"true_caption_reward": self._cosines(parts, pixels, to_signed(drawn))[self.config.encoders[0]]}
+        scenes = known_scenes(self.examples)
+        return scores | {"true_caption_scene_accuracy": picture_scores(scenes, drawn)} if scenes else scores
 
     def _geneval(self, parts: Mapping) -> dict[str, np.ndarray]:
-        if (
-            not self.config.geneval_per_tag or type(self.examples[0].scene) is not Scene
-        ):  # the prompts ask for its shapes
+        # the prompts ask for the shapes of built-in scenes
+        if not self.config.geneval_per_tag or type(self.examples[0].scene) is not Scene:
             return {}
         prompts = scene_prompts(self.config.geneval_per_tag)
         drawn = self.draw_texts(parts, [prompt["prompt"] for prompt in prompts])
@@ -214,8 +214,14 @@ class Evaluator:
         return {"geneval": right} | {f"geneval_{tag}": right[tags == tag] for tag in dict.fromkeys(tags)}
 
 
+def known_scenes(examples: Sequence[Example]) -> list[Scene]:
+    """The scenes of all examples; empty if an example has none."""
+    scenes = [example.scene for example in examples if example.scene is not None]
+    return scenes if len(scenes) == len(examples) else []
+
+
 def picture_png(pixels: np.ndarray, path: pathlib.Path) -> None:
-    """Writes one picture, uint8 `[H, W, 3]`, enlarged pixel by pixel when it is small."""
+    """Writes one image, uint8 `[H, W, 3]`; a small image is enlarged by nearest neighbours."""
     image = Image.fromarray(pixels)
     scale = max(1, -(-SAMPLE_SIDE // min(image.size)))
     image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
@@ -229,7 +235,9 @@ def write_samples(
     scores: Mapping[str, np.ndarray],
     count: int,
 ) -> None:
-    """Writes originals and drawings (`[n, H, W, 3]` in [-1, 1]) as PNG and `samples.json` with captions and scores."""
+    """Writes originals and reconstructions (`[n, H, W, 3]` in [-1, 1]) as PNG, and captions and scores as
+    `samples.json`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     listed = []
     for index in range(min(count, len(captions))):

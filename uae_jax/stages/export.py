@@ -1,4 +1,4 @@
-"""A model in memory, written as a folder in the official layout (`stages.weights` reads it back)."""
+"""Writes a model in memory as a folder in the official layout, which `stages.weights` reads."""
 
 import pathlib
 import shutil
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from numpy.typing import DTypeLike
 
 from uae_jax.files.json_files import read_json, write_json
 from uae_jax.hf.rules import published_tensors
@@ -16,20 +17,21 @@ from uae_jax.stages.folders.parts import with_dtype
 from uae_jax.stages.weights import ENCODERS, REFERENCE, System, config_folder
 
 
-def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: np.dtype = np.float32) -> None:
-    """Writes a model in the official layout; parts that do not train are copied from where the system was read.
+def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: DTypeLike = np.float32) -> None:
+    """Writes a model in the official layout; frozen parts are copied from the system's folder.
 
     Args:
       system: the description, and the folder of the unchanged parts.
       parts: parameters to write.
-      folder: replaced as a whole, only once everything is written.
+      folder: replaced completely, once everything is written.
       dtype: stored precision of the trained parts.
     """
+    dtype = np.dtype(dtype)
     fresh = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     captioner, parts = system.model.captioner, jax.device_get(dict(parts))
-    # captions are written by the copy that was trained, the decoder reads them through the reference
+    # the trained copy writes captions, and the reference encodes them for the decoder
     languages = {"llm": parts["language"]}
     if "language_policy" in parts:
         languages = {"llm": parts["language_policy"], REFERENCE: parts["language"]}
@@ -58,13 +60,11 @@ def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: n
 
 
 def _write_captioner_config(system: System, folder: pathlib.Path, dtype: np.dtype) -> None:
-    """config.json with the precision that is stored, and the generation's settings, from where the captioner was
-    read.
-    """
+    """Writes the captioner's config.json with the stored precision, and copies its generation_config.json."""
     source = config_folder(system.folder)
     if (source / "generation_config.json").exists():
         shutil.copy2(source / "generation_config.json", folder)
-    write_json(folder / "config.json", with_dtype(read_json(source), np.dtype(dtype).name), indent=1)
+    write_json(folder / "config.json", with_dtype(read_json(source), dtype.name), indent=1)
 
 
 def _export_transformer(system: System, parts: Mapping, folder: pathlib.Path, dtype: np.dtype) -> None:

@@ -1,12 +1,12 @@
-"""The engine of inference: rows of pictures or texts in, captions and drawings out, a batch at a time.
+"""The inference engine: rows of images or texts to captions and generated images, a batch at a time.
 
-Pictures of many sizes share few compiled programs: each is padded to one of a handful of lengths (`image_room`), and a
-batch holds pictures of one length. Padding is masked, so that a caption does not depend on its batch.
+Images of many sizes share few compiled programs: each image is padded to one of a few lengths (`image_room`), and a
+batch has images of one length. Padding is masked, so that a caption does not depend on its batch.
 """
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from PIL import Image
 from uae_jax import sharding, trees
 from uae_jax.data import tokenizer as tokens
 from uae_jax.data.loader import RowBuilder, batch_spec, from_signed
-from uae_jax.data.qwen_inputs import prompt_fields
+from uae_jax.data.qwen_inputs import Fields, prompt_fields
 from uae_jax.data.tokenizer import decode_caption
 from uae_jax.diffusion.schedule import KINDS, sigma_schedule
 from uae_jax.models import condition, uae
@@ -28,8 +28,8 @@ from uae_jax.settings import Settings, setting
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages.weights import ModelConfig, System, load_system
 
-ROOMS = 4  # lengths that pictures are padded to; each is a compiled program
-SHORTEST_QUESTION = 64  # tokens that short questions are padded to
+ROOMS = 4  # number of padded lengths of images; each length needs a compiled program
+SHORTEST_QUESTION = 64  # padded length of short questions in tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,25 +52,25 @@ class InferenceConfig(Settings):
 
 
 class Row(NamedTuple):
-    """What is asked for one picture.
+    """One input.
 
     Attributes:
-      index: comes back with the result, since pictures of other lengths may overtake.
-      sample_id: what the random keys are folded from.
+      index: returned with the result, because results come out of order.
+      sample_id: folded into the random keys.
       fields: arrays of `Inference.image_fields` or `Inference.text_fields`.
     """
 
     index: int
     sample_id: int
-    fields: dict[str, np.ndarray]
+    fields: Fields
 
 
 def image_room(image_tokens: int, largest: int) -> int:
-    """Tokens that an image is padded to: `largest`, or that halved up to three times.
+    """The padded length of an image in tokens: `largest`, or `largest` halved up to three times.
 
     Args:
       image_tokens: of the image.
-      largest: of the processor's largest image; long strips may exceed it, for which it is doubled.
+      largest: of the processor's largest image; doubled for long strips, which may have more tokens.
     """
     room = largest
     while room < image_tokens:
@@ -84,7 +84,7 @@ def image_room(image_tokens: int, largest: int) -> int:
 
 
 def batches(rows: Iterable[Row], size: int, kind: Callable[[Row], Hashable]) -> Iterator[list[Row]]:
-    """Rows of one kind, `size` at a time as soon as they are together; at the end what is left of each kind."""
+    """Batches of `size` rows of one kind, each as soon as it is full; at the end the incomplete batches."""
     waiting: dict[Hashable, list[Row]] = {}
     for row in rows:
         group = waiting.setdefault(kind(row), [])
@@ -95,19 +95,24 @@ def batches(rows: Iterable[Row], size: int, kind: Callable[[Row], Hashable]) -> 
 
 
 class Inference:
-    """A model ready to caption, draw and reconstruct; each function is compiled once for a shape.
+    """A model for captions, image generation and reconstruction; each function is compiled once for a shape.
 
     Args:
-      model: which folder.
+      model: the folder of the model.
       config: settings.
-      devices: over which the parameters are cut; None takes the first one.
+      devices: the parameters are sharded over these devices; None for the first device.
 
     Raises:
-      FileNotFoundError, ValueError: the folder cannot be read (`stages.weights`), or pictures of this size cannot be
-        drawn.
+      FileNotFoundError, ValueError: the folder cannot be read (`stages.weights`), or the model cannot generate images
+        of this size.
     """
 
-    def __init__(self, model: ModelConfig, config: InferenceConfig, devices: Sequence[jax.Device] | None = None):
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: InferenceConfig,
+        devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] (an alias inside of jax)
+    ):
         self.config = config
         devices = jax.local_devices()[:1] if devices is None else list(devices)
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=len(devices)), devices)
@@ -117,17 +122,17 @@ class Inference:
         self.parts = self.system.parts
         _check_size(self.system.model, config.size)
         processor, tokenizer = self.system.processor, self.system.tokenizer
-        # a caption that was cut at the limit has no stop token; as a text to draw it gets one
+        # a caption truncated at the limit has no stop token, but as a text for the decoder it gets one
         spec = batch_spec(tokenizer, processor, config.size, config.prompt, config.max_new_tokens + 1)
         self.rows = RowBuilder(tokenizer, processor, spec, config.prompt)
         self.largest = max(1, processor.max_pixels // (processor.patch_size * processor.merge_size) ** 2)
         self.text_length = len(tokens.caption_prompt_ids(tokenizer, config.prompt, [0]))
         self._write, self._picture = _programs(self.system, config)
 
-    def image_fields(self, image: np.ndarray | Image.Image) -> dict[str, np.ndarray]:
-        """The captioner's inputs of a picture of any size, padded to its `image_room`.
+    def image_fields(self, image: np.ndarray | Image.Image) -> Fields:
+        """The captioner's inputs for an image of any size, padded to its `image_room`.
 
-        The captioner's own processor resizes it, with its aspect ratio.
+        The captioner's image processor resizes the image and keeps its aspect ratio.
 
         Raises:
           ValueError: no content, or an aspect ratio above 200.
@@ -141,33 +146,30 @@ class Inference:
             ids, [(patches, grid)], processor, pad, room * processor.merge_size**2, self.text_length + room
         )
 
-    def question_fields(self, question: str, images: Sequence[np.ndarray | Image.Image]) -> dict[str, np.ndarray]:
-        """The captioner's inputs of a question about one or more pictures, which come before it; the answer is its
-        caption.
+    def question_fields(self, question: str, images: Sequence[np.ndarray | Image.Image]) -> Fields:
+        """The captioner's inputs for a question after one or more images; the caption is the answer.
 
-        Pictures are padded together to an `image_room`, the text to a power of two.
+        The images are padded together to an `image_room`, the text to a power of two.
 
         Raises:
-          ValueError: no picture, one without content or with an aspect ratio above 200.
+          ValueError: no image, an image without content, or an aspect ratio above 200.
         """
         if not images:
-            raise ValueError("a question needs at least one picture")
+            raise ValueError("a question needs at least one image")
         processor, tokenizer = self.system.processor, self.system.tokenizer
         seen = [processor(image) for image in images]
         counts = [processor.image_tokens(grid) for _, grid in seen]
         ids = tokens.caption_prompt_ids(tokenizer, question, counts, images_first=True)
-        room, text = (
-            image_room(sum(counts), self.largest),
-            max(SHORTEST_QUESTION, 1 << (len(ids) - sum(counts) - 1).bit_length()),
-        )
+        room = image_room(sum(counts), self.largest)
+        text = max(SHORTEST_QUESTION, 1 << (len(ids) - sum(counts) - 1).bit_length())
         pad = tokens.token_id(tokenizer, tokens.IMAGE_PAD)
         return prompt_fields(ids, seen, processor, pad, room * processor.merge_size**2, text + room)
 
-    def text_fields(self, text: str) -> dict[str, np.ndarray]:
-        """The decoder's inputs of a text.
+    def text_fields(self, text: str) -> Fields:
+        """The decoder's inputs for a text.
 
         Raises:
-          ValueError: it is longer than `max_new_tokens`.
+          ValueError: a text longer than `max_new_tokens`.
         """
         fields = self.rows.caption_fields(text)
         if fields["caption_truncated"]:
@@ -178,17 +180,19 @@ class Inference:
         return fields
 
     def captions(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
-        """Captions of pictures (`image_fields`) or answers (`question_fields`), each batch as soon as it is done."""
-        for group in batches(
-            rows, self.config.batch_size, lambda row: (len(row.fields["patches"]), len(row.fields["prompt_ids"]))
-        ):
+        """Captions of images (`image_fields`) or answers (`question_fields`), each batch as soon as it is done."""
+
+        def shapes(row: Row) -> Hashable:
+            return row.fields["patches"].shape, row.fields["prompt_ids"].shape
+
+        for group in batches(rows, self.config.batch_size, shapes):
             batch = self._stacked(group)
             ids, lengths = jax.device_get(self._write(self.parts, batch))
             for row, said, length in zip(group, ids, lengths):
                 yield row, decode_caption(self.system.tokenizer, said[:length])
 
     def drawings(self, rows: Iterable[Row]) -> Iterator[tuple[Row, np.ndarray]]:
-        """Pictures of texts (`text_fields`), uint8 `[S, S, 3]`, each batch as soon as it is done."""
+        """Images generated from texts (`text_fields`), uint8 `[S, S, 3]`, each batch as soon as it is done."""
         for group in batches(rows, self.config.batch_size, lambda row: 0):
             batch = self._stacked(group)
             lengths = batch["caption_mask"].sum(-1, dtype=np.int32) - 1
@@ -196,9 +200,9 @@ class Inference:
             yield from zip(group, from_signed(jax.device_get(drawn)))
 
     def reconstructions(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str, np.ndarray]]:
-        """Caption and drawing of each picture (`image_fields`), each batch as soon as it is done.
+        """Caption and reconstruction of each image (`image_fields`), each batch as soon as it is done.
 
-        A caption whose text has more tokens than were sampled is drawn without its tail.
+        If the text of a caption has more tokens than were sampled, the reconstruction is without the last tokens.
         """
         said: dict[int, str] = {}
 
@@ -211,14 +215,14 @@ class Inference:
             yield row, said.pop(row.index), drawn
 
     def _stacked(self, group: Sequence[Row]) -> dict[str, np.ndarray]:
-        """One batch of the compiled size; the last row fills what is left."""
+        """One batch of the compiled size, filled with the last row."""
         full = [*group, *[group[-1]] * (self.config.batch_size - len(group))]
         batch = {name: np.stack([row.fields[name] for row in full]) for name in full[0].fields}
         return batch | {"sample_id": np.array([row.sample_id for row in full], np.int32)}
 
 
-def _programs(system: System, config: InferenceConfig) -> tuple[Callable, Callable]:
-    """The compiled functions: captions and their lengths from a batch, pictures from captions."""
+def _programs(system: System, config: InferenceConfig) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The compiled functions: from a batch to captions and their lengths, from captions to images."""
     key, sampling = jax.random.key(config.seed), SamplingConfig(config.temperature, 0, config.top_p)
     sigmas = sigma_schedule(config.steps, config.shift, config.schedule)
     denoising = Denoising(tuple(map(float, sigmas)), config.guidance_scale, config.policy_condition)
@@ -237,17 +241,17 @@ def _programs(system: System, config: InferenceConfig) -> tuple[Callable, Callab
 
 
 def _check_size(model: uae.UAE, size: int) -> None:
-    """Pictures are drawn in whole patches of latents, as many as the transformer has positions for."""
+    """Checks that an image is a whole number of latent patches, and has no more than the transformer has positions."""
     cell, most = model.vae.downsampling * model.transformer.patch_size, model.transformer.pos_embed_max_size
     if size % cell or size // cell > most:
         near = min(max(1, round(size / cell)), most) * cell
         raise ValueError(
-            f"size is {size} pixels; this model draws multiples of {cell} up to {cell * most}, such as {near}"
+            f"size is {size} pixels; this model generates multiples of {cell} up to {cell * most}, such as {near}"
         )
 
 
-def builtin_settings() -> dict:
-    """What differs from the release's settings for the built-in model of 32-pixel scenes."""
+def builtin_settings() -> dict[str, Any]:
+    """The settings of the built-in model of 32-pixel scenes, where they differ from the release's."""
     return dict(
         size=32,
         steps=20,

@@ -7,8 +7,7 @@ read back, and the stage that was interrupted continues from its newest checkpoi
 import dataclasses
 import pathlib
 import shutil
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,9 +21,8 @@ from uae_jax.files.json_files import write_json
 from uae_jax.methods.method import build_step, make_method
 from uae_jax.methods.stage_settings import denoising
 from uae_jax.methods.trained import stored, trainable, with_policy_as_transformer
-from uae_jax.settings import Mistakes, as_dict
-from uae_jax.stages.abstract import abstract_folder
-from uae_jax.stages.checks import check_programs, find_mistakes, notices, read_config
+from uae_jax.settings import as_dict
+from uae_jax.stages.checks import checked_config
 from uae_jax.stages.data import open_sources, row_builder
 from uae_jax.stages.evaluation import Evaluator
 from uae_jax.stages.export import export_system
@@ -41,20 +39,19 @@ from uae_jax.training.step import TrainState, init_state
 from uae_jax.training.summary import write_summary
 
 
-def run(config: Mapping[str, Any], workdir: pathlib.Path, mistakes: Sequence[str] = ()) -> dict[str, Any]:
+def run(config: Mapping[str, Any] | RunConfig, workdir: pathlib.Path) -> dict[str, Any]:
     """Runs all stages of a configuration and returns the contents of `summary.json`.
 
     Args:
-      config: of a file in `configs/`.
+      config: of a file in `configs/`, or settings that `checks.checked_config` made of it.
       workdir: made if absent; continued if it holds the same configuration.
-      mistakes: those that reading a command line has found; with any, nothing is run.
 
     Raises:
       ValueError, FileNotFoundError: something in config, model, data or workdir does not fit, one line each; nothing
         was overwritten.
       StopTraining: asked to stop; the same call continues.
     """
-    settings = checked_config(config, workdir, mistakes)
+    settings = config if isinstance(config, RunConfig) else checked_config(config, workdir)
     whole = Run(settings, workdir)
     workdir.mkdir(exist_ok=True)
     processes.check_shared(workdir)
@@ -75,23 +72,6 @@ def run(config: Mapping[str, Any], workdir: pathlib.Path, mistakes: Sequence[str
     summary = summary or _write_outputs(whole, results)
     writer.close()
     return summary
-
-
-def checked_config(config: Mapping[str, Any], workdir: pathlib.Path, mistakes: Sequence[str] = ()) -> RunConfig:
-    """The settings of a run, after all checks that need no weights.
-
-    Raises:
-      Mistakes: one line each.
-      ValueError: a step cannot be built.
-    """
-    settings, found = read_config(config)
-    found = [*mistakes, *found, *find_mistakes(settings, workdir)]
-    if found:
-        raise Mistakes(found)
-    for notice in notices(settings):
-        print(f"note: {notice}", file=sys.stderr)
-    check_programs(settings, abstract_folder(settings))
-    return settings
 
 
 class Run:

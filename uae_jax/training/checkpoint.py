@@ -1,7 +1,7 @@
-"""Checkpoints of (state, data position, meta) at `workdir/checkpoints/<stage>/<step>`, through Orbax.
+"""Checkpoints of (state, data position, meta) at `workdir/checkpoints/<stage>/<step>`, by Orbax.
 
-A save is written to a temporary folder and renamed when it is whole, so a kill never leaves an unusable newest
-checkpoint. Frozen weights are never saved.
+A save is written to a temporary folder and renamed when complete, so a kill cannot leave a broken newest checkpoint.
+Frozen weights are never saved.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a checkpoint held.
+    """The contents of a checkpoint.
 
     Attributes:
-      step: train steps done when it was written.
-      state: like the target given to `restore`, on its devices.
-      data: position of the data iterator, for its `set_state`.
+      step: train steps done at the time of the save.
+      state: like the target of `restore`, on the target's devices.
+      data: position of the data iterator, for `set_state`.
       meta: seconds so far, stage, config digest and the like.
     """
 
@@ -35,12 +35,12 @@ class Restored:
 
 
 def abstract(state: PyTree) -> PyTree:
-    """Shapes, types and placement of a state, which `Checkpoints.restore` takes in its place."""
+    """Shapes, types and shardings of a state, a target for `Checkpoints.restore`."""
     return jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
 
 
 class _KeepGood(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the checkpoint of one step, however old it gets."""
+    """Keeps the checkpoint of one step, however old."""
 
     step: int | None = None
 
@@ -49,11 +49,11 @@ class _KeepGood(ocp.checkpoint_managers.PreservationPolicy):
 
 
 class Checkpoints:
-    """The checkpoints of one stage. Use as a context manager: leaving it waits for a save under way.
+    """The checkpoints of one stage. At its end, the context manager waits for an unfinished save.
 
     Args:
-      folder: `workdir/checkpoints/<stage>`; made when missing.
-      keep: newest checkpoints to keep, >= 1.
+      folder: `workdir/checkpoints/<stage>`; created if absent.
+      keep: number of newest checkpoints to keep, >= 1.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
@@ -81,21 +81,20 @@ class Checkpoints:
         self.close()
 
     def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint, None without one."""
+        """Step of the newest complete checkpoint; None without a checkpoint."""
         return self._manager.latest_step()
 
     def save(
         self, step: int, state: PyTree, data: dict[str, Any], meta: dict[str, Any], *, good: int | None = None
     ) -> None:
-        """Starts writing a checkpoint, unless this step is saved already. The arrays may be donated as soon as this
-        returns.
+        """Starts to write a checkpoint, unless this step has one. On return the arrays may be donated.
 
         Args:
           step: train steps done.
           state: pytree of arrays (no typed keys).
           data: JSON-able position of the data iterator after the batch of step `step`.
           meta: JSON-able.
-          good: step of a checkpoint, this one or one before, that is kept beside the newest ones.
+          good: step of this checkpoint or of an older one, which is kept beside the newest checkpoints.
         """
         self._good.step = good
         if step in self._manager.all_steps():
@@ -108,16 +107,17 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, target: PyTree, step: int | None = None) -> Restored | None:
-        """Reads the checkpoint of `step` (default: the newest). None when there is none.
+        """Reads the checkpoint of `step` (default: the newest); None without a checkpoint.
 
         Args:
           target: the state as arrays or as `jax.ShapeDtypeStruct` with shardings; only structure, shapes, types and
-            placement are used.
+            shardings are used.
           step: train step to read.
 
         Raises:
           FileNotFoundError: no checkpoint of that step.
-          ValueError: the folder is damaged, or holds other arrays than `target`; names the first one and the remedy.
+          ValueError: the folder is damaged, or its arrays differ from `target`; the message has the first array and the
+            remedy.
         """
         self.wait()
         found = self._manager.all_steps()
@@ -140,10 +140,10 @@ class Checkpoints:
         return Restored(step, read["state"], read["data"], read["meta"])
 
     def meta(self) -> dict[str, Any] | None:
-        """The meta of the newest checkpoint, without its arrays. None when there is none.
+        """The meta of the newest checkpoint; None without a checkpoint. The arrays are not read.
 
         Raises:
-          ValueError: the folder is damaged; names it and the remedy.
+          ValueError: the folder is damaged; the message has the folder and the remedy.
         """
         self.wait()
         step = self.latest_step()
@@ -155,36 +155,33 @@ class Checkpoints:
             raise self._damaged(step, error) from error
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether the machines are about to be taken away; all processes get the same answer at the same step."""
+        """Whether the machines are about to be preempted; all processes get the same answer at the same step."""
         return self._manager.reached_preemption(step)
 
     def wait(self) -> None:
-        """Blocks until the save under way is on disk."""
+        """Blocks until an unfinished save is on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the save under way and frees the manager."""
+        """Waits for an unfinished save and frees the manager."""
         self._manager.wait_until_finished()
         self._manager.close()
 
     def _check(self, step: int, target: PyTree) -> None:
-        """Compares names, shapes and types with the stored ones; Orbax alone would say where it stumbled, not what to
-        do.
-        """
+        """Compares names, shapes and types with the stored arrays, because Orbax's errors have no remedy."""
         try:
             stored = trees.flatten(self._manager.item_metadata(step)["state"].tree)
         except Exception as error:
             raise self._damaged(step, error) from error
         wanted = trees.flatten(target)
-        # Parameters first: an optimizer moment that differs is only their echo.
+        # parameters first: a different optimizer moment follows from a different parameter
         for name in sorted([*wanted, *stored], key=lambda name: not name.startswith("params/")):
             ours, theirs = (_describe(tree.get(name)) for tree in (wanted, stored))
             if ours != theirs:
                 raise ValueError(
                     f"checkpoint {self.folder / str(step)} does not fit this configuration: {name} is {theirs} in "
-                    "the checkpoint "
-                    f"and {ours} in the configuration; continue with the configuration of that run, or use a new "
-                    "--workdir"
+                    f"the checkpoint and {ours} in the configuration; continue with the configuration of that run, or "
+                    "use a new --workdir"
                 )
 
     def _damaged(self, step: int, error: Exception) -> ValueError:

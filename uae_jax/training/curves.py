@@ -1,4 +1,4 @@
-"""The curves of a run: what the steps reported, and held-out scores before, during and after each stage."""
+"""The curves of a run: metrics of the steps, and held-out scores before, during and after each stage."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ import matplotlib.figure
 import numpy as np
 
 Lines = Sequence[Mapping[str, Any]]
-# the KL of a policy that has not moved is rounding
-LOWEST = 1e-10  # on logarithmic axes
+# smallest value on logarithmic axes: the KL of an unchanged policy is rounding
+LOWEST = 1e-10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +17,9 @@ class Panel:
     """One plot.
 
     Attributes:
-      title: what it shows.
-      steps: metrics of train steps, drawn as lines.
-      scores: held-out scores, drawn as points.
+      title: above the plot.
+      steps: metrics of train steps, shown as lines.
+      scores: held-out scores, shown as points.
       log: whether the axis is logarithmic.
       unless: stages that report this metric are left out.
     """
@@ -38,21 +38,21 @@ PANELS = (
         "Captions: share of the facts stated, share of the stated that is true", (), ("fact_recall", "fact_precision")
     ),
     Panel(
-        "Pictures: facts found again in the drawing, prompts drawn right",
+        "Images: facts found in the reconstruction, prompts generated right",
         (),
         ("scene_accuracy", "true_caption_scene_accuracy", "geneval"),
     ),
     Panel("Caption length (tokens)", ("caption_tokens",), ("caption_tokens",)),
-    Panel("Captions cut off at the length limit; share said twice", ("truncated_fraction", "repetition")),
+    Panel("Captions truncated at the length limit; share of repetitions", ("truncated_fraction", "repetition")),
     Panel("Distance to the reference policy (KL)", ("kl",), log=True),
     Panel("Gradient norm before clipping", ("grad_norm",), log=True),
-    # the loss of policy gradients is near 0 whatever happens
+    # the loss of policy gradients is always near 0
     Panel("Loss of the supervised stages", ("loss",), unless="truncated_fraction"),
 )
 
 
 def curves_figure(lines: Lines, stages: Sequence[Mapping[str, Any]] = ()) -> matplotlib.figure.Figure | None:
-    """The curves of all stages side by side, each as wide as the others; None when nothing was logged.
+    """The curves of all stages side by side in equal widths; None for empty logs.
 
     Args:
       lines: of `metrics.jsonl` (`metrics.read_lines`).
@@ -60,28 +60,23 @@ def curves_figure(lines: Lines, stages: Sequence[Mapping[str, Any]] = ()) -> mat
     """
     spans = stage_spans(lines)
     found = [(panel, _steps(lines, spans, panel), _scores(lines, spans, stages, panel)) for panel in PANELS]
-    drawn = [(panel, steps, scores) for panel, steps, scores in found if steps or scores]
-    if not drawn:
+    shown = [(panel, steps, scores) for panel, steps, scores in found if steps or scores]
+    if not shown:
         return None
-    rows = -(-len(drawn) // 2)
+    rows = -(-len(shown) // 2)
     figure = matplotlib.figure.Figure(figsize=(12, 3.0 * rows), layout="constrained")
-    for index, (panel, steps, scores) in enumerate(drawn):
+    for index, (panel, steps, scores) in enumerate(shown):
         axes = figure.add_subplot(rows, 2, index + 1)
         axes.set_title(panel.title, fontsize=10, loc="left", pad=16)
         if panel.log:
             axes.set_yscale("log")
         colors = {name: f"C{number}" for number, name in enumerate(dict.fromkeys((*steps, *scores)))}
         for name, curves in steps.items():
+            label = f"{name} (training)" if panel.scores else name
             for number, (x, y) in enumerate(curves):
-                _draw(
-                    axes,
-                    x,
-                    y,
-                    colors[name],
-                    f"{name} (training)" if number == 0 and panel.scores else name if number == 0 else None,
-                )
+                _plot_steps(axes, x, y, colors[name], label if number == 0 else None)
         for name, points in scores.items():
-            _draw_scores(axes, points, colors[name], f"{name} (held out)" if panel.steps else name)
+            _plot_scores(axes, points, colors[name], f"{name} (held out)" if panel.steps else name)
         if len(steps) + len(scores) > 1:
             axes.legend(fontsize=7.5, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.09))
         _mark_stages(axes, spans)
@@ -90,7 +85,7 @@ def curves_figure(lines: Lines, stages: Sequence[Mapping[str, Any]] = ()) -> mat
 
 
 def stage_spans(lines: Lines) -> dict[str, int]:
-    """stage -> its last step, in the order of first appearance; stage number n lies between n and n + 1 on the axis."""
+    """Stage to its last step, in the order of first appearance; stage number n is between n and n + 1 on the axis."""
     last: dict[str, int] = {}
     for line in lines:
         last[line["stage"]] = max(last.get(line["stage"], 1), line["step"])
@@ -102,9 +97,7 @@ def _at(spans: Mapping[str, int], stage: str, step: int) -> float:
 
 
 def _steps(lines: Lines, spans: Mapping[str, int], panel: Panel) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
-    """name -> one (x, y) curve for each stage that logged it. Zeros and rounding have no place on a logarithmic
-    axis.
-    """
+    """Metric to one (x, y) curve for each stage with that metric; without zeros and rounding on a logarithmic axis."""
     skipped = {line["stage"] for line in lines if panel.unless and panel.unless in line}
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for name in panel.steps:
@@ -115,14 +108,15 @@ def _steps(lines: Lines, spans: Mapping[str, int], panel: Panel) -> dict[str, li
                 if line["stage"] == stage and line.get(name) is not None and (line[name] > LOWEST or not panel.log)
             ]
             if points and stage not in skipped:
-                found.setdefault(name, []).append(tuple(np.array(points, np.float64).T))
+                x, y = np.array(points, np.float64).T
+                found.setdefault(name, []).append((x, y))
     return found
 
 
 def _scores(
     lines: Lines, spans: Mapping[str, int], stages: Sequence[Mapping[str, Any]], panel: Panel
 ) -> dict[str, list[tuple[float, ...]]]:
-    """name -> points (x, value, low, high) in order; those during a stage have no interval (low = high = nan)."""
+    """Score to points (x, value, low, high) in order; points during a stage have no interval (low = high = nan)."""
     found: dict[str, list[tuple[float, ...]]] = {}
     for name in panel.scores:
         points = [
@@ -145,8 +139,8 @@ def _scores(
     return found
 
 
-def _draw(axes: Any, x: np.ndarray, y: np.ndarray, color: str, label: str | None) -> None:
-    """The values, and over 30 points or more their running mean, because rewards of single rollouts are noisy."""
+def _plot_steps(axes: Any, x: np.ndarray, y: np.ndarray, color: str, label: str | None) -> None:
+    """The values, and from 30 points on their running mean, because rewards of single rollouts are noisy."""
     width = len(y) // 15
     smooth = width >= 2
     axes.plot(
@@ -164,15 +158,15 @@ def _draw(axes: Any, x: np.ndarray, y: np.ndarray, color: str, label: str | None
         axes.plot(x, mean, color=color, lw=1.6, label=label)
 
 
-def _draw_scores(axes: Any, points: Sequence[tuple[float, ...]], color: str, label: str) -> None:
-    """Filled points with intervals before and after stages, hollow ones without during them, joined by a thin line."""
+def _plot_scores(axes: Any, points: Sequence[tuple[float, ...]], color: str, label: str) -> None:
+    """Filled points with intervals before and after stages, hollow points during stages, joined by a thin line."""
     x, y, low, high = np.array(points, np.float64).T
-    whole = np.isfinite(low)
+    ends = np.isfinite(low)
     axes.plot(x, y, color=color, lw=0.9, ls=":")
-    axes.plot(x[~whole], y[~whole], color=color, ls="", marker="o", ms=4, mfc="white")
-    reach = np.maximum([y - low, high - y], 0)[:, whole]
+    axes.plot(x[~ends], y[~ends], color=color, ls="", marker="o", ms=4, mfc="white")
+    reach = np.maximum([y - low, high - y], 0)[:, ends]
     axes.errorbar(
-        x[whole], y[whole], yerr=reach, color=color, ls="", marker="o", ms=4.5, capsize=2.5, lw=1.2, label=label
+        x[ends], y[ends], yerr=reach, color=color, ls="", marker="o", ms=4.5, capsize=2.5, lw=1.2, label=label
     )
 
 

@@ -1,6 +1,4 @@
-"""What the scores of a run say, in sentences: each with the numbers it rests on, and marked where something looks
-wrong.
-"""
+"""Findings from the scores of a run: sentences with their numbers, marked as good, bad or open."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,7 +11,7 @@ Scores = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One sentence. `kind` is `good`, `bad` or `open` (nothing outside chance)."""
+    """One finding. `kind` is `good`, `bad` or `open` (within chance)."""
 
     kind: str
     title: str
@@ -21,9 +19,7 @@ class Finding:
 
 
 def direction(before: Scores, after: Scores, name: str) -> int:
-    """1 or -1 where a score rose or fell and its two 95 % intervals do not touch; 0 otherwise, and where it is
-    missing.
-    """
+    """1 or -1 if a score rose or fell and its two 95 % intervals do not touch; 0 otherwise, and for a missing score."""
     old, new = before.get(name), after.get(name)
     if not isinstance(old, dict) or not isinstance(new, dict):
         return 0
@@ -31,12 +27,12 @@ def direction(before: Scores, after: Scores, name: str) -> int:
 
 
 def findings(stages: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """The findings of a run, from the stages of its summary; those whose scores are missing are left out."""
+    """The findings of a run from the stages of its summary, without findings whose scores are missing."""
     sided = [stage for stage in stages if stage["before"] and stage["after"]]
     found = [_guard(stage) for stage in stages if stage.get("guard")]
     if sided:
         before, after = sided[0]["before"], sided[-1]["after"]
-        for make in (_facts, _length, _pictures, _prompts):
+        for make in (_facts, _length, _reconstructions, _prompts):
             finding = make(before, after)
             if finding is not None:
                 found.append(finding)
@@ -50,8 +46,7 @@ def _guard(stage: Mapping[str, Any]) -> Finding:
         "bad",
         f"{stage['name']} was stopped by the guard",
         f"After step {trip['step']}, {MEANINGS[trip['what']]} was {trip['value']:.3g}; its bound is "
-        f"{trip['bound']:.3g}. What "
-        f"follows uses the checkpoint of step {trip['restored_step']}.",
+        f"{trip['bound']:.3g}. The following stages use the checkpoint of step {trip['restored_step']}.",
     )
 
 
@@ -69,10 +64,9 @@ def _facts(before: Scores, after: Scores) -> Finding | None:
     kind = "bad" if min(recall, precision) < 0 else "good" if recall > 0 else "open"
     return Finding(
         kind,
-        "Understanding: do captions say more, and is it true?",
-        f"Captions state {values[0]:.0%} of a picture's facts at the start and {values[1]:.0%} at the "
-        "end. Of what they state, "
-        f"{values[2]:.0%} was true and {values[3]:.0%} is.",
+        "Understanding: do captions state more facts, and are the facts true?",
+        f"Captions state {values[0]:.0%} of an image's facts at the start and {values[1]:.0%} at the end. Of the "
+        f"stated facts, {values[2]:.0%} are true at the start and {values[3]:.0%} at the end.",
     )
 
 
@@ -81,46 +75,39 @@ def _length(before: Scores, after: Scores) -> Finding | None:
     if values is None:
         return None
     text = f"Captions go from {values[0]:.1f} to {values[1]:.1f} tokens. "
-    text += "Length is no merit by itself: read it beside the facts."
+    text += "A longer caption is not better by itself: compare the facts."
     cut = _values(before, after, "truncated", "repetition")
     if cut is not None:
-        text += f" Cut off at the limit: {cut[0]:.1%}, then {cut[1]:.1%}; said twice: {cut[2]:.1%}, then {cut[3]:.1%}."
+        text += f" Truncated at the limit: {cut[0]:.1%}, then {cut[1]:.1%}; repeated: {cut[2]:.1%}, then {cut[3]:.1%}."
     worse = max(direction(before, after, "truncated"), direction(before, after, "repetition")) > 0
     return Finding("bad" if worse else "open", "Length: do captions ramble?", text)
 
 
-def _pictures(before: Scores, after: Scores) -> Finding | None:
+def _reconstructions(before: Scores, after: Scores) -> Finding | None:
     name = "scene_accuracy" if _values(before, after, "scene_accuracy") else "heldout_score"
     values = _values(before, after, name)
     if values is None:
         return None
-    change = direction(before, after, name)
-    what = (
-        "of a picture's facts are found again in its reconstruction"
-        if name == "scene_accuracy"
-        else "is the cosine of the held-out encoder"
-    )
-    numbers = (
-        f"{values[0]:.0%} {what} at the start, {values[1]:.0%} at the end."
-        if name == "scene_accuracy"
-        else (f"{values[0]:.3f} {what} at the start, {values[1]:.3f} at the end.")
-    )
-    return Finding(("open", "good", "bad")[change], "The loop: is the picture still there after the text?", numbers)
+    what, form = "is the cosine of the held-out encoder", ".3f"
+    if name == "scene_accuracy":
+        what, form = "of an image's facts are found in its reconstruction", ".0%"
+    numbers = f"{values[0]:{form}} {what} at the start, {values[1]:{form}} at the end."
+    kind = ("open", "good", "bad")[direction(before, after, name)]
+    return Finding(kind, "The loop: does the reconstruction show the image?", numbers)
 
 
 def _prompts(before: Scores, after: Scores) -> Finding | None:
     values = _values(before, after, "geneval")
     if values is None:
         return None
-    text = f"{values[0]:.0%} of short prompts that no captioner wrote are drawn right at the start, "
+    text = f"For {values[0]:.0%} of short prompts that no captioner wrote, the image is right at the start, "
     text += f"{values[1]:.0%} at the end."
-    return Finding(
-        ("open", "good", "bad")[direction(before, after, "geneval")], "Generation: are prompts drawn better?", text
-    )
+    kind = ("open", "good", "bad")[direction(before, after, "geneval")]
+    return Finding(kind, "Generation: do images follow prompts better?", text)
 
 
 def _gamed(stage: Mapping[str, Any]) -> Finding | None:
-    """A reward that rises while what it stands for falls."""
+    """A reward that rises while the scores that it stands for fall."""
     before, after = stage["before"], stage["after"]
     falls = [
         name
@@ -132,7 +119,6 @@ def _gamed(stage: Mapping[str, Any]) -> Finding | None:
     return Finding(
         "bad",
         f"{stage['name']}: the reward may be gamed",
-        f"The reward rises outside its interval while {' and '.join(falls)} "
-        f"fall{'s' if len(falls) == 1 else ''}: look at the "
-        "pictures below.",
+        f"The reward rises outside its interval while {' and '.join(falls)} fall{'s' if len(falls) == 1 else ''}: look "
+        "at the images below.",
     )

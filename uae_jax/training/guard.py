@@ -145,7 +145,7 @@ class Guard:
         """What is compared with the bounds, by name; running means only once their window is full."""
         mean = self._mean("reward")
         means = {
-            "reward_fall": None if mean is None else self._best - mean,
+            "reward_fall": None if mean is None or self._best is None else self._best - mean,
             "kl": self._mean("kl"),
             "truncated": self._mean("truncated_fraction"),
         }
@@ -205,10 +205,10 @@ def skip_outliers(optimizer: optax.GradientTransformation, config: GuardConfig) 
             jnp.zeros(window, jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), optimizer.init(params)
         )
 
-    def update(gradients: PyTree, state: OutlierState, params: PyTree | None = None) -> tuple[PyTree, OutlierState]:
-        norm = optax.tree.norm(gradients).astype(jnp.float32)
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, OutlierState]:
+        norm = optax.tree.norm(updates).astype(jnp.float32)
         outlier = (state.seen >= window) & (norm > config.gradient_ratio * jnp.median(state.norms))
-        changes, inner = optimizer.update(gradients, state.inner, params)
+        changes, inner = optimizer.update(updates, state.inner, params)
         changes = jax.tree.map(lambda change: jnp.where(outlier, jnp.zeros_like(change), change), changes)
         inner = jax.tree.map(lambda new, old: jnp.where(outlier, old, new), inner, state.inner)
         counted = norm > 0

@@ -233,7 +233,7 @@ class _Loop:
         self.trip: dict[str, Any] | None = None  # contents of tripped.json
         self.unread: list[tuple[int, dict[str, jax.Array]]] = []  # watched metrics of the steps not looked at yet
         self.pending: tuple[int, dict[str, jax.Array]] | None = None  # the logged step not written yet
-        self.bar: tqdm.tqdm | None = None
+        self.bar = tqdm.tqdm(disable=True)
 
     def resume(self, restored: Restored, trip: dict[str, Any] | None) -> None:
         """Continues after a checkpoint, or after a trip whose stage was not finished."""
@@ -298,10 +298,15 @@ class _Loop:
         """
         steps, guard = self.config.steps, None
         if self.trip is not None:
-            self.report_trip()
+            self.report_trip(self.trip)
             steps = self.trip["restored_step"]
             guard = {name: value for name, value in self.trip.items() if "seconds" not in name}
-            state = self.checkpoints.restore(target, steps).state
+            good = self.checkpoints.restore(target, steps)
+            if good is None:
+                raise ValueError(
+                    f"{self.checkpoints.folder} has lost its checkpoint of step {steps}; start the stage anew"
+                )
+            state = good.state
         self.leave_if_asked(self.trip["step"] if self.trip else steps, flag)
         after: Scores = {}
         if self.hooks.after is not None:
@@ -325,9 +330,8 @@ class _Loop:
         if jax.process_index() == 0:
             write_json(self.checkpoints.folder / "tripped.json", self.trip)
 
-    def report_trip(self) -> None:
+    def report_trip(self, trip: dict[str, Any]) -> None:
         """Says what tripped, in place of the metrics of later steps."""
-        trip = self.trip
         record = {name: value for name, value in trip.items() if "seconds" not in name}
         self.writer.begin(self.name, trip["step"])
         self.writer.event(self.name, trip["step"], trip["seconds"], record)

@@ -1,4 +1,4 @@
-"""Where numbers go: JSON lines, TensorBoard files, optionally W&B. And the clock that survives restarts."""
+"""Writers of metrics (JSON lines, TensorBoard, optionally W&B), and a clock that continues after restarts."""
 
 import contextlib
 import json
@@ -15,12 +15,7 @@ from uae_jax.files.json_files import read_records, write_json_lines
 
 
 class Clock:
-    """Seconds of work, continued from earlier runs.
-
-    Attributes:
-      seconds: without the time inside `paused()` blocks (evaluation, sample pictures).
-      wall_seconds: with it.
-    """
+    """Seconds of work, continued from earlier runs."""
 
     def __init__(self, seconds: float = 0.0, wall_seconds: float = 0.0) -> None:
         self._start = time.monotonic()
@@ -28,17 +23,17 @@ class Clock:
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds since the first start, pauses included."""
+        """Seconds of all runs, with the time inside `paused()` blocks (evaluation, sample images)."""
         return self._wall + time.monotonic() - self._start
 
     @property
     def seconds(self) -> float:
-        """Seconds of work: without the pauses."""
+        """Seconds of all runs without the pauses."""
         return self._seconds + time.monotonic() - self._start - self._paused
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in the block does not count as `seconds`. Blocks do not nest."""
+        """The time in the block does not count as `seconds`. Blocks do not nest."""
         begin = time.monotonic()
         try:
             yield
@@ -47,7 +42,7 @@ class Clock:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, [] without one. A last line cut off by a kill is dropped.
+    """The objects of a JSON-lines file without a last line truncated by a kill; [] without a file.
 
     Raises:
       ValueError: another line is not a JSON object; the message has its number.
@@ -60,13 +55,12 @@ class MetricWriter:
 
     Args:
       workdir: the training folder.
-      tensorboard: write event files (one TensorBoard run a stage).
-      wandb_project: W&B project; "" = off. The run's id is kept in `workdir/wandb_id`, a restart continues the same
-        run.
+      tensorboard: write event files, one TensorBoard run per stage.
+      wandb_project: W&B project; "" for none. The id in `workdir/wandb_id` continues the same run after a restart.
       config: shown by W&B.
 
     Raises:
-      ImportError: a project is named and wandb is not installed.
+      ImportError: a project is given and wandb is not installed.
     """
 
     def __init__(
@@ -75,13 +69,16 @@ class MetricWriter:
         self.workdir = Path(workdir)
         self.path = self.workdir / "metrics.jsonl"
         self.active = jax.process_index() == 0
-        self._tensorboard, self._board, self._wandb = tensorboard, None, None
+        self._tensorboard = tensorboard
+        self._board: Any = None
+        self._wandb: Any = None
         if self.active and wandb_project:
             self._wandb = _start_wandb(self.workdir, wandb_project, config)
 
     def begin(self, stage: str, step: int) -> None:
-        """Starts a stage, or continues it after `step` steps: numbers of later steps, written before a kill, are
-        dropped, and so are its guard's lines."""
+        """Starts a stage, or continues a stage after `step` steps: lines of later steps, written before a kill, are
+        dropped, and so are lines of the guard.
+        """
         if not self.active:
             return
         lines = read_lines(self.path)
@@ -90,14 +87,14 @@ class MetricWriter:
         if self._tensorboard:
             self._close_board()
             folder = self.workdir / "tensorboard" / stage
-            # Purged events stay in their file, and the suffix keeps a restart in the same second from overwriting it.
+            # purged events stay in their file, which the suffix protects from a restart in the same second
             purge = step + 1 if folder.exists() else None
-            import tensorboardX  # imports torch where it is installed, which takes seconds
+            import tensorboardX  # imports torch if installed, which takes seconds
 
             self._board = tensorboardX.SummaryWriter(str(folder), purge_step=purge, filename_suffix=f".{step}")
 
     def write(self, stage: str, step: int, seconds: float, numbers: Mapping[str, float]) -> None:
-        """One logged step. Numbers that are not finite are written as null, which is what JSON has for them."""
+        """Writes one logged step; non-finite numbers become null in JSON."""
         if not self.active:
             return
         values = {name: float(value) for name, value in numbers.items()}
@@ -113,24 +110,23 @@ class MetricWriter:
             self._wandb.log({f"{stage}/step": step} | {f"{stage}/{name}": value for name, value in values.items()})
 
     def event(self, stage: str, step: int, seconds: float, record: Mapping[str, Any]) -> None:
-        """What the guard did after a step, as the field `guard` of a line of its own: JSON-able, finite numbers."""
+        """Writes the guard's action after a step, JSON-able with finite numbers, as the field `guard` of a new line."""
         if not self.active:
             return
+        line = {"stage": stage, "step": step, "seconds": round(seconds, 3), "guard": dict(record)}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(
-                json.dumps({"stage": stage, "step": step, "seconds": round(seconds, 3), "guard": dict(record)}) + "\n"
-            )
+            file.write(json.dumps(line) + "\n")
         self.text("guard", step, json.dumps(record))
         if self._wandb is not None:
             self._wandb.log({f"{stage}/step": step, f"{stage}/guard": json.dumps(record)})
 
     def image(self, name: str, step: int, pixels: np.ndarray) -> None:
-        """A picture for TensorBoard: uint8 [H, W, 3]."""
+        """Writes an image to TensorBoard: uint8 [H, W, 3]."""
         if self._board is not None:
             self._board.add_image(name, np.asarray(pixels), step, dataformats="HWC")
 
     def text(self, name: str, step: int, text: str) -> None:
-        """A text for TensorBoard."""
+        """Writes a text to TensorBoard."""
         if self._board is not None:
             self._board.add_text(name, text, step)
 
@@ -149,7 +145,7 @@ class MetricWriter:
 
 def _start_wandb(workdir: Path, project: str, config: Mapping | None) -> Any:
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports] (an optional extra)
     except ImportError as error:
         raise ImportError(
             f"wandb project {project!r} is set but wandb is not installed; pip install 'uae_jax[wandb]'"

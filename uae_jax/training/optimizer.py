@@ -53,7 +53,7 @@ def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule
     warmup_steps = config.warmup_of(total_updates)
     length = max(total_updates - warmup_steps, 1)
 
-    def schedule(k: jax.Array) -> jax.Array:
+    def schedule(k: Any) -> jax.Array:
         progress = jnp.clip((k - warmup_steps) / length, 0.0, 1.0)
         if config.schedule == "cosine":
             factor = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
@@ -93,9 +93,7 @@ def scale_by_path(multipliers: tuple[tuple[str, float], ...]) -> optax.GradientT
                 )
         return optax.EmptyState()
 
-    def update(
-        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None
-    ) -> tuple[PyTree, optax.EmptyState]:
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         return trees.map_with_name(lambda name, leaf: leaf * factor(name), updates), state
 
     return optax.GradientTransformation(init, update)

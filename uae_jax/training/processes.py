@@ -1,4 +1,4 @@
-"""Several processes as one program: joining them, agreeing, and leaving when one is gone."""
+"""Several processes as one program: start, agreement, and exit after the loss of a process."""
 
 import os
 import re
@@ -13,17 +13,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# a process that says nothing for so long is taken for dead, and the others end
+# a process that is silent for so long counts as lost, and the others exit
 HEARTBEAT_SECONDS = 40
 GRACE_SECONDS = 2
-# what collectives and the coordination service say when a peer is gone
+# in errors of collectives and of the coordination service after the loss of a process
 LOST = r"(?i)gloo|nccl|connection (closed|reset|refused)|heartbeat|coordination|UNAVAILABLE|DEADLINE_EXCEEDED|preempt"
 
 
 def several(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment says that this process is one of several: a TPU slice, GKE, SLURM, MPI, or JAX's own
-    variables.
-    """
+    """Whether the environment has several processes: a TPU slice, GKE, SLURM, MPI, or JAX's own variables."""
     counts = (
         environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
     )
@@ -36,43 +34,42 @@ def several(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def _from_environment(environment: Mapping[str, str]) -> tuple[str | None, int | None, int | None]:
-    """What variables say of coordinator, number of processes and own index; None where JAX finds it by itself.
-
-    Besides JAX_* those that xpk sets on GPU nodes are read.
+    """Coordinator, number of processes and own index from variables of JAX and of xpk on GPU nodes; None where JAX
+    finds the value.
     """
     address, port = environment.get("JAX_COORDINATOR_ADDRESS"), environment.get("JAX_COORDINATOR_PORT")
     if not address:
         return None, None, None
-    numbers = []
+    numbers: list[int | None] = []
     for names in (("JAX_NUM_PROCESSES", "NNODES"), ("JAX_PROCESS_ID", "NODE_RANK")):
         values = [environment[name] for name in names if environment.get(name, "").isdigit()]
         numbers.append(int(values[0]) if values else None)
-    return address if ":" in address or not port else f"{address}:{port}", *numbers
+    return address if ":" in address or not port else f"{address}:{port}", numbers[0], numbers[1]
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins the other processes of the run; one process alone needs nothing. Must come before any other use of JAX.
+    """Joins the other processes of the run, before any other use of JAX; does nothing for a single process.
 
     Args:
-      coordinator: host:port where process 0 listens. Without it the environment decides (`several`).
-      processes: how many there are; process_id: which one this is, from 0. On clusters that JAX knows it finds both.
+      coordinator: host:port of process 0; None for the environment's choice (`several`).
+      processes: number of processes; None if JAX knows the cluster.
+      process_id: index of this process from 0; None if JAX knows the cluster.
 
     Raises:
       ValueError: only some of the three are given, or they do not fit together.
-      ConnectionError: the others cannot be reached.
+      ConnectionError: the other processes cannot be reached.
     """
-    given = (coordinator, processes, process_id)
-    if all(value is None for value in given):
+    if coordinator is None and processes is None and process_id is None:
         if not several():
             return
         coordinator, processes, process_id = _from_environment(os.environ)
-    elif None in given:
+    elif coordinator is None or processes is None or process_id is None:
         raise ValueError("--coordinator, --processes and --process_id go together; give all three or none")
     elif not 0 <= process_id < processes:
         raise ValueError(f"--process_id is {process_id}; it must be from 0 to {processes - 1}, one below --processes")
     elif ":" not in coordinator:
         raise ValueError(f"--coordinator is {coordinator!r}; it must be host:port, such as localhost:1234")
-    # on CPU two programs in flight mix up the messages of their collectives; other devices do not read this
+    # on CPU two concurrent programs mix up the messages of their collectives; other devices ignore this setting
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(coordinator, processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
@@ -80,16 +77,15 @@ def join(coordinator: str | None = None, processes: int | None = None, process_i
         where = coordinator or "the address that the cluster names"
         raise ConnectionError(
             f"the processes of this run do not find each other at {where} ({str(error).splitlines()[0]}); start one "
-            "on every host, "
-            f"and check that process 0 can be reached"
+            "on every host, and check that process 0 can be reached"
         ) from error
 
 
 def check_shared(folder: Path) -> None:
-    """Checks that all processes see one and the same folder.
+    """Checks that all processes see the same folder.
 
     Raises:
-      ValueError: they do not.
+      ValueError: a process sees another folder.
     """
     if jax.process_count() == 1:
         return
@@ -109,7 +105,7 @@ def check_shared(folder: Path) -> None:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when all processes have come to the point `name`; nothing for one process."""
+    """Waits until all processes have reached the point `name`; returns at once for a single process."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
@@ -120,19 +116,17 @@ def alone() -> bool:
 
 
 def lost_process(error: Exception) -> bool:
-    """Whether an error of JAX says that another process is gone."""
+    """Whether an error of JAX means the loss of another process."""
     return not alone() and re.search(LOST, str(error)) is not None
 
 
 def leave(message: str, code: int, *, wait: bool = True) -> NoReturn:
-    """Ends this process with a message. One of several does not wait for the others, which would wait for it in
-    turn.
-    """
+    """Ends this process with a message. One of several processes does not wait for the others, to avoid a deadlock."""
     if not alone():
         print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
         if wait:
-            time.sleep(GRACE_SECONDS)  # the same error reaches the others, who say it too
+            time.sleep(GRACE_SECONDS)  # the other processes get the same error and report it too
         os._exit(code)
     print(message, file=sys.stderr)
     sys.exit(code)

@@ -1,6 +1,4 @@
-"""`report.html` of a workdir: one self-contained page that tells what was trained, what came of it, and what it does
-not show.
-"""
+"""`report.html` of a workdir: one self-contained page about the training, its results and their limits."""
 
 import base64
 import io
@@ -18,39 +16,42 @@ from uae_jax.training.findings import direction, findings
 from uae_jax.training.metrics import read_lines
 from uae_jax.training.summary import read_summary
 
-# How each score is read; the page shows the sentence beside the row.
+# the meaning of each score, shown in its row
 MEANINGS = {
-    "reward": "what training maximises: cosine of the reward encoder between picture and reconstruction",
+    "reward": "maximised by training: cosine of the reward encoder between image and reconstruction",
     "unified_score": "mean cosine over the image encoders",
     "heldout_score": "cosine of an encoder that was never a reward: catches reward hacking",
     "caption_tokens": "length of the caption; longer is not better by itself",
-    "truncated": "share of captions cut off at the length limit",
-    "repetition": "share of a caption's sequences of four tokens that it has said before",
+    "truncated": "share of captions truncated at the length limit",
+    "repetition": "share of a caption's sequences of four tokens that are repetitions",
     "fact_recall": "share of the scene's facts that the caption states",
     "fact_precision": "share of the stated facts that are true",
-    "scene_accuracy": "share of the scene's facts found again in the reconstruction",
-    "true_caption_reward": "the decoder alone: the same cosine when it is given the data set's own captions",
-    "true_caption_scene_accuracy": "the decoder alone: facts found again when it is given the full true captions",
-    "geneval": "compositional prompts drawn correctly (mean of the tags below)",
+    "scene_accuracy": "share of the scene's facts found in the reconstruction",
+    "true_caption_reward": "the decoder alone: the same cosine for the data set's own captions",
+    "true_caption_scene_accuracy": "the decoder alone: facts found in images of the full true captions",
+    "geneval": "compositional prompts with a correct image (mean of the tags below)",
 }
-# neither up nor down is good in these by itself
+# scores for which neither up nor down is good by itself
 NEUTRAL = ("caption_tokens", "truncated", "repetition")
-# stage -> who learns, from what
+# stage -> (model that learns, source of learning)
 STAGES = {
-    "pretrain": ("decoder", "pictures with captions: it learns to draw what a caption says"),
-    "cold_start": ("decoder", "its own drawings: it is pushed towards the picture through the whole sampler"),
+    "pretrain": ("decoder", "images with captions: the decoder learns to generate an image from its caption"),
+    "cold_start": (
+        "decoder",
+        "its reconstructions: the loss between reconstruction and image, through all sampling steps",
+    ),
     "gen_for_und": (
         "encoder",
-        "the reward: several captions of a picture are drawn by the frozen decoder, and those that bring back more are "
-        "made more probable (\u201cgeneration for understanding\u201d)",
+        "the reward: the frozen decoder reconstructs an image from several captions, and captions with better "
+        "reconstructions become more probable (\u201cgeneration for understanding\u201d)",
     ),
     "und_for_gen": (
         "decoder",
-        "the reward: several drawings of the encoder's caption, and those nearer to the picture are made more probable "
-        "(\u201cunderstanding for generation\u201d)",
+        "the reward: several reconstructions from the encoder's caption, and those nearer to the image become more "
+        "probable (\u201cunderstanding for generation\u201d)",
     ),
 }
-TIMES = 9  # moments shown in the captions through training
+TIMES = 9  # moments in the captions through training
 
 
 def write_report(workdir: Path, *, max_samples: int = 8) -> Path:
@@ -61,11 +62,11 @@ def write_report(workdir: Path, *, max_samples: int = 8) -> Path:
     number}}, files relative to that folder.
 
     Args:
-      workdir: folder of a run; every part but summary.json may be missing.
-      max_samples: pictures shown.
+      workdir: folder of a run; only summary.json has to exist.
+      max_samples: number of images in the report.
 
     Raises:
-      FileNotFoundError: no summary.json, or a sample's picture is missing.
+      FileNotFoundError: no summary.json, or a sample's image is missing.
       ValueError: a damaged JSON file.
     """
     workdir = Path(workdir)
@@ -99,13 +100,13 @@ def write_report(workdir: Path, *, max_samples: int = 8) -> Path:
 
 
 def described(stage: Mapping[str, Any]) -> dict[str, Any]:
-    """The stage with `learner` and `source`; a repeated one (`gen_for_und_2`) is described as the first."""
+    """The stage with `learner` and `source`; a repeated stage (`gen_for_und_2`) gets those of the first."""
     learner, source = STAGES.get(re.sub(r"_\d+$", "", stage["name"]), ("", ""))
     return {**stage, "learner": learner, "source": source}
 
 
 def score_columns(stages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Headings of the score table: the start, and after each stage."""
+    """Headings of the score table: the start, and the end of each stage."""
     start = ["start"] if stages and stages[0]["before"] else []
     return start + [f"after {stage['name']}" for stage in stages]
 
@@ -113,8 +114,8 @@ def score_columns(stages: Sequence[Mapping[str, Any]]) -> list[str]:
 def score_rows(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the score table: name, meaning, and a cell for each of `score_columns`.
 
-    A cell is None or {"score", "change", "direction"}: the change is over the column before, the direction 1, -1, or 0
-    where the two intervals touch.
+    A cell is None or {"score", "change", "direction"}. The change is against the column before; the direction is 1, -1,
+    or 0 if the two intervals touch.
     """
     points = [stages[0]["before"]] if stages and stages[0]["before"] else []
     points += [stage["after"] for stage in stages]
@@ -136,9 +137,7 @@ def score_rows(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def sample_moments(folder: Path, stages: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The moments at which samples were kept, in order: {"title", "during", "samples"}; moments without samples are
-    left out.
-    """
+    """The moments with samples, in order: {"title", "during", "samples"}."""
     places = [("start", False, folder / f"{stages[0]['name']}_before")] if stages else []
     for stage in stages:
         name = stage["name"]
@@ -152,16 +151,12 @@ def sample_moments(folder: Path, stages: Sequence[Mapping[str, Any]], count: int
 
 
 def histories(moments: Sequence[Mapping[str, Any]], pictures: int = 3) -> list[dict[str, Any]]:
-    """Of the first pictures: the original, and the captions through training; a caption that stays the same is listed
-    once.
-    """
+    """The first images, each with its original and its captions through training; equal neighbours are listed once."""
     during = [moment for moment in moments if moment["during"]]
     room = max(TIMES - (len(moments) - len(during)), 0)
-    kept = (
-        {round(at * (len(during) - 1) / max(room - 1, 1)) for at in range(room)}
-        if len(during) > room
-        else set(range(len(during)))
-    )
+    kept = set(range(len(during)))
+    if len(during) > room:
+        kept = {round(at * (len(during) - 1) / max(room - 1, 1)) for at in range(room)}
     shown = [moment for moment in moments if not moment["during"] or during.index(moment) in kept]
     found = []
     for index in range(min(pictures, min((len(moment["samples"]) for moment in shown), default=0))):
@@ -171,14 +166,8 @@ def histories(moments: Sequence[Mapping[str, Any]], pictures: int = 3) -> list[d
             if entries and entries[-1]["caption"] == sample["caption"]:
                 entries[-1] |= {"last": moment["title"], "reconstruction": sample["reconstruction"]}
             else:
-                entries.append(
-                    {
-                        **sample,
-                        "first": moment["title"],
-                        "last": moment["title"],
-                        "words": len(sample["caption"].split()),
-                    }
-                )
+                title, words = moment["title"], len(sample["caption"].split())
+                entries.append({**sample, "first": title, "last": title, "words": words})
         found.append({"original": shown[0]["samples"][index]["original"], "entries": entries})
     return found
 
@@ -190,11 +179,9 @@ def read_config(workdir: Path) -> dict[str, Any]:
 
 
 def deductions(config: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What is taken off the similarity in each stage's reward, in words, by stage; stages that train on it alone are
-    left out.
-    """
+    """The deductions from the similarity in a stage's reward, in words, by stage; without stages that have none."""
     words = {
-        "contrast": "the likeness to the batch's other pictures",
+        "contrast": "the similarity to the batch's other images",
         "overlong_penalty": "a penalty for captions without an end",
     }
     rewards = {stage["name"]: config.get(stage["name"], {}).get("reward", {}) for stage in stages}
@@ -205,17 +192,15 @@ def deductions(config: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -
 
 
 def guard_bounds(config: Mapping[str, Any]) -> dict[str, float] | None:
-    """The bounds of the run's guard that are on; None where the configuration does not say."""
+    """The active bounds of the run's guard; None if the configuration has no guard."""
     section = config.get("guard")
-    return (
-        None
-        if section is None
-        else {name: section[name] for name in (*guard.MEANINGS, "gradient_ratio", "flow_kl") if section.get(name)}
-    )
+    if section is None:
+        return None
+    return {name: section[name] for name in (*guard.MEANINGS, "gradient_ratio", "flow_kl") if section.get(name)}
 
 
 def curves(lines: list[dict[str, Any]], stages: Sequence[Mapping[str, Any]] = ()) -> str:
-    """`curves_figure` as a data URI of a PNG; "" when nothing was logged."""
+    """`curves_figure` as a data URI of a PNG; "" for empty logs."""
     figure = curves_figure(lines, stages)
     if figure is None:
         return ""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a flag: the loop finishes its step, saves and leaves."""
+"""Ctrl-C and SIGTERM as a flag: the loop finishes its step, saves and exits."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 class StopTraining(Exception):  # noqa: N818 - a normal exit, not an error
-    """Training was asked to stop, and everything needed to continue is saved.
+    """Training was asked to stop, and has saved everything to continue.
 
     Attributes:
       exit_code: 128 + signal number, the shell's convention: 130 after Ctrl-C, 143 after SIGTERM or a preemption.
@@ -26,10 +26,10 @@ class StopFlag:
 
 @contextlib.contextmanager
 def stop_on_signals(signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)) -> Iterator[StopFlag]:
-    """Collects `signals` in a flag while the block runs; the second one gets its usual effect and aborts at once.
+    """Collects `signals` in a flag inside the block; a second signal has its usual effect and aborts at once.
 
-    Must be entered on the main thread. Several processes under `jax.distributed` must leave SIGTERM out: jax listens
-    for it to agree on one step for all processes.
+    Needs the main thread. Several processes under `jax.distributed` must leave SIGTERM to jax, which agrees on one step
+    for all processes.
     """
     flag = StopFlag()
     previous = {number: signal.getsignal(number) for number in signals}
@@ -50,10 +50,9 @@ def stop_on_signals(signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)) 
 
 @contextlib.contextmanager
 def interrupt_as_terminate() -> Iterator[StopFlag]:
-    """For one of several processes: Ctrl-C becomes SIGTERM, on which all of them agree; the second Ctrl-C aborts this
-    one.
+    """For one of several processes: Ctrl-C becomes SIGTERM, on which all agree; a second Ctrl-C aborts this process.
 
-    The flag is left for the loop to set, at the step that the processes agreed on.
+    The loop sets the flag, at the step that the processes have agreed on.
     """
     previous = signal.getsignal(signal.SIGINT)
 

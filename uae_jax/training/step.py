@@ -13,8 +13,7 @@ PyTree = Any
 Metrics = dict[str, jax.Array | tuple[jax.Array, jax.Array]]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything a stage changes: donated to the step, sharded, checkpointed.
 
     Attributes:

@@ -1,8 +1,8 @@
-"""A text tower for the frozen reward encoder, which scores captions without any drawing (`rl.caption_similarity`).
+"""A text tower for the frozen reward encoder, which scores captions without image generation (`rl.caption_similarity`).
 
-Trained contrastively (arXiv 2103.00020, figure 3) on true captions of every length, with scenes that differ in one fact
-as hard negatives: a caption that says more is nearer to its picture, and a false one farther. The image tower stays as
-it is.
+The text tower is trained contrastively (arXiv 2103.00020, figure 3) on true captions of every length. Hard negatives
+are scenes that differ in one fact. So a detailed caption is nearer to its image, and a false caption farther. The image
+tower is frozen.
 """
 
 import dataclasses
@@ -10,9 +10,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
+from uae_jax.data.qwen_inputs import Fields
 from uae_jax.data.scene_captions import random_detail_caption
 from uae_jax.data.tokenizer import encode_caption
 from uae_jax.methods.method import Supervised
@@ -20,16 +20,17 @@ from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig
 from uae_jax.models.encoders.preprocess import Preprocess
 from uae_jax.rl.caption_similarity import CaptionScorer
 from uae_jax.stages.bootstrap import scene_stream
+from uae_jax.stages.bootstrap.encoders import contrastive
 from uae_jax.stages.bootstrap.scene_stream import World
 
 
 def text_config(image_tower: CLIPConfig, settings: dict, end: int) -> CLIPConfig:
-    """The config of both towers: the given image tower, and a text tower whose end token is the id that fills rows.
+    """The config of both towers: the given image tower, and a text tower with the padding id as end token.
 
     Args:
       image_tower: of the reward encoder.
-      settings: of the text tower, such as its width and positions.
-      end: id that fills rows; not 2, which published configs have by mistake and CLIP reads otherwise
+      settings: of the text tower, such as width and positions.
+      end: the padding id, which must not be 2. Published configs have 2 by mistake, and CLIP treats 2 in another way
         (`clip.pooling_position`).
     """
     text = CLIPTextConfig(
@@ -46,13 +47,13 @@ def text_config(image_tower: CLIPConfig, settings: dict, end: int) -> CLIPConfig
 def stream(
     world: World, tokenizer, *, seed: int, batch_size: int, side: int, length: int, pad: int, full_fraction: float
 ):
-    """Batches of `pixels` `[B, 2, S, S, 3]`, `tokens` `[B, 2, T]` and `lengths` `[B, 2]`: a scene, and it with one fact
-    changed.
+    """Batches of `pixels` `[B, 2, S, S, 3]`, `tokens` `[B, 2, T]` and `lengths` `[B, 2]`, of a scene and the same scene
+    with one fact changed.
 
-    `full_fraction` of the captions say everything, the others a random part.
+    `full_fraction` of the captions state every fact, the others a random part.
     """
 
-    def example(index: int) -> dict[str, np.ndarray]:
+    def example(index: int) -> Fields:
         rng = np.random.default_rng([seed, 14, index])
         scene = world.scene_at("train", index, seed + 4)
         full = rng.random() < full_fraction
@@ -68,9 +69,7 @@ def stream(
 
 
 def algorithm(config: CLIPConfig, preprocess: Preprocess) -> Supervised:
-    """The symmetric contrastive loss over the 2 B pairs of a batch; params are `text` and `logit_scale`, frozen has
-    `vision`.
-    """
+    """The contrastive loss over the 2 B pairs of a batch; `text` and `logit_scale` train, `vision` is frozen."""
     scorer = CaptionScorer(config, preprocess)
 
     def loss(params: dict, frozen: dict, rollout: dict, key: Array) -> tuple[Array, Array, dict]:
@@ -78,16 +77,8 @@ def algorithm(config: CLIPConfig, preprocess: Preprocess) -> Supervised:
         samples = {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in rollout["samples"].items()}
         images = scorer.image_features(frozen, samples["pixels"])
         texts = scorer.text_features(params, samples["tokens"], samples["lengths"])
-        logits = images @ texts.T * jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))
-        labels = jnp.arange(len(logits))
-        cross = optax.softmax_cross_entropy_with_integer_labels
-        total = jnp.sum(cross(logits, labels) + cross(logits.T, labels)) / 2
-        count = jnp.float32(len(logits))
-        right = jnp.sum(jnp.argmax(logits, -1) == labels)
-        return (
-            total,
-            count,
-            {"accuracy": (right, count), "cosine": (jnp.sum(jax.lax.stop_gradient(images * texts)), count)},
-        )
+        total, right = contrastive(images, texts, params["logit_scale"])
+        count, cosines = jnp.float32(len(images)), jnp.sum(jax.lax.stop_gradient(images * texts))
+        return total, count, {"accuracy": (right, count), "cosine": (cosines, count)}
 
     return Supervised(loss)

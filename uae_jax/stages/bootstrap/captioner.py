@@ -1,15 +1,19 @@
-"""Phase 3 of the bootstrap: a captioner that is right about what it says, and says little of what it sees.
+"""Phase 3 of the bootstrap: a captioner whose captions are true, but state few of the facts in an image.
 
-Cross-entropy of captions given the picture, and of full captions given nothing, inside the template that the decoder
-reads them in: the language model is also the text encoder. From captions alone the image encoder stays unused for long
-(the loss rests where words are guessed from words), so linear readouts of the image embeddings, dropped at the end,
-name each cell. The decoder has no positions of its own for text: what belongs to what must stand in the hidden states.
-A large language model's states carry it; a small one forgets each word that does not help to guess the next, so that
-readouts, dropped too, ask every state for the last words.
+The loss is the cross-entropy of captions given the image, and of full captions given no image in the decoder's
+template, because the language model is also the text encoder. Two kinds of linear readouts help, and are dropped at the
+end:
+
+- From captions alone the image encoder stays unused for long, since the loss rests where words are guessed from words.
+  So readouts of the image embeddings predict each cell.
+- The decoder has no positions for text, so the hidden states have to say which words belong together. The states of a
+  small language model forget words that do not help to guess the next word. So readouts of every state predict the last
+  words.
 """
 
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +21,7 @@ import optax
 from jax import Array
 
 from uae_jax.data import scenes
-from uae_jax.data.qwen_inputs import ImageProcessor, prompt_fields
+from uae_jax.data.qwen_inputs import Fields, ImageProcessor, prompt_fields
 from uae_jax.data.scene_captions import CAPTION_PROMPT, caption, mixed_caption
 from uae_jax.data.tokenizer import IMAGE_PAD, caption_prompt_ids, encode_caption, token_id
 from uae_jax.files.json_files import write_json
@@ -25,18 +29,17 @@ from uae_jax.methods.method import Supervised
 from uae_jax.models.condition import ConditionTemplate, place_in_template
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, to_json
-from uae_jax.nn.linear import Dense
 from uae_jax.rl.captioning import IMAGE_FIELDS
 from uae_jax.stages.bootstrap import scene_stream
-from uae_jax.stages.bootstrap.encoders import cell_losses
+from uae_jax.stages.bootstrap.encoders import cell_losses, init_heads, read_heads
 from uae_jax.stages.bootstrap.scene_stream import World
 
-# words that each state is asked for: a whole phrase, such as "top left small red circle"
+# words that each state predicts: a complete phrase, such as "top left small red circle"
 MEMORY = 5
 
 
 def low_detail_caption(scene: scenes.Scene, rng: np.random.Generator, low: float, high: float) -> str:
-    """A true caption in raster order, each fact said with a probability that is uniform in [low, high]."""
+    """A true caption in raster order that states each fact with a probability uniform in [low, high]."""
     return caption(scene, rng, float(rng.uniform(low, high)))
 
 
@@ -60,30 +63,23 @@ def stream(
     grid = processor.grid_of(side, side)
     prompt = caption_prompt_ids(tokenizer, CAPTION_PROMPT, [processor.image_tokens(grid)])
 
-    def example(index: int) -> dict[str, np.ndarray]:
+    def example(index: int) -> Fields:
         rng = np.random.default_rng([seed, 12, index])
         scene = world.scene_at("train", index, seed + 2)
-        fields = prompt_fields(
-            prompt, [processor(world.draw(scene, side))], processor, image_pad, grid[0] * grid[1], max_prompt
-        )
-        said = encode_caption(tokenizer, low_detail_caption(scene, rng, *detail))
-        read = encode_caption(
-            tokenizer, mixed_caption(scene, rng) if rng.random() < 0.3 else scene_stream.full_caption(scene, rng)
-        )
-        caption_ids, caption_mask = scene_stream.pad_ids(said, length, pad)
-        text_ids, text_mask = scene_stream.pad_ids(read, length, pad)
-        seen = scene_stream.cell_attributes(scene)
-        return (
-            fields
-            | seen
-            | {"caption_ids": caption_ids, "caption_mask": caption_mask, "text_ids": text_ids, "text_mask": text_mask}
-        )
+        image = processor(world.draw(scene, side))
+        fields = prompt_fields(prompt, [image], processor, image_pad, grid[0] * grid[1], max_prompt)
+        said = low_detail_caption(scene, rng, *detail)
+        read = mixed_caption(scene, rng) if rng.random() < 0.3 else scene_stream.full_caption(scene, rng)
+        for name, text in (("caption", said), ("text", read)):
+            ids, mask = scene_stream.pad_ids(encode_caption(tokenizer, text), length, pad)
+            fields |= {f"{name}_ids": ids, f"{name}_mask": mask}
+        return fields | scene_stream.cell_attributes(scene)
 
     return scene_stream.stream(example, batch_size)
 
 
 def algorithm(world: World, config: Qwen2_5VLConfig, template: ConditionTemplate, text_weight: float) -> Supervised:
-    """Cross-entropy per token of both kinds of captions, the second weighted by `text_weight`, and of the readouts."""
+    """Cross-entropy per token of captions, of texts (weighted by `text_weight`), and of the readouts."""
 
     def loss(params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> tuple[Array, Array, dict]:
         del frozen, key
@@ -113,8 +109,8 @@ def algorithm(world: World, config: Qwen2_5VLConfig, template: ConditionTemplate
 def _text_losses(
     config: Qwen2_5VLConfig, params: Mapping, template: ConditionTemplate, ids: Array, mask: Array
 ) -> tuple[Array, Array, Array]:
-    """Log-probabilities of caption tokens, memory losses of their states (both `[B, S - 1]`, 0 outside), and their
-    number.
+    """Log-probabilities of text tokens, memory losses of their states (both `[B, S - 1]`, 0 outside of the text), and
+    the number of tokens `[]`.
     """
     lengths = jnp.sum(mask, -1, dtype=jnp.int32) - 1
     templated, valid = place_in_template(template, ids, lengths)
@@ -124,42 +120,39 @@ def _text_losses(
     before = len(template.prefix)
     inside = (position >= before) & (position < before + lengths[:, None])
     vocabulary = config.text.vocab_size
-    logits = (
-        Dense(MEMORY * vocabulary)
-        .apply({"params": params["memory"]}, hidden)
-        .reshape(*hidden.shape[:2], MEMORY, vocabulary)
-    )
-    wanted = jnp.stack(
-        [jnp.pad(templated, ((0, 0), (lag, 0)))[:, : templated.shape[1]] for lag in range(MEMORY)], axis=-1
-    )
+    logits = read_heads(params["memory"], hidden, MEMORY * vocabulary).reshape(*hidden.shape[:2], MEMORY, vocabulary)
+    lagged = [jnp.pad(templated, ((0, 0), (lag, 0)))[:, : templated.shape[1]] for lag in range(MEMORY)]
+    wanted = jnp.stack(lagged, axis=-1)
     memory = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, wanted), axis=-1)[:, 1:]
     return jnp.where(inside, scores, 0.0), jnp.where(inside, memory, 0.0), jnp.sum(inside, dtype=jnp.float32)
 
 
-def init_memory(config: Qwen2_5VLConfig, key: Array) -> dict:
-    """Linear readouts of a hidden state: the word it stands at, and the ones before it."""
-    return Dense(MEMORY * config.text.vocab_size).init(key, jnp.zeros((1, config.text.width)))["params"]
+def init_memory(config: Qwen2_5VLConfig, key: Array) -> Mapping[str, Any]:
+    """Linear readouts of a hidden state: the current word and the words before it."""
+    return init_heads(config.text.width, MEMORY * config.text.vocab_size, key)
 
 
 def readout_width(world: World) -> int:
-    """Outputs of the readouts of an image embedding: a cell's attributes, and the background."""
+    """Number of outputs of the readouts of an image embedding: a cell's attributes, and the background."""
     return sum(world.attribute_classes) + len(world.backgrounds)
 
 
-def init_readout(world: World, width: int, key: Array) -> dict:
+def init_readout(world: World, width: int, key: Array) -> Mapping[str, Any]:
     """Linear readouts of an image embedding."""
-    return Dense(readout_width(world)).init(key, jnp.zeros((1, width)))["params"]
+    return init_heads(width, readout_width(world), key)
 
 
 def _readout_loss(world: World, params: Mapping, images: Array, batch: Mapping) -> Array:
-    """Cross-entropies `[B]` of each cell's contents, read from the mean embedding `[B, P / 4, D]` of its patches."""
+    """Cross-entropies `[B]` of the cells' attributes, read from the mean of a cell's embeddings (of `[B, P / 4,
+    D]`).
+    """
     side = round(images.shape[1] ** 0.5)
     grid = (
         images.reshape(len(images), 2, side // 2, 2, side // 2, -1)
         .mean((2, 4))
         .reshape(len(images), scene_stream.CELLS, -1)
     )
-    logits = Dense(readout_width(world)).apply({"params": params}, grid)
+    logits = read_heads(params, grid, readout_width(world))
     of_cells, of_background = logits[..., : -len(world.backgrounds)], logits[..., -len(world.backgrounds) :]
     losses, _ = cell_losses(world, of_cells, batch["cell"])
     return jnp.mean(losses, axis=1) + optax.softmax_cross_entropy_with_integer_labels(

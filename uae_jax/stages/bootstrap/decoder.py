@@ -1,7 +1,8 @@
-"""Phase 4 of the bootstrap: a decoder that draws what a caption says, by the flow matching of `methods.pretrain`."""
+"""Phase 4 of the bootstrap: a decoder of captions to images, by the flow matching of `methods.pretrain`."""
 
 import numpy as np
 
+from uae_jax.data.qwen_inputs import Fields
 from uae_jax.data.scene_captions import mistaken, mixed_caption
 from uae_jax.data.tokenizer import encode_caption
 from uae_jax.stages.bootstrap import scene_stream
@@ -23,13 +24,12 @@ def stream(
 ):
     """Batches of `pixels`, `caption_ids`, `caption_mask` and `sample_id`.
 
-    `full_fraction` of the captions say everything; the others are short prompts, or say each fact with a probability of
-    at most `detail_high`. A fact of a caption is wrong with probability `mistakes`, as in captions from the web: the
-    decoder then draws what it is told most of the time only, and knows what else it could have been. That is what
-    reinforcement learning works on.
+    `full_fraction` of the captions state every fact. The others are short prompts, or state each fact with a
+    probability of at most `detail_high`. A fact of a caption is wrong with probability `mistakes`, as in captions from
+    the web. The decoder then follows a caption most of the time only, which leaves room for reinforcement learning.
     """
 
-    def example(index: int) -> dict[str, np.ndarray]:
+    def example(index: int) -> Fields:
         rng = np.random.default_rng([seed, 13, index])
         scene = world.scene_at("train", index, seed + 3)
         seen = mistaken(scene, rng, mistakes)

@@ -1,10 +1,15 @@
-"""Phase 2 of the bootstrap: the reward encoder, a CLIP of scenes, and the held-out one, a DINOv2 that knows each cell.
+"""Phase 2 of the bootstrap: the reward encoder, a CLIP of scenes, and the held-out encoder, a DINOv2 of cells.
 
-The reward encoder learns from captions (arXiv 2103.00020, figure 3), with scenes that differ in one fact as hard
-negatives: a reward that does not see a fact cannot teach it. A linear readout of the cells, dropped at the end, starts
-its image tower, as in the captioner's phase. The held-out encoder has another architecture, other scenes and another
-task, the joint class of each cell, so that what pleases one by accident need not please the other.
+The reward encoder learns from captions (arXiv 2103.00020, figure 3). Hard negatives are scenes that differ in one fact,
+because a reward that misses a fact cannot teach the fact. A linear readout of the cells helps the image tower at first,
+as in the captioner's phase, and is dropped at the end.
+
+The held-out encoder has another architecture, other scenes and another task, the joint class of each cell. So an image
+that exploits one encoder need not exploit the other.
 """
+
+from collections.abc import Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from uae_jax.data.qwen_inputs import Fields
 from uae_jax.data.tokenizer import encode_caption
 from uae_jax.methods.method import Supervised
 from uae_jax.models.encoders import clip, dino
@@ -33,11 +39,11 @@ def readout_width(world: World) -> int:
 
 
 def clip_stream(world: World, tokenizer, *, seed: int, batch_size: int, side: int, length: int, pad: int):
-    """Batches of `pixels` `[B, 2, S, S, 3]`, `ids` `[B, 2, T]` and cell attributes: a scene, and it with one fact
-    changed.
+    """Batches of `pixels` `[B, 2, S, S, 3]`, `ids` `[B, 2, T]` and cell attributes, of a scene and the same scene with
+    one fact changed.
     """
 
-    def example(index: int) -> dict[str, np.ndarray]:
+    def example(index: int) -> Fields:
         rng = np.random.default_rng([seed, 11, index])
         scene = world.scene_at("train", index, seed)
         pair = (scene, scene_stream.edited(scene, rng))
@@ -55,7 +61,7 @@ def clip_stream(world: World, tokenizer, *, seed: int, batch_size: int, side: in
 
 
 def clip_algorithm(world: World, config: CLIPConfig, preprocess: Preprocess) -> Supervised:
-    """The symmetric contrastive loss over the 2 B pairs of a batch, and the readout's."""
+    """The symmetric contrastive loss over the 2 B pairs of a batch, and the loss of the readout."""
 
     def loss(params: dict, frozen: dict, rollout: dict, key: Array) -> tuple[Array, Array, dict]:
         del frozen, key
@@ -63,49 +69,72 @@ def clip_algorithm(world: World, config: CLIPConfig, preprocess: Preprocess) -> 
         images = clip.image_features(config, params, apply(preprocess, (samples["pixels"] + 1) / 2))
         named, right = attribute_readout(world, params["heads"], images, samples)
         images, texts = _unit(images), _unit(clip.text_features(config, params, samples["ids"]))
-        logits = images @ texts.T * jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))
-        labels = jnp.arange(len(logits))
-        cross = optax.softmax_cross_entropy_with_integer_labels
-        total = jnp.sum(cross(logits, labels) + cross(logits.T, labels)) / 2
-        count = jnp.float32(len(logits))
-        metrics = {"contrastive_loss": (total, count), "accuracy": (jnp.sum(jnp.argmax(logits, -1) == labels), count)}
-        return (
-            total + jnp.sum(named) / scene_stream.CELLS,
-            count,
-            metrics | {"readout_accuracy": (right, count * scene_stream.CELLS)},
-        )
+        total, matched = contrastive(images, texts, params["logit_scale"])
+        count = jnp.float32(len(images))
+        metrics = {
+            "contrastive_loss": (total, count),
+            "accuracy": (matched, count),
+            "readout_accuracy": (right, count * scene_stream.CELLS),
+        }
+        return total + jnp.sum(named) / scene_stream.CELLS, count, metrics
 
     return Supervised(loss)
+
+
+def contrastive(images: Array, texts: Array, logit_scale: Array) -> tuple[Array, Array]:
+    """CLIP's symmetric contrastive loss (arXiv 2103.00020, figure 3), summed over pairs.
+
+    Args:
+      images, texts: features `[N, D]` of unit length; pair i has row i of both.
+      logit_scale: logarithm of the inverse temperature, `[]`, bounded at log 100.
+
+    Returns:
+      The loss `[]`, and the number of images whose nearest text is their own `[]`.
+    """
+    logits = images @ texts.T * jnp.exp(jnp.minimum(logit_scale, jnp.log(100.0)))
+    labels = jnp.arange(len(logits))
+    cross = optax.softmax_cross_entropy_with_integer_labels
+    loss = jnp.sum(cross(logits, labels) + cross(logits.T, labels)) / 2
+    return loss, jnp.sum(jnp.argmax(logits, -1) == labels)
 
 
 def dino_stream(world: World, *, seed: int, batch_size: int, side: int):
     """Batches of `pixels` `[B, S, S, 3]` and `classes` int32 `[B, 5]` (cells, background)."""
 
-    def example(index: int) -> dict[str, np.ndarray]:
+    def example(index: int) -> Fields:
         scene = world.scene_at("train", index, seed + 1)
         return {"pixels": scene_stream.pixels_of(world, scene, side), "classes": scene_stream.cell_classes(scene)}
 
     return scene_stream.stream(example, batch_size)
 
 
-def init_heads(width: int, outputs: int, key: Array) -> dict:
-    """Linear readouts of an image feature `[B, width]`."""
+def init_heads(width: int, outputs: int, key: Array) -> Mapping[str, Any]:
+    """Parameters of linear readouts of features `[..., width]`."""
     return Dense(outputs).init(key, jnp.zeros((1, width)))["params"]
 
 
-def attribute_readout(world: World, heads: dict, features: Array, samples: dict) -> tuple[Array, Array]:
-    """Cross-entropies `[B]` of each cell's attributes and of the background, and the objects named right `[]`."""
-    logits = Dense(attribute_width(world)).apply({"params": heads}, features)
+def read_heads(heads: Mapping[str, Any], features: Array, outputs: int) -> Array:
+    """Linear readouts `[..., outputs]` of features `[..., D]`."""
+    return cast(Array, Dense(outputs).apply({"params": heads}, features))
+
+
+def attribute_readout(
+    world: World, heads: Mapping[str, Any], features: Array, samples: Mapping[str, Array]
+) -> tuple[Array, Array]:
+    """Cross-entropies `[B]` of all cells' attributes and the background, and the number of cells with the right noun
+    `[]`.
+    """
+    logits = read_heads(heads, features, attribute_width(world))
     of_cells, of_background = logits[:, : -len(world.backgrounds)], logits[:, -len(world.backgrounds) :]
     losses, right = cell_losses(world, of_cells.reshape(len(logits), scene_stream.CELLS, -1), samples["cell"])
-    return jnp.sum(losses, axis=1) + optax.softmax_cross_entropy_with_integer_labels(
-        of_background, samples["background"]
-    ), right
+    background = optax.softmax_cross_entropy_with_integer_labels(of_background, samples["background"])
+    return jnp.sum(losses, axis=1) + background, right
 
 
 def cell_losses(world: World, logits: Array, cells: Array) -> tuple[Array, Array]:
-    """Cross-entropies `[B, 4]` of cells' attributes `[B, 4, A]`, and the objects named right `[]`; nothing has no
-    further ones.
+    """Cross-entropies `[B, 4]` of cells' attributes `[B, 4, A]`, and the number of cells with the right noun `[]`.
+
+    An empty cell has no further attributes.
     """
     splits = tuple(int(position) for position in np.cumsum(world.attribute_classes[:-1]))
     named, *others = jnp.split(logits, splits, axis=-1)
@@ -115,11 +144,9 @@ def cell_losses(world: World, logits: Array, cells: Array) -> tuple[Array, Array
     return losses, jnp.sum(jnp.argmax(named, -1) == cells[..., 0])
 
 
-def readout(world: World, heads: dict, features: Array, classes: Array) -> tuple[Array, Array]:
-    """Cross-entropies `[B]` of cells and background read from features `[B, D]`, and the number of cells read right
-    `[]`.
-    """
-    logits = Dense(readout_width(world)).apply({"params": heads}, features)
+def readout(world: World, heads: Mapping[str, Any], features: Array, classes: Array) -> tuple[Array, Array]:
+    """Cross-entropies `[B]` of cells and background from features `[B, D]`, and the number of right cells `[]`."""
+    logits = read_heads(heads, features, readout_width(world))
     cells, of_cell = scene_stream.CELLS, world.object_classes
     of_cells, of_background = logits[:, : cells * of_cell].reshape(-1, cells, of_cell), logits[:, cells * of_cell :]
     cross = optax.softmax_cross_entropy_with_integer_labels
@@ -128,7 +155,7 @@ def readout(world: World, heads: dict, features: Array, classes: Array) -> tuple
 
 
 def dino_algorithm(world: World, config: Dinov2Config, preprocess: Preprocess) -> Supervised:
-    """Cross-entropy of every cell's contents and of the background, read linearly from the class token."""
+    """Cross-entropy of every cell's class and of the background, read linearly from the class token."""
 
     def loss(params: dict, frozen: dict, rollout: dict, key: Array) -> tuple[Array, Array, dict]:
         del frozen, key

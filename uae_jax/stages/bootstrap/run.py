@@ -1,8 +1,8 @@
-"""Makes the built-in tiny model from nothing, phase by phase, in the official folder layout.
+"""Trains the built-in tiny model from random weights, phase by phase, in the official folder layout.
 
-Each phase is a jitted train step of its own under the same loop as the stages of the method, and continues where it
-stopped. What a phase makes is written to `workdir/model/...` before the next one starts; finished phases are read back,
-and `workdir/phases.json` says which they are and by what configuration.
+Each phase has its own jitted train step under the loop of the method's stages, and continues after an interruption. A
+phase writes its part to `workdir/model/...` before the next phase starts. `workdir/phases.json` has the digest of the
+configuration of each finished phase.
 """
 
 import dataclasses
@@ -46,20 +46,22 @@ from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.models.sd3.weights import load_vae, transformer_rules, vae_rules
 from uae_jax.models.uae import UAE
 from uae_jax.rl.rewards import Encoder
-from uae_jax.settings import frozen
+from uae_jax.settings import as_dict, frozen
 from uae_jax.stages.bootstrap import caption_scorer, captioner, decoder, encoders, vae
 from uae_jax.stages.bootstrap.scene_stream import World, open_world
+from uae_jax.stages.bootstrap.settings import BootstrapConfig
 from uae_jax.stages.weights import model_folder
 from uae_jax.training.loop import LoopConfig, check_configuration, run_stage
 from uae_jax.training.metrics import MetricWriter
-from uae_jax.training.optimizer import OptimizerConfig, make_optimizer
+from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.step import TrainState, init_state
 
-# of every phase; what else a phase depends on is its own section of the configuration, and what it reads
+# settings of every phase; a phase also depends on its own section of the configuration, and on the parts that it reads
 SHARED = ("data", "seed", "side", "caption_tokens")
 NEEDED = {"decoder": ("vae", "captioner"), "mistakes": ("decoder",), "caption_scorer": ("clip",)}
 # half precision keeps the built-in model under 12 MB and rounds weights by one part in 2,000
-STORED = np.float16
+STORED = np.dtype(np.float16)
+READ = np.dtype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +76,9 @@ class ModelAlone:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the phases share: the config, where files go, the writer, the root key, the tokenizer and what is drawn."""
+    """Shared by the phases: config, workdir, writer of metrics, root key, tokenizer and kind of scenes."""
 
-    config: Any
+    config: BootstrapConfig
     workdir: pathlib.Path
     writer: MetricWriter
     key: jax.Array
@@ -89,7 +91,7 @@ class Run:
         return self.workdir / "model"
 
     def pad(self) -> int:
-        """Id that fills rows."""
+        """The padding id."""
         return token_id(self.tokenizer, END_OF_TEXT)
 
     def template(self) -> ConditionTemplate:
@@ -109,8 +111,7 @@ def train(
     steps: int,
 ) -> TrainState:
     """Trains one phase to its end and returns its state; continues from its newest checkpoint."""
-    phase = run.config[name]
-    optimizer = make_optimizer(frozen(OptimizerConfig, phase.optimizer, f"config.{name}.optimizer"), steps)
+    optimizer = make_optimizer(getattr(run.config, name).optimizer, steps)
     step = build_step(learner, optimizer)
     loop = LoopConfig(
         steps=steps, log_every=run.config.log_every, save_every=run.config.save_every, headline="accuracy"
@@ -200,7 +201,7 @@ def dinov2_phase(run: Run) -> None:
 
 
 def captioner_phase(run: Run) -> None:
-    """Writes `llm`, without projector until the decoder has one; a captioner alone keeps the one that was copied."""
+    """Writes `llm` without projector, which the decoder phase adds; without that phase, a copied projector is kept."""
     phase, config = run.config.captioner, run.config
     stops = stop_ids(run.tokenizer)
     model = Qwen2_5VLConfig(
@@ -214,7 +215,7 @@ def captioner_phase(run: Run) -> None:
         stop_token_ids=stops,
     )
     copied = config.start and "decoder" not in config.phases
-    projector = qwen_weights.load_projector(run.model / "llm", model, np.float32) if copied else None
+    projector = qwen_weights.load_projector(run.model / "llm", model, READ) if copied else None
     processor = load_image_processor(run.model / "llm_processor", model.vision.window_size)
     data = captioner.stream(
         run.world,
@@ -243,7 +244,7 @@ def decoder_phase(run: Run) -> None:
     phase, config = run.config.decoder, run.config
     write_text_encoders(run)
     model = frozen(TransformerConfig, phase.model, "config.decoder.model")
-    language, parts = qwen_weights.load(run.model / "llm", dtype=np.float32)
+    language, parts = qwen_weights.load(run.model / "llm", dtype=READ)
     vae_config, parts["vae"] = load_vae(run.model / "SD3" / "vae")
     parts["pooled"] = pooled_empty_prompt([run.model / "SD3" / name for name in ("text_encoder", "text_encoder_2")])
     parts = jax.tree.map(jnp.asarray, parts)
@@ -304,9 +305,11 @@ def decoder_phase(run: Run) -> None:
 
 
 def caption_scorer_phase(run: Run) -> None:
-    """Writes `caption_scorer`: the image tower of `clip`, and a text tower of its own."""
+    """Writes `caption_scorer`: the image tower of `clip` and a new text tower."""
     phase, pad = run.config.caption_scorer, run.pad()
     source = open_encoder(run.model / "clip")
+    if not isinstance(source.config, CLIPConfig):
+        raise ValueError(f"{source.path} is no CLIP with both towers, which the caption scorer needs; train phase clip")
     towers, preprocess = source.load(), source.preprocess()
     model = caption_scorer.text_config(source.config, phase.text, pad)
     data = caption_scorer.stream(
@@ -324,22 +327,15 @@ def caption_scorer_phase(run: Run) -> None:
         "logit_scale": jnp.float32(model.logit_scale_init_value),
     }
     frozen_tower = {"vision": jax.tree.map(jnp.asarray, towers["vision"])}
-    state = train(
-        run,
-        "caption_scorer",
-        caption_scorer.algorithm(model, preprocess),
-        params,
-        frozen_tower,
-        data,
-        steps=phase.steps,
-    )
+    algorithm = caption_scorer.algorithm(model, preprocess)
+    state = train(run, "caption_scorer", algorithm, params, frozen_tower, data, steps=phase.steps)
     folder = run.model / "caption_scorer"
     save_clip(folder, model, jax.tree.map(np.asarray, {**frozen_tower, **state.params}))
     write_json(folder / "preprocessor_config.json", clip_preprocessor(run.config.side), indent=1)
 
 
 def write_text_encoders(run: Run) -> None:
-    """Two small random CLIP text towers: the pooled condition is one constant vector, which any tower gives."""
+    """Writes two small random CLIP text towers, which give the constant pooled condition."""
     for number, name in enumerate(("text_encoder", "text_encoder_2")):
         end = token_id(run.tokenizer, "<|im_end|>")
         model = CLIPTextConfig(
@@ -373,49 +369,48 @@ PHASES: dict[str, tuple[str, Callable[[Run], None]]] = {
 }
 
 
-# folders with parts of several phases: copied from `config.start` whatever the phases are, which then replace their own
-# part
+# folders with parts of several phases: always copied from `config.start`, then a phase replaces its own part
 COPIED = ("llm", "SD3")
 
 
 def trainings(name: str) -> tuple[str, ...]:
-    """The sections of the configuration by which a phase trains, one after the other."""
+    """The sections of the configuration for the trainings of a phase, in order."""
     return ("decoder", "mistakes") if name == "decoder" else (name,)
 
 
 def finished_phases(workdir: pathlib.Path) -> dict[str, str]:
-    """Digests of the trainings whose phase is finished, by name."""
+    """Digests of the trainings of finished phases, by name."""
     return read_json(workdir, "phases.json") if (workdir / "phases.json").exists() else {}
 
 
-def digest(config: Any, finished: Mapping[str, str], name: str) -> str:
+def digest(config: BootstrapConfig, finished: Mapping[str, str], name: str) -> str:
     """Of the `identity` of a training."""
     return json_digest(identity(config, finished, name))
 
 
-def identity(config: Any, finished: Mapping[str, str], name: str) -> dict[str, Any]:
+def identity(config: BootstrapConfig, finished: Mapping[str, str], name: str) -> dict[str, Any]:
     """All that changes the numbers of a training, such as `decoder` or `mistakes`.
 
     That is its settings, the shared ones, and what it reads.
 
-    What it reads is made by a phase of this configuration, by one that was finished earlier, or comes from
-    `config.start`.
+    That is the training's settings, the shared settings, and the parts that the training reads. Such a part comes from
+    a phase of this configuration, from a phase finished earlier, or from `config.start`.
     """
     made = {training for phase in config.phases for training in trainings(phase)}
     sources = {
         part: digest(config, finished, part) if part in made else finished.get(part, config.start)
         for part in NEEDED.get(name, ())
     }
-    values = config.to_dict()
+    values = as_dict(config)
     return {shared: values[shared] for shared in SHARED} | {name: values[name], "reads": sources}
 
 
-def check_phases(config: Any, workdir: pathlib.Path) -> None:
+def check_phases(config: BootstrapConfig, workdir: pathlib.Path) -> None:
     """Refuses a workdir in which a phase of the configuration was trained by another one, before anything is written
     there.
 
     Raises:
-      ValueError: such a phase, one whose checkpoint cannot be read, or a part of which nothing says how it was made.
+      ValueError: such a phase, a checkpoint that cannot be read, or a part of unknown configuration.
     """
     finished = finished_phases(workdir)
     for name in config.phases:
@@ -426,20 +421,19 @@ def check_phases(config: Any, workdir: pathlib.Path) -> None:
             elif finished[training] != now:
                 raise ValueError(
                     f"the phase {name} of {workdir} was made with another configuration (digest "
-                    f"{finished[training]}, now {now}); use "
-                    f"the configuration in {workdir / 'config.json'}, or a new --workdir"
+                    f"{finished[training]}, now {now}); use the configuration in {workdir / 'config.json'}, or a new "
+                    "--workdir"
                 )
         part = workdir / "model" / PHASES[name][0]
         known = name in finished or (workdir / "checkpoints" / f"bootstrap_{name}").is_dir()
         if part.exists() and not known and not (config.start and PHASES[name][0].startswith(COPIED)):
             raise ValueError(
                 f"{part} is there, but neither phases.json nor checkpoints in {workdir} say how it was made; leave "
-                f"the phase {name} out of "
-                "config.phases, or use a new --workdir"
+                f"the phase {name} out of config.phases, or use a new --workdir"
             )
 
 
-def copy_parts(config: Any, model: pathlib.Path) -> None:
+def copy_parts(config: BootstrapConfig, model: pathlib.Path) -> None:
     """Copies what no phase of the config makes from the folder `config.start` (`builtin`: the built-in model), once."""
     source = model_folder("" if config.start == "builtin" else config.start)
     made = {PHASES[name][0].split("/")[0] for name in config.phases} - set(COPIED)
@@ -451,32 +445,33 @@ def copy_parts(config: Any, model: pathlib.Path) -> None:
             partial.rename(model / folder.name)
 
 
-def bootstrap(config: Any, workdir: pathlib.Path) -> pathlib.Path:
+def bootstrap(settings: Mapping[str, Any] | BootstrapConfig, workdir: pathlib.Path) -> pathlib.Path:
     """Runs the phases named in the config that are not finished yet.
 
     Args:
-      config: of `configs/bootstrap.py`.
+      settings: of `configs/bootstrap.py`.
       workdir: checkpoints, metrics and `model/`.
 
     Returns:
       The model's folder.
 
     Raises:
-      ValueError: an unknown phase, or a workdir of another configuration; nothing was written.
+      ValueError: an unknown phase, or a workdir of another configuration; nothing is written.
       FileNotFoundError: the folder to start from does not exist.
     """
-    for name in config.phases:
-        if name not in PHASES:
-            raise ValueError(f"config.phases names {name!r}; the phases are {', '.join(PHASES)}")
+    config = settings if isinstance(settings, BootstrapConfig) else frozen(BootstrapConfig, settings)
     model = workdir / "model"
     world = open_world(config.data)
     check_phases(config, workdir)
-    write_json(workdir / "config.json", config.to_dict())
+    write_json(workdir / "config.json", as_dict(config))
     if config.start:
         model.mkdir(exist_ok=True)
         copy_parts(config, model)
     write_scene_tokenizer(
-        model / "llm_processor", world.words, patch_size=config.captioner.vision.patch_size, max_pixels=config.side**2
+        model / "llm_processor",
+        world.words,
+        patch_size=config.captioner.vision["patch_size"],
+        max_pixels=config.side**2,
     )
     writer = MetricWriter(workdir, tensorboard=False)
     run = Run(config, workdir, writer, jax.random.key(config.seed), load_tokenizer(model / "llm_processor"), world)

@@ -1,6 +1,6 @@
-"""Endless batches of training scenes for the bootstrap, through Grain so that their position is checkpointable.
+"""Endless batches of training scenes for the bootstrap, by Grain so that the position can be saved.
 
-What the scenes are is a `World`: built-in shapes, or emoji. The phases know only its facts.
+The kind of scenes is a `World`: built-in shapes, or emoji. The phases use only the facts of a scene.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import numpy as np
 
 from uae_jax.data import emoji, scene_captions, scenes
 from uae_jax.data.loader import to_signed
+from uae_jax.data.qwen_inputs import Fields, pad_to
 from uae_jax.data.scene_captions import caption
 
 CELLS = 4
@@ -24,25 +25,26 @@ class World:
 
     Attributes:
       words: of all captions and of the prompt.
-      scene_at: `(split, index, seed) -> scene`; draw: `(scene, side) -> uint8 [side, side, 3]`.
-      values, backgrounds: what the facts of such scenes can be; see `scenes.Scene`.
+      scene_at: `(split, index, seed) -> scene`.
+      draw: `(scene, side) -> uint8 [side, side, 3]`.
+      values, backgrounds: the possible facts of the scenes; see `scenes.Scene`.
     """
 
     words: tuple[str, ...]
     scene_at: Callable[[str, int, int], scenes.Scene]
-    draw: Callable[[scenes.Scene, int], np.ndarray]
+    draw: Callable[[Any, int], np.ndarray]
     values: Mapping[str, tuple[str, ...]]
     backgrounds: tuple[str, ...]
 
     @property
     def attribute_classes(self) -> tuple[int, ...]:
-        """Classes of each attribute of a cell: what stands in it, or nothing; then the other facts."""
+        """Number of classes of each attribute of a cell: the noun or an empty cell, then the other facts."""
         first, *others = (len(values) for values in self.values.values())
         return 1 + first, *others
 
     @property
     def object_classes(self) -> int:
-        """Classes of one cell: nothing, or all combinations of what an object can be."""
+        """Number of classes of one cell: empty, or any combination of an object's facts."""
         return 1 + math.prod(len(values) for values in self.values.values())
 
 
@@ -50,7 +52,7 @@ SHAPE_WORLD = World(scene_captions.WORDS, scenes.scene_at, scenes.draw, scenes.V
 
 
 def open_world(data: Any) -> World:
-    """The world of `config.data`: `source` is `scenes` or `emoji`, the latter in `folder`.
+    """The world of `config.data`: `source` is `scenes`, or `emoji` with their `folder`.
 
     Raises:
       ValueError: another source.
@@ -64,13 +66,13 @@ def open_world(data: Any) -> World:
     return World(found.words, found.scene_at, found.draw, found.values, emoji.EmojiScene.backgrounds)
 
 
-def stream(example: Callable[[int], dict[str, np.ndarray]], batch_size: int):
-    """An iterator of batches of `example(index)`, index = 0, 1, ...; each leaf `[B, ...]`."""
+def stream(example: Callable[[int], Fields], batch_size: int):
+    """An iterator over batches of `example(index)`, index = 0, 1, ...; each leaf `[B, ...]`."""
     return iter(grain.MapDataset.range(2**31 - 1).map(example).batch(batch_size).to_iter_dataset())
 
 
 def pixels_of(world: World, scene: scenes.Scene, side: int) -> np.ndarray:
-    """float32 `[side, side, 3]` in [-1, 1]."""
+    """The image of a scene, float32 `[side, side, 3]` in [-1, 1]."""
     return to_signed(world.draw(scene, side))
 
 
@@ -78,11 +80,11 @@ def pad_ids(ids: list[int], length: int, pad: int) -> tuple[np.ndarray, np.ndarr
     """Right-pads to int32 `[length]` and its mask bool `[length]`.
 
     Raises:
-      ValueError: there are more ids than room.
+      ValueError: more than `length` ids.
     """
     if len(ids) > length:
         raise ValueError(f"{len(ids)} caption tokens do not fit into max_caption = {length}")
-    return np.array(ids + [pad] * (length - len(ids)), np.int32), np.arange(length) < len(ids)
+    return pad_to(np.array(ids, np.int32), length, pad), np.arange(length) < len(ids)
 
 
 def edited(scene: scenes.Scene, rng: np.random.Generator) -> scenes.Scene:
@@ -99,7 +101,7 @@ def edited(scene: scenes.Scene, rng: np.random.Generator) -> scenes.Scene:
 
 
 def full_caption(scene: scenes.Scene, rng: np.random.Generator) -> str:
-    """Every fact, objects in raster order or, half the time, in any order."""
+    """A caption with every fact, half the time in raster order and else in random order."""
     return caption(scene, rng, 1.0, shuffle=bool(rng.random() < 0.5))
 
 
@@ -115,10 +117,8 @@ def cell_classes(scene: scenes.Scene) -> np.ndarray:
     return classes
 
 
-def cell_attributes(scene: scenes.Scene) -> dict[str, np.ndarray]:
-    """`cell` int32 `[4, A]`, the attributes of each cell in raster order (first 0 = nothing), and `background` int32
-    `[]`.
-    """
+def cell_attributes(scene: scenes.Scene) -> Fields:
+    """`cell` int32 `[4, A]`, the attributes of each cell in raster order (first 0 = empty); `background` int32 `[]`."""
     cells = np.zeros((CELLS, len(scene.values)), np.int32)
     for item in scene.objects:
         known = [values.index(getattr(item, name)) for name, values in scene.values.items()]

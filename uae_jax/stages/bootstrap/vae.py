@@ -12,7 +12,7 @@ from uae_jax.models.sd3.config import VAEConfig
 from uae_jax.stages.bootstrap import scene_stream
 from uae_jax.stages.bootstrap.scene_stream import World
 
-# small beside the squared error of a good picture (1e-3), large enough to keep the latents smooth
+# small against the squared error of a good image (1e-3), large enough to keep the latents smooth
 KL_WEIGHT = 3e-4
 
 
@@ -24,8 +24,8 @@ def stream(world: World, *, seed: int, batch_size: int, side: int):
 
 
 def algorithm(config: VAEConfig) -> Supervised:
-    """Squared and absolute reconstruction error plus a weak KL to the unit Gaussian, on batches of `pixels` `[B, H, W,
-    3]`.
+    """Squared and absolute reconstruction error plus a weak KL divergence to the unit Gaussian, on batches of `pixels`
+    `[B, H, W, 3]`.
     """
 
     def loss(params: dict, frozen: dict, rollout: dict, key: Array) -> tuple[Array, Array, dict]:
@@ -44,6 +44,6 @@ def algorithm(config: VAEConfig) -> Supervised:
 
 
 def fit_latent_scale(config: VAEConfig, params: dict, pixels: Array) -> VAEConfig:
-    """The configuration whose model latents have mean 0 and standard deviation 1 on these pictures `[B, H, W, 3]`."""
+    """The configuration whose model latents have mean 0 and standard deviation 1 on these images `[B, H, W, 3]`."""
     mean, _ = jax.jit(vae.encode, static_argnums=0)(config, params, pixels)
     return dataclasses.replace(config, shift_factor=float(jnp.mean(mean)), scaling_factor=float(1 / jnp.std(mean)))

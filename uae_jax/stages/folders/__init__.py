@@ -1,1 +1,1 @@
-"""Model folders as files: which parts they hold, whether these are whole, and how they become other folders."""
+"""Model folders as files: their parts, checks of these parts, and conversion to other folders."""

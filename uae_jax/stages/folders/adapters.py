@@ -1,4 +1,4 @@
-"""Adapters as files: their factors as items, merged or under the names that peft and the release give them."""
+"""Adapters as files: their factors as items, merged or under the names of peft and the release."""
 
 import dataclasses
 import re
@@ -13,13 +13,13 @@ from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.stages.folders.parts import Folder, Part, part_config
 
-PEFT_PREFIX = "base_model.model."  # what peft puts before the names of the model that it wraps
-IN_TEXT_MODEL = "model.layers."  # the captioner's modules that peft finds in its text model
+PEFT_PREFIX = "base_model.model."  # peft's prefix for the names of a wrapped model
+IN_TEXT_MODEL = "model.layers."  # prefix of the captioner's modules in its text model
 KEPT = ("lora_dropout", "base_model_name_or_path", "revision")
 
 
 def survey(part: Part, folder: Folder) -> AdapterFiles:
-    """What an adapter's folder holds, beside the model in the same folder where that can be read.
+    """The contents of an adapter's folder, matched to the base model if its configuration can be read.
 
     Raises:
       FileNotFoundError: no weights.
@@ -29,14 +29,14 @@ def survey(part: Part, folder: Folder) -> AdapterFiles:
     try:
         config = None if base is None else part_config(base)
     except (ValueError, FileNotFoundError):
-        config = None  # the base's own row says why
+        config = None  # the row of the base model has the error
     if part.name == "llm_lora":
         return qwen_weights.survey_adapters(part.folder, config)
     return sd3_weights.survey_transformer_adapter(part.folder, config)
 
 
 def in_text_model(files: AdapterFiles) -> bool:
-    """Whether all that a captioner's adapter adapts is in its text model, as in the release."""
+    """Whether a captioner's adapter adapts its text model alone, as in the release."""
     return all(module.startswith(IN_TEXT_MODEL) for module in files.pairs)
 
 
@@ -44,7 +44,7 @@ def peft_name(module: str, layout: str) -> str:
     """A module's name in the model that peft wraps.
 
     Args:
-      module: by the table of the base model.
+      module: name in the table of the base model.
       layout: `text`, the text model alone as in the release; `whole`, Qwen2_5_VLForConditionalGeneration;
         `transformer`, SD3Transformer2DModel.
     """
@@ -67,18 +67,18 @@ def adapter_items(files: AdapterFiles, layout: str, prefix: str = PEFT_PREFIX, s
     )
 
 
-def _natural(name: str) -> list:
-    """Sorts layer 10 after layer 9."""
+def _natural(name: str) -> list[int | str]:
+    """A key that sorts layer 10 after layer 9."""
     return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]
 
 
 def merged(items: list[Item], files: AdapterFiles, dtype: np.dtype | None = None) -> list[Item]:
-    """The base's items with `alpha / rank * B @ A` added to each adapted weight in float32, rounded once.
+    """The base model's items with `alpha / rank * B @ A` added to each adapted weight in float32, rounded once.
 
     Args:
-      items: of the base, in the published names.
+      items: of the base model, under the published names.
       files: the adapter.
-      dtype: of the sums; None takes the base's.
+      dtype: of the sums; None keeps the base model's.
     """
     pairs, ranks = {f"{module}.weight": pair for module, pair in files.pairs.items()}, files.ranks
 
@@ -127,15 +127,15 @@ def peft_config(files: AdapterFiles, layout: str, base: str) -> dict[str, Any]:
 
 
 def wrapped_items(base: list[Item], files: AdapterFiles, tied: bool) -> list[Item]:
-    """Base and adapter in the release's `llm_lora` layout: the whole model, its text model wrapped by peft.
+    """Base model and adapter in the release's `llm_lora` layout: the complete model, its text model wrapped by peft.
 
     Args:
-      base: the captioner's items in the published names.
+      base: the captioner's items under the published names.
       files: the adapter.
-      tied: whether the head is the embedding table, which the release's state holds a second time.
+      tied: whether the head is the embedding table, which the release's state stores twice.
 
     Raises:
-      ValueError: it adapts more than the text model.
+      ValueError: the adapter adapts more than the text model.
     """
     if not in_text_model(files):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""An official folder built from the folders in which the single models are published."""
+"""Builds an official folder from the published folders of the single models."""
 
 import dataclasses
 import json
@@ -29,25 +29,24 @@ from uae_jax.stages.folders.parts import (
 )
 
 PROJECTOR_FACTOR = 4  # inner width over the language model's, as in the release: 2048, 8192, 4096
-MAX_PIXELS = (
-    65536  # of a picture that the captioner reads, as in the release's demo.py; Qwen2.5-VL publishes 12,845,056
-)
+# of the captioner's images, as in the release's demo.py; Qwen2.5-VL publishes 12,845,056
+MAX_PIXELS = 65536
 _COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "scheduler")
 _MODEL_FILES = ("config.json", "generation_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Where the parts come from; each is the folder of one model as published.
+    """Folders of the published models.
 
     Attributes:
       llm: Qwen2.5-VL, with or without UAE's projector.
       sd3: an SD3 or SD3.5 pipeline folder.
-      llm_processor: tokenizer and image processor; empty where they are in `llm`.
-      projector: UAE's projector, as `export --layout hub` writes it.
-      dit: a transformer to use in place of the pipeline's.
+      llm_processor: tokenizer and image processor; empty if they are in `llm`.
+      projector: UAE's projector, written by `export --layout hub`.
+      dit: a transformer in place of the pipeline's.
       llm_lora, dit_lora: adapters.
-      llm_reference: the captioner before `llm` was trained whole, as `export` writes it.
+      llm_reference: the captioner before full fine-tuning of `llm`, written by `export`.
       clip, longclip, dinov2, dinov3: image encoders; `longclip` may be the published file.
     """
 
@@ -75,29 +74,25 @@ def import_folder(
     fast: bool = False,
     progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[Row], list[str]]:
-    """Builds an official folder at `out`, after checking every part and that they fit each other.
+    """Builds an official folder at `out`, after a check of every part and of their fit.
 
     Args:
       sources: the folders.
       out: a new or empty folder.
-      seed: of a new projector, which is made when there is none.
+      seed: of a new projector, created if the sources have none.
       link: hard links instead of copies.
       overwrite: replace a model folder at `out`.
       fast: check the headers only, not the numbers.
-      progress: called with the bytes of each tensor that was checked.
+      progress: called with the bytes of each checked tensor.
 
     Returns:
-      The rows of the check, and one sentence for each thing that was decided.
+      The rows of the check, and one sentence for each choice.
 
     Raises:
       FileNotFoundError, ValueError: a part is absent, of another model, broken, or does not fit; nothing is written.
     """
     folder = gather(sources)
-    read = [
-        pathlib.Path(getattr(sources, field.name))
-        for field in dataclasses.fields(sources)
-        if getattr(sources, field.name)
-    ]
+    read = [pathlib.Path(path) for path in dataclasses.asdict(sources).values() if path]
     check_target(pathlib.Path(out).absolute(), overwrite=overwrite, sources=read)
     rows = check_folder(folder, fast=fast, progress=progress)
     problems = [problem for row in rows for problem in row.problems]
@@ -110,10 +105,10 @@ def import_folder(
 
 
 def gather(sources: Sources) -> Folder:
-    """The parts where they are, under the names that they will have.
+    """The parts in their source folders, under their names in the official folder.
 
     Raises:
-      FileNotFoundError, ValueError: a folder is absent, or does not hold the model that it was named for.
+      FileNotFoundError, ValueError: a folder is absent, or holds another model.
     """
     pipeline = find_parts(sources.sd3)
     if pipeline.layout != "pipeline":
@@ -128,9 +123,10 @@ def gather(sources: Sources) -> Folder:
         if getattr(sources, name)
     }
     for name in _COMPONENTS:
-        parts[f"SD3/{name}"] = pipeline.part(f"SD3/{name}")
-        if parts[f"SD3/{name}"] is None:
-            raise FileNotFoundError(f"--sd3 {sources.sd3} has no {name} folder; download the whole pipeline")
+        part = pipeline.part(f"SD3/{name}")
+        if part is None:
+            raise FileNotFoundError(f"--sd3 {sources.sd3} has no {name} folder; download the complete pipeline")
+        parts[part.name] = part
     if not sources.dit:
         own = pipeline.part("SD3/transformer")
         if own is None:
@@ -149,7 +145,7 @@ def gather(sources: Sources) -> Folder:
 
 
 def _expect(name: str, path: str) -> Part:
-    """A part, when its folder holds that kind of model."""
+    """A part, if its folder holds that kind of model."""
     folder = pathlib.Path(path)
     if not (folder.is_dir() or name == "longclip" and folder.is_file()):
         raise FileNotFoundError(f"--{name} {folder} {'does not exist' if not folder.exists() else 'is not a folder'}")
@@ -164,12 +160,12 @@ def _expect(name: str, path: str) -> Part:
 
 
 def _build(folder: Folder, sources: Sources, fresh: pathlib.Path, seed: int, link: bool) -> list[str]:
-    notes = []
+    notes: list[str] = []
     for part in folder.parts:
         if part.kind not in ("processor", "projector"):
             for file in used_files(part) if part.kind != "scheduler" else small_files(part.folder):
                 copy_file(file, fresh / part.name, link=link)
-    for file in small_files(folder.part("llm_processor").folder):
+    for file in small_files(folder.existing("llm_processor").folder):
         if file.name not in _MODEL_FILES and not file.name.lower().startswith(("readme", "licen")):
             copy_file(file, fresh / "llm_processor", link=link)
     root = pathlib.Path(sources.sd3)
@@ -183,43 +179,40 @@ def _build(folder: Folder, sources: Sources, fresh: pathlib.Path, seed: int, lin
     if (root / "text_encoder_3").is_dir():
         notes.append("text_encoder_3 (T5) is left out: the captioner takes its place")
     if not sources.dit:
-        notes.append(f"dit is the pipeline's own transformer, {folder.part('dit').folder}")
+        notes.append(f"dit is the pipeline's own transformer, {folder.existing('dit').folder}")
     notes += _add_projector(folder, fresh, seed)
-    notes += _bound_pictures(fresh)
+    notes += _bound_images(fresh)
     if not any(folder.part(name) for name in ENCODERS):
         notes.append("no image encoder was given: inference works, training needs --clip for its reward")
     return notes
 
 
-def _bound_pictures(fresh: pathlib.Path) -> list[str]:
-    """Lowers `max_pixels` of the image processor to the release's, wherever a copy of its settings lies."""
+def _bound_images(fresh: pathlib.Path) -> list[str]:
+    """Lowers `max_pixels` of the image processor to the release's, in every copy of its settings."""
     before = load_image_processor(fresh / "llm_processor", 1 << 20).max_pixels
     if before <= MAX_PIXELS:
         return []
-    for name in (
-        "llm_processor",
-        "llm",
-    ):  # the second is there when both were published in one folder, and exports have it
+    # llm has a copy if captioner and processor were published in one folder
+    for name in ("llm_processor", "llm"):
         path = fresh / name / "preprocessor_config.json"
         if path.exists():
             settings = read_json(path.parent, path.name)
             if settings.get("size"):
                 settings["size"] |= {"longest_edge": MAX_PIXELS}
-            write_json(
-                path, settings | {"max_pixels": MAX_PIXELS}
-            )  # a new file: a hard link must not change the source
+            # a new file: a hard link must not change the source
+            write_json(path, settings | {"max_pixels": MAX_PIXELS})
     return [
         f"max_pixels of the image processor is lowered from {before} to the release's {MAX_PIXELS} (docs/weights.md)"
     ]
 
 
 def _add_projector(folder: Folder, fresh: pathlib.Path, seed: int) -> list[str]:
-    """Puts the given projector, or a new one, into the captioner's folder when it has none."""
-    part, own = folder.part("llm"), folder.part("projector")
+    """Adds the given projector, or a new one, to a captioner's folder without projector."""
+    part, own = folder.existing("llm"), folder.part("projector")
     stored = TensorFolder(part.folder)
     if projector_sizes(stored):
         return [f"the projector of {part.folder} is kept"] + ([f"{own.folder} is not used"] if own else [])
-    width, features = part_config(part).text.width, part_config(folder.part("dit")).joint_attention_dim
+    width, features = part_config(part).text.width, part_config(folder.existing("dit")).joint_attention_dim
     if own:
         given = TensorFolder(own.folder)
         tensors = {name: given.read(name) for name in sorted(given.names())}
@@ -230,16 +223,14 @@ def _add_projector(folder: Folder, fresh: pathlib.Path, seed: int) -> list[str]:
         dtype = np.dtype(dtype_name(stored.dtype(next(iter(sorted(stored.names()))))))
         tensors = dict(published_tensors({"projector": params}, qwen_weights.projector_rules(), dtype))
         note = (
-            f"{part.folder} has no projector: a new one of {width} -> {hidden} -> {features} was made from seed "
-            f"{seed} ({dtype.name}); "
-            "it is random, run the stage pretrain first"
+            f"{part.folder} has no projector: a new projector of {width} -> {hidden} -> {features} was made from seed "
+            f"{seed} ({dtype.name}); its weights are random, run the stage pretrain first"
         )
     file = write_tensors(fresh / "llm", tensors, stem="projector")[0]
     for index in (fresh / "llm").glob("*.safetensors.index.json"):
         content = json.loads(index.read_text())
         content["weight_map"] |= {name: file.name for name in tensors}
-        content.setdefault("metadata", {})["total_size"] = content.get("metadata", {}).get("total_size", 0) + sum(
-            tensor.nbytes for tensor in tensors.values()
-        )
+        metadata = content.setdefault("metadata", {})
+        metadata["total_size"] = metadata.get("total_size", 0) + sum(tensor.nbytes for tensor in tensors.values())
         write_json(index, content)  # a new file: a hard link must not change the source
     return [note]

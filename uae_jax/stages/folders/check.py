@@ -1,6 +1,4 @@
-"""Whether the parts of a model folder are whole: names, shapes and numbers of every tensor, and that the parts fit each
-other.
-"""
+"""Checks of a model folder: names, shapes and numbers of every tensor, and whether the parts fit together."""
 
 import dataclasses
 import json
@@ -18,7 +16,7 @@ from uae_jax.hf.adapters import NOT_A_FACTOR, adapter_table
 from uae_jax.hf.finite import count_non_finite
 from uae_jax.hf.inventory import Fit, compare, cut_short
 from uae_jax.hf.rules import listed
-from uae_jax.hf.safetensors import TensorFolder, dtype_name
+from uae_jax.hf.safetensors import TensorFolder, Tensors, dtype_name
 from uae_jax.stages.folders.adapters import in_text_model, survey
 from uae_jax.stages.folders.parts import (
     ADAPTERS,
@@ -33,24 +31,24 @@ from uae_jax.stages.folders.parts import (
 )
 
 NEEDED = ("llm", "llm_processor", "SD3/vae", "SD3/text_encoder", "SD3/text_encoder_2", "SD3/scheduler")
-_LISTED = 4  # names in a message; all are in the JSON
+_LISTED = 4  # names in a message; the JSON has all names
 
 
 @dataclasses.dataclass
 class Row:
-    """What was found of one part.
+    """The result of the check of one part.
 
     Attributes:
-      part: its name.
-      folder: its place.
-      files: weight files that are read.
-      matched, expected: tensors; both 0 for parts without weights.
+      part: name of the part.
+      folder: folder of the part.
+      files: number of weight files.
+      matched, expected: numbers of tensors; both 0 for parts without weights.
       dtypes: stored precision to number of tensors.
-      parameters: numbers in all matched tensors.
-      missing, unknown: names.
-      problems: one sentence each: what is wrong, where, and what to do.
-      notes: remarks that are no problem.
-      licence: file name, or `README: NAME` of its front matter; None if there is neither.
+      parameters: number of scalars in all matched tensors.
+      missing, unknown: names of tensors.
+      problems: one sentence each with error, place and remedy.
+      notes: remarks.
+      licence: file name, or `README: NAME` from the front matter; None without either.
       config: of `part_config`, for the checks between parts.
     """
 
@@ -82,32 +80,11 @@ def check_folder(
     Args:
       folder: of `find_parts`.
       fast: read the headers only, not the numbers.
-      progress: called with the bytes of each tensor that was read.
+      progress: called with the bytes of each tensor.
     """
     rows = [check_part(part, folder, fast=fast, progress=progress) for part in folder.parts]
     if folder.layout == "official":
-        rows += [
-            Row(
-                name,
-                folder.path / name,
-                problems=[
-                    f"{folder.path / name} is not there; copy it there, or build the folder with `convert import`"
-                ],
-            )
-            for name in NEEDED
-            if folder.part(name) is None
-        ]
-        if folder.transformer is None:
-            rows.append(
-                Row(
-                    "dit",
-                    folder.path / "dit",
-                    problems=[
-                        f"neither {folder.path / 'dit'} nor {folder.path / 'SD3' / 'transformer'} is there; copy one "
-                        "of them there"
-                    ],
-                )
-            )
+        rows += _missing_parts(folder)
     found = {row.part: row for row in rows}
     check_fit(found, folder)
     if "dit" in found and "SD3/transformer" in found:
@@ -115,6 +92,16 @@ def check_folder(
     if "llm" in found and folder.captioner != folder.part("llm"):
         found["llm"].notes.append("not used beside the captioner in llm_lora")
     return rows
+
+
+def _missing_parts(folder: Folder) -> list[Row]:
+    """A row for each part that the model needs and the folder lacks."""
+    remedy = "is not there; copy it there, or build the folder with `convert import`"
+    problems = {name: f"{folder.path / name} {remedy}" for name in NEEDED if folder.part(name) is None}
+    if folder.transformer is None:
+        places = f"neither {folder.path / 'dit'} nor {folder.path / 'SD3' / 'transformer'}"
+        problems["dit"] = f"{places} is there; copy one of them there"
+    return [Row(name, folder.path / name, problems=[problem]) for name, problem in problems.items()]
 
 
 def weight_bytes(folder: Folder) -> int:
@@ -125,7 +112,7 @@ def weight_bytes(folder: Folder) -> int:
 def check_part(
     part: Part, folder: Folder, *, fast: bool = False, progress: Callable[[int], None] = lambda count: None
 ) -> Row:
-    """One part; nothing is raised, what is wrong is in the row's problems."""
+    """The row of one part; errors are in its problems, nothing is raised."""
     row = Row(part.name, part.folder, licence=find_licence(part.folder, folder.path))
     try:
         if part.kind == "processor":
@@ -170,12 +157,11 @@ def _check_weights(row: Row, part: Part, folder: Folder, fast: bool, progress: C
         row.problems += _bad_numbers(stored, progress)
 
 
-def _fit_problems(part: Part, stored: TensorFolder, fit: Fit) -> list[str]:
+def _fit_problems(part: Part, stored: Tensors, fit: Fit) -> list[str]:
     wrong = [f"{part.folder} misses {listed(fit.missing, _LISTED)}"] if fit.missing else []
     if fit.unknown:
-        wrong.append(
-            f"{stored.files[fit.unknown[0].split(' ')[0]]} has {listed(fit.unknown, _LISTED)}, which this model has not"
-        )
+        file = stored.files[fit.unknown[0].split(" ")[0]]
+        wrong.append(f"{file} has {listed(fit.unknown, _LISTED)}, which this model does not have")
     problems = [f"{'; '.join(wrong)}; copy weights and config.json again from one place"] if wrong else []
     return problems + _misshapen(part, fit)
 
@@ -187,7 +173,7 @@ def _misshapen(part: Part, fit: Fit) -> list[str]:
     ]
 
 
-def _bad_numbers(stored: TensorFolder, progress: Callable[[int], None]) -> list[str]:
+def _bad_numbers(stored: Tensors, progress: Callable[[int], None]) -> list[str]:
     problems = []
     for name in sorted(stored.names(), key=lambda name: (stored.files[name], name)):
         tensor = stored.read(name)
@@ -204,13 +190,13 @@ def _bad_numbers(stored: TensorFolder, progress: Callable[[int], None]) -> list[
 
 
 def _compare_adapter(row: Row, part: Part, folder: Folder) -> Fit:
-    """An adapter beside its model, and the model that is stored with it where it is not a part of its own."""
+    """Compares an adapter with its base model. Also checks a captioner that is stored only beside the adapter."""
     files = survey(part, folder)
     row.problems += files.problems
     captioner = folder.captioner if part.name == "llm_lora" else None
     if captioner and captioner.folder == part.folder:
-        row.notes.append("the release's wrapped layout: the whole captioner is stored beside the adapter")
-        if folder.part("llm") != captioner:  # else it has a row
+        row.notes.append("the release's wrapped layout: the complete captioner is stored beside the adapter")
+        if folder.part("llm") != captioner:  # else the captioner has its own row
             table = part_table(captioner, part_config(captioner), files.folder)
             base = compare(files.folder, table.rules, table.abstract, aliases=table.aliases, ignore=table.ignore)
             row.problems += _fit_problems(part, files.folder, base)
@@ -234,57 +220,61 @@ def _compare_adapter(row: Row, part: Part, folder: Folder) -> Fit:
 
 
 def check_fit(rows: dict[str, Row], folder: Folder) -> None:
-    """Adds a problem to a row whose part does not fit another part."""
-
-    def config(name: str) -> Any:
-        return rows[name].config if name in rows else None
-
+    """Adds a problem to each row whose part does not fit another part."""
     decoder = rows.get("dit") or rows.get("SD3/transformer")
-    captioner, sizes = rows.get("llm"), decoder.config if decoder else None
-    if captioner and captioner.config and not captioner.problems:
-        features = _projector_features(folder, rows.get("projector"))
-        if features is None and folder.layout != "official":
-            captioner.notes.append("no projector: plain Qwen2.5-VL")
-        elif features is None:
-            captioner.problems.append(
-                f"{captioner.folder} has no projector.0 and projector.2 tensors; UAE's own llm folder has them, "
-                "`convert import` makes new ones"
+    decoder = decoder if decoder and decoder.config else None
+    _check_projector(rows, folder, decoder)
+    if decoder:
+        _check_decoder(rows, decoder)
+    _check_reference(rows)
+    captioner, processor = rows.get("llm"), rows.get("llm_processor")
+    if captioner and captioner.config and processor and processor.config:
+        (tokens_there, _), embedded = processor.config, captioner.config.text.vocab_size
+        if tokens_there > embedded:
+            processor.problems.append(
+                f"{processor.folder} has {tokens_there:,} tokens, {captioner.folder} embeds {embedded:,}; copy the "
+                "tokenizer of this model"
             )
-        elif sizes and features != sizes.joint_attention_dim:
-            captioner.problems.append(
-                f"{captioner.folder}: the projector gives {features} features, {decoder.folder} needs "
-                f"joint_attention_dim {sizes.joint_attention_dim}; "
-                "use the projector and transformer of one model"
-            )
-    if sizes and config("SD3/vae") and config("SD3/vae").latent_channels != sizes.in_channels:
-        rows["SD3/vae"].problems.append(
-            f"{rows['SD3/vae'].folder} has {config('SD3/vae').latent_channels} latent channels, {decoder.folder} "
-            f"needs {sizes.in_channels}"
+
+
+def _check_projector(rows: dict[str, Row], folder: Folder, decoder: Row | None) -> None:
+    """The projector exists in an official folder, and gives the features that the decoder reads."""
+    captioner = rows.get("llm")
+    if captioner is None or not captioner.config or captioner.problems:
+        return
+    features = _projector_features(folder, rows.get("projector"))
+    if features is None and folder.layout != "official":
+        captioner.notes.append("no projector: plain Qwen2.5-VL")
+    elif features is None:
+        captioner.problems.append(
+            f"{captioner.folder} has no projector.0 and projector.2 tensors; UAE's own llm folder has them, "
+            "`convert import` makes new ones"
         )
-    _check_reference(rows, folder)
-    texts = [config(f"SD3/{name}") for name in ("text_encoder", "text_encoder_2")]
-    if sizes and all(texts) and sum(text.projection_dim for text in texts) != sizes.pooled_projection_dim:
+    elif decoder and features != decoder.config.joint_attention_dim:
+        captioner.problems.append(
+            f"{captioner.folder}: the projector gives {features} features, {decoder.folder} needs "
+            f"joint_attention_dim {decoder.config.joint_attention_dim}; use the projector and transformer of one model"
+        )
+
+
+def _check_decoder(rows: dict[str, Row], decoder: Row) -> None:
+    """VAE and text encoders have the widths that the decoder reads."""
+    vae, sizes = rows.get("SD3/vae"), decoder.config
+    if vae and vae.config and vae.config.latent_channels != sizes.in_channels:
+        vae.problems.append(
+            f"{vae.folder} has {vae.config.latent_channels} latent channels, {decoder.folder} needs {sizes.in_channels}"
+        )
+    texts = [rows.get(f"SD3/{name}") for name in ("text_encoder", "text_encoder_2")]
+    widths = [text.config.projection_dim for text in texts if text and text.config]
+    if len(widths) == len(texts) and sum(widths) != sizes.pooled_projection_dim:
         rows["SD3/text_encoder"].problems.append(
-            f"the text encoders give {' + '.join(str(text.projection_dim) for text in texts)} features, "
-            f"{decoder.folder} needs "
+            f"the text encoders give {' + '.join(map(str, widths))} features, {decoder.folder} needs "
             f"pooled_projection_dim {sizes.pooled_projection_dim}; copy both encoders of its own model"
         )
-    if (
-        captioner
-        and captioner.config
-        and config("llm_processor")
-        and config("llm_processor")[0] > captioner.config.text.vocab_size
-    ):
-        rows["llm_processor"].problems.append(
-            f"{rows['llm_processor'].folder} has {config('llm_processor')[0]:,} tokens, {captioner.folder} embeds "
-            f"{captioner.config.text.vocab_size:,}; copy the tokenizer of this model"
-        )
 
 
-def _check_reference(rows: dict[str, Row], folder: Folder) -> None:
-    """The captioner as it was before its language model was trained whole is of the same sizes, and none has an
-    adapter.
-    """
+def _check_reference(rows: dict[str, Row]) -> None:
+    """The captioner from before full fine-tuning has the same sizes, and there is no adapter beside it."""
     captioner, reference = rows.get("llm"), rows.get("llm_reference")
     if reference is None or reference.config is None:
         return
@@ -292,18 +282,17 @@ def _check_reference(rows: dict[str, Row], folder: Folder) -> None:
     if "llm_lora" in rows:
         reference.problems.append(
             f"{reference.folder} and {rows['llm_lora'].folder} are both there; a captioner is trained by an adapter "
-            "or whole, so remove one of them"
+            "or by full fine-tuning, so remove one of them"
         )
     if captioner and captioner.config and captioner.config.text != reference.config.text:
         reference.problems.append(
-            f"{reference.folder} and {captioner.folder} have language models of other sizes; take both from one export"
+            f"{reference.folder} and {captioner.folder} have language models of different sizes; take both from one "
+            "export"
         )
 
 
 def _projector_features(folder: Folder, own: Row | None) -> int | None:
-    """What the projector gives, wherever it is: with the captioner that is used, else in `llm`, or in a folder of its
-    own.
-    """
+    """The features of the projector: in its own folder, else with the captioner that is used, else in `llm`."""
     places = [own.folder] if own else [part.folder for part in (folder.captioner, folder.part("llm")) if part]
     for place in places:
         try:
@@ -316,16 +305,13 @@ def _projector_features(folder: Folder, own: Row | None) -> int | None:
 
 
 def find_licence(folder: pathlib.Path, root: pathlib.Path) -> str | None:
-    """The licence file nearest to a part, up to the model's folder: its name, or `README: NAME` of a front matter."""
+    """The licence file nearest to a part, up to the model's folder: its name, or `README: NAME` from a front matter."""
     places = [folder, *(place for place in folder.parents if place == root or root in place.parents)]
     for place in places:
-        files = (
-            sorted(file.name for file in place.iterdir() if re.match(r"licen[sc]e", file.name, re.IGNORECASE))
-            if place.is_dir()
-            else []
-        )
+        names = [file.name for file in place.iterdir()] if place.is_dir() else []
+        files = [name for name in names if re.match(r"licen[sc]e", name, re.IGNORECASE)]
         if files:
-            return files[0]
+            return min(files)
         match = re.match(r"---\n.*?^license:\s*(\S+)", _readme(place), re.DOTALL | re.MULTILINE)
         if match:
             return f"README: {match.group(1)}"
@@ -339,7 +325,7 @@ def _readme(place: pathlib.Path) -> str:
 
 
 def table_text(folder: Folder, rows: Sequence[Row]) -> str:
-    """The rows as aligned text, with what is wrong under each row and a last line that counts."""
+    """The rows as aligned text, with the problems under each row and a last line with counts."""
     titles = ("part", "files", "tensors", "stored as", "parameters", "licence", "result")
     lines = [titles, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
@@ -353,7 +339,7 @@ def table_text(folder: Folder, rows: Sequence[Row]) -> str:
             text.append(f"    {sentence}")
     broken = sum(bool(row.problems) for row in rows)
     count = f"{len(rows)} part{'s' * (len(rows) != 1)}"
-    text.append(f"{broken} of {count} cannot be used" if broken else f"{count}, all whole")
+    text.append(f"{broken} of {count} cannot be used" if broken else f"{count}, all complete")
     if folder.layout == "official" and not broken and not any(row.part in ENCODERS for row in rows):
         text.append(f"no image encoder is there: inference works, training needs {folder.path / 'clip'} for its reward")
     return "\n".join(text)

@@ -1,8 +1,6 @@
-"""An official folder or training workdir as another folder: official again, or what transformers, diffusers and peft
-open.
+"""Writes an official folder or training workdir as another folder: official, or for transformers, diffusers and peft.
 
-Tensors go from file to file one at a time, under their published names; in their stored precision they stay equal bit
-for bit.
+Tensors go from file to file one at a time, under their published names. In their stored precision they stay bit-equal.
 """
 
 import dataclasses
@@ -57,19 +55,19 @@ _PIPELINE = {
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """How a model is written.
+    """Settings of an export.
 
     Attributes:
       layout: `official`, or `hub`: folders for transformers, diffusers and peft.
       dtype: of all weights, or `keep`.
-      merge_adapters: add the adapters to their models instead of writing them beside.
-      llm_lora: in the official layout: `peft`, an adapter folder, or `wrapped`, the release's whole state in three
+      merge_adapters: add the adapters to their base models instead of writing adapter folders.
+      llm_lora: in the official layout: `peft`, an adapter folder, or `wrapped`, the release's complete state in three
         files.
       max_shard_gb: size limit of one file in 10^9 bytes.
-      parts: names of the parts to write (`SD3` stands for all of its folders); empty for all.
+      parts: names of the parts to write (`SD3` stands for all its folders); empty for all parts.
 
     Raises:
-      ValueError: a word or number that is not among the choices.
+      ValueError: an unknown choice, or a size limit that is not positive.
     """
 
     layout: str = "official"
@@ -97,11 +95,13 @@ class Output:
     """One folder to write.
 
     Attributes:
-      name: below the new folder.
-      items: tensors, with the files' `stem` and, where it is fixed, their number.
-      copies: files that are taken over.
-      contents: file name to what goes into it as JSON.
-      note: for the person who exports.
+      name: path below the new folder.
+      items: tensors.
+      stem: of the names of the weight files.
+      shards: number of weight files; 0 for a size limit.
+      copies: files to copy.
+      contents: file name to its JSON content.
+      note: message to the user.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Output:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(item.nbytes for item in self.items)
 
 
@@ -129,17 +129,17 @@ def export_folder(
     """Writes a model in another layout or precision; the new folder appears only when it is complete.
 
     Args:
-      source: official folder, or training workdir whose `export/` is taken.
+      source: official folder, or training workdir with an `export/`.
       out: a new or empty folder.
-      config: how.
+      config: settings.
       overwrite: replace a model folder at `out`.
-      progress: called with the bytes of each tensor written and of all.
+      progress: called with the bytes of each written tensor and of all tensors.
 
     Returns:
-      What was written.
+      The written folders.
 
     Raises:
-      FileNotFoundError, ValueError: something in `source` is absent, broken or NaN, or `out` is not free; nothing is
+      FileNotFoundError, ValueError: a part of `source` is absent, broken or NaN, or `out` is in use; nothing is
         written.
     """
     folder = find_parts(source)
@@ -176,15 +176,11 @@ def _write(output: Output, folder: pathlib.Path, limit: float, report: Callable[
 
 
 def plan(folder: Folder, config: ExportConfig) -> list[Output]:
-    """Every folder that an export writes, in the order of `KINDS`; tensors are read when they are written."""
+    """Every folder that an export writes, in the order of `KINDS`; tensors are read at the time of writing."""
     dtype = None if config.dtype == "keep" else np.dtype(config.dtype)
+    legal = [file for file in small_files(folder.path) if file.name.lower().startswith(("licen", "notice", "readme"))]
     return [
-        Output(
-            "",
-            copies=tuple(
-                file for file in small_files(folder.path) if file.name.lower().startswith(("licen", "notice", "readme"))
-            ),
-        ),
+        Output("", copies=tuple(legal)),
         *_captioner(folder, config, dtype),
         *_decoder(folder, config, dtype),
         *(_plain(part, part.name, dtype) for part in folder.parts if part.kind == "image encoder"),
@@ -192,7 +188,7 @@ def plan(folder: Folder, config: ExportConfig) -> list[Output]:
 
 
 def part_items(part: Part) -> list[Item]:
-    """A part's tensors under their published names; a state in OpenAI's names as it is."""
+    """A part's tensors under their published names; a state with OpenAI's names keeps them."""
     if has_openai_names(part):
         stored = open_tensors(part.folder)
         return stored_items(stored, ((name, name) for name in sorted(stored.names())))
@@ -203,7 +199,7 @@ def part_items(part: Part) -> list[Item]:
 
 
 def _plain(part: Part, name: str, dtype: np.dtype | None, items: Iterable[Item] | None = None) -> Output:
-    """A part with its files, and its config.json with the precision that is written."""
+    """A part with its files, and its config.json with the written precision."""
     items = cast(part_items(part) if items is None else items, dtype)
     files = {file.name: file for folder in {part.folder, part.config_folder} for file in small_files(folder)}
     copies = tuple(file for name, file in sorted(files.items()) if name not in ("config.json", "adapter_config.json"))
@@ -212,11 +208,11 @@ def _plain(part: Part, name: str, dtype: np.dtype | None, items: Iterable[Item] 
 
 
 def stored_config(part: Part, items: Iterable[Item]) -> dict[str, Any]:
-    """A part's config.json, with the precision of its tensors where it says one."""
+    """A part's config.json, with the precision of its tensors if that is one and the format has a field for it."""
     content, dtypes = read_json(part.config_folder), {item.dtype.name for item in items}
-    return (
-        with_dtype(content, dtypes.pop()) if len(dtypes) == 1 and part.kind not in ("transformer", "vae") else content
-    )
+    if len(dtypes) != 1 or part.kind in ("transformer", "vae"):
+        return content
+    return with_dtype(content, *dtypes)
 
 
 def _captioner(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> list[Output]:
@@ -234,42 +230,31 @@ def _captioner(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> 
             names = {file.name for file in outputs[0].copies} if processor.folder == part.folder else set()
             copies = tuple(file for file in small_files(processor.folder) if file.name not in names)
             outputs += [Output("llm_processor", copies=copies)] if copies else []
-    if files and not config.merge_adapters:
+    if adapted and files and not config.merge_adapters:
         outputs.append(_language_adapter(part, adapted, files, base, config, dtype))
     if reference:
-        items = [
-            item
-            for item in part_items(reference)
-            if config.layout == "official" or not item.name.startswith("projector.")
-        ]
-        note = "the decoder's text encoder: llm before it was trained"
+        items = part_items(reference)
+        if config.layout == "hub":
+            items = [item for item in items if not item.name.startswith("projector.")]
+        note = "the decoder's text encoder: llm before its training"
         outputs.append(dataclasses.replace(_plain(reference, reference.name, dtype, items), note=note))
     return outputs
 
 
 def _projector_items(folder: Folder, captioner: Part) -> list[Item]:
-    """The projector, where it is not among the captioner's own weights: in a folder of its own, or in `llm` beside
-    `llm_lora`.
-    """
+    """A projector outside of the captioner's weights: in its own folder, or in `llm` beside `llm_lora`."""
     if projector_sizes(part_tensors(captioner)):
         return []
     own, plain = folder.part("projector"), folder.part("llm")
-    items = part_items(own) if own else part_items(plain) if plain != captioner else []
-    return [item for item in items if item.name.startswith("projector.")]
+    source = own or (plain if plain != captioner else None)
+    return [item for item in part_items(source) if item.name.startswith("projector.")] if source else []
 
 
 def _hub_captioner(part: Part, items: list[Item], dtype: np.dtype | None, processor: Part | None) -> list[Output]:
-    """The model without the projector, with its tokenizer; the projector in a folder of its own."""
+    """The captioner without projector, with its tokenizer; the projector in its own folder."""
     model = _plain(part, "llm", dtype, [item for item in items if not item.name.startswith("projector.")])
-    beside = (
-        tuple(
-            file
-            for file in small_files(processor.folder)
-            if file.name not in ("config.json", "generation_config.json", *(copy.name for copy in model.copies))
-        )
-        if processor
-        else ()
-    )
+    there = ("config.json", "generation_config.json", *(copy.name for copy in model.copies))
+    beside = [file for file in small_files(processor.folder) if file.name not in there] if processor else []
     projector = cast([item for item in items if item.name.startswith("projector.")], dtype)
     shapes = {item.name: item.shape for item in projector}
     content = {
@@ -280,14 +265,14 @@ def _hub_captioner(part: Part, items: list[Item], dtype: np.dtype | None, proces
         "hidden_act": "gelu",
     }
     return [
-        dataclasses.replace(model, copies=model.copies + beside),
+        dataclasses.replace(model, copies=(*model.copies, *beside)),
         Output(
             "projector",
             tuple(projector),
             contents={"config.json": content},
             note=(
-                "UAE's two-layer projector, which transformers does not know: projector.0, GELU, projector.2 on the "
-                "last hidden states"
+                "UAE's two-layer projector, unknown to transformers: projector.0, GELU, projector.2 on the last hidden "
+                "states"
             ),
         ),
     ]
@@ -296,8 +281,9 @@ def _hub_captioner(part: Part, items: list[Item], dtype: np.dtype | None, proces
 def _language_adapter(
     captioner: Part, part: Part, files: AdapterFiles, base: list[Item], config: ExportConfig, dtype: np.dtype | None
 ) -> Output:
-    copies = tuple(file for file in small_files(part.folder) if not file.name.endswith("config.json"))
-    copies = () if part.folder == captioner.folder else copies  # they are the captioner's
+    # files in the captioner's folder belong to the captioner
+    files_there = small_files(part.folder) if part.folder != captioner.folder else []
+    copies = tuple(file for file in files_there if not file.name.endswith("config.json"))
     if config.llm_lora == "wrapped":
         tied = part_config(captioner).text.tied
         contents = {} if files.assumed else {"adapter_config.json": adapters.peft_config(files, "text", "llm")}
@@ -307,7 +293,7 @@ def _language_adapter(
             shards=WRAPPED_SHARDS,
             copies=copies,
             contents=contents,
-            note="the whole captioner with its text model wrapped by peft, as released",
+            note="the complete captioner with its text model wrapped by peft, as in the release",
         )
     layout, model = ("text", "its text model (model.model.language_model)")
     if config.layout == "hub" or not adapters.in_text_model(files):
@@ -328,42 +314,28 @@ def _decoder(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> li
     name = "SD3/transformer" if config.layout == "hub" else part.name if part else ""
     if part:
         items, files = part_items(part), adapters.survey(adapted, folder) if adapted else None
-        outputs.append(
-            _plain(
-                part, name, dtype, adapters.merged(items, files, dtype) if files and config.merge_adapters else items
-            )
-        )
-        if files and not config.merge_adapters:
-            outputs.append(
-                Output(
-                    "dit_lora",
-                    tuple(cast(adapters.adapter_items(files, "transformer"), dtype)),
-                    "adapter_model",
-                    copies=tuple(file for file in small_files(adapted.folder) if not file.name.endswith("config.json")),
-                    contents={"adapter_config.json": adapters.peft_config(files, "transformer", name)},
-                    note="peft adapter around SD3Transformer2DModel",
-                )
-            )
+        merged = adapters.merged(items, files, dtype) if files and config.merge_adapters else items
+        outputs.append(_plain(part, name, dtype, merged))
+        if adapted and files and not config.merge_adapters:
+            outputs.append(_decoder_adapter(adapted, files, name, dtype))
     if config.layout == "hub":
-        index = _model_index(folder, {output.name for output in outputs})
-        absent = [name for name, (library, _) in _PIPELINE.items() if library and index[name] == [None, None]]
-        note = (
-            f"StableDiffusion3Pipeline.from_pretrained(..., {', '.join(f'{name}=None' for name in absent)})"
-            if absent
-            else ""
-        )
-        outputs.append(
-            Output(
-                "SD3",
-                contents={"model_index.json": index},
-                note=note and f"without {len(absent)} components, opens as {note}",
-            )
-        )
+        outputs.append(_pipeline_index(folder, {output.name for output in outputs}))
     return outputs
 
 
+def _decoder_adapter(part: Part, files: AdapterFiles, base: str, dtype: np.dtype | None) -> Output:
+    return Output(
+        "dit_lora",
+        tuple(cast(adapters.adapter_items(files, "transformer"), dtype)),
+        "adapter_model",
+        copies=tuple(file for file in small_files(part.folder) if not file.name.endswith("config.json")),
+        contents={"adapter_config.json": adapters.peft_config(files, "transformer", base)},
+        note="peft adapter around SD3Transformer2DModel",
+    )
+
+
 def _pipeline_folders(folder: Folder, dtype: np.dtype | None) -> list[Output]:
-    """The folders of SD3 but its transformer: known weights in the chosen precision, all others as they are."""
+    """The folders of SD3 except its transformer: known weights in the chosen precision, all others unchanged."""
     root = folder.path / "SD3"
     if not root.is_dir():
         return []
@@ -383,10 +355,14 @@ def _pipeline_folders(folder: Folder, dtype: np.dtype | None) -> list[Output]:
     return outputs
 
 
-def _model_index(folder: Folder, written: set[str]) -> dict[str, Any]:
-    """model_index.json of the pipeline: the source's, or a new one, without the components that are not there."""
+def _pipeline_index(folder: Folder, written: set[str]) -> Output:
+    """model_index.json of the pipeline, the source's or a new one, without absent components."""
     file = folder.path / "SD3" / "model_index.json"
-    index = json.loads(file.read_text()) if file.is_file() else {"_class_name": "StableDiffusion3Pipeline"}
+    index: dict[str, Any] = {"_class_name": "StableDiffusion3Pipeline"}
+    index = json.loads(file.read_text()) if file.is_file() else index
     for name, classes in _PIPELINE.items():
         index[name] = list(index.get(name) or classes) if f"SD3/{name}" in written else [None, None]
-    return index
+    absent = [f"{name}=None" for name, (library, _) in _PIPELINE.items() if library and index[name] == [None, None]]
+    opened = f"StableDiffusion3Pipeline.from_pretrained(..., {', '.join(absent)})"
+    note = f"without {len(absent)} components, opens as {opened}" if absent else ""
+    return Output("SD3", contents={"model_index.json": index}, note=note)

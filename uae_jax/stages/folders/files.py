@@ -1,4 +1,4 @@
-"""Copying the files of model folders, and replacing a folder only when the new one is complete."""
+"""Copies of files of model folders, and replacement of a folder once the new folder is complete."""
 
 import contextlib
 import os
@@ -24,12 +24,12 @@ _WEIGHTS = (
 
 
 def is_weight_file(path: pathlib.Path) -> bool:
-    """Whether a file holds tensors or is an index of such files."""
+    """Whether a file holds tensors or is an index of files of tensors."""
     return path.name.endswith(_WEIGHTS)
 
 
 def small_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Configuration, tokenizer, licence and other files of a folder, without hidden ones and without weights."""
+    """The files of a folder without hidden files and weights: configuration, tokenizer, licence and others."""
     return [
         file
         for file in sorted(folder.iterdir())
@@ -38,9 +38,7 @@ def small_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def used_files(part: Part) -> list[pathlib.Path]:
-    """The files of a part that are read: the small ones, and of the weights those that the loader opens, with their
-    index.
-    """
+    """The small files of a part, and the weights that the loader opens, with their index."""
     weights = sorted(set(part_tensors(part).files.values()))
     if part.folder.is_file():
         return weights
@@ -49,17 +47,17 @@ def used_files(part: Part) -> list[pathlib.Path]:
 
 
 def copy_file(source: pathlib.Path, folder: pathlib.Path, *, link: bool = False) -> None:
-    """A file into a folder, which is made if absent.
+    """Copies a file into a folder, which is created if absent.
 
     Args:
-      source: a file, or a link to one as in the hub's cache.
-      folder: where to.
-      link: a hard link instead of a copy, where both are on one disk.
+      source: a file, or a link to a file as in the hub's cache.
+      folder: the target folder.
+      link: make a hard link instead of a copy, if both are on one disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / source.name
     if link:
-        with contextlib.suppress(OSError):  # another disk, or one without links: a copy is as good
+        with contextlib.suppress(OSError):  # another disk, or a disk without hard links
             os.link(source.resolve(), target)
             return
     shutil.copy2(source, target)
@@ -67,15 +65,15 @@ def copy_file(source: pathlib.Path, folder: pathlib.Path, *, link: bool = False)
 
 @contextlib.contextmanager
 def replaced(out: str | pathlib.Path, *, overwrite: bool, sources: list[pathlib.Path]) -> Iterator[pathlib.Path]:
-    """A temporary sibling folder that takes the place of `out` at the end, and vanishes when anything goes wrong.
+    """A temporary sibling folder that replaces `out` at the end, or is deleted after an error.
 
     Args:
-      out: the folder to make; it must be absent or empty.
-      overwrite: replace it when it is a model folder.
-      sources: folders that are read, and may not be replaced.
+      out: the folder to create, absent or empty.
+      overwrite: replace a model folder at `out`.
+      sources: folders to read, which must not be replaced.
 
     Raises:
-      FileNotFoundError: the folder that `out` is to be in does not exist.
+      FileNotFoundError: the parent folder of `out` does not exist.
       ValueError: `out` is not empty, not a model folder, or holds a source.
     """
     out = pathlib.Path(out).absolute()
@@ -93,7 +91,7 @@ def replaced(out: str | pathlib.Path, *, overwrite: bool, sources: list[pathlib.
 
 
 def check_target(out: pathlib.Path, *, overwrite: bool, sources: list[pathlib.Path]) -> None:
-    """Raises what `replaced` raises, before anything is read."""
+    """Raises the errors of `replaced`, before anything is read."""
     if not out.parent.is_dir():
         raise FileNotFoundError(f"the folder {out.parent} does not exist; make it first")
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
@@ -104,7 +102,7 @@ def check_target(out: pathlib.Path, *, overwrite: bool, sources: list[pathlib.Pa
         raise ValueError(f"{out} is not empty; give the name of a new folder, or --overwrite to replace it")
     for source in sources:
         if out.resolve() in (source.resolve(), *source.resolve().parents):
-            raise ValueError(f"{out} holds what is read from {source}; give the name of a new folder")
+            raise ValueError(f"{out} holds the source {source}; give the name of a new folder")
     try:
         model = find_parts(out).path == out
     except (ValueError, FileNotFoundError):

@@ -1,4 +1,4 @@
-"""The parts of a model folder, found by name in the official layout and by content elsewhere, and the table of each."""
+"""The parts of a model folder, found by name in the official layout and else by content, and the table of each part."""
 
 import dataclasses
 import pathlib
@@ -12,11 +12,11 @@ from uae_jax import trees
 from uae_jax.files.json_files import read_json
 from uae_jax.hf.adapters import FACTOR, LEAVES
 from uae_jax.hf.rules import Rule, canonical
-from uae_jax.hf.safetensors import TensorFolder
-from uae_jax.hf.torch_file import TorchFile, open_tensors
+from uae_jax.hf.safetensors import TensorFolder, Tensors
+from uae_jax.hf.torch_file import open_tensors
 from uae_jax.models.encoders import clip
 from uae_jax.models.encoders.config import CLIPTextConfig
-from uae_jax.models.encoders.openai import MARKS, SplitTensors
+from uae_jax.models.encoders.openai import MARKS
 from uae_jax.models.encoders.tables import POSITION_BUFFERS, clip_rules
 from uae_jax.models.encoders.weights import EncoderFolder, open_encoder
 from uae_jax.models.qwen2_5_vl import config as qwen_config
@@ -26,7 +26,7 @@ from uae_jax.models.sd3 import transformer, vae
 from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 
-# part -> what it holds, in the order of tables and files
+# part -> its kind, in the order of tables and files
 KINDS = {
     "llm": "captioner",
     "projector": "projector",
@@ -60,7 +60,7 @@ _CLASSES = {
     "AutoencoderKL": "SD3/vae",
     "FlowMatchEulerDiscreteScheduler": "SD3/scheduler",
 }
-PROJECTOR = "uae_projector"  # model_type of the projector's own folder, which transformers does not know
+PROJECTOR = "uae_projector"  # model_type of the projector's folder, unknown to transformers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Part:
 
     Attributes:
       name: in the official layout, a key of `KINDS`.
-      folder: with its weights, or a file of weights.
-      settings: folder of its config.json, where that is another.
+      folder: the folder with the weights, or a file of weights.
+      settings: the folder of config.json, if that is another folder.
     """
 
     name: str
@@ -79,12 +79,12 @@ class Part:
 
     @property
     def kind(self) -> str:
-        """What it holds."""
+        """The kind of model, a value of `KINDS`."""
         return KINDS[self.name]
 
     @property
     def config_folder(self) -> pathlib.Path:
-        """The folder of its config.json."""
+        """The folder of config.json."""
         return self.settings or self.folder
 
 
@@ -93,9 +93,9 @@ class Folder:
     """A folder and its parts.
 
     Attributes:
-      path: where the parts are (`export/` of a training workdir).
+      path: the folder of the parts (`export/` of a training workdir).
       layout: `official`; `pipeline`, a diffusers SD3 folder; `part`, one part alone.
-      parts: those that are there, in the order of `KINDS`.
+      parts: the existing parts, in the order of `KINDS`.
     """
 
     path: pathlib.Path
@@ -103,8 +103,16 @@ class Folder:
     parts: tuple[Part, ...]
 
     def part(self, name: str) -> Part | None:
-        """A part by its name, or None."""
+        """A part by name, or None."""
         return next((part for part in self.parts if part.name == name), None)
+
+    def existing(self, name: str) -> Part:
+        """A part by name.
+
+        Raises:
+          KeyError: the folder has no such part.
+        """
+        return {part.name: part for part in self.parts}[name]
 
     @property
     def transformer(self) -> Part | None:
@@ -113,15 +121,13 @@ class Folder:
 
     @property
     def captioner(self) -> Part | None:
-        """The captioner that the model uses: the one in `llm_lora` where it holds one, as the release's does, else
-        `llm`.
-        """
+        """The captioner that the model uses: the captioner in `llm_lora` as in the release, else `llm`."""
         return _wrapped_captioner(self.part("llm_lora"), self.part("llm")) or self.part("llm")
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What a part's folder must hold: the arguments of `hf.rules.load_params`."""
+    """The required tensors of a part's folder: arguments of `hf.rules.load_params`."""
 
     rules: Sequence[Rule]
     abstract: trees.Tree
@@ -134,7 +140,7 @@ def find_parts(path: str | pathlib.Path) -> Folder:
 
     Raises:
       FileNotFoundError: no such folder.
-      ValueError: it holds nothing that is known; the message says what was looked for.
+      ValueError: the folder holds no known part; the message has what was looked for.
     """
     root = pathlib.Path(path)
     if root.is_file():
@@ -152,7 +158,7 @@ def find_parts(path: str | pathlib.Path) -> Folder:
         names = [name for name in KINDS if (candidate / name).is_dir()]
         if any(name in names for name in ("llm", "dit", *ADAPTERS)):
             parts = [Part(name, candidate / name) for name in names]
-            if not any((candidate / "llm").glob("*.safetensors")):  # llm_lora may be the whole captioner
+            if not any((candidate / "llm").glob("*.safetensors")):  # llm_lora may be the complete captioner
                 lora, plain = (
                     next((part for part in parts if part.name == name), None) for name in ("llm_lora", "llm")
                 )
@@ -168,22 +174,22 @@ def find_parts(path: str | pathlib.Path) -> Folder:
     if name is None:
         raise ValueError(
             f"{root} holds no part of a model; looked for folders named {', '.join(list(KINDS)[:4])}, ..., for "
-            "model_index.json, "
-            "and for config.json, adapter_config.json or scheduler_config.json with weights"
+            "model_index.json, and for config.json, adapter_config.json or scheduler_config.json with weights"
         )
     beside = (Part("llm_processor", root),) if name == "llm" and has_tokenizer(root) else ()
     return Folder(root, "part", (Part(name, root), *beside))
 
 
 def _wrapped_captioner(lora: Part | None, plain: Part | None) -> Part | None:
-    """The captioner that an `llm_lora` holds beside its adapter, with the config.json that is read for it."""
+    """The captioner beside the adapter in `llm_lora`, with the folder of its config.json."""
     try:
         if lora is None or not qwen_weights.holds_base(lora.folder):
             return None
     except (ValueError, FileNotFoundError):
-        return None  # the row of llm_lora says why
-    own = plain is None or (lora.folder / "config.json").exists()
-    return Part("llm", lora.folder, None if own else plain.config_folder)
+        return None  # the row of llm_lora has the error
+    if plain is None or (lora.folder / "config.json").exists():
+        return Part("llm", lora.folder)
+    return Part("llm", lora.folder, plain.config_folder)
 
 
 def has_tokenizer(folder: pathlib.Path) -> bool:
@@ -192,23 +198,22 @@ def has_tokenizer(folder: pathlib.Path) -> bool:
 
 
 def identify(folder: pathlib.Path) -> str | None:
-    """The part that a folder, or a file of weights, holds by its configuration, else by the names of its tensors; None
-    if it is none.
+    """The part in a folder, or in a file of weights, by its configuration or else by its tensor names; None if unknown.
 
     Raises:
-      ValueError: config.json is not JSON, or is of a model that has no place here.
+      ValueError: config.json is not JSON, or is of a model that is no part.
     """
     for file in ("config.json", "scheduler_config.json"):
         if (folder / file).is_file():
             stored = read_json(folder, file)
-            name = _MODEL_TYPES.get(stored.get("model_type")) or _CLASSES.get(stored.get("_class_name"))
-            if name is None and stored.get("model_type") == PROJECTOR:
-                name = "projector"
-            if name is None:
-                found = stored.get("model_type") or stored.get("_class_name")
+            kind, class_ = stored.get("model_type"), stored.get("_class_name")
+            name = _MODEL_TYPES.get(str(kind)) or _CLASSES.get(str(class_))
+            if name is None and kind != PROJECTOR:
                 known = ", ".join((*_MODEL_TYPES, *_CLASSES))
-                raise ValueError(f"{folder / file} is of {found!r}, which is no part of UAE; the parts are {known}")
-            return name
+                raise ValueError(
+                    f"{folder / file} is of {kind or class_!r}, which is no part of UAE; the parts are {known}"
+                )
+            return name or "projector"
     try:
         names = open_tensors(folder).names()
     except FileNotFoundError:
@@ -221,10 +226,10 @@ def identify(folder: pathlib.Path) -> str | None:
 
 
 def part_config(part: Part) -> Any:
-    """The configuration of a part with weights of its own model; None for adapters and the projector.
+    """The configuration of a part; None for adapters and the projector.
 
     Raises:
-      FileNotFoundError, ValueError: there is no config.json, or it is of another model or not supported.
+      FileNotFoundError, ValueError: config.json is absent, of another model, or not supported.
     """
     if part.kind == "captioner":
         return qwen_config.from_folder(part.config_folder)
@@ -240,10 +245,10 @@ def part_config(part: Part) -> Any:
 
 
 def part_encoder(part: Part) -> EncoderFolder:
-    """The image encoder of a part, recognised.
+    """The image encoder of a part.
 
     Raises:
-      FileNotFoundError, ValueError: it is another model than the part's name says.
+      FileNotFoundError, ValueError: absent files, or another model than the part's name.
     """
     encoder = open_encoder(part.folder)
     if encoder.kind not in (part.name, {"longclip": "clip"}.get(part.name)):
@@ -254,29 +259,35 @@ def part_encoder(part: Part) -> EncoderFolder:
 
 
 def has_openai_names(part: Part) -> bool:
-    """Whether an image encoder is a state in OpenAI's names, as Long-CLIP is published: without config.json."""
+    """Whether an image encoder is a state with OpenAI's names and without config.json, like the published Long-CLIP."""
     return part.kind == "image encoder" and not (part.folder / "config.json").is_file()
 
 
-def part_tensors(part: Part) -> TensorFolder | TorchFile | SplitTensors:
-    """The tensors of a part that has weights."""
+def part_tensors(part: Part) -> Tensors:
+    """The tensors of a part with weights."""
     return part_encoder(part).tensors if part.kind == "image encoder" else TensorFolder(part.folder)
 
 
-def part_table(part: Part, config: Any, folder: TensorFolder) -> Table:
+def part_table(part: Part, config: Any, folder: Tensors) -> Table:
     """The table of a part's tensors.
 
     Args:
-      part: any but an adapter, a processor or a scheduler.
+      part: any part except an adapter, a processor or a scheduler.
       config: of `part_config`.
-      folder: its tensors; of the captioner they say whether there is a projector, and its sizes.
+      folder: the part's tensors, which determine the projector and its sizes.
+
+    Raises:
+      ValueError: a projector without its tensors.
     """
     if part.kind == "projector":
-        width, hidden, features = projector_sizes(folder)
-        abstract = jax.eval_shape(lambda: qwen.init_projector(jax.random.key(0), width, hidden, features))
+        sizes = projector_sizes(folder)
+        if sizes is None:
+            raise ValueError(f"{folder.path} has no projector.0 and projector.2 tensors; copy the folder again")
+        abstract = jax.eval_shape(lambda: qwen.init_projector(jax.random.key(0), *sizes))
         return Table(qwen_weights.projector_rules(), {"projector": abstract})
     if part.kind == "captioner":
-        rules, abstract, ignore = qwen_weights.contents(folder, config)
+        # `contents` takes any `Tensors`
+        rules, abstract, ignore = qwen_weights.contents(folder, config)  # pyright: ignore[reportArgumentType]
         return Table(rules, abstract, qwen_weights.ALIASES, ignore)
     if part.kind == "transformer":
         return Table(sd3_weights.transformer_rules(config), transformer.abstract_params(config))
@@ -288,8 +299,8 @@ def part_table(part: Part, config: Any, folder: TensorFolder) -> Table:
     return Table(clip_rules(config), clip.abstract_params(config), (), POSITION_BUFFERS)
 
 
-def projector_sizes(folder: TensorFolder) -> tuple[int, int, int] | None:
-    """Width of the language model, inner width and features of UAE's projector; None if a folder holds none."""
+def projector_sizes(folder: Tensors) -> tuple[int, int, int] | None:
+    """Width of the language model, inner width and features of UAE's projector; None without a projector."""
     if not {"projector.0.weight", "projector.2.weight"} <= folder.names():
         return None
     (hidden, width), (features, _) = (folder.shape(f"projector.{index}.weight") for index in (0, 2))
@@ -297,9 +308,7 @@ def projector_sizes(folder: TensorFolder) -> tuple[int, int, int] | None:
 
 
 def with_dtype(content: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json of transformers that says the precision of the weights, which is the one that transformers loads
-    in.
-    """
+    """A config.json of transformers with the precision of the weights, in which transformers loads them."""
     field = "torch_dtype" if "torch_dtype" in content else "dtype"
     changed = content | {field: dtype}
     for name, inner in changed.items():

@@ -1,22 +1,15 @@
-"""The train step: gradients do not depend on how samples are cut, nothing aliases, bad updates are skipped."""
+"""The train step: gradients do not depend on how samples are split, nothing aliases, bad updates are skipped."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from learners import learner
 
 from uae_jax import trees
-from uae_jax.training.step import (
-    Algorithm,
-    accumulate_gradients,
-    ema_decay_at,
-    init_state,
-    make_train_step,
-    split_samples,
-    step_key,
-    supervised,
-)
+from uae_jax.methods.method import gradients_of, make_train_step, split_samples
+from uae_jax.training.step import ema_decay_at, init_state, step_key
 
 PARAMS = {"layer": {"kernel": jnp.arange(6.0).reshape(3, 2) / 10, "bias": jnp.zeros(2)}}
 
@@ -49,10 +42,12 @@ def make_batch(n=8, seed=0):
 def test_gradient_is_the_same_for_every_micro_batch_count(micro_batches):
     rollout = {"samples": make_batch(), "shared": {}}
     key = jax.random.key(0)
-    whole, *rest = accumulate_gradients(supervised(masked_loss), PARAMS, {}, rollout, key, 1)
-    parts, *others = accumulate_gradients(supervised(masked_loss), PARAMS, {}, rollout, key, micro_batches)
+    whole, *rest = gradients_of(masked_loss, PARAMS, {}, rollout, key, 1)
+    parts, *others = gradients_of(masked_loss, PARAMS, {}, rollout, key, micro_batches)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6), (whole, rest), (parts, others))
     mean = jax.grad(lambda p: (lambda s, c, _: s / c)(*masked_loss(p, {}, rollout, key)))(PARAMS)
+    total, count, _ = masked_loss(PARAMS, {}, rollout, key)
+    assert float(rest[0]) == pytest.approx(float(total / count), rel=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), whole, mean)
 
 
@@ -61,9 +56,7 @@ def test_count_carries_no_gradient():
         return params["w"] * 3.0, jnp.square(params["w"]), {}
 
     params = {"w": jnp.asarray(2.0)}
-    gradient, *_ = accumulate_gradients(
-        supervised(loss), params, {}, {"samples": jnp.ones(1), "shared": {}}, jax.random.key(0)
-    )
+    gradient, *_ = gradients_of(loss, params, {}, {"samples": jnp.ones(1), "shared": {}}, jax.random.key(0), 1)
     assert float(gradient["w"]) == pytest.approx(3.0 / 4.0)
 
 
@@ -111,13 +104,16 @@ def test_ratio_leaves_one_after_the_first_update():
         gap = jnp.abs(ratio - 1).max()
         return ratio.sum(), jnp.asarray(ratio.size), {"gap": gap, "shared": rollout["shared"]["c"]}
 
-    algorithm = Algorithm(lambda *a: {**rollout(*a), "shared": {"c": jnp.asarray(5.0)}}, loss)
+    def sample(*arguments):
+        return {**rollout(*arguments), "shared": {"c": jnp.asarray(5.0)}}
+
     optimizer = optax.sgd(0.1)
     batch = make_batch(8)["x"]
     batch = jnp.tile(batch[:4], (2, 1))
     gaps = {}
     for updates in (1, 2):
-        step = jax.jit(make_train_step(algorithm, optimizer, updates_per_rollout=updates), donate_argnames="state")
+        method = learner(loss, sample, updates_per_rollout=updates)
+        step = jax.jit(make_train_step(method, optimizer), donate_argnames="state")
         state, metrics = step(init_state(PARAMS, optimizer), {}, batch, jax.random.key(0))
         gaps[updates] = float(metrics["gap"])
         assert float(metrics["shared"]) == 5.0
@@ -127,16 +123,29 @@ def test_ratio_leaves_one_after_the_first_update():
     assert np.isfinite(PARAMS["layer"]["kernel"]).all()  # the caller's arrays survive the donation
 
 
-def test_epochs_times_updates():
-    optimizer = optax.sgd(0.1)
-    step = make_train_step(supervised(masked_loss), optimizer, updates_per_rollout=2, epochs=3, group_size=2)
-    state, _ = jax.jit(step)(init_state(PARAMS, optimizer), {}, make_batch(), jax.random.key(0))
-    assert (int(state.step), int(state.updates)) == (1, 6)
+def test_each_update_takes_its_own_complete_groups_with_its_own_key():
+    optimizer, seen = optax.sgd(0.0), []
+
+    def loss(params, frozen, rollout, key):
+        found = rollout["samples"]["id"], jax.random.key_data(key)
+        jax.debug.callback(lambda ids, key: seen.append((ids.tolist(), key.tolist())), *found)
+        return params["layer"]["bias"].sum(), jnp.asarray(1.0), {}
+
+    method = learner(loss, samples_per_image=2, updates_per_rollout=2, micro_batches=2)
+    state, _ = jax.jit(make_train_step(method, optimizer))(
+        init_state(PARAMS, optimizer), {}, make_batch(), jax.random.key(0)
+    )
+    jax.effects_barrier()
+    assert (int(state.step), int(state.updates)) == (1, 2)
+    updates = {}
+    for ids, own_key in seen:
+        updates.setdefault(tuple(own_key), []).extend(ids)
+    assert len(seen) == 4 and sorted(sorted(ids) for ids in updates.values()) == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 
 def test_non_finite_gradient_skips_the_update_and_counts_it():
     optimizer = optax.adam(0.1)
-    step = jax.jit(make_train_step(supervised(masked_loss), optimizer, ema_decay=0.9))
+    step = jax.jit(make_train_step(learner(masked_loss, ema_decay=0.9), optimizer))
     start = init_state(PARAMS, optimizer, ema=True)
     bad = make_batch()
     bad["x"] = bad["x"].at[0, 0].set(jnp.nan)
@@ -151,7 +160,7 @@ def test_non_finite_gradient_skips_the_update_and_counts_it():
 
 def test_ema_follows_its_formula_once_an_update():
     optimizer = optax.sgd(0.1)
-    step = jax.jit(make_train_step(supervised(masked_loss), optimizer, ema_decay=0.2))
+    step = jax.jit(make_train_step(learner(masked_loss, ema_decay=0.2), optimizer))
     state = init_state(PARAMS, optimizer, ema=True)
     expected = np.asarray(PARAMS["layer"]["kernel"])
     for k in range(4):
@@ -165,16 +174,16 @@ def test_ema_follows_its_formula_once_an_update():
 def test_ema_must_be_asked_for_twice():
     optimizer = optax.sgd(0.1)
     with pytest.raises(ValueError, match="ema=True"):
-        make_train_step(supervised(masked_loss), optimizer, ema_decay=0.9)(
+        make_train_step(learner(masked_loss, ema_decay=0.9), optimizer)(
             init_state(PARAMS, optimizer), {}, make_batch(), jax.random.key(0)
         )
 
 
 def test_metric_named_twice_is_refused():
     optimizer = optax.sgd(0.1)
-    algorithm = Algorithm(lambda p, f, b, k: {"samples": b, "metrics": {"error": 0.0}}, masked_loss)
+    method = learner(masked_loss, lambda p, f, b, k: {"samples": b, "metrics": {"error": 0.0}})
     with pytest.raises(ValueError, match="'error' is reported twice"):
-        make_train_step(algorithm, optimizer)(init_state(PARAMS, optimizer), {}, make_batch(), jax.random.key(0))
+        make_train_step(method, optimizer)(init_state(PARAMS, optimizer), {}, make_batch(), jax.random.key(0))
 
 
 def test_step_key_depends_on_root_name_and_step():

@@ -5,17 +5,23 @@ import dataclasses
 import pathlib
 import types
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src import distributed
+from jax.sharding import NamedSharding, PartitionSpec
 
+from configs.presets import merged
 from uae_jax import convert, sharding, trees
 from uae_jax.data.loader import make_loader
+from uae_jax.methods.method import Method, build_step, make_method
+from uae_jax.methods.trained import trainable
+from uae_jax.settings import as_dict, frozen
 from uae_jax.stages import run as run_module
-from uae_jax.stages.settings import frozen
+from uae_jax.stages.run_config import RunConfig
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.step import init_state
 
@@ -28,13 +34,17 @@ def exported(source: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
 
 def changed(config: dict, **sections) -> dict:
     """A copy with the given values in its sections: `changed(config, gen_for_und=dict(group_size=1), seed=1)`."""
-    values = copy.deepcopy(config)
-    for name, value in sections.items():
-        if isinstance(value, dict):
-            values[name] |= value
-        else:
-            values[name] = value
-    return values
+    return merged(copy.deepcopy(config), sections)
+
+
+def replaced(settings: Any, **changes) -> Any:
+    """Settings with other values, nested ones too: `replaced(stage, batch_size=2, nft=dict(levels=3))`."""
+    return frozen(type(settings), changed(as_dict(settings), **changes))
+
+
+def varied(method: Method, **changes) -> Any:
+    """A method with other settings."""
+    return dataclasses.replace(method, settings=replaced(method.settings, **changes))
 
 
 def make_run(config: dict, workdir, devices: int = 1) -> run_module.Run:
@@ -42,7 +52,20 @@ def make_run(config: dict, workdir, devices: int = 1) -> run_module.Run:
     make_mesh = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:devices]))
-        return run_module.Run(frozen(run_module.RunConfig, config), workdir)
+        return run_module.Run(frozen(RunConfig, config), workdir)
+
+
+def start_of(run: run_module.Run, stage: str) -> dict:
+    """What a stage trains, as it begins."""
+    rank = getattr(run.config.stage(stage), "lora_rank", 1)
+    return trainable(run.parts, run.config.trains(stage), rank, jax.random.key(5))
+
+
+def step_of(run: run_module.Run, stage: str, state: Any, optimizer: Any) -> Any:
+    """The compiled train step of a stage, as a run builds it."""
+    method = make_method(stage, run.config.stage(stage), run.config.sampler, run.system)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(run.mesh, PartitionSpec())
+    return build_step(method, optimizer, shardings)
 
 
 STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
@@ -60,7 +83,9 @@ def linear(config: dict) -> dict:
     def optimizer(name: str) -> dict:
         return config[name]["optimizer"] | values | dict(learning_rate=1.0 if name == "gen_for_und" else 1e3)
 
-    return changed(config, **{name: dict(optimizer=optimizer(name), updates_per_rollout=1) for name in STAGES})
+    once = dict(updates_per_rollout=1)
+    own = {name: once for name in STAGES if name != "und_for_gen"} | {"und_for_gen": dict(flow_grpo=once)}
+    return changed(config, **{name: dict(own[name], optimizer=optimizer(name)) for name in STAGES})
 
 
 def one_step(run: run_module.Run, stage: str) -> tuple[dict, dict, dict]:
@@ -74,8 +99,8 @@ def one_step(run: run_module.Run, stage: str) -> tuple[dict, dict, dict]:
     if stage in _ADAPTERS:  # an adapter that is not zero: gradients reach both of its factors
         adapter = sharding.host_values(run.parts[_ADAPTERS[stage]])
         run.parts[_ADAPTERS[stage]] = sharding.shard_tree(jax.tree.map(np.asarray, nudged(adapter)), run.mesh)
-    config, key = getattr(run.config, stage), jax.random.key(7)
-    start = run_module.STAGES[stage][1](run.parts, config, jax.random.key(5))
+    config, key = run.config.stage(stage), jax.random.key(7)
+    start = start_of(run, stage)
     optimizer = make_optimizer(config.optimizer, 10)
     before = sharding.host_values(start)
     frozen_parts = {name: value for name, value in run.parts.items() if name not in start}
@@ -84,7 +109,7 @@ def one_step(run: run_module.Run, stage: str) -> tuple[dict, dict, dict]:
     rows = next(make_loader(run.source, run.rows, config.batch_size, process_index=index, process_count=count))
     with sharding.in_use(run.mesh):
         arguments = (state, frozen_parts, sharding.shard_batch(rows, run.mesh), sharding.replicate_key(key, run.mesh))
-        step = run.step(stage, state, optimizer).lower(*arguments).compile()
+        step = step_of(run, stage, state, optimizer).lower(*arguments).compile()
         if jax.process_count() > 1:  # collectives on CPU wait half a minute for a process that still compiles
             distributed.global_state.client.wait_at_barrier(f"{stage} is compiled", 600_000)
         state, metrics = step(*arguments)
@@ -113,17 +138,17 @@ def check_same_step(one: tuple, other: tuple) -> None:
 
 
 def stage_of(run: run_module.Run, stage: str, **changes) -> types.SimpleNamespace:
-    """A stage's pieces, ready to call: config, policy, state, frozen, batch, key, and `step()` (state is donated)."""
-    config = dataclasses.replace(getattr(run.config, stage), **changes)
+    """A stage's pieces, ready to call: config, method, trained, frozen, batch, key, `state()`, and `step(state)`."""
+    config = replaced(run.config.stage(stage), **changes)
     run = copy.copy(run)  # other stages and tests keep their settings
-    run.config = dataclasses.replace(run.config, **{stage: config})
-    start = run_module.STAGES[stage][1](run.parts, config, jax.random.key(5))
+    run.config = dataclasses.replace(run.config, stage_settings={**run.config.stage_settings, stage: config})
+    start = start_of(run, stage)
     optimizer = make_optimizer(config.optimizer, 10)
     rows = [run.rows(index, run.source[index]) for index in range(config.batch_size)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return types.SimpleNamespace(
         config=config,
-        policy=run.policy(stage) if stage in run_module.RL_STAGES else None,
+        method=make_method(stage, config, run.config.sampler, run.system),
         trained=start,
         frozen={name: value for name, value in run.parts.items() if name not in start},
         batch=sharding.shard_batch(batch, run.mesh),
@@ -131,7 +156,7 @@ def stage_of(run: run_module.Run, stage: str, **changes) -> types.SimpleNamespac
         state=lambda params=start: sharding.shard_tree(
             init_state(params, optimizer, ema=bool(config.ema_decay)), run.mesh
         ),
-        step=lambda state: run.step(stage, state, optimizer),
+        step=lambda state: step_of(run, stage, state, optimizer),
     )
 
 

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stage_pieces import largest_gap, stage_of
+from stage_pieces import largest_gap, stage_of, varied
 
+from uae_jax.methods import cold_start
 from uae_jax.models import uae
-from uae_jax.stages import cold_start, pretrain
-from uae_jax.stages.steps import make_denoising, reward_encoders
 from uae_jax.training.step import step_key
 
 
@@ -18,13 +17,12 @@ from uae_jax.training.step import step_key
 def drawn(whole):
     """The pieces of pretraining with half of the captions dropped, and one rollout."""
     stage = stage_of(whole, "pretrain", condition_dropout=0.5)
-    algorithm = pretrain.algorithm(whole.system.model, stage.config)
     key = step_key(stage.key, "rollout", 0)
-    return stage, algorithm, jax.jit(algorithm.rollout)(stage.trained, stage.frozen, stage.batch, key)["samples"]
+    return stage, jax.jit(stage.method.rollout)(stage.trained, stage.frozen, stage.batch, key)["samples"]
 
 
 def test_dropped_captions_are_the_negative_prompt(whole, drawn):
-    stage, _, samples = drawn
+    stage, samples = drawn
     template = whole.system.model.template
     around = len(template.prefix) + len(template.suffix)
     assert len(template.negative) == 2
@@ -38,12 +36,12 @@ def test_dropped_captions_are_the_negative_prompt(whole, drawn):
     assert np.abs(kept - rows[0]).max() > 1e-2
 
 
-def test_the_frozen_encoders_see_a_part_of_the_batch_at_a_time(whole, drawn):
-    stage, _, samples = drawn
+def test_the_frozen_encoders_see_a_part_of_the_batch_at_a_time(drawn):
+    stage, samples = drawn
     rows = len(stage.batch["sample_id"])
     temporaries = {}
     for parts in (1, rows):
-        rollout = pretrain.algorithm(whole.system.model, dataclasses.replace(stage.config, micro_batches=parts)).rollout
+        rollout = varied(stage.method, micro_batches=parts).rollout
         arguments = stage.trained, stage.frozen, stage.batch, step_key(stage.key, "rollout", 0)
         compiled = jax.jit(rollout).lower(*arguments).compile()
         temporaries[parts] = compiled.memory_analysis().temp_size_in_bytes
@@ -61,14 +59,14 @@ def test_the_frozen_encoders_see_a_part_of_the_batch_at_a_time(whole, drawn):
 
 
 def test_a_perfect_predictor_has_no_loss(drawn, monkeypatch):
-    stage, algorithm, samples = drawn
+    stage, samples = drawn
 
     def exact(model, parts, latents, sigma, context, *, policy):
         del model, parts, context, policy
         return (latents - samples["latents"]) / sigma[:, None, None, None]
 
     def loss() -> float:
-        total, count, _ = algorithm.loss(stage.trained, stage.frozen, {"samples": samples}, stage.key)
+        total, count, _ = stage.method.loss(stage.trained, stage.frozen, {"samples": samples}, stage.key)
         return float(total / count)
 
     monkeypatch.setattr(uae, "velocity", exact)
@@ -80,13 +78,11 @@ def test_a_perfect_predictor_has_no_loss(drawn, monkeypatch):
 def _value_and_gradient(whole, model=None, **changes):
     """Mean loss and gradient of cold start as a function of the trained parts alone."""
     stage = stage_of(whole, "cold_start", clamp="none", **changes)
-    denoising = make_denoising(whole.config.sampler, stage.config.sampler_steps, stage.config.guidance_scale)
-    algorithm = cold_start.algorithm(
-        model or whole.system.model, stage.config, denoising, reward_encoders(whole.system, stage.config)
-    )
+    system = dataclasses.replace(whole.system, model=model or whole.system.model)
+    method = dataclasses.replace(stage.method, system=system)
 
     def mean(params):
-        total, count, _ = algorithm.loss(params, stage.frozen, {"samples": stage.batch}, stage.key)
+        total, count, _ = method.loss(params, stage.frozen, {"samples": stage.batch}, stage.key)
         return total / count
 
     return stage.trained, jax.jit(jax.value_and_grad(mean))

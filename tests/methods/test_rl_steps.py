@@ -1,15 +1,13 @@
 """What must hold of the two RL steps whatever the weights are."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stage_pieces import changed, largest_gap, make_run, nudged, stage_of
+from stage_pieces import changed, largest_gap, make_run, nudged, stage_of, varied
 
+from uae_jax.methods.gen_for_und import PROMPT_FIELDS
 from uae_jax.models.qwen2_5_vl.generate import Completion
-from uae_jax.rl import caption_policy
 from uae_jax.rl.captioning import encode_batch_images
 
 
@@ -51,33 +49,32 @@ def test_the_step_was_compiled_once(captioner):
     assert step._cache_size() == 1
 
 
-def _rollout_rewards(stage, completion):
+def _reconstructions(stage, method, completion):
     parts = {**stage.frozen, **stage.trained}
-    pixels = caption_policy.draw_captions(stage.policy, parts, completion, stage.batch["sample_id"], stage.key)
-    return np.asarray(pixels).reshape(len(stage.batch["pixels"]), stage.policy.group_size, -1)
+    pixels = method.reconstruct(parts, completion, stage.batch["sample_id"], stage.key)
+    return np.asarray(pixels).reshape(len(stage.batch["pixels"]), stage.config.group_size, -1)
 
 
-def test_shared_noise_gives_equal_captions_equal_drawings(captioner):
+def test_shared_noise_gives_equal_captions_equal_images(captioner):
     stage = captioner[0]
-    rows = len(stage.batch["pixels"]) * stage.policy.group_size
-    tokens = jnp.full((rows, stage.policy.max_new_tokens), 20, jnp.int32)
+    rows = len(stage.batch["pixels"]) * stage.config.group_size
+    tokens = jnp.full((rows, stage.config.max_new_tokens), 20, jnp.int32)
     same = Completion(tokens, jnp.ones(tokens.shape, bool), jnp.zeros(tokens.shape), jnp.zeros(rows, bool))
-    shared = _rollout_rewards(stage, same)
+    shared = _reconstructions(stage, stage.method, same)
     np.testing.assert_array_equal(shared, np.broadcast_to(shared[:, :1], shared.shape))
-    stage.policy = dataclasses.replace(stage.policy, shared_noise=False)
-    apart = _rollout_rewards(stage, same)
-    assert np.abs(apart - apart[:, :1]).max() > 1e-3
+    separate = _reconstructions(stage, varied(stage.method, shared_noise=False), same)
+    assert np.abs(separate - separate[:, :1]).max() > 1e-3
 
 
 def test_captions_follow_from_sample_ids_and_not_from_the_batch(captioner):
     stage = captioner[0]
     parts = {**stage.frozen, **stage.trained}
-    images = encode_batch_images(stage.policy.model, parts, stage.batch)
-    whole = caption_policy.write_captions(stage.policy, parts, stage.batch, images, stage.key).tokens
+    images = encode_batch_images(stage.method.system.model, parts, stage.batch)
+    whole = stage.method.write_captions(parts, stage.batch, images, stage.key).tokens
     order = np.arange(len(images))[::-1]
     turned = {name: value[order] for name, value in stage.batch.items()}
-    other = caption_policy.write_captions(stage.policy, parts, turned, images[order], stage.key).tokens
-    group = stage.policy.group_size
+    other = stage.method.write_captions(parts, turned, images[order], stage.key).tokens
+    group = stage.config.group_size
     np.testing.assert_array_equal(
         np.asarray(whole).reshape(len(order), group, -1)[order], np.asarray(other).reshape(len(order), group, -1)
     )
@@ -86,27 +83,31 @@ def test_captions_follow_from_sample_ids_and_not_from_the_batch(captioner):
 def test_a_trained_adapter_reaches_the_rollout_and_leaves_the_reference(captioner):
     stage = captioner[0]
     parts = {**stage.frozen, "language_lora": nudged(stage.trained["language_lora"], size=0.3)}
-    images = encode_batch_images(stage.policy.model, parts, stage.batch)
-    new = caption_policy.write_captions(stage.policy, parts, stage.batch, images, stage.key)
-    old = caption_policy.write_captions(stage.policy, {**stage.frozen, **stage.trained}, stage.batch, images, stage.key)
+    images = encode_batch_images(stage.method.system.model, parts, stage.batch)
+    new = stage.method.write_captions(parts, stage.batch, images, stage.key)
+    old = stage.method.write_captions({**stage.frozen, **stage.trained}, stage.batch, images, stage.key)
     assert np.any(np.asarray(new.tokens) != np.asarray(old.tokens))
-    samples = {name: stage.batch[name] for name in caption_policy.PROMPT_FIELDS} | {
+    samples = {name: stage.batch[name] for name in PROMPT_FIELDS} | {
         "image_embeds": images,
-        "tokens": new.tokens.reshape(len(images), stage.policy.group_size, -1),
-        "mask": new.mask.reshape(len(images), stage.policy.group_size, -1),
+        "tokens": new.tokens.reshape(len(images), stage.config.group_size, -1),
+        "mask": new.mask.reshape(len(images), stage.config.group_size, -1),
     }
-    score = caption_policy.score_captions
-    base = score(stage.policy, {**stage.frozen, **stage.trained}, samples, trained=False).log_probs
-    np.testing.assert_array_equal(base, score(stage.policy, parts, samples, trained=False).log_probs)
-    np.testing.assert_array_equal(
-        base, score(stage.policy, {**stage.frozen, **stage.trained}, samples, trained=True).log_probs
-    )
+    score = stage.method.score_captions
+    base = score({**stage.frozen, **stage.trained}, samples, trained=False).log_probs
+    np.testing.assert_array_equal(base, score(parts, samples, trained=False).log_probs)
+    np.testing.assert_array_equal(base, score({**stage.frozen, **stage.trained}, samples, trained=True).log_probs)
     sampled = np.asarray(new.log_probs).reshape(base.shape)
-    np.testing.assert_allclose(score(stage.policy, parts, samples, trained=True).log_probs, sampled, atol=1e-4)
+    np.testing.assert_allclose(score(parts, samples, trained=True).log_probs, sampled, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "setting, message", [(dict(group_size=1), "at least 2 samples"), (dict(temperature=0.0), "temperature > 0")]
+    "setting, message",
+    [
+        (dict(group_size=1), "config.gen_for_und.group_size is 1; it must be at least 2"),
+        (dict(temperature=0.0), "config.gen_for_und.temperature is 0.0; it must be above 0"),
+        (dict(dual_clip=0.5), "config.gen_for_und.dual_clip is 0.5; it must be above 1, or 0 for none"),
+        (dict(objective="sft"), "config.gen_for_und.objective is 'sft'; choose one of grpo, supervised"),
+    ],
 )
 def test_settings_that_cannot_work_fail_before_anything_runs(config, tmp_path, setting, message):
     with pytest.raises(ValueError, match=message):
@@ -114,7 +115,7 @@ def test_settings_that_cannot_work_fail_before_anything_runs(config, tmp_path, s
 
 
 def test_two_updates_of_a_rollout_move_the_ratio(whole):
-    stage = stage_of(whole, "und_for_gen", updates_per_rollout=2)
+    stage = stage_of(whole, "und_for_gen", flow_grpo=dict(updates_per_rollout=2))
     first = stage.state()
     step = stage.step(first)
     state, metrics = step(first, stage.frozen, stage.batch, stage.key)
@@ -126,7 +127,7 @@ def test_two_updates_of_a_rollout_move_the_ratio(whole):
 
 
 def test_flow_ratio_is_one_before_the_update(whole):
-    stage = stage_of(whole, "und_for_gen", updates_per_rollout=1)
+    stage = stage_of(whole, "und_for_gen", flow_grpo=dict(updates_per_rollout=1))
     first = stage.state()
     _, metrics = stage.step(first)(first, stage.frozen, stage.batch, stage.key)
     assert float(metrics["ratio_deviation_max"]) == 0.0
@@ -138,10 +139,11 @@ def test_flow_ratio_is_one_before_the_update(whole):
 @pytest.mark.parametrize(
     "setting, message",
     [
-        (dict(group_size=1), "at least 2 samples"),
-        (dict(step_rule="euler"), "step_rule"),
-        (dict(step_rule="cps", guard=True), "guard"),
-        (dict(window_high=9), "does not fit"),
+        (dict(group_size=1), "config.und_for_gen.group_size is 1; it must be at least 2"),
+        (dict(flow_grpo=dict(step_rule="euler")), "flow_grpo.step_rule is 'euler'; choose one of sde, dance, cps"),
+        (dict(flow_grpo=dict(step_rule="cps", grpo_guard=True)), "flow_grpo.grpo_guard needs the Gaussian"),
+        (dict(flow_grpo=dict(window_high=9)), "flow_grpo.window is 1 steps in .0, 9.; it does not fit"),
+        (dict(flow_grpo=dict(window_low=2)), "flow_grpo.window is 1 steps in .2, 2.; it does not fit"),
     ],
 )
 def test_flow_settings_that_cannot_work_fail_before_anything_runs(config, tmp_path, setting, message):
@@ -150,11 +152,11 @@ def test_flow_settings_that_cannot_work_fail_before_anything_runs(config, tmp_pa
 
 
 def test_nft_begins_at_the_reference_and_its_second_update_is_off_policy(whole):
-    stage = stage_of(whole, "und_for_gen", method="nft", updates_per_rollout=1, kl_weight=0.1)
+    stage = stage_of(whole, "und_for_gen", method="nft", nft=dict(updates_per_rollout=1, kl_weight=0.1))
     first = stage.state()
     _, metrics = stage.step(first)(first, stage.frozen, stage.batch, stage.key)
     assert float(metrics["kl"]) < 1e-10 and float(metrics["velocity_shift"]) == 0.0 and float(metrics["grad_norm"]) > 0
-    stage = stage_of(whole, "und_for_gen", method="nft", updates_per_rollout=2, kl_weight=0.1)
+    stage = stage_of(whole, "und_for_gen", method="nft", nft=dict(updates_per_rollout=2, kl_weight=0.1))
     first = stage.state()
     state, metrics = stage.step(first)(first, stage.frozen, stage.batch, stage.key)
     assert float(metrics["velocity_shift"]) > 0.0 and float(metrics["kl"]) > 0.0
@@ -164,12 +166,12 @@ def test_nft_begins_at_the_reference_and_its_second_update_is_off_policy(whole):
 @pytest.mark.parametrize(
     "setting, message",
     [
-        (dict(method="ppo"), "flow_grpo, nft"),
-        (dict(guidance_scale=3.0), "unguided"),
-        (dict(noise_levels=0), "must be positive"),
-        (dict(data_captions=1.5), "share"),
+        (dict(method="ppo"), "config.und_for_gen.method is 'ppo'; choose one of flow_grpo, nft"),
+        (dict(nft=dict(guidance_scale=3.0)), "config.und_for_gen.nft.guidance_scale does not exist"),
+        (dict(nft=dict(levels=0)), "config.und_for_gen.nft.levels is 0; it must be at least 1"),
+        (dict(data_captions=1.5), "data_captions is 1.5; it must be at least 0, at most 1"),
     ],
 )
 def test_nft_settings_that_cannot_work_fail_before_anything_runs(config, tmp_path, setting, message):
     with pytest.raises(ValueError, match=message):
-        make_run(changed(config, und_for_gen=dict(method="nft", guidance_scale=1.0) | setting), tmp_path)
+        make_run(changed(config, und_for_gen=dict(method="nft") | setting), tmp_path)

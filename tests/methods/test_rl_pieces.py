@@ -1,4 +1,4 @@
-"""The RL policies in pieces: conditions, windows, guidance, micro-batches, and what carries a gradient."""
+"""The RL methods in pieces: conditions, windows, guidance, micro-batches, and what carries a gradient."""
 
 import dataclasses
 
@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stage_pieces import largest_gap, nudged, stage_of
+from stage_pieces import largest_gap, nudged, stage_of, varied
 
+from uae_jax.methods.method import gradients_of
+from uae_jax.methods.stage_settings import rollout_denoising
 from uae_jax.models.qwen2_5_vl.generate import Completion
-from uae_jax.rl import caption_policy, captioning, flow_policy, nft_policy
+from uae_jax.rl import captioning
 from uae_jax.rl.reconstruction import encode_condition
-from uae_jax.stages import gen_for_und, und_for_gen
-from uae_jax.training.step import accumulate_gradients
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def caption_stage(whole):
     """gen_for_und with a trained adapter that also encodes captions, and one rollout with its replay."""
     stage = stage_of(whole, "gen_for_und", condition_model="policy", updates_per_rollout=2)
     stage.adapter = {"language_lora": nudged(stage.trained["language_lora"], size=0.05)}
-    rollout = jax.jit(lambda params: caption_policy.rollout(stage.policy, params, stage.frozen, stage.batch, stage.key))
+    rollout = jax.jit(lambda params: stage.method.rollout(params, stage.frozen, stage.batch, stage.key))
     return stage, rollout, rollout(stage.adapter)
 
 
@@ -29,23 +29,25 @@ def flow_stage(whole):
     """und_for_gen with guidance, guard and the velocity KL, a trained adapter, and its rollout as a function of the
     key.
     """
-    stage = stage_of(whole, "und_for_gen", guidance_scale=3.0, guard=True, kl_kind="velocity", updates_per_rollout=1)
+    own = dict(guidance_scale=3.0, grpo_guard=True, kl_kind="velocity", updates_per_rollout=1)
+    stage = stage_of(whole, "und_for_gen", flow_grpo=own)
     stage.adapter = {"transformer_lora": nudged(stage.trained["transformer_lora"], size=0.05)}
-    rollout = jax.jit(lambda params, key: flow_policy.rollout(stage.policy, params, stage.frozen, stage.batch, key))
+    rollout = jax.jit(lambda params, key: stage.method.rollout(params, stage.frozen, stage.batch, key))
     return stage, rollout, rollout(stage.adapter, stage.key)
 
 
-def _gradients(algorithm, stage, rollout, micro_batches):
+def _gradients(method, stage, rollout, micro_batches):
+    """Gradient, loss and metrics of the stage's trained adapter."""
+
     def gradients(params):
-        return accumulate_gradients(
-            algorithm, params, stage.frozen, {"shared": {}, **rollout}, stage.key, micro_batches
-        )
+        return gradients_of(method.loss, params, stage.frozen, {"shared": {}, **rollout}, stage.key, micro_batches)
 
     return jax.jit(gradients)(stage.adapter)
 
 
 def test_conditions_of_policy_and_reference_differ_only_with_a_trained_adapter(caption_stage):
     stage, _, rollout = caption_stage
+    how = rollout_denoising(stage.config, stage.method.sampler, stage.config.guidance_scale)
     tokens = rollout["samples"]["tokens"][:, 0]
     lengths = jnp.full(len(tokens), 3, jnp.int32)
 
@@ -54,11 +56,7 @@ def test_conditions_of_policy_and_reference_differ_only_with_a_trained_adapter(c
         parts = {**stage.frozen, **adapter}
         return [
             encode_condition(
-                stage.policy.model,
-                parts,
-                dataclasses.replace(stage.policy.denoising, policy_condition=on),
-                tokens,
-                lengths,
+                stage.method.system.model, parts, dataclasses.replace(how, policy_condition=on), tokens, lengths
             )[0][0]
             for on in (False, True)
         ]
@@ -76,14 +74,14 @@ def test_replayed_log_probs_are_those_of_sampling(caption_stage):
     assert np.abs(np.asarray(rollout["samples"]["old"] - rollout["samples"]["reference"])).max() > 1e-2
 
 
-def _loss_of(stage, policy, loss, rest=None):
+def _loss_of(stage, method, rest=None):
     """`(samples) -> (sum, count, gradient), metrics` of the stage's trained adapter, each compiled with and without
     metrics.
     """
 
     def both(samples):
         def total(params):
-            found, count, metrics = loss(policy, params, stage.frozen, {"samples": samples, "shared": rest}, stage.key)
+            found, count, metrics = method.loss(params, stage.frozen, {"samples": samples, "shared": rest}, stage.key)
             return found, (count, metrics)
 
         (found, (count, metrics)), gradient = jax.value_and_grad(total, has_aux=True)(stage.adapter)
@@ -107,7 +105,7 @@ def test_a_wrong_sampled_log_prob_shows_in_the_gap_and_nowhere_else(caption_stag
         .at[1, 0, -1]
         .add(9.0 * ~samples["mask"][1, 0, -1])
     }
-    with_metrics, alone = _loss_of(stage, dataclasses.replace(stage.policy, replay=False), caption_policy.loss)
+    with_metrics, alone = _loss_of(stage, varied(stage.method, updates_per_rollout=1))
     right, metrics = with_metrics(samples)
     same, moved = with_metrics(wrong)
     jax.tree.map(np.testing.assert_array_equal, right, same)
@@ -130,11 +128,9 @@ def test_dual_clip_and_the_estimator_of_kl_reach_the_loss(caption_stage):
     }
 
     def loss(**settings):
-        policy = dataclasses.replace(stage.policy, **({"kl_weight": 0.0} | settings))
+        method = varied(stage.method, **({"kl_weight": 0.0} | settings))
         total, count, metrics = jax.jit(
-            lambda params: caption_policy.loss(
-                policy, params, stage.frozen, {"samples": samples, "shared": {}}, stage.key
-            )
+            lambda params: method.loss(params, stage.frozen, {"samples": samples, "shared": {}}, stage.key)
         )(stage.adapter)
         return float(total) / float(count), _values(metrics)
 
@@ -142,21 +138,19 @@ def test_dual_clip_and_the_estimator_of_kl_reach_the_loss(caption_stage):
     first, third = loss(kl_weight=1.0, kl_estimator="k1")[1]["kl"], loss(kl_weight=1.0)[1]["kl"]
     assert third > 0 and abs(first - third) > 1e-6
     with pytest.raises(ValueError, match="dual_clip is 0.5"):
-        dataclasses.replace(stage.policy, dual_clip=0.5)
+        dataclasses.replace(stage.config, dual_clip=0.5)
 
 
 def test_a_wrong_velocity_shows_in_the_gaps_of_one_update(flow_stage):
     stage, _, rollout = flow_stage
-    unguided = dataclasses.replace(
-        stage.policy, denoising=dataclasses.replace(stage.policy.denoising, guidance_scale=1.0)
-    )
+    unguided = varied(stage.method, flow_grpo=dict(guidance_scale=1.0))
     now = jax.jit(
-        lambda params: flow_policy.replay(
-            unguided, {**stage.frozen, **params}, rollout["samples"], rollout["shared"], trained=True
+        lambda params: unguided.replayed(
+            {**stage.frozen, **params}, rollout["samples"], rollout["shared"], trained=True
         )
     )(stage.adapter)
     samples = rollout["samples"] | {"velocity": now.velocities.swapaxes(0, 1), "sampled_log_prob": now.log_probs.T}
-    with_metrics, alone = _loss_of(stage, unguided, flow_policy.loss, rollout["shared"])
+    with_metrics, alone = _loss_of(stage, unguided, rollout["shared"])
     right, metrics = with_metrics(samples)
     assert largest_gap(right, alone(samples)) < 1e-5  # another program, which may round otherwise
     metrics = _values(metrics)
@@ -176,28 +170,29 @@ def test_a_wrong_velocity_shows_in_the_gaps_of_one_update(flow_stage):
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_share_of_the_images_keeps_the_captions_of_the_data(flow_stage, share):
     stage, _, _ = flow_stage
-    policy = dataclasses.replace(stage.policy, data_captions=share)
+    length = stage.config.max_new_tokens
     batch = {name: jnp.concatenate([stage.batch[name]] * 8) for name in ("caption_ids", "caption_mask")}
     batch["sample_id"] = jnp.arange(len(batch["caption_ids"]))
-    said = jnp.full((len(batch["sample_id"]), policy.max_new_tokens), 2, jnp.int32)
+    said = jnp.full((len(batch["sample_id"]), length), 2, jnp.int32)
     completion = Completion(said, said == 2, None, said[:, 0] == 0)
-    tokens, lengths = captioning.drawn_captions(policy.data_captions, completion, batch, stage.key)
+    tokens, lengths = captioning.drawn_captions(share, completion, batch, stage.key)
     kept = np.array([bool((row[:2] == given[:2]).all()) for row, given in zip(tokens, batch["caption_ids"])])
     assert abs(kept.mean() - share) < (0.2 if share == 0.5 else 1e-9)
     words = np.asarray(batch["caption_mask"]).sum(-1) - 1
-    np.testing.assert_array_equal(lengths, np.where(kept, words, policy.max_new_tokens))
+    np.testing.assert_array_equal(lengths, np.where(kept, words, length))
     # the choice belongs to the image, not to its place in the batch
     halves = {name: leaf[len(leaf) // 2 :] for name, leaf in batch.items()}
     half = Completion(*(None if leaf is None else leaf[len(leaf) // 2 :] for leaf in completion))
     np.testing.assert_array_equal(
-        captioning.drawn_captions(policy.data_captions, half, halves, stage.key)[0], tokens[len(tokens) // 2 :]
+        captioning.drawn_captions(share, half, halves, stage.key)[0], tokens[len(tokens) // 2 :]
     )
 
 
 def test_drawings_of_a_group_can_begin_with_one_noise_and_differ_by_the_window_alone(whole):
-    stage = stage_of(whole, "und_for_gen", shared_noise=True, window=1, window_low=1, window_high=2, kl_weight=0.0)
-    rollout = jax.jit(lambda: flow_policy.rollout(stage.policy, stage.trained, stage.frozen, stage.batch, stage.key))()
-    group = stage.policy.group_size
+    own = dict(shared_noise=True, window=1, window_low=1, window_high=2, kl_weight=0.0)
+    stage = stage_of(whole, "und_for_gen", flow_grpo=own)
+    rollout = jax.jit(lambda: stage.method.rollout(stage.trained, stage.frozen, stage.batch, stage.key))()
+    group = stage.config.group_size
     before, after = (
         np.asarray(rollout["samples"][name]).reshape(-1, group, *rollout["samples"][name].shape[1:])
         for name in ("latents", "next_latents")
@@ -212,9 +207,7 @@ def test_no_gradient_passes_through_the_reward(caption_stage):
     stage, _, _ = caption_stage
 
     def advantage(params):
-        return caption_policy.rollout(stage.policy, params, stage.frozen, stage.batch, stage.key)["samples"][
-            "advantage"
-        ]
+        return stage.method.rollout(params, stage.frozen, stage.batch, stage.key)["samples"]["advantage"]
 
     direction = nudged(jax.tree.map(jnp.zeros_like, stage.adapter), seed=4, size=1.0)
     value, slope = jax.jit(lambda params: jax.jvp(advantage, (params,), (direction,)))(stage.adapter)
@@ -224,53 +217,50 @@ def test_no_gradient_passes_through_the_reward(caption_stage):
 
 def test_caption_gradient_does_not_depend_on_micro_batches(caption_stage):
     stage, _, rollout = caption_stage
-    algorithm = gen_for_und.algorithm(stage.policy)
-    one, two = (_gradients(algorithm, stage, {"samples": rollout["samples"]}, parts) for parts in (1, 2))
+    one, two = (_gradients(stage.method, stage, {"samples": rollout["samples"]}, parts) for parts in (1, 2))
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(one[0])) > 1e-3
     assert largest_gap(one[0], two[0]) < 1e-4
-    assert float(one[2]) == float(two[2]) == stage.config.batch_size * stage.config.group_size
+    assert float(one[1]) == pytest.approx(float(two[1]), abs=1e-5)
+    pieces = {"samples": rollout["samples"], "shared": {}}
+    count = jax.jit(lambda params: stage.method.loss(params, stage.frozen, pieces, stage.key)[1])(stage.adapter)
+    assert float(count) == stage.config.batch_size * stage.config.group_size
 
 
 def test_flow_gradient_does_not_depend_on_micro_batches(flow_stage):
     stage, _, rollout = flow_stage
-    algorithm = und_for_gen.algorithm(stage.policy)
     pieces = {name: rollout[name] for name in ("samples", "shared")}
-    one, two = (_gradients(algorithm, stage, pieces, parts) for parts in (1, 2))
+    one, two = (_gradients(stage.method, stage, pieces, parts) for parts in (1, 2))
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(one[0])) > 1e-6
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(one[0]))
     assert largest_gap(one[0], two[0]) < 1e-3
     for name in ("ratio_deviation_max", "kl"):
-        assert all(np.isfinite(float(number)) for number in one[3][name])
-    assert float(one[3]["ratio_deviation_max"][0]) < 1e-6 and float(one[3]["kl"][0]) > 0
+        assert all(np.isfinite(float(number)) for number in one[2][name])
+    assert float(one[2]["ratio_deviation_max"][0]) < 1e-6 and float(one[2]["kl"][0]) > 0
 
 
 def test_nft_gradient_does_not_depend_on_micro_batches_and_its_levels_belong_to_the_drawing(whole):
-    stage = stage_of(whole, "und_for_gen", method="nft", updates_per_rollout=1, kl_weight=0.1)
+    stage = stage_of(whole, "und_for_gen", method="nft", nft=dict(updates_per_rollout=1, kl_weight=0.1))
     stage.adapter = {"transformer_lora": nudged(stage.trained["transformer_lora"], size=0.05)}
-    rollout = jax.jit(lambda params: nft_policy.rollout(stage.policy, params, stage.frozen, stage.batch, stage.key))(
-        stage.adapter
-    )
-    algorithm = und_for_gen.algorithm(stage.policy)
-    one, two = (_gradients(algorithm, stage, {"samples": rollout["samples"]}, parts) for parts in (1, 2))
+    rollout = jax.jit(lambda params: stage.method.rollout(params, stage.frozen, stage.batch, stage.key))(stage.adapter)
+    one, two = (_gradients(stage.method, stage, {"samples": rollout["samples"]}, parts) for parts in (1, 2))
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(one[0])) > 1e-6
     assert largest_gap(one[0], two[0]) < 1e-3
-    assert float(one[3]["kl"][0]) > 0
+    assert float(one[2]["kl"][0]) > 0
     sigma = np.asarray(rollout["samples"]["sigma"])
-    assert sigma.shape == (stage.config.batch_size * stage.config.group_size, stage.config.noise_levels)
+    assert sigma.shape == (stage.config.batch_size * stage.config.group_size, stage.config.own.levels)
     assert len(np.unique(sigma)) == sigma.size and sigma.min() >= 0 and sigma.max() <= 1
 
 
 def test_flow_gradient_of_one_update_is_that_of_a_replayed_rollout(flow_stage):
     stage, _, rollout = flow_stage
     samples, shared = rollout["samples"], rollout["shared"]
-    again = dataclasses.replace(stage.policy, replay=True)
-    scored = jax.jit(lambda params: flow_policy.scored(again, {**stage.frozen, **params}, samples, shared))(
-        stage.adapter
-    )
-    unchanged = _gradients(und_for_gen.algorithm(stage.policy), stage, {"samples": samples, "shared": shared}, 1)
-    replayed = _gradients(und_for_gen.algorithm(again), stage, {"samples": samples | scored, "shared": shared}, 1)
+    again = varied(stage.method, flow_grpo=dict(updates_per_rollout=2))
+    compared = jax.jit(lambda params: again.compared({**stage.frozen, **params}, samples, shared))(stage.adapter)
+    assert "old_log_prob" in compared and "old_log_prob" not in samples
+    unchanged = _gradients(stage.method, stage, {"samples": samples, "shared": shared}, 1)
+    replayed = _gradients(again, stage, {"samples": samples | compared, "shared": shared}, 1)
     assert largest_gap(unchanged[0], replayed[0]) < 1e-3
-    np.testing.assert_allclose(unchanged[3]["kl"][0], replayed[3]["kl"][0], rtol=1e-3)
+    np.testing.assert_allclose(unchanged[2]["kl"][0], replayed[2]["kl"][0], rtol=1e-3)
 
 
 def test_the_window_comes_from_the_key_and_is_shared(flow_stage):
@@ -279,7 +269,7 @@ def test_the_window_comes_from_the_key_and_is_shared(flow_stage):
     for number in range(8):
         found = rollout(stage.adapter, jax.random.key(number))
         indices = np.asarray(found["shared"]["sigma_indices"])
-        assert indices.shape == (stage.config.window,)
+        assert indices.shape == (stage.config.own.window,)
         starts.add(int(indices[0]))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found["samples"]))
     assert starts == {0, 1}
@@ -290,11 +280,10 @@ def test_the_window_comes_from_the_key_and_is_shared(flow_stage):
 def test_guidance_has_a_negative_context_and_replays_exactly(flow_stage):
     stage, _, rollout = flow_stage
     states, mask = rollout["shared"]["negative"]
-    assert states.shape[0] == 1 and int(mask.sum()) == len(stage.policy.model.template.prefix) + 2 + len(
-        stage.policy.model.template.suffix
-    )
-    replayed = flow_policy.replay(
-        stage.policy, {**stage.frozen, **stage.adapter}, rollout["samples"], rollout["shared"], trained=True
+    template = stage.method.system.model.template
+    assert states.shape[0] == 1 and int(mask.sum()) == len(template.prefix) + 2 + len(template.suffix)
+    replayed = stage.method.replayed(
+        {**stage.frozen, **stage.adapter}, rollout["samples"], rollout["shared"], trained=True
     )
     np.testing.assert_allclose(replayed.log_probs.T, rollout["samples"]["sampled_log_prob"], atol=1e-5)
 

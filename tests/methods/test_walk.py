@@ -1,0 +1,68 @@
+"""From `main` to a loss: at most 8 functions in at most 5 files, as docs/methods.md says."""
+
+import pathlib
+import re
+import sys
+
+import pytest
+
+from uae_jax import main
+from uae_jax.methods import STAGES
+
+ROOT = pathlib.Path(main.__file__).parents[1]
+PAGE = ROOT / "docs" / "methods.md"
+SMALL = (
+    "evaluation.images=2 evaluation.images_during=2 evaluation.batch_size=2 evaluation.geneval_per_tag=0 "
+    "evaluation.sampler_steps=1 evaluation.samples=1 loop.eval_every=0"
+).split()
+METHODS = {
+    "pretrain": "pretrain.steps=1 pretrain.batch_size=2",
+    "cold_start": "cold_start.steps=1 cold_start.batch_size=2 cold_start.sampler_steps=1",
+    "gen_for_und": "gen_for_und.steps=1 gen_for_und.batch_size=2 gen_for_und.group_size=2 gen_for_und.sampler_steps=1 "
+    "gen_for_und.max_new_tokens=4",
+    "flow_grpo": "und_for_gen.method=flow_grpo und_for_gen.steps=1 und_for_gen.batch_size=2 und_for_gen.group_size=2 "
+    "und_for_gen.sampler_steps=3 und_for_gen.max_new_tokens=4 und_for_gen.flow_grpo.window=1 "
+    "und_for_gen.flow_grpo.window_high=2",
+    "nft": "und_for_gen.steps=1 und_for_gen.batch_size=2 und_for_gen.group_size=2 und_for_gen.sampler_steps=1 "
+    "und_for_gen.max_new_tokens=4 und_for_gen.nft.levels=1",
+}
+
+
+def documented() -> list[tuple[str, str]]:
+    """(function, file) of the page's table."""
+    rows = re.findall(r"^\| \d \| `(\w+)` \| `([\w/.]+)` \|", PAGE.read_text(encoding="utf-8"), re.M)
+    assert len(rows) >= 6
+    return rows
+
+
+def own_frames() -> list[tuple[str, str]]:
+    """(outermost function, file) of the package's frames on the stack, from `main` on."""
+    frames, frame = [], sys._getframe(1)
+    while frame is not None:
+        path = pathlib.Path(frame.f_code.co_filename)
+        if path.is_relative_to(ROOT / "uae_jax"):
+            outer = frame.f_code.co_qualname.partition(".<locals>")[0].rpartition(".")[2]
+            frames.append((outer, str(path.relative_to(ROOT))))
+        frame = frame.f_back
+    return list(dict.fromkeys(reversed(frames)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_walk_to_a_loss_is_the_documented_one(name, tmp_path, monkeypatch):
+    stage = "und_for_gen" if name in ("flow_grpo", "nft") else name
+    method, seen = STAGES[stage].methods[name if stage == "und_for_gen" else ""], []
+    own_loss = method.loss
+
+    def loss(self, *arguments):
+        seen.append(own_frames())
+        return own_loss(self, *arguments)
+
+    monkeypatch.setattr(method, "loss", loss)
+    settings = [f"--config.{setting}" for setting in (*SMALL, *METHODS[name].split())]
+    main.main([f"--config={ROOT / 'configs' / f'{stage}.py'}", f"--workdir={tmp_path / 'run'}", *settings])
+    walk = [*seen[-1], ("loss", f"uae_jax/methods/{method.__module__.rpartition('.')[2]}.py")]
+    own = pathlib.Path(walk[-1][1]).stem
+    expected = [(function, file.replace("METHOD", own)) for function, file in documented()]
+    assert walk == expected
+    assert len(walk) <= 8
+    assert len({file for _, file in walk}) <= 5

@@ -1,0 +1,195 @@
+"""Settings of the bootstrap: one section for each training, in the order in which they run."""
+
+import dataclasses
+from typing import Any
+
+from uae_jax.settings import Settings, changed, setting
+from uae_jax.training.optimizer import OptimizerConfig
+
+PHASES = ("vae", "clip", "dinov2", "captioner", "decoder", "caption_scorer")
+
+
+def _optimizer(learning_rate: float, warmup_steps: int = 50) -> OptimizerConfig:
+    return OptimizerConfig(
+        learning_rate=learning_rate, schedule="cosine", warmup_steps=warmup_steps, b2=0.98, final_fraction=0.02
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldConfig(Settings):
+    """What is drawn."""
+
+    source: str = setting("scenes", "built-in scenes, or emoji of fetch_emoji", choices=("scenes", "emoji"))
+    folder: str = setting("", "folder of the emoji")
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseConfig(Settings):
+    """What every training has."""
+
+    steps: int = setting(1500, "train steps", low=0)
+    batch_size: int = setting(64, "images a step", low=1)
+    optimizer: OptimizerConfig = _optimizer(1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class VaePhase(PhaseConfig):
+    """The auto-encoder."""
+
+    batch_size: int = changed(PhaseConfig, "batch_size", 24)
+    optimizer: OptimizerConfig = _optimizer(2e-3)
+    model: dict[str, Any] = setting(
+        dict(block_out_channels=(8, 16, 32), layers_per_block=1, norm_num_groups=8, latent_channels=16, sample_size=32),
+        "sizes, fields of VAEConfig",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipPhase(PhaseConfig):
+    """The reward encoder."""
+
+    steps: int = changed(PhaseConfig, "steps", 1800)
+    batch_size: int = changed(PhaseConfig, "batch_size", 48)
+    vision: dict[str, Any] = setting(
+        dict(
+            hidden_size=96,
+            intermediate_size=288,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            image_size=32,
+            patch_size=8,
+            projection_dim=64,
+        ),
+        "sizes of the image tower, fields of CLIPVisionConfig",
+    )
+    text: dict[str, Any] = setting(
+        dict(
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            projection_dim=64,
+        ),
+        "sizes of the text tower, fields of CLIPTextConfig",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DinoPhase(PhaseConfig):
+    """The held-out encoder."""
+
+    model: dict[str, Any] = setting(
+        dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, mlp_ratio=3, image_size=32, patch_size=8),
+        "sizes, fields of Dinov2Config",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionerPhase(PhaseConfig):
+    """The captioner, which leaves out most facts."""
+
+    batch_size: int = changed(PhaseConfig, "batch_size", 40)
+    optimizer: OptimizerConfig = _optimizer(1.5e-3, 100)
+    text_weight: float = setting(0.5, "weight of the language model's loss on captions alone", low=0)
+    # most facts are left out, and now and then nearly all of them said
+    detail_low: float = setting(0.1, "least probability that a fact is said", low=0, high=1)
+    detail_high: float = setting(0.9, "largest probability that a fact is said", low=0, high=1)
+    max_prompt: int = setting(40, "room for the caption prompt with its image", unit="tokens", low=1)
+    text: dict[str, Any] = setting(
+        dict(width=128, layers=4, heads=4, key_heads=2, mlp_width=384, mrope_section=(4, 6, 6)),
+        "sizes of the language model, fields of TextConfig",
+    )
+    vision: dict[str, Any] = setting(
+        dict(
+            depth=4,
+            width=96,
+            heads=3,
+            mlp_width=256,
+            out_width=128,
+            patch_size=4,
+            window_size=16,
+            full_attention_blocks=(1, 3),
+        ),
+        "sizes of the vision tower, fields of VisionConfig",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderPhase(PhaseConfig):
+    """Projector and transformer, by flow matching."""
+
+    steps: int = changed(PhaseConfig, "steps", 3800)
+    optimizer: OptimizerConfig = _optimizer(1e-3, 200)
+    projector_width: int = setting(256, "inner width of the projector", low=1)
+    ema_decay: float = setting(0.998, "ceiling of the moving average", above=0, high=1)
+    time_shift: float = setting(4.0, "shift of the noise levels", above=0)
+    condition_dropout: float = setting(0.1, "share of the captions that are left out", low=0, high=1)
+    full_fraction: float = setting(0.6, "share of the captions that say everything", low=0, high=1)
+    detail_high: float = setting(1.0, "largest probability that a fact of the others is said", low=0, high=1)
+    caption_tokens: int = setting(28, "longest caption", unit="tokens", low=1)
+    model: dict[str, Any] = setting(
+        dict(
+            sample_size=8,
+            patch_size=2,
+            num_layers=6,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            joint_attention_dim=128,
+            pooled_projection_dim=32,
+            pos_embed_max_size=8,
+            dual_attention_layers=(),
+            qk_norm="rms_norm",
+        ),
+        "sizes, fields of TransformerConfig",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MistakesPhase(PhaseConfig):
+    """The end of the decoder's phase: captions in which facts are wrong (docs/recipes.md); 0 steps for none."""
+
+    steps: int = changed(PhaseConfig, "steps", 200)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4, warmup_steps=10)
+    probability: float = setting(0.25, "probability that a fact is wrong", low=0, high=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScorerPhase(PhaseConfig):
+    """The scorer of captions that a control reward needs; no part of the method."""
+
+    steps: int = changed(PhaseConfig, "steps", 1200)
+    batch_size: int = changed(PhaseConfig, "batch_size", 48)
+    full_fraction: float = setting(0.3, "share of the captions that say everything", low=0, high=1)
+    text: dict[str, Any] = setting(
+        dict(
+            hidden_size=96,
+            intermediate_size=288,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            max_position_embeddings=40,
+        ),
+        "sizes of its text tower, fields of CLIPTextConfig",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BootstrapConfig(Settings):
+    """A complete configuration of `configs/bootstrap.py`."""
+
+    preset: str = setting("bootstrap", "name of the preset that the file was made from")
+    seed: int = setting(0, "of all random numbers", low=0)
+    phases: tuple[str, ...] = setting(PHASES[:5], "what is made, in order", choices=PHASES)
+    start: str = setting("", "folder with the parts that no phase makes; builtin for the built-in model")
+    side: int = setting(32, "side of the images", unit="pixels", low=8)
+    caption_tokens: int = setting(32, "longest caption with its stop token", unit="tokens", low=2)
+    save_every: int = setting(200, "steps between checkpoints; 0 for the end alone", unit="steps", low=0)
+    log_every: int = setting(10, "steps between lines of metrics", unit="steps", low=1)
+    data: WorldConfig = WorldConfig()
+    vae: VaePhase = VaePhase()
+    clip: ClipPhase = ClipPhase()
+    dinov2: DinoPhase = DinoPhase()
+    captioner: CaptionerPhase = CaptionerPhase()
+    decoder: DecoderPhase = DecoderPhase()
+    mistakes: MistakesPhase = MistakesPhase()
+    caption_scorer: ScorerPhase = ScorerPhase()
