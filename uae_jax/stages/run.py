@@ -86,10 +86,10 @@ def checked_config(config: Mapping[str, Any], workdir: pathlib.Path, mistakes: S
     """
     settings, found = read_config(config)
     found = [*mistakes, *found, *find_mistakes(settings, workdir)]
-    if found:
-        raise Mistakes(found)
     for notice in notices(settings):
         print(f"note: {notice}", file=sys.stderr)
+    if found:
+        raise Mistakes(found)
     check_programs(settings, abstract_folder(settings))
     return settings
 
