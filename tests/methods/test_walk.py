@@ -12,18 +12,18 @@ from uae_jax.methods import STAGES
 ROOT = pathlib.Path(main.__file__).parents[1]
 PAGE = ROOT / "docs" / "methods.md"
 SMALL = (
-    "evaluation.images=2 evaluation.images_during=2 evaluation.batch_size=2 evaluation.geneval_per_tag=0 "
+    "evaluation.images=8 evaluation.images_during=8 evaluation.batch_size=8 evaluation.geneval_per_tag=0 "
     "evaluation.sampler_steps=1 evaluation.samples=1 loop.eval_every=0"
 ).split()
 METHODS = {
-    "pretrain": "pretrain.steps=1 pretrain.batch_size=2",
-    "cold_start": "cold_start.steps=1 cold_start.batch_size=2 cold_start.sampler_steps=1",
-    "gen_for_und": "gen_for_und.steps=1 gen_for_und.batch_size=2 gen_for_und.group_size=2 gen_for_und.sampler_steps=1 "
+    "pretrain": "pretrain.steps=1 pretrain.batch_size=8",
+    "cold_start": "cold_start.steps=1 cold_start.batch_size=8 cold_start.sampler_steps=1",
+    "gen_for_und": "gen_for_und.steps=1 gen_for_und.batch_size=8 gen_for_und.group_size=2 gen_for_und.sampler_steps=1 "
     "gen_for_und.max_new_tokens=4",
-    "flow_grpo": "und_for_gen.method=flow_grpo und_for_gen.steps=1 und_for_gen.batch_size=2 und_for_gen.group_size=2 "
+    "flow_grpo": "und_for_gen.method=flow_grpo und_for_gen.steps=1 und_for_gen.batch_size=8 und_for_gen.group_size=2 "
     "und_for_gen.sampler_steps=3 und_for_gen.max_new_tokens=4 und_for_gen.flow_grpo.window=1 "
     "und_for_gen.flow_grpo.window_high=2",
-    "nft": "und_for_gen.steps=1 und_for_gen.batch_size=2 und_for_gen.group_size=2 und_for_gen.sampler_steps=1 "
+    "nft": "und_for_gen.steps=1 und_for_gen.batch_size=8 und_for_gen.group_size=2 und_for_gen.sampler_steps=1 "
     "und_for_gen.max_new_tokens=4 und_for_gen.nft.levels=1",
 }
 
