@@ -17,7 +17,7 @@ from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn.constrain import ways
 from uae_jax.nn.device import platform
 from uae_jax.rl.losses import Metrics
-from uae_jax.rl.reconstruction import sample_keys
+from uae_jax.rollouts.reconstruction import sample_keys
 from uae_jax.sharding import gather_over_fsdp
 from uae_jax.trees import Tree
 

@@ -9,7 +9,8 @@ from uae_jax.models.encoders import clip
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from uae_jax.models.encoders.preprocess import Preprocess, apply
 from uae_jax.models.encoders.weights import save_clip
-from uae_jax.rl import caption_similarity, rewards
+from uae_jax.rewards import caption_similarity
+from uae_jax.rewards import similarity as rewards
 
 SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
 PAD = 7

@@ -11,7 +11,7 @@ import transformers
 from uae_jax.models.encoders import clip, dino, weights
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config
 from uae_jax.models.encoders.preprocess import Preprocess
-from uae_jax.rl import rewards
+from uae_jax.rewards import similarity as rewards
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
 VISION = CLIPVisionConfig(image_size=16, patch_size=8, intermediate_size=64, projection_dim=12, **SMALL)
