@@ -64,7 +64,7 @@ def test_the_page_captions_draws_and_compares(page, model, picture):
     assert [name for name, _ in rows] == ["clip", "dinov2"]
     edited, _ = page.draw(picture, "large red circle", 3)
     assert edited.tobytes() != drawn.tobytes() and page.draw(None, "large red circle", 3)[1] == []
-    with pytest.raises(ValueError, match="choose a picture first"):
+    with pytest.raises(ValueError, match="choose an image first"):
         page.caption(None, 0)
     with pytest.raises(ValueError, match="write a text first"):
         page.draw(picture, "  ", 0)
@@ -112,7 +112,7 @@ def test_the_page_works_in_a_browser(address, picture, tmp_path):
         tab.on("pageerror", lambda error: problems.append(str(error)))
         tab.goto(address)
         tab.click("#write")
-        expect(tab.get_by_text("choose a picture first")).to_be_visible(timeout=60_000)
+        expect(tab.get_by_text("choose an image first")).to_be_visible(timeout=60_000)
         tab.set_input_files("#picture input[type=file]", file)
         expect(tab.locator("#picture img")).to_be_visible(timeout=30_000)
         tab.click("#both")

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def error_line(error: BaseException) -> str:
-    """What is printed of an expected error: one line, or one for each mistake of settings."""
+    """The message of an expected error: one line, or one for each mistake of settings."""
     lines = getattr(error, "lines", None) or [" ".join(str(error).split())]
     return "\n".join(f"error: {line}" for line in lines)
 
@@ -22,7 +22,7 @@ def plain_warning(message: Warning | str, *where: object) -> None:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turns expected errors inside into one line and exit code 1, warnings into a line each."""
+    """Ends on an expected error with one line and exit code 1; prints a warning as one line."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = plain_warning

@@ -6,10 +6,10 @@
         --clip clip-vit-large-patch14 UAE_new
 
 check reads every tensor of an official UAE folder, a training workdir, a diffusers SD3 pipeline, or the folder of one
-model (Qwen2.5-VL, SD3 transformer, VAE, CLIP, DINO, peft adapter); its exit code is 1 when a part is not whole.
+model (Qwen2.5-VL, SD3 transformer, VAE, CLIP, DINO, peft adapter); its exit code is 1 when a part is not complete.
 export writes the official layout, or folders that transformers, diffusers and peft open (`--layout hub`).
 import builds the official folder that `uae_jax.main` and `uae_jax.infer` take.
-Nothing is written unless everything that is read is whole.
+Nothing is written unless all parts that are read are complete.
 """
 
 import argparse
@@ -29,7 +29,7 @@ IMPORTED = {
     "dit": "transformer (default: the pipeline's)",
     "llm_lora": "adapter of the captioner",
     "dit_lora": "adapter of the transformer",
-    "llm_reference": "the captioner before --llm was trained whole, as `export` writes it",
+    "llm_reference": "the captioner before full fine-tuning of --llm, as `export` writes it",
     "clip": "CLIP folder",
     "longclip": "Long-CLIP folder, or the published .pt or safetensors file",
     "dinov2": "DINOv2 folder",
@@ -40,49 +40,49 @@ IMPORTED = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `check`, `export` and `import`."""
     commands = parser.add_subparsers()
-    check = commands.add_parser("check", help="is every tensor there, of the right shape, and a number")
+    check = commands.add_parser("check", help="check that every tensor is there, has the right shape and is finite")
     check.add_argument("folder", metavar="FOLDER", help="model folder, pipeline, training workdir or one model")
-    check.add_argument("--fast", action="store_true", help="read names and shapes only, not the numbers")
+    check.add_argument("--fast", action="store_true", help="read names and shapes, not values")
     check.add_argument("--json", action="store_true", help="print one JSON object")
     check.set_defaults(run=_check)
     export = commands.add_parser("export", help="write a model in another layout or precision")
     export.add_argument("source", metavar="SOURCE", help="official UAE folder or training workdir")
     export.add_argument("out", metavar="OUT", help="a new folder")
-    export.add_argument("--layout", choices=("official", "hub"), default="official", help="of the new folder")
+    export.add_argument("--layout", choices=("official", "hub"), default="official", help="layout of the new folder")
     export.add_argument(
         "--dtype",
         choices=("keep", "float32", "bfloat16", "float16"),
         default="keep",
-        help="of the weights (default: as stored)",
+        help="precision of the weights (default: as stored)",
     )
-    export.add_argument("--merge_adapters", action="store_true", help="add the adapters to their models")
+    export.add_argument("--merge_adapters", action="store_true", help="add the adapters to the weights of their models")
     export.add_argument(
         "--llm_lora",
         choices=("peft", "wrapped"),
         default="peft",
-        help="adapter folder, or the release's whole state in three files",
+        help="peft adapter folder, or the release's complete state in three files",
     )
     export.add_argument("--max_shard_gb", type=float, default=5.0, metavar="GB", help="size limit of one file")
     export.add_argument(
-        "--parts", nargs="+", default=(), metavar="PART", help="write these parts only, such as llm SD3/vae dit_lora"
+        "--parts", nargs="+", default=(), metavar="PART", help="write only these parts, such as llm SD3/vae dit_lora"
     )
     export.set_defaults(run=_export)
     build = commands.add_parser("import", help="build an official folder from published models")
     for name, text in IMPORTED.items():
         build.add_argument(f"--{name}", default="", metavar="DIR", required=name in ("llm", "sd3"), help=text)
     build.add_argument("out", metavar="OUT", help="a new folder")
-    build.add_argument("--seed", type=int, default=0, help="of a new projector")
+    build.add_argument("--seed", type=int, default=0, help="random seed of a new projector")
     build.add_argument(
-        "--link", action="store_true", help="hard links instead of copies, where both folders are on one disk"
+        "--link", action="store_true", help="write hard links instead of copies; both folders must be on one disk"
     )
-    build.add_argument("--fast", action="store_true", help="check names and shapes only, not the numbers")
+    build.add_argument("--fast", action="store_true", help="check names and shapes, not values")
     build.set_defaults(run=_import)
     for command in (export, build):
         command.add_argument("--overwrite", action="store_true", help="replace the model folder OUT")
 
 
 def _bar(text: str, total: int | None = None) -> Any:
-    """A progress bar in bytes on a terminal, nothing elsewhere."""
+    """A progress bar in bytes; on a terminal only."""
     from tqdm import tqdm
 
     return tqdm(total=total, desc=text, unit="B", unit_scale=True, leave=False, disable=None)
@@ -154,7 +154,7 @@ def _import(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; `check` ends with code 1 when a part is not complete."""
-    # nothing here computes more than a random projector: an accelerator would only be occupied
+    # the only computation is a random projector, which needs no accelerator
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     run_command("uae_jax.convert", __doc__, add_arguments, arguments)
 

@@ -1,11 +1,10 @@
-"""A page to try a model in a browser: a picture, its caption (edit it), what is drawn from the caption, and how alike
-they are.
+"""A page to try a model in a browser: an image, its caption (which can be edited), the reconstruction, similarities.
 
     pip install "uae_jax[demo]"
     python -m uae_jax.demo
     python -m uae_jax.demo --checkpoint /weights/UAE --dtype bfloat16 --longclip longclip-L.pt --dinov2 dinov2-large
 
-The pictures are compared under the encoders that the checkpoint holds, and those that the flags name.
+Similarities are computed by the encoders of the checkpoint and by those that the flags name.
 """
 
 import argparse
@@ -33,7 +32,7 @@ ENCODERS = {
     "dinov3": "DINOv3 folder",
 }
 HEADERS = ("encoder", "similarity")
-# small pictures fill their frame, pixel by pixel
+# small images fill their frame, pixel by pixel
 STYLE = ".picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }"
 Rows = list[list[Any]]
 
@@ -42,76 +41,76 @@ class Page:
     """What the buttons of the page do.
 
     Args:
-      model: captions and draws.
-      similarities: compares.
+      model: writes captions and generates images.
+      similarities: compares two images.
     """
 
     def __init__(self, model: "Model", similarities: "Similarities"):
         self.model, self.similarities = model, similarities
 
     def scene(self, number: float) -> "Image.Image":
-        """Built-in scene `number`, of those that the built-in model was not trained on."""
+        """Built-in scene `number` of the held-out ones."""
         from PIL import Image
 
         from uae_jax.data.sources import SceneSource
 
         return Image.fromarray(SceneSource("test", captions="full")[int(number)].image)
 
-    def caption(self, picture: "Image.Image | None", number: float) -> str:
-        """The caption of a picture; `number` chooses its random tokens.
+    def caption(self, image: "Image.Image | None", number: float) -> str:
+        """The caption of an image; `number` chooses its random tokens.
 
         Raises:
-          ValueError: there is no picture.
+          ValueError: there is no image.
         """
-        if picture is None:
-            raise ValueError("choose a picture first")
-        return self.model.caption([picture], sample_ids=[int(number)])[0]
+        if image is None:
+            raise ValueError("choose an image first")
+        return self.model.caption([image], sample_ids=[int(number)])[0]
 
-    def draw(self, picture: "Image.Image | None", text: str, number: float) -> "tuple[Image.Image, Rows]":
-        """A drawing of a text, and its similarities to the picture where there is one; `number` chooses the noise.
+    def draw(self, image: "Image.Image | None", text: str, number: float) -> "tuple[Image.Image, Rows]":
+        """An image generated from a text, and its similarities to `image` if given; `number` chooses the noise.
 
         Raises:
           ValueError: the text is empty or too long.
         """
         if not text.strip():
             raise ValueError("write a text first, or press Caption")
-        drawn = self.model.generate([text], sample_ids=[int(number)])[0]
+        generated = self.model.generate([text], sample_ids=[int(number)])[0]
         rows = (
             []
-            if picture is None
-            else [[name, f"{value:.3f}"] for name, value in self.similarities(picture, drawn).items()]
+            if image is None
+            else [[name, f"{value:.3f}"] for name, value in self.similarities(image, generated).items()]
         )
-        return drawn, rows
+        return generated, rows
 
-    def reconstruct(self, picture: "Image.Image | None", number: float) -> "tuple[str, Image.Image, Rows]":
-        """Caption, drawing and similarities; see `caption` and `draw`."""
-        text = self.caption(picture, number)
-        return text, *self.draw(picture, text, number)
+    def reconstruct(self, image: "Image.Image | None", number: float) -> "tuple[str, Image.Image, Rows]":
+        """Caption, reconstruction and similarities; see `caption` and `draw`."""
+        text = self.caption(image, number)
+        return text, *self.draw(image, text, number)
 
 
 def build(page: Page, name: str) -> "gradio.Blocks":
-    """The page itself; its functions are also there for gradio's client, by their names.
+    """The page; gradio's client can call its functions by their names.
 
     Args:
       page: what the buttons do.
-      name: of the model, to be shown.
+      name: of the model, shown on the page.
     """
     import gradio as gr
 
     with gr.Blocks(title="UAE", analytics_enabled=False) as blocks:
         gr.Markdown(
-            f"# UAE: an auto-encoder whose code is text\nModel: {name}. A caption is written from the picture, and "
-            "the drawing from the caption alone."
+            f"# UAE: an auto-encoder whose code is text\nModel: {name}. The captioner describes the image; the "
+            "decoder reconstructs it from the caption alone."
         )
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(
-                    type="pil", format="png", label="Picture", height=320, elem_classes="picture", elem_id="picture"
+                    type="pil", format="png", label="Image", height=320, elem_classes="picture", elem_id="picture"
                 )
                 with gr.Row():
                     scene = gr.Number(0, label="Built-in scene", precision=0, minimum=0, elem_id="scene")
                     show = gr.Button("Show this scene", elem_id="show")
-                text = gr.Textbox(label="Caption (edit it, and draw again)", lines=4, elem_id="caption")
+                text = gr.Textbox(label="Caption (edit it and generate again)", lines=4, elem_id="caption")
             with gr.Column():
                 drawn = gr.Image(
                     type="pil",
@@ -124,16 +123,14 @@ def build(page: Page, name: str) -> "gradio.Blocks":
                 )
                 table = gr.Dataframe(
                     headers=list(HEADERS),
-                    label="Similarity of the two pictures (cosine)",
+                    label="Similarity of image and reconstruction (cosine)",
                     interactive=False,
                     elem_id="table",
                 )
-                number = gr.Number(
-                    0, label="Number of the noise", precision=0, minimum=0, maximum=2**31 - 1, elem_id="number"
-                )
+                number = gr.Number(0, label="Noise number", precision=0, minimum=0, maximum=2**31 - 1, elem_id="number")
         with gr.Row():
             caption = gr.Button("Caption", elem_id="write")
-            draw = gr.Button("Draw the caption", elem_id="draw")
+            draw = gr.Button("Generate from the caption", elem_id="draw")
             both = gr.Button("Reconstruct", variant="primary", elem_id="both")
         one_at_a_time: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1)
         show.click(_told(page.scene), scene, picture, api_name="scene")
@@ -146,7 +143,7 @@ def build(page: Page, name: str) -> "gradio.Blocks":
 
 
 def _told(function: Callable) -> Callable:
-    """The function, with its expected errors shown on the page in their own words."""
+    """The function; the page shows the message of an expected error."""
     import gradio as gr
 
     def call(*arguments: Any) -> Any:
@@ -166,11 +163,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}",
             default="",
             metavar="PATH",
-            help=f"{text}, to compare under (default: the checkpoint's, if it has one)",
+            help=f"{text} for the similarities (default: the checkpoint's, if it has one)",
         )
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 for the whole network")
     parser.add_argument("--port", type=int, default=7860, help="port to serve at")
-    parser.add_argument("--share", action="store_true", help="also serve through a public address of gradio's")
+    parser.add_argument("--share", action="store_true", help="also serve at a public address of gradio")
     parser.set_defaults(run=run)
 
 

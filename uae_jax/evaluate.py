@@ -1,7 +1,7 @@
 """Measures models with the paper's benchmarks.
 
     python -m uae_jax.evaluate COMMAND --help
-    python -m uae_jax.evaluate unified_bench --ref_dir=originals --gen_dir=drawn --clip=DIR --output=scores.json
+    python -m uae_jax.evaluate unified_bench --ref_dir=originals --gen_dir=generated --clip=DIR --output=scores.json
 
 The help of a command has its flags and examples.
 """
@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 COMMANDS = {
     "unified_bench": (
         "uae_jax.evaluation.unified_bench",
-        "similarity of pictures and their reconstructions (Unified-Bench, protocol 1)",
+        "similarity of images and reconstructions (Unified-Bench, protocol 1)",
     ),
     "judge": (
         "uae_jax.evaluation.judge",
@@ -28,20 +28,20 @@ COMMANDS = {
     ),
     "captions": (
         "uae_jax.evaluation.captions",
-        "what captions say: facts, length, repetition, similarity to their picture",
+        "captions: facts, length, repetition, similarity to the image",
     ),
     "geneval": (
         "uae_jax.evaluation.geneval",
-        "pictures of GenEval's prompts, and their scores; for the built-in scenes without a detector",
+        "images for GenEval and their scores; the built-in scenes need no detector",
     ),
-    "geneval_plus": ("uae_jax.evaluation.geneval_plus", "pictures of GenEval++'s prompts, and their scores"),
-    "dpg": ("uae_jax.evaluation.dpg", "grids of pictures of DPG-Bench's prompts, and their scores"),
-    "mmt": ("uae_jax.evaluation.mmt", "answers to MMT-Bench, and their accuracy"),
+    "geneval_plus": ("uae_jax.evaluation.geneval_plus", "images for GenEval++ and their scores"),
+    "dpg": ("uae_jax.evaluation.dpg", "image grids for DPG-Bench and their scores"),
+    "mmt": ("uae_jax.evaluation.mmt", "answers to MMT-Bench and their accuracy"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
-    """All commands, but the flags of one only: the other modules are not imported."""
+    """Adds all commands, and the flags of `command` alone: the other modules are not imported."""
     commands = parser.add_subparsers()
     for name, (path, text) in COMMANDS.items():
         module = importlib.import_module(path) if name == command else None

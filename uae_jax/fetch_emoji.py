@@ -2,8 +2,8 @@
 
     python -m uae_jax.fetch_emoji --folder=data/emoji
 
-Packages come through the `npm` command, from the registry that it is set up for, and stay in FOLDER/packages; those
-that are there already are not fetched again. Without npm, put the files named in the message there by hand.
+The `npm` command fetches the packages from its registry into FOLDER/packages. Packages that are there already are not
+fetched again. Without npm, put the files that the message names into that folder by hand.
 """
 
 import argparse
@@ -21,12 +21,12 @@ COUNT = 128
 
 
 def fetch(archive: Archive, folder: pathlib.Path) -> None:
-    """Makes sure that an archive lies in `folder`; a file gets its name there only when its checksum is right.
+    """Fetches an archive into `folder` unless it is there; the file gets its name only if its checksum is right.
 
     Raises:
       FileNotFoundError: npm is not installed.
       ConnectionError: npm cannot fetch the package.
-      ValueError: what was fetched, or was there, is another file.
+      ValueError: the checksum is wrong.
     """
     path = folder / archive.file
     if path.is_file():
@@ -61,23 +61,23 @@ def fetch(archive: Archive, folder: pathlib.Path) -> None:
 
 
 def _reason(text: str) -> str:
-    """The first lines of npm's complaint, in one."""
+    """The first three lines of npm's error as one line."""
     lines = [line.removeprefix("npm error").strip() for line in text.splitlines() if line.startswith("npm error")]
     return "; ".join([line for line in lines if line][:3]) or "it said nothing"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
-    parser.add_argument("--folder", type=pathlib.Path, required=True, help="where pictures and emoji.json are written")
-    parser.add_argument("--count", type=int, default=COUNT, help="how many emoji are taken")
+    parser.add_argument("--folder", type=pathlib.Path, required=True, help="folder for images and emoji.json")
+    parser.add_argument("--count", type=int, default=COUNT, help="number of emoji")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Fetches, chooses and writes; does nothing for a folder that is whole.
+    """Fetches the packages and writes the chosen emoji; does nothing for a complete folder.
 
     Raises:
-      ValueError: the folder holds another number of emoji, or a fetched file is another one.
+      ValueError: the folder holds another number of emoji, or a checksum is wrong.
       OSError: npm is missing or cannot fetch.
     """
     if (options.folder / INDEX_FILE).is_file():

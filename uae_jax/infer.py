@@ -1,14 +1,14 @@
-"""Captions pictures, draws texts, or does both and shows the result side by side.
+"""Captions images, generates images from texts, or reconstructs images and shows both side by side.
 
     python -m uae_jax.infer caption photo.png more/*.jpg
-    python -m uae_jax.infer generate "gray background , top left large red circle" --out drawings
+    python -m uae_jax.infer generate "gray background , top left large red circle" --out generated
     python -m uae_jax.infer reconstruct folder_of_images --checkpoint runs/tiny --out strips
 
 Without --checkpoint the built-in model of 32-pixel scenes is used. --checkpoint takes an official UAE folder or a
 training workdir.
 
-Results are written as each batch is done; pictures of other shapes may overtake. A picture that cannot be read is
-reported, the others are done, and the exit code is 1.
+Results are written after each batch; images of one shape share a batch, so the order of results may differ from the
+order of inputs. An image that cannot be read is reported, the other images are processed, and the exit code is 1.
 """
 
 import argparse
@@ -31,18 +31,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
-    parser.add_argument("command", choices=("caption", "generate", "reconstruct"), help="what is done")
+    parser.add_argument("command", choices=("caption", "generate", "reconstruct"), help="what to do with the inputs")
     parser.add_argument(
         "inputs", nargs="+", metavar="IMAGE|TEXT", help="image files, folders or patterns; texts for `generate`"
     )
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder of the pictures")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder of the written images")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_model_flags(parser)
     parser.set_defaults(run=run)
 
 
 def _names(paths: list[pathlib.Path]) -> list[str]:
-    """A file stem for each input; one whose files another input has already gets a number."""
+    """A file stem for each input, with a number where another input has the same stem."""
     taken: set[str] = set()
     names = []
     for path in paths:
@@ -56,15 +56,15 @@ def _names(paths: list[pathlib.Path]) -> list[str]:
 
 
 def _results(options: argparse.Namespace, model: "Model", inputs: list, failed: Callable) -> Iterator[tuple[dict, str]]:
-    """(JSON record, line of text) of each input; pictures are on the disk before their record."""
+    """(JSON record, line of text) of each input; an image is written before its record is yielded."""
     out: pathlib.Path = options.out
     if options.command == "caption":
         for index, caption in model.each_caption(inputs, failed=failed):
             yield {"image": str(inputs[index]), "caption": caption}, f"{inputs[index]}: {caption}"
     elif options.command == "generate":
-        for index, drawn in model.each_drawing(inputs, failed=failed):
+        for index, image in model.each_drawing(inputs, failed=failed):
             file = out / f"{index:04d}.png"
-            save_picture(drawn, file, inputs[index])
+            save_picture(image, file, inputs[index])
             yield {"text": inputs[index], "image": str(file)}, f"{file}: {inputs[index]}"
     else:
         names = _names(inputs)
@@ -82,11 +82,11 @@ def _results(options: argparse.Namespace, model: "Model", inputs: list, failed: 
 
 
 def run(options: argparse.Namespace) -> None:
-    """Does one command; results are printed and written as they come.
+    """Runs one command; results are printed and written after each batch.
 
     Raises:
-      ValueError, FileNotFoundError: a bad image, folder or setting; what was done before stays, and of several inputs
-        the others are done first.
+      ValueError, FileNotFoundError: a bad image, folder or setting. Of several inputs the good ones are processed
+        first, and written files stay.
     """
     from tqdm import tqdm
 

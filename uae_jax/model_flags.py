@@ -1,4 +1,4 @@
-"""The flags of the commands that load a model, and the model that they describe."""
+"""Flags of the commands that load a model, and the loading itself."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -8,17 +8,17 @@ if TYPE_CHECKING:
 
 # fields of stages.inference.InferenceConfig
 SETTINGS = {
-    "seed": (int, "of captions and noise"),
+    "seed": (int, "of sampled captions and of noise"),
     "steps": (int, "denoising steps"),
-    "guidance_scale": (float, "1 is without guidance"),
-    "size": (int, "side of the drawings in pixels"),
-    "temperature": (float, "of captions; 0 is greedy"),
-    "top_p": (float, "share of the probability that captions are drawn from"),
-    "max_new_tokens": (int, "longest caption"),
-    "prompt": (str, "what the captioner is asked"),
-    "negative_prompt": (str, "what guidance moves away from"),
-    "batch_size": (int, "pictures in one compiled call"),
-    "shift": (float, "static shift of the noise levels"),
+    "guidance_scale": (float, "guidance scale; 1 is without guidance"),
+    "size": (int, "side of a generated image in pixels"),
+    "temperature": (float, "of sampled captions; 0 is greedy decoding"),
+    "top_p": (float, "probability mass that captions are sampled from"),
+    "max_new_tokens": (int, "longest caption in tokens"),
+    "prompt": (str, "instruction to the captioner"),
+    "negative_prompt": (str, "text that guidance moves away from"),
+    "batch_size": (int, "images in one compiled call"),
+    "shift": (float, "static shift of the noise levels (sigma)"),
 }
 
 
@@ -51,17 +51,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--without_adapters",
         action="store_true",
-        help="leave out llm_lora, dit_lora, and an llm beside its llm_reference: the model before they were trained",
+        help="the model before training: without llm_lora, dit_lora, and an llm that has an llm_reference beside it",
     )
     model.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of activations")
 
 
 def load_model(options: argparse.Namespace, inputs: int | None = None) -> "Model":
-    """The model of parsed flags; the settings that are not given suit the folder.
+    """Loads the model of parsed flags; settings that are not given are the folder's own.
 
     Args:
-      options: with the flags of `add_model_flags`.
-      inputs: how many there will be, if known: a batch that was not asked for is not larger.
+      options: flags of `add_model_flags`.
+      inputs: number of inputs, if known; it limits a batch size that was not given.
 
     Raises:
       ValueError, FileNotFoundError: see `api.load`.

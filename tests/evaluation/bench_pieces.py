@@ -78,7 +78,7 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def reconstructions(photos: dict[str, Image.Image]) -> dict[str, Image.Image]:
-    """What a decoder might make of the photographs: blurred, small, recoloured, or another picture altogether."""
+    """What a decoder might make of the photographs: blurred, small, recoloured, or another image altogether."""
     return {
         "astronaut": photos["astronaut"].filter(ImageFilter.GaussianBlur(6)),
         "coffee": photos["coffee"].resize((64, 64), Image.Resampling.LANCZOS),
@@ -106,7 +106,7 @@ class Published:
 
 
 def shaken(kind: type, config: transformers.PreTrainedConfig) -> Any:
-    """A model with random weights, always the same, with which different pictures have different features."""
+    """A model with random weights, always the same, with which different images have different features."""
     torch.manual_seed(0)
     model = kind(config)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A painter in place of the model, for the benchmarks that draw."""
+"""A painter replaces the model in the benchmarks that generate images."""
 
 import pytest
 from stand_ins import Painter, load_painter

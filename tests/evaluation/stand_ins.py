@@ -1,4 +1,4 @@
-"""A painter that needs no model, and what the official evaluators read, told again from their own reading code."""
+"""A painter that needs no model, and the files that the official evaluators read, by the rules of their code."""
 
 import argparse
 import dataclasses
@@ -19,7 +19,7 @@ SIZE = 8
 
 
 class Painter:
-    """Draws noise that depends on the text and the sample's number alone; stops for good after `limit` samples."""
+    """Generates noise that depends on text and sample id alone; is interrupted after `limit` samples."""
 
     limit: int | None = None
 
@@ -66,7 +66,7 @@ def refused(*arguments):
 
 
 def geneval_pictures(folder):
-    """evaluation/evaluate_images.py: (metadata, path) of every picture that GenEval's evaluator scores, in its
+    """evaluation/evaluate_images.py: (metadata, path) of every image that GenEval's evaluator scores, in its
     order.
     """
     for name in os.listdir(folder):

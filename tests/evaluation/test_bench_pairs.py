@@ -23,7 +23,7 @@ def paths(*names):
         ("gen/recon_7.png", ("ref/7.jpg", "ref/8.jpg"), "ref/7.jpg"),
         ("gen/recon_7.png", ("ref/recon_7.jpg", "ref/7.jpg"), "ref/7.jpg"),  # whichever comes first by path
         ("gen/deep/7.png", ("ref/other/7.webp",), "ref/other/7.webp"),
-        ("gen/7.png", ("ref/recon_7.png",), None),  # the prefix is the picture's
+        ("gen/7.png", ("ref/recon_7.png",), None),  # the prefix is the image's
         ("gen/7.png", ("ref/07.png",), None),
     ],
 )
@@ -37,7 +37,7 @@ def test_matching_rules(picture, references, found):
 def test_names_that_fit_twice_are_told():
     pairs = match_images(paths("gen/a/0.png", "gen/b/0.png"), paths("ref/a/0.png", "ref/b/0.png"))
     assert [(str(a), str(b)) for a, b in pairs.found] == [("gen/a/0.png", "ref/a/0.png")]
-    assert "0.png fits 2 references" in pairs.warnings[0] and "same name: gen/a/0.png" in pairs.unmatched[0][1]
+    assert "0.png matches 2 references" in pairs.warnings[0] and "same name: gen/a/0.png" in pairs.unmatched[0][1]
 
 
 def test_images_are_read_as_the_script_reads_them(tmp_path):

@@ -1,4 +1,4 @@
-"""The built-in model through the commands: scenes drawn, checked and scored; questions answered."""
+"""The built-in model through the commands: scenes generated, checked and scored; questions answered."""
 
 import json
 
@@ -55,7 +55,7 @@ def test_scenes_are_drawn_checked_and_scored(loaded, model, tmp_path, capsys, mo
     records = [json.loads(line) for line in (tmp_path / "out.results.jsonl").read_text().splitlines()]
     assert (
         sum(record["correct"] for record in records if record["tag"] == "single_object") >= 2
-    )  # it draws what it is told
+    )  # it follows its prompts
 
 
 def test_the_command_loads_the_model_with_its_flags(tmp_path, capsys):
@@ -72,13 +72,13 @@ def test_the_command_loads_the_model_with_its_flags(tmp_path, capsys):
             f"--out={tmp_path / 'out'}",
         ]
     )
-    assert "6 pictures written, 0 were there" in capsys.readouterr().out
+    assert "6 images written, 0 were complete" in capsys.readouterr().out
     settings = json.loads((tmp_path / "out.settings.json").read_text())
     assert (settings["steps"], settings["seed"], settings["size"], settings["per_tag"]) == (4, 42, 32, 1)
 
 
 def test_questions_are_answered_from_their_own_pictures(loaded, model, tmp_path):
-    """One picture or two: what is said does not depend on the batch."""
+    """One image or two: what is said does not depend on the batch."""
     pictures = [Image.fromarray(scenes.draw(scenes.scene_at("test", index))) for index in range(3)]
     rows = []
     for index, shown in enumerate(([0], [1], [2], [0, 1])):

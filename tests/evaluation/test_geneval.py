@@ -56,7 +56,7 @@ def test_the_evaluator_finds_every_picture_with_its_prompt(prompts, tmp_path, ca
                 np.asarray(Image.open(path)), sample_pixels(entry["prompt"], 4 * index + sample)
             )
     evaluate.main(["geneval", "check", str(tmp_path / "out"), f"--prompts={prompts}"])
-    assert "3 prompts with 4 pictures each" in capsys.readouterr().out
+    assert "3 prompts with 4 images each" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("limit", [0, 1, 5, 11])
@@ -90,7 +90,7 @@ def test_a_damaged_picture_is_noticed_and_only_it_is_drawn_again(prompts, tmp_pa
     assert (
         f"{cut} is not a readable picture" in told
         and f"{small} is 4 x 4 pixels" in told
-        and "holds 3 pictures instead of 4" in told
+        and "holds 3 images instead of 4" in told
     )
     write(prompts, out)
     after = snapshot(out)
@@ -156,11 +156,11 @@ def test_bad_prompts_are_named(tmp_path, content, told):
         (lambda out: (out / "00001/metadata.jsonl").write_text(json.dumps(ENTRIES[0])), "is not line 2 of the prompts"),
         (
             lambda out: (out / "00001/samples/00000.png").rename(out / "00001/samples/00000.jpg"),
-            "is passed over by the evaluator",
+            "is ignored by the evaluator",
         ),
-        (lambda out: (out / "00001/samples/00000.png.bak").write_text("x"), "is taken for a picture by the evaluator"),
+        (lambda out: (out / "00001/samples/00000.png.bak").write_text("x"), "is taken for an image by the evaluator"),
         (lambda out: (out / "00001").rename(out / "one"), "00001 is missing"),
-        (lambda out: (out / "00002").rename(out / "00003"), "is more than"),
+        (lambda out: (out / "00002").rename(out / "00003"), "is beyond the 3 prompts"),
         (
             lambda out: Image.new("RGB", (8, 8)).save(out / "00001/samples/00001.png", format="JPEG"),
             "is a JPEG file by its content",
@@ -225,7 +225,7 @@ def test_intervals_are_over_prompts_not_over_pictures():
 
 
 def test_scenes_are_scored_as_the_checker_says(tmp_path, capsys, monkeypatch):
-    """A painter that does what it is told, but never for the tag `counting`."""
+    """A painter that follows its prompts, except for the tag `counting`."""
     entries = scene_prompts(3)
     wanted = {}
     for entry in entries:

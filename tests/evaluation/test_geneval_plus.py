@@ -1,4 +1,4 @@
-"""GenEval++'s pictures under the names that its judge's script asks for, and its output file."""
+"""GenEval++'s images under the names that its judge's script asks for, and its output file."""
 
 import json
 import pathlib
@@ -76,7 +76,7 @@ def test_pictures_are_numbered_from_one_and_scored_per_tag(prompts, tmp_path, ca
     found = json.loads((tmp_path / "scores.json").read_text())
     assert found["overall"]["value"] == pytest.approx(output["overall_score_mean_of_tags"]) == pytest.approx(0.5)
     assert {tag: score["value"] for tag, score in found["tags"].items()} == pytest.approx(output["tag_accuracy"])
-    assert "1 pictures were not judged" in capsys.readouterr().out
+    assert "1 images were not judged" in capsys.readouterr().out
 
 
 def test_an_interrupted_folder_is_finished(prompts, tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_missing_pictures_are_named_and_count_as_wrong(prompts, tmp_path, capsys
     assert "3.jpg is missing" in told and "3.png is not read by" in told
     (tmp_path / "Output.json").write_text(json.dumps(judged(prompts, out, [{"correct": 1}] * 4)))
     found = geneval_plus.summarise(geneval_plus.read_results(tmp_path / "Output.json"))
-    assert found["tags"]["counting"]["value"] == 0 and "1 pictures were missing" in found["warnings"][0]
+    assert found["tags"]["counting"]["value"] == 0 and "1 images were missing" in found["warnings"][0]
 
 
 def test_bad_input_is_one_line(prompts, tmp_path):

@@ -51,7 +51,7 @@ ITEMS = [
 
 
 class Engine:
-    """Answers with the letter of the item, of the number of pictures and the colour of the first."""
+    """Answers with the letter of the item, of the number of images and the colour of the first."""
 
     def __init__(self, limit=None):
         self.limit, self.asked, self.config = limit, [], types.SimpleNamespace(batch_size=2)
@@ -116,7 +116,7 @@ def test_tables_hold_every_column_but_the_images(data, tmp_path, engine, capsys)
         {name: row[name] for name in row if name != "prediction"}.items() <= given.items()
         for row, given in zip(rows, ITEMS)
     )
-    assert rows[2]["prediction"] == '"(255, 0, 0)",\n1\tseen: (C)'  # row 9 has the picture of row 7
+    assert rows[2]["prediction"] == '"(255, 0, 0)",\n1\tseen: (C)'  # row 9 has the image of row 7
     assert "2\tseen" in rows[3]["prediction"] and engine.asked[3].fields["images"] == [
         ((12, 12), (0, 128, 0)),
         ((20, 20), (255, 255, 255)),

@@ -32,7 +32,7 @@ def encoders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(photos, tmp_path_factory):
-    """References and pictures that each of the matching rules is needed for."""
+    """References and images that each of the matching rules is needed for."""
     root = tmp_path_factory.mktemp("pictures")
     drawn = reconstructions(photos)
     (root / "gen" / "more").mkdir(parents=True), (root / "ref" / "deep").mkdir(parents=True)
@@ -78,7 +78,7 @@ def test_scores_are_those_of_pytorch_with_the_official_keys(encoders, folders, t
         theirs = {
             key: encoder.cosine(*(Image.open(file).convert("RGB") for file in files)) for key, files in pairs.items()
         }
-        assert np.ptp(list(theirs.values())) > 0.02  # the random encoders tell these pictures apart
+        assert np.ptp(list(theirs.values())) > 0.02  # the random encoders distinguish these images
         gap = max(abs(scores[key] - value) for key, value in theirs.items())
         print(f"{name}: largest difference of a cosine {gap:.2e}")
         assert gap < 1e-4
@@ -91,7 +91,7 @@ def test_scores_are_those_of_pytorch_with_the_official_keys(encoders, folders, t
     means = [results["statistics_by_model"][name]["average_similarity"] for name in ENCODERS]
     assert OFFICIAL_SUMMARY <= set(summary) and summary["overall_average"] == pytest.approx(np.mean(means))
     assert summary["best_model"] == [list(ENCODERS)[int(np.argmax(means))], max(means)]
-    assert "of 6 pictures" in capsys.readouterr().out
+    assert "of 6 images" in capsys.readouterr().out
     check_page((output.parent / "report.html").read_text(), results)
 
 
@@ -143,7 +143,7 @@ def test_pictures_that_cannot_be_scored_are_told_and_the_rest_is_kept(photos, en
         )
     assert [error["error"].split(" (")[0].removeprefix(str(tmp_path)) for error in results["errors"]] == [
         "no reference has its name",
-        "no picture is compared with it",
+        "no image is compared with it",
         "/gen/rocket.png is not a readable image",
     ]
     assert "animation.gif is not read" in results["warnings"][0]

@@ -1,4 +1,4 @@
-"""What a person types: errors are one line and a code other than 0; pictures go in and come out."""
+"""What a person types: errors are one line and a code other than 0; images go in and come out."""
 
 import argparse
 import functools
@@ -158,7 +158,7 @@ def test_generate_draws_each_text_with_its_own_noise(model_folder, tmp_path, cap
 
 
 def test_a_bad_picture_among_many_leaves_the_others_done_and_a_code(model_folder, pictures, tmp_path, capsys):
-    (pictures / "scene_0b.png").write_bytes(b"not a picture")
+    (pictures / "scene_0b.png").write_bytes(b"not an image")
     (pictures / "scene_1b.png").write_bytes((pictures / "scene_0.png").read_bytes()[:80])
     out = tmp_path / "out"
     with pytest.raises(
@@ -225,7 +225,7 @@ def test_files_of_one_name_do_not_meet(tmp_path):
     assert infer._names(paths) == ["a", "a_2", "a_strip_2", "a_2_2"]
 
 
-@pytest.mark.parametrize("content, message", [(b"not a picture", "not a readable image"), (None, "does not exist")])
+@pytest.mark.parametrize("content, message", [(b"not an image", "not a readable image"), (None, "does not exist")])
 def test_bad_pictures_are_named(model_folder, tmp_path, content, message):
     path = tmp_path / "broken.png"
     if content is not None:

@@ -1,1 +1,1 @@
-"""The paper's benchmarks as commands: each module has `add_arguments(parser)` and `run(options)`."""
+"""The paper's benchmarks as commands; each command's module has `add_arguments(parser)`, which sets `run`."""

@@ -1,4 +1,4 @@
-"""What the commands of the benchmarks share: the action `summary`, how problems are told, scores by group."""
+"""Shared by the benchmark commands: the action `summary`, reports, refusals, and scores by group."""
 
 import argparse
 import collections
@@ -12,14 +12,14 @@ from uae_jax.files.json_files import write_json
 
 
 def add_summary(actions: Any, what: str, argument: str, files: str, run: Callable[[argparse.Namespace], None]) -> None:
-    """Adds `summary` to the sub-parsers: the file that is summarised, and --output.
+    """Adds the action `summary`: the file with results, and --output.
 
     Args:
       actions: of `add_subparsers`.
-      what: the scores are from.
+      what: help of the action.
       argument: name of the file among the options.
-      files: which files it may be.
-      run: summarises.
+      files: help of the file.
+      run: the action.
     """
     summary = actions.add_parser("summary", help=what)
     summary.add_argument(argument, type=pathlib.Path, help=files)
@@ -28,28 +28,25 @@ def add_summary(actions: Any, what: str, argument: str, files: str, run: Callabl
 
 
 def tell(report: str, warnings: Sequence[str], scores: Any = None, output: pathlib.Path | None = None) -> None:
-    """Prints a report and its warnings, and writes the scores as JSON where there is an output."""
+    """Prints a report and its warnings; writes the scores as JSON if there is an output."""
     print("\n".join([report, *(f"note: {warning}" for warning in warnings)]))
     if output:
         write_json(output, scores)
 
 
 def check_folder(folder: pathlib.Path, action: str) -> None:
-    """Refuses a folder that is not there.
+    """Raises FileNotFoundError for a folder that does not exist.
 
     Args:
-      folder: that an action has written.
-      action: its words on the command line.
-
-    Raises:
-      FileNotFoundError: no such folder.
+      folder: written by an action.
+      action: the action's words on the command line.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist; give the --out of `{action}`")
 
 
 def refuse(problems: Sequence[str], what: str, shown: int = 20) -> None:
-    """Prints problems one a line and ends with an error; does nothing without any.
+    """Prints problems, one a line; does nothing without problems.
 
     Raises:
       ValueError: there are problems.
@@ -65,16 +62,16 @@ def refuse(problems: Sequence[str], what: str, shown: int = 20) -> None:
 def grouped_scores(records: Iterable[tuple[str, str, float]], resamples: int = 2000) -> dict[str, Any]:
     """Mean score of every group, and "overall", the mean of the group means.
 
-    The 95 % intervals are percentile bootstraps that draw prompts anew within each group: several pictures of one
-    prompt are right or wrong together and are no independent evidence.
+    The 95 % intervals are percentile bootstraps over the prompts of each group, because images of one prompt are not
+    independent.
 
     Args:
-      records: (group, prompt, score), one a picture.
-      resamples: bootstrap draws; their seed is fixed.
+      records: (group, prompt, score), one per image.
+      resamples: bootstrap samples; the seed is fixed.
 
     Returns:
       {"overall": {"value", "low", "high", "n", "prompts"}, "groups": {group: the same}}, groups in the order of their
-      first record; `n` counts pictures.
+      first record; `n` counts images.
 
     Raises:
       ValueError: no records.
@@ -108,20 +105,20 @@ def _interval(value: float, draws: np.ndarray, n: int, prompts: int) -> dict[str
 
 
 def table(scores: Mapping[str, Any], title: str) -> str:
-    """Lines of text: the overall score and every group, in percent with intervals and counts."""
+    """The overall score and every group as lines of text, in percent with intervals and counts."""
     rows = {title: scores["overall"], **scores["groups"]}
     width = max(map(len, rows))
     return "\n".join(
         f"{name:{width}}  {100 * row['value']:6.2f} %  [{100 * row['low']:.2f}, {100 * row['high']:.2f}]  "
-        f"{row['n']} pictures of {row['prompts']} prompts"
+        f"{row['n']} images of {row['prompts']} prompts"
         for name, row in rows.items()
     )
 
 
 def uneven(counts: Mapping[str, int]) -> list[str]:
-    """Prompts that have not as many pictures as most, as sentences."""
+    """A sentence on the prompts whose number of images is not the usual one; [] without such prompts."""
     if not counts:
         return []
     usual = collections.Counter(counts.values()).most_common(1)[0][0]
     other = [prompt for prompt, count in counts.items() if count != usual]
-    return [f"{len(other)} prompts have not {usual} pictures as the others, such as {other[0]}"] if other else []
+    return [f"{len(other)} prompts do not have {usual} images as the others have, such as {other[0]}"] if other else []

@@ -1,4 +1,4 @@
-"""What captions say: facts and false claims about built-in scenes by attribute; length, variety and repetition."""
+"""Scores of captions: recall and precision of scene facts by attribute; length, variety and repetition."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from uae_jax.training.summary import interval
 
 ATTRIBUTES = ("shape", "colour", "size", "position", "background", "count")
 RESAMPLES = 2000
-REPEATED = 4  # words of the sequences that are looked for twice in one caption
+REPEATED = 4  # words of a repeated sequence
 
 Counts = tuple[int, int, int]
 
@@ -20,12 +20,12 @@ Counts = tuple[int, int, int]
 def caption_facts(scene: Scene, text: str) -> dict[str, Counts]:
     """Counts of one caption by attribute: (correct, claimed, total).
 
-    `correct` of `claimed` claims are true, which are as many of the scene's `total` facts. A caption counts correctly
-    when it mentions as many objects as there are. The sums over all attributes but `count` are those of
-    `caption_score`, without relations and unparsed words.
+    `correct` of the `claimed` claims are true; the scene has `total` facts. `count` is correct if the caption mentions
+    as many objects as the scene has. The sums over the other attributes are those of `caption_score` without relations
+    and unparsed words.
 
     Args:
-      scene: what was described.
+      scene: the described scene.
       text: the caption.
     """
     said, objects = parse_caption(text), [object_facts(item) for item in scene.objects]
@@ -46,10 +46,10 @@ def caption_facts(scene: Scene, text: str) -> dict[str, Counts]:
 
 
 def ratio_interval(numerators: ArrayLike, denominators: ArrayLike) -> dict[str, float | int] | None:
-    """A ratio of sums over captions with a 95 % bootstrap interval over captions; None where the denominators sum to 0.
+    """Ratio of two sums over captions, with a 95 % bootstrap interval over captions; None if the denominators sum to 0.
 
     Args:
-      numerators, denominators: one each of every caption.
+      numerators, denominators: `[N]`, one value per caption.
     """
     above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     if not below.sum():
@@ -62,11 +62,11 @@ def ratio_interval(numerators: ArrayLike, denominators: ArrayLike) -> dict[str, 
 
 
 def facts_summary(scenes: Sequence[Scene], captions: Sequence[str]) -> dict:
-    """Recall and precision by attribute, pooled over captions, and the means over captions that training reports too.
+    """Recall and precision by attribute, pooled over captions, and the means over captions that training reports.
 
     Returns:
       {"fact_recall", "fact_precision": as `training.summary.interval`; "attributes": {attribute: {"recall",
-      "precision": as `ratio_interval`}}; "unparsed_words": share of captions with words outside the scenes' grammar}.
+      "precision": as `ratio_interval`}}; "unparsed_words": share of captions with words outside the grammar of scenes}.
     """
     scores = [caption_score(scene, text) for scene, text in zip(scenes, captions, strict=True)]
     counts = [caption_facts(scene, text) for scene, text in zip(scenes, captions)]
@@ -92,25 +92,22 @@ def _ngrams(text: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
-    """Distinct-n: different sequences of n words over all of them, in all captions together (arXiv 1510.03055, section
-    5).
+    """Distinct-n: distinct n-grams of words over all n-grams of all captions (arXiv 1510.03055, section 5).
 
-    It falls as the number of captions grows; compare equal numbers only. 0 where no caption has n words.
+    Distinct-n falls with the number of captions; compare equal numbers only. 0 if no caption has n words.
     """
     found = [gram for text in texts for gram in _ngrams(text, n)]
     return len(set(found)) / len(found) if found else 0.0
 
 
 def repetition(text: Sequence[str], n: int = REPEATED) -> float:
-    """Share of a caption's sequences of n words that it has said before, in [0, 1) (seq-rep-n, arXiv 1908.04319, eq.
-    3).
-    """
+    """Share of a caption's n-grams that repeat an earlier one, in [0, 1) (seq-rep-n, arXiv 1908.04319, eq. 3)."""
     found = _ngrams(text, n)
     return 1 - len(set(found)) / len(found) if found else 0.0
 
 
 def text_statistics(captions: Sequence[str]) -> dict:
-    """Length in words, distinct-1 to 3, repetition, and the share of different captions.
+    """Length in words, distinct-1 to 3, repetition, and the share of distinct captions.
 
     Returns:
       {"words": `training.summary.interval` with "shortest" and "longest"; "distinct_1", "distinct_2", "distinct_3";

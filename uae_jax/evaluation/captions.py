@@ -1,14 +1,14 @@
-"""What captions say: facts on the built-in scenes; length, variety, repetition and CLIP similarity on any data set.
+"""Scores captions: facts of the built-in scenes; length, variety, repetition and CLIP similarity of any data set.
 
     python -m uae_jax.evaluate captions --scenes=200 --checkpoint=runs/tiny --out=said --output=facts.json
     python -m uae_jax.evaluate captions --data=folder --clip=clip-vit-large-patch14 --output=captions.json
     python -m uae_jax.evaluate captions --captions=bench/captions.jsonl --images=originals --clip=DIR \\
         --output=captions.json
 
---scenes asks the model to caption held-out built-in scenes, and counts which of their facts it says (recall) and which
-of its claims are true (precision), by attribute. --data is a folder of images with captions.jsonl, lines {"image" or
-"file_name": ..., "caption": text}; --captions and --images are the two apart. --clip adds the similarity of each
-caption and its picture; captions of more than 77 tokens are cut for it, and --longclip takes 248.
+With --scenes the model captions held-out built-in scenes. By attribute, recall is the share of facts that a caption
+says, and precision the share of its claims that are true. --data is a folder of images with captions.jsonl, lines
+{"image" or "file_name": ..., "caption": text}; --captions and --images name file and folder separately. --clip adds the
+similarity of caption and image. CLIP truncates captions to 77 tokens, --longclip to 248.
 """
 
 import argparse
@@ -27,21 +27,21 @@ SCORE_SCALE = 2.5  # CLIPScore of a cosine: arXiv 2104.08718, section 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     scenes = parser.add_argument_group("built-in scenes")
-    scenes.add_argument("--scenes", type=int, default=0, metavar="N", help="number of held-out scenes")
+    scenes.add_argument("--scenes", type=int, default=0, metavar="N", help="number of held-out scenes to caption")
     scenes.add_argument(
         "--out",
         type=pathlib.Path,
         metavar="DIR",
-        help="where the model's captions are kept; a run that was cut off continues",
+        help="folder of the model's captions; an interrupted run continues",
     )
     add_model_flags(parser)
     data = parser.add_argument_group("any captioned data")
     data.add_argument("--data", metavar="DIR", help="folder with captions.jsonl and images")
-    data.add_argument("--captions", metavar="FILE", help="captions, when they are elsewhere")
-    data.add_argument("--images", metavar="DIR", help="images, when they are elsewhere; needed for --clip")
+    data.add_argument("--captions", metavar="FILE", help="captions, without --data")
+    data.add_argument("--images", metavar="DIR", help="images of --captions; --clip needs them")
     data.add_argument("--clip", metavar="DIR", help="CLIP with its tokenizer, as openai/clip-vit-large-patch14")
     data.add_argument(
-        "--longclip", metavar="FILE", help="Long-CLIP to use instead of the weights of --clip, for long captions"
+        "--longclip", metavar="FILE", help="Long-CLIP, which replaces the weights of --clip, for long captions"
     )
     data.add_argument(
         "--encoder_batch_size",
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     """Scores captions and writes the result.
 
     Raises:
-      ValueError: flags that do not go together, unreadable files; or, after the result was written, unreadable images.
+      ValueError: conflicting flags or unreadable files; or, after the result is written, unreadable images.
       FileNotFoundError: a file is missing.
     """
     if bool(options.scenes) == bool(options.data or options.captions) or options.data and options.captions:
@@ -84,7 +84,7 @@ def _scene_result(options: argparse.Namespace) -> dict[str, Any]:
     from uae_jax.evaluation.caption_scores import facts_summary, text_statistics
 
     if not options.out:
-        raise ValueError("--scenes needs --out, the folder that the model's captions are kept in")
+        raise ValueError("--scenes needs --out, the folder of the model's captions")
     scenes = [scene_at("test", index) for index in range(options.scenes)]
     names = [f"scene_{index:05d}" for index in range(options.scenes)]
     captions = _scene_captions(options, names, [draw(scene) for scene in scenes])
@@ -96,8 +96,8 @@ def _scene_result(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _scene_captions(options: argparse.Namespace, names: Sequence[str], pictures: Sequence) -> list[str]:
-    """The model's captions, in order; those in --out already are not written again."""
+def _scene_captions(options: argparse.Namespace, names: Sequence[str], images: Sequence) -> list[str]:
+    """The model's captions, in order; captions that are in --out already are kept."""
     from uae_jax.evaluation.drawing import CAPTIONS, sample_number
     from uae_jax.evaluation.records import RecordLog
     from uae_jax.evaluation.run_settings import ANSWERING, begin, model_settings
@@ -108,7 +108,7 @@ def _scene_captions(options: argparse.Namespace, names: Sequence[str], pictures:
         known = {record["image_id"]: record["caption"] for record in log.records}
         missing = [index for index, name in enumerate(names) if name not in known]
         written = model.each_caption(
-            [pictures[index] for index in missing], sample_ids=[sample_number(names[index]) for index in missing]
+            [images[index] for index in missing], sample_ids=[sample_number(names[index]) for index in missing]
         )
         for number, caption in tqdm(
             written, total=len(names), initial=len(names) - len(missing), desc="caption", disable=None
@@ -132,12 +132,12 @@ def _data_result(options: argparse.Namespace) -> dict[str, Any]:
     }
     folder = options.images or options.data
     if options.clip and not folder:
-        raise ValueError("--clip compares captions with pictures; give --images")
+        raise ValueError("--clip compares captions with images; give --images")
     return result | (_clip_result(options, captions, folder) if options.clip else {})
 
 
 def _clip_result(options: argparse.Namespace, captions: dict[str, str], folder: str) -> dict[str, Any]:
-    """Mean cosine and CLIPScore, the score of every image, and the images that cannot be scored."""
+    """Mean cosine and CLIPScore, the cosine of every image, and the images that cannot be scored."""
     from uae_jax.evaluation.encoders import caption_cosines, open_text_scorer
     from uae_jax.evaluation.pairs import image_files
     from uae_jax.training.summary import interval

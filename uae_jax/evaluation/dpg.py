@@ -1,11 +1,11 @@
-"""DPG-Bench: grids of pictures of its prompts as its evaluator reads them, and what it found (TencentQQGYLab/ELLA).
+"""DPG-Bench (TencentQQGYLab/ELLA): image grids of its prompts in its evaluator's layout, and the evaluator's scores.
 
     python -m uae_jax.evaluate dpg write --prompts=ELLA/dpg_bench/prompts --out=OUT --checkpoint=RUN
     python -m uae_jax.evaluate dpg check OUT --prompts=ELLA/dpg_bench/prompts
     (the official bash dpg_bench/dist_eval.sh OUT 1024, where 1024 is --size)
     python -m uae_jax.evaluate dpg summary OUT/dpg-bench_20260101-000000_results.txt
 
-A grid of 2 x 2 samples a prompt, `<stem of the prompt's file>.png`. `write` goes on where it was interrupted.
+Each prompt gets a grid of 2 x 2 samples, `<stem of the prompt's file>.png`. An interrupted `write` continues.
 """
 
 import argparse
@@ -29,21 +29,21 @@ _LEVELS = {"L1 category scores:": "categories", "L2 category scores:": "subcateg
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `write`, `check` and `summary`."""
     actions = parser.add_subparsers()
-    write_flags = actions.add_parser("write", help="draw the prompts")
+    write_flags = actions.add_parser("write", help="generate the images of the prompts")
     write_flags.set_defaults(run=write)
     write_flags.add_argument(
         "--prompts", type=pathlib.Path, required=True, help="dpg_bench/prompts of the benchmark: a folder of .txt files"
     )
     write_flags.add_argument("--out", type=pathlib.Path, required=True, help="folder of the grids")
     add_model_flags(write_flags)
-    check_flags = actions.add_parser("check", help="does the evaluator find everything?")
+    check_flags = actions.add_parser("check", help="check that the evaluator finds every grid")
     check_flags.set_defaults(run=check)
     check_flags.add_argument("folder", type=pathlib.Path, help="the --out of `write`")
     check_flags.add_argument("--prompts", type=pathlib.Path, required=True, help="dpg_bench/prompts of the benchmark")
     check_flags.add_argument(
-        "--size", type=int, help="side of a sample, the evaluator's RESOLUTION (default: as it was written)"
+        "--size", type=int, help="side of a sample, the evaluator's RESOLUTION (default: as written)"
     )
-    add_summary(actions, "scores from the evaluator's results", "results", "dpg-bench_*_results.txt", summary)
+    add_summary(actions, "summarise the evaluator's results", "results", "dpg-bench_*_results.txt", summary)
 
 
 def read_prompts(folder: pathlib.Path) -> dict[str, str]:
@@ -51,15 +51,15 @@ def read_prompts(folder: pathlib.Path) -> dict[str, str]:
 
     Raises:
       FileNotFoundError: no such folder, or no prompt in it.
-      ValueError: an empty file, or a name that the evaluator would cut.
+      ValueError: an empty file, or a name with a dot.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist; give dpg_bench/prompts of the benchmark")
     prompts = {}
     for path in sorted(folder.glob("*.txt")):
-        # the evaluator takes what stands before the first dot
+        # the evaluator reads a name up to its first dot
         if "." in path.stem:
-            raise ValueError(f"{path} has a dot in its name, where the evaluator would cut it; rename it")
+            raise ValueError(f"{path} has a dot in its name, at which the evaluator truncates the name; rename it")
         try:
             prompts[path.stem] = path.read_text(encoding="utf-8").strip()
         except UnicodeDecodeError as error:
@@ -72,7 +72,7 @@ def read_prompts(folder: pathlib.Path) -> dict[str, str]:
 
 
 def write(options: argparse.Namespace) -> None:
-    """Writes `<stem>.png` for every prompt; the samples of prompt i have the noise of 4 i to 4 i + 3."""
+    """Writes `<stem>.png` for every prompt; the samples of prompt i have the sample ids 4 i to 4 i + 3."""
     prompts = read_prompts(options.prompts)
     targets = [
         Target(options.out / f"{stem}.png", prompt, tuple(range(SAMPLES * index, SAMPLES * (index + 1))))
@@ -83,16 +83,16 @@ def write(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Reports grids that the evaluator would miss, fail on or cut at the wrong places."""
+    """Reports grids that the evaluator would miss, fail on or crop at wrong places."""
     folder, prompts = options.folder, read_prompts(options.prompts)
     check_folder(folder, "dpg write")
     size = options.size or run_settings.read(folder).get("size")
     if size is None:
-        raise ValueError(f"nothing says how large the samples of {folder} are; give --size, the evaluator's RESOLUTION")
+        raise ValueError(f"the size of the samples of {folder} is unknown; give --size, the evaluator's RESOLUTION")
     expected = [folder / f"{stem}.png" for stem in prompts]
     problems = content_problems(expected, GRID_SIDE * size)
     problems += [
-        f"{path} is none of the benchmark's grids; the evaluator fails on every other file, so move it out"
+        f"{path} is none of the benchmark's grids; the evaluator fails on such files, so move it out"
         for path in sorted(set(folder.iterdir()) - set(expected))
     ]
     refuse(problems, str(folder))
@@ -102,9 +102,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def _numbers(fields: list[str]) -> list[float]:
-    """The numbers at the end of a line's fields: scores of the samples, then their mean. A path may itself hold
-    commas.
-    """
+    """The numbers at the end of a line: scores and their mean; the path before them may hold commas."""
     found: list[float] = []
     for field in reversed(fields[1:]):
         try:
@@ -115,15 +113,15 @@ def _numbers(fields: list[str]) -> list[float]:
 
 
 def read_results(path: pathlib.Path) -> dict[str, Any]:
-    """What the evaluator's results file says.
+    """Reads the evaluator's results file.
 
     Returns:
       "prompts": {stem: scores of its samples, in [0, 1]}; "categories" and "subcategories": {name: percent}; "score":
-      the total in percent, None while the evaluator has not finished.
+      the total in percent, None if the evaluator has not finished.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a prompt's line is not of the evaluator's form (named by number), or there is none.
+      ValueError: a prompt's line is malformed (named by number), or no prompt has a line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the dpg-bench_*_results.txt of the evaluator")
@@ -142,34 +140,34 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
             *scores, mean = _numbers(fields) or [math.nan]
             if not scores or not math.isclose(mean, sum(scores) / len(scores), abs_tol=1e-9):
                 raise ValueError(
-                    f"{path} line {number} is not a picture's path, the scores of its samples and their mean"
+                    f"{path} line {number} does not hold an image's path, the scores of its samples and their mean"
                 )
             name = ", ".join(fields[: len(fields) - len(scores) - 1]).replace("\\", "/").rsplit("/", 1)[-1]
             found["prompts"][name.split(".")[0]] = scores
     if not found["prompts"]:
-        raise ValueError(f"{path} has no scores of pictures; give the dpg-bench_*_results.txt of the evaluator")
+        raise ValueError(f"{path} has no scores of images; give the dpg-bench_*_results.txt of the evaluator")
     return found
 
 
 def summarise(results: dict[str, Any]) -> dict[str, Any]:
-    """The mean over prompts with an interval over prompts, all in percent, beside the evaluator's own figures.
+    """The mean over prompts with an interval over prompts, in percent, beside the evaluator's category scores.
 
-    The mean is computed again from the prompts' lines; `warnings` says where it differs from the evaluator's total, and
-    how many prompts are missing. Category scores are the evaluator's, which take only the last sample of every grid.
+    The mean is computed from the prompts' lines. `warnings` tells a difference from the evaluator's total, and missing
+    prompts. The evaluator's category scores use only the last sample of every grid.
     """
-    pictures = results["prompts"]
-    overall = grouped_scores(("all", stem, sum(scores) / len(scores)) for stem, scores in pictures.items())["overall"]
+    prompts = results["prompts"]
+    overall = grouped_scores(("all", stem, sum(scores) / len(scores)) for stem, scores in prompts.items())["overall"]
     percent = {name: 100 * overall[name] for name in ("value", "low", "high")}
     warnings = []
     if results["score"] is None:
-        warnings.append("the evaluator has not written its total: it has not finished")
+        warnings.append("the evaluator has not finished: its total is missing")
     elif not math.isclose(results["score"], percent["value"], abs_tol=1e-3):
         warnings.append(
             f"the evaluator's total is {results['score']}, the mean of the prompts' lines {percent['value']:.4f}"
         )
-    if len(pictures) != PROMPTS:
-        warnings.append(f"{len(pictures)} prompts were scored; the published benchmark has {PROMPTS}")
-    samples = {len(scores) for scores in pictures.values()}
+    if len(prompts) != PROMPTS:
+        warnings.append(f"{len(prompts)} prompts were scored; the published benchmark has {PROMPTS}")
+    samples = {len(scores) for scores in prompts.values()}
     if samples != {SAMPLES}:
         warnings.append(f"prompts have {sorted(samples)} samples; the benchmark has {SAMPLES}")
     return {
@@ -180,7 +178,7 @@ def summarise(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(options: argparse.Namespace) -> None:
-    """Prints the scores of a results file, and writes them as JSON."""
+    """Prints the scores of a results file and writes them as JSON."""
     scores = summarise(read_results(options.results))
     overall = scores["overall"]
     lines = [

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 GRID_SIDE = 2  # a grid holds 2 x 2 samples
 CAPTIONS, PICTURES = "captions.jsonl", "reconstructions"
-# what captions and pictures follow from
+# settings that captions and reconstructions depend on
 SETTINGS = (*dict.fromkeys((*run_settings.DRAWING, *run_settings.ANSWERING)), "prompt")
 
 
 class Painter(Protocol):
-    """What draws: `uae_jax.load`, or anything like it."""
+    """Generates images: the model of `uae_jax.load`, or an object with the same method."""
 
     def generate(self, texts: Sequence[str], *, sample_ids: Sequence[int]) -> list[Image.Image]: ...
 
@@ -40,9 +40,8 @@ class Target:
 
     Attributes:
       path: the file; `.png` or `.jpg`.
-      prompt: what it shows.
-      sample_ids: noise of its samples: one, or four for a grid in the order top left, top right, bottom left, bottom
-        right.
+      prompt: its text.
+      sample_ids: noise numbers: one, or four of a grid (top left, top right, bottom left, bottom right).
     """
 
     path: pathlib.Path
@@ -50,11 +49,11 @@ class Target:
     sample_ids: tuple[int, ...]
 
     def side(self, size: int) -> int:
-        """Side of the file in pixels, of samples of `size` pixels."""
+        """Side of the file in pixels, for samples of `size` pixels."""
         return size if len(self.sample_ids) == 1 else GRID_SIDE * size
 
     def compose(self, samples: Sequence[Image.Image]) -> Image.Image:
-        """The picture of the file from its samples."""
+        """The image of the file from its samples."""
         if len(samples) == 1:
             return samples[0].convert("RGB")
         size = samples[0].width
@@ -66,11 +65,11 @@ class Target:
 
 
 def picture_problem(path: pathlib.Path, side: int | None = None) -> str | None:
-    """None for a picture that decodes to its end, of the kind that its name says, else what is wrong with it.
+    """What is wrong with an image file; None for a file that decodes completely and has the format of its suffix.
 
     Args:
       path: the file.
-      side: width and height that it must have in pixels; None for any.
+      side: required width and height in pixels; None for any.
     """
     return _problem_and_size(path, side)[0]
 
@@ -83,7 +82,7 @@ def _problem_and_size(path: pathlib.Path, side: int | None) -> tuple[str | None,
             image.load()
             kind, size = image.format, image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"is not a readable picture ({' '.join(str(error).split())})", (0, 0)
+        return f"is not a readable image ({' '.join(str(error).split())})", (0, 0)
     problem = None
     if kind != SAVING[path.suffix]["format"]:
         problem = f"is a {kind} file by its content"
@@ -93,9 +92,7 @@ def _problem_and_size(path: pathlib.Path, side: int | None) -> tuple[str | None,
 
 
 def content_problems(paths: Sequence[pathlib.Path], side: int | None = None) -> list[str]:
-    """Sentences on the pictures that are damaged, of another kind, or of another size than `side` or than most of
-    them.
-    """
+    """A sentence on every image that is damaged, of another format, or of another size than `side` or most images."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         seen = list(pool.map(_problem_and_size, paths, [side] * len(paths)))
     sizes = collections.Counter(size for problem, size in seen if problem is None)
@@ -111,20 +108,20 @@ def content_problems(paths: Sequence[pathlib.Path], side: int | None = None) -> 
 def write_pictures(
     painter: Painter, targets: Sequence[Target], *, size: int, batch_size: int, label: str
 ) -> tuple[int, int]:
-    """Draws every target whose file is missing, damaged or of another size.
+    """Generates every target whose file is missing, damaged or of another size.
 
-    Samples are always drawn in the same batches: a batch with one missing picture is drawn whole and only that picture
-    is written. So a picture does not depend on where an earlier call was interrupted.
+    Batches are always the same: a batch with one missing image is generated completely, and only that image is written.
+    So an image does not depend on where an earlier call was interrupted.
 
     Args:
-      painter: draws texts.
-      targets: all files of the folder, with equally many samples each.
+      painter: generates images from texts.
+      targets: all files of the folder, each with the same number of samples.
       size: side of a sample in pixels.
-      batch_size: samples that the painter draws in one compiled call.
+      batch_size: samples in one compiled call.
       label: of the progress bar, which counts files.
 
     Returns:
-      How many files were written, and how many stood already.
+      Number of written files, and of files that were complete already.
     """
     with concurrent.futures.ThreadPoolExecutor() as pool:
         problems = list(pool.map(lambda target: picture_problem(target.path, target.side(size)), targets))
@@ -136,13 +133,13 @@ def write_pictures(
             chunk, wanted = targets[start : start + stride], problems[start : start + stride]
             if not any(wanted):
                 continue
-            drawn = painter.generate(
+            images = painter.generate(
                 [target.prompt for target in chunk for _ in range(samples)],
                 sample_ids=[number for target in chunk for number in target.sample_ids],
             )
             for position, target in enumerate(chunk):
                 if wanted[position]:
-                    save_picture(target.compose(drawn[position * samples : (position + 1) * samples]), target.path)
+                    save_picture(target.compose(images[position * samples : (position + 1) * samples]), target.path)
                     bar.update(1)
     return missing, len(targets) - missing
 
@@ -154,14 +151,14 @@ def draw_folder(
     settings: Mapping[str, Any],
     prepare: Callable[[], None] = lambda: None,
 ) -> None:
-    """Draws the missing files of a benchmark's folder and prints how many there were.
+    """Loads the model, generates the missing files of a benchmark's folder, and prints their number.
 
     Args:
       options: `out` and the flags of `add_model_flags`.
-      benchmark: its name.
+      benchmark: name of the benchmark.
       targets: all files of the folder.
-      settings: what else the folder follows from, such as its prompts.
-      prepare: writes what is not a picture, once the settings are known to fit.
+      settings: what else the folder depends on, such as its prompts.
+      prepare: writes the other files, after the settings were compared.
 
     Raises:
       ValueError: a prompt is too long, or the folder was begun with other settings.
@@ -180,32 +177,30 @@ def draw_folder(
     written, kept = write_pictures(
         model, targets, size=model.settings.size, batch_size=model.settings.batch_size, label=benchmark
     )
-    print(f"{options.out}: {written} pictures written, {kept} were there")
+    print(f"{options.out}: {written} images written, {kept} were complete")
 
 
 def sample_number(stem: str) -> int:
-    """The number in 0 .. 2**31 - 1 that an image's random keys follow from: of its name alone, whatever else is in the
-    folder.
-    """
+    """The sample id of an image, in 0 .. 2**31 - 1: it depends on the stem alone, not on other files of the folder."""
     return zlib.crc32(stem.encode("utf-8")) >> 1
 
 
 def write_reconstructions(
     model: "Model", images: Sequence[pathlib.Path], out: pathlib.Path, settings: Mapping[str, Any]
 ) -> list[dict[str, str]]:
-    """Writes `out/captions.jsonl` and `out/reconstructions/<stem>.png`; what is there already is kept.
+    """Writes `out/captions.jsonl` and `out/reconstructions/<stem>.png`; existing results are kept.
 
-    The lines are {"image_id": stem, "image": file name, "caption": text}; `captions.jsonl.settings.json` says how
-    they were made. A picture has its caption in its PNG metadata.
+    A line is {"image_id": stem, "image": file name, "caption": text}. `captions.jsonl.settings.json` has the settings.
+    The PNG metadata of an image holds its caption.
 
     Args:
-      model: as of `uae_jax.load`.
+      model: from `uae_jax.load`.
       images: the originals.
-      out: where to write.
-      settings: what they follow from, as of `run_settings.model_settings`.
+      out: folder of the results.
+      settings: of `run_settings.model_settings`.
 
     Returns:
-      One {"image", "error"} for each image that could not be read or drawn.
+      One {"image", "error"} for each image that could not be captioned or reconstructed.
 
     Raises:
       ValueError: two images have one stem, `out` was begun with other settings, or no image could be reconstructed.
@@ -242,17 +237,17 @@ def write_reconstructions(
 
 
 def _draw(model: "Model", captions: Mapping[str, str], folder: pathlib.Path) -> dict[str, str]:
-    """Draws the captions that have no whole picture yet; what is wrong with those that cannot be drawn, by stem."""
+    """Generates the reconstructions that are missing; {stem: error} of captions that cannot be reconstructed."""
     errors: dict[str, str] = {}
     missing = [stem for stem in captions if picture_problem(folder / f"{stem}.png", model.settings.size)]
-    drawn = model.each_drawing(
+    generated = model.each_drawing(
         [captions[stem] for stem in missing],
         sample_ids=[sample_number(stem) for stem in missing],
         failed=lambda index, error: errors.update({missing[index]: str(error)}),
     )
-    for index, picture in tqdm(
-        drawn, desc="draw", total=len(captions), initial=len(captions) - len(missing), disable=None
+    for index, image in tqdm(
+        generated, desc="reconstruct", total=len(captions), initial=len(captions) - len(missing), disable=None
     ):
         stem = missing[index]
-        save_picture(picture, folder / f"{stem}.png", captions[stem])
+        save_picture(image, folder / f"{stem}.png", captions[stem])
     return errors

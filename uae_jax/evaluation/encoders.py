@@ -1,7 +1,7 @@
-"""The benchmarks' encoders: published image processing on the host, features, cosines of image pairs and of captions.
+"""Encoders of the benchmarks: published image processing on the host, features, cosines.
 
-The image processing gives what PIL and torch give. The cosine of an image and its caption is that of CLIPScore
-(arXiv 2104.08718).
+The image processing equals that of PIL and torch. The cosine of an image and its caption is that of CLIPScore (arXiv
+2104.08718).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2C
 from uae_jax.models.encoders.preprocess import Preprocess
 from uae_jax.models.encoders.weights import EncoderFolder, open_encoder
 
-# name of the benchmark's encoder -> kinds of folders that it may be
+# name of the encoder -> kinds of folders that may hold it
 KINDS = {"clip": ("clip",), "longclip": ("longclip", "clip"), "dinov2": ("dinov2",), "dinov3": ("dinov3",)}
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -34,13 +34,13 @@ AnyConfig = CLIPConfig | CLIPVisionConfig | Dinov2Config | Dinov3Config
 
 @dataclasses.dataclass(frozen=True)
 class BenchEncoder:
-    """An image encoder of the benchmark, opened but not read.
+    """An image encoder of the benchmark; its weights are not read yet.
 
     Attributes:
       name: `clip`, `longclip`, `dinov2` or `dinov3`.
       source: the image tower's folder or file.
       preprocess: its published image processing.
-      float_resize: whether images are scaled to [0, 1] before they are resized, and so never rounded (DINOv3).
+      float_resize: scale images to [0, 1] before resizing, so that they are never rounded (DINOv3).
     """
 
     name: str
@@ -49,21 +49,21 @@ class BenchEncoder:
     float_resize: bool
 
     def pixels(self, image: Image.Image) -> np.ndarray:
-        """An RGB image as the model takes it, float32 `[S, S', 3]`; see `host_pixels`."""
+        """Pixels of an RGB image for the model, float32 `[S, S', 3]`; see `host_pixels`."""
         return host_pixels(self.preprocess, image, self.float_resize)
 
 
 def open_bench_encoder(name: str, path: str | pathlib.Path) -> BenchEncoder:
-    """Recognises the folder of an encoder and reads its image processing, not its weights.
+    """Opens the folder of an encoder and reads its image processing, not its weights.
 
     Args:
       name: `clip`, `longclip`, `dinov2` or `dinov3`.
-      path: a folder as on the hub with `preprocessor_config.json`; for `longclip` the file or folder of a state in
-        OpenAI's names. Long-CLIP always has torchvision's processing of its official code.
+      path: a folder as on the hub with `preprocessor_config.json`; for `longclip` a file or folder with OpenAI's
+        parameter names. Long-CLIP always has the torchvision processing of its official code.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: it is another model, or its image processing is not supported.
+      ValueError: the folder holds another model, or its image processing is not supported.
     """
     source = open_encoder(path)
     if source.kind not in KINDS[name]:
@@ -80,11 +80,11 @@ def open_bench_encoder(name: str, path: str | pathlib.Path) -> BenchEncoder:
 def host_pixels(preprocess: Preprocess, image: Image.Image, float_resize: bool = False) -> np.ndarray:
     """Resizes, crops and normalises one image as the published processors do.
 
-    8-bit images are resized by PIL (CLIPImageProcessor, BitImageProcessor, torchvision on PIL images). `float_resize`
-    scales to [0, 1] first: torch's antialiased interpolation is PIL's on float channels.
+    PIL resizes 8-bit images (CLIPImageProcessor, BitImageProcessor, torchvision on PIL images). With `float_resize`,
+    the image is first scaled to [0, 1]: torch's antialiased interpolation equals PIL's on float channels.
 
     Args:
-      preprocess: what to do.
+      preprocess: sizes, filter, mean and standard deviation.
       image: in RGB.
       float_resize: see above.
 
@@ -124,15 +124,15 @@ _compiled_features = jax.jit(_image_features, static_argnums=0)
 
 
 def image_features(encoder: BenchEncoder, params: trees.Tree, pixels: np.ndarray) -> np.ndarray:
-    """Features of length 1: CLIP's projection of the class token, DINO's class token after the last norm.
+    """Normalised features: CLIP's projection of the class token, DINO's class token after the last norm.
 
     Args:
-      encoder: whose features.
-      params: its parameters, as of `encoder.source.load()`.
-      pixels: float32 `[B, S, S', 3]` as of `BenchEncoder.pixels`; compiled once for each B.
+      encoder: the encoder.
+      params: of `encoder.source.load()`.
+      pixels: float32 `[B, S, S', 3]` of `BenchEncoder.pixels`; compiled once for each B.
 
     Returns:
-      float32 `[B, D]`.
+      float32 `[B, D]`, rows of length 1.
     """
     with jax.default_matmul_precision("highest"):
         return np.asarray(_compiled_features(encoder.source.config, params, pixels))
@@ -141,15 +141,15 @@ def image_features(encoder: BenchEncoder, params: trees.Tree, pixels: np.ndarray
 def pair_cosines(
     encoder: BenchEncoder, params: trees.Tree, pairs: Sequence[Pair], batch_size: int
 ) -> Iterator[tuple[Pair, float | str]]:
-    """The cosine of each pair, in order; for a pair that cannot be read, what is wrong with it.
+    """Yields each pair with its cosine, or with an error message if an image cannot be read.
 
-    Images of the next batch are read while the present one is encoded. Every batch has one shape, so that the encoder
-    is compiled once.
+    Images of the next batch are read while the current batch is encoded. All batches have one shape, so the encoder is
+    compiled once.
 
     Args:
-      encoder: opened.
-      params: its parameters.
-      pairs: (picture, reference).
+      encoder: the encoder.
+      params: of `encoder.source.load()`.
+      pairs: (image, reference).
       batch_size: pairs in one compiled call.
     """
 
@@ -183,7 +183,7 @@ def _cosines(
     cosines = iter((features[0::2] * features[1::2]).sum(-1))
     found = [result if isinstance(result, str) else float(next(cosines)) for result in results]
     return [
-        value if isinstance(value, str) or math.isfinite(value) else "the encoder's features are not finite"
+        value if isinstance(value, str) or math.isfinite(value) else "the encoder's features have a non-finite number"
         for value in found
     ]
 
@@ -193,10 +193,10 @@ class TextScorer:
     """CLIP with both towers and its tokenizer.
 
     Attributes:
-      encoder: its image side.
+      encoder: the image tower with its image processing.
       config: of both towers.
       params: of both towers.
-      tokenizer: of transformers.
+      tokenizer: from transformers.
     """
 
     encoder: BenchEncoder
@@ -206,11 +206,11 @@ class TextScorer:
 
     @property
     def positions(self) -> int:
-        """The longest text in tokens, with start and end."""
+        """The longest text in tokens, start and end included."""
         return self.config.text.max_position_embeddings
 
     def token_ids(self, text: str) -> tuple[np.ndarray, bool]:
-        """Ids `[T]` of a text, cut to the positions (the end token stays), and whether it was cut. Filled up with 0."""
+        """Token ids `[T]` of a text, truncated before the end token or padded with 0, and whether truncated."""
         ids = list(self.tokenizer(text)["input_ids"])
         cut = len(ids) > self.positions
         ids = [*ids[: self.positions - 1], ids[-1]] if cut else ids
@@ -218,20 +218,20 @@ class TextScorer:
 
 
 def open_text_scorer(folder: str | pathlib.Path, longclip: str | pathlib.Path | None = None) -> TextScorer:
-    """Reads CLIP with its tokenizer; or Long-CLIP, which takes 248 tokens instead of 77, with CLIP's tokenizer.
+    """Reads CLIP (77 tokens) with its tokenizer, or Long-CLIP (248 tokens) with CLIP's tokenizer.
 
     Args:
       folder: of a CLIPModel as on the hub, with its tokenizer.
-      longclip: a Long-CLIP file to use instead of the folder's weights.
+      longclip: a Long-CLIP file that replaces the folder's weights.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: it is not a CLIP model with both towers, or a file cannot be read.
+      ValueError: the model is not CLIP with both towers, or a file cannot be read.
     """
     folder = pathlib.Path(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise FileNotFoundError(
-            f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); give the whole folder of CLIP"
+            f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); give the complete folder of CLIP"
         )
     source = open_encoder(longclip or folder)
     if not isinstance(source.config, CLIPConfig):
@@ -239,7 +239,7 @@ def open_text_scorer(folder: str | pathlib.Path, longclip: str | pathlib.Path | 
             f"{source.path} holds no CLIP model with both towers; the text-image score needs one such as "
             "clip-vit-large-patch14"
         )
-    from transformers import AutoTokenizer  # slow import, needed only here
+    from transformers import AutoTokenizer  # a slow import
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -261,12 +261,12 @@ _compiled_text_features = jax.jit(_text_features, static_argnums=0)
 def caption_cosines(
     scorer: TextScorer, files: Sequence[pathlib.Path], captions: Sequence[str], batch_size: int
 ) -> Iterator[tuple[float | str, bool]]:
-    """Of each picture and its caption the cosine, or what is wrong with the picture; and whether the caption was cut.
+    """Yields for each image its cosine with the caption, or an error message, and whether the caption is truncated.
 
     Args:
-      scorer: the model.
-      files: pictures.
-      captions: one each.
+      scorer: CLIP or Long-CLIP.
+      files: of the images.
+      captions: one per image.
       batch_size: pairs in one compiled call.
     """
     for start in range(0, len(files), batch_size):

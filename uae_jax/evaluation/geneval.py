@@ -1,12 +1,12 @@
-"""GenEval: pictures of its prompts in the layout of its evaluator, and what the evaluator found (djghosh13/geneval).
+"""GenEval (djghosh13/geneval): images of its prompts in its evaluator's layout, and the evaluator's scores.
 
     python -m uae_jax.evaluate geneval write --prompts=evaluation_metadata.jsonl --out=OUT --checkpoint=RUN
     python -m uae_jax.evaluate geneval check OUT --prompts=evaluation_metadata.jsonl
     (the official evaluation/evaluate_images.py OUT --outfile results.jsonl, in its own container)
     python -m uae_jax.evaluate geneval summary results.jsonl
 
-`write` goes on where it was interrupted. For the built-in model the prompts are `--prompts=scenes`, and an exact
-checker takes the place of the detector; it writes results of the same form:
+An interrupted `write` continues. For the built-in model the prompts are `--prompts=scenes`, and an exact checker
+replaces the detector; its results have the same form:
 
     python -m uae_jax.evaluate geneval write --prompts=scenes --out=OUT
     python -m uae_jax.evaluate geneval score OUT
@@ -42,37 +42,37 @@ PICTURE = re.compile(r"\d+\.png")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `write`, `check`, `score` and `summary`."""
     actions = parser.add_subparsers()
-    write_flags = actions.add_parser("write", help="draw the prompts")
+    write_flags = actions.add_parser("write", help="generate the images of the prompts")
     write_flags.set_defaults(run=write)
     write_flags.add_argument("--prompts", required=True, help="evaluation_metadata.jsonl of the benchmark, or `scenes`")
-    write_flags.add_argument("--out", type=pathlib.Path, required=True, help="folder of the pictures")
-    write_flags.add_argument("--images_per_prompt", type=int, default=4, help="the benchmark has 4")
-    write_flags.add_argument("--per_tag", type=int, default=16, help="prompts of each tag, for `scenes`")
+    write_flags.add_argument("--out", type=pathlib.Path, required=True, help="folder of the images")
+    write_flags.add_argument("--images_per_prompt", type=int, default=4, help="the benchmark needs 4")
+    write_flags.add_argument("--per_tag", type=int, default=16, help="number of prompts of each tag, for `scenes`")
     add_model_flags(write_flags)
-    check_flags = actions.add_parser("check", help="does the evaluator find everything?")
+    check_flags = actions.add_parser("check", help="check that the evaluator finds every image")
     check_flags.set_defaults(run=check)
     check_flags.add_argument("folder", type=pathlib.Path, help="the --out of `write`")
-    check_flags.add_argument("--prompts", help="compare with this file, or `scenes`")
-    check_flags.add_argument("--images_per_prompt", type=int, help="default: as it was written, else 4")
-    check_flags.add_argument("--per_tag", type=int, help="for `scenes` (default: as it was written)")
-    score_flags = actions.add_parser("score", help="check pictures of the built-in scenes' prompts exactly")
+    check_flags.add_argument("--prompts", help="compare with the prompts of this file, or `scenes`")
+    check_flags.add_argument("--images_per_prompt", type=int, help="default: as written, else 4")
+    check_flags.add_argument("--per_tag", type=int, help="for `scenes` (default: as written)")
+    score_flags = actions.add_parser("score", help="score images of the built-in scenes by the exact checker")
     score_flags.set_defaults(run=score)
     score_flags.add_argument("folder", type=pathlib.Path, help="the --out of `write`")
     score_flags.add_argument("--output", type=pathlib.Path, help="default: FOLDER.results.jsonl beside the folder")
-    add_summary(actions, "scores from the evaluator's results", "results", "results.jsonl", summary)
+    add_summary(actions, "summarise the evaluator's results", "results", "results.jsonl", summary)
 
 
 def read_entries(prompts: str, per_tag: int) -> list[dict[str, Any]]:
-    """The benchmark's prompts, one mapping a folder.
+    """The benchmark's prompts, one mapping per numbered folder.
 
     Raises:
-      FileNotFoundError, ValueError: no such file, or a line of it is not a prompt (named by number).
+      FileNotFoundError, ValueError: no such file, or a line that is not a prompt (named by number).
     """
     return scene_prompts(per_tag) if prompts == SCENES else read_objects(pathlib.Path(prompts), NEEDED)
 
 
 def write(options: argparse.Namespace) -> None:
-    """Writes `<index>/metadata.jsonl` and `<index>/samples/<sample>.png`, numbers of five digits from zero."""
+    """Writes `<index>/metadata.jsonl` and `<index>/samples/<sample>.png`; both numbers have five digits, from 0."""
     if options.images_per_prompt < 1:
         raise ValueError(f"--images_per_prompt is {options.images_per_prompt}; it must be at least 1")
     entries, count = read_entries(options.prompts, options.per_tag), options.images_per_prompt
@@ -94,10 +94,10 @@ def write(options: argparse.Namespace) -> None:
 
 
 def _numbered_folders(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The folders that the evaluator enters: those whose names are digits.
+    """The folders that the evaluator reads: those whose names are digits.
 
     Raises:
-      FileNotFoundError: no such folder, or none in it.
+      FileNotFoundError: no such folder, or no numbered folder in it.
     """
     check_folder(folder, "geneval write")
     found = sorted(
@@ -114,7 +114,7 @@ def _metadata(folder: pathlib.Path) -> dict[str, Any]:
     """The one JSON object of `metadata.jsonl`.
 
     Raises:
-      ValueError: it is missing, or anything else.
+      ValueError: the file is missing or malformed.
     """
     path = folder / "metadata.jsonl"
     try:
@@ -132,7 +132,7 @@ def _metadata(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _taken(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The pictures of a numbered folder by their number."""
+    """The images of a numbered folder, in the order of their numbers."""
     samples = folder / "samples"
     found = (
         [path for path in samples.iterdir() if path.is_file() and PICTURE.fullmatch(path.name)]
@@ -143,26 +143,26 @@ def _taken(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _sample_problems(folder: pathlib.Path, expected: int) -> list[str]:
-    """What is wrong with the names and the number of a numbered folder's samples."""
+    """What is wrong with the names and the number of samples of a numbered folder."""
     samples, problems = folder / "samples", []
     if not samples.is_dir():
         return [f"{samples} is missing"]
     for path in sorted(samples.iterdir()):
         if not PICTURE.match(path.name):
-            problems.append(f"{path} is passed over by the evaluator; samples are PNG files with digits for names")
+            problems.append(f"{path} is ignored by the evaluator; samples are PNG files with digits for names")
         elif not PICTURE.fullmatch(path.name):
-            problems.append(f"{path} is taken for a picture by the evaluator; delete it")
+            problems.append(f"{path} is taken for an image by the evaluator; delete it")
     count = len(_taken(folder))
-    return problems + ([f"{samples} holds {count} pictures instead of {expected}"] if count != expected else [])
+    return problems + ([f"{samples} holds {count} images instead of {expected}"] if count != expected else [])
 
 
 def folder_problems(folder: pathlib.Path, entries: Sequence[dict] | None, images_per_prompt: int) -> list[str]:
-    """What would keep the evaluator from scoring a folder as it was meant, in sentences; [] for a good one.
+    """Sentences on everything that the evaluator would miss or misread in a folder; [] for a good folder.
 
     Args:
-      folder: with one numbered folder a prompt.
-      entries: the prompts that it should hold; None takes those it has, which must be numbered without a gap.
-      images_per_prompt: pictures of each.
+      folder: holds one numbered folder per prompt.
+      entries: the expected prompts; None for those of the folder, which must be numbered without a gap.
+      images_per_prompt: number of images of each prompt.
 
     Raises:
       FileNotFoundError: there is nothing to check.
@@ -171,7 +171,7 @@ def folder_problems(folder: pathlib.Path, entries: Sequence[dict] | None, images
     numbers = [int(path.name) for path in found]
     expected = len(entries) if entries is not None else numbers[-1] + 1
     problems += [f"{folder / f'{number:05d}'} is missing" for number in sorted(set(range(expected)) - set(numbers))]
-    problems += [f"{path} is more than the {expected} prompts" for path in found if int(path.name) >= expected]
+    problems += [f"{path} is beyond the {expected} prompts" for path in found if int(path.name) >= expected]
     problems += [
         f"{path} has the number of another folder"
         for path, before in zip(found[1:], numbers)
@@ -190,7 +190,7 @@ def folder_problems(folder: pathlib.Path, entries: Sequence[dict] | None, images
 
 
 def check(options: argparse.Namespace) -> None:
-    """Reports everything that the evaluator would not find or would misread."""
+    """Reports everything that the evaluator would miss or misread."""
     settings = run_settings.read(options.folder)
     per_tag = options.per_tag or settings.get("per_tag", 16)
     entries = read_entries(options.prompts, per_tag) if options.prompts else None
@@ -202,13 +202,11 @@ def check(options: argparse.Namespace) -> None:
         )
     refuse(problems, str(options.folder))
     found = _numbered_folders(options.folder)
-    print(f"{options.folder}: {len(found)} prompts with {count} pictures each, as the evaluator reads them")
+    print(f"{options.folder}: {len(found)} prompts with {count} images each, as the evaluator reads them")
 
 
 def _boxes(scene: Scene, side: int) -> dict[str, list[list[float]]]:
-    """The objects seen, as the evaluator lists them: class -> [x0, y0, x1, y1, confidence], a box being the object's
-    cell.
-    """
+    """The objects in the evaluator's form: {class: [[x0, y0, x1, y1, confidence], ...]}; a box is the object's cell."""
     half, found = side / 2, dict[str, list[list[float]]]()
     for item in scene.objects:
         x, y = item.column * half, item.row * half
@@ -222,7 +220,7 @@ def _words(scene: Scene) -> str:
 
 
 def _seen(file: pathlib.Path) -> tuple[np.ndarray, Scene]:
-    """A picture, uint8 [S, S, 3], and the scene that it shows."""
+    """An image, uint8 `[S, S, 3]`, and the scene that the checker reads in it."""
     problem = picture_problem(file)
     if problem:
         raise ValueError(f"{file} {problem}; run `geneval write` again")
@@ -235,11 +233,11 @@ def _seen(file: pathlib.Path) -> tuple[np.ndarray, Scene]:
 
 
 def score_scenes(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """One record a picture, of the form of the evaluator's results, from the exact checker of the built-in scenes.
+    """One record per image from the exact checker of the built-in scenes, in the form of the evaluator's results.
 
     Raises:
       FileNotFoundError: there is nothing to score.
-      ValueError: the prompts are not of the built-in scenes, or a picture cannot be read.
+      ValueError: a prompt is not of the built-in scenes, or an image cannot be read.
     """
     records = []
     for path in _numbered_folders(folder):
@@ -264,12 +262,12 @@ def score_scenes(folder: pathlib.Path) -> list[dict[str, Any]]:
                 }
             )
     if not records:
-        raise ValueError(f"{folder} holds no pictures; run `geneval write` first")
+        raise ValueError(f"{folder} holds no images; run `geneval write` first")
     return records
 
 
 def score(options: argparse.Namespace) -> None:
-    """Writes the checker's results beside the folder and prints their summary."""
+    """Writes the checker's results beside the folder and prints a summary."""
     folder = options.folder.resolve()
     output = options.output or folder.with_name(f"{folder.name}.results.jsonl")
     records = score_scenes(options.folder)
@@ -280,11 +278,11 @@ def score(options: argparse.Namespace) -> None:
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Scores of the tags and their mean, as summary_scores.py of the benchmark computes them, with intervals.
+    """Scores of the tags and their mean, as the benchmark's summary_scores.py computes them, with intervals.
 
     Returns:
-      "overall" and "tags" as of `grouped_scores`; "correct_prompts", the share of prompts with at least one right
-      picture; "warnings" in sentences.
+      "overall" and "tags" of `grouped_scores`; "correct_prompts", the share of prompts with at least one correct image;
+      "warnings", sentences.
     """
     prompts = [
         record["metadata"] if isinstance(record["metadata"], str) else json.dumps(record["metadata"])
@@ -305,10 +303,10 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _report(scores: dict[str, Any]) -> str:
     tags = table({"overall": scores["overall"], "groups": scores["tags"]}, "overall (mean of tags)")
-    return f"{tags}\nprompts with a right picture: {100 * scores['correct_prompts']:.2f} %"
+    return f"{tags}\nprompts with a correct image: {100 * scores['correct_prompts']:.2f} %"
 
 
 def summary(options: argparse.Namespace) -> None:
-    """Prints the scores of a results file, and writes them as JSON."""
+    """Prints the scores of a results file and writes them as JSON."""
     scores = summarise(read_objects(options.results, RESULT))
     tell(_report(scores), scores["warnings"], scores, options.output)

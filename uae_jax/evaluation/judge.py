@@ -1,13 +1,13 @@
-"""Unified-Bench, protocol 2: captions of two models for the same images, compared by a language model.
+"""Unified-Bench, protocol 2: a language model compares the captions of two models for the same images.
 
     export OPENAI_API_KEY=...
     python -m uae_jax.evaluate judge --captions_a=uae.jsonl --captions_b=other.jsonl --images=originals \\
         --endpoint=https://api.openai.com/v1 --model=gpt-4o --answers=answers.jsonl --output=judged.json
 
 Caption files have lines {"image_id": ..., "caption": ...}. Each pair of captions is judged twice, once in each order,
-and a win must hold in both. Answers are appended to --answers as they come: the same command continues a run that was
-cut off, and asks again what was not answered well. Without --endpoint the file is read as saved answers. --questions
-writes the questions for another tool, whose answers, as lines {"image_id", "order", "answer"}, are then saved answers.
+and a win must hold in both. Every answer is appended to --answers at once. The same command continues an interrupted
+run and asks again where an answer is missing or malformed. Without --endpoint, --answers holds saved answers, lines
+{"image_id", "order", "answer"}. --questions writes the questions for another tool.
 """
 
 import argparse
@@ -24,18 +24,18 @@ from tqdm import tqdm
 
 from uae_jax.files.json_files import read_records, write_json, write_json_lines
 
-FIRST_REFUSALS = 5  # questions refused before any is answered: then it is not the questions
+FIRST_REFUSALS = 5  # refusals before any answer, after which the run ends: the endpoint refuses every question
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.add_argument(
-        "--captions_a", required=True, metavar="FILE", help="captions of the model whose wins are counted"
+        "--captions_a", required=True, metavar="FILE", help="captions of model a, whose wins are counted"
     )
-    parser.add_argument("--captions_b", required=True, metavar="FILE", help="captions of the model it is compared with")
-    parser.add_argument("--names", metavar="A,B", help="names of the two models (default: names of the files)")
+    parser.add_argument("--captions_b", required=True, metavar="FILE", help="captions of model b")
+    parser.add_argument("--names", metavar="A,B", help="names of the models (default: names of the files)")
     parser.add_argument(
-        "--images", metavar="DIR", help="show the judge the images; without it, it sees the captions alone"
+        "--images", metavar="DIR", help="folder of the images shown to the judge (default: captions alone)"
     )
     parser.add_argument(
         "--image_side",
@@ -48,47 +48,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--criteria",
         type=pathlib.Path,
         metavar="FILE",
-        help="JSON of the question and its criteria (default: the package's)",
+        help="JSON with the question and its criteria (default: the package's)",
     )
     parser.add_argument(
         "--endpoint",
         metavar="URL",
         help="OpenAI-compatible, such as https://api.openai.com/v1 or http://localhost:8000/v1",
     )
-    parser.add_argument("--model", metavar="NAME", help="the judge's name at the endpoint")
+    parser.add_argument("--model", metavar="NAME", help="name of the judge at the endpoint")
     parser.add_argument(
         "--api_key_env",
         default="OPENAI_API_KEY",
         metavar="NAME",
-        help="environment variable of the key",
+        help="environment variable with the API key",
     )
     parser.add_argument(
         "--request_fields",
         default='{"temperature": 0}',
         metavar="JSON",
-        help="more fields of each request",
+        help="further fields of each request",
     )
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one attempt")
-    parser.add_argument("--retries", type=int, default=5, metavar="N", help="after time-outs, status 429 and 5xx")
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="time-out of one attempt")
+    parser.add_argument(
+        "--retries", type=int, default=5, metavar="N", help="retries after time-outs, status 429 and 5xx"
+    )
     parser.add_argument(
         "--backoff",
         type=float,
         default=1.0,
         metavar="SECONDS",
-        help="before the first retry, doubled each time",
+        help="wait before the first retry, doubled each time",
     )
     parser.add_argument(
         "--malformed_retries",
         type=int,
         default=1,
         metavar="N",
-        help="times a malformed answer is asked again",
+        help="how often a question with a malformed answer is asked again",
     )
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="questions asked at a time")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the questions")
-    parser.add_argument(
-        "--answers", type=pathlib.Path, metavar="FILE", help="JSON lines that answers are appended to, or read from"
-    )
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="parallel requests")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the order of questions")
+    parser.add_argument("--answers", type=pathlib.Path, metavar="FILE", help="JSON lines of answers, appended or read")
     parser.add_argument(
         "--questions", type=pathlib.Path, metavar="FILE", help="write the questions as JSON lines and stop"
     )
@@ -97,13 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Asks what is not answered yet, and reports.
+    """Asks the questions without a valid answer, and writes the result.
 
     Raises:
-      ValueError: flags, captions or criteria that cannot be; or, after the result was written, pairs without a
-        judgement.
+      ValueError: bad flags, captions or criteria; or, after the result is written, pairs without a judgement.
       FileNotFoundError: a file is missing.
-      OSError: the endpoint cannot be used; answers so far are kept, and counted in the result.
+      OSError: the endpoint cannot be used; earlier answers are kept and counted in the result.
     """
     from uae_jax.evaluation.judging import Criteria, make_questions
     from uae_jax.evaluation.pairs import image_files, read_captions
@@ -163,7 +162,7 @@ def _write_questions(path: pathlib.Path, questions: Sequence, side: int) -> None
 
 
 def _answer(options: argparse.Namespace, keys: Sequence[str], questions: Sequence) -> None:
-    """Asks the questions that have no valid answer yet, several at a time; every answer is written when it comes."""
+    """Asks the questions without a valid answer in parallel; every answer is written at once."""
     from uae_jax.evaluation.judging import ChatEndpoint
     from uae_jax.evaluation.records import RecordLog
 
@@ -196,7 +195,7 @@ def _answer(options: argparse.Namespace, keys: Sequence[str], questions: Sequenc
 
 
 class _Asker:
-    """Asks questions in threads, and writes what comes back; `trouble` is why the endpoint cannot be used, if so."""
+    """Asks questions from threads and writes the answers; `trouble` is the error of an unusable endpoint, or None."""
 
     def __init__(self, options: argparse.Namespace, keys: Sequence[str], endpoint: Any, log: Any):
         self.options, self.keys, self.endpoint, self.log = options, keys, endpoint, log
@@ -205,7 +204,7 @@ class _Asker:
         self.trouble: Exception | None = None
 
     def ask(self, question: Any) -> None:
-        """Writes the first well-formed answer, or the last malformed one, or why the question was refused."""
+        """Writes the first well-formed answer, or the last malformed answer, or the reason of a refusal."""
         from uae_jax.evaluation.judging import EndpointError, QuestionRefused, parse_verdict
 
         if self.endpoint.stop.is_set():
@@ -226,9 +225,9 @@ class _Asker:
             record["error"] = str(error)
         except EndpointError as error:
             self._stop(error)
-            if "answer" not in record:  # otherwise it was malformed, and then the endpoint went down
+            if "answer" not in record:  # else an earlier attempt gave a malformed answer
                 return
-        except ValueError as error:  # the image
+        except ValueError as error:  # an unreadable image
             record["error"] = str(error)
         self._write(record)
         if self.refused >= FIRST_REFUSALS and not self.answered:
@@ -239,7 +238,7 @@ class _Asker:
             )
 
     def _stop(self, error: Exception) -> None:
-        """No further attempt is made; of several errors the first one is told."""
+        """Ends all further attempts; keeps the first error."""
         with self.lock:
             self.trouble = self.trouble or error
         self.endpoint.stop.set()
@@ -272,12 +271,11 @@ def _fields(text: str) -> dict[str, Any]:
 def _verdicts(
     options: argparse.Namespace, keys: Sequence[str], questions: Sequence
 ) -> tuple[dict[str, dict[str, dict[str, str]]], Counter]:
-    """Image to order to verdict of the last valid answers, and how many questions are valid, malformed, refused,
-    missing.
+    """{image: {order: verdict}} of the last valid answers, and the counts of valid, malformed, refused and missing.
 
     Raises:
-      FileNotFoundError: saved answers that do not exist.
-      ValueError: a record without image and order, or an answer of another judge or to other captions or criteria.
+      FileNotFoundError: the saved answers do not exist.
+      ValueError: an answer to an unknown question, of another judge, or to other captions or criteria.
     """
     from uae_jax.evaluation.judging import parse_verdict
 
@@ -312,7 +310,7 @@ def _verdicts(
 def _result(
     options: argparse.Namespace, keys: Sequence[str], questions: Sequence, single: Sequence[str]
 ) -> dict[str, Any]:
-    """The result as it is now, written to --output."""
+    """The result of the answers so far, written to --output."""
     from uae_jax.evaluation.judging import tally
 
     verdicts, counts = _verdicts(options, keys, questions)

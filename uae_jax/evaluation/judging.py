@@ -1,4 +1,4 @@
-"""Questions to a judge of captions, the endpoint that answers them, what the answers say, and who won."""
+"""The judge of captions: its questions, its endpoint, its verdicts, and their tally."""
 
 import base64
 import dataclasses
@@ -18,7 +18,7 @@ from PIL import Image
 from uae_jax.evaluation.pairs import read_rgb
 from uae_jax.training.summary import interval
 
-ORDERS = ("ab", "ba")  # which model's caption is A, and which is B
+ORDERS = ("ab", "ba")  # the models whose captions are A and B
 OVERALL = "overall"
 OUTCOMES = ("win", "tie", "loss")  # of model a
 TRANSIENT = (408, 409, 425, 429)  # and 5xx
@@ -28,7 +28,7 @@ LONGEST_WAIT = 60.0  # seconds between two attempts
 
 @dataclasses.dataclass(frozen=True)
 class Criteria:
-    """What a judge is asked, from a JSON file: see `judge_criteria.json`."""
+    """The question to a judge and its criteria, from a JSON file such as `judge_criteria.json`."""
 
     instruction: str
     with_image: str
@@ -37,11 +37,11 @@ class Criteria:
 
     @classmethod
     def from_file(cls, path: pathlib.Path | None = None) -> "Criteria":
-        """The criteria of a file; of the package when it is None.
+        """Reads the criteria of a file; None for those of the package.
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: it is not JSON, or a field is missing.
+          ValueError: the file is not JSON, or lacks a field.
         """
         path = path or pathlib.Path(__file__).with_name("judge_criteria.json")
         if not path.is_file():
@@ -62,11 +62,11 @@ class Criteria:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """What an answer has to decide."""
+        """The keys of an answer: every criterion, and `overall`."""
         return (*(name for name, _ in self.criteria), OVERALL)
 
     def text(self, caption_a: str, caption_b: str, has_image: bool) -> str:
-        """The question; captions are put in last, so that braces in them mean nothing."""
+        """The question in words; braces inside of captions stay as they are."""
         listed = "\n".join(f"- {name}: {question}" for name, question in self.criteria)
         keys = ", ".join(f'"{key}"' for key in self.keys)
         parts = {
@@ -83,7 +83,7 @@ class Criteria:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question: an image, an order of the captions, the text, and the picture to attach."""
+    """One question: the image, the order of its captions, the text, and the image file to attach."""
 
     image_id: str
     order: str
@@ -92,11 +92,11 @@ class Question:
 
     @property
     def fingerprint(self) -> str:
-        """Tells answers to other captions or criteria apart."""
+        """Sixteen hexadecimal digits of the text: they differ for other captions or criteria."""
         return hashlib.sha256(f"{self.text}\0{self.image is not None}".encode()).hexdigest()[:16]
 
     def messages(self, side: int) -> list[dict[str, Any]]:
-        """Chat messages; the picture is attached with its longest side at most `side` pixels."""
+        """Chat messages; the longest side of the attached image is at most `side` pixels."""
         if self.image is None:
             return [{"role": "user", "content": self.text}]
         image, data = read_rgb(self.image), io.BytesIO()
@@ -118,12 +118,12 @@ def make_questions(
     files: Mapping[str, pathlib.Path],
     seed: int,
 ) -> list[Question]:
-    """Two questions for each image that both models captioned, one in each order, all of them shuffled.
+    """Two questions for each image that both models captioned, one in each order, shuffled.
 
     Args:
-      criteria: what is asked.
-      captions_a, captions_b: image to caption.
-      files: image to file; empty to show none.
+      criteria: the question and its criteria.
+      captions_a, captions_b: {image: caption}.
+      files: {image: file}; empty to show no images.
       seed: of the shuffling.
     """
     questions = []
@@ -138,25 +138,25 @@ def make_questions(
 
 
 class EndpointError(ConnectionError):
-    """The endpoint cannot be used: it is down, busy for too long, or does not accept the key, model or address."""
+    """The endpoint is down, busy for too long, or refuses the key, model or address."""
 
 
 class QuestionRefused(ValueError):
-    """The endpoint does not take this one question; others may pass."""
+    """The endpoint refuses this one question; others may pass."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatEndpoint:
-    """Where to ask, and how patiently.
+    """An OpenAI-compatible chat endpoint with time-outs and retries.
 
     Attributes:
       url: such as `https://api.openai.com/v1`, or the whole address ending with `/chat/completions`.
       model: its name there.
-      key: sent as bearer token; empty for none.
-      timeout: seconds without a byte of the answer before an attempt is given up.
-      retries: further attempts after a time-out, a lost connection, status 429 or 5xx.
-      backoff: seconds before the first further attempt, doubled each time; a `Retry-After` header wins.
-      fields: more fields of the request, such as {"temperature": 0}; those that are None are left out.
+      key: bearer token; empty for none.
+      timeout: seconds without a byte of the answer after which an attempt ends.
+      retries: attempts after the first, for a time-out, a lost connection, status 429 or 5xx.
+      backoff: seconds before the first retry, doubled each time; a `Retry-After` header takes precedence.
+      fields: further fields of the request, such as {"temperature": 0}; None leaves a field out.
       stop: when set, waiting ends and no further attempt is made.
     """
 
@@ -170,10 +170,10 @@ class ChatEndpoint:
     stop: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def ask(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of the first choice; "" where the answer has no text.
+        """The text of the first choice; "" if the choice has no text.
 
         Raises:
-          EndpointError: no answer after all attempts, or a status that no further attempt would change.
+          EndpointError: no answer after all attempts, or a status that a retry would not change.
           QuestionRefused: status 400, 413 or 422.
         """
         trouble = "it was stopped"
@@ -230,7 +230,7 @@ class ChatEndpoint:
 
 
 def _content(response: requests.Response) -> str | None:
-    """The text of the first choice; None when the body is something else."""
+    """The text of the first choice; None if the body is no chat completion."""
     try:
         return str(response.json()["choices"][0]["message"].get("content") or "")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
@@ -257,9 +257,9 @@ def _reason(error: requests.RequestException) -> str:
 
 
 def parse_verdict(keys: Sequence[str], answer: str) -> dict[str, str] | None:
-    """What an answer decides: {criterion: "A", "B" or "tie"} for all keys, or None if it is malformed.
+    """Reads an answer: {key: "A", "B" or "tie"} for all keys, or None for a malformed answer.
 
-    The JSON object may stand in a code block or between sentences.
+    The JSON object may be in a code block or between sentences.
     """
     for start in (match.start() for match in re.finditer(r"\{", answer)):
         try:
@@ -273,7 +273,7 @@ def parse_verdict(keys: Sequence[str], answer: str) -> dict[str, str] | None:
 
 
 def _points(verdict: Mapping[str, str], key: str, order: str) -> int:
-    """1 where model a won, -1 where model b did, 0 for a tie."""
+    """1 for a win of model a, -1 for a win of model b, 0 for a tie."""
     if verdict[key] == "tie":
         return 0
     return 1 if (verdict[key] == "A") == (order == "ab") else -1
@@ -282,16 +282,15 @@ def _points(verdict: Mapping[str, str], key: str, order: str) -> int:
 def tally(keys: Sequence[str], verdicts: Mapping[str, Mapping[str, Mapping[str, str]]]) -> dict[str, Any]:
     """Win, tie and loss of model a against model b.
 
-    A win is one that holds in both orders; a judge that changes its mind with the order counts as a tie (as in
-    MT-Bench, arXiv 2306.05685, section 3.4).
+    A win must hold in both orders; two answers that disagree count as a tie (MT-Bench, arXiv 2306.05685, section 3.4).
 
     Args:
       keys: of the answers.
-      verdicts: image to order to `parse_verdict`; only images with both orders count.
+      verdicts: {image: {order: verdict of `parse_verdict`}}; only images with both orders count.
 
     Returns:
-      {key: {"win", "tie", "loss", "win_rate" (ties are half): value, n, low, high; "consistency": share of images whose
-      two answers agree, "first_rate": share of decided answers for the caption shown first}}, {} without images.
+      {key: {"win", "tie", "loss", "win_rate" (a tie counts half): {value, n, low, high}; "consistency": share of images
+      whose two answers agree; "first_rate": share of decided answers for the caption shown first}}; {} without images.
     """
     whole = {name: answers for name, answers in verdicts.items() if set(answers) == set(ORDERS)}
     if not whole:

@@ -1,13 +1,17 @@
-"""MMT-Bench: a model's answers in the tables that VLMEvalKit and the EvalAI server read, and what they score.
+"""MMT-Bench: a model's answers in the tables of VLMEvalKit and of the EvalAI server, and their accuracy.
 
     python -m uae_jax.evaluate mmt answer --data=MMT-Bench_VAL.tsv --out=OUT --name=uae --checkpoint=RUN
     python -m uae_jax.evaluate mmt check OUT/uae_MMT-Bench_VAL.tsv --data=MMT-Bench_VAL.tsv
     python -m uae_jax.evaluate mmt summary OUT/uae_MMT-Bench_VAL.tsv
 
-`answer` writes `<name>_<data>.tsv` and `.xlsx`, the columns of the benchmark without its images and with `prediction`;
-it goes on where it was interrupted. For the ALL split, whose answers are not public, it also writes the file to submit,
-`<name>_<data>_exact_matching_submission.tsv`. The files of several images an item (`_MI`) work as well.
-`summary` scores by exact matching, and also reads VLMEvalKit's own `*_result.xlsx` with what its judge decided.
+`answer` writes `<name>_<data>.tsv` and `.xlsx`: the benchmark's columns without images, and `prediction`. Answers are
+greedy unless --temperature is given. An interrupted `answer` continues. Answers of the ALL split are not public, so
+`answer` also writes the file to submit, `<name>_<data>_exact_matching_submission.tsv`. Files with several images per
+item (`_MI`) work too. `summary` scores by exact matching, or reads the verdicts in VLMEvalKit's `*_result.xlsx`.
+
+The rules of exact matching are those of VLMEvalKit without a judge (open-compass/VLMEvalKit,
+vlmeval/utils/matching_util.py, `can_infer`). The averages are those of vlmeval/dataset/utils/multiple_choice.py,
+`report_acc_MMT`.
 """
 
 import argparse
@@ -34,13 +38,13 @@ from uae_jax.model_flags import add_model_flags, load_model
 if TYPE_CHECKING:
     from uae_jax.stages.inference import Inference, Row
 
-REFERENCE = 64  # a shorter value of `image` is the index of the row that has the image
+REFERENCE = 64  # characters; a value of `image` that is not longer is the index of the row with the image
 NEEDED = ("index", "question", "A")
 UNDECIDED = "Z"  # counts as wrong
 _REFUSAL = "Cannot determine the answer"
 _PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-_LAST_WORDS = 4  # a letter counts when it first stands among so many last words
-# no word boundary after the letter, as in the original: "the answer is a ..." is read as A
+_LAST_WORDS = 4  # a letter counts if its first place is among so many last words
+# without a word boundary after the letter, as in the original: "the answer is a ..." reads as A
 _STATED = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
 
 
@@ -53,24 +57,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=pathlib.Path, required=True, help="MMT-Bench_VAL.tsv, or another TSV of this form"
     )
     answer_flags.add_argument("--out", type=pathlib.Path, required=True, help="folder of the tables")
-    answer_flags.add_argument("--name", default="uae_jax", help="of the model, the first part of the file names")
+    answer_flags.add_argument("--name", default="uae_jax", help="name of the model, the first part of the file names")
     answer_flags.add_argument(
-        "--image_root", type=pathlib.Path, help="where relative image_path values start (default: beside --data)"
+        "--image_root", type=pathlib.Path, help="base folder of relative image_path values (default: beside --data)"
     )
     add_model_flags(answer_flags)
-    check_flags = actions.add_parser("check", help="is every item answered?")
+    check_flags = actions.add_parser("check", help="check that every item is answered")
     check_flags.set_defaults(run=check)
     check_flags.add_argument("table", type=pathlib.Path, help="a .tsv or .xlsx of `answer`")
     check_flags.add_argument("--data", type=pathlib.Path, required=True, help="the benchmark's TSV")
-    add_summary(actions, "accuracy", "table", "a table of `answer`, or VLMEvalKit's *_result.xlsx or .tsv", summary)
+    add_summary(
+        actions, "print the accuracy", "table", "a table of `answer`, or VLMEvalKit's *_result.xlsx or .tsv", summary
+    )
 
 
 def read_items(path: pathlib.Path) -> list[Line]:
-    """The items without their images, in the order of the file; items whose image is missing are none, as in
-    VLMEvalKit.
+    """The items in the order of the file, without images; items without an image are skipped, as in VLMEvalKit.
 
     Raises:
-      FileNotFoundError, ValueError: the table cannot be read, lacks a column, or has an index twice.
+      FileNotFoundError, ValueError: the table cannot be read, lacks a column, or repeats an index.
     """
     found: dict[str, Line] = {}
     for row in read_tsv(path):
@@ -89,22 +94,22 @@ def read_items(path: pathlib.Path) -> list[Line]:
 
 
 def options_of(row: Mapping[str, str]) -> dict[str, str]:
-    """{letter: text} of a row's options; columns that pandas would read as missing are none."""
+    """{letter: text} of a row's options, without values that pandas reads as missing."""
     return {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter, "") not in MISSING}
 
 
 def chosen_letter(answer: str, options: Mapping[str, str]) -> str | None:
     """The option that a free answer names.
 
-    In this order: exactly one option letter as a word, near the end; "the answer is" and a letter; exactly one option
-    whose text the answer holds, unless the answer is more than twice as long as all options.
+    The rules in their order: exactly one option letter as a word, near the end; "the answer is" and a letter; the text
+    of exactly one option, unless the answer is more than twice as long as all options.
 
     Args:
-      answer: what the model wrote.
+      answer: text of the model.
       options: {letter: text}.
 
     Returns:
-      A letter of `options`, "Z" for an answer that declines, None where nothing is named.
+      A letter of `options`, "Z" for an answer that declines, None for an answer that names no option.
     """
     if _REFUSAL in answer:
         return UNDECIDED
@@ -125,7 +130,7 @@ def chosen_letter(answer: str, options: Mapping[str, str]) -> str | None:
 
 
 def question_text(row: Mapping[str, str]) -> str:
-    """The benchmark's prompt: hint, question, options and the request to choose."""
+    """The benchmark's prompt: hint, question, options and instruction."""
     hint = f"Hint: {row['hint']}\n" if row.get("hint", "") not in MISSING else ""
     options = options_of(row)
     choices = "".join(f"{letter}. {text}\n" for letter, text in options.items())
@@ -134,7 +139,7 @@ def question_text(row: Mapping[str, str]) -> str:
 
 
 def _listed(value: str) -> list[str]:
-    """A field that may be a list written as text."""
+    """The parts of a field that may hold a list written as text."""
     return [str(part) for part in ast.literal_eval(value)] if value.startswith("[") and value.endswith("]") else [value]
 
 
@@ -160,10 +165,10 @@ def _opened(name: str, roots: Sequence[pathlib.Path]) -> Image.Image:
 def item_images(
     path: pathlib.Path, wanted: set[str], image_root: pathlib.Path | None
 ) -> Iterator[tuple[str, Callable[[], list[Image.Image]]]]:
-    """(index, a function that decodes its images) of the wanted items; the file is read as they are asked for.
+    """Yields (index, function that decodes the images) of the wanted items while the file is read.
 
-    Images are base64 text in `image`, one or a list; short values name the row that has the image. Without this column
-    they are files named in `image_path`.
+    `image` holds base64 text, or a list of it; a short value is the index of the row with the image. Without the column
+    `image`, the column `image_path` names the files.
     """
     roots = [pathlib.Path(), path.parent, path.parent / "images" / path.stem] if image_root is None else [image_root]
     pointers = {
@@ -190,16 +195,16 @@ def item_images(
 def write_answers(
     engine: "Inference", items: Sequence[Line], log: RecordLog, path: pathlib.Path, image_root: pathlib.Path | None
 ) -> dict[str, str]:
-    """Answers what the log lacks, a batch at a time, and returns {index: error} of items that could not be.
+    """Answers the items that the log lacks, batch by batch; returns {index: error} of items that cannot be answered.
 
     Args:
-      engine: the model.
+      engine: of the model.
       items: of `read_items`.
-      log: {"index", "prediction"} a line.
+      log: lines {"index", "prediction"}.
       path: the benchmark's TSV.
       image_root: see `item_images`.
     """
-    from uae_jax.stages.inference import Row  # seconds of imports, which the other actions do not need
+    from uae_jax.stages.inference import Row  # an import of seconds, which only `answer` needs
 
     numbers = {row["index"]: number for number, row in enumerate(items)}
     missing, errors = set(numbers) - {record["index"] for record in log.records}, {}
@@ -224,7 +229,7 @@ def _is_integer(text: str) -> bool:
 
 
 def _submission(rows: Sequence[Line]) -> list[Line]:
-    """The table that EvalAI takes: names in lower case, the chosen option in `opt`, why in `log`, by index."""
+    """EvalAI's table, sorted by index: names in lower case, the chosen option in `opt`, the reason in `log`."""
     found = []
     for row in sorted(rows, key=lambda row: (int(row["index"]) if _is_integer(row["index"]) else 0, row["index"])):
         letter = chosen_letter(row["prediction"], options_of(row))
@@ -234,9 +239,7 @@ def _submission(rows: Sequence[Line]) -> list[Line]:
 
 
 def answer(options: argparse.Namespace) -> None:
-    """Answers all items and writes the tables. Items whose images cannot be read are left empty and reported at the
-    end.
-    """
+    """Answers all items and writes the tables; items with unreadable images stay empty and are reported at the end."""
     items = read_items(options.data)
     stem = options.out / f"{options.name}_{options.data.stem}"
     answers = stem.with_name(f"{stem.name}.answers.jsonl")
@@ -267,7 +270,7 @@ def answer(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Reports items without an answer, and items that the benchmark has not."""
+    """Reports missing items, and items that are not in the benchmark."""
     rows = read_table(options.table)
     absent = [name for name in ("index", "prediction") if name not in rows[0]]
     if absent:
@@ -278,11 +281,11 @@ def check(options: argparse.Namespace) -> None:
     items = {row["index"]: row for row in read_items(options.data)}
     problems = [f"item {index} is missing" for index in items if index not in said]
     problems += [f"item {index} is not in {options.data}" for index in said if index not in items]
-    problems += [f"{len(rows) - len(said)} items stand twice"] if len(rows) != len(said) else []
+    problems += [f"{len(rows) - len(said)} items occur twice"] if len(rows) != len(said) else []
     changed = [
         row["index"] for row in rows if row["index"] in items and row.get("question") != items[row["index"]]["question"]
     ]
-    problems += [f"item {index} has another question than {options.data}" for index in changed]
+    problems += [f"item {index} has a question that differs from {options.data}" for index in changed]
     refuse(problems, str(options.table))
     print(f"{options.table}: {len(rows)} items, all answered")
     empty = sum(not text.strip() for text in said.values())
@@ -291,21 +294,20 @@ def check(options: argparse.Namespace) -> None:
 
 
 def hits(rows: Sequence[Mapping[str, str]]) -> list[float]:
-    """1 for every row that was answered rightly, else 0: the evaluator's own `hit` where there is one.
+    """1 for every correct row, else 0; the column `hit` of an evaluator takes precedence.
 
     Args:
       rows: with `hit`, or with `prediction`, `answer` and the options.
 
     Raises:
-      ValueError: they have neither.
+      ValueError: a column is missing.
     """
     if "hit" in rows[0]:
         return [float(row["hit"] or 0) for row in rows]
     absent = [name for name in ("prediction", "answer") if name not in rows[0]]
     if absent:
         raise ValueError(
-            f"the table has no column {' and no column '.join(absent)}; answers of the ALL split are kept by EvalAI "
-            "alone"
+            f"the table has no column {' and no column '.join(absent)}; only EvalAI has the answers of the ALL split"
         )
     return [float(chosen_letter(row["prediction"], options_of(row)) == row["answer"].strip()) for row in rows]
 
@@ -315,7 +317,7 @@ def scores(rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
 
     Returns:
       "overall": over items; "mean_of_meta_tasks"; "meta_tasks": {l2-category: mean over its subtasks}; "subtasks":
-      {category: over its items}; "undecided": how many predictions name no option (no `hit` column only).
+      {category: over its items}; "undecided": number of predictions without an option (only without `hit`).
     """
     right, numbers = hits(rows), [str(number) for number in range(len(rows))]
     found: dict[str, Any] = {"overall": grouped_scores(zip(["all"] * len(rows), numbers, right))["overall"]}
@@ -337,7 +339,7 @@ def scores(rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
 
 
 def summary(options: argparse.Namespace) -> None:
-    """Prints the accuracy, and writes it as JSON."""
+    """Prints the accuracy and writes it as JSON."""
     found = scores(read_table(options.table))
     overall = found["overall"]
     lines = [

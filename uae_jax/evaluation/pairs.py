@@ -1,4 +1,4 @@
-"""Which picture belongs to which reference, by the rules of Unified-Bench's official `image_similarity.py`."""
+"""Images of a folder, their references by the rules of Unified-Bench's `image_similarity.py`, and their captions."""
 
 import dataclasses
 import pathlib
@@ -15,12 +15,12 @@ Pair = tuple[pathlib.Path, pathlib.Path]  # image, its reference
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Pictures and their references.
+    """Images and their references.
 
     Attributes:
-      found: (picture, its reference), one for each picture that has one.
-      unmatched: pictures without a reference, then references without a picture.
-      warnings: what a reader of the scores should know, in sentences.
+      found: (image, reference) of each image that has a reference.
+      unmatched: images without a reference, then references without an image.
+      warnings: sentences for the reader of the scores.
     """
 
     found: tuple[tuple[pathlib.Path, pathlib.Path], ...]
@@ -29,10 +29,10 @@ class Pairs:
 
 
 def find_images(folder: str | pathlib.Path) -> list[pathlib.Path]:
-    """All images in a folder and its subfolders, in the order of their paths.
+    """All images of a folder and its subfolders, sorted by path.
 
     Raises:
-      FileNotFoundError: no such folder, or no image in it.
+      FileNotFoundError: no such folder, or no images.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -44,55 +44,54 @@ def find_images(folder: str | pathlib.Path) -> list[pathlib.Path]:
 
 
 def unread_images(folder: str | pathlib.Path) -> list[pathlib.Path]:
-    """Images that the benchmark passes over because of their extension, such as `.tif` and `.gif`."""
+    """Images that the benchmark ignores because of their extension, such as `.tif` and `.gif`."""
     others = set(Image.registered_extensions()) - set(SUFFIXES) - {".pdf", ".mpg", ".mpeg"}
     return sorted(path for path in pathlib.Path(folder).rglob("*") if path.suffix.lower() in others and path.is_file())
 
 
-def match_images(pictures: Sequence[pathlib.Path], references: Sequence[pathlib.Path]) -> Pairs:
-    """Finds each picture's reference: the same file name, else the same stem or the stem after `recon_`, the first by
-    path.
+def match_images(images: Sequence[pathlib.Path], references: Sequence[pathlib.Path]) -> Pairs:
+    """Finds each image's reference: the same file name, else the first with its stem or its stem after `recon_`.
 
-    The official script keeps scores by file name; of two pictures of one name it would lose one. Here the later ones
-    are unmatched.
+    The official script keeps scores by file name and loses one of two images with the same name. Here, the later
+    image is unmatched.
 
     Args:
-      pictures: in the order of their paths.
-      references: in the order of their paths.
+      images: sorted by path.
+      references: sorted by path.
     """
     names, stems = {}, {}
     for index, reference in enumerate(references):
         names.setdefault(reference.name, []).append(index)
         stems.setdefault(reference.stem, []).append(index)
     found, unmatched, warnings, used, seen = [], [], [], set(), {}
-    for picture in pictures:
-        if picture.name in seen:
-            unmatched.append((picture, f"another picture has the same name: {seen[picture.name]}"))
+    for image in images:
+        if image.name in seen:
+            unmatched.append((image, f"another image has the same name: {seen[image.name]}"))
             continue
-        seen[picture.name] = picture
-        plain = stems.get(picture.stem.removeprefix(PREFIX), []) if picture.stem.startswith(PREFIX) else []
-        candidates = names.get(picture.name) or sorted({*stems.get(picture.stem, []), *plain})
+        seen[image.name] = image
+        plain = stems.get(image.stem.removeprefix(PREFIX), []) if image.stem.startswith(PREFIX) else []
+        candidates = names.get(image.name) or sorted({*stems.get(image.stem, []), *plain})
         if not candidates:
-            unmatched.append((picture, "no reference has its name"))
+            unmatched.append((image, "no reference has its name"))
             continue
         if len(candidates) > 1:
             warnings.append(
-                f"{picture.name} fits {len(candidates)} references; compared with the first, "
+                f"{image.name} matches {len(candidates)} references; compared with the first, "
                 f"{references[candidates[0]]}"
             )
-        found.append((picture, references[candidates[0]]))
+        found.append((image, references[candidates[0]]))
         used |= set(candidates)
     unmatched += [
-        (reference, "no picture is compared with it") for index, reference in enumerate(references) if index not in used
+        (reference, "no image is compared with it") for index, reference in enumerate(references) if index not in used
     ]
     return Pairs(tuple(found), tuple(unmatched), tuple(warnings))
 
 
 def read_rgb(path: pathlib.Path) -> Image.Image:
-    """An image as the benchmark reads it: PIL's plain conversion to RGB, which drops transparency and ignores EXIF.
+    """Reads an image as the benchmark does: PIL's conversion to RGB drops transparency and ignores EXIF.
 
     Raises:
-      ValueError: it is not an image, or a damaged one.
+      ValueError: the file is no image, or damaged.
     """
     try:
         with Image.open(path) as image:
@@ -102,11 +101,11 @@ def read_rgb(path: pathlib.Path) -> Image.Image:
 
 
 def read_captions(path: str | pathlib.Path) -> dict[str, str]:
-    """Captions by image: lines {"image_id" (or "image", "file_name", whose stem it is): ..., "caption": text}.
+    """{image: caption} of lines {"image_id": ..., "caption": text}; "image" or "file_name" may replace "image_id".
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a line without image or caption, an image twice, or no line at all.
+      ValueError: a line without image or caption, a repeated image, or no lines.
     """
     found: dict[str, str] = {}
     for number, record in enumerate(read_records(path), 1):
@@ -124,7 +123,7 @@ def read_captions(path: str | pathlib.Path) -> dict[str, str]:
 
 
 def image_files(folder: str | pathlib.Path, names: Sequence[str]) -> dict[str, pathlib.Path]:
-    """The file of each image, by its stem.
+    """{image: file}; the stem of a file is its image.
 
     Raises:
       FileNotFoundError: no such folder, or an image without a file in it.
@@ -135,7 +134,7 @@ def image_files(folder: str | pathlib.Path, names: Sequence[str]) -> dict[str, p
     missing = [name for name in names if name not in files]
     if missing:
         raise FileNotFoundError(
-            f"{folder} has no image {missing[0]} ({len(missing)} of {len(names)} are missing); leave out --images to "
-            "judge by text alone"
+            f"{folder} has no image {missing[0]} ({len(missing)} of {len(names)} are missing); leave out --images "
+            "to use the captions alone"
         )
     return {name: files[name] for name in names}

@@ -1,4 +1,4 @@
-"""A JSON-lines file that grows while the work goes on, so that a run that was cut off continues where it stopped."""
+"""A JSON-lines file that grows with the work, so that an interrupted run continues."""
 
 import json
 import pathlib
@@ -10,13 +10,13 @@ from uae_jax.files.json_files import read_records
 
 
 class RecordLog:
-    """Appends to a JSON-lines file, one whole line at a time; used in a `with` block.
+    """Appends complete lines to a JSON-lines file; used in a `with` block.
 
     Args:
-      path: made, with its folder, if absent; a last line that was cut off is removed first.
+      path: created with its folder if absent; a truncated last line is removed first.
 
     Attributes:
-      records: what the file held when it was opened.
+      records: of the file when it was opened.
 
     Raises:
       ValueError: a line of the file is not a JSON object.
@@ -47,6 +47,6 @@ class RecordLog:
         self._file.close()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Writes one object and hands it to the operating system."""
+        """Writes one object and flushes it."""
         self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
         self._file.flush()

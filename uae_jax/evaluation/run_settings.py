@@ -1,4 +1,4 @@
-"""What a benchmark folder was written with, kept beside it, so that it is never continued with something else."""
+"""Settings of a benchmark folder, kept beside the folder, so that only equal settings continue it."""
 
 import argparse
 import hashlib
@@ -12,34 +12,34 @@ from uae_jax.files.json_files import write_json
 if TYPE_CHECKING:
     from uae_jax.api import Model
 
-PIECE, PIECES = 4096, 16  # bytes of a weight file that are looked at
+PIECE, PIECES = 4096, 16  # bytes of a sample of a weight file, samples of a file
 WEIGHTS = (".safetensors", ".bin", ".pt", ".json")
-# what a result follows from; the other settings only decide how fast it comes
+# settings that a result depends on; the others affect the speed alone
 DRAWING = ("seed", "steps", "guidance_scale", "size", "negative_prompt", "shift", "schedule", "policy_condition")
 ANSWERING = ("seed", "temperature", "top_p", "max_new_tokens")
-NOT_COMPARED = ("model",)  # a folder may be moved; its content is what counts
+NOT_COMPARED = ("model",)  # a moved folder has equal weights
 
 
 def settings_file(output: pathlib.Path) -> pathlib.Path:
-    """`OUT.settings.json` beside a folder or file `OUT`: DPG-Bench takes every file inside its folder for a picture."""
+    """`OUT.settings.json` beside a folder or file `OUT`; DPG-Bench reads every file inside its folder as an image."""
     output = output.resolve()
     return output.with_name(f"{output.name}.settings.json")
 
 
 def digest(text: str) -> str:
-    """Sixteen hexadecimal digits that stand for a text."""
+    """Sixteen hexadecimal digits of the SHA-256 of a text."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
 def weights_digest(checkpoint: str) -> str:
-    """Sixteen hexadecimal digits for the weights and configs behind `--checkpoint`, from samples of every file.
+    """Sixteen hexadecimal digits of the weights and configs of `--checkpoint`, from at most 64 KiB of each file.
 
-    A workdir that has trained on under the same name gives other digits. At most 64 KB of each file are read.
+    The digits of a workdir change with further training.
 
     Raises:
-      FileNotFoundError: no model there.
+      FileNotFoundError: no such model.
     """
-    from uae_jax.stages.weights import model_folder  # seconds of imports, which checks and summaries do not need
+    from uae_jax.stages.weights import model_folder  # an import of seconds, which checks and summaries do not need
 
     folder, state = model_folder(checkpoint), hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in WEIGHTS and path.is_file()):
@@ -53,11 +53,11 @@ def weights_digest(checkpoint: str) -> str:
 
 
 def model_settings(options: argparse.Namespace, model: "Model", names: tuple[str, ...]) -> dict[str, Any]:
-    """The weights and the settings called `names`, for `begin`.
+    """The weights and the settings `names` of a model, for `begin`.
 
     Args:
       options: flags of `model_flags.add_model_flags`.
-      model: what they gave.
+      model: loaded from these flags.
       names: `DRAWING` or `ANSWERING`.
     """
     values = {name: getattr(model.settings, name) for name in names}
@@ -71,14 +71,14 @@ def model_settings(options: argparse.Namespace, model: "Model", names: tuple[str
 
 
 def begin(output: pathlib.Path, settings: Mapping[str, Any]) -> None:
-    """Notes the settings beside `output`, or compares them with those that it was begun with.
+    """Writes the settings beside `output`, or compares them with those of an earlier run.
 
     Args:
-      output: the folder or file that is written.
+      output: the folder or file of the results.
       settings: JSON values.
 
     Raises:
-      ValueError: it was begun with other settings, or it holds files and no note says how they were made.
+      ValueError: the earlier settings differ, or are missing although `output` holds results.
     """
     path, settings = settings_file(output), json.loads(json.dumps(settings))
     if not (output.is_file() or output.is_dir() and any(output.iterdir())):
@@ -101,7 +101,7 @@ def begin(output: pathlib.Path, settings: Mapping[str, Any]) -> None:
 
 
 def read(output: pathlib.Path) -> dict[str, Any]:
-    """The settings beside `output`, {} without any.
+    """The settings beside `output`; {} if there are none.
 
     Raises:
       ValueError: the file is damaged.

@@ -15,7 +15,7 @@ from uae_jax.training.summary import interval
 
 Similarities = Mapping[str, Mapping[str, float | None]]
 THUMBNAIL = 224  # longest side in pixels
-# means x 100 over the 100 pictures of Unified-Bench: arXiv 2509.09666, table of protocol 1
+# means x 100 over the 100 images of Unified-Bench (arXiv 2509.09666, table of protocol 1)
 PUBLISHED = {
     "UAE": {"clip": 90.50, "longclip": 94.35, "dinov2": 81.98, "dinov3": 77.54},
     "GPT-4o-Image": {"clip": 90.42, "longclip": 94.37, "dinov2": 81.74, "dinov3": 77.27},
@@ -26,12 +26,11 @@ PUBLISHED = {
 
 
 def statistics(values: Sequence[float], total: int) -> dict[str, Any]:
-    """One model's entry of `statistics_by_model`: the official keys, `n_valid` and a 95 % bootstrap interval of the
-    mean.
+    """One encoder's entry of `statistics_by_model`: the official keys, `n_valid`, and a 95 % interval of the mean.
 
     Args:
       values: the scores, at least one.
-      total: pictures, the ones without a score among them.
+      total: number of images, with or without a score.
     """
     spread = interval(values)
     return {
@@ -46,7 +45,7 @@ def statistics(values: Sequence[float], total: int) -> dict[str, Any]:
 
 
 def image_means(similarities: Similarities) -> dict[str, float]:
-    """The mean over all models of each picture that every model scored."""
+    """The mean over encoders of each image that every encoder scored."""
     scored = list(similarities.values())
     found: dict[str, float] = {}
     for name in scored[0] if scored else ():
@@ -59,12 +58,12 @@ def image_means(similarities: Similarities) -> dict[str, float]:
 def results_json(models: Sequence[str], similarities: Similarities) -> dict[str, Any]:
     """The official script's JSON of scores, with intervals.
 
-    `overall_average` is the unweighted mean of the models' means, as in the script; its interval resamples the pictures
-    that every model scored, whose number is the summary's `n_valid`.
+    `overall_average` is the unweighted mean of the encoders' means, as in the script. Its interval resamples the images
+    that every encoder scored; `n_valid` of the summary is their number.
 
     Args:
-      models: names of the encoders that were asked for, in order.
-      similarities: model to picture's file name to cosine, None where there is none.
+      models: names of the requested encoders, in order.
+      similarities: {encoder: {file name: cosine, or None without a score}}.
     """
     valid = {model: [score for score in scores.values() if score is not None] for model, scores in similarities.items()}
     table = {model: statistics(values, len(similarities[model])) for model, values in valid.items() if values}
@@ -91,10 +90,10 @@ def results_json(models: Sequence[str], similarities: Similarities) -> dict[str,
 
 
 def thumbnail(path: pathlib.Path) -> str:
-    """A picture as a data URI: JPEG with the longest side cut to `THUMBNAIL`; small pictures as PNG, unchanged.
+    """An image as a data URI: JPEG with a longest side of `THUMBNAIL`, or the unchanged image as PNG if it is smaller.
 
     Raises:
-      ValueError: it cannot be read.
+      ValueError: the image cannot be read.
     """
     image, data = read_rgb(path), io.BytesIO()
     small = max(image.size) <= THUMBNAIL
@@ -110,34 +109,32 @@ def pair_rows(
     captions: Mapping[str, str],
     limit: int,
 ) -> list[dict]:
-    """The pairs with the lowest mean over the models that scored them, lowest first, as the page shows them.
+    """The pairs with the lowest mean over encoders, lowest first, as rows of the page.
 
     Args:
-      similarities: model to picture's file name to cosine.
-      pairs: (picture, reference).
-      captions: stem of the picture to its caption; may be empty.
-      limit: how many.
+      similarities: {encoder: {file name: cosine or None}}.
+      pairs: (image, reference).
+      captions: {stem of the image: caption}; may be empty.
+      limit: number of rows.
     """
     rows = []
-    for picture, reference in pairs:
+    for image, reference in pairs:
         scores = {
-            model: value for model, values in similarities.items() if (value := values.get(picture.name)) is not None
+            model: value for model, values in similarities.items() if (value := values.get(image.name)) is not None
         }
         if scores:
             rows.append(
                 {
-                    "name": picture.name,
+                    "name": image.name,
                     "scores": scores,
                     "mean": sum(scores.values()) / len(scores),
-                    "picture": picture,
+                    "image": image,
                     "reference": reference,
-                    "caption": captions.get(picture.stem, ""),
+                    "caption": captions.get(image.stem, ""),
                 }
             )
     rows.sort(key=lambda row: (row["mean"], row["name"]))
-    return [
-        {**row, "picture": thumbnail(row["picture"]), "reference": thumbnail(row["reference"])} for row in rows[:limit]
-    ]
+    return [{**row, "image": thumbnail(row["image"]), "reference": thumbnail(row["reference"])} for row in rows[:limit]]
 
 
 def write_page(
@@ -147,7 +144,7 @@ def write_page(
 
     Args:
       path: of the page.
-      results: the JSON of the scores.
+      results: of `results_json`, with errors, warnings and settings.
       pairs, captions, limit: see `pair_rows`.
     """
     environment = jinja2.Environment(

@@ -1,4 +1,4 @@
-"""Tables as VLMEvalKit exchanges them: TSV with quotes, and plain .xlsx, without pandas."""
+"""Tables in the form of VLMEvalKit: quoted TSV, and .xlsx of one sheet, without pandas."""
 
 import csv
 import datetime
@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 from uae_jax.files.whole import write_bytes
 
-# what pandas reads as a missing value; VLMEvalKit leaves out options and hints of these texts
+# texts that pandas reads as missing; VLMEvalKit leaves out such options and hints
 MISSING = frozenset(
     (
         "",
@@ -37,20 +37,20 @@ MISSING = frozenset(
         "null",
     )
 )
-LONGEST_FIELD = 2**31 - 1  # images are base64 text in a field
-LONGEST_CELL = 32767  # characters that a workbook's cell may hold
-FIRST_DAY = datetime.datetime(1980, 1, 1)  # a fixed date makes equal tables equal files
+LONGEST_FIELD = 2**31 - 1  # characters; a field may hold an image as base64 text
+LONGEST_CELL = 32767  # characters of a workbook's cell
+FIRST_DAY = datetime.datetime(1980, 1, 1)  # with a fixed date, equal tables are equal files
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 
 Line = dict[str, str]
 
 
 def read_tsv(path: pathlib.Path) -> Iterator[Line]:
-    """The lines of a TSV with a header, one after the other, as {column: text}.
+    """Yields the rows of a TSV with a header as {column: text}.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: no header or no lines, or a line with another number of fields (named by number, the header being 1).
+      ValueError: no rows, or a row whose number of fields differs from the header (named by number; the header is 1).
     """
     if not path.is_file():
         raise FileNotFoundError(f"table {path} does not exist")
@@ -72,7 +72,7 @@ def read_tsv(path: pathlib.Path) -> Iterator[Line]:
 
 
 def write_tsv(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Writes a table through a temporary file, every field in quotes."""
+    """Writes a table through a temporary file, with every field in quotes."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), delimiter="\t", quoting=csv.QUOTE_ALL, lineterminator="\n")
     writer.writeheader()
@@ -83,15 +83,15 @@ def write_tsv(path: pathlib.Path, rows: Sequence[Mapping[str, str]]) -> None:
 def write_xlsx(path: pathlib.Path, rows: Sequence[Mapping[str, str]], numbers: Sequence[str] = ()) -> None:
     """Writes a workbook of one sheet through a temporary file; missing values are empty cells.
 
-    Text stays text: a value such as `=1+1` is no formula. A text longer than `LONGEST_CELL` is cut with a warning.
+    Text stays text: a value such as `=1+1` is no formula. Characters that XML cannot hold become spaces. A text longer
+    than `LONGEST_CELL` is truncated with a warning.
 
     Args:
       path: the file.
       rows: all with the same columns.
-      numbers: columns of integers, which become numbers; all others are text. Characters that XML cannot hold become
-        spaces.
+      numbers: columns of integers; the other columns are text.
     """
-    import openpyxl  # a command's --help does not need it
+    import openpyxl  # a slow import, which few actions need
     from openpyxl.cell import WriteOnlyCell
 
     workbook = openpyxl.Workbook(write_only=True)
@@ -101,7 +101,7 @@ def write_xlsx(path: pathlib.Path, rows: Sequence[Mapping[str, str]], numbers: S
         text = _CONTROL.sub(" ", text)
         if text[:1] not in ("=", "#"):
             return text or None
-        cell = WriteOnlyCell(sheet, text)  # which openpyxl would take for a formula or an error
+        cell = WriteOnlyCell(sheet, text)  # else openpyxl reads a formula or an error
         cell.data_type = "s"
         return cell
 
@@ -130,11 +130,11 @@ def _workbook_bytes(workbook: Any) -> bytes:
 
 
 def read_xlsx(path: pathlib.Path) -> list[Line]:
-    """The rows of the first sheet of a workbook as {column: text}; of a formula its last result.
+    """The rows of the first sheet of a workbook as {column: text}; a formula counts with its last result.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: it is not a workbook, or has no rows.
+      ValueError: the file is no workbook, or has no rows.
     """
     import openpyxl
 
@@ -143,7 +143,7 @@ def read_xlsx(path: pathlib.Path) -> list[Line]:
     try:
         workbook = openpyxl.load_workbook(io.BytesIO(path.read_bytes()), read_only=True, data_only=True)
         sheet = workbook.worksheets[0]
-        sheet.reset_dimensions()  # some programs note a wrong size
+        sheet.reset_dimensions()  # some programs write a wrong size
         rows = [row for row in sheet.iter_rows(values_only=True) if any(cell is not None for cell in row)]
     except (zipfile.BadZipFile, ElementTree.ParseError, OSError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not an .xlsx workbook ({error})") from error
@@ -166,7 +166,7 @@ def read_table(path: pathlib.Path) -> list[Line]:
     """The rows of a `.tsv` or `.xlsx` table.
 
     Raises:
-      FileNotFoundError, ValueError: it cannot be read.
+      FileNotFoundError, ValueError: the table cannot be read.
     """
     if path.suffix not in (".tsv", ".xlsx"):
         raise ValueError(f"{path} is neither a .tsv nor an .xlsx table")

@@ -1,19 +1,18 @@
-"""Unified-Bench, protocol 1: how alike pictures and their reconstructions are to frozen image encoders.
+"""Unified-Bench, protocol 1: similarity of images and reconstructions under frozen image encoders.
 
-Scores two folders, as the official script does:
+The first form scores two folders, as the official script does:
 
-    python -m uae_jax.evaluate unified_bench --ref_dir=originals --gen_dir=drawn --output=scores.json \\
+    python -m uae_jax.evaluate unified_bench --ref_dir=originals --gen_dir=generated --output=scores.json \\
         --clip=clip-vit-large-patch14 --longclip=longclip-L.pt --dinov2=dinov2-large \\
         --dinov3=dinov3-vitl16-pretrain-lvd1689m
 
-or lets a model caption and redraw a folder of images first; a run that was cut off continues where it stopped:
+The second form lets a model caption and reconstruct a folder of images first; an interrupted run continues:
 
     python -m uae_jax.evaluate unified_bench --images=originals --checkpoint=UAE --out=bench \\
         --clip=clip-vit-large-patch14
 
-A picture belongs to the reference of the same file name, else of the same stem, else of its stem after `recon_`. What
-cannot be scored is listed under `errors` in the JSON, and the exit code is then 1; the scores of the rest are written
-all the same.
+The reference of an image has the same file name, else the same stem, else its stem after `recon_`. Images that cannot
+be scored are listed under `errors` in the JSON, the others are scored, and the exit code is then 1.
 """
 
 import argparse
@@ -39,16 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     encoders = parser.add_argument_group("encoders, at least one")
     for name, kind, text in FLAGS:
         encoders.add_argument(f"--{name}", metavar=kind, help=text)
-    folders = parser.add_argument_group("to score two folders")
+    folders = parser.add_argument_group("first form: score two folders")
     folders.add_argument("--ref_dir", metavar="DIR", help="the originals")
-    folders.add_argument("--gen_dir", metavar="DIR", help="the pictures to score")
-    first = parser.add_argument_group("to run a model first")
+    folders.add_argument("--gen_dir", metavar="DIR", help="the reconstructions")
+    first = parser.add_argument_group("second form: run a model first")
     first.add_argument("--images", metavar="DIR", help="the originals")
     first.add_argument(
         "--out",
         type=pathlib.Path,
         metavar="DIR",
-        help="where captions.jsonl, reconstructions/, scores and page are written",
+        help="folder of captions.jsonl, reconstructions/, scores and page",
     )
     add_model_flags(parser)
     parser.add_argument(
@@ -69,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises ValueError for flags that do not go together."""
+    """Raises ValueError for conflicting flags."""
     if not any(getattr(options, name) for name, _, _ in FLAGS):
         raise ValueError(f"no encoder is given; give at least one of {', '.join('--' + name for name, _, _ in FLAGS)}")
     two, one = (options.ref_dir, options.gen_dir), (options.images, options.out)
@@ -87,17 +86,16 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Scores, after a model has drawn the pictures if one is to.
+    """Reconstructs the images if a model is to, and scores.
 
     Raises:
-      ValueError: flags that do not go together, an unreadable encoder, or, after everything was written, pictures
-        without a score.
+      ValueError: conflicting flags or an unreadable encoder; or, after all results are written, images without a score.
       FileNotFoundError: a folder is missing or empty.
     """
     from uae_jax.evaluation.encoders import open_bench_encoder
 
     _check(options)
-    # opened before any work, so that a wrong path is told at once; read one after the other
+    # opened before any work, so that a wrong path ends the run at once; weights are read one encoder at a time
     encoders = [open_bench_encoder(name, path) for name, _, _ in FLAGS if (path := getattr(options, name))]
     errors: list[dict[str, str]] = []
     ref_dir, gen_dir, captions = options.ref_dir, options.gen_dir, {}
@@ -128,18 +126,18 @@ def _score(
     captions: dict[str, str],
     errors: list[dict[str, str]],
 ) -> None:
-    """Scores two folders, writes JSON and page, prints the means."""
+    """Scores two folders, writes JSON and page, and prints the means."""
     from uae_jax.evaluation.pairs import find_images, match_images, unread_images
     from uae_jax.evaluation.scores import results_json, write_page
 
-    pictures, references = find_images(gen_dir), find_images(ref_dir)
-    pairs = match_images(pictures, references)
+    images, references = find_images(gen_dir), find_images(ref_dir)
+    pairs = match_images(images, references)
     told = {error["image"] for error in errors}
     errors += [{"image": str(path), "error": text} for path, text in pairs.unmatched if str(path) not in told]
     skipped = [*unread_images(gen_dir), *unread_images(ref_dir)]
     warnings = [
         *pairs.warnings,
-        *(f"{path} is not read: the benchmark takes .jpg .jpeg .png .bmp .tiff .webp" for path in skipped),
+        *(f"{path} is not read: the benchmark reads .jpg .jpeg .png .bmp .tiff .webp" for path in skipped),
     ]
     output = options.output or options.out / "unified_bench.json"
     similarities: dict[str, dict[str, float | None]] = {}
@@ -158,7 +156,7 @@ def _score(
         for encoder in encoders:
             _score_encoder(
                 encoder,
-                [picture.name for picture in pictures],
+                [image.name for image in images],
                 pairs.found,
                 options.encoder_batch_size,
                 similarities,
@@ -189,7 +187,7 @@ def _score_encoder(
     similarities: dict[str, dict[str, float | None]],
     errors: list[dict[str, str]],
 ) -> None:
-    """Fills in one encoder's scores as they come."""
+    """Adds the scores of one encoder, pair by pair."""
     from uae_jax.evaluation.encoders import pair_cosines
 
     try:
@@ -199,13 +197,13 @@ def _score_encoder(
         return
     similarities[encoder.name] = scores = dict.fromkeys(names)
     known = {(error.get("image"), error["error"]) for error in errors}
-    for (picture, _), score in tqdm(
+    for (image, _), score in tqdm(
         pair_cosines(encoder, params, pairs, batch_size), total=len(pairs), desc=encoder.name, disable=None
     ):
         if not isinstance(score, str):
-            scores[picture.name] = score
-        elif (str(picture), score) not in known:
-            errors.append({"image": str(picture), "error": score})
+            scores[image.name] = score
+        elif (str(image), score) not in known:
+            errors.append({"image": str(image), "error": score})
 
 
 def _print(results: dict[str, Any], output: pathlib.Path, report: pathlib.Path) -> None:
@@ -213,7 +211,7 @@ def _print(results: dict[str, Any], output: pathlib.Path, report: pathlib.Path) 
         low, high = entry["interval_95"]
         print(
             f"{model:10} {entry['average_similarity']:.4f}  [{low:.4f}, {high:.4f}]  {entry['n_valid']} of "
-            f"{entry['total_images']} pictures"
+            f"{entry['total_images']} images"
         )
     if results["summary"]:
         print(f"{'overall':10} {results['summary']['overall_average']:.4f}")
