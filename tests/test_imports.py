@@ -29,7 +29,7 @@ WORDS = {
     "stages": "files settings trees nn hf data sharding diffusion models rewards rollouts training methods",
     "planning": "files settings trees nn hf data sharding models rewards training methods stages",
     "api": "stages settings data trees models",
-    "model_flags": "api",
+    "model_flags": "api stages",
     "main": "command_line config_file settings stages training dry_run",
     "dry_run": "stages planning data sharding trees",
     "plan": "command_line config_file settings planning",

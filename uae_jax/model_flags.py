@@ -1,25 +1,17 @@
 """Flags of the commands that load a model, and the loading itself."""
 
 import argparse
+import dataclasses
 from typing import TYPE_CHECKING, Any
+
+from uae_jax.stages.inference_config import InferenceConfig
 
 if TYPE_CHECKING:
     from uae_jax.api import Model
 
-# fields of stages.inference.InferenceConfig
-SETTINGS = {
-    "seed": (int, "of sampled captions and of noise"),
-    "steps": (int, "denoising steps"),
-    "guidance_scale": (float, "guidance scale; 1 is without guidance"),
-    "size": (int, "side of a generated image in pixels"),
-    "temperature": (float, "of sampled captions; 0 is greedy decoding"),
-    "top_p": (float, "probability mass that captions are sampled from"),
-    "max_new_tokens": (int, "longest caption in tokens"),
-    "prompt": (str, "instruction to the captioner"),
-    "negative_prompt": (str, "text that guidance moves away from"),
-    "batch_size": (int, "images in one compiled call"),
-    "shift": (float, "static shift of the noise levels (sigma)"),
-}
+FIELDS = {field.name: field for field in dataclasses.fields(InferenceConfig)}
+# the schedule is the folder's own, and the adapter has two flags
+GIVEN = tuple(name for name in FIELDS if name not in ("schedule", "policy_condition"))
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +24,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--checkpoint", default="", help="official UAE folder or training workdir (default: the built-in model)"
     )
-    for name, (kind, text) in SETTINGS.items():
-        model.add_argument(f"--{name}", type=kind, help=text)
+    for name in GIVEN:
+        meaning = FIELDS[name].metadata["meaning"]
+        unit = f" [{meaning.unit}]" if meaning.unit else ""
+        model.add_argument(f"--{name}", type=type(FIELDS[name].default), help=f"{meaning.text}{unit}")
     model.add_argument(
         "--policy_condition",
         action="store_true",
@@ -68,7 +62,7 @@ def load_model(options: argparse.Namespace, inputs: int | None = None) -> "Model
     """
     from uae_jax import api  # seconds of imports, which `--help` does not need
 
-    given: dict[str, Any] = {name: getattr(options, name) for name in (*SETTINGS, "policy_condition")}
+    given: dict[str, Any] = {name: getattr(options, name) for name in (*GIVEN, "policy_condition")}
     settings = {name: value for name, value in given.items() if value is not None}
     if inputs is not None and "batch_size" not in settings:
         settings["batch_size"] = min(api.default_settings(options.checkpoint).get("batch_size", 1), inputs)

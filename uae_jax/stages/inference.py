@@ -4,7 +4,6 @@ Images of many sizes share few compiled programs: each image is padded to one of
 batch has images of one length. Padding is masked, so that a caption does not depend on its batch.
 """
 
-import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,36 +18,17 @@ from uae_jax.data import tokenizer as tokens
 from uae_jax.data.loader import RowBuilder, batch_spec, from_signed
 from uae_jax.data.qwen_inputs import Fields, prompt_fields
 from uae_jax.data.tokenizer import decode_caption
-from uae_jax.diffusion.schedule import KINDS, sigma_schedule
+from uae_jax.diffusion.schedule import sigma_schedule
 from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.rollouts.captioning import sample_captions
 from uae_jax.rollouts.reconstruction import Denoising, draw, sample_keys
-from uae_jax.settings import Settings, setting
 from uae_jax.sharding import MeshConfig
+from uae_jax.stages.inference_config import InferenceConfig
 from uae_jax.stages.weights import ModelConfig, System, load_system
 
 ROOMS = 4  # number of padded lengths of images; each length needs a compiled program
 SHORTEST_QUESTION = 64  # padded length of short questions in tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class InferenceConfig(Settings):
-    """Settings of inference; the defaults are the release's (official demo.py)."""
-
-    seed: int = setting(42, "of captions and noise")
-    steps: int = setting(40, "denoising steps", low=1)
-    guidance_scale: float = setting(5.0, "1 is without guidance", low=0)
-    size: int = setting(1024, "side of the generated images", unit="pixels", low=1)
-    temperature: float = setting(0.7, "of captions; 0 is greedy", low=0)
-    top_p: float = setting(1.0, "share of the probability that captions are sampled from", above=0, high=1)
-    max_new_tokens: int = setting(512, "longest caption", unit="tokens", low=1)
-    shift: float = setting(3.0, "static shift of the noise levels", above=0)
-    schedule: str = setting("diffusers", "kind of schedule, see diffusion.schedule", choices=KINDS)
-    prompt: str = setting("", "what the captioner is asked")
-    negative_prompt: str = setting("", "what guidance moves away from")
-    batch_size: int = setting(1, "images in one compiled call", low=1)
-    policy_condition: bool = setting(False, "encode captions with the trained captioner, as the release does")
 
 
 class Row(NamedTuple):

@@ -1,0 +1,25 @@
+"""Settings of inference; a module of its own, so that `--help` need not import the models."""
+
+import dataclasses
+
+from uae_jax.diffusion.schedule import KINDS
+from uae_jax.settings import Settings, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class InferenceConfig(Settings):
+    """Settings of inference; the defaults are the release's (official demo.py)."""
+
+    seed: int = setting(42, "of sampled captions and of noise")
+    steps: int = setting(40, "denoising steps", low=1)
+    guidance_scale: float = setting(5.0, "1 is without guidance", low=0)
+    size: int = setting(1024, "side of the generated images", unit="pixels", low=1)
+    temperature: float = setting(0.7, "of captions; 0 is greedy", low=0)
+    top_p: float = setting(1.0, "probability mass that captions are sampled from", above=0, high=1)
+    max_new_tokens: int = setting(512, "longest caption", unit="tokens", low=1)
+    shift: float = setting(3.0, "static shift of the noise levels", above=0)
+    schedule: str = setting("diffusers", "kind of schedule, see diffusion.schedule", choices=KINDS)
+    prompt: str = setting("", "instruction to the captioner")
+    negative_prompt: str = setting("", "what guidance moves away from")
+    batch_size: int = setting(1, "images in one compiled call", low=1)
+    policy_condition: bool = setting(False, "encode captions with the trained captioner, as the release does")
