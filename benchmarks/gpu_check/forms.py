@@ -13,6 +13,7 @@ from jax import Array
 
 from benchmarks.gpu_check.random_model import plain_ids, random_batch, random_parts
 from benchmarks.gpu_check.steps import check_config
+from uae_jax.methods.trained import stored
 from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.generate import generate
@@ -20,7 +21,6 @@ from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn.attention import use_attention
 from uae_jax.planning.system import AbstractSystem, abstract_system
 from uae_jax.rl.reconstruction import sample_keys
-from uae_jax.stages.steps import held
 
 EXACT = "float32 plain"
 PARTS = ("vision", "language", "projector", "transformer", "pooled")
@@ -121,7 +121,7 @@ def run(size: str, report: Callable[[dict], None]) -> None:
     """
     config, sizes = check_config(size), SIZES[size]
     system = abstract_system(config)
-    shapes = jax.eval_shape(lambda parts: held(parts, (), "bfloat16"), {name: system.parts[name] for name in PARTS})
+    shapes = jax.eval_shape(lambda parts: stored(parts, (), "bfloat16"), {name: system.parts[name] for name in PARTS})
     parts, inputs = random_parts(shapes, system.model.transformer), make_inputs(system, sizes)
     figures: dict[str, Any] = {
         "preset": config.preset,
