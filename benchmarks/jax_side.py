@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from uae_jax.stages.settings import frozen
-from uae_jax.stages.steps import STAGES as STEPS
-from uae_jax.stages.steps import SamplerConfig, held, make_policy, make_step
+from uae_jax.stages.steps import SamplerConfig
 
 from benchmarks.gpu_check.random_model import plain_ids, random_system
 from benchmarks.step_settings import PREFILL, STAGES, Inputs, Settings
@@ -23,15 +23,21 @@ from uae_jax.data import tokenizer as tokens
 from uae_jax.data.loader import RowBuilder, batch_spec
 from uae_jax.data.sources import SceneSource
 from uae_jax.diffusion.sampler import Trajectory, sample, sample_window
+from uae_jax.methods import STAGES as KNOWN
+from uae_jax.methods.flow_grpo import FlowGrpo, kept
+from uae_jax.methods.gen_for_und import PROMPT_FIELDS, GenForUnd
+from uae_jax.methods.method import build_step, make_method
+from uae_jax.methods.stage_settings import SamplerConfig, rollout_denoising
+from uae_jax.methods.trained import stored, trainable
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.planning.flops import count_work
-from uae_jax.rewards.similarity import mixed_reward, reward_advantages
-from uae_jax.rl import caption_policy, flow_policy
+from uae_jax.rewards.similarity import chosen_encoders, mixed_reward, reward_advantages
 from uae_jax.rollouts.captioning import encode_batch_images, sample_captions
 from uae_jax.rollouts.reconstruction import decode, draw, encode_condition, predictor, sample_keys
+from uae_jax.settings import frozen
 from uae_jax.stages.weights import ModelConfig, System, load_system
 from uae_jax.training.optimizer import make_optimizer
-from uae_jax.training.step import Algorithm, init_state, make_train_step
+from uae_jax.training.step import init_state
 
 PROMPT = "Describe this image in detail."
 
@@ -57,7 +63,7 @@ def open_system(folder: pathlib.Path, image_size: int, dtype: str = "float32") -
         mesh=None if rounded else mesh,
     )
     return (
-        dataclasses.replace(system, parts=sharding.shard_tree(held(system.parts, (), dtype), mesh))
+        dataclasses.replace(system, parts=sharding.shard_tree(stored(system.parts, (), dtype), mesh))
         if rounded
         else system
     )
@@ -105,42 +111,71 @@ def make_inputs(folder: pathlib.Path, settings: Settings, seed: int = 0) -> Inpu
 def stage_config(stage: str, settings: Settings):
     """The preset `mini` of a stage, with the sizes of the benchmark."""
     preset = presets.preset("mini", (stage,)).to_dict()[stage]
-    optimizer = preset["optimizer"] | dict(
+    optimizer = dict(
         learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm
     )
     own = {
         "gen_for_und": dict(
             temperature=settings.caption_temperature,
+            guidance_scale=settings.guidance_scale,
             kl_weight=settings.caption_kl,
             clip_low=settings.caption_clip,
             clip_high=settings.caption_clip,
         ),
         "und_for_gen": dict(
             temperature=settings.flow_temperature,
-            kl_weight=settings.flow_kl,
-            clip_range=settings.flow_clip,
-            window=settings.window,
-            window_high=settings.steps - 1,
-            noise_level=settings.noise_level,
-            ema_decay=0.0,
+            flow_grpo=dict(
+                guidance_scale=settings.guidance_scale,
+                kl_weight=settings.flow_kl,
+                clip_range=settings.flow_clip,
+                window=settings.window,
+                window_high=settings.steps - 1,
+                noise_level=settings.noise_level,
+                ema_decay=0.0,
+            ),
         ),
     }[stage]
-    return frozen(
-        STEPS[stage][0],
-        preset
-        | own
-        | dict(
-            batch_size=settings.images,
-            group_size=settings.group,
-            max_new_tokens=settings.tokens,
-            sampler_steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            lora_rank=settings.lora_rank,
-            optimizer=optimizer,
-            # as at full size; on one device it changes only the form in which GPUs sample captions
-            gather_weights=True,
-        ),
+    sizes = dict(
+        batch_size=settings.images,
+        group_size=settings.group,
+        max_new_tokens=settings.tokens,
+        sampler_steps=settings.steps,
+        lora_rank=settings.lora_rank,
+        optimizer=optimizer,
+        # as at full size; on one device it changes only the form in which GPUs sample captions
+        gather_weights=True,
     )
+    return frozen(KNOWN[stage].settings, presets.merged(preset, own | sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenRollout:
+    """A method whose rollout is the batch, `samples` and `shared`, but for what its loss compares with."""
+
+    method: GenForUnd | FlowGrpo
+
+    @property
+    def settings(self) -> Any:
+        """Of the method."""
+        return self.method.settings
+
+    @property
+    def samples_per_image(self) -> int:
+        """Of the method."""
+        return self.method.samples_per_image
+
+    def rollout(self, params: dict, frozen: dict, batch: dict, key: Array) -> dict:
+        """The batch, with the reference's values and the old ones."""
+        parts = {**frozen, **params}
+        if isinstance(self.method, FlowGrpo):
+            compared = self.method.compared(parts, batch["samples"], batch["shared"])
+        else:
+            compared = self.method.compared(parts, batch["samples"])
+        return batch | {"samples": batch["samples"] | compared}
+
+    def loss(self, params: dict, frozen: dict, rollout: dict, key: Array) -> Any:
+        """Of the method."""
+        return self.method.loss(params, frozen, rollout, key)
 
 
 class JaxSide:
@@ -159,13 +194,13 @@ class JaxSide:
         model = dataclasses.replace(system.model, template=template)
         self.system = dataclasses.replace(system, model=model, parts={}, stops=())
         self.stage = stage if stage in STAGES else STAGES[0]
-        self.config, self.sampler = (
-            stage_config(self.stage, self.settings),
-            SamplerConfig(system.schedule.shift, system.schedule.kind),
-        )
-        self.policy = make_policy(self.stage, self.config, self.sampler, self.system)
+        self.config = stage_config(self.stage, self.settings)
+        sampler = SamplerConfig(system.schedule.shift, system.schedule.kind)
+        self.method = make_method(self.stage, self.config, sampler, self.system)
+        self.denoising = rollout_denoising(self.config, sampler, self.config.guidance_scale)
         self.key = jax.random.key(0)
-        start = STEPS[stage][1](system.parts, self.config, self.key) if stage in STAGES else {}
+        trains = self.method.trains(self.config) if stage in STAGES else ()
+        start = trainable(system.parts, trains, self.config.lora_rank, self.key)
         self.frozen = {name: part for name, part in system.parts.items() if name not in start}
         self.optimizer = make_optimizer(self.config.optimizer, 1000)
         # placed as the step gives it back, so that the second call is the same program as the first
@@ -182,7 +217,7 @@ class JaxSide:
 
     def step(self) -> Callable[[], None]:
         """The stage's one compiled step."""
-        compiled = make_step(self.stage, self.config, self.sampler, self.system, self.optimizer)
+        compiled = build_step(self.method, self.optimizer)
         return self._updating(lambda: compiled(self.state, self.frozen, self.batch, self.key))
 
     def phases(self) -> dict[str, Callable[[], None]]:
@@ -211,10 +246,10 @@ class JaxSide:
 
     def inference(self) -> dict[str, Callable[[], None]]:
         """Captions of the pictures, and drawings of as many captions."""
-        count, policy = self.settings.images, self.policy
+        count, model, how = self.settings.images, self.system.model, self.denoising
         write = jax.jit(functools.partial(self._write, self.settings.flow_temperature))
         lengths = jnp.full(count, self.settings.tokens, jnp.int32)
-        picture = jax.jit(lambda parts, ids, noise: draw(policy.model, parts, policy.denoising, ids, lengths, noise))
+        picture = jax.jit(lambda parts, ids, noise: draw(model, parts, how, ids, lengths, noise))
         return {
             "captions": lambda: jax.block_until_ready(write(self.parts, self.batch)),
             "pictures": lambda: jax.block_until_ready(picture(self.parts, self.captions[:count], self.noise[:count])),
@@ -224,23 +259,20 @@ class JaxSide:
         """What must be equal on both sides: greedy captions `[B, T]`, final latents `[N, h, w, C]`, rewards `[B,
         G]`.
         """
-        policy, group = self.policy, self.settings.group
+        reward, encoders = self.config.reward, self._encoders()
 
         def compute(parts: dict, batch: dict, ids: Array, noise: Array) -> tuple[Array, Array, Array]:
             positive, negative = self._condition(parts, ids)
             latents = self._denoise(parts, positive, negative, noise)
-            reward, _ = mixed_reward(
-                policy.reward,
-                policy.encoders,
-                parts["encoders"],
-                batch["pixels"],
-                decode(policy.model, parts, policy.denoising, latents),
-                group,
-            )
-            return self._write(0.0, parts, batch), latents, reward
+            pixels = decode(self.system.model, parts, self.denoising, latents)
+            score, _ = mixed_reward(reward, encoders, parts["encoders"], batch["pixels"], pixels, self.settings.group)
+            return self._write(0.0, parts, batch), latents, score
 
         names = ("greedy_ids", "latents", "rewards")
         return dict(zip(names, jax.device_get(jax.jit(compute)(self.parts, self.batch, self.captions, self.noise))))
+
+    def _encoders(self) -> tuple:
+        return chosen_encoders(self.config.reward, self.system.encoders)
 
     def _updating(self, call: Callable) -> Callable[[], None]:
         def run() -> None:
@@ -252,7 +284,7 @@ class JaxSide:
     def _write(self, temperature: float, parts: dict, batch: dict, group: int = 1, tokens: int | None = None) -> Array:
         """`group` captions of each picture, `[B * group, T]`."""
         return sample_captions(
-            self.policy.model,
+            self.system.model,
             parts,
             batch,
             self.key,
@@ -273,25 +305,26 @@ class JaxSide:
 
     def _condition(self, parts: dict, ids: Array) -> tuple:
         lengths = jnp.full(len(ids), self.settings.tokens, jnp.int32)
-        return encode_condition(self.policy.model, parts, self.policy.denoising, ids, lengths)
+        return encode_condition(self.system.model, parts, self.denoising, ids, lengths)
 
     def _denoise(self, parts: dict, positive: tuple, negative: tuple, noise: Array) -> Array:
-        how = self.policy.denoising
-        return sample(predictor(self.policy.model, parts, how, positive, negative), noise, jnp.asarray(how.sigmas))
+        how = self.denoising
+        return sample(predictor(self.system.model, parts, how, positive, negative), noise, jnp.asarray(how.sigmas))
 
     def _pictures(self) -> tuple[dict[str, Callable[[], None]], Array]:
         """The phases that both stages share, decoding and reward, and advantages `[B, G]`."""
-        policy = self.policy
-        decoding = jax.jit(lambda parts, latents: decode(policy.model, parts, policy.denoising, latents))
+        config, encoders = self.config, self._encoders()
+        scale = (config.own if self.stage == "und_for_gen" else config).advantage_scale
+        decoding = jax.jit(lambda parts, latents: decode(self.system.model, parts, self.denoising, latents))
         reward = jax.jit(
             lambda parts, batch, pixels: reward_advantages(
-                policy.reward,
-                policy.encoders,
+                config.reward,
+                encoders,
                 parts["encoders"],
                 batch["pixels"],
                 pixels,
-                policy.group_size,
-                policy.advantage_scale,
+                config.group_size,
+                scale,
             )[0]
         )
         pixels = decoding(self.parts, self.noise)
@@ -300,77 +333,65 @@ class JaxSide:
             "reward": lambda: jax.block_until_ready(reward(self.parts, self.batch, pixels)),
         }, reward(self.parts, self.batch, pixels)
 
-    def _update(self, algorithm: Algorithm, samples: dict) -> Callable[[], None]:
-        compiled = jax.jit(make_train_step(algorithm, self.optimizer), donate_argnames="state")
-        return self._updating(lambda: compiled(self.state, self.frozen, samples, self.key))
+    def _update(self, samples: dict, shared: dict) -> Callable[[], None]:
+        compiled = build_step(GivenRollout(self.method), self.optimizer)
+        rollout = {"samples": samples, "shared": shared}
+        return self._updating(lambda: compiled(self.state, self.frozen, rollout, self.key))
 
     def _caption_phases(self) -> dict[str, Callable[[], None]]:
-        policy, settings = self.policy, self.settings
+        model, settings = self.system.model, self.settings
         condition, denoise = jax.jit(self._condition), jax.jit(self._denoise)
         positive, negative = condition(self.parts, self.captions)
         pictures, advantage = self._pictures()
         shape = (settings.images, settings.group, settings.tokens)
-        samples = {name: self.batch[name] for name in caption_policy.PROMPT_FIELDS} | {
-            "image_embeds": jax.jit(lambda parts, batch: encode_batch_images(policy.model, parts, batch))(
+        samples = {name: self.batch[name] for name in PROMPT_FIELDS} | {
+            "image_embeds": jax.jit(lambda parts, batch: encode_batch_images(model, parts, batch))(
                 self.parts, self.batch
             ),
             "advantage": advantage,
             "tokens": self.captions.reshape(shape),
             "mask": jnp.ones(shape, bool),
         }
-        algorithm = Algorithm(
-            lambda params, frozen, samples, key: {
-                "samples": samples | caption_policy.scored(policy, {**frozen, **params}, samples)
-            },
-            functools.partial(caption_policy.loss, policy),
-        )
         return {
-            **self._sampling(policy.temperature, settings.group),
+            **self._sampling(self.config.temperature, settings.group),
             "condition": lambda: jax.block_until_ready(condition(self.parts, self.captions)),
             "denoising": lambda: jax.block_until_ready(denoise(self.parts, positive, negative, self.noise)),
             **pictures,
-            "update": self._update(algorithm, samples),
+            "update": self._update(samples, {}),
         }
 
     def _flow_phases(self) -> dict[str, Callable[[], None]]:
-        policy, settings = self.policy, self.settings
+        group, method, how = self.settings.group, self.method, self.denoising
 
         def prepare(parts: dict, ids: Array) -> tuple:
             positive, negative = self._condition(parts, ids)
-            return jax.tree.map(lambda leaf: jnp.repeat(leaf, policy.group_size, axis=0), positive), negative
+            return jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), positive), negative
 
         def explore(parts: dict, positive: tuple, negative: tuple, noise: Array, ids: Array, key: Array) -> Trajectory:
-            how = policy.denoising
             return sample_window(
-                predictor(policy.model, parts, how, positive, negative),
+                predictor(self.system.model, parts, how, positive, negative),
                 noise,
                 jnp.asarray(how.sigmas),
-                policy.rule,
+                method.own.rule,
                 jnp.int32(0),
-                policy.window,
-                sample_keys(trees.name_key(key, "steps"), ids, policy.group_size),
+                method.own.window,
+                sample_keys(trees.name_key(key, "steps"), ids, group),
             )
 
         condition, denoise = jax.jit(prepare), jax.jit(explore)
-        captions = self.captions[:: settings.group]
+        captions = self.captions[::group]
         positive, negative = condition(self.parts, captions)
         pictures, advantage = self._pictures()
         ids = self.batch["sample_id"]
         trajectory = denoise(self.parts, positive, negative, self.noise, ids, self.key)
-        rollout = flow_policy.stored(trajectory, positive, negative, advantage)
-        algorithm = Algorithm(
-            lambda params, frozen, rollout, key: {
-                "shared": rollout["shared"],
-                "samples": rollout["samples"] | flow_policy.scored(policy, {**frozen, **params}, **rollout),
-            },
-            functools.partial(flow_policy.loss, policy),
-        )
+        samples = kept(trajectory, positive, advantage.reshape(-1))
+        shared = {"sigma_indices": trajectory.sigma_indices, "negative": negative}
         return {
-            **self._sampling(policy.temperature, 1),
+            **self._sampling(self.config.temperature, 1),
             "condition": lambda: jax.block_until_ready(condition(self.parts, captions)),
             "denoising": lambda: jax.block_until_ready(
                 denoise(self.parts, positive, negative, self.noise, ids, self.key)
             ),
             **pictures,
-            "update": self._update(algorithm, rollout),
+            "update": self._update(samples, shared),
         }

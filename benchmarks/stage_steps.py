@@ -5,44 +5,44 @@
 One table; with --json one object a line: {"stage", "compile_seconds", "step_seconds", "peak_bytes"}.
 """
 
+import argparse
 import json
 import pathlib
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
-from uae_jax.stages.settings import frozen
+from jax.sharding import NamedSharding, PartitionSpec
 
 from uae_jax import sharding, trees
+from uae_jax.config_file import apply_overrides, load_config, split_overrides
 from uae_jax.data.loader import make_loader
-from uae_jax.stages.run import STAGES, Run, RunConfig
+from uae_jax.methods.method import build_step, make_method
+from uae_jax.methods.trained import trainable
+from uae_jax.settings import Mistakes, frozen
+from uae_jax.stages.run import Run
+from uae_jax.stages.run_config import RunConfig
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.step import init_state
-
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/unified_grpo.py", "As for uae_jax.main.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed steps of each stage.")
-_JSON = flags.DEFINE_string("json", None, "File for one JSON object a stage.")
 
 
 def time_stage(whole: Run, stage: str, repeats: int) -> dict:
     """Compiles and repeats one stage's step on the run's own data."""
-    config = getattr(whole.config, stage)
-    optimizer = make_optimizer(config.optimizer, config.steps * config.updates_per_rollout)
-    start = STAGES[stage][1](whole.parts, config, whole.key)
+    config = whole.config.stage(stage)
+    optimizer = make_optimizer(config.optimizer, config.total_updates)
+    start = trainable(whole.parts, whole.config.trains(stage), getattr(config, "lora_rank", 1), whole.key)
     state = sharding.shard_tree(init_state(start, optimizer, ema=bool(config.ema_decay)), whole.mesh)
     frozen_parts = {name: part for name, part in whole.parts.items() if name not in start}
     data = make_loader(whole.source, whole.rows, config.batch_size, 0)
     key = trees.name_key(whole.key, stage)
+    method = make_method(stage, config, whole.config.sampler, whole.system)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(whole.mesh, PartitionSpec())
     begin = time.perf_counter()
-    compiled = (
-        whole.step(stage, state, optimizer)
-        .lower(state, frozen_parts, sharding.shard_batch(next(data), whole.mesh), key)
-        .compile()
-    )
+    step = build_step(method, optimizer, shardings)
+    compiled = step.lower(state, frozen_parts, sharding.shard_batch(next(data), whole.mesh), key).compile()
     compile_seconds = time.perf_counter() - begin
     seconds = []
     for _ in range(repeats + 1):
@@ -61,11 +61,30 @@ def time_stage(whole: Run, stage: str, repeats: int) -> dict:
     }
 
 
-def main(_) -> None:
+def read_options(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, RunConfig]:
+    """The flags, and the configuration with the changes of the command line.
+
+    Raises:
+      Mistakes: a field that does not exist, or a value that cannot be.
+    """
+    overrides, others = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="unified_grpo", help="as for uae_jax.main")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each stage")
+    parser.add_argument("--json", type=pathlib.Path, help="file for one JSON object a stage")
+    options = parser.parse_args(others)
+    values, mistakes = apply_overrides(load_config(options.config).to_dict(), overrides)
+    if mistakes:
+        raise Mistakes(mistakes)
+    return options, frozen(RunConfig, values)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table."""
+    options, config = read_options(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        whole = Run(frozen(RunConfig, _CONFIG.value.to_dict()), pathlib.Path(folder))
-        rows = [time_stage(whole, stage, _REPEATS.value) for stage in whole.config.stages]
+        whole = Run(config, pathlib.Path(folder))
+        rows = [time_stage(whole, stage, options.repeats) for stage in config.stages]
     print(
         f"{'stage':14s} {'compile s':>10s} {'step s':>9s} {'MB':>8s}   on {jax.device_count()} x "
         f"{jax.devices()[0].device_kind}"
@@ -75,10 +94,9 @@ def main(_) -> None:
             f"{row['stage']:14s} {row['compile_seconds']:10.2f} {row['step_seconds']:9.4f} "
             f"{row['peak_bytes'] / 1e6:8.0f}"
         )
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if options.json:
+        options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-    app.run(main)
+    main()

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from uae_jax.stages.steps import held
 
 from benchmarks.gpu_check.random_model import plain_ids, random_batch, random_parts
 from benchmarks.gpu_check.steps import check_config
+from uae_jax.methods.trained import stored
 from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.generate import generate
@@ -121,7 +121,7 @@ def run(size: str, report: Callable[[dict], None]) -> None:
     """
     config, sizes = check_config(size), SIZES[size]
     system = abstract_system(config)
-    shapes = jax.eval_shape(lambda parts: held(parts, (), "bfloat16"), {name: system.parts[name] for name in PARTS})
+    shapes = jax.eval_shape(lambda parts: stored(parts, (), "bfloat16"), {name: system.parts[name] for name in PARTS})
     parts, inputs = random_parts(shapes, system.model.transformer), make_inputs(system, sizes)
     figures: dict[str, Any] = {
         "preset": config.preset,

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from uae_jax.stages.settings import frozen
-from uae_jax.stages.steps import held
 
 from configs import presets
 from uae_jax import trees
@@ -19,9 +18,11 @@ from uae_jax.data import tokenizer as tokens
 from uae_jax.data.loader import to_signed
 from uae_jax.data.qwen_inputs import prompt_fields
 from uae_jax.diffusion.schedule import ScheduleConfig
+from uae_jax.methods.trained import stored
 from uae_jax.models.sd3.config import TransformerConfig
 from uae_jax.models.sd3.transformer import position_table
 from uae_jax.planning.system import AbstractSystem, abstract_system
+from uae_jax.settings import frozen
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import System
 
@@ -177,13 +178,13 @@ def random_system(folder: pathlib.Path, image_size: int, dtype: str) -> System:
     Args:
       folder: in the official layout.
       image_size: side of the pictures in pixels.
-      dtype: of activations, and of the weights that are held in it (`stages.steps.held`).
+      dtype: of activations, and of the weights that are stored in it (`methods.trained.stored`).
     """
     settings = presets.preset("mini", ()).to_dict()
     settings["model"] |= dict(folder=str(folder), dtype=dtype)
     settings["data"] |= dict(image_size=image_size, max_prompt=0, negative_prompt="")
     described = abstract_system(frozen(RunConfig, settings))
-    shapes = jax.eval_shape(lambda parts: held(parts, (), dtype), described.parts)
+    shapes = jax.eval_shape(lambda parts: stored(parts, (), dtype), described.parts)
     return System(
         folder=folder,
         model=described.model,

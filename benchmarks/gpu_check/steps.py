@@ -20,6 +20,7 @@ from uae_jax.planning.compile import Memory, memory_of, resident_bytes
 from uae_jax.planning.estimate import estimate_memory
 from uae_jax.planning.plan import mesh_sizes, step_work, without_recomputation
 from uae_jax.planning.system import AbstractSystem, abstract_system
+from uae_jax.settings import frozen
 from uae_jax.stages.program import Program, make_program
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.training.optimizer import make_optimizer
@@ -39,13 +40,10 @@ SMALL = {
         train="lora",
         batch_size=2,
         micro_batches=2,
-        updates_per_rollout=2,
         group_size=4,
         max_new_tokens=8,
-        window=1,
-        window_high=2,
         sampler_steps=3,
-        ema_decay=0.9,
+        flow_grpo=dict(updates_per_rollout=2, window=1, window_high=2, ema_decay=0.9),
     ),
 }
 
@@ -53,9 +51,7 @@ SMALL = {
 def check_config(size: str) -> RunConfig:
     """The preset of a size, `full` or `small`, with all four stages."""
     values = presets.preset(PRESETS[size], ("pretrain", "cold_start", "gen_for_und", "und_for_gen")).to_dict()
-    for section, changes in SMALL.items() if size == "small" else ():
-        values[section] |= changes
-    return frozen(RunConfig, values)
+    return frozen(RunConfig, presets.merged(values, SMALL) if size == "small" else values)
 
 
 def chip_of(device: Any) -> Chip | None:
@@ -153,7 +149,7 @@ def random_arguments(program: Program, system: AbstractSystem) -> tuple[TrainSta
     transformer, settings = system.model.transformer, program.config
     held_parts = random_parts(program.frozen, transformer)
     params = random_parts(program.state.params, transformer, seed=1)
-    optimizer = make_optimizer(settings.optimizer, settings.steps * settings.updates_per_rollout)
+    optimizer = make_optimizer(settings.optimizer, settings.total_updates)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
 
     def start(params: dict) -> TrainState:
