@@ -45,10 +45,10 @@ class InferenceConfig(Settings):
     max_new_tokens: int = setting(512, "longest caption", unit="tokens", low=1)
     shift: float = setting(3.0, "static shift of the noise levels", above=0)
     schedule: str = setting("diffusers", "kind of schedule, see diffusion.schedule", choices=KINDS)
-    prompt: str = setting("", "what the captioner is asked")
-    negative_prompt: str = setting("", "what guidance moves away from")
+    prompt: str = setting("", "prompt of the captioner")
+    negative_prompt: str = setting("", "unconditional prompt of guidance")
     batch_size: int = setting(1, "images in one compiled call", low=1)
-    policy_condition: bool = setting(False, "encode captions with the trained captioner, as the release does")
+    policy_condition: bool = setting(False, "encode captions with the trained captioner, as in the release")
 
 
 class Row(NamedTuple):
