@@ -22,7 +22,7 @@ from uae_jax.api import Model
 from uae_jax.data.loader import to_signed
 from uae_jax.data.scene_checker import picture_scores
 from uae_jax.data.sources import SCENE_CAPTIONS, SceneSource
-from uae_jax.rl.rewards import cosine_reward, load_encoder
+from uae_jax.rewards.similarity import cosine_reward, load_encoder
 from uae_jax.stages.inference import builtin_settings
 from uae_jax.stages.weights import model_folder
 

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from uae_jax.stages.settings import frozen
+from uae_jax.stages.steps import STAGES as STEPS
+from uae_jax.stages.steps import SamplerConfig, held, make_policy, make_step
 
 from benchmarks.gpu_check.random_model import plain_ids, random_system
 from benchmarks.step_settings import PREFILL, STAGES, Inputs, Settings
@@ -22,13 +25,10 @@ from uae_jax.data.sources import SceneSource
 from uae_jax.diffusion.sampler import Trajectory, sample, sample_window
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.planning.flops import count_work
+from uae_jax.rewards.similarity import mixed_reward, reward_advantages
 from uae_jax.rl import caption_policy, flow_policy
-from uae_jax.rl.captioning import encode_batch_images, sample_captions
-from uae_jax.rl.reconstruction import decode, draw, encode_condition, predictor, sample_keys
-from uae_jax.rl.rewards import mixed_reward, reward_advantages
-from uae_jax.stages.settings import frozen
-from uae_jax.stages.steps import STAGES as STEPS
-from uae_jax.stages.steps import SamplerConfig, held, make_policy, make_step
+from uae_jax.rollouts.captioning import encode_batch_images, sample_captions
+from uae_jax.rollouts.reconstruction import decode, draw, encode_condition, predictor, sample_keys
 from uae_jax.stages.weights import ModelConfig, System, load_system
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.step import Algorithm, init_state, make_train_step

@@ -44,7 +44,7 @@ from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.generate import generate
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.models.sd3 import vae
-from uae_jax.rl.reconstruction import Denoising, decode, encode_condition, predictor
+from uae_jax.rollouts.reconstruction import Denoising, decode, encode_condition, predictor
 from uae_jax.stages.weights import ModelConfig, System, load_system
 
 NEGATIVE_PROMPT = "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."

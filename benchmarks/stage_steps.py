@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
+from uae_jax.stages.settings import frozen
 
 from uae_jax import sharding, trees
 from uae_jax.data.loader import make_loader
 from uae_jax.stages.run import STAGES, Run, RunConfig
-from uae_jax.stages.settings import frozen
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.step import init_state
 

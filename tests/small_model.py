@@ -32,7 +32,7 @@ from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, Vision
 from uae_jax.models.sd3 import transformer, vae
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.models.sd3.weights import transformer_rules, vae_rules
-from uae_jax.rl.rewards import RewardConfig
+from uae_jax.rewards.similarity import RewardConfig
 from uae_jax.settings import as_dict
 from uae_jax.training.optimizer import OptimizerConfig
 

@@ -10,6 +10,7 @@ from PIL import Image
 import uae_jax
 from uae_jax import api
 from uae_jax.data import scenes
+from uae_jax.stages.run_config import CAPTION_PROMPT, NEGATIVE_PROMPT
 from uae_jax.stages.weights import BUILTIN
 
 
@@ -112,7 +113,7 @@ def test_settings_suit_the_folder(tmp_path):
     official = tmp_path / "official"
     (official / "llm").mkdir(parents=True)
     assert api.default_settings(official) == dict(
-        prompt=api.RELEASE_PROMPT, negative_prompt=api.RELEASE_NEGATIVE, policy_condition=False
+        prompt=CAPTION_PROMPT, negative_prompt=NEGATIVE_PROMPT, policy_condition=False
     )
     run = dict(
         stages=["gen_for_und"],
@@ -138,7 +139,7 @@ def test_settings_suit_the_folder(tmp_path):
     )
     assert api.default_settings(tmp_path / "run") == expected == api.default_settings(tmp_path / "run" / "export")
     shutil.copy(BUILTIN / "dit" / "config.json", official / "config.json")  # of a single model
-    assert api.default_settings(official)["prompt"] == api.RELEASE_PROMPT
+    assert api.default_settings(official)["prompt"] == CAPTION_PROMPT
 
 
 def test_a_strip_shows_original_caption_and_drawing(pictures):

@@ -62,7 +62,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
 
     def add_subparsers(self, **settings: Any) -> Any:
-        commands = super().add_subparsers(action=_Commands, **{"required": True, "metavar": "COMMAND", **settings})
+        commands: Any = super().add_subparsers(action=_Commands, **{"required": True, "metavar": "COMMAND", **settings})
         commands.text = self.description or ""
         return commands
 
@@ -81,7 +81,10 @@ def underscored(arguments: Sequence[str]) -> list[str]:
 
 
 def run_command(
-    module: str, text: str, add_arguments: Callable[[CommandParser], None], arguments: Sequence[str] | None = None
+    module: str,
+    text: str | None,
+    add_arguments: Callable[[CommandParser], None],
+    arguments: Sequence[str] | None = None,
 ) -> None:
     """Reads a command line and runs the function that it chooses; an expected error is one line and exit code 1.
 

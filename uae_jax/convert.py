@@ -15,6 +15,7 @@ Nothing is written unless everything that is read is whole.
 import argparse
 import os
 import pathlib
+from typing import Any
 
 from uae_jax.command_line import run_command
 
@@ -80,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--overwrite", action="store_true", help="replace the model folder OUT")
 
 
-def _bar(text: str, total: int | None = None):
+def _bar(text: str, total: int | None = None) -> Any:
     """A progress bar in bytes on a terminal, nothing elsewhere."""
     from tqdm import tqdm
 

@@ -135,7 +135,7 @@ def build(page: Page, name: str) -> "gradio.Blocks":
             caption = gr.Button("Caption", elem_id="write")
             draw = gr.Button("Draw the caption", elem_id="draw")
             both = gr.Button("Reconstruct", variant="primary", elem_id="both")
-        one_at_a_time = dict(concurrency_id="model", concurrency_limit=1)
+        one_at_a_time: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1)
         show.click(_told(page.scene), scene, picture, api_name="scene")
         caption.click(_told(page.caption), [picture, number], text, api_name="caption", **one_at_a_time)
         draw.click(_told(page.draw), [picture, text, number], [drawn, table], api_name="draw", **one_at_a_time)

@@ -52,7 +52,7 @@ class Meaning:
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value, as the end of a sentence; None when nothing is."""
-        if isinstance(value, tuple) and not isinstance(self.choices and self.choices[0], tuple):
+        if isinstance(value, tuple) and not any(isinstance(choice, tuple) for choice in self.choices):
             found = (self.problem(item) for item in value)
             return next((problem for problem in found if problem), None)
         if self.choices and value not in self.choices:
@@ -147,13 +147,16 @@ class Settings:
                 yield f"{field.name} is {value!r}; {problem}"
 
 
-def read(cls: type[T], config: Mapping[str, Any], path: str = "config") -> tuple[T | None, list[str]]:
+def read(
+    cls: type[T], config: Mapping[str, Any], path: str = "config", usual: T | None = None
+) -> tuple[T | None, list[str]]:
     """Settings from a mapping of the same fields, and all mistakes.
 
     Args:
       cls: a `Settings` dataclass.
       config: an `ml_collections.ConfigDict` or a dictionary; lists become tuples.
       path: how the mapping is called in messages, such as `config.pretrain`.
+      usual: the settings whose values stand where nothing is written; None for the defaults.
 
     Returns:
       The settings, with the default in place of a field that is wrong, and one line a mistake. The settings are None
@@ -166,7 +169,7 @@ def read(cls: type[T], config: Mapping[str, Any], path: str = "config") -> tuple
     for name, (field, kind) in places.items():
         if name not in config:
             continue
-        value, found = _value(kind, config[name], f"{path}.{name}")
+        value, found = _value(kind, config[name], f"{path}.{name}", getattr(usual or cls, name, None))
         mistakes += found
         if value is None:
             continue
@@ -175,19 +178,20 @@ def read(cls: type[T], config: Mapping[str, Any], path: str = "config") -> tuple
         else:
             values.setdefault(field, {})[name] = value
     for field in _section_fields(cls):
-        values[field.name] = {name: kind() for name, kind in field.metadata["sections"]().items()} | values.get(
-            field.name, {}
-        )
+        known = {name: kind() for name, kind in field.metadata["sections"]().items()}
+        values[field.name] = known | (getattr(usual, field.name) if usual else {}) | values.get(field.name, {})
+    told: set[str] = set()
     while True:
         try:
-            return cls(**values), mistakes
+            return cls(**values) if usual is None else dataclasses.replace(typing.cast(Any, usual), **values), mistakes
         except ValueError as error:
-            lines = str(error).splitlines()
-            mistakes += [f"{path}.{line}" for line in lines]
-            wrong = {line.split()[0].partition(".")[0] for line in lines} & values.keys()
-            if not wrong:
+            lines = {line: line.split()[0].partition(".")[0] for line in str(error).splitlines()}
+            mistakes += [f"{path}.{line}" for line, name in lines.items() if name not in told]
+            told |= set(lines.values())
+            kept = {name: value for name, value in values.items() if name not in told}
+            if len(kept) == len(values):
                 return None, mistakes
-            values = {name: value for name, value in values.items() if name not in wrong}
+            values = kept
         except TypeError:
             needed = [field.name for field in dataclasses.fields(typing.cast(Any, cls)) if _required(field)]
             return None, mistakes + [f"{path}.{name} is not set" for name in needed if name not in values]
@@ -289,14 +293,14 @@ def _unknown(path: str, name: str, known: Mapping[str, Any]) -> str:
     )
 
 
-def _value(kind: Any, value: Any, path: str) -> tuple[Any, list[str]]:
-    """A value in the type of its field, or None with what is wrong."""
+def _value(kind: Any, value: Any, path: str, usual: Any = None) -> tuple[Any, list[str]]:
+    """A value in the type of its field, or None with what is wrong; a section begins with its usual value."""
     if dataclasses.is_dataclass(kind):
         if isinstance(value, typing.cast(type, kind)):
             return value, []
-        if not isinstance(value, Mapping):
+        if not hasattr(value, "keys"):  # a ConfigDict is no Mapping
             return None, [f"{path} is {value!r}; it is a section with fields of its own"]
-        return read(typing.cast(type, kind), value, path)
+        return read(typing.cast(type, kind), value, path, usual if isinstance(usual, typing.cast(type, kind)) else None)
     if typing.get_origin(kind) is dict:
         return (dict(value), []) if isinstance(value, Mapping) else (None, [f"{path} is {value!r}; it is a section"])
     if typing.get_origin(kind) is tuple:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from uae_jax.stages.steps import held
 
 from benchmarks.gpu_check.random_model import plain_ids, random_batch, random_parts
 from benchmarks.gpu_check.steps import check_config
@@ -19,8 +20,7 @@ from uae_jax.models.qwen2_5_vl.generate import generate
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn.attention import use_attention
 from uae_jax.planning.system import AbstractSystem, abstract_system
-from uae_jax.rl.reconstruction import sample_keys
-from uae_jax.stages.steps import held
+from uae_jax.rollouts.reconstruction import sample_keys
 
 EXACT = "float32 plain"
 PARTS = ("vision", "language", "projector", "transformer", "pooled")

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from uae_jax.stages.settings import frozen
+from uae_jax.stages.steps import held
 
 from configs import presets
 from uae_jax import trees
@@ -21,8 +23,6 @@ from uae_jax.models.sd3.config import TransformerConfig
 from uae_jax.models.sd3.transformer import position_table
 from uae_jax.planning.system import AbstractSystem, abstract_system
 from uae_jax.stages.run_config import RunConfig
-from uae_jax.stages.settings import frozen
-from uae_jax.stages.steps import held
 from uae_jax.stages.weights import System
 
 BLOCK = 2**22  # numbers that are drawn at once: a generator needs several times their room

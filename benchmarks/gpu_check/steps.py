@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from uae_jax.stages.settings import frozen
 
 from benchmarks.gpu_check.random_model import random_batch, random_parts
 from configs import presets
@@ -21,7 +22,6 @@ from uae_jax.planning.plan import mesh_sizes, step_work, without_recomputation
 from uae_jax.planning.system import AbstractSystem, abstract_system
 from uae_jax.stages.program import Program, make_program
 from uae_jax.stages.run_config import RunConfig
-from uae_jax.stages.settings import frozen
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.step import TrainState, init_state
 

@@ -9,7 +9,7 @@ from scipy import stats
 from uae_jax.diffusion import steps
 from uae_jax.diffusion.schedule import KINDS, sigma_schedule
 
-SIGMAS = sigma_schedule(10)
+SIGMAS = jnp.asarray(sigma_schedule(10))
 RULES = [steps.SdeStep(0.7), steps.DanceStep(0.3), steps.CpsStep(0.7)]
 
 
@@ -35,7 +35,7 @@ def test_without_noise_every_rule_is_euler(rule, index):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("noise_level", [0.3, 0.7, 1.0])
 def test_first_sde_step_has_std_equal_to_the_noise_level(kind, noise_level):
-    sigmas = sigma_schedule(10, 3.0, kind)
+    sigmas = jnp.asarray(sigma_schedule(10, 3.0, kind))
     x, v = _state()
     mean, std = _transition(steps.SdeStep(noise_level), x, v, 0, sigmas)
     assert std == np.float32(noise_level)
@@ -73,7 +73,7 @@ def test_cps_keeps_the_noise_coefficient():
     x, v = (1 - s) * x0 + s * noise, noise - x0
     mean, std = _transition(steps.CpsStep(0.7), x, v, 4)
     np.testing.assert_allclose(std, after * math.sin(0.35 * math.pi), rtol=1e-6)
-    expected = (1 - after) * x0 + math.sqrt(after**2 - std**2) * noise
+    expected = (1 - after) * x0 + jnp.sqrt(after**2 - std**2) * noise
     np.testing.assert_allclose(mean, expected, atol=1e-6)
 
 
@@ -86,18 +86,6 @@ def test_half_precision_inputs_are_computed_in_float32(rule):
     assert mean.dtype == std.dtype == jnp.float32
     np.testing.assert_allclose(mean, exact, atol=1e-6)
     assert np.isfinite(std) and std > 0
-
-
-@pytest.mark.parametrize("rule", [steps.EulerStep(), *RULES])
-def test_levels_may_differ_by_sample(rule):
-    x, v = _state()
-    index = jnp.array([0, 4, 8])
-    sigmas = jnp.asarray(SIGMAS)
-    mean, std = rule.transition(x, v, sigmas[index], sigmas[index + 1], sigmas[1])
-    for row, i in enumerate(index):
-        one, one_std = _transition(rule, x[row : row + 1], v[row : row + 1], int(i), sigmas)
-        np.testing.assert_allclose(mean[row : row + 1], one, atol=1e-6)
-        np.testing.assert_allclose(jnp.broadcast_to(std, mean.shape)[row, 0, 0, 0], one_std)
 
 
 def test_log_prob_is_the_mean_of_normal_log_densities():
@@ -136,12 +124,9 @@ def test_cps_log_prob_has_no_variance_and_no_constants():
 @pytest.mark.parametrize("score", [steps.transition_log_prob, steps.cps_log_prob])
 def test_deterministic_steps_have_no_log_prob_and_no_nan(score):
     mean, x_next = _state()
-    std = jnp.array([0.0, 0.4, 0.0]).reshape(3, 1, 1, 1)
-    value = score(x_next, mean, std)
-    gradient = jax.grad(lambda m: score(x_next, m, std).sum())(mean)
-    assert np.isfinite(value).all() and np.isfinite(gradient).all()
-    assert (value[::2] == 0).all() and (gradient[::2] == 0).all()
-    assert value[1] != 0 and (gradient[1] != 0).any()
+    gradient = jax.grad(lambda m, std: score(x_next, m, std).sum())
+    assert (score(x_next, mean, jnp.float32(0)) == 0).all() and (gradient(mean, jnp.float32(0)) == 0).all()
+    assert (score(x_next, mean, jnp.float32(0.4)) != 0).all() and (gradient(mean, jnp.float32(0.4)) != 0).any()
 
 
 @pytest.mark.parametrize("dimensions", [64, 1024])
@@ -150,7 +135,7 @@ def test_ratio_statistics(dimensions):
     samples, index, rule = 4000, 3, steps.SdeStep(0.7)
     x, v = _state(shape=(samples, dimensions))
     mean, std = _transition(rule, x, v, index)
-    x_next = steps.sample_transition(jax.random.key(7), mean, std)
+    x_next = steps.sample_transition(jax.random.split(jax.random.key(7), samples), mean, std)
     shift = 0.02 * jax.random.normal(jax.random.key(8), (1, dimensions))
     moved, _ = _transition(rule, x, v + shift, index)
     k = float(steps.gaussian_kl(moved, mean, std)[0])
@@ -162,7 +147,7 @@ def test_ratio_statistics(dimensions):
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.7, 1.0])
 def test_sde_keeps_the_marginals_of_gaussian_data(noise_level):
-    data_std, count, total = 0.4, 50000, 200
+    data_std, count, dimensions, total = 0.4, 1000, 50, 200
     sigmas = jnp.asarray(sigma_schedule(total, shift=1.0))
     rule = steps.SdeStep(noise_level)
 
@@ -171,17 +156,17 @@ def test_sde_keeps_the_marginals_of_gaussian_data(noise_level):
         variance = (1 - sigma) ** 2 * data_std**2 + sigma**2
         v = (sigma - (1 - sigma) * data_std**2) / variance * x
         mean, std = rule.transition(x, v, sigma, after, sigmas[1])
-        return steps.sample_transition(key, mean, std), None
+        return steps.sample_transition(jax.random.split(key, count), mean, std), None
 
     keys = jax.random.split(jax.random.key(3), total)
-    x = jax.random.normal(jax.random.key(4), (count, 1))
+    x = jax.random.normal(jax.random.key(4), (count, dimensions))
     x, _ = jax.lax.scan(step, x, (keys, sigmas[:-1], sigmas[1:]))
     assert abs(float(x.std()) / data_std - 1) < 0.02
 
 
 def test_kl_forms_against_hand_values():
     ref, difference = _state()
-    std, dt = jnp.float32(0.5), -0.04
+    std, dt = jnp.float32(0.5), jnp.float32(-0.04)
     square = (difference**2).mean(axis=(1, 2, 3))
     exact = steps.gaussian_kl(ref + difference, ref, std)
     np.testing.assert_allclose(exact, square / (2 * 0.25), rtol=1e-5)
@@ -210,7 +195,7 @@ def test_kl_of_a_velocity_change_has_a_gradient_and_vanishes_at_the_reference():
 def test_kl_refuses_what_it_cannot_compute():
     x, v = _state()
     with pytest.raises(ValueError, match="jeffreys"):
-        steps.gaussian_kl(x, v, 1.0, "jeffreys")
+        steps.gaussian_kl(x, v, jnp.float32(1), "jeffreys")
     with pytest.raises(ValueError, match="dt"):
         steps.gaussian_kl(x, v, jnp.float32(1), "gaussian_nodt")
     with pytest.raises(ValueError, match="velocity_ref"):

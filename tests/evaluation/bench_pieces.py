@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import skimage
@@ -100,10 +101,11 @@ class Published:
 
     def cosine(self, a: Image.Image, b: Image.Image) -> float:
         features = [torch.tensor(self.feature(self.pixels(image))) for image in (a, b)]
-        return float(torch.cosine_similarity(*(torch.nn.functional.normalize(x, dim=1) for x in features)))
+        first, second = (torch.nn.functional.normalize(x, dim=1) for x in features)
+        return float(torch.cosine_similarity(first, second))
 
 
-def shaken(kind: type, config: transformers.PreTrainedConfig) -> torch.nn.Module:
+def shaken(kind: type, config: transformers.PreTrainedConfig) -> Any:
     """A model with random weights, always the same, with which different pictures have different features."""
     torch.manual_seed(0)
     model = kind(config)
@@ -121,7 +123,7 @@ def _feature(read: Callable) -> Callable[[np.ndarray], np.ndarray]:
     return feature
 
 
-def clip_model() -> transformers.CLIPModel:
+def clip_model() -> Any:
     vision = dict(
         hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1, image_size=224, patch_size=28
     )
@@ -220,9 +222,9 @@ def dinov2_encoder(folder: pathlib.Path) -> Published:
     )
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(DINOV2_PROCESSOR))
-    processor = BitImageProcessorPil(
-        **{name: value for name, value in DINOV2_PROCESSOR.items() if name != "image_processor_type"}
-    )
+    settings: dict[str, Any] = {**DINOV2_PROCESSOR}
+    del settings["image_processor_type"]
+    processor = BitImageProcessorPil(**settings)
     return Published(
         folder,
         lambda image: np.moveaxis(np.asarray(processor(images=[image]).pixel_values[0]), 0, -1),

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,8 +47,10 @@ def sample_pixels(text, number, size=SIZE):
 def load_painter(options: argparse.Namespace, inputs: int):
     """In place of `model_flags.load_model`."""
     names = {field.name for field in dataclasses.fields(InferenceConfig)}
-    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
-    return Painter(InferenceConfig(**dict(size=SIZE, steps=2, batch_size=3) | given))
+    given: dict[str, Any] = {
+        name: value for name, value in vars(options).items() if name in names and value is not None
+    }
+    return Painter(InferenceConfig(**{"size": SIZE, "steps": 2, "batch_size": 3, **given}))
 
 
 def refused(*arguments):

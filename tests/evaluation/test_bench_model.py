@@ -81,7 +81,7 @@ def test_captions_reconstructions_scores_and_page(whole, images):
     page = (whole / "report.html").read_text()
     for record in records:
         assert record["caption"] in page
-        assert Image.open(whole / "reconstructions" / f"{record['image_id']}.png").text["caption"] == record["caption"]
+        assert Image.open(whole / "reconstructions" / f"{record['image_id']}.png").info["caption"] == record["caption"]
 
 
 @pytest.mark.parametrize("stop", ["caption", "drawing"])

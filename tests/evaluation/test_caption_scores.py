@@ -108,6 +108,7 @@ def test_ratio_interval_covers_and_is_none_without_claims():
     rng = np.random.default_rng(0)
     claimed = rng.integers(0, 5, 400)
     found = ratio_interval(rng.binomial(claimed, 0.7), claimed)
+    assert found is not None
     assert (
         found["low"] < found["value"] < found["high"]
         and found["low"] < 0.7 < found["high"]

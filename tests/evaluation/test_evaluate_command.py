@@ -21,11 +21,11 @@ ROOT = pathlib.Path(evaluate.__file__).parents[1]
 
 @pytest.mark.parametrize("name", evaluate.COMMANDS)
 def test_each_command_has_examples_and_arguments(name, capsys):
-    module = importlib.import_module(evaluate.COMMANDS[name][0])
-    assert f"python -m uae_jax.evaluate {name}" in module.__doc__
+    described = importlib.import_module(evaluate.COMMANDS[name][0]).__doc__ or ""
+    assert f"python -m uae_jax.evaluate {name}" in described
     with pytest.raises(SystemExit) as end:
         evaluate.main([name, "--help"])
-    assert end.value.code == 0 and module.__doc__.splitlines()[0] in capsys.readouterr().out
+    assert end.value.code == 0 and described.splitlines()[0] in capsys.readouterr().out
 
 
 def test_unknown_commands_and_flags_are_told(capsys):

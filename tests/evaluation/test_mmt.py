@@ -5,6 +5,7 @@ import io
 import json
 import types
 import zipfile
+from typing import Any
 
 import openpyxl
 import pytest
@@ -165,12 +166,13 @@ def test_images_may_be_files(tmp_path, engine):
         Image.new("RGB", (9, 9), "blue").save(tmp_path / f"{name}.png")
     evaluate.main(["mmt", "answer", f"--data={tmp_path / 'data.tsv'}", f"--out={tmp_path / 'out'}"])
     assert [len(row.fields["images"]) for row in engine.asked] == [1, 2]
+    log: Any = types.SimpleNamespace(records=[], append=print)
     assert "give --image_root" in json.dumps(
         list(
             mmt.write_answers(
                 engine,
                 mmt.read_items(tmp_path / "data.tsv"),
-                types.SimpleNamespace(records=[], append=print),
+                log,
                 tmp_path / "data.tsv",
                 tmp_path / "no",
             ).values()
@@ -298,6 +300,7 @@ def test_text_in_workbooks_is_never_a_formula_and_too_long_text_is_told(tmp_path
 def test_workbooks_of_other_programs_are_read(tmp_path):
     """Shared strings, numbers, truth values, gaps, and a second sheet."""
     workbook = openpyxl.Workbook()
+    first, second = workbook.worksheets[0], workbook.create_sheet("other")
     for row in (
         ["index", None, "hit", "note"],
         [7, "unnamed", 0.5, "a"],
@@ -305,8 +308,8 @@ def test_workbooks_of_other_programs_are_read(tmp_path):
         [8, None, True],
         ["9", 1, 1, "="],
     ):
-        workbook.active.append(row)
-    workbook.create_sheet("other").append(["nothing"])
+        first.append(row)
+    second.append(["nothing"])
     workbook.save(tmp_path / "a.xlsx")
     assert tables.read_xlsx(tmp_path / "a.xlsx") == [
         {"index": "7", "hit": "0.5", "note": "a"},

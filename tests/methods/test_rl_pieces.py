@@ -11,8 +11,8 @@ from stage_pieces import largest_gap, nudged, stage_of, varied
 from uae_jax.methods.method import gradients_of
 from uae_jax.methods.stage_settings import rollout_denoising
 from uae_jax.models.qwen2_5_vl.generate import Completion
-from uae_jax.rl import captioning
-from uae_jax.rl.reconstruction import encode_condition
+from uae_jax.rollouts import captioning
+from uae_jax.rollouts.reconstruction import encode_condition
 
 
 @pytest.fixture(scope="module")

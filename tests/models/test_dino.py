@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import save_file
 
 from uae_jax.models.encoders import dino, weights
-from uae_jax.rl.rewards import load_encoder
+from uae_jax.rewards.similarity import load_encoder
 
 TOLERANCE = 1e-4
 token_features = jax.jit(dino.token_features, static_argnums=0)

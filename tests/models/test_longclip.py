@@ -20,7 +20,7 @@ from uae_jax import trees
 from uae_jax.hf.torch_file import TorchFile
 from uae_jax.models.encoders import clip, weights
 from uae_jax.models.encoders.config import CLIPTextConfig, LongCLIPTextConfig
-from uae_jax.rl.rewards import load_encoder
+from uae_jax.rewards.similarity import load_encoder
 
 TOLERANCE = 1e-4
 POSITIONS, KEPT, VOCABULARY = 26, 20, 50

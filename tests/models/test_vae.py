@@ -18,6 +18,7 @@ from uae_jax.models.sd3 import vae
 from uae_jax.models.sd3.config import VAEConfig
 from uae_jax.models.sd3.weights import load_vae, vae_rules
 from uae_jax.nn import device
+from uae_jax.nn.cpu.images import interleaved
 
 SIZES = {
     "two_levels": dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4),
@@ -136,38 +137,28 @@ def test_interleaved_pictures_are_decoded_as_they_are_alone(size):
 
         return jax.jit(jax.value_and_grad(energy, has_aux=True))(latents)
 
-    def in_parts(latents):
-        return vae.decode_latents(config, params, vae.to_model_latents(config, latents), 3)
+    def in_parts(latents, chunk):
+        return vae.decode_latents(config, params, vae.to_model_latents(config, latents), chunk)
 
     alone = outcome(lambda latents: vae.decode(config, params, latents))
     with on_devices(1):
         assert device.on_one_cpu()
-        others = [outcome(functools.partial(vae.decode, config, params, interleaved=count)) for count in (1, 3, 6)] + [
-            outcome(in_parts)
-        ]
+        others = [outcome(functools.partial(in_parts, chunk=chunk)) for chunk in (1, 3, 6)]
+        others.append(outcome(lambda latents: vae.decode(config, params, latents)))
     for other in others:
         for expected, found in zip(jax.tree.leaves(alone), jax.tree.leaves(other), strict=True):
             assert relative_error(found, expected) <= 1e-4
-
-
-def test_interleaving_and_separating_are_inverses():
-    x = jnp.arange(4 * 2 * 3 * 5.0).reshape(4, 2, 3, 5)
-    wide = vae.interleave(x, 2)
-    assert wide.shape == (2, 2, 3, 10)
-    np.testing.assert_array_equal(wide[0, ..., :5], x[0])
-    np.testing.assert_array_equal(wide[1, ..., 5:], x[3])
-    np.testing.assert_array_equal(vae.separate(wide, 2), x)
 
 
 def test_only_a_single_cpu_interleaves(monkeypatch):
     config, params = small()
     latents, seen = jnp.zeros((4, 2, 2, 16)), []
     decode = vae.decode
-    monkeypatch.setattr(vae, "decode", lambda *x: seen.append(x[3]) or decode(*x))
+    monkeypatch.setattr(vae, "decode", lambda *x: seen.append(interleaved()) or decode(*x))
     for devices, chunk in ((1, None), (1, 2), (8, None)):
         with on_devices(devices):
             vae.decode_latents(config, params, latents, chunk)
-    assert seen == [4, 2, 1]
+    assert seen == [4, 2, 1] and interleaved() == 1
 
 
 def test_model_latents_are_shifted_and_scaled_both_ways():

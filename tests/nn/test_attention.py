@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from uae_jax.nn.attention import IMPLEMENTATIONS, Mask, SharedKeys, attention, entry, plain, use_attention
+from uae_jax.nn.attention.by_head import by_head
 from uae_jax.nn.attention.cudnn import arguments, supported
 from uae_jax.nn.attention.splash import splash
 
@@ -63,7 +64,7 @@ CASES = [("all", 5, 7), ("valid", 5, 7), ("causal", 7, 7), ("causal", 4, 9), ("g
 FORMS = {
     "plain": plain.plain,
     "by_query_blocks": functools.partial(plain.by_query_blocks, block=3),
-    "by_head": functools.partial(plain.by_head, block=3),
+    "by_head": functools.partial(by_head, block=3),
     "splash": functools.partial(splash, interpret=True),
 }
 
@@ -155,7 +156,7 @@ def test_long_sequences_keep_a_block_of_weights_alone():
 
     whole = 2 * length**2 * 4
     assert temporaries(plain.plain) >= whole
-    assert temporaries(functools.partial(plain.by_head, block=128)) < whole / 2
+    assert temporaries(functools.partial(by_head, block=128)) < whole / 2
     assert temporaries(functools.partial(plain.by_query_blocks, block=128)) < whole / 2
 
 

@@ -1,4 +1,4 @@
-"""Convolutions of pictures one by one and interleaved."""
+"""Convolutions of images one by one and interleaved."""
 
 import jax
 import jax.numpy as jnp
@@ -6,21 +6,26 @@ import numpy as np
 import pytest
 from programs import on_devices
 
-from uae_jax.models.sd3.vae import interleave, separate
 from uae_jax.nn.conv import Conv, DoublingConv
+from uae_jax.nn.cpu.images import interleave, interleaving, separate
 
-PICTURES = 4
+IMAGES = 4
 
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def outcome(convolution, params, x, pictures):
-    """Result and gradients by parameters and pictures, of pictures that are interleaved by so many."""
+def applied(module):
+    return lambda params, x: module.apply({"params": params}, x)
+
+
+def outcome(convolution, params, x, images=1):
+    """Result and gradients by parameters and images, so many of which are interleaved."""
 
     def energy(params, x):
-        y = separate(convolution(params, interleave(x, pictures)), pictures)
+        with interleaving(images):
+            y = separate(convolution(params, interleave(x)))
         return jnp.sum(jnp.sin(y)), y
 
     return jax.jit(jax.value_and_grad(energy, argnums=(0, 1), has_aux=True))(params, x)
@@ -36,34 +41,24 @@ def check_same(found, expected):
 def test_interleaved_pictures_are_convolved_each_by_itself(channels, features, size):
     padding = ((size // 2, size // 2),) * 2
     params = {"kernel": 0.1 * normal(0, size, size, channels, features), "bias": normal(1, features)}
-    x = normal(2, PICTURES, 4, 3, channels)
-
-    def convolution(pictures):
-        return lambda params, x: Conv(features, size, padding=padding, interleaved=pictures).apply(
-            {"params": params}, x
-        )
-
+    x, convolution = normal(2, IMAGES, 4, 3, channels), applied(Conv(features, size, padding=padding))
     with on_devices(1):
-        alone = outcome(convolution(1), params, x, 1)
-        for pictures in (2, PICTURES):
-            check_same(outcome(convolution(pictures), params, x, pictures), alone)
+        alone = outcome(convolution, params, x)
+        for images in (2, IMAGES):
+            check_same(outcome(convolution, params, x, images), alone)
 
 
-@pytest.mark.parametrize("pictures", [1, 2, PICTURES])
+@pytest.mark.parametrize("devices, images", [(1, 1), (1, 2), (1, IMAGES), (8, 1)])
 @pytest.mark.parametrize("channels, features", [(16, 16), (5, 3)])
-def test_a_doubling_convolution_is_the_convolution_of_the_doubled_picture(channels, features, pictures):
+def test_a_doubling_convolution_is_the_convolution_of_the_doubled_picture(channels, features, devices, images):
     params = {"kernel": 0.1 * normal(0, 3, 3, channels, features), "bias": normal(1, features)}
-    x = normal(2, PICTURES, 4, 3, channels)
+    x = normal(2, IMAGES, 4, 3, channels)
 
     def enlarged(params, x):
         return Conv(features).apply({"params": params}, jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
 
-    for count in (1, 8):  # both forms
-        with on_devices(count):
-            found = outcome(
-                lambda params, x: DoublingConv(features, pictures).apply({"params": params}, x), params, x, pictures
-            )
-            check_same(found, outcome(enlarged, params, x, 1))
+    with on_devices(devices):
+        check_same(outcome(applied(DoublingConv(features)), params, x, images), outcome(enlarged, params, x))
 
 
 def test_sums_of_taps_are_rounded_once():
@@ -82,5 +77,5 @@ def test_sums_of_taps_are_rounded_once():
 
 
 def test_interleaved_pictures_take_no_stride():
-    with pytest.raises(ValueError, match="steps of 1, not 2"):
-        Conv(4, stride=2, interleaved=2).init(jax.random.key(0), jnp.zeros((1, 4, 4, 8)))
+    with interleaving(2), pytest.raises(ValueError, match="steps of 1, not 2"):
+        Conv(4, stride=2).init(jax.random.key(0), jnp.zeros((1, 4, 4, 8)))

@@ -16,8 +16,8 @@ from uae_jax.models.encoders import clip, dino
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.models.sd3 import vae
-from uae_jax.rl.captioning import sample_captions
-from uae_jax.rl.reconstruction import Denoising, decode, encode_condition, predictor
+from uae_jax.rollouts.captioning import sample_captions
+from uae_jax.rollouts.reconstruction import Denoising, decode, encode_condition, predictor
 
 TOLERANCE = 1e-4
 ROWS = ((0,), (1,), (0, 1))  # images of each row: two of different size, and both in one row

@@ -47,18 +47,19 @@ def parsers(parser):
 
 
 def every_parser():
-    """All parsers but those of the commands that `evaluate` has not imported."""
-    for module in (infer, convert, demo, fetch_emoji, *evaluate.COMMANDS):
-        whole = evaluate if module in evaluate.COMMANDS else module
-        parser = CommandParser(prog=f"python -m {whole.__name__}", description=whole.__doc__)
-        add = functools.partial(evaluate.add_arguments, command=module) if whole is evaluate else module.add_arguments
-        add(parser)
-        for part in parsers(parser):
-            if whole is not evaluate or part.prog.split()[3:4] in ([], [module]):
-                yield pytest.param(part, id=part.prog.removeprefix("python -m "))
+    """The parsers of all commands and subcommands."""
+    for module in (infer, convert, demo, fetch_emoji):
+        parser = CommandParser(prog=f"python -m {module.__name__}", description=module.__doc__)
+        module.add_arguments(parser)
+        yield from parsers(parser)
+    for name in evaluate.COMMANDS:  # which imports one of its commands at a time
+        parser = CommandParser(prog="python -m uae_jax.evaluate", description=evaluate.__doc__)
+        evaluate.add_arguments(parser, name)
+        yield from (part for part in parsers(parser) if part.prog.split()[3:4] == [name])
+    yield parser
 
 
-@pytest.mark.parametrize("parser", list(every_parser()))
+@pytest.mark.parametrize("parser", list(every_parser()), ids=lambda parser: parser.prog)
 def test_help_has_examples_and_defaults_and_names_have_underscores(parser):
     shown = parser.format_help()
     _, described = shown.split("\n\n", 1)
@@ -141,7 +142,7 @@ def test_reconstruct_writes_a_strip_for_every_picture_of_a_folder(model_folder, 
     assert len(records) == 3
     for index, record in enumerate(records):
         strip = Image.open(out / f"scene_{index}_strip.png")
-        assert strip.text["caption"] == record["caption"] and strip.width > 2 * strip.height
+        assert strip.info["caption"] == record["caption"] and strip.width > 2 * strip.height
         assert Image.open(record["reconstruction"]).size == (16, 16)
 
 
@@ -150,7 +151,7 @@ def test_generate_draws_each_text_with_its_own_noise(model_folder, tmp_path, cap
         ["generate", "red circle", "red circle", "--checkpoint", str(model_folder), "--out", str(tmp_path), *FAST]
     )
     first, second = (Image.open(tmp_path / f"{number:04d}.png") for number in (0, 1))
-    assert first.text["caption"] == "red circle" and first.tobytes() != second.tobytes()
+    assert first.info["caption"] == "red circle" and first.tobytes() != second.tobytes()
     infer.main(["generate", "red circle", "--checkpoint", str(model_folder), "--out", str(tmp_path / "again"), *FAST])
     assert Image.open(tmp_path / "again" / "0000.png").tobytes() == first.tobytes()
     capsys.readouterr()
@@ -171,7 +172,7 @@ def test_a_bad_picture_among_many_leaves_the_others_done_and_a_code(model_folder
     }
     assert {name for name, record in records.items() if "error" in record} == {"scene_0b.png", "scene_1b.png"}
     for name in ("scene_0.png", "scene_1.jpg", "scene_2.png"):
-        assert Image.open(records[name]["reconstruction"]).text["caption"] == records[name]["caption"]
+        assert Image.open(records[name]["reconstruction"]).info["caption"] == records[name]["caption"]
     assert sorted(path.name for path in out.iterdir()) == sorted(
         f"scene_{n}{end}.png" for n in range(3) for end in ("", "_strip")
     )

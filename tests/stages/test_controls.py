@@ -12,7 +12,7 @@ from configs import ablations
 from configs import bootstrap as bootstrap_config
 from uae_jax import sharding
 from uae_jax.methods.gen_for_und import PROMPT_FIELDS
-from uae_jax.rl.captioning import encode_batch_images
+from uae_jax.rollouts.captioning import encode_batch_images
 from uae_jax.settings import Mistakes
 from uae_jax.stages import run as run_module
 from uae_jax.stages.bootstrap.run import bootstrap

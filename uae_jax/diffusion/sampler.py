@@ -1,54 +1,61 @@
 """Sampling loops: guidance, the deterministic sampler, and rollouts with a stochastic window.
 
-`predict(x [B, ...], sigma [] float32) -> velocity [B, ...]` stands for the whole denoiser, its
-context and its guidance; the loops are one `lax.scan` over the schedule.
+`predict` stands for the denoiser with its context and guidance. Each loop is one `lax.scan` over the schedule. Shape
+letters: n samples, d the dimensions of a latent, w steps of the window.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array, Float, Float32, Int, Int32, Key, PyTree, Shaped
 
-from uae_jax.diffusion.steps import EulerStep, sample_transition, step_log_prob
+from uae_jax.diffusion.steps import EulerStep, StepRule, sample_transition, step_log_prob
+
+# (latents, sigma) -> velocity
+Predict = Callable[[Float[Array, " n *d"], Float[Array, ""]], Float[Array, " n *d"]]
 
 
 class Trajectory(NamedTuple):
-    """What a rollout keeps: the W stochastic steps, and the final latents.
+    """What a rollout keeps: the stochastic steps of its window, and the final latents.
 
-    latents, next_latents: float32 [W, B, ...], x before and after each step of the window.
-    log_probs: float32 [W, B]. velocities: float32 [W, B, ...], what was predicted at `latents`.
-    sigma_indices: int32 [W], positions in the schedule.
-    final: float32 [B, ...], the latents at sigma 0.
+    Attributes:
+      latents, next_latents: before and after each step of the window.
+      log_probs: of each step.
+      velocities: the predictions at `latents`.
+      sigma_indices: positions in the schedule.
+      final: the latents at sigma 0.
     """
 
-    latents: jax.Array
-    next_latents: jax.Array
-    log_probs: jax.Array
-    velocities: jax.Array
-    sigma_indices: jax.Array
-    final: jax.Array
+    latents: Float32[Array, "w n *d"]
+    next_latents: Float32[Array, "w n *d"]
+    log_probs: Float32[Array, "w n"]
+    velocities: Float32[Array, "w n *d"]
+    sigma_indices: Int32[Array, " w"]
+    final: Float32[Array, " n *d"]
 
 
 class Replay(NamedTuple):
-    """A window scored again by a policy.
+    """A window scored again by a policy; `dts` are `next_sigma - sigma`, negative."""
 
-    log_probs: [W, B]. means, velocities: [W, B, ...]. stds: [W]. dts: [W], negative. float32.
+    log_probs: Float32[Array, "w n"]
+    means: Float32[Array, "w n *d"]
+    velocities: Float32[Array, "w n *d"]
+    stds: Float32[Array, " w"]
+    dts: Float32[Array, " w"]
+
+
+def _stack_contexts(
+    negative: PyTree[Shaped[Array, "#n ..."]], positive: PyTree[Shaped[Array, "n ..."]], batch: int
+) -> PyTree[Shaped[Array, "..."]]:
+    """Interleaves two contexts along the batch, [n0, p0, n1, p1, ...]; a negative of batch 1 is repeated.
+
+    A row of a sharded batch then stays on its device.
     """
 
-    log_probs: jax.Array
-    means: jax.Array
-    velocities: jax.Array
-    stds: jax.Array
-    dts: jax.Array
-
-
-def _stack_contexts(negative, positive, batch):
-    """Interleaves two context pytrees along the batch, [n0, p0, n1, p1, ...]; a negative of batch 1 is repeated.
-
-    Interleaved, because a batch that is cut over devices then stays where it is.
-    """
-
-    def join(n, p):
+    def join(n: Array, p: Array) -> Array:
         if n.shape[1:] != p.shape[1:] or n.shape[0] not in (1, batch) or p.shape[0] != batch:
             raise ValueError(
                 f"negative context {n.shape} does not match positive context {p.shape} for a "
@@ -61,54 +68,56 @@ def _stack_contexts(negative, positive, batch):
 
 
 def guided_velocity(
-    velocity_fn,
-    x,
-    sigma,
-    context,
-    negative_context=None,
+    velocity_fn: Callable[[Float[Array, " m *d"], Float[Array, " m"], PyTree], Float[Array, " m *d"]],
+    x: Float[Array, " n *d"],
+    sigma: Float[Array, ""],
+    context: PyTree[Shaped[Array, "n ..."]],
+    negative_context: PyTree[Shaped[Array, "#n ..."]] | None = None,
     guidance_scale: float = 1.0,
     stop_negative_gradient: bool = False,
-):
-    """Classifier-free guidance `v_neg + w (v_pos - v_neg)` with one evaluation of the denoiser.
+) -> Float32[Array, " n *d"]:
+    """Classifier-free guidance `v_neg + w (v_pos - v_neg)`; source: arXiv 2207.12598, as in diffusers' SD3 pipeline.
 
     Args:
-      velocity_fn: `(x [M, ...], sigma [M], context) -> velocity [M, ...]`; called once with
-        M = 2 B, rows ordered [negative 0, positive 0, negative 1, ...], or with M = B when there is no guidance, and
-        for each half where the negative one has no gradient.
-      x: latents [B, ...].
-      sigma: noise level, [] or [B].
-      context: pytree of arrays [B, ...].
-      negative_context: the same structure, [B, ...] or [1, ...]; not used without guidance.
-      guidance_scale: w, a Python number; exactly 1 skips the negative half.
-      stop_negative_gradient: keep gradients out of the negative half (as flow_grpo trains), which
-        is then evaluated apart, so that no backward pass is spent on it; the value does not change.
-
-    Returns:
-      float32 [B, ...]. Source: arXiv 2207.12598, as in diffusers' SD3 pipeline.
+      velocity_fn: the denoiser, `(latents, noise levels, context) -> velocity`. One call evaluates both halves, m = 2 n
+        rows in the order [negative 0, positive 0, negative 1, ...]. Without guidance m = n.
+      x: latents.
+      sigma: noise level of all samples.
+      context: of the prompts.
+      negative_context: the same structure, one row each or one for all; not used without guidance.
+      guidance_scale: w; exactly 1 is without guidance and skips the negative half.
+      stop_negative_gradient: no gradient for the negative half, as in flow_grpo's training. Each half is then a call
+        of its own, so that no backward pass is spent on the negative one. The value does not change.
 
     Raises:
-      ValueError: when guidance has no negative context, or the contexts differ in shape.
+      ValueError: guidance has no negative context, or the contexts differ in shape.
     """
     batch = x.shape[0]
-    sigma = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), (batch,))
+    sigmas = jnp.broadcast_to(sigma, (batch,))
     if guidance_scale == 1:
-        return velocity_fn(x, sigma, context).astype(jnp.float32)
+        return velocity_fn(x, sigmas, context).astype(jnp.float32)
     if negative_context is None:
         raise ValueError(f"guidance_scale={guidance_scale} needs a negative context: give one, or use 1")
     contexts = _stack_contexts(negative_context, context, batch)
     if stop_negative_gradient:
         halves = (jax.tree.map(lambda pairs: pairs[side::2], contexts) for side in (0, 1))
-        negative, positive = (velocity_fn(x, sigma, half).astype(jnp.float32) for half in halves)
+        negative, positive = (velocity_fn(x, sigmas, half).astype(jnp.float32) for half in halves)
         negative = jax.lax.stop_gradient(negative)
     else:
-        both = velocity_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(sigma, 2), contexts)
+        both = velocity_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(sigmas, 2), contexts)
         pairs = both.astype(jnp.float32).reshape(batch, 2, *both.shape[1:])
         negative, positive = pairs[:, 0], pairs[:, 1]
     return negative + guidance_scale * (positive - negative)
 
 
-def _euler_scan(predict, x, levels, next_levels, remat):
-    def step(x, level):
+def _euler_scan(
+    predict: Predict,
+    x: Float32[Array, " n *d"],
+    levels: Float[Array, " steps"],
+    next_levels: Float[Array, " steps"],
+    remat: bool,
+) -> Float32[Array, " n *d"]:
+    def step(x: Array, level: tuple[Array, Array]) -> tuple[Array, None]:
         sigma, next_sigma = level
         mean, _ = EulerStep().transition(x, predict(x, sigma), sigma, next_sigma, sigma)
         return mean, None
@@ -117,25 +126,27 @@ def _euler_scan(predict, x, levels, next_levels, remat):
     return jax.lax.scan(body, x, (levels, next_levels))[0]
 
 
-def sample(predict, noise, sigmas, remat: bool = False, gradient_steps: int | None = None):
-    """Deterministic Euler sampling, differentiable through every step.
+def sample(
+    predict: Predict,
+    noise: Float[Array, " n *d"],
+    sigmas: Float[Array, " levels"],
+    remat: bool = False,
+    gradient_steps: int | None = None,
+) -> Float32[Array, " n *d"]:
+    """Latents at sigma 0 by deterministic Euler sampling, differentiable through every step.
 
     Args:
-      predict: `(x [B, ...], sigma []) -> velocity [B, ...]`.
-      noise: initial latents [B, ...] at sigma = sigmas[0].
-      sigmas: [N + 1], decreasing, ending with 0 (`sigma_schedule`).
-      remat: recompute each step's activations in the backward pass, so that memory holds one
-        step's activations and N latents.
-      gradient_steps: None for gradients through all steps; K for gradients through the last K
-        only (DRaFT-K, arXiv 2309.17400), the latents before them being constants.
-
-    Returns:
-      float32 [B, ...]: the latents at sigma 0.
+      predict: the guided denoiser.
+      noise: initial latents at the first level.
+      sigmas: N + 1 decreasing levels that end with 0 (`sigma_schedule`).
+      remat: recompute the activations of each step in the backward pass. Memory then holds the activations of one
+        step, and N latents.
+      gradient_steps: None for gradients through all steps, K for the last K only (DRaFT-K, arXiv 2309.17400). The
+        latents before them are constants.
 
     Raises:
-      ValueError: when gradient_steps is not between 1 and N.
+      ValueError: `gradient_steps` is not between 1 and N.
     """
-    sigmas = jnp.asarray(sigmas, jnp.float32)
     steps = sigmas.shape[0] - 1
     kept = steps if gradient_steps is None else gradient_steps
     if not 1 <= kept <= steps:
@@ -144,7 +155,7 @@ def sample(predict, noise, sigmas, remat: bool = False, gradient_steps: int | No
     split = steps - kept
     if split:
 
-        def constant(x, sigma):
+        def constant(x: Array, sigma: Array) -> Array:
             return jax.lax.stop_gradient(predict(x, sigma))
 
         early = jax.lax.stop_gradient(x)
@@ -153,60 +164,62 @@ def sample(predict, noise, sigmas, remat: bool = False, gradient_steps: int | No
     return _euler_scan(predict, x, sigmas[split:-1], sigmas[split + 1 :], remat)
 
 
-def window_start(key, low: int, high: int, window: int):
-    """Draws the first stochastic step, uniform in [low, high - window] (both included).
+def window_start(key: Key[Array, ""], low: int, high: int, window: int) -> Int[Array, ""]:
+    """Samples the first stochastic step, uniform in [low, high - window] (both included).
 
-    Draw it from the step's key, so that every sample and every host has the same window.
+    With the key of the train step, every sample and every host has the same window.
 
-    Returns:
-      int32 []. Raises ValueError when the range is shorter than the window.
+    Raises:
+      ValueError: the range is shorter than the window.
     """
     if window < 1 or low < 0 or high - low < window:
         raise ValueError(f"a window of {window} steps does not fit into steps {low} to {high}")
     return jax.random.randint(key, (), low, high - window + 1)
 
 
-def _check_window(steps, start, window):
+def _check_window(steps: int, start: int | Int[Array, ""], window: int) -> None:
     if not 1 <= window <= steps - 1:
         raise ValueError(
             f"the window must have 1 to {steps - 1} of the {steps} steps, got {window}: "
             "the last step, to sigma 0, is never stochastic"
         )
-    if not isinstance(start, jax.core.Tracer) and not 0 <= int(start) <= steps - 1 - window:
+    if not isinstance(start, Tracer) and not 0 <= int(start) <= steps - 1 - window:
         raise ValueError(f"a window of {window} steps from step {int(start)} does not end by step {steps - 1}")
 
 
-def sample_window(predict, noise, sigmas, rule, window_start, window_size: int, keys):
-    """A rollout: ODE steps outside a window, stochastic steps of `rule` inside it.
+def sample_window(
+    predict: Predict,
+    noise: Float[Array, " n *d"],
+    sigmas: Float[Array, " levels"],
+    rule: StepRule,
+    window_start: int | Int[Array, ""],
+    window_size: int,
+    keys: Key[Array, " n"],
+) -> Trajectory:
+    """A rollout: stochastic steps of `rule` inside a window, ODE steps outside; without gradients.
 
-    Only the window is stored. `window_size = N - 1` from step 0 is the fully stochastic sampler
-    of Flow-GRPO (the last step, to sigma 0, is never trained and stays deterministic); shorter
-    windows are Flow-GRPO-Fast and MixGRPO (arXiv 2507.21802). One program serves every
-    window_start. Gradients do not flow.
+    Only the window is stored. `window_size = N - 1` from step 0 is Flow-GRPO's fully stochastic sampler; its last step,
+    to sigma 0, is never trained and stays deterministic. Shorter windows are Flow-GRPO-Fast and MixGRPO
+    (arXiv 2507.21802). One program serves every `window_start`.
 
     Args:
-      predict: `(x [B, ...], sigma []) -> velocity [B, ...]`.
-      noise: initial latents [B, ...].
-      sigmas: [N + 1], decreasing, ending with 0.
-      rule: a step rule of `uae_jax.diffusion.steps`.
-      window_start: first stochastic step, int []; may be traced, and is then bounded to
-        [0, N - 1 - window_size].
-      window_size: W, a Python int in [1, N - 1].
-      keys: typed keys [B], one per sample; a step's noise is drawn from fold_in(key, step).
-
-    Returns:
-      `Trajectory`.
+      predict: the guided denoiser.
+      noise: initial latents.
+      sigmas: N + 1 decreasing levels that end with 0.
+      rule: the stochastic step.
+      window_start: first stochastic step; a traced one is bounded to [0, N - 1 - window_size].
+      window_size: w, from 1 to N - 1.
+      keys: one per sample; the noise of a step comes from `fold_in(key, step)`.
 
     Raises:
-      ValueError: when the window does not fit.
+      ValueError: the window does not fit.
     """
-    sigmas = jnp.asarray(sigmas, jnp.float32)
     steps = sigmas.shape[0] - 1
     _check_window(steps, window_start, window_size)
     start = jnp.clip(jnp.asarray(window_start, jnp.int32), 0, steps - 1 - window_size)
     x = jax.lax.stop_gradient(noise.astype(jnp.float32))
 
-    def step(carry, inputs):
+    def step(carry: tuple[Array, PyTree], inputs: tuple[Array, Array, Array]) -> tuple[tuple[Array, PyTree], None]:
         x, stored = carry
         index, sigma, next_sigma = inputs
         velocity = jax.lax.stop_gradient(predict(x, sigma))
@@ -215,7 +228,7 @@ def sample_window(predict, noise, sigmas, rule, window_start, window_size: int, 
         euler, _ = EulerStep().transition(x, velocity, sigma, next_sigma, sigmas[1])
         inside = (index >= start) & (index < start + window_size)
         x_next = jnp.where(inside, sample_transition(step_keys, mean, std), euler)
-        # The stored latent is what gets scored, never a value fused with the draw.
+        # the latent that is scored is the stored one, never a value fused with its sampling
         x_next, mean, std = jax.lax.optimization_barrier((x_next, mean, std))
         log_prob = step_log_prob(rule, x_next, mean, std)
         slot = jnp.clip(index - start, 0, window_size - 1)
@@ -229,30 +242,30 @@ def sample_window(predict, noise, sigmas, rule, window_start, window_size: int, 
     empty = jnp.zeros((window_size, *x.shape), jnp.float32)
     stored = (empty, empty, jnp.zeros((window_size, x.shape[0]), jnp.float32), empty)
     levels = (jnp.arange(steps), sigmas[:-1], sigmas[1:])
-    (final, stored), _ = jax.lax.scan(step, (x, stored), levels)
-    return Trajectory(*stored, start + jnp.arange(window_size), final)
+    (final, (latents, next_latents, log_probs, velocities)), _ = jax.lax.scan(step, (x, stored), levels)
+    return Trajectory(latents, next_latents, log_probs, velocities, start + jnp.arange(window_size), final)
 
 
-def replay_window(predict, latents, next_latents, sigma_indices, sigmas, rule, remat: bool = False) -> Replay:
-    """Scores the stored steps of a rollout with the present policy.
+def replay_window(
+    predict: Predict,
+    latents: Float[Array, "w n *d"],
+    next_latents: Float[Array, "w n *d"],
+    sigma_indices: Int[Array, " w"],
+    sigmas: Float[Array, " levels"],
+    rule: StepRule,
+) -> Replay:
+    """Scores the stored steps of a rollout with the present policy; differentiable in what `predict` closes over.
 
-    Same transition, same log-probability, same batch shape as `sample_window`; differentiable in
-    what `predict` closes over.
+    Transition, log-probability and batch shape are those of `sample_window`.
 
     Args:
-      predict: `(x [B, ...], sigma []) -> velocity [B, ...]`, with the rollout's guidance.
-      latents, next_latents: [W, B, ...] of a `Trajectory`.
-      sigma_indices: int [W]; may be traced.
-      sigmas: [N + 1], the rollout's schedule.
+      predict: the denoiser, with the rollout's guidance.
+      latents, next_latents, sigma_indices: of a `Trajectory`; the indices may be traced.
+      sigmas: the rollout's schedule.
       rule: the rollout's step rule.
-      remat: recompute each step's activations in the backward pass.
-
-    Returns:
-      `Replay`.
     """
-    sigmas = jnp.asarray(sigmas, jnp.float32)
 
-    def score(_, inputs):
+    def score(_: None, inputs: tuple[Array, Array, Array]) -> tuple[None, Replay]:
         x, x_next, index = inputs
         sigma, next_sigma = sigmas[index], sigmas[index + 1]
         velocity = predict(x, sigma)
@@ -260,5 +273,4 @@ def replay_window(predict, latents, next_latents, sigma_indices, sigmas, rule, r
         log_prob = step_log_prob(rule, x_next, mean, std)
         return None, Replay(log_prob, mean, velocity.astype(jnp.float32), std, next_sigma - sigma)
 
-    body = jax.checkpoint(score, prevent_cse=False) if remat else score
-    return jax.lax.scan(body, None, (latents, next_latents, sigma_indices))[1]
+    return jax.lax.scan(score, None, (latents, next_latents, sigma_indices))[1]

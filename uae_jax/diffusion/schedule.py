@@ -1,16 +1,16 @@
-"""Sigma schedules of the flow-matching sampler, computed on the host.
+"""Noise levels (sigma) of the flow-matching sampler, computed on the host.
 
-A schedule runs from sigma 1 (pure noise) down to sigma 0 (the image). SD3 bends the even
-spacing with a static shift, `s -> shift * s / (1 + (shift - 1) * s)` (arXiv 2403.03206,
-section 5.3.2), and code bases differ in where they apply it; the three conventions in use have
-names here.
+A schedule runs from sigma 1 (pure noise) down to sigma 0 (the image). SD3 bends the even spacing by a static shift
+(arXiv 2403.03206, section 5.3.2). Code bases apply the shift in three ways; each has a name in `KINDS`.
 """
 
 import dataclasses
 import json
 import pathlib
+from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Array, Float, Float32
 
 KINDS = ("diffusers", "single", "linspace_shift")
 
@@ -26,34 +26,37 @@ _UNSUPPORTED = (
     "stochastic_sampling",
 )
 
+Sigma = TypeVar("Sigma", float, Float[np.ndarray, "..."], Float[Array, "..."])
 
-def shift_sigma(sigma, shift: float):
-    """Applies the static shift `shift * s / (1 + (shift - 1) * s)` to sigmas in [0, 1].
 
-    Works on numpy and on jax arrays of any shape; 0 and 1 are fixed points.
+def shift_sigma(sigma: Sigma, shift: float) -> Sigma:
+    """The static shift `shift * s / (1 + (shift - 1) * s)` of noise levels in [0, 1]; 0 and 1 are fixed points.
+
     Source: arXiv 2403.03206, section 5.3.2.
     """
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def sigma_schedule(steps: int, shift: float = 3.0, kind: str = "diffusers", num_train: int = 1000) -> np.ndarray:
+def sigma_schedule(
+    steps: int, shift: float = 3.0, kind: str = "diffusers", num_train: int = 1000
+) -> Float32[np.ndarray, " levels"]:
     """The noise levels of a sampler with `steps` steps.
 
     Args:
-      steps: number of velocity evaluations N, at least 1.
+      steps: number of velocity evaluations, at least 1.
       shift: static shift, above 0; 1 leaves the spacing even, SD3 uses 3.
-      kind: "diffusers": the even spacing from 1 to the already shifted smallest training sigma,
-        shifted again, as `FlowMatchEulerDiscreteScheduler.set_timesteps` does (the "double
-        shift", huggingface/diffusers#13243; what the SD3 pipelines run).
+      kind:
+        "diffusers": even spacing from 1 to the smallest training level, which is already shifted; then shifted again.
+          SD3's pipelines do this in `FlowMatchEulerDiscreteScheduler.set_timesteps` (huggingface/diffusers#13243).
         "single": even spacing from 1 to 1 / num_train, shifted once.
-        "linspace_shift": even spacing from 1 to 0 with N + 1 points, shifted once (DanceGRPO).
+        "linspace_shift": even spacing from 1 to 0, shifted once (DanceGRPO).
       num_train: number of training noise levels, 1000 in SD3.
 
     Returns:
-      float32 [N + 1], strictly decreasing from 1 to 0; computed in float64.
+      `steps + 1` levels, strictly decreasing from 1 to 0; computed in float64.
 
     Raises:
-      ValueError: for an unknown kind, fewer than one step or a shift that is not positive.
+      ValueError: an unknown kind, fewer than one step, or a shift that is not positive.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown sigma schedule {kind!r}: choose one of {', '.join(KINDS)}")
@@ -62,18 +65,11 @@ def sigma_schedule(steps: int, shift: float = 3.0, kind: str = "diffusers", num_
     if shift <= 0:
         raise ValueError(f"the sigma shift must be positive, got shift={shift}")
     if kind == "linspace_shift":
-        sigmas = shift_sigma(np.linspace(1.0, 0.0, steps + 1), shift)
-        return sigmas.astype(np.float32)
+        return shift_sigma(np.linspace(1.0, 0.0, steps + 1), shift).astype(np.float32)
     smallest = 1.0 / num_train
     if kind == "diffusers":
         smallest = shift_sigma(smallest, shift)
-    sigmas = shift_sigma(np.linspace(1.0, smallest, steps), shift)
-    return np.append(sigmas, 0.0).astype(np.float32)
-
-
-def timestep(sigma, num_train: int = 1000):
-    """The transformer's time input, `num_train * sigma`: a float in [0, num_train], not rounded."""
-    return num_train * sigma
+    return np.append(shift_sigma(np.linspace(1.0, smallest, steps), shift), 0.0).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +81,13 @@ class ScheduleConfig:
     kind: str = "diffusers"
 
     @classmethod
-    def from_folder(cls, folder) -> "ScheduleConfig":
+    def from_folder(cls, folder: str | pathlib.Path) -> "ScheduleConfig":
         """Reads `scheduler_config.json` in `folder` or in its `scheduler` subfolder.
 
         Raises:
-          FileNotFoundError: when neither place holds the file.
-          ValueError: when the file is not JSON, names another scheduler, or asks for an option
-            (dynamic shift, Karras sigmas, ...) that SD3 and SD3.5 do not use.
+          FileNotFoundError: neither folder has the file.
+          ValueError: the file is not JSON, names another scheduler, or sets an option that SD3 and SD3.5 do not use
+            (dynamic shift, Karras sigmas, ...).
         """
         folder = pathlib.Path(folder)
         places = (folder / _CONFIG_NAME, folder / "scheduler" / _CONFIG_NAME)
@@ -119,6 +115,6 @@ class ScheduleConfig:
             num_train=int(config.get("num_train_timesteps", 1000)),
         )
 
-    def sigmas(self, steps: int) -> np.ndarray:
-        """`sigma_schedule` with these settings: float32 [steps + 1] from 1 to 0."""
+    def sigmas(self, steps: int) -> Float32[np.ndarray, " levels"]:
+        """`sigma_schedule` with these settings: `steps + 1` levels from 1 to 0."""
         return sigma_schedule(steps, self.shift, self.kind, self.num_train)

@@ -1,9 +1,10 @@
 """One denoising step as a Gaussian transition, and the log-probability of its outcome.
 
-A step rule turns a velocity into `(mean, std)` of the next latent. The sampler draws from it and
-the policy loss scores it again; both call the same `transition` and `step_log_prob`, always in
-float32. Notation: sigma and next_sigma are neighbouring levels of the schedule, next_sigma below
-sigma; sigma_second is the schedule's second level.
+A step rule turns a velocity into mean and standard deviation of the next latent. The sampler samples from that
+Gaussian and the policy loss scores the sample again. Both call the same `transition` and `step_log_prob`, in float32.
+
+Levels: `sigma` and `next_sigma` are neighbours in the schedule, `next_sigma` below `sigma`; `sigma_second` is the
+schedule's second level. Shape letters: n samples, d the dimensions of a latent.
 Source: Flow-GRPO, arXiv 2505.05470, section 4.2, and its released step function.
 """
 
@@ -12,62 +13,51 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Key
 
-from uae_jax.diffusion.flow import expand_sigma, predict_noise, predict_x0
+from uae_jax.diffusion.flow import predict_noise, predict_x0
 
 KL_KINDS = ("gaussian", "gaussian_nodt", "velocity")
 
+Latents = Float[Array, " n *d"]
+Level = Float[Array, ""]
+# mean and standard deviation of the next latent
+Transition = tuple[Float32[Array, " n *d"], Float32[Array, ""]]
+
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
-
-
-def _inputs(x, velocity, sigma, next_sigma, sigma_second):
-    """Everything in float32, levels broadcastable against x [B, ...]."""
-    levels = (expand_sigma(level, x) for level in (sigma, next_sigma, sigma_second))
-    return (x.astype(jnp.float32), velocity.astype(jnp.float32), *levels)
 
 
 @dataclasses.dataclass(frozen=True)
 class EulerStep:
     """The deterministic step of the probability-flow ODE."""
 
-    def transition(self, x, velocity, sigma, next_sigma, sigma_second):
-        """`mean = x + v dt` with `dt = next_sigma - sigma`, `std = 0`.
-
-        Args:
-          x, velocity: [B, ...].
-          sigma, next_sigma, sigma_second: [] or [B]; may be traced. sigma_second is not used.
-
-        Returns:
-          (mean float32 [B, ...], std float32 broadcastable to it).
-        """
-        x, v, sigma, next_sigma, _ = _inputs(x, velocity, sigma, next_sigma, sigma_second)
+    def transition(
+        self, x: Latents, velocity: Latents, sigma: Level, next_sigma: Level, sigma_second: Level
+    ) -> Transition:
+        """`mean = x + v dt` with `dt = next_sigma - sigma`, `std = 0`; `sigma_second` is not used."""
+        del sigma_second
+        x, v = x.astype(jnp.float32), velocity.astype(jnp.float32)
         return x + v * (next_sigma - sigma), jnp.zeros_like(sigma)
 
 
 @dataclasses.dataclass(frozen=True)
 class SdeStep:
-    """Flow-GRPO's SDE with the marginals of the ODE; noise_level is its `a`, 0.7 by default."""
+    """Flow-GRPO's SDE with the marginals of the ODE; `noise_level` is its `a`, 0.7 by default."""
 
     noise_level: float = 0.7
 
-    def transition(self, x, velocity, sigma, next_sigma, sigma_second):
-        """Euler-Maruyama step of the reverse SDE with `g = a sqrt(s / (1 - s))`.
+    def transition(
+        self, x: Latents, velocity: Latents, sigma: Level, next_sigma: Level, sigma_second: Level
+    ) -> Transition:
+        """Euler-Maruyama step of the reverse SDE with `g = a sqrt(s / (1 - s))`; sigma in (0, 1].
 
-        `mean = x + [v + g^2 / (2 s) (x + (1 - s) v)] dt`, `std = g sqrt(-dt)`; at s = 1 the
-        denominator uses sigma_second, which makes `std = a` there for every schedule.
-        Source: arXiv 2505.05470, section 4.2.
-
-        Args:
-          x, velocity: [B, ...].
-          sigma, next_sigma, sigma_second: [] or [B] in [0, 1], sigma above 0; may be traced.
-
-        Returns:
-          (mean float32 [B, ...], std float32 broadcastable to it).
+        `mean = x + [v + g^2 / (2 s) (x + (1 - s) v)] dt`, `std = g sqrt(-dt)`. At s = 1 the denominator uses
+        `sigma_second`, which makes `std = a` there for every schedule. Source: arXiv 2505.05470, section 4.2.
         """
-        x, v, sigma, next_sigma, second = _inputs(x, velocity, sigma, next_sigma, sigma_second)
+        x, v = x.astype(jnp.float32), velocity.astype(jnp.float32)
         dt = next_sigma - sigma
-        remaining = 1 - jnp.where(sigma >= 1, second, sigma)
-        drift = self.noise_level**2 / (2 * remaining)  # g^2 / (2 s), without dividing by s
+        remaining = 1 - jnp.where(sigma >= 1, sigma_second, sigma)
+        drift = self.noise_level**2 / (2 * remaining)  # g^2 / (2 s), without a division by s
         mean = x + (v + drift * (x + (1 - sigma) * v)) * dt
         return mean, self.noise_level * jnp.sqrt(sigma * -dt / remaining)
 
@@ -78,12 +68,15 @@ class DanceStep:
 
     eta: float = 0.3
 
-    def transition(self, x, velocity, sigma, next_sigma, sigma_second):
-        """`mean = x + [v + eta^2 / (2 s) (x + (1 - s) v)] dt`, `std = eta sqrt(-dt)`.
+    def transition(
+        self, x: Latents, velocity: Latents, sigma: Level, next_sigma: Level, sigma_second: Level
+    ) -> Transition:
+        """`mean = x + [v + eta^2 / (2 s) (x + (1 - s) v)] dt`, `std = eta sqrt(-dt)`; sigma in (0, 1].
 
-        Source: DanceGRPO, arXiv 2505.07818. Arguments and results as in `SdeStep`.
+        `sigma_second` is not used. Source: DanceGRPO, arXiv 2505.07818.
         """
-        x, v, sigma, next_sigma, _ = _inputs(x, velocity, sigma, next_sigma, sigma_second)
+        del sigma_second
+        x, v = x.astype(jnp.float32), velocity.astype(jnp.float32)
         dt = next_sigma - sigma
         mean = x + (v + self.eta**2 / (2 * sigma) * (x + (1 - sigma) * v)) * dt
         return mean, self.eta * jnp.sqrt(-dt)
@@ -91,57 +84,50 @@ class DanceStep:
 
 @dataclasses.dataclass(frozen=True)
 class CpsStep:
-    """Coefficients-preserving sampling: the total noise coefficient stays next_sigma."""
+    """Coefficients-preserving sampling: the total noise coefficient stays `next_sigma`; `noise_level` in [0, 1]."""
 
     noise_level: float = 0.7
 
-    def transition(self, x, velocity, sigma, next_sigma, sigma_second):
-        """`std = s' sin(a pi / 2)`, `mean = (1 - s') x0 + sqrt(s'^2 - std^2) e`, s' = next_sigma.
+    def transition(
+        self, x: Latents, velocity: Latents, sigma: Level, next_sigma: Level, sigma_second: Level
+    ) -> Transition:
+        """`std = s' sin(a pi / 2)`, `mean = (1 - s') x0 + sqrt(s'^2 - std^2) e`, s' = next_sigma, a = noise_level.
 
-        x0 and e are the image and the noise the velocity implies. Its log-probability is
-        `cps_log_prob`, on another scale than that of the SDE rules. Source: arXiv 2509.05952,
-        as released in flow_grpo. Arguments and results as in `SdeStep`; a in [0, 1].
+        x0 and e are the image and the noise that the velocity implies; `sigma_second` is not used. The log-probability
+        of this step, `cps_log_prob`, has another scale than that of the SDE rules.
+        Source: arXiv 2509.05952, as released in flow_grpo.
         """
-        x, v, sigma, next_sigma, _ = _inputs(x, velocity, sigma, next_sigma, sigma_second)
+        del sigma_second
         angle = self.noise_level * math.pi / 2
-        x0, noise = predict_x0(x, v, sigma), predict_noise(x, v, sigma)
+        x0, noise = predict_x0(x, velocity, sigma), predict_noise(x, velocity, sigma)
         mean = (1 - next_sigma) * x0 + next_sigma * math.cos(angle) * noise
         return mean, next_sigma * math.sin(angle)
 
 
-def sample_transition(key, mean, std):
-    """Draws `mean + std z`, z standard normal.
+StepRule = SdeStep | DanceStep | CpsStep
+
+
+def sample_transition(
+    keys: Key[Array, " n"], mean: Float32[Array, " n *d"], std: Float32[Array, ""]
+) -> Float32[Array, " n *d"]:
+    """Samples `mean + std z` with z standard normal.
 
     Args:
-      key: typed keys [B], one per sample (the draw of a sample then does not depend on the batch
-        it is in), or one key for the whole batch.
-      mean: float32 [B, ...]; std broadcastable to it.
-
-    Returns:
-      float32 [B, ...].
+      keys: one per sample, so that a sample's noise does not depend on its batch.
+      mean, std: of a step rule's `transition`.
     """
-    if key.ndim:
-        noise = jax.vmap(lambda k: jax.random.normal(k, mean.shape[1:], jnp.float32))(key)
-    else:
-        noise = jax.random.normal(key, mean.shape, jnp.float32)
-    return mean + std * noise
+    return mean + std * jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], jnp.float32))(keys)
 
 
-def _per_sample_mean(x):
+def _per_sample_mean(x: Float[Array, " n *d"]) -> Float[Array, " n"]:
     return x.reshape(x.shape[0], -1).mean(axis=1)
 
 
-def transition_log_prob(x_next, mean, std):
+def transition_log_prob(x_next: Latents, mean: Latents, std: Float[Array, ""]) -> Float32[Array, " n"]:
     """Gaussian log-density of the sampled latent, averaged (not summed) over its dimensions.
 
-    x_next is a constant: no gradient flows into it. Samples with std = 0 (deterministic steps)
-    have no density; their value and gradient are 0.
-
-    Args:
-      x_next, mean: [B, ...]; std broadcastable to them ([] or [B, 1, ...]).
-
-    Returns:
-      float32 [B]. Source: Flow-GRPO's released step function.
+    `x_next` is a constant: no gradient flows into it. A deterministic step, std = 0, has no density: value and
+    gradient are 0. Source: Flow-GRPO's released step function.
     """
     x_next, mean = x_next.astype(jnp.float32), mean.astype(jnp.float32)
     noisy = std > 0
@@ -151,40 +137,48 @@ def transition_log_prob(x_next, mean, std):
     return _per_sample_mean(log_density)
 
 
-def cps_log_prob(x_next, mean, std):
-    """`-mean((x' - mean)^2)`, the score of a CPS step: no variance and no constants; float32 [B].
+def cps_log_prob(x_next: Latents, mean: Latents, std: Float[Array, ""]) -> Float32[Array, " n"]:
+    """`-mean((x' - mean)^2)`, the score of a CPS step, without variance and constants.
 
-    x_next is a constant. Samples with std = 0 score 0. Arguments as in `transition_log_prob`.
+    `x_next` is a constant. A step with std = 0 scores 0.
     """
     residual = jax.lax.stop_gradient(x_next.astype(jnp.float32)) - mean.astype(jnp.float32)
     return -_per_sample_mean(jnp.where(std > 0, residual, 0.0) ** 2)
 
 
-def step_log_prob(rule, x_next, mean, std):
-    """The log-probability that belongs to a step rule: `cps_log_prob` for `CpsStep`, otherwise
-    `transition_log_prob`; float32 [B]."""
+def step_log_prob(rule: StepRule, x_next: Latents, mean: Latents, std: Float[Array, ""]) -> Float32[Array, " n"]:
+    """The log-probability of a rule's step: `cps_log_prob` for `CpsStep`, otherwise `transition_log_prob`."""
     score = cps_log_prob if isinstance(rule, CpsStep) else transition_log_prob
     return score(x_next, mean, std)
 
 
-def gaussian_kl(mean, mean_ref, std, kind="gaussian", *, dt=None, velocity=None, velocity_ref=None):
-    """Divergence of one step from the reference policy's step, averaged over dimensions.
+def gaussian_kl(
+    mean: Latents,
+    mean_ref: Latents,
+    std: Float[Array, ""],
+    kind: str = "gaussian",
+    *,
+    dt: Float[Array, ""] | None = None,
+    velocity: Latents | None = None,
+    velocity_ref: Latents | None = None,
+) -> Float32[Array, " n"]:
+    """Divergence of one step from the reference policy's step, averaged over dimensions; at least 0.
+
+    Differentiable in `mean`, or in `velocity`.
 
     Args:
-      mean, mean_ref: transition means [B, ...] at the same x, level and guidance.
-      std: shared transition std S, broadcastable to the means; 0 gives 0.
-      kind: "gaussian": `mean((mu - mu_ref)^2) / (2 S^2)`, the exact KL of the paper;
-        "gaussian_nodt": the released code's form with `g^2 = S^2 / (-dt)` in place of S^2, which
-        weighs late steps more (0.004 with dt is about 0.04 without);
+      mean, mean_ref: means of the transition at the same latent, level and guidance.
+      std: their common standard deviation S; 0 gives 0.
+      kind:
+        "gaussian": `mean((mu - mu_ref)^2) / (2 S^2)`, the exact KL of the paper.
+        "gaussian_nodt": the form of the released code, with `g^2 = S^2 / (-dt)` in place of S^2. It weighs late steps
+          more; a weight of 0.004 with dt is about 0.04 without.
         "velocity": `mean((v - v_ref)^2)`.
-      dt: next_sigma - sigma, [] or [B]; needed by "gaussian_nodt".
-      velocity, velocity_ref: [B, ...]; needed by "velocity".
-
-    Returns:
-      float32 [B], at least 0; differentiable in mean (or velocity).
+      dt: next_sigma - sigma, negative; needed by "gaussian_nodt".
+      velocity, velocity_ref: needed by "velocity".
 
     Raises:
-      ValueError: for an unknown kind or a missing argument of that kind.
+      ValueError: an unknown kind, or a missing argument of that kind.
     """
     if kind not in KL_KINDS:
         raise ValueError(f"unknown diffusion KL {kind!r}: choose one of {', '.join(KL_KINDS)}")
@@ -201,4 +195,4 @@ def gaussian_kl(mean, mean_ref, std, kind="gaussian", *, dt=None, velocity=None,
         return kl
     if dt is None:
         raise ValueError("the gaussian_nodt KL needs dt = next_sigma - sigma")
-    return kl * -jnp.asarray(dt, jnp.float32)
+    return kl * -dt.astype(jnp.float32)

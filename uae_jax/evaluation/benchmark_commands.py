@@ -94,7 +94,7 @@ def grouped_scores(records: Iterable[tuple[str, str, float]], resamples: int = 2
         draws.append(sums[chosen].sum(-1) / counts[chosen].sum(-1))
         groups[group] = _interval(sums.sum() / counts.sum(), draws[-1], int(counts.sum()), len(prompts))
     overall = _interval(
-        np.mean([score["value"] for score in groups.values()]),
+        float(np.mean([score["value"] for score in groups.values()])),
         np.mean(draws, axis=0),
         sum(score["n"] for score in groups.values()),
         sum(score["prompts"] for score in groups.values()),

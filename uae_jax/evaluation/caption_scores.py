@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from uae_jax.data.scene_checker import caption_score, match_mentions, parse_caption
 from uae_jax.data.scenes import Scene, object_facts
@@ -41,10 +42,10 @@ def caption_facts(scene: Scene, text: str) -> dict[str, Counts]:
             found[name][1] += 1
     found["background"] = [int(scene.background in said.backgrounds), len(said.backgrounds), 1]
     found["count"] = [int(len(claims) == len(objects)), int(bool(claims)), 1]
-    return {name: tuple(counts) for name, counts in found.items()}
+    return {name: (correct, claimed, total) for name, (correct, claimed, total) in found.items()}
 
 
-def ratio_interval(numerators: Sequence[int], denominators: Sequence[int]) -> dict[str, float | int] | None:
+def ratio_interval(numerators: ArrayLike, denominators: ArrayLike) -> dict[str, float | int] | None:
     """A ratio of sums over captions with a 95 % bootstrap interval over captions; None where the denominators sum to 0.
 
     Args:

@@ -10,6 +10,7 @@ import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,11 @@ def open_bench_encoder(name: str, path: str | pathlib.Path) -> BenchEncoder:
     if source.kind not in KINDS[name]:
         raise ValueError(f"--{name}={path} holds a {source.kind} model; give the folder of {name}")
     source = source.image_tower()
-    preprocess = Preprocess.longclip(source.config.image_size) if name == "longclip" else source.preprocess()
+    config = source.config
+    if name == "longclip" and isinstance(config, CLIPVisionConfig):
+        preprocess = Preprocess.longclip(config.image_size)
+    else:
+        preprocess = source.preprocess()
     return BenchEncoder(name, source, preprocess, name == "dinov3")
 
 
@@ -108,8 +113,10 @@ def host_pixels(preprocess: Preprocess, image: Image.Image, float_resize: bool =
 
 
 def _image_features(config: AnyConfig, params: trees.Tree, pixels: Array) -> Array:
-    is_dino = isinstance(config, (Dinov2Config, Dinov3Config))
-    features = (dino.cls_features if is_dino else clip.image_features)(config, params, pixels).astype(jnp.float32)
+    if isinstance(config, (Dinov2Config, Dinov3Config)):
+        features = dino.cls_features(config, params, pixels).astype(jnp.float32)
+    else:
+        features = clip.image_features(config, params, pixels).astype(jnp.float32)
     return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
@@ -168,7 +175,7 @@ def _cosines(
 ) -> list[float | str]:
     read = [result for result in results if not isinstance(result, str)]
     if not read:
-        return list(results)
+        return [result for result in results if isinstance(result, str)]
     filled = read + [read[-1]] * (size - len(read))
     features = image_features(encoder, params, np.stack([pixels for pair in filled for pixels in pair])).astype(
         np.float64
@@ -187,18 +194,20 @@ class TextScorer:
 
     Attributes:
       encoder: its image side.
+      config: of both towers.
       params: of both towers.
       tokenizer: of transformers.
     """
 
     encoder: BenchEncoder
+    config: CLIPConfig
     params: trees.Tree
-    tokenizer: object
+    tokenizer: Any
 
     @property
     def positions(self) -> int:
         """The longest text in tokens, with start and end."""
-        return self.encoder.source.config.text.max_position_embeddings
+        return self.config.text.max_position_embeddings
 
     def token_ids(self, text: str) -> tuple[np.ndarray, bool]:
         """Ids `[T]` of a text, cut to the positions (the end token stays), and whether it was cut. Filled up with 0."""
@@ -238,7 +247,7 @@ def open_text_scorer(folder: str | pathlib.Path, longclip: str | pathlib.Path | 
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error}); copy its files again") from error
     name = "longclip" if longclip else "clip"
     preprocess = Preprocess.longclip(source.config.vision.image_size) if longclip else source.preprocess()
-    return TextScorer(BenchEncoder(name, source, preprocess, False), source.load(), tokenizer)
+    return TextScorer(BenchEncoder(name, source, preprocess, False), source.config, source.load(), tokenizer)
 
 
 def _text_features(config: CLIPConfig, params: trees.Tree, ids: Array) -> Array:
@@ -273,7 +282,7 @@ def caption_cosines(
         ids = np.stack([ids for ids, _ in texts] + [texts[-1][0]] * (batch_size - len(texts)))
         images = image_features(scorer.encoder, scorer.params, np.stack(filled))
         with jax.default_matmul_precision("highest"):
-            said = np.asarray(_compiled_text_features(scorer.encoder.source.config, scorer.params, ids))
+            said = np.asarray(_compiled_text_features(scorer.config, scorer.params, ids))
         cosines = (images.astype(np.float64) * said).sum(-1)
         for image, (_, cut), cosine in zip(pixels, texts, cosines):
             yield (image if isinstance(image, str) else float(cosine)), cut

@@ -25,7 +25,7 @@ from PIL import Image
 
 from uae_jax.data.scene_checker import read_picture
 from uae_jax.data.scene_prompts import check_scene, scene_prompts
-from uae_jax.data.scenes import SHAPES, Scene
+from uae_jax.data.scenes import SHAPES, Scene, object_facts
 from uae_jax.evaluation import run_settings
 from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, grouped_scores, refuse, table, tell, uneven
 from uae_jax.evaluation.drawing import Target, content_problems, draw_folder, picture_problem
@@ -209,15 +209,16 @@ def _boxes(scene: Scene, side: int) -> dict[str, list[list[float]]]:
     """The objects seen, as the evaluator lists them: class -> [x0, y0, x1, y1, confidence], a box being the object's
     cell.
     """
-    half, found = side / 2, {}
+    half, found = side / 2, dict[str, list[list[float]]]()
     for item in scene.objects:
         x, y = item.column * half, item.row * half
-        found.setdefault(item.shape, []).append([x, y, x + half, y + half, 1.0])
+        found.setdefault(object_facts(item)["shape"], []).append([x, y, x + half, y + half, 1.0])
     return found
 
 
 def _words(scene: Scene) -> str:
-    return ", ".join(f"{item.size} {item.colour} {item.shape}" for item in scene.objects) or "no object"
+    found = map(object_facts, scene.objects)
+    return ", ".join(f"{item['size']} {item['colour']} {item['shape']}" for item in found) or "no object"
 
 
 def _seen(file: pathlib.Path) -> tuple[np.ndarray, Scene]:

@@ -286,7 +286,7 @@ def _verdicts(
     kinds = dict.fromkeys(known, "missing")
     records = read_records(options.answers) if options.answers.is_file() or not options.endpoint else []
     for number, record in enumerate(records, 1):
-        place = (str(record.get("image_id")), record.get("order"))
+        place = (str(record.get("image_id")), str(record.get("order")))
         if place not in known:
             raise ValueError(
                 f"{options.answers} record {number} answers image {place[0]!r} in order {place[1]!r}, which was not "

@@ -48,8 +48,12 @@ def statistics(values: Sequence[float], total: int) -> dict[str, Any]:
 def image_means(similarities: Similarities) -> dict[str, float]:
     """The mean over all models of each picture that every model scored."""
     scored = list(similarities.values())
-    names = [name for name in (scored[0] if scored else ()) if all(model.get(name) is not None for model in scored)]
-    return {name: sum(model[name] for model in scored) / len(scored) for name in names}
+    found: dict[str, float] = {}
+    for name in scored[0] if scored else ():
+        values = [value for model in scored if (value := model.get(name)) is not None]
+        if len(values) == len(scored):
+            found[name] = sum(values) / len(values)
+    return found
 
 
 def results_json(models: Sequence[str], similarities: Similarities) -> dict[str, Any]:
@@ -117,9 +121,7 @@ def pair_rows(
     rows = []
     for picture, reference in pairs:
         scores = {
-            model: values[picture.name]
-            for model, values in similarities.items()
-            if values.get(picture.name) is not None
+            model: value for model, values in similarities.items() if (value := values.get(picture.name)) is not None
         }
         if scores:
             rows.append(

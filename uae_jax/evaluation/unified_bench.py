@@ -202,7 +202,7 @@ def _score_encoder(
     for (picture, _), score in tqdm(
         pair_cosines(encoder, params, pairs, batch_size), total=len(pairs), desc=encoder.name, disable=None
     ):
-        if isinstance(score, float):
+        if not isinstance(score, str):
             scores[picture.name] = score
         elif (str(picture), score) not in known:
             errors.append({"image": str(picture), "error": score})

@@ -21,8 +21,8 @@ from uae_jax.methods.method import Described, Loss
 from uae_jax.methods.stage_settings import SamplerConfig, SupervisedSettings, denoising
 from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl import model as qwen
-from uae_jax.rl.reconstruction import Context, Denoising, decode, encode_condition, predictor, sample_keys
-from uae_jax.rl.rewards import CLAMPS, RewardConfig, chosen_encoders, mixed_reward
+from uae_jax.rewards.similarity import CLAMPS, RewardConfig, chosen_encoders, mixed_reward
+from uae_jax.rollouts.reconstruction import Context, Denoising, decode, encode_condition, predictor, sample_keys
 from uae_jax.settings import changed, setting
 from uae_jax.training.optimizer import OptimizerConfig
 
@@ -43,7 +43,7 @@ class ColdStartConfig(SupervisedSettings):
     )
     clamp: str = setting(
         "straight_through",
-        "how images are clipped to their range before the encoder, see rewards.clamp_image",
+        "how images are clipped to their range before the encoder, see rewards.similarity.clamp_image",
         choices=CLAMPS,
     )
     vae_chunk: int = setting(0, "images decoded at once; 0 for all; memory, not results", low=0)

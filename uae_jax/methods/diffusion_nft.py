@@ -28,8 +28,8 @@ from uae_jax.models import uae
 from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rl.advantages import SCALES
 from uae_jax.rl.losses import nft_loss
-from uae_jax.rl.reconstruction import initial_noise, predictor, sample_keys
 from uae_jax.rl.step_sums import sum_over_steps
+from uae_jax.rollouts.reconstruction import initial_noise, predictor, sample_keys
 from uae_jax.settings import setting
 
 

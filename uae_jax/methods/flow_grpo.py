@@ -28,8 +28,8 @@ from uae_jax.methods.und_for_gen import DecoderMethod, DecoderMethodSettings, Un
 from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rl.advantages import SCALES
 from uae_jax.rl.losses import flow_grpo_loss, gap_metrics
-from uae_jax.rl.reconstruction import Context, initial_noise, predictor, sample_keys
 from uae_jax.rl.step_sums import sum_over_steps
+from uae_jax.rollouts.reconstruction import Context, initial_noise, predictor, sample_keys
 from uae_jax.settings import changed, setting
 
 STEP_RULES = {"sde": SdeStep, "dance": DanceStep, "cps": CpsStep}

@@ -29,12 +29,12 @@ from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.generate import Completion
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn.constrain import constrain_rows
-from uae_jax.rl import caption_similarity
+from uae_jax.rewards import caption_similarity
+from uae_jax.rewards.similarity import chosen_encoders, reward_advantages
 from uae_jax.rl.advantages import SCALES
-from uae_jax.rl.captioning import caption_metrics, encode_batch_images, sample_captions
 from uae_jax.rl.losses import AGGREGATIONS, KL_ESTIMATORS, gap_metrics, token_grpo_loss
-from uae_jax.rl.reconstruction import draw, initial_noise
-from uae_jax.rl.rewards import chosen_encoders, reward_advantages
+from uae_jax.rollouts.captioning import caption_metrics, encode_batch_images, sample_captions
+from uae_jax.rollouts.reconstruction import draw, initial_noise
 from uae_jax.settings import changed, setting
 from uae_jax.training.optimizer import OptimizerConfig
 

@@ -20,8 +20,8 @@ from jax import Array
 from uae_jax import trees
 from uae_jax.methods.stage_settings import SamplerConfig, StageSettings, SupervisedSettings
 from uae_jax.models.uae import UAE
-from uae_jax.rl.caption_similarity import CaptionScorer
-from uae_jax.rl.rewards import Encoder
+from uae_jax.rewards.caption_similarity import CaptionScorer
+from uae_jax.rewards.similarity import Encoder
 from uae_jax.training.guard import outlier_metrics
 from uae_jax.training.step import Metrics, PyTree, TrainState, apply_gradients, as_pairs, join_metrics, step_key
 

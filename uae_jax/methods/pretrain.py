@@ -21,7 +21,7 @@ from uae_jax.methods.stage_settings import SamplerConfig, SupervisedSettings
 from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.sd3 import vae
-from uae_jax.rl.reconstruction import sample_keys
+from uae_jax.rollouts.reconstruction import sample_keys
 from uae_jax.settings import changed, setting
 from uae_jax.training.optimizer import OptimizerConfig
 

@@ -3,8 +3,8 @@
 import dataclasses
 
 from uae_jax.diffusion.schedule import KINDS, sigma_schedule
-from uae_jax.rl.reconstruction import Denoising
-from uae_jax.rl.rewards import RewardConfig
+from uae_jax.rewards.similarity import RewardConfig
+from uae_jax.rollouts.reconstruction import Denoising
 from uae_jax.settings import Settings, setting
 from uae_jax.training.optimizer import OptimizerConfig
 

@@ -21,9 +21,9 @@ from uae_jax.methods.method import STAGES, Described
 from uae_jax.methods.stage_settings import RolloutSettings, SamplerConfig, UpdateSettings, rollout_denoising
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn.constrain import constrain_rows
-from uae_jax.rl.captioning import caption_metrics, drawn_captions, sample_captions
-from uae_jax.rl.reconstruction import Context, Denoising, decode, encode_condition
-from uae_jax.rl.rewards import chosen_encoders, reward_advantages
+from uae_jax.rewards.similarity import chosen_encoders, reward_advantages
+from uae_jax.rollouts.captioning import caption_metrics, drawn_captions, sample_captions
+from uae_jax.rollouts.reconstruction import Context, Denoising, decode, encode_condition
 from uae_jax.settings import changed, sections, setting
 from uae_jax.training.optimizer import OptimizerConfig
 

@@ -1,22 +1,18 @@
 """Affine maps with optional low-rank adapters."""
 
-import functools
-import math
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
+from uae_jax.nn.cpu import linear as cpu
 from uae_jax.nn.device import platform
 
 
 def adapted(x: Array, kernel: Array, a: Array, b: Array, scale: float) -> Array:
-    """`x @ kernel + scale * x @ a @ b`, in the order of products that is least work (LoRA, arXiv 2106.09685, eq. 3).
+    """`x @ kernel + scale * x @ a @ b`, (LoRA, arXiv 2106.09685, eq. 3).
 
-    On CPUs, in float32, more than about in * out / (in + out) tokens are multiplied with `kernel + scale * a @ b`. In
-    half precision that sum would round a young adapter away, and so would the matrix units of TPUs and GPUs, which
-    round float32 operands by default: there all tokens pass through the adapter, as few of them do on CPUs.
+    Many tokens in float32 on a CPU are multiplied with the sum of kernel and adapter. The matrix units of TPUs and GPUs
+    round float32 operands by default, so that the sum would round a young adapter away there.
 
     Args:
       x: `[..., in]`.
@@ -28,31 +24,10 @@ def adapted(x: Array, kernel: Array, a: Array, b: Array, scale: float) -> Array:
     Returns:
       `[..., out]` in the precision of `x`.
     """
-    tokens, (fan_in, fan_out) = math.prod(x.shape[:-1]), kernel.shape
-    if platform() == "cpu" and x.dtype == jnp.float32 and tokens * (fan_in + fan_out) > fan_in * fan_out:
-        return _merged_product(x, kernel.astype(x.dtype), a.astype(x.dtype), b.astype(x.dtype), scale)
+    if platform() == "cpu" and cpu.merging_is_less_work(x, kernel):
+        return cpu.merged_product(x, kernel.astype(x.dtype), a.astype(x.dtype), b.astype(x.dtype), scale)
     # the scale meets the narrow product: behind the wide one a GPU would read and write all tokens once more for it
     return x @ kernel.astype(x.dtype) + (scale * (x @ a.astype(x.dtype))) @ b.astype(x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _merged_product(x: Array, kernel: Array, a: Array, b: Array, scale: float) -> Array:
-    return x @ (kernel + scale * (a @ b))
-
-
-def _merged_forward(x: Array, kernel: Array, a: Array, b: Array, scale: float) -> tuple[Array, tuple]:
-    return _merged_product(x, kernel, a, b, scale), (x, kernel, a, b)
-
-
-def _merged_backward(scale: float, saved: tuple, gradient: Array) -> tuple[Array, Array, Array, Array]:
-    """By way of the adapter: differentiating the sum of kernels takes as much work as training the kernel."""
-    x, kernel, a, b = saved
-    rows, outer = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-    through = scale * (outer @ b.T)
-    return gradient @ (kernel + scale * (a @ b)).T, rows.T @ outer, rows.T @ through, scale * ((rows @ a).T @ outer)
-
-
-_merged_product.defvjp(_merged_forward, _merged_backward)
 
 
 class Dense(nn.Module):

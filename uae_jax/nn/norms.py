@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
-from uae_jax.nn.apart import settle
+from uae_jax.nn.cpu.calls import materialised
+from uae_jax.nn.images import for_every_image, image_channels
 
 
 class RMSNorm(nn.Module):
@@ -47,34 +48,33 @@ class GroupNorm(nn.Module):
     Attributes:
       groups: of channels.
       epsilon: added to the variance.
-      interleaved: pictures in the channels (`nn.conv`); each has its own statistics.
     """
 
     groups: int
     epsilon: float = 1e-6
-    interleaved: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """`[B, H, W, n C]` of n interleaved pictures to the same."""
-        channels = x.shape[-1] // self.interleaved
+        """`[B, H, W, C]` to the same; the layout of the images is that of `nn.images`."""
+        channels = image_channels(x)
+        width = channels // self.groups
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         x32 = x.astype(jnp.float32)
 
         def over_groups(y: Array) -> Array:
-            """`[B, H, W, n C]` to `[B, 1, 1, n C]`: the mean over space and over each channel's group.
+            """`[B, H, W, C]` to `[B, 1, 1, C]`: the mean over space and over each channel's group.
 
-            Only the small result of the mean over space is cut into groups: cutting the picture's channels splits the
+            Only the small mean over space is split into groups. To split the channels of the image would split the
             lanes of a TPU's registers, which costs time and minutes of compilation.
             """
             mean = jnp.mean(y, (-3, -2), keepdims=True)
-            grouped = jnp.mean(mean.reshape(*mean.shape[:-1], self.interleaved * self.groups, -1), -1)
-            return jnp.repeat(grouped, channels // self.groups, axis=-1)
+            grouped = jnp.mean(mean.reshape(*mean.shape[:-1], -1, width), -1)
+            return jnp.repeat(grouped, width, axis=-1)
 
-        # small and needed for every pixel: the CPU backend would compute it anew for each
-        mean = settle(over_groups(x32))
+        # what is small and needed for every pixel is computed once
+        mean = materialised(over_groups(x32))
         variance = over_groups(jnp.square(x32 - mean))
-        factor = settle(lax.rsqrt(variance + self.epsilon) * jnp.tile(scale, self.interleaved))
-        shift = settle(jnp.tile(bias, self.interleaved) - mean * factor)
+        factor = materialised(lax.rsqrt(variance + self.epsilon) * for_every_image(scale))
+        shift = materialised(for_every_image(bias) - mean * factor)
         return (x32 * factor + shift).astype(x.dtype)

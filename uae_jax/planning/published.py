@@ -12,7 +12,7 @@ from uae_jax.models.encoders.config import CLIPVisionConfig, Dinov2Config
 from uae_jax.models.encoders.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
-from uae_jax.rl.rewards import Encoder
+from uae_jax.rewards.similarity import Encoder
 
 # Qwen/Qwen2.5-VL-3B-Instruct: the defaults of Qwen2_5VLConfig
 CAPTIONER = Qwen2_5VLConfig()

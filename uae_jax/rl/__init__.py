@@ -1,0 +1,1 @@
+"""The mathematics of reinforcement learning, without any model: advantages, losses, sums over steps."""

@@ -1,33 +1,46 @@
-"""Policy losses: GRPO for tokens, Flow-GRPO for denoising steps, DiffusionNFT for drawings.
+"""Policy losses: GRPO for tokens, Flow-GRPO for denoising steps, DiffusionNFT for generated images.
 
-Every loss returns `(sum, count, metrics)`. The loss of a global batch is
-`sum of sums / sum of counts` over all its micro-batches and devices; take gradients of the sum
-and divide by the total count once, and no split of the batch changes the result. Metrics are
-(sum, count) pairs, added up in the same way.
+Every loss returns `(sum, count, metrics)`. The loss of a global batch is the total of the sums, over micro-batches and
+devices, divided by the total of the counts. Gradients are those of the sum, divided once by the total count. No split
+of the batch then changes the result. Metrics are (sum, count) pairs, added up in the same way.
+
+Shape letters: n samples, t caption tokens, w steps of the window, s either of both, d the dimensions of a latent.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32
+
+Scalar = Float32[Array, ""]
+# (sum, count) of a metric
+Pair = tuple[Scalar, Scalar]
+Metrics = dict[str, Pair]
 
 AGGREGATIONS = ("grpo", "dr_grpo", "token_mean", "gspo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
-# exp of this is far outside any clip range, and still finite with its square in float32.
+# exp of this is far outside any clip range, and still finite with its square in float32
 _LOG_RATIO_BOUND = 20.0
+# of the log-ratio to the reference, in a KL estimate
+_KL_BOUND = 10.0
 
 
-def _ratio(log_ratio):
+def _ratio(log_ratio: Float32[Array, "n s"]) -> Float32[Array, "n s"]:
     return jnp.exp(jnp.clip(log_ratio, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND))
 
 
-def clipped_surrogate(ratio, advantage, clip_low, clip_high, dual_clip=None):
-    """`max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))`, shaped as ratio.
+def clipped_surrogate(
+    ratio: Float32[Array, "n s"],
+    advantage: Float32[Array, "n 1"],
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> Float32[Array, "n s"]:
+    """`max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))`.
 
-    The gradient vanishes in two of four corners: A > 0 with rho above the range, A < 0 with rho
-    below it. dual_clip (a number above 1, 3 in verl) also bounds the loss at `-A dual_clip` for
-    A < 0. Source: arXiv 1707.06347, equation 7; arXiv 1912.09729, equation 5 (dual clip).
+    The gradient vanishes in two of four corners: A > 0 with rho above the range, A < 0 with rho below it. `dual_clip`,
+    above 1 (3 in verl), also bounds the loss at `-A dual_clip` for A < 0.
+    Source: arXiv 1707.06347, equation 7; arXiv 1912.09729, equation 5 (dual clip).
     """
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     loss = jnp.maximum(-advantage * ratio, -advantage * clipped)
@@ -36,27 +49,22 @@ def clipped_surrogate(ratio, advantage, clip_low, clip_high, dual_clip=None):
     return loss
 
 
-def kl_estimate(log_prob, ref_log_prob, estimator: str = "k3", bound: float = 10.0):
-    """Per-token estimate of KL(policy || reference) on tokens the policy sampled.
+def kl_estimate(
+    log_prob: Float[Array, "n t"], ref_log_prob: Float[Array, "n t"], estimator: str = "k3"
+) -> Float32[Array, "n t"]:
+    """Per-token estimate of KL(policy || reference), unbiased for samples of the present policy.
 
-    With `d = ref_log_prob - log_prob`: "k1" is -d, "k2" is d^2 / 2, "k3" is exp(d) - d - 1, which
-    is never negative. d is bounded to +-bound in value, but its gradient passes straight through,
-    so that a token far from the reference is still pulled back. Unbiased only for samples of the
-    present policy. Source: GRPO, arXiv 2402.03300, equation 4 (k3).
-
-    Args:
-      log_prob, ref_log_prob: any one shape.
-
-    Returns:
-      float32 of that shape.
+    With `d = ref_log_prob - log_prob`: "k1" is -d, "k2" is d^2 / 2, "k3" is exp(d) - d - 1, which is never negative.
+    The value of d is bounded to [-10, 10], but its gradient passes straight through: a token far from the reference is
+    still pulled back. Source: GRPO, arXiv 2402.03300, equation 4 (k3).
 
     Raises:
-      ValueError: for an unknown estimator.
+      ValueError: an unknown estimator.
     """
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"unknown KL estimator {estimator!r}: choose one of {', '.join(KL_ESTIMATORS)}")
     d = jax.lax.stop_gradient(ref_log_prob.astype(jnp.float32)) - log_prob.astype(jnp.float32)
-    d = d + jax.lax.stop_gradient(jnp.clip(d, -bound, bound) - d)
+    d = d + jax.lax.stop_gradient(jnp.clip(d, -_KL_BOUND, _KL_BOUND) - d)
     if estimator == "k1":
         return -d
     if estimator == "k2":
@@ -64,7 +72,13 @@ def kl_estimate(log_prob, ref_log_prob, estimator: str = "k3", bound: float = 10
     return jnp.expm1(d) - d
 
 
-def _ratio_metrics(ratio, advantage, weight, clip_low, clip_high):
+def _ratio_metrics(
+    ratio: Float32[Array, "n s"],
+    advantage: Float32[Array, "n 1"],
+    weight: Float32[Array, "n s"],
+    clip_low: float,
+    clip_high: float,
+) -> Metrics:
     """Clip fractions by side, mean and largest |rho - 1|; weight is the 0/1 mask."""
     ratio = jax.lax.stop_gradient(ratio)
     deviation = jnp.abs(ratio - 1) * weight
@@ -79,17 +93,18 @@ def _ratio_metrics(ratio, advantage, weight, clip_low, clip_high):
     }
 
 
-def gap_metrics(name: str, now, sampled, mask=None) -> dict:
-    """How far what a loss scores is from what was sampled: 0 but for rounding while parameters are those of sampling.
+def gap_metrics(
+    name: str, now: Float[Array, "*s"], sampled: Float[Array, "*s"], mask: Bool[Array, "*s"] | None = None
+) -> Metrics:
+    """How far scored values are from sampled ones: 0 but for rounding, before the first update of a rollout.
 
     Args:
       name: of the metric.
-      now, sampled: any one shape; no gradient flows.
-      mask: bool of that shape, False leaves an entry out; None takes all.
+      now, sampled: what the loss scores, and what was sampled; no gradient flows.
+      mask: False leaves an entry out; None takes all.
 
     Returns:
-      `name`, the mean absolute difference, and `name`_max, the largest (averaged over micro-batches), as (sum, count)
-      pairs.
+      `name`, the mean absolute difference, and `name`_max, the largest (averaged over micro-batches).
     """
     gap = jnp.abs(jax.lax.stop_gradient(now).astype(jnp.float32) - jax.lax.stop_gradient(sampled).astype(jnp.float32))
     if mask is not None:
@@ -99,11 +114,11 @@ def gap_metrics(name: str, now, sampled, mask=None) -> dict:
 
 
 def token_grpo_loss(
-    log_prob,
-    old_log_prob,
-    ref_log_prob,
-    advantage,
-    mask,
+    log_prob: Float[Array, "n t"],
+    old_log_prob: Float[Array, "n t"] | None,
+    ref_log_prob: Float[Array, "n t"] | None,
+    advantage: Float[Array, " n"],
+    mask: Bool[Array, "n t"],
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -112,57 +127,57 @@ def token_grpo_loss(
     aggregation: str = "grpo",
     max_tokens: int | None = None,
     dual_clip: float | None = None,
-    entropy=None,
-):
+    entropy: Float[Array, "n t"] | None = None,
+) -> tuple[Scalar, Scalar, Metrics]:
     """GRPO on sampled tokens.
 
     Args:
-      log_prob: log-probabilities of the sampled tokens under the policy, at the temperature they
-        were sampled with, [N, T]; carries the gradient.
-      old_log_prob: the same under the rollout policy [N, T]; None for the first update of a
-        rollout (ratio exactly 1, gradient `A grad log_prob`).
-      ref_log_prob: under the reference [N, T]; None without KL.
-      advantage: [N].
-      mask: [N, T], True up to and including the first end token.
-      clip_low, clip_high: the ratio's range is [1 - clip_low, 1 + clip_high]
-        (0.2 / 0.2; DAPO 0.2 / 0.28; for "gspo" 3e-4 / 4e-4).
+      log_prob: of the sampled tokens under the policy, at the temperature of sampling; carries the gradient.
+      old_log_prob: under the rollout policy; None for the first update of a rollout (ratio exactly 1, gradient
+        `A grad log_prob`).
+      ref_log_prob: under the reference; None without KL.
+      advantage: of each sample.
+      mask: True up to and including the first end token.
+      clip_low, clip_high: the ratio's range is [1 - clip_low, 1 + clip_high] (0.2 / 0.2; DAPO 0.2 / 0.28; for "gspo"
+        3e-4 / 4e-4).
       kl_weight: weight of the KL estimate, added per token before the aggregation.
       kl_estimator: see `kl_estimate`.
-      aggregation: with L the per-token loss, m the mask,
-        "grpo": sum_i (sum_t m L / max(sum_t m, 1)), count N sequences;
-        "dr_grpo": sum_it m L, count N * max_tokens (arXiv 2503.20783; not the padded width);
+      aggregation: with L the per-token loss and m the mask,
+        "grpo": sum_i (sum_t m L / max(sum_t m, 1)), count n sequences;
+        "dr_grpo": sum_it m L, count n * max_tokens (arXiv 2503.20783; not the padded width);
         "token_mean": sum_it m L, count sum_it m (DAPO, arXiv 2503.14476);
-        "gspo": one ratio a sequence, exp(mean_t of log ratios), count N (arXiv 2507.18071).
+        "gspo": one ratio per sequence, exp(mean_t of log-ratios), count n (arXiv 2507.18071).
       max_tokens: the longest completion allowed, for "dr_grpo".
       dual_clip: see `clipped_surrogate`.
-      entropy: optional [N, T], only for the metric.
+      entropy: of each token, for the metric only.
 
     Returns:
-      (sum float32 [], count float32 [], metrics). With kl_weight 0, ratio 1 and "grpo" the value
-      is 0 for normalised advantages while the gradient is not: watch the reward, not the loss.
-      Metrics: clip_fraction_low, clip_fraction_high, ratio_deviation (per token; per sequence
-      for "gspo"), ratio_deviation_max (averaged over micro-batches), kl and entropy when given.
+      Sum, count and metrics. With kl_weight 0, ratio 1 and "grpo" the value is 0 for normalised advantages while the
+      gradient is not: watch the reward, not the loss. Metrics: clip_fraction_low, clip_fraction_high, ratio_deviation
+      (per token; per sequence for "gspo"), ratio_deviation_max (averaged over micro-batches), kl and entropy if given.
 
     Raises:
-      ValueError: for an unknown aggregation, "dr_grpo" without max_tokens, or a KL weight without
-        a reference.
+      ValueError: an unknown aggregation, "dr_grpo" without `max_tokens`, or a KL weight without a reference.
     """
-    _check_token_options(aggregation, max_tokens, kl_weight, ref_log_prob)
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"unknown aggregation {aggregation!r}: choose one of {', '.join(AGGREGATIONS)}")
+    if kl_weight and ref_log_prob is None:
+        raise ValueError(f"kl_weight={kl_weight} needs ref_log_prob")
     weight = mask.astype(jnp.float32)
     lengths = jnp.maximum(weight.sum(axis=1), 1)
-    # Padding is selected away before any arithmetic: an infinity there must not reach a gradient.
+    # padding is selected away before any arithmetic: an infinity there must not reach a gradient
     log_prob = jnp.where(mask, log_prob.astype(jnp.float32), 0.0)
     old = log_prob if old_log_prob is None else jnp.where(mask, old_log_prob, 0.0)
     log_ratio = log_prob - jax.lax.stop_gradient(old)
-    advantage = jax.lax.stop_gradient(advantage.astype(jnp.float32))[:, None]
+    per_sample = jax.lax.stop_gradient(advantage.astype(jnp.float32))[:, None]
     ratio_weight = weight
     if aggregation == "gspo":
         log_ratio = log_ratio.sum(axis=1, keepdims=True) / lengths[:, None]
-        ratio_weight = jnp.ones_like(advantage)
+        ratio_weight = jnp.ones_like(per_sample)
     ratio = _ratio(log_ratio)
-    loss = clipped_surrogate(ratio, advantage, clip_low, clip_high, dual_clip)
-    metrics = _ratio_metrics(ratio, advantage, ratio_weight, clip_low, clip_high)
-    # A sequence ratio's loss is spread over the tokens, whose mean gives it back.
+    loss = clipped_surrogate(ratio, per_sample, clip_low, clip_high, dual_clip)
+    metrics = _ratio_metrics(ratio, per_sample, ratio_weight, clip_low, clip_high)
+    # the loss of a sequence's ratio is spread over its tokens, whose mean gives it back
     loss = jnp.broadcast_to(loss, mask.shape) if aggregation == "gspo" else loss
     if ref_log_prob is not None:
         kl = kl_estimate(log_prob, jnp.where(mask, ref_log_prob, 0.0), kl_estimator)
@@ -175,121 +190,115 @@ def token_grpo_loss(
     return total, count, metrics
 
 
-def _check_token_options(aggregation, max_tokens, kl_weight, ref_log_prob):
-    if aggregation not in AGGREGATIONS:
-        raise ValueError(f"unknown aggregation {aggregation!r}: choose one of {', '.join(AGGREGATIONS)}")
-    if aggregation == "dr_grpo" and max_tokens is None:
-        raise ValueError("dr_grpo needs max_tokens, the longest completion allowed")
-    if kl_weight and ref_log_prob is None:
-        raise ValueError(f"kl_weight={kl_weight} needs ref_log_prob")
-
-
-def _aggregate(loss, weight, lengths, aggregation, max_tokens):
-    """(sum, count) of per-token losses [N, T] that are 0 outside the mask."""
+def _aggregate(
+    loss: Float32[Array, "n t"],
+    weight: Float32[Array, "n t"],
+    lengths: Float32[Array, " n"],
+    aggregation: str,
+    max_tokens: int | None,
+) -> tuple[Scalar, Scalar]:
+    """Sum and count of per-token losses that are 0 outside the mask."""
     if aggregation in ("grpo", "gspo"):
         return (loss.sum(axis=1) / lengths).sum(), jnp.float32(loss.shape[0])
     if aggregation == "dr_grpo":
+        if max_tokens is None:
+            raise ValueError("dr_grpo needs max_tokens, the longest completion allowed")
         return loss.sum(), jnp.float32(loss.shape[0] * max_tokens)
     return loss.sum(), weight.sum()
 
 
 def flow_grpo_loss(
-    log_prob,
-    old_log_prob,
-    advantage,
+    log_prob: Float[Array, "n w"],
+    old_log_prob: Float[Array, "n w"] | None,
+    advantage: Float[Array, " n"],
     *,
     clip_range: float,
-    kl=None,
+    kl: Float[Array, "n w"] | None = None,
     kl_weight: float = 0.0,
     guard: bool = False,
-    mean_shift=None,
-    std=None,
-    dt=None,
-    mask=None,
-):
+    mean_shift: Float[Array, "n w"] | None = None,
+    std: Float[Array, " w"] | None = None,
+    dt: Float[Array, " w"] | None = None,
+) -> tuple[Scalar, Scalar, Metrics]:
     """GRPO on denoising steps (Flow-GRPO, arXiv 2505.05470), or GRPO-Guard (arXiv 2510.22319).
 
     Args:
-      log_prob: mean-over-dimensions log-probabilities of the sampled steps [N, W]; carries the
-        gradient.
-      old_log_prob: the same under the rollout policy [N, W]; None for the first update.
-      advantage: [N].
-      clip_range: the ratio's range is [1 - clip_range, 1 + clip_range]; see `clip_range_for`.
-        GRPO-Guard's own is 2e-6.
-      kl: `gaussian_kl` of each step [N, W], or None.
+      log_prob: of the sampled steps, a mean over dimensions; carries the gradient.
+      old_log_prob: the same under the rollout policy; None for the first update.
+      advantage: of each sample.
+      clip_range: the ratio's range is [1 - clip_range, 1 + clip_range]. docs/correctness.md has the rule for another
+        resolution. GRPO-Guard's own is 2e-6.
+      kl: `gaussian_kl` of each step, or None.
       kl_weight: its weight in the loss.
-      guard: with `d = log_prob - old_log_prob`, use
-        `log rho = S (d + mean_shift / (2 S^2))`, whose mean is 0 under the rollout policy (plain
-        d has mean -KL and trips the lower side), and divide the policy loss by -dt.
-      mean_shift: mean over dimensions of `(mu - mu_old)^2` [N, W], with its gradient; std: S [W];
-        dt: next_sigma - sigma [W], negative; all for guard, SDE rules only.
-      mask: bool [N] or [N, W]; False leaves a sample or step out of sum and count.
+      guard: with `d = log_prob - old_log_prob`, use `log rho = S (d + mean_shift / (2 S^2))`, and divide the policy
+        loss by -dt. The mean of this log rho is 0 under the rollout policy; plain d has mean -KL and meets the lower
+        side of the range.
+      mean_shift: mean over dimensions of `(mu - mu_old)^2`, with its gradient; for guard.
+      std: S of each step; for guard.
+      dt: next_sigma - sigma of each step, negative; for guard.
 
     Returns:
-      (sum float32 [], count float32 [] of steps, metrics as in `token_grpo_loss`, per step).
+      Sum, count of steps, and metrics as in `token_grpo_loss`, per step.
 
     Raises:
-      ValueError: for guard without its three arrays, or a KL weight without kl.
+      ValueError: guard without its three arrays, or a KL weight without kl.
     """
-    if guard and (mean_shift is None or std is None or dt is None):
-        raise ValueError("guard needs mean_shift, std and dt")
     if kl_weight and kl is None:
         raise ValueError(f"kl_weight={kl_weight} needs kl")
-    keep = jnp.ones(log_prob.shape, bool) if mask is None else _step_mask(mask, log_prob.shape)
-    weight = keep.astype(jnp.float32)
-    log_prob = jnp.where(keep, log_prob.astype(jnp.float32), 0.0)
-    old = log_prob if old_log_prob is None else jnp.where(keep, old_log_prob, 0.0)
-    log_ratio = log_prob - jax.lax.stop_gradient(old)
+    log_prob = log_prob.astype(jnp.float32)
+    log_ratio = log_prob - jax.lax.stop_gradient(log_prob if old_log_prob is None else old_log_prob)
+    step_length = None
     if guard:
-        log_ratio = std * log_ratio + jnp.where(keep, mean_shift, 0.0) / (2 * std)
+        if mean_shift is None or std is None or dt is None:
+            raise ValueError("guard needs mean_shift, std and dt")
+        log_ratio = std * log_ratio + mean_shift / (2 * std)
+        step_length = -dt
     ratio = _ratio(log_ratio)
-    advantage = jax.lax.stop_gradient(advantage.astype(jnp.float32))[:, None]
-    advantage = jnp.where(keep, advantage, 0.0)
-    loss = clipped_surrogate(ratio, advantage, clip_range, clip_range)
-    if guard:
-        loss = loss / -dt
-    metrics = _ratio_metrics(ratio, advantage, weight, clip_range, clip_range)
+    per_sample = jax.lax.stop_gradient(advantage.astype(jnp.float32))[:, None]
+    loss = clipped_surrogate(ratio, per_sample, clip_range, clip_range)
+    if step_length is not None:
+        loss = loss / step_length
+    metrics = _ratio_metrics(ratio, per_sample, jnp.ones_like(ratio), clip_range, clip_range)
+    count = jnp.float32(ratio.size)
     if kl is not None:
-        kl = jnp.where(keep, kl, 0.0)
         loss = loss + kl_weight * kl
-        metrics["kl"] = (jax.lax.stop_gradient(kl).sum(), weight.sum())
-    return loss.sum(), weight.sum(), metrics
+        metrics["kl"] = (jax.lax.stop_gradient(kl).sum(), count)
+    return loss.sum(), count, metrics
 
 
 def nft_loss(
-    velocity,
-    old_velocity,
-    target,
-    sigma,
-    advantage,
+    velocity: Float[Array, " n *d"],
+    old_velocity: Float[Array, " n *d"] | None,
+    target: Float[Array, " n *d"],
+    sigma: Float[Array, " n"],
+    advantage: Float[Array, " n"],
     *,
     strength: float = 1.0,
     advantage_bound: float = 5.0,
-    reference=None,
+    reference: Float[Array, " n *d"] | None = None,
     kl_weight: float = 0.0,
-):
-    """DiffusionNFT (arXiv 2509.16117, algorithm 1) on noised drawings, with its self-normalised weight.
+) -> tuple[Scalar, Scalar, Metrics]:
+    """DiffusionNFT (arXiv 2509.16117, algorithm 1) on noised generated images, with its self-normalised weight.
 
-    With r = clip(A / advantage_bound, -1, 1) / 2 + 1/2 the implicit policies
-    `v_old + b (v - v_old)` and `v_old - b (v - v_old)` are matched to the drawing with weights r
-    and 1 - r. The squared error of the image that each implies, `s^2 mean (v - target)^2`, is
-    divided by its mean absolute error, without gradient.
+    With r = clip(A / advantage_bound, -1, 1) / 2 + 1/2, two implicit policies are matched to the generated image:
+    `v_old + b (v - v_old)` with weight r, and `v_old - b (v - v_old)` with weight 1 - r. The squared error of the image
+    that each implies is `s^2 mean (v - target)^2`. It is divided by its mean absolute error, without gradient.
 
     Args:
-      velocity: prediction at the noised drawings [N, ...]; carries the gradient.
+      velocity: prediction at the noised images; carries the gradient.
       old_velocity: the same by the rollout policy; None for the first update of a rollout.
-      target: `flow.velocity_target` of drawing and noise [N, ...].
-      sigma: noise levels [N].
-      advantage: [N].
+      target: `flow.velocity_target` of generated image and noise.
+      sigma: noise levels.
+      advantage: of each sample.
       strength: b.
-      advantage_bound: see above; also the factor of the policy loss, so that its gradient is that
-        of advantage-weighted matching and does not depend on the bound.
-      reference: prediction of the reference [N, ...], or None.
+      advantage_bound: see above. It is also the factor of the policy loss, so that the gradient is that of
+        advantage-weighted matching and does not depend on the bound.
+      reference: prediction of the reference, or None.
       kl_weight: of the mean squared difference of velocity and reference.
 
     Returns:
-      (sum float32 [], count float32 [], metrics): `velocity_shift`, the mean squared change since
-      the rollout, and `kl`, the mean squared difference from the reference.
+      Sum, count and metrics: `velocity_shift`, the mean squared change since the rollout, and `kl`, the mean squared
+      difference from the reference.
 
     Raises:
       ValueError: a KL weight without a reference.
@@ -302,7 +311,7 @@ def nft_loss(
     change = strength * (velocity - old)
     axes, count = tuple(range(1, velocity.ndim)), jnp.float32(len(velocity))
 
-    def error(implied):
+    def error(implied: Float32[Array, " n *d"]) -> Float32[Array, " n"]:
         size = sigma * jnp.mean(jnp.abs(jax.lax.stop_gradient(implied) - target), axis=axes)
         return sigma**2 * jnp.mean((implied - target) ** 2, axis=axes) / jnp.maximum(size, 1e-5)
 
@@ -313,28 +322,3 @@ def nft_loss(
         loss = loss + kl_weight * kl
         metrics["kl"] = (jnp.sum(kl), count)
     return jnp.sum(loss), count, jax.lax.stop_gradient(metrics)
-
-
-def _step_mask(mask, shape):
-    mask = jnp.asarray(mask, bool)
-    return jnp.broadcast_to(mask[:, None] if mask.ndim == 1 else mask, shape)
-
-
-def clip_range_for(dimensions: int, reference: float = 1e-4) -> float:
-    """The clip range for latents of another size: `reference * sqrt(65536 / dimensions)`.
-
-    The step's log-probability is a mean over D dimensions. When the policy moves by a KL of k a
-    dimension, log rho has mean -k and standard deviation sqrt(2 k / D): at equal k the spread,
-    and so the range that clips equally often, grows with 1 / sqrt(D). The published 1e-4 belongs
-    to D = 16 * 64 * 64 = 65536, a 512 x 512 image.
-
-    Args:
-      dimensions: D, the number of latent values of one sample.
-      reference: clip range at D = 65536 (1e-4 for all steps, 1e-5 for a short window).
-
-    Returns:
-      A positive float. Raises ValueError when dimensions is below 1.
-    """
-    if dimensions < 1:
-        raise ValueError(f"a latent has at least 1 dimension, got {dimensions}")
-    return reference * math.sqrt(65536 / dimensions)

@@ -4,24 +4,28 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from uae_jax.trees import Tree
 
+Steps = PyTree[Shaped[Array, "w ..."]]
 
-def sum_over_steps(loss: Callable[[Tree, Tree], tuple[Array, Tree]], params: Tree, steps: Tree) -> tuple[Array, Tree]:
+
+def sum_over_steps(
+    loss: Callable[[Tree, Tree], tuple[Float[Array, ""], Tree]], params: Tree, steps: Steps
+) -> tuple[Float[Array, ""], Steps]:
     """The sum of a loss over steps, with the memory of one step and without computing any step twice.
 
-    Where it is differentiated, the gradient of each step is taken right after its loss and added up; the backward pass
-    only scales the sum, which is exact because the result is linear in it. What `loss` closes over gets no gradient.
+    Under differentiation, the gradient of each step is taken right after its loss and added up. The backward pass only
+    scales this total, which is exact because the result is linear in it. What `loss` closes over gets no gradient.
 
     Args:
-      loss: `(params, step) -> (sum [], more)`; nothing differentiates `more`.
+      loss: `(params, step) -> (sum, more)`; nothing differentiates `more`.
       params: what is differentiated.
-      steps: leaves `[W, ...]`, cut into `step`.
+      steps: the leaves of all w steps; `loss` gets them one step at a time.
 
     Returns:
-      The sum float32 [], and `more` of all steps `[W, ...]`.
+      The sum, and `more` of all steps.
     """
 
     def values(params: Tree) -> tuple[Array, Tree]:
@@ -40,6 +44,6 @@ def sum_over_steps(loss: Callable[[Tree, Tree], tuple[Array, Tree]], params: Tre
     def backward(gradients: Tree, cotangents: tuple[Array, Tree]) -> tuple[Tree]:
         return (jax.tree.map(lambda leaf: (leaf * cotangents[0]).astype(leaf.dtype), gradients),)
 
-    whole = jax.custom_vjp(values)
-    whole.defvjp(forward, backward)
-    return whole(params)
+    summed = jax.custom_vjp(values)
+    summed.defvjp(forward, backward)
+    return summed(params)

@@ -23,9 +23,9 @@ from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.sd3 import transformer, vae
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.models.uae import UAE
-from uae_jax.rl.caption_similarity import PART as SCORER
-from uae_jax.rl.caption_similarity import CaptionScorer
-from uae_jax.rl.rewards import Encoder
+from uae_jax.rewards.caption_similarity import PART as SCORER
+from uae_jax.rewards.caption_similarity import CaptionScorer
+from uae_jax.rewards.similarity import Encoder
 from uae_jax.stages.data import spec_of
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import ENCODERS, REFERENCE, config_folder, model_folder, processor_folder

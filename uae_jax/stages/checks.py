@@ -3,6 +3,7 @@
 Every check is made, whatever the others find, so that all mistakes are told at once.
 """
 
+import dataclasses
 import os
 import pathlib
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 
 from uae_jax import sharding
+from uae_jax.methods import STAGES
 from uae_jax.settings import Mistakes, read
 from uae_jax.stages.abstract import AbstractSystem, abstract_folder
 from uae_jax.stages.data import open_sources
@@ -33,19 +35,25 @@ def checked_config(config: Mapping[str, Any], workdir: pathlib.Path, mistakes: S
     """
     settings, found = read_config(config)
     found = [*mistakes, *found, *find_mistakes(settings, workdir)]
+    for notice in notices(settings):
+        print(f"note: {notice}", file=sys.stderr)
     found = found or find_model_mistakes(settings)
     if found:
         raise Mistakes(found)
-    for notice in notices(settings):
-        print(f"note: {notice}", file=sys.stderr)
     check_programs(settings, abstract_folder(settings))
     return settings
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
-    """The settings of a configuration file, with defaults where they are wrong, and all mistakes."""
+    """The settings of a configuration file, with defaults where they are wrong, and all mistakes.
+
+    Of stages that are wrong, those that exist are kept, so that the mistakes of their settings are found too.
+    """
     made, mistakes = read(RunConfig, config)
-    return made or RunConfig(), mistakes
+    settings, wanted = made or RunConfig(), config.get("stages", ())
+    if isinstance(wanted, list | tuple) and not settings.stages:
+        settings = dataclasses.replace(settings, stages=tuple(name for name in wanted if name in STAGES))
+    return settings, mistakes
 
 
 def find_mistakes(config: RunConfig, workdir: pathlib.Path | None) -> list[str]:

@@ -21,9 +21,9 @@ from uae_jax.data.tokenizer import decode_caption
 from uae_jax.files.json_files import write_json
 from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
-from uae_jax.rl.captioning import repeated_sequences, sample_captions
-from uae_jax.rl.reconstruction import Denoising, draw, sample_keys
-from uae_jax.rl.rewards import cosine_reward
+from uae_jax.rewards.similarity import cosine_reward
+from uae_jax.rollouts.captioning import repeated_sequences, sample_captions
+from uae_jax.rollouts.reconstruction import Denoising, draw, sample_keys
 from uae_jax.settings import Settings, setting
 from uae_jax.stages.weights import System
 from uae_jax.training.summary import intervals

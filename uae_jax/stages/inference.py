@@ -22,8 +22,8 @@ from uae_jax.data.tokenizer import decode_caption
 from uae_jax.diffusion.schedule import KINDS, sigma_schedule
 from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
-from uae_jax.rl.captioning import sample_captions
-from uae_jax.rl.reconstruction import Denoising, draw, sample_keys
+from uae_jax.rollouts.captioning import sample_captions
+from uae_jax.rollouts.reconstruction import Denoising, draw, sample_keys
 from uae_jax.settings import Settings, setting
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages.weights import ModelConfig, System, load_system

@@ -29,9 +29,9 @@ from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.nn.lora import merge_adapter
-from uae_jax.rl.caption_similarity import PART as SCORER
-from uae_jax.rl.caption_similarity import CaptionScorer, load_caption_scorer
-from uae_jax.rl.rewards import Encoder, load_encoder
+from uae_jax.rewards.caption_similarity import PART as SCORER
+from uae_jax.rewards.caption_similarity import CaptionScorer, load_caption_scorer
+from uae_jax.rewards.similarity import Encoder, load_encoder
 from uae_jax.settings import Settings, setting
 
 BUILTIN = pathlib.Path(__file__).parents[1] / "assets" / "tiny"

@@ -17,6 +17,7 @@ from jax import Array
 
 from uae_jax.nn.attention.mask import MASKED
 from uae_jax.nn.constrain import constrain, ways
+from uae_jax.nn.loops import scan
 
 
 class _Sums(NamedTuple):
@@ -87,9 +88,7 @@ def _pass(blocks: Blocks, hidden: Array, temperature: float | Array, with_rows: 
 
     zero = jnp.zeros(len(hidden), jnp.float32)
     start = _Sums(zero + MASKED, zero, jnp.zeros(hidden.shape, jnp.float32) if with_rows else None)
-    count = blocks.shape[1]
-    # Unrolled when there is one block: XLA's CPU backend runs what is inside loops with fewer threads.
-    return jax.lax.scan(add, start, jnp.arange(count), unroll=count == 1)[0]
+    return scan(add, start, jnp.arange(blocks.shape[1]))[0]
 
 
 def frozen_head_scores(

@@ -17,6 +17,7 @@ from uae_jax.models.qwen2_5_vl.vision import VisionTower
 from uae_jax.nn.attention import preferred_length
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
+from uae_jax.nn.loops import scan
 
 ADAPTER_PATTERN = r"layers/(attention|mlp)/.*"  # all linear layers of the text model, as in the release
 SCORE_CHUNK = 64  # positions of each row whose logits exist at once, by default
@@ -270,8 +271,7 @@ def score_tokens(
         scaled, normaliser = jax.lax.stop_gradient((scaled, normaliser))
         return log_probs, normaliser - jnp.sum(jnp.exp(scaled - normaliser[..., None]) * scaled, axis=-1)
 
-    # Unrolled when there is one piece: XLA's CPU backend runs what is inside loops with fewer threads.
-    _, found = jax.lax.scan(lambda _, piece: (None, score(*piece)), None, (hidden, targets), unroll=pieces == 1)
+    _, found = scan(lambda _, piece: (None, score(*piece)), None, (hidden, targets))
     scores = TokenScores(*found)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, -1)[:, :length], scores)
 

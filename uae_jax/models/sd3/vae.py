@@ -14,30 +14,24 @@ from uae_jax import trees
 from uae_jax.models.sd3.config import VAEConfig
 from uae_jax.nn.attention import attention
 from uae_jax.nn.conv import Conv, DoublingConv
-from uae_jax.nn.device import on_one_cpu
+from uae_jax.nn.images import over_images, to_images, to_tokens
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.norms import GroupNorm
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions after group norm and SiLU, with a 1x1 shortcut where the width changes.
-
-    `interleaved`, here and below: see `interleave`.
-    """
+    """Two 3x3 convolutions after group norm and SiLU, with a 1x1 shortcut where the width changes."""
 
     features: int
     groups: int
-    interleaved: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """`[B, H, W, n C]` to `[B, H, W, n features]`."""
-        norm = functools.partial(GroupNorm, self.groups, interleaved=self.interleaved)
-        conv = functools.partial(Conv, self.features, interleaved=self.interleaved)
-        y = conv(name="conv1")(nn.silu(norm(name="norm1")(x)))
-        y = conv(name="conv2")(nn.silu(norm(name="norm2")(y)))
+        """`[B, H, W, C]` to `[B, H, W, features]`."""
+        y = Conv(self.features, name="conv1")(nn.silu(GroupNorm(self.groups, name="norm1")(x)))
+        y = Conv(self.features, name="conv2")(nn.silu(GroupNorm(self.groups, name="norm2")(y)))
         if x.shape[-1] != y.shape[-1]:
-            x = conv(kernel_size=1, padding=((0, 0), (0, 0)), name="conv_shortcut")(x)
+            x = Conv(self.features, kernel_size=1, padding=((0, 0), (0, 0)), name="conv_shortcut")(x)
         return x + y
 
 
@@ -45,33 +39,30 @@ class SpatialAttention(nn.Module):
     """Single-head self-attention over all positions, with a residual connection."""
 
     groups: int
-    interleaved: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """`[B, H, W, n C]` to the same."""
-        y = separate(GroupNorm(self.groups, interleaved=self.interleaved, name="group_norm")(x), self.interleaved)
-        batch, height, width, channels = y.shape
-        y = y.reshape(batch, height * width, channels)
-        query, key, value = (Dense(channels, name=name)(y)[:, :, None] for name in ("query", "key", "value"))
-        y = Dense(channels, name="output")(attention(query, key, value)[:, :, 0])
-        return x + interleave(y.reshape(batch, height, width, channels), self.interleaved)
+        """`[B, H, W, C]` to the same."""
+        y = to_tokens(GroupNorm(self.groups, name="group_norm")(x))
+        width = y.shape[-1]
+        query, key, value = (Dense(width, name=name)(y)[:, :, None] for name in ("query", "key", "value"))
+        y = Dense(width, name="output")(attention(query, key, value)[:, :, 0])
+        return x + to_images(y, *x.shape[1:3])
 
 
 class MiddleBlock(nn.Module):
     """Residual block, attention, residual block, at the lowest resolution."""
 
     config: VAEConfig
-    interleaved: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """`[B, h, w, n C]` to the same."""
-        groups = self.config.norm_num_groups
-        x = ResidualBlock(x.shape[-1] // self.interleaved, groups, self.interleaved, name="resnets_0")(x)
+        """`[B, h, w, C]` to the same."""
+        width, groups = self.config.block_out_channels[-1], self.config.norm_num_groups
+        x = ResidualBlock(width, groups, name="resnets_0")(x)
         if self.config.mid_block_add_attention:
-            x = SpatialAttention(groups, self.interleaved, name="attention")(x)
-        return ResidualBlock(x.shape[-1] // self.interleaved, groups, self.interleaved, name="resnets_1")(x)
+            x = SpatialAttention(groups, name="attention")(x)
+        return ResidualBlock(width, groups, name="resnets_1")(x)
 
 
 class Encoder(nn.Module):
@@ -99,48 +90,20 @@ class Decoder(nn.Module):
     """Latents to picture."""
 
     config: VAEConfig
-    interleaved: int = 1
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
-        """`[B, h, w, C]` to `[B, H, W, 3]`; B is a multiple of `interleaved`."""
-        config, pictures = self.config, self.interleaved
-        conv = functools.partial(Conv, interleaved=pictures)
-        x = conv(config.block_out_channels[-1], name="conv_in")(interleave(z, pictures))
-        x = MiddleBlock(config, pictures, name="mid_block")(x)
+        """`[B, h, w, C]` to `[B, H, W, 3]`."""
+        config = self.config
+        x = Conv(config.block_out_channels[-1], name="conv_in")(z)
+        x = MiddleBlock(config, name="mid_block")(x)
         for level, features in enumerate(reversed(config.block_out_channels)):
             for layer in range(config.layers_per_block + 1):
-                x = ResidualBlock(
-                    features, config.norm_num_groups, pictures, name=f"up_blocks_{level}_resnets_{layer}"
-                )(x)
+                x = ResidualBlock(features, config.norm_num_groups, name=f"up_blocks_{level}_resnets_{layer}")(x)
             if level < len(config.block_out_channels) - 1:
-                x = DoublingConv(features, pictures, name=f"up_blocks_{level}_upsampler")(x)
-        x = nn.silu(GroupNorm(config.norm_num_groups, interleaved=pictures, name="conv_norm_out")(x))
-        return separate(conv(config.out_channels, name="conv_out")(x), pictures)
-
-
-def interleave(x: Array, pictures: int) -> Array:
-    """So many neighbouring pictures as channels of one (`nn.conv`): `[B, H, W, C]` to `[B / n, H, W, n C]`."""
-    if pictures == 1:
-        return x
-    batch, height, width, channels = x.shape
-    return (
-        x.reshape(-1, pictures, height, width, channels)
-        .transpose(0, 2, 3, 1, 4)
-        .reshape(-1, height, width, pictures * channels)
-    )
-
-
-def separate(x: Array, pictures: int) -> Array:
-    """The inverse of `interleave`."""
-    if pictures == 1:
-        return x
-    batch, height, width, channels = x.shape
-    return (
-        x.reshape(batch, height, width, pictures, -1)
-        .transpose(0, 3, 1, 2, 4)
-        .reshape(-1, height, width, channels // pictures)
-    )
+                x = DoublingConv(features, name=f"up_blocks_{level}_upsampler")(x)
+        x = nn.silu(GroupNorm(config.norm_num_groups, name="conv_norm_out")(x))
+        return Conv(config.out_channels, name="conv_out")(x)
 
 
 def encode(config: VAEConfig, params: trees.Tree, pixels: Array) -> tuple[Array, Array]:
@@ -184,25 +147,23 @@ def from_model_latents(config: VAEConfig, model_latents: Array) -> Array:
     return model_latents / config.scaling_factor + config.shift_factor
 
 
-def decode(config: VAEConfig, params: trees.Tree, latents: Array, interleaved: int = 1) -> Array:
-    """Pictures of the auto-encoder's latents.
+def decode(config: VAEConfig, params: trees.Tree, latents: Array) -> Array:
+    """Images of the auto-encoder's latents.
 
     Args:
       config: sizes.
       params: parameters of the auto-encoder; only `decoder` is read.
       latents: `[B, h, w, C]` in the scale of `encode`.
-      interleaved: pictures held as channels of one (`interleave`), a divisor of B.
 
     Returns:
       `[B, H, W, 3]` in float32, about [-1, 1], not clipped.
     """
     with jax.named_scope("autoencoder"):
-        return Decoder(config, interleaved).apply({"params": params["decoder"]}, latents.astype(jnp.float32))
+        return Decoder(config).apply({"params": params["decoder"]}, latents.astype(jnp.float32))
 
 
 def decode_latents(config: VAEConfig, params: trees.Tree, model_latents: Array, chunk: int | None = None) -> Array:
-    """Pictures of the diffusion model's latents, some at a time when memory is short; on a single CPU device
-    interleaved.
+    """Images of the diffusion model's latents, some at a time when memory is short.
 
     Each chunk takes every (B / chunk)-th row, so that a batch that is split over devices stays where it is when their
     number divides `chunk`. The activations of a chunk are computed again in the backward pass.
@@ -226,12 +187,13 @@ def decode_latents(config: VAEConfig, params: trees.Tree, model_latents: Array, 
         raise ValueError(
             f"a batch of {batch} latents cannot be decoded in chunks of {chunk}; take a divisor of {batch}"
         )
-    interleaved = chunk if on_one_cpu() else 1
+
+    def decode_part(part: Array) -> Array:
+        return over_images(functools.partial(decode, config, params), part)
+
     if chunk == batch:
-        return decode(config, params, latents, interleaved)
-    return trees.map_parts(
-        jax.checkpoint(lambda part: decode(config, params, part, interleaved)), trees.cut(latents, batch // chunk)
-    )
+        return decode_part(latents)
+    return trees.map_parts(jax.checkpoint(decode_part), trees.cut(latents, batch // chunk))
 
 
 def init_params(config: VAEConfig, key: Array) -> dict:

@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
 from uae_jax.nn.attention import plain as xla
+from uae_jax.nn.attention.by_head import by_head
 from uae_jax.nn.attention.cudnn import cudnn, supported
 from uae_jax.nn.attention.mask import Mask, SharedKeys
 from uae_jax.nn.attention.splash import splash
@@ -19,7 +20,7 @@ from uae_jax.nn.device import compute_capability, current_mesh, platform
 IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Mask], Array]] = {
     "plain": xla.plain,
     "by_query_blocks": xla.by_query_blocks,
-    "by_head": xla.by_head,
+    "by_head": by_head,
     "splash": splash,
     "cudnn": cudnn,
 }

@@ -1,4 +1,4 @@
-"""A text tower for the frozen reward encoder, which scores captions without image generation (`rl.caption_similarity`).
+"""A text tower for the frozen reward encoder, which scores captions without image generation (`rewards`).
 
 The text tower is trained contrastively (arXiv 2103.00020, figure 3) on true captions of every length. Hard negatives
 are scenes that differ in one fact. So a detailed caption is nearer to its image, and a false caption farther. The image
@@ -18,7 +18,7 @@ from uae_jax.data.tokenizer import encode_caption
 from uae_jax.methods.method import Supervised
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig
 from uae_jax.models.encoders.preprocess import Preprocess
-from uae_jax.rl.caption_similarity import CaptionScorer
+from uae_jax.rewards.caption_similarity import CaptionScorer
 from uae_jax.stages.bootstrap import scene_stream
 from uae_jax.stages.bootstrap.encoders import contrastive
 from uae_jax.stages.bootstrap.scene_stream import World

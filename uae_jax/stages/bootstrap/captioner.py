@@ -29,7 +29,7 @@ from uae_jax.methods.method import Supervised
 from uae_jax.models.condition import ConditionTemplate, place_in_template
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, to_json
-from uae_jax.rl.captioning import IMAGE_FIELDS
+from uae_jax.rollouts.captioning import IMAGE_FIELDS
 from uae_jax.stages.bootstrap import scene_stream
 from uae_jax.stages.bootstrap.encoders import cell_losses, init_heads, read_heads
 from uae_jax.stages.bootstrap.scene_stream import World

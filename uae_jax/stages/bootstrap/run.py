@@ -46,7 +46,7 @@ from uae_jax.models.sd3 import vae as sd3_vae
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.models.sd3.weights import load_vae, transformer_rules, vae_rules
 from uae_jax.models.uae import UAE
-from uae_jax.rl.rewards import Encoder
+from uae_jax.rewards.similarity import Encoder
 from uae_jax.settings import as_dict, frozen
 from uae_jax.stages.bootstrap import caption_scorer, captioner, decoder, encoders, vae
 from uae_jax.stages.bootstrap.scene_stream import World, open_world

@@ -1,4 +1,4 @@
-"""Parts of a program that a single CPU compiles by themselves."""
+"""Parts of a program that a single CPU compiles separately."""
 
 import functools
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from uae_jax.nn.device import on_one_cpu
 
 
-def apart(function: Callable[..., Any], *arguments: Array, **settings: Any) -> Any:
+def separately(function: Callable[..., Any], *arguments: Array, **settings: Any) -> Any:
     """`function(*arguments, **settings)`; on a single CPU nothing inside is fused with anything outside.
 
-    The CPU backend drops `optimization_barrier` before it fuses (jax 0.10.2); a call that may not be inlined stays one.
+    The CPU backend drops `optimization_barrier` before it fuses (jax 0.10.2). It keeps a call that may not be inlined.
 
     Args:
       function: of a module, so that equal calls are traced and compiled once.
@@ -27,19 +27,18 @@ def apart(function: Callable[..., Any], *arguments: Array, **settings: Any) -> A
         return jax.jit(_unmarked(function), static_argnames=tuple(settings))(*arguments, **settings)
 
 
-def settle(x: Array) -> Array:
-    """The same array behind a barrier: the CPU backend fuses what it is computed from into each reader, once for every
-    element read.
+def materialised(x: Array) -> Array:
+    """The same array behind a barrier, so that it is computed once.
 
-    On a single CPU the barrier is in a call of its own, which JAX would see through if it returned its argument as it
-    is.
+    The CPU backend would fuse the computation of `x` into each reader, once for every element read. On a single CPU the
+    barrier is a separate call: JAX would see through a call that returns its argument.
     """
-    return apart(lax.optimization_barrier, x)
+    return separately(lax.optimization_barrier, x)
 
 
 @functools.cache  # one function for each, as `jax.jit` looks for what it has traced by identity
 def _unmarked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its operations free of the mark: it is for the call alone, not for calls inside."""
+    """The function with its operations free of the mark, which is for the outer call alone."""
 
     @functools.wraps(function)
     def unmarked(*arguments: Array, **settings: Any) -> Any:

@@ -1,29 +1,33 @@
-"""The objective: similarity of reconstruction and original under frozen image encoders (arXiv 2509.09666, section
-3).
+"""The objective: similarity of reconstruction and original under frozen image encoders (arXiv 2509.09666, section 3).
+
+Shape letters: b originals, g reconstructions of each, n = b * g; m images of either; d features. H and W are the size
+of the originals, H2 and W2 that of the reconstructions.
 """
 
 import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Bool, Float, Float32
 
-from uae_jax import trees
 from uae_jax.models.encoders import clip, dino, weights
 from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
 from uae_jax.models.encoders.preprocess import Preprocess, apply
 from uae_jax.rl.advantages import group_advantages
+from uae_jax.rl.losses import Pair, Scalar
 from uae_jax.settings import Settings, setting
+from uae_jax.trees import Tree
 
 CLAMPS = ("hard", "straight_through", "none")
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A frozen image encoder with its own image processing; parameters are passed beside it.
+    """A frozen image encoder with its own image processing; parameters are separate.
 
     Attributes:
       name: under which its parameters and metrics are kept.
@@ -41,28 +45,23 @@ class Encoder:
     remat: bool = False
     dtype: str = "float32"
 
-    def features(self, params: trees.Tree, pixels: Array) -> Array:
-        """Features of length 1.
-
-        Args:
-          params: of the encoder.
-          pixels: `[B, H, W, 3]` in [-1, 1], of any size.
-
-        Returns:
-          float32 `[B, D]`.
-        """
+    def features(self, params: Tree, pixels: Float[Array, "m H W 3"]) -> Float32[Array, "m d"]:
+        """Features of length 1 of images in [-1, 1], of any size."""
         return self.embed(params, self.prepare(pixels))
 
-    def prepare(self, pixels: Array) -> Array:
-        """Pictures `[B, H, W, 3]` in [-1, 1] as the encoder wants them, `[B, S, S', 3]`."""
+    def prepare(self, pixels: Float[Array, "m H W 3"]) -> Float[Array, "m H_in W_in 3"]:
+        """Images in [-1, 1] as the encoder wants them."""
         with jax.named_scope("image_encoder"):
             return apply(self.preprocess, (pixels.astype(jnp.float32) + 1) / 2).astype(self.dtype)
 
-    def embed(self, params: trees.Tree, images: Array) -> Array:
-        """Features of length 1, float32 `[B, D]`, of prepared pictures."""
-        model = clip.image_features if self.kind == "clip" else dino.cls_features
+    def embed(self, params: Tree, images: Float[Array, "m H_in W_in 3"]) -> Float32[Array, "m d"]:
+        """Features of length 1 of prepared images."""
         with jax.named_scope("image_encoder"):
-            features = model(self.config, params, images, remat=self.remat).astype(jnp.float32)
+            if isinstance(self.config, Dinov2Config | Dinov3Config):
+                features = dino.cls_features(self.config, params, images, remat=self.remat)
+            else:
+                features = clip.image_features(self.config, params, images, remat=self.remat)
+            features = features.astype(jnp.float32)
         return features * jax.lax.rsqrt(jnp.sum(jnp.square(features), -1, keepdims=True) + 1e-12)
 
 
@@ -71,7 +70,7 @@ def load_encoder(
     name: str | None = None,
     *,
     variant: str = "published",
-    placement: Callable[[trees.Tree], trees.Tree] | None = None,
+    placement: Callable[[Tree], Tree] | None = None,
 ) -> tuple[Encoder, dict]:
     """An encoder and its parameters from a CLIP, Long-CLIP, DINOv2 or DINOv3 folder.
 
@@ -79,7 +78,7 @@ def load_encoder(
       folder: see `weights.open_encoder`.
       name: the encoder's name; None takes `clip`, `longclip`, `dinov2` or `dinov3`.
       variant: image processing: `published`, or `uae` (see `Preprocess.from_folder`).
-      placement: where the parameters go, see `hf.rules.load_params`.
+      placement: how the parameters are sharded, see `hf.rules.load_params`.
 
     Returns:
       The encoder, and float32 parameters; of CLIP the image tower only.
@@ -89,18 +88,19 @@ def load_encoder(
       ValueError: the folder holds another model, or its tensors do not fit.
     """
     source = weights.open_encoder(folder).image_tower()
+    config = cast(CLIPVisionConfig | Dinov2Config | Dinov3Config, source.config)  # a text tower has been refused
     kind = "clip" if source.kind == "longclip" else source.kind
-    encoder = Encoder(name or source.kind, kind, source.config, source.preprocess(variant))
+    encoder = Encoder(name or source.kind, kind, config, source.preprocess(variant))
     return encoder, source.load(placement=placement)
 
 
-def clamp_image(pixels: Array, clamp: str = "hard") -> Array:
-    """Cuts images to [-1, 1].
+def clamp_image(pixels: Float[Array, "*s"], clamp: str = "hard") -> Float[Array, "*s"]:
+    """Clips images to [-1, 1].
 
     Args:
       pixels: any shape.
-      clamp: `hard` has no gradient outside of the range; `straight_through` passes the gradient as if it had not
-        cut; `none` leaves the values.
+      clamp: `hard` has no gradient outside of the range; `straight_through` passes the gradient as if nothing were
+        clipped; `none` leaves the values.
 
     Raises:
       ValueError: another word.
@@ -109,11 +109,11 @@ def clamp_image(pixels: Array, clamp: str = "hard") -> Array:
         raise ValueError(f"clamp {clamp!r} is not known; use one of {', '.join(CLAMPS)}")
     if clamp == "none":
         return pixels
-    cut = jnp.clip(pixels, -1.0, 1.0)
-    return cut if clamp == "hard" else pixels + jax.lax.stop_gradient(cut - pixels)
+    clipped = jnp.clip(pixels, -1.0, 1.0)
+    return clipped if clamp == "hard" else pixels + jax.lax.stop_gradient(clipped - pixels)
 
 
-def _groups(original: Array, reconstruction: Array, group: int) -> None:
+def _check_groups(original: Array, reconstruction: Array, group: int) -> None:
     if len(reconstruction) != len(original) * group:
         raise ValueError(
             f"{len(reconstruction)} reconstructions are not groups of {group} for {len(original)} originals"
@@ -121,63 +121,65 @@ def _groups(original: Array, reconstruction: Array, group: int) -> None:
 
 
 def _group_features(
-    encoder: Encoder, params: trees.Tree, original: Array, reconstruction: Array, group: int
-) -> tuple[Array, Array]:
-    """Features of the originals `[B, D]` and of their reconstructions `[B, G, D]`.
+    encoder: Encoder,
+    params: Tree,
+    original: Float[Array, "b H W 3"],
+    reconstruction: Float[Array, "n H2 W2 3"],
+    group: int,
+) -> tuple[Float32[Array, "b d"], Float32[Array, "b g d"]]:
+    """Features of the originals and of their reconstructions.
 
-    Groups go through the encoder with their original, in one batch that is cut over devices as they are. A single
-    reconstruction does not: where a loss is differentiated (cold start), the original would be, too, and the backward
-    pass twice as long.
+    A group goes through the encoder with its original, in one batch that is sharded as images are. A single
+    reconstruction does not: where the loss is differentiated (cold start), the backward pass would contain the original
+    and be twice as long.
     """
     if group == 1:
         return encoder.features(params, original), encoder.features(params, reconstruction)[:, None]
-    pictures = encoder.prepare(original), encoder.prepare(reconstruction)
-    rows = [images.reshape(len(original), -1, *images.shape[1:]) for images in pictures]
-    features = encoder.embed(params, jnp.concatenate(rows, axis=1).reshape(-1, *pictures[0].shape[1:]))
+    prepared = encoder.prepare(original), encoder.prepare(reconstruction)
+    rows = [images.reshape(len(original), -1, *images.shape[1:]) for images in prepared]
+    features = encoder.embed(params, jnp.concatenate(rows, axis=1).reshape(-1, *prepared[0].shape[1:]))
     features = features.reshape(len(original), 1 + group, -1)
     return features[:, 0], features[:, 1:]
 
 
 def cosine_reward(
     encoder: Encoder,
-    params: trees.Tree,
-    original: Array,
-    reconstruction: Array,
+    params: Tree,
+    original: Float[Array, "b H W 3"],
+    reconstruction: Float[Array, "n H2 W2 3"],
     group: int,
     *,
     clamp: str = "hard",
     contrast: float = 0.0,
     contrast_temperature: float = 0.0,
-) -> Array:
+) -> Float32[Array, "b g"]:
     """Cosine of the features of each reconstruction and its original (arXiv 2509.09666, eq. 1).
 
-    With a contrast, so many times the mean cosine with the other originals is taken off: a drawing that is a little
-    like every picture, which is the best answer to a caption that says little, then earns nothing by that. At a
-    temperature the mean is a softer maximum, and the reward at contrast 1 the log-odds of the original among the
-    batch's pictures, as in CLIP's loss (arXiv 2103.00020, section 2.3), in units of the temperature.
+    A contrast subtracts a share of the mean cosine with the other originals. A caption that says little is best rebuilt
+    by an image that is a little like every other; such an image then earns nothing. With a temperature the mean is a
+    soft maximum. At contrast 1 the reward is the log-odds of the original among the batch's images, in units of that
+    temperature. CLIP's loss has the same log-odds (arXiv 2103.00020, section 2.3).
 
     Args:
       encoder: frozen image encoder.
       params: its parameters.
-      original: `[B, H, W, 3]` in [-1, 1]; its features are computed once an image.
-      reconstruction: `[B * G, H', W', 3]`; the G reconstructions of an original follow one another.
-      group: G.
+      original: in [-1, 1]; its features are computed once an image.
+      reconstruction: the g reconstructions of an original follow one another.
+      group: g.
       clamp: see `clamp_image`.
-      contrast: 0 leaves the other originals out.
-      contrast_temperature: 0 takes the plain mean of the other originals; the lower above 0, the more the likest ones
-        count.
+      contrast: the share; 0 leaves the other originals out.
+      contrast_temperature: 0 takes the plain mean of the other originals; a low one above 0 counts the most similar.
 
     Returns:
-      float32 `[B, G]` in [-1, 1] without contrast. Gradients flow to whatever is passed; callers stop them where they
-      want none.
+      Cosines, in [-1, 1] without contrast. Gradients flow to both images; callers stop the ones that are not wanted.
 
     Raises:
-      ValueError: there are not G reconstructions for each original, or a contrast and one original alone.
+      ValueError: there are not g reconstructions for each original, or a contrast in a batch of one.
     """
-    _groups(original, reconstruction, group)
+    _check_groups(original, reconstruction, group)
     if contrast and len(original) < 2:
         raise ValueError(
-            "a reward with contrast compares with the batch's other pictures; it needs a batch of two or more"
+            "a reward with contrast compares with the batch's other images; it needs a batch of two or more"
         )
     target, features = _group_features(encoder, params, original, clamp_image(reconstruction, clamp), group)
     own = jnp.sum(features * target[:, None], axis=-1)
@@ -193,22 +195,24 @@ def cosine_reward(
     return own - contrast * contrast_temperature * (others - math.log(len(original) - 1))
 
 
-def pixel_reward(original: Array, reconstruction: Array, group: int, *, clamp: str = "hard") -> Array:
+def pixel_reward(
+    original: Float[Array, "b H W 3"], reconstruction: Float[Array, "n H2 W2 3"], group: int, *, clamp: str = "hard"
+) -> Float32[Array, "b g"]:
     """One minus the mean absolute difference over half the image range: 1 for equal images, 0 for black and white.
 
     Args:
-      original: `[B, H, W, 3]` in [-1, 1].
-      reconstruction: `[B * G, H, W, 3]`.
-      group: G.
+      original: in [-1, 1].
+      reconstruction: of the same size, grouped by original.
+      group: g.
       clamp: see `clamp_image`.
 
     Returns:
-      float32 `[B, G]` in [0, 1] (unless `clamp` is `none`).
+      Similarities, in [0, 1] unless `clamp` is `none`.
 
     Raises:
-      ValueError: not G reconstructions for each original, or images of different sizes.
+      ValueError: not g reconstructions for each original, or images of different sizes.
     """
-    _groups(original, reconstruction, group)
+    _check_groups(original, reconstruction, group)
     if original.shape[1:] != reconstruction.shape[1:]:
         raise ValueError(
             f"the pixel reward compares images of one size, not {original.shape[1:3]} and {reconstruction.shape[1:3]}"
@@ -272,40 +276,35 @@ def chosen_encoders(config: RewardConfig, encoders: Mapping[str, Encoder]) -> tu
 def mixed_reward(
     config: RewardConfig,
     encoders: Sequence[Encoder],
-    params: Mapping[str, trees.Tree],
-    original: Array,
-    reconstruction: Array,
+    params: Mapping[str, Tree],
+    original: Float[Array, "b H W 3"],
+    reconstruction: Float[Array, "n H2 W2 3"],
     group: int,
-    said: Array | None = None,
-    unfinished: Array | None = None,
-) -> tuple[Array, dict[str, Array]]:
+    said: Float[Array, "b g"] | None = None,
+    unfinished: Bool[Array, "b g"] | None = None,
+) -> tuple[Float32[Array, "b g"], dict[str, Float32[Array, "b g"]]]:
     """The weighted sum of the configured similarities, less the penalty.
 
     Args:
       config: which terms, with which weights.
       encoders: at least those that the config names.
       params: encoder name to parameters.
-      original: `[B, H, W, 3]` in [-1, 1].
-      reconstruction: `[B * G, H, W, 3]`, grouped by original.
-      group: G.
-      said: caption similarities `[B, G]`; needed with a caption weight.
-      unfinished: bool `[B, G]`, captions without an end; needed with a penalty.
+      original: in [-1, 1].
+      reconstruction: grouped by original.
+      group: g.
+      said: caption similarities; needed with a caption weight.
+      unfinished: captions without an end; needed with a penalty.
 
     Returns:
-      The reward, float32 `[B, G]`, and each term without its weight by name (`pixel` for the pixel term, `caption` for
-      the captions').
+      The reward, and each term without its weight by name (`pixel` for the pixel term, `caption` for the captions').
 
     Raises:
       ValueError: an encoder of the config, or what it needs of the captions, is not given.
     """
-    known = {encoder.name: encoder for encoder in encoders}
-    missing = [name for name in config.names if name not in known or name not in params]
-    if missing:
-        raise ValueError(f"reward encoder {missing[0]!r} is not loaded; loaded: {', '.join(sorted(known)) or 'none'}")
     terms = {
-        name: cosine_reward(
-            known[name],
-            params[name],
+        encoder.name: cosine_reward(
+            encoder,
+            params[encoder.name],
             original,
             reconstruction,
             group,
@@ -313,40 +312,39 @@ def mixed_reward(
             contrast=config.contrast,
             contrast_temperature=config.contrast_temperature,
         )
-        for name in config.names
+        for encoder in chosen_encoders(config, {encoder.name: encoder for encoder in encoders})
     }
-    pairs = list(zip(terms.values(), config.weights))
+    weighted = [weight * term for term, weight in zip(terms.values(), config.weights)]
     if config.pixel_weight:
         terms["pixel"] = pixel_reward(original, reconstruction, group, clamp=config.clamp)
-        pairs.append((terms["pixel"], config.pixel_weight))
+        weighted.append(config.pixel_weight * terms["pixel"])
     if config.caption_weight:
         if said is None:
             raise ValueError(
                 "the reward has a caption weight, but there are no caption similarities; only gen_for_und has them"
             )
         terms["caption"] = said
-        pairs.append((said, config.caption_weight))
+        weighted.append(config.caption_weight * said)
     if config.overlong_penalty:
         if unfinished is None:
             raise ValueError(
-                "the reward has an overlong penalty, but it is not said which captions have no end; only gen_for_und "
-                "does"
+                "the reward has an overlong penalty, but nothing says which captions have no end; only gen_for_und does"
             )
-        pairs.append((unfinished.astype(jnp.float32), -config.overlong_penalty))
-    return sum(weight * term for term, weight in pairs), terms
+        weighted.append(-config.overlong_penalty * unfinished.astype(jnp.float32))
+    return sum(weighted[1:], start=weighted[0]), terms
 
 
 def reward_advantages(
     config: RewardConfig,
     encoders: Sequence[Encoder],
-    params: Mapping[str, trees.Tree],
-    original: Array,
-    reconstruction: Array,
+    params: Mapping[str, Tree],
+    original: Float[Array, "b H W 3"],
+    reconstruction: Float[Array, "n H2 W2 3"],
     group: int,
     scale: str,
-    said: Array | None = None,
-    unfinished: Array | None = None,
-) -> tuple[Array, dict]:
+    said: Float[Array, "b g"] | None = None,
+    unfinished: Bool[Array, "b g"] | None = None,
+) -> tuple[Float32[Array, "b g"], dict[str, Scalar | Pair]]:
     """Rewards of groups of reconstructions, and each one's advantage over its group.
 
     Args:
@@ -354,9 +352,9 @@ def reward_advantages(
       scale: see `advantages.group_advantages`.
 
     Returns:
-      Advantages `[B, G]`, and metrics: `reward`, each term as `reward_<name>`, spread and degenerate groups.
+      Advantages, and metrics: `reward`, each term as `reward_<name>`, spread and degenerate groups.
     """
     reward, terms = mixed_reward(config, encoders, params, original, reconstruction, group, said, unfinished)
     advantage, metrics = group_advantages(reward, scale=scale)
-    metrics["reward"] = metrics.pop("reward_mean")
-    return advantage, metrics | {f"reward_{name}": jnp.mean(term) for name, term in terms.items()}
+    renamed = {"reward" if name == "reward_mean" else name: pair for name, pair in metrics.items()}
+    return advantage, renamed | {f"reward_{name}": jnp.mean(term) for name, term in terms.items()}

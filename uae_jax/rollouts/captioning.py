@@ -1,10 +1,13 @@
-"""Captions of pictures by the trained captioner: for rollouts of both RL stages, for scores and for inference."""
+"""Captions of images by the trained captioner: for rollouts of both RL stages, for scores and for inference.
+
+Shape letters: b images, n captions, t caption tokens, p image patches, e image embeddings, d their width.
+"""
 
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from uae_jax import trees
 from uae_jax.models import condition, uae
@@ -13,24 +16,26 @@ from uae_jax.models.qwen2_5_vl.generate import Completion, generate
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn.constrain import ways
 from uae_jax.nn.device import platform
-from uae_jax.rl.reconstruction import sample_keys
+from uae_jax.rl.losses import Metrics
+from uae_jax.rollouts.reconstruction import sample_keys
 from uae_jax.sharding import gather_over_fsdp
+from uae_jax.trees import Tree
 
-REPEATED = 4  # tokens of the sequences that are looked for twice in one caption
+REPEATED = 4  # tokens of the sequences whose repetition is counted
 IMAGE_FIELDS = ("patches", "patch_positions", "patch_windows", "patch_images")
 
 
-def encode_batch_images(model: uae.UAE, parts: Mapping, batch: Mapping) -> Array:
-    """Image embeddings `[B, P / 4, D]` of a batch (`data.loader`)."""
+def encode_batch_images(model: uae.UAE, parts: Mapping[str, Tree], batch: Mapping[str, Array]) -> Float[Array, "b e d"]:
+    """Image embeddings of a batch (`data.loader`); four patches are merged into one embedding."""
     return qwen.encode_images(model.captioner, parts, *(batch[name] for name in IMAGE_FIELDS))
 
 
 def sample_captions(
     model: uae.UAE,
-    parts: Mapping,
-    batch: Mapping,
-    key: Array,
-    image_embeds: Array | None = None,
+    parts: Mapping[str, Tree],
+    batch: Mapping[str, Array],
+    key: Key[Array, ""],
+    image_embeds: Float[Array, "b e d"] | None = None,
     *,
     max_new_tokens: int,
     stops: tuple[int, ...],
@@ -38,29 +43,28 @@ def sample_captions(
     group: int = 1,
     gather_weights: bool = False,
 ) -> Completion:
-    """Captions by the policy; the random keys are those of the global sample ids, whatever the batch.
+    """Captions by the policy, n = b * group rows, those of a group together.
+
+    The random keys are those of the global sample ids and do not depend on the batch.
 
     Args:
       model, parts: the model.
-      batch: B images with prompts and `sample_id` (`data.loader`).
+      batch: b images with prompts and `sample_id` (`data.loader`).
       key: of the step.
       image_embeds: of `encode_batch_images`, to share them; None computes them.
-      max_new_tokens: T.
+      max_new_tokens: t.
       stops: ids that end a caption.
       sampling: temperature and truncation.
-      group: captions of an image.
-      gather_weights: gather the language model once, before the loop over tokens (`sharding.gather_over_fsdp`); on GPUs
-        in the form of `qwen2_5_vl.decoding`, unless heads are cut over devices.
-
-    Returns:
-      `[B * group, T]`, rows of a group together.
+      group: captions per image.
+      gather_weights: gather the language model once, before the loop over tokens (`sharding.gather_over_fsdp`). GPUs
+        take the form of `qwen2_5_vl.decoding`, unless heads are sharded over devices.
     """
     params, adapter = uae.captioner_weights(parts, policy=True)
     images = encode_batch_images(model, parts, batch) if image_embeds is None else image_embeds
     packed = gather_weights and platform() == "gpu" and ways("heads") == 1
     if gather_weights:
         language, dtype = params["language"], model.captioner.text.dtype
-        # packing gathers the layers one by one: all of them would stand in memory twice
+        # packing gathers the layers one by one; gathered here, all of them would be in memory twice
         read = {name: part for name, part in language.items() if not (packed and name == "layers")}
         params = params | {"language": language | gather_over_fsdp(read, dtype)}
         adapter = adapter if packed or adapter is None else gather_over_fsdp(adapter, dtype)
@@ -80,13 +84,16 @@ def sample_captions(
     )
 
 
-def drawn_captions(share: float, completion: Completion, batch: Mapping, key: Array) -> tuple[Array, Array]:
-    """The captions to draw, `[B, T]` and lengths `[B]`: the captioner's, or for a share of the images the data set's
-    own.
+def drawn_captions(
+    share: float, completion: Completion, batch: Mapping[str, Array], key: Key[Array, ""]
+) -> tuple[Int[Array, "b t"], Int[Array, " b"]]:
+    """The captions whose images are generated, with their lengths.
+
+    They are the captioner's or, for a share of the images, the data set's own.
 
     Args:
       share: of the images, in [0, 1].
-      completion: one caption of each image.
+      completion: one caption per image.
       batch: with `sample_id`, `caption_ids`, `caption_mask` (`data.loader`).
       key: of the step.
     """
@@ -101,33 +108,35 @@ def drawn_captions(share: float, completion: Completion, batch: Mapping, key: Ar
     return jnp.where(own[:, None], given, written), jnp.where(own, given_lengths, lengths)
 
 
-def repeated_sequences(tokens: Array, mask: Array) -> tuple[Array, Array]:
-    """How many of a caption's sequences of `REPEATED` tokens it has said before (seq-rep-4, arXiv 1908.04319, eq. 3).
+def repeated_sequences(
+    tokens: Int[Array, "n t"], mask: Bool[Array, "n t"]
+) -> tuple[Float32[Array, " n"], Float32[Array, " n"]]:
+    """Counts the sequences of `REPEATED` tokens that a caption has had before (seq-rep-4, arXiv 1908.04319, eq. 3).
 
     Args:
-      tokens: int32 `[N, T]`, not negative.
-      mask: bool `[N, T]`, true up to the end of each caption.
+      tokens: not negative.
+      mask: true up to the end of each caption.
 
     Returns:
-      float32 `[N]` repeated sequences, and `[N]` all sequences.
+      The repeated sequences of each caption, and all its sequences.
     """
     width = tokens.shape[1] - REPEATED + 1
     if width < 2:
         return jnp.zeros(len(tokens)), jnp.sum(mask[:, REPEATED - 1 :], -1, dtype=jnp.float32)
-    whole = mask[:, REPEATED - 1 :]
+    complete = mask[:, REPEATED - 1 :]
     # beyond the end every sequence is unlike all others
-    first = jnp.where(whole, tokens[:, :width], -1 - jnp.arange(width))
+    first = jnp.where(complete, tokens[:, :width], -1 - jnp.arange(width))
     columns = jax.lax.sort(
         [first, *(tokens[:, at : at + width] for at in range(1, REPEATED))], dimension=1, num_keys=REPEATED
     )
     same = jnp.all(jnp.stack([column[:, 1:] == column[:, :-1] for column in columns]), axis=0)
-    return jnp.sum(same, -1, dtype=jnp.float32), jnp.sum(whole, -1, dtype=jnp.float32)
+    return jnp.sum(same, -1, dtype=jnp.float32), jnp.sum(complete, -1, dtype=jnp.float32)
 
 
-def caption_metrics(completion: Completion, group: int) -> dict[str, tuple[Array, Array]]:
-    """Length, truncation, variety and repetition of sampled captions, as (sum, count) pairs.
+def caption_metrics(completion: Completion, group: int) -> Metrics:
+    """Length, truncation, variety and repetition of sampled captions.
 
-    `repetition` is the share of all captions' sequences of four tokens that their caption has said before.
+    `repetition` is the share of all sequences of four tokens that their caption has had before.
     """
     tokens, rows = jnp.where(completion.mask, completion.tokens, -1), jnp.float32(len(completion.tokens))
     grouped = tokens.reshape(-1, group, tokens.shape[-1])

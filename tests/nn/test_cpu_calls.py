@@ -1,4 +1,4 @@
-"""What a single CPU compiles by itself stays a call of its own, in both directions of differentiation."""
+"""What a single CPU compiles separately stays a call of its own, in both directions of differentiation."""
 
 import re
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from programs import on_devices
 
-from uae_jax.nn.apart import apart, settle
+from uae_jax.nn.cpu.calls import materialised, separately
 
 
 def double_sine(x, *, times=1):
@@ -16,11 +16,11 @@ def double_sine(x, *, times=1):
 
 
 def forward(x):
-    return jnp.sum(2.0 * apart(double_sine, x, times=3) + 1.0)
+    return jnp.sum(2.0 * separately(double_sine, x, times=3) + 1.0)
 
 
 def settled(x):
-    return jnp.sum(jnp.square(settle(jnp.cos(x)) + x))
+    return jnp.sum(jnp.square(materialised(jnp.cos(x)) + x))
 
 
 def in_turn(x):
@@ -56,5 +56,5 @@ def test_equal_calls_are_traced_once():
 
     with on_devices(1):
         for power in (2, 2, 3, 2):
-            np.testing.assert_allclose(apart(function, jnp.full(3, 2.0), power=power), 2.0**power)
+            np.testing.assert_allclose(separately(function, jnp.full(3, 2.0), power=power), 2.0**power)
     assert traced == [2, 3]

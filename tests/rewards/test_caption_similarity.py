@@ -1,6 +1,7 @@
-"""The control reward: similarity of captions and pictures, of sampled tokens, without drawings."""
+"""The control reward: similarity of images and sampled captions, without reconstructions."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,7 +9,8 @@ from uae_jax.models.encoders import clip
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from uae_jax.models.encoders.preprocess import Preprocess, apply
 from uae_jax.models.encoders.weights import save_clip
-from uae_jax.rl import caption_similarity, rewards
+from uae_jax.rewards import caption_similarity
+from uae_jax.rewards import similarity as rewards
 
 SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
 PAD = 7
@@ -19,7 +21,7 @@ CONFIG = CLIPConfig(
     ),
 )
 SCORER = caption_similarity.CaptionScorer(CONFIG, Preprocess(size=(16,), crop=(16, 16)))
-LENGTHS = np.array([3, 8, 0, 5, 5, 1], np.int32)
+LENGTHS = jnp.array([3, 8, 0, 5, 5, 1])
 reward_of = jax.jit(caption_similarity.caption_reward, static_argnums=(0, 5))
 
 
@@ -28,12 +30,12 @@ def params():
     return clip.init_params(CONFIG, jax.random.key(0))
 
 
-def tokens(seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(8, 20, (6, 8)).astype(np.int32)
+def tokens(seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(8, 20, (6, 8)), jnp.int32)
 
 
-def pixels() -> np.ndarray:
-    return np.random.default_rng(3).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+def pixels() -> jax.Array:
+    return jnp.asarray(np.random.default_rng(3).uniform(-1, 1, (2, 16, 16, 3)), jnp.float32)
 
 
 def test_it_is_the_cosine_of_both_towers(params):
@@ -48,43 +50,43 @@ def test_it_is_the_cosine_of_both_towers(params):
 
 def test_what_follows_a_caption_does_not_count_and_what_is_in_it_does(params):
     first, other = tokens(), tokens(1)
-    inside = np.arange(8) < LENGTHS[:, None]
+    inside = jnp.arange(8) < LENGTHS[:, None]
     rewards = reward_of(SCORER, params, pixels(), first, LENGTHS, 3)
     np.testing.assert_allclose(
-        reward_of(SCORER, params, pixels(), np.where(inside, first, other), LENGTHS, 3), rewards, atol=1e-6
+        reward_of(SCORER, params, pixels(), jnp.where(inside, first, other), LENGTHS, 3), rewards, atol=1e-6
     )
-    changed = np.asarray(reward_of(SCORER, params, pixels(), np.where(inside, other, first), LENGTHS, 3))
+    changed = np.asarray(reward_of(SCORER, params, pixels(), jnp.where(inside, other, first), LENGTHS, 3))
     np.testing.assert_array_equal((np.abs(changed - rewards) > 1e-4).reshape(-1), LENGTHS > 0)
 
 
 def test_the_mix_adds_it_with_its_weight(params):
-    said = np.asarray(reward_of(SCORER, params, pixels(), tokens(), LENGTHS, 3))
+    said = reward_of(SCORER, params, pixels(), tokens(), LENGTHS, 3)
     config = rewards.RewardConfig((), (), caption_weight=2.0)
-    alone, terms = rewards.mixed_reward(config, (), {}, pixels(), np.zeros((6, 16, 16, 3)), 3, said)
+    alone, terms = rewards.mixed_reward(config, (), {}, pixels(), jnp.zeros((6, 16, 16, 3)), 3, said)
     assert set(terms) == {"caption"}
     np.testing.assert_allclose(alone, 2 * said)
     config = rewards.RewardConfig((), (), pixel_weight=1.0, caption_weight=0.5)
-    both, terms = rewards.mixed_reward(config, (), {}, pixels(), np.repeat(pixels(), 3, axis=0), 3, said)
+    both, terms = rewards.mixed_reward(config, (), {}, pixels(), jnp.repeat(pixels(), 3, axis=0), 3, said)
     np.testing.assert_allclose(both, 1 + 0.5 * said, atol=1e-6)
     with pytest.raises(ValueError, match="no caption similarities"):
-        rewards.mixed_reward(config, (), {}, pixels(), np.zeros((6, 16, 16, 3)), 3)
+        rewards.mixed_reward(config, (), {}, pixels(), jnp.zeros((6, 16, 16, 3)), 3)
     (refused,) = config.caption_terms("cold_start")
     assert refused.startswith("reward.caption_weight is 0.5, but cold_start does not train captions")
     assert not list(rewards.RewardConfig().caption_terms("cold_start"))
 
 
 def test_a_caption_without_an_end_earns_the_penalty_less():
-    unfinished = np.array([[False, True, True], [False, False, False]])
+    unfinished = jnp.array([[False, True, True], [False, False, False]])
     plain, penalised = (
         rewards.RewardConfig((), (), pixel_weight=1.0, overlong_penalty=penalty) for penalty in (0.0, 0.25)
     )
-    drawn = np.linspace(-1, 1, 6 * 16 * 16 * 3).reshape(6, 16, 16, 3)
-    without, terms = rewards.mixed_reward(plain, (), {}, pixels(), drawn, 3, None, unfinished)
-    with_penalty, same_terms = rewards.mixed_reward(penalised, (), {}, pixels(), drawn, 3, None, unfinished)
-    np.testing.assert_allclose(with_penalty, np.asarray(without) - 0.25 * unfinished, atol=1e-7)
+    rebuilt = jnp.linspace(-1, 1, 6 * 16 * 16 * 3).reshape(6, 16, 16, 3)
+    without, terms = rewards.mixed_reward(plain, (), {}, pixels(), rebuilt, 3, None, unfinished)
+    with_penalty, same_terms = rewards.mixed_reward(penalised, (), {}, pixels(), rebuilt, 3, None, unfinished)
+    np.testing.assert_allclose(with_penalty, without - 0.25 * unfinished, atol=1e-7)
     assert set(terms) == set(same_terms) == {"pixel"}  # the terms are as they were
     with pytest.raises(ValueError, match="which captions have no end"):
-        rewards.mixed_reward(penalised, (), {}, pixels(), drawn, 3)
+        rewards.mixed_reward(penalised, (), {}, pixels(), rebuilt, 3)
     (refused,) = penalised.caption_terms("und_for_gen")
     assert refused.startswith("reward.overlong_penalty is 0.25, but und_for_gen does not train captions")
     with pytest.raises(ValueError, match="overlong_penalty is -0.1; it must be at least 0"):

@@ -11,7 +11,7 @@ import transformers
 from uae_jax.models.encoders import clip, dino, weights
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config
 from uae_jax.models.encoders.preprocess import Preprocess
-from uae_jax.rl import rewards
+from uae_jax.rewards import similarity as rewards
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
 VISION = CLIPVisionConfig(image_size=16, patch_size=8, intermediate_size=64, projection_dim=12, **SMALL)
@@ -27,8 +27,8 @@ def params():
     return jax.jit(clip.init_params, static_argnums=0)(VISION, jax.random.key(0))
 
 
-def images(count: int, seed: int = 0, side: int = 24) -> np.ndarray:
-    return np.random.default_rng(seed).uniform(-1, 1, (count, side, side, 3)).astype(np.float32)
+def images(count: int, seed: int = 0, side: int = 24) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, (count, side, side, 3)), jnp.float32)
 
 
 def test_an_image_is_most_similar_to_itself(params):
@@ -41,8 +41,7 @@ def test_an_image_is_most_similar_to_itself(params):
 
 def test_reconstructions_are_grouped_by_original(params):
     x, group = images(2), 3
-    y = np.repeat(x, group, axis=0)
-    y[1] = images(1, seed=5)[0]
+    y = jnp.repeat(x, group, axis=0).at[1].set(images(1, seed=5)[0])
     reward = cosine_reward(ENCODER, params, x, y, group)
     expected = np.ones((2, 3), bool)
     expected[0, 1] = False
@@ -68,20 +67,20 @@ def test_a_contrast_at_a_temperature_is_the_log_odds_of_the_original_among_the_b
     np.testing.assert_allclose(reward / temperature, np.log(own / (1 - own)) + np.log(2), rtol=1e-3, atol=1e-3)
 
 
-def test_a_high_temperature_is_the_plain_mean_and_a_low_one_the_likest_picture(params):
+def test_a_high_temperature_is_the_plain_mean_and_a_low_one_the_most_similar_image(params):
     x, y = images(4), images(4, seed=1)
     plain = cosine_reward(ENCODER, params, x, y, 1, contrast=0.7)
     np.testing.assert_allclose(
         cosine_reward(ENCODER, params, x, y, 1, contrast=0.7, contrast_temperature=50.0), plain, atol=1e-4
     )
     cosines = np.asarray(ENCODER.features(params, y) @ ENCODER.features(params, x).T)
-    likest = np.where(np.eye(4, dtype=bool), -np.inf, cosines).max(1)
+    most = np.where(np.eye(4, dtype=bool), -np.inf, cosines).max(1)
     low = cosine_reward(ENCODER, params, x, y, 1, contrast=1.0, contrast_temperature=1e-5)
-    np.testing.assert_allclose(low[:, 0], np.diag(cosines) - likest, atol=1e-4)
+    np.testing.assert_allclose(low[:, 0], np.diag(cosines) - most, atol=1e-4)
 
 
-def test_with_full_contrast_one_drawing_for_every_picture_earns_nothing(params):
-    x, same = images(4), np.repeat(images(1, seed=1), 4, axis=0)
+def test_with_full_contrast_one_image_for_every_original_earns_nothing(params):
+    x, same = images(4), jnp.repeat(images(1, seed=1), 4, axis=0)
     reward = cosine_reward(ENCODER, params, x, same, 1, contrast=1.0)
     assert np.abs(reward).max() > 1e-4
     np.testing.assert_allclose(np.mean(reward), 0, atol=1e-6)
@@ -91,13 +90,13 @@ def test_with_full_contrast_one_drawing_for_every_picture_earns_nothing(params):
 
 def test_identical_reconstructions_get_identical_rewards(params):
     x = images(2)
-    y = np.repeat(images(2, seed=1), 4, axis=0)
+    y = jnp.repeat(images(2, seed=1), 4, axis=0)
     reward = np.asarray(cosine_reward(ENCODER, params, x, y, 4))
     np.testing.assert_array_equal(reward, np.repeat(reward[:, :1], 4, axis=1))
 
 
 def test_values_outside_of_the_image_range_do_not_pay(params):
-    x, y = images(2), np.sign(images(2, seed=1))
+    x, y = images(2), jnp.sign(images(2, seed=1))
     once, more = (cosine_reward(ENCODER, params, x, scale * y, 1, clamp="hard") for scale in (1, 3))
     np.testing.assert_allclose(once, more, atol=1e-6)
 
@@ -108,8 +107,7 @@ def test_values_outside_of_the_image_range_do_not_pay(params):
 def test_gradient_reaches_the_reconstruction(params, clamp, inside, outside):
     preprocess = dataclasses.replace(SQUARE, clip=False)
     encoder = dataclasses.replace(ENCODER, preprocess=preprocess)
-    y = 0.5 * images(1, seed=1)
-    y[:, 12:] = 1.5
+    y = (0.5 * images(1, seed=1)).at[:, 12:].set(1.5)
     gradient = np.asarray(jax.grad(lambda y: cosine_reward(encoder, params, images(1), y, 1, clamp=clamp).sum())(y))
     assert (np.abs(gradient[:, :12]).max() > 0) == inside
     assert (np.abs(gradient[:, 12:]).max() > 0) == outside
@@ -176,9 +174,9 @@ def test_folders_are_read_by_their_model_type(tmp_path):
     assert (encoder.name, encoder.kind, encoder.preprocess.size) == ("reward", "clip", (16, 16)) and set(loaded) == {
         "vision"
     }
-    whole = dataclasses.replace(encoder, config=config)
+    both = dataclasses.replace(encoder, config=config)
     features = jax.jit(rewards.Encoder.features, static_argnums=0)
-    np.testing.assert_array_equal(features(encoder, loaded, images(1)), features(whole, params, images(1)))
+    np.testing.assert_array_equal(features(encoder, loaded, images(1)), features(both, params, images(1)))
 
     model = transformers.Dinov2Model(transformers.Dinov2Config(image_size=28, **SMALL))
     model.save_pretrained(tmp_path / "dinov2")
@@ -199,7 +197,7 @@ def test_wrong_settings_are_named(params, tmp_path):
         rewards.RewardConfig(("clip", "dinov2"), (1.0,))
     with pytest.raises(ValueError, match="no term"):
         rewards.RewardConfig((), ())
-    with pytest.raises(ValueError, match="clamp 'soft'"):
+    with pytest.raises(ValueError, match="clamp is 'soft'"):
         rewards.RewardConfig(clamp="soft")
     with pytest.raises(ValueError, match="'dinov2' is not loaded"):
         rewards.mixed_reward(rewards.RewardConfig(("dinov2",)), (ENCODER,), {"clip": params}, images(1), images(1), 1)

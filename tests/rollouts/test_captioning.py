@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from uae_jax.models.qwen2_5_vl.generate import Completion
-from uae_jax.rl.captioning import caption_metrics, repeated_sequences
+from uae_jax.rollouts.captioning import caption_metrics, repeated_sequences
 
 STOP, PAD = 1, 0
 ROWS = [  # two groups of three: tokens, how many of them count

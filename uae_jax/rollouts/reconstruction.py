@@ -1,5 +1,7 @@
-"""From captions to pictures: condition, guided denoising, VAE decoding. The decoder half of every stage and of
-inference.
+"""From captions to images: condition, guided denoising, VAE decoding. The decoder half of every stage and of inference.
+
+Shape letters: b originals, n captions or generated images, t caption tokens, s tokens of caption and template, d width
+of the context, `h w c` latents, `H W` image size.
 """
 
 import dataclasses
@@ -7,24 +9,26 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from uae_jax.diffusion.sampler import guided_velocity, sample
 from uae_jax.models import condition, uae
 from uae_jax.models.sd3 import vae
+from uae_jax.trees import Tree
 
-Context = tuple[Array, Array]
+# hidden states and their mask; the negative prompt's has batch 1
+Context = tuple[Float[Array, "#n s d"], Bool[Array, "#n s"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Denoising:
-    """How pictures are sampled.
+    """How images are sampled.
 
     Attributes:
-      sigmas: noise levels from 1 to 0, N + 1 numbers (`diffusion.schedule`).
+      sigmas: noise levels from 1 to 0, one more than steps (`diffusion.schedule`).
       guidance_scale: 1 skips the negative prompt.
       policy_condition: encode captions with the trained captioner, as the release does, instead of the reference.
-      vae_chunk: pictures decoded at once; 0 for all.
+      vae_chunk: images decoded at once; 0 for all.
     """
 
     sigmas: tuple[float, ...]
@@ -34,18 +38,19 @@ class Denoising:
 
 
 def encode_condition(
-    model: uae.UAE, parts: Mapping, how: Denoising, tokens: Array, lengths: Array
+    model: uae.UAE,
+    parts: Mapping[str, Tree],
+    how: Denoising,
+    tokens: Int[Array, "n t"],
+    lengths: Int[Array, " n"],
 ) -> tuple[Context, Context | None]:
     """Context of captions and, where guidance is used, of the negative prompt.
 
     Args:
       model, parts: the model.
       how: guidance and which language model encodes.
-      tokens: int32 `[N, T]`, right-padded.
-      lengths: int32 `[N]`, tokens without the stop token.
-
-    Returns:
-      (`[N, S, Dc]`, mask `[N, S]`) and (`[1, S, Dc]`, mask `[1, S]`) or None.
+      tokens: right-padded.
+      lengths: tokens without the stop token.
     """
     params, adapter = uae.captioner_weights(parts, policy=how.policy_condition)
     positive = condition.encode_captions(model.captioner, params, adapter, model.template, tokens, lengths)
@@ -57,17 +62,17 @@ def encode_condition(
 
 def predictor(
     model: uae.UAE,
-    parts: Mapping,
+    parts: Mapping[str, Tree],
     how: Denoising,
     positive: Context,
     negative: Context | None,
     *,
     policy: bool = True,
     stop_negative_gradient: bool = False,
-) -> Callable[[Array, Array], Array]:
-    """`predict(latents [N, h, w, C], sigma []) -> velocity [N, h, w, C]` for the sampling loops."""
+) -> Callable[[Float[Array, "n h w c"], Float[Array, ""]], Float32[Array, "n h w c"]]:
+    """`predict(latents, sigma) -> velocity` for the sampling loops."""
 
-    def predict(latents: Array, sigma: Array) -> Array:
+    def predict(latents: Float[Array, "n h w c"], sigma: Float[Array, ""]) -> Float32[Array, "n h w c"]:
         return guided_velocity(
             lambda x, s, context: uae.velocity(model, parts, x, s, context, policy=policy),
             latents,
@@ -81,32 +86,38 @@ def predictor(
     return predict
 
 
-def decode(model: uae.UAE, parts: Mapping, how: Denoising, latents: Array) -> Array:
-    """Latents `[N, h, w, C]` to pictures `[N, H, W, 3]`, about [-1, 1], not clipped."""
+def decode(
+    model: uae.UAE, parts: Mapping[str, Tree], how: Denoising, latents: Float[Array, "n h w c"]
+) -> Float[Array, "n H W 3"]:
+    """Images of latents, about [-1, 1], not clipped."""
     return vae.decode_latents(model.vae, parts["vae"], latents, how.vae_chunk or None)
 
 
-def draw(model: uae.UAE, parts: Mapping, how: Denoising, tokens: Array, lengths: Array, noise: Array) -> Array:
-    """Captions to pictures by the deterministic sampler.
+def draw(
+    model: uae.UAE,
+    parts: Mapping[str, Tree],
+    how: Denoising,
+    tokens: Int[Array, "n t"],
+    lengths: Int[Array, " n"],
+    noise: Float[Array, "n h w c"],
+) -> Float[Array, "n H W 3"]:
+    """Images of captions by the deterministic sampler, about [-1, 1], not clipped.
 
     Args:
       model, parts: the model.
       how: schedule and guidance.
-      tokens, lengths: captions `[N, T]`, `[N]`.
-      noise: `[N, h, w, C]`.
-
-    Returns:
-      `[N, H, W, 3]`, about [-1, 1], not clipped.
+      tokens, lengths: captions, see `encode_condition`.
+      noise: initial latents.
     """
     positive, negative = encode_condition(model, parts, how, tokens, lengths)
     latents = sample(predictor(model, parts, how, positive, negative), noise, jnp.asarray(how.sigmas))
     return decode(model, parts, how, latents)
 
 
-def sample_keys(key: Array, sample_ids: Array, group: int = 1) -> Array:
-    """One key a row from the global sample ids: typed keys `[B * group]`, rows of a group together.
+def sample_keys(key: Key[Array, ""], sample_ids: Int[Array, " b"], group: int = 1) -> Key[Array, " n"]:
+    """One key per row from the global sample ids, n = b * group, rows of a group together.
 
-    The same for any batch layout and number of devices.
+    The keys are the same for any batch layout and number of devices.
     """
     per_image = jax.vmap(lambda index: jax.random.fold_in(key, index))(sample_ids)
     if group == 1:
@@ -116,14 +127,17 @@ def sample_keys(key: Array, sample_ids: Array, group: int = 1) -> Array:
     ).reshape(-1)
 
 
-def initial_noise(model: uae.UAE, key: Array, sample_ids: Array, group: int, *, shared: bool) -> Array:
-    """Noise `[B * group, h, w, C]` of the drawings of B images, rows of a group together.
+def initial_noise(
+    model: uae.UAE, key: Key[Array, ""], sample_ids: Int[Array, " b"], group: int, *, shared: bool
+) -> Float32[Array, "n h w c"]:
+    """Initial latents of the images generated for b originals, n = b * group, rows of a group together.
 
     Args:
       model: for the shape.
-      key: of the step; with the global sample ids `[B]` it decides every number.
-      group: drawings of an image.
-      shared: the same noise for all drawings of an image.
+      key: of the step; key and sample ids decide every number.
+      sample_ids: global.
+      group: generated images per original.
+      shared: one noise for all generated images of an original.
     """
     if shared:
         return jnp.repeat(uae.initial_noise(model, sample_keys(key, sample_ids)), group, axis=0)

@@ -1,0 +1,86 @@
+"""Convolutions of interleaved images (`nn.cpu.images`), and of images that are doubled first.
+
+Interleaved images are convolved as columns that take turns, with the taps of the kernel n columns apart. Each image is
+seen by itself, without a border between images.
+"""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from uae_jax.nn.cpu.calls import separately
+from uae_jax.nn.cpu.images import interleaved
+
+# XLA's CPU backend hands a convolution of up to 16 channels to its fast library only where it makes more than those
+# (jax 0.10.2): 16 to 20 channels take 1.3 ms for an image of 256 x 256, 16 to 16 take 2.3.
+NARROW, WIDE = 16, 20
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+
+def convolve(x: Array, kernel: Array, padding: Padding) -> Array:
+    """`[B, H, W, n in]` and `[h, w, in, out]` to `[B, H', W', n out]`, in steps of 1."""
+    if interleaved() == 1:
+        return _product(x, kernel, padding, 1)
+    return separately(_convolve_interleaved, x, kernel, padding=padding, images=interleaved())
+
+
+def convolve_doubled(x: Array, kernel: Array) -> Array:
+    """A 3x3 convolution of the image that nearest-neighbour enlargement doubles, without making the enlarged image.
+
+    A pixel of the result sees 2x2 pixels of the input, some by the sum of several taps: 4 products in place of 9. Rows
+    of even and of odd number are a convolution each. For a TPU v5e libtpu expects that to take 1.4 to 1.5 times as
+    long, since the rows and columns must be moved together, and products are not what takes the time there
+    (`docs/performance.md`).
+
+    Args:
+      x: `[B, H, W, n in]`.
+      kernel: `[3, 3, in, out]` in float32.
+
+    Returns:
+      `[B, 2 H, 2 W, n out]`.
+    """
+    # sums[a][u]: which taps fall on the u-th of the two input rows that a row of parity a sees; columns alike
+    sums = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], jnp.float32)
+    kernels = jnp.einsum("aur,bvs,rsif->auvibf", sums, sums, kernel, precision=lax.Precision.HIGHEST).astype(x.dtype)
+    even, odd = (
+        convolve(x, kernels[parity].reshape(2, 2, kernel.shape[2], -1), ((1 - parity, parity), (1, 1)))
+        for parity in (0, 1)
+    )
+    return separately(_join_parities, even, odd, images=interleaved())
+
+
+def _join_parities(even: Array, odd: Array, *, images: int) -> Array:
+    """The image of these rows.
+
+    Args:
+      even, odd: rows of even and of odd number, `[B, H, W + 1, n (2 C)]`: even columns of the image in the first half
+        of 2 C, from the first place on, odd ones in the second half, from the second place on.
+      images: n.
+
+    Returns:
+      `[B, 2 H, 2 W, n C]`.
+    """
+    batch, height, width = even.shape[:3]
+    parts = (rows.reshape(batch, height, width, images, 2, -1) for rows in (even, odd))
+    lines = [jnp.stack([y[:, :, :-1, :, 0], y[:, :, 1:, :, 1]], axis=3) for y in parts]
+    return jnp.stack(lines, axis=2).reshape(batch, 2 * height, 2 * (width - 1), -1)
+
+
+def _convolve_interleaved(x: Array, kernel: Array, *, padding: Padding, images: int) -> Array:
+    batch, height, width = x.shape[:3]
+    inputs, outputs = kernel.shape[2:]
+    x = x.reshape(batch, height, width * images, inputs)
+    if inputs <= NARROW:
+        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, 0), (0, max(WIDE - outputs, 0))))
+    rows, (left, right) = padding
+    y = _product(x, kernel, (rows, (images * left, images * right)), images)[..., :outputs]
+    return y.reshape(*y.shape[:2], -1, images * outputs)
+
+
+def _product(x: Array, kernel: Array, padding: Padding, dilation: int) -> Array:
+    """The convolution with taps so many columns apart, `[B, H, W, in]` to `[B, H', W', out]`."""
+    if kernel.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
+        return x @ kernel[0, 0]
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), padding, rhs_dilation=(1, dilation), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )

@@ -1,0 +1,1 @@
+"""What is rewarded: similarity of images, or of captions and images, under frozen encoders."""

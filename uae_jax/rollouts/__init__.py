@@ -1,0 +1,1 @@
+"""What rollouts sample: captions of images, and images of captions."""
