@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from uae_jax.stages.settings import frozen
-from uae_jax.stages.steps import SamplerConfig
 
 from benchmarks.gpu_check.random_model import plain_ids, random_system
 from benchmarks.step_settings import PREFILL, STAGES, Inputs, Settings

@@ -4,7 +4,7 @@
 
     model = uae_jax.load("runs/tiny", steps=20)  # a training workdir, an official folder, or "" for the built-in model
     captions = model.caption(["a.png", "b.jpg"])
-    pictures = model.generate(["gray background , top left large red circle"])
+    images = model.generate(["gray background , top left large red circle"])
     for result in model.reconstruct(["a.png"], progress=True):
         result.image.save("a_again.png")
 
@@ -110,7 +110,7 @@ def default_settings(folder: str | os.PathLike[str] = "") -> dict[str, Any]:
 
 
 def _conditions_through_policy(run: Mapping) -> bool:
-    """Whether the decoder was trained with captions that the trained captioner encodes."""
+    """Whether the decoder was trained with captions encoded by the trained captioner."""
     return any(run.get(stage, {}).get("condition_model") == "policy" for stage in run["stages"])
 
 

@@ -55,14 +55,14 @@ Axes = Mesh | AbstractMesh | Sizes
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Settings):
-    """Sizes of the mesh axes; one may be -1 and takes the devices that are left."""
+    """Sizes of the mesh axes; one may be -1 and gets the remaining devices."""
 
-    data: int = setting(-1, "devices over which a batch alone is sharded; -1 for those that are left", low=-1)
-    fsdp: int = setting(1, "devices over which batch and parameters are sharded; -1 for those that are left", low=-1)
-    tensor: int = setting(1, "devices over which matrices are sharded; -1 for those that are left", low=-1)
+    data: int = setting(-1, "devices over which a batch alone is sharded; -1 for the remaining devices", low=-1)
+    fsdp: int = setting(1, "devices over which batch and parameters are sharded; -1 for the remaining devices", low=-1)
+    tensor: int = setting(1, "devices over which matrices are sharded; -1 for the remaining devices", low=-1)
 
     def problems(self) -> Iterator[str]:
-        """The mistakes of ranges, an axis of 0, and two axes that are left open."""
+        """The mistakes of ranges, an axis of 0, and two axes of -1."""
         yield from super().problems()
         sizes = dataclasses.astuple(self)
         if 0 in sizes or sizes.count(-1) > 1:

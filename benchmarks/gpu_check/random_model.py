@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from uae_jax.stages.settings import frozen
 
 from configs import presets
 from uae_jax import trees

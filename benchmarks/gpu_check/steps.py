@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from uae_jax.stages.settings import frozen
 
 from benchmarks.gpu_check.random_model import random_batch, random_parts
 from configs import presets

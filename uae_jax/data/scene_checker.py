@@ -359,9 +359,9 @@ def scene_score(scene: Scene, seen: Scene) -> float:
 
 
 def picture_scores(scenes: Sequence[Scene], pixels: np.ndarray) -> np.ndarray:
-    """Share of the facts of B scenes, all of one kind, that are in their images [B, S, S, 3]: float32 [B] in [0, 1].
+    """Share in [0, 1] of each scene's facts in its image, for B scenes of one kind: float32 [B]; images [B, S, S, 3].
 
-    An image that shows more can have 1 too.
+    An image with additional objects can have 1 too.
 
     Raises:
       ValueError: different numbers of scenes and images.

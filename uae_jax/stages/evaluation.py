@@ -36,15 +36,15 @@ class EvaluationConfig(Settings):
     """Settings of the held-out scores."""
 
     images: int = setting(100, "images scored before and after each stage", low=1)
-    images_during: int = setting(32, "the first so many of them are scored every loop.eval_every steps", low=1)
+    images_during: int = setting(32, "images, the first ones, scored every loop.eval_every steps", low=1)
     batch_size: int = setting(4, "images in one compiled call", low=1)
     sampler_steps: int = setting(40, "denoising steps", low=1, source="released UAE demo")
     guidance_scale: float = setting(5.0, "1 is without guidance", low=0, source="released UAE demo")
     temperature: float = setting(0.0, "of the captions; 0 is greedy", low=0)
     encoders: tuple[str, ...] = setting(("clip",), "image encoders whose mean cosine is unified_score")
-    heldout_encoder: str = setting("dinov2", "one that is never a reward; empty for none")
+    heldout_encoder: str = setting("dinov2", "an encoder that is never a reward; empty for none")
     geneval_per_tag: int = setting(0, "prompts of each tag, on the built-in scenes; 0 for none", low=0)
-    samples: int = setting(8, "images kept as samples", low=0)
+    samples: int = setting(8, "images written as samples", low=0)
 
 
 class Evaluator:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uae_jax import trees
 from uae_jax.data.qwen_inputs import load_image_processor
 from uae_jax.data.tokenizer import (
     END_OF_TEXT,
@@ -66,7 +67,7 @@ READ = np.dtype(np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class ModelAlone:
-    """What pretraining needs to know of a model: the description; see `methods.method.Described`."""
+    """The description of a model without weights, for pretraining; a `methods.method.Described`."""
 
     model: UAE
     encoders: Mapping[str, Encoder] = dataclasses.field(default_factory=dict)
@@ -104,13 +105,13 @@ def train(
     run: Run,
     name: str,
     learner: Learner,
-    params: dict,
-    frozen_params: dict,
+    params: trees.Tree,
+    frozen_params: trees.Tree,
     data: Any,
     *,
     steps: int,
 ) -> TrainState:
-    """Trains one phase to its end and returns its state; continues from its newest checkpoint."""
+    """Trains one phase from its newest checkpoint to its end, and returns its state."""
     optimizer = make_optimizer(getattr(run.config, name).optimizer, steps)
     step = build_step(learner, optimizer)
     loop = LoopConfig(
@@ -261,7 +262,7 @@ def decoder_phase(run: Run) -> None:
         condition_dropout=phase.condition_dropout,
     )
     described = ModelAlone(UAE(language, model, vae_config, run.template(), config.side))
-    learner = Pretrain(dataclasses.replace(settings, ema_decay=phase.ema_decay), SamplerConfig(), described)
+    averaged = Pretrain(dataclasses.replace(settings, ema_decay=phase.ema_decay), SamplerConfig(), described)
 
     def data(batch_size: int, seed: int, mistakes: float):
         return decoder.stream(
@@ -277,22 +278,14 @@ def decoder_phase(run: Run) -> None:
             mistakes=mistakes,
         )
 
-    params = train(
-        run,
-        "decoder",
-        learner,
-        params,
-        parts,
-        data(phase.batch_size, config.seed, 0.0),
-        steps=phase.steps,
-    ).ema
+    stream = data(phase.batch_size, config.seed, 0.0)
+    state = train(run, "decoder", averaged, params, parts, stream, steps=phase.steps)
+    params = state.params if state.ema is None else state.ema
     last = config.mistakes
     if last.steps:
         stream = data(last.batch_size, config.seed + 100, last.probability)
-        params = train(
-            run, "mistakes", Pretrain(settings, SamplerConfig(), described), params, parts, stream, steps=last.steps
-        )
-        params = params.params
+        learner = Pretrain(settings, SamplerConfig(), described)
+        params = train(run, "mistakes", learner, params, parts, stream, steps=last.steps).params
     write_tensors(
         run.model / "dit",
         published_tensors(params["transformer"], transformer_rules(model), STORED),
@@ -384,14 +377,12 @@ def finished_phases(workdir: pathlib.Path) -> dict[str, str]:
 
 
 def digest(config: BootstrapConfig, finished: Mapping[str, str], name: str) -> str:
-    """Of the `identity` of a training."""
+    """A digest of the `identity` of a training."""
     return json_digest(identity(config, finished, name))
 
 
 def identity(config: BootstrapConfig, finished: Mapping[str, str], name: str) -> dict[str, Any]:
-    """All that changes the numbers of a training, such as `decoder` or `mistakes`.
-
-    That is its settings, the shared ones, and what it reads.
+    """Everything that changes the numbers of a training, such as `decoder` or `mistakes`.
 
     That is the training's settings, the shared settings, and the parts that the training reads. Such a part comes from
     a phase of this configuration, from a phase finished earlier, or from `config.start`.
@@ -406,8 +397,7 @@ def identity(config: BootstrapConfig, finished: Mapping[str, str], name: str) ->
 
 
 def check_phases(config: BootstrapConfig, workdir: pathlib.Path) -> None:
-    """Refuses a workdir in which a phase of the configuration was trained by another one, before anything is written
-    there.
+    """Refuses a workdir with a phase of another configuration, before anything is written there.
 
     Raises:
       ValueError: such a phase, a checkpoint that cannot be read, or a part of unknown configuration.
@@ -434,7 +424,9 @@ def check_phases(config: BootstrapConfig, workdir: pathlib.Path) -> None:
 
 
 def copy_parts(config: BootstrapConfig, model: pathlib.Path) -> None:
-    """Copies what no phase of the config makes from the folder `config.start` (`builtin`: the built-in model), once."""
+    """Copies parts that no phase of the config makes, once, from the folder `config.start` (`builtin`: the built-in
+    model).
+    """
     source = model_folder("" if config.start == "builtin" else config.start)
     made = {PHASES[name][0].split("/")[0] for name in config.phases} - set(COPIED)
     for folder in source.iterdir():
@@ -446,7 +438,7 @@ def copy_parts(config: BootstrapConfig, model: pathlib.Path) -> None:
 
 
 def bootstrap(settings: Mapping[str, Any] | BootstrapConfig, workdir: pathlib.Path) -> pathlib.Path:
-    """Runs the phases named in the config that are not finished yet.
+    """Runs the unfinished phases of the config.
 
     Args:
       settings: of `configs/bootstrap.py`.

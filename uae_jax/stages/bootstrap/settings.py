@@ -17,7 +17,7 @@ def _optimizer(learning_rate: float, warmup_steps: int = 50) -> OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WorldConfig(Settings):
-    """What is drawn."""
+    """The kind of scenes."""
 
     source: str = setting("scenes", "built-in scenes, or emoji of fetch_emoji", choices=("scenes", "emoji"))
     folder: str = setting("", "folder of the emoji")
@@ -25,7 +25,7 @@ class WorldConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class PhaseConfig(Settings):
-    """What every training has."""
+    """Settings of every training."""
 
     steps: int = setting(1500, "train steps", low=0)
     batch_size: int = setting(64, "images a step", low=1)
@@ -92,9 +92,9 @@ class CaptionerPhase(PhaseConfig):
     batch_size: int = changed(PhaseConfig, "batch_size", 40)
     optimizer: OptimizerConfig = _optimizer(1.5e-3, 100)
     text_weight: float = setting(0.5, "weight of the language model's loss on captions alone", low=0)
-    # most facts are left out, and now and then nearly all of them said
-    detail_low: float = setting(0.1, "least probability that a fact is said", low=0, high=1)
-    detail_high: float = setting(0.9, "largest probability that a fact is said", low=0, high=1)
+    # most facts are left out, and sometimes nearly all are stated
+    detail_low: float = setting(0.1, "smallest probability of a fact in a caption", low=0, high=1)
+    detail_high: float = setting(0.9, "largest probability of a fact in a caption", low=0, high=1)
     max_prompt: int = setting(40, "room for the caption prompt with its image", unit="tokens", low=1)
     text: dict[str, Any] = setting(
         dict(width=128, layers=4, heads=4, key_heads=2, mlp_width=384, mrope_section=(4, 6, 6)),
@@ -124,9 +124,9 @@ class DecoderPhase(PhaseConfig):
     projector_width: int = setting(256, "inner width of the projector", low=1)
     ema_decay: float = setting(0.998, "ceiling of the moving average", above=0, high=1)
     time_shift: float = setting(4.0, "shift of the noise levels", above=0)
-    condition_dropout: float = setting(0.1, "share of the captions that are left out", low=0, high=1)
-    full_fraction: float = setting(0.6, "share of the captions that say everything", low=0, high=1)
-    detail_high: float = setting(1.0, "largest probability that a fact of the others is said", low=0, high=1)
+    condition_dropout: float = setting(0.1, "share of captions that are dropped", low=0, high=1)
+    full_fraction: float = setting(0.6, "share of captions that state every fact", low=0, high=1)
+    detail_high: float = setting(1.0, "largest probability of a fact in the other captions", low=0, high=1)
     caption_tokens: int = setting(28, "longest caption", unit="tokens", low=1)
     model: dict[str, Any] = setting(
         dict(
@@ -156,11 +156,11 @@ class MistakesPhase(PhaseConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ScorerPhase(PhaseConfig):
-    """The scorer of captions that a control reward needs; no part of the method."""
+    """The caption scorer of a control reward, which is no part of the method."""
 
     steps: int = changed(PhaseConfig, "steps", 1200)
     batch_size: int = changed(PhaseConfig, "batch_size", 48)
-    full_fraction: float = setting(0.3, "share of the captions that say everything", low=0, high=1)
+    full_fraction: float = setting(0.3, "share of captions that state every fact", low=0, high=1)
     text: dict[str, Any] = setting(
         dict(
             hidden_size=96,
@@ -179,7 +179,7 @@ class BootstrapConfig(Settings):
 
     preset: str = setting("bootstrap", "name of the preset that the file was made from")
     seed: int = setting(0, "of all random numbers", low=0)
-    phases: tuple[str, ...] = setting(PHASES[:5], "what is made, in order", choices=PHASES)
+    phases: tuple[str, ...] = setting(PHASES[:5], "phases to run, in order", choices=PHASES)
     start: str = setting("", "folder with the parts that no phase makes; builtin for the built-in model")
     side: int = setting(32, "side of the images", unit="pixels", low=8)
     caption_tokens: int = setting(32, "longest caption with its stop token", unit="tokens", low=2)
