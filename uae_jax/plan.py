@@ -5,7 +5,7 @@
     python -m uae_jax.plan --config=unified_grpo:qwen2_5_vl_3b_sd3_5_medium --topology=gpu:8xH200 --stages=gen_for_und
 
 TPU slices are compiled for, ahead of time, by libtpu on this host (extra `tpu`). `cpu:N` compiles for N faked devices.
-`gpu:NxCARD` is compiled where the CUDA wheels are (extra `cuda`), and estimated elsewhere. The exit code is 2 when a
+`gpu:NxCARD` is compiled where the CUDA wheels are (extra `cuda`), and estimated elsewhere. The exit code is 3 when a
 stage does not fit, and 1 for an error. No weights are read.
 """
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def plan(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
-    """Prints the plan of parsed flags; the exit code is 2 where a stage does not fit."""
+    """Prints the plan of parsed flags; the exit code is 3 where a stage does not fit."""
     prepare_environment(options.topology)
     from uae_jax.planning.compile import gib
     from uae_jax.planning.plan import make_plan
@@ -84,7 +84,7 @@ def plan(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> i
     print(text_table(plans, topology, sizes, config["preset"]))
     if options.json:
         pathlib.Path(options.json).write_text(as_json(plans, topology, sizes, config["preset"]))
-    return 0 if all(plan.fits(topology) for plan in plans) else 2
+    return 0 if all(plan.fits(topology) for plan in plans) else 3
 
 
 def _texts(name: str | None) -> pathlib.Path | None:
