@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("out", metavar="OUT", help="a new folder")
     build.add_argument("--seed", type=int, default=0, help="random seed of a new projector")
     build.add_argument(
-        "--link", action="store_true", help="write hard links instead of copies; both folders must be on one disk"
+        "--link", action="store_true", help="write hard links instead of copies, if both folders are on one disk"
     )
     build.add_argument("--fast", action="store_true", help="check names and shapes, not values")
     build.set_defaults(run=_import)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from uae_jax import sharding, trees
 from uae_jax.data.loader import RowBuilder
@@ -100,7 +101,7 @@ def _rows(config: RunConfig, system: AbstractSystem) -> list[str]:
         example = source[index]
         row = rows(index, example)
         tokens = int(row["caption_mask"].sum())
-        caption = decode_caption(tokenizer, row["caption_ids"][:tokens])
+        caption = decode_caption(tokenizer, np.asarray(row["caption_ids"])[:tokens].tolist())
         cut = ", cut at the longest length" if row["caption_truncated"] else ""
         lines.append(f"  {example.id}: {side} x {side} pixels, {tokens} tokens{cut}: {caption}")
     return lines

@@ -376,7 +376,7 @@ def test_the_command_prints_a_table_writes_json_and_fails_where_a_stage_does_not
         f"--json={tmp_path}/plan.json",
         "--config.pretrain.micro_batches=256",
     )
-    assert done.returncode == 2 and "pretrain does not fit" in done.stdout, done.stderr
+    assert done.returncode == 3 and "pretrain does not fit" in done.stdout, done.stderr
     stored = json.loads((tmp_path / "plan.json").read_text())
     assert stored["stages"][0]["memory"]["peak"] > 80 * GIB and stored["preset"] == LARGE
 
@@ -406,7 +406,7 @@ def test_the_command_ends_with_2_where_a_stage_does_not_fit(monkeypatch, capsys,
     arguments = [f"--config=unified_grpo:{LARGE}", "--stages=pretrain", "--config.pretrain.micro_batches=256"]
     with pytest.raises(SystemExit) as stop:
         plan_command.main([*arguments, "--topology=gpu:1xH100"])
-    assert stop.value.code == 2 and "pretrain does not fit" in capsys.readouterr().out
+    assert stop.value.code == 3 and "pretrain does not fit" in capsys.readouterr().out
     assert plan_command.main([*arguments, "--topology=gpu:8xH100"]) is None
     assert "does not fit" not in capsys.readouterr().out
 

@@ -10,10 +10,11 @@ Source: arXiv 2509.09666, section 3, and the released code (10 Euler steps, guid
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array
 
 from uae_jax import trees
 from uae_jax.diffusion.sampler import sample
@@ -59,10 +60,10 @@ class ColdStartConfig(SupervisedSettings):
 class ColdStart:
     """The method; a `methods.method.Method`."""
 
-    Settings = ColdStartConfig
-    reinforcement = False
-    kl_bound = "kl"
-    samples_per_image = 1
+    Settings: ClassVar[type] = ColdStartConfig
+    reinforcement: ClassVar[bool] = False
+    kl_bound: ClassVar[str] = "kl"
+    samples_per_image: ClassVar[int] = 1
 
     settings: ColdStartConfig
     sampler: SamplerConfig

@@ -14,10 +14,11 @@ Shape letters: N generated images, K noise levels of an image, `h w C` latents.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 from uae_jax import trees
 from uae_jax.diffusion import flow
@@ -64,7 +65,7 @@ class DiffusionNftConfig(DecoderMethodSettings):
 class DiffusionNft(DecoderMethod):
     """The method; a `methods.method.Method`. It trains the unguided velocity, and samples without guidance."""
 
-    Settings = DiffusionNftConfig
+    Settings: ClassVar[type] = DiffusionNftConfig
 
     def rollout(self, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
         """Captions, images of the deterministic sampler, rewards and advantages.
@@ -119,7 +120,7 @@ class DiffusionNft(DecoderMethod):
         total, (count, metrics) = sum_over_steps(level_loss, params, by_level)
         return total, count.sum(), jax.tree.map(jnp.sum, metrics)
 
-    def noised(self, latents: Array, keys: Array) -> dict[str, Array]:
+    def noised(self, latents: Float[Array, "n h w c"], keys: Array) -> dict[str, Array]:
         """K noise levels `[N, K]` and noises `[N, K, h, w, C]` for latents `[N, h, w, C]`, from one key an image."""
         model, own = self.system.model, self.own
 
@@ -132,7 +133,7 @@ class DiffusionNft(DecoderMethod):
         sigma, noise = jax.vmap(level, out_axes=1)(jnp.arange(own.levels))
         return {"sigma": sigma, "noise": noise.astype(latents.dtype)}
 
-    def velocities(self, parts: Mapping, samples: Mapping, *, trained: bool) -> Array:
+    def velocities(self, parts: Mapping, samples: Mapping, *, trained: bool) -> Float[Array, "n k h w c"]:
         """Velocities `[N, K, h, w, C]` of the noised latents by the policy or by the reference."""
         context = samples["context"], samples["context_mask"]
 

@@ -14,10 +14,11 @@ Shape letters: N generated images, W steps of the window, `h w C` latents.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 from uae_jax import trees
 from uae_jax.diffusion.sampler import Replay, Trajectory, replay_window, sample_window, window_start
@@ -97,7 +98,7 @@ class FlowGrpoConfig(DecoderMethodSettings):
 class FlowGrpo(DecoderMethod):
     """The method; a `methods.method.Method`."""
 
-    Settings = FlowGrpoConfig
+    Settings: ClassVar[type] = FlowGrpoConfig
 
     def rollout(self, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
         """Captions, stochastic trajectories, rewards, advantages, and what the reference would have done.
@@ -137,7 +138,7 @@ class FlowGrpo(DecoderMethod):
         Without replay and guidance, metrics compare velocities and log-probabilities with those of sampling.
         """
         samples, shared = constrain_rows(rollout["samples"]), rollout["shared"]
-        steps = {name: samples[name].swapaxes(0, 1) for name in STEP_FIELDS if name in samples}
+        steps: dict[str, Array] = {name: samples[name].swapaxes(0, 1) for name in STEP_FIELDS if name in samples}
         steps["sigma_indices"] = shared["sigma_indices"]
 
         def step_loss(params: Mapping, step: Mapping) -> tuple[Array, tuple[Array, dict]]:
@@ -232,7 +233,7 @@ class FlowGrpo(DecoderMethod):
         )
 
 
-def kept(trajectory: Trajectory, positive: Context, advantage: Array) -> dict[str, Array]:
+def kept(trajectory: Trajectory, positive: Context, advantage: Float[Array, " n"]) -> dict[str, Array]:
     """What a rollout keeps of N trajectories: leaves `[N, W, ...]`, contexts `[N, S, Dc]`, advantages `[N]`."""
     return {
         "latents": trajectory.latents.swapaxes(0, 1),
@@ -245,7 +246,7 @@ def kept(trajectory: Trajectory, positive: Context, advantage: Array) -> dict[st
     }
 
 
-def step_kl(kind: str, now: Replay, reference: Array) -> Array:
+def step_kl(kind: str, now: Replay, reference: Float[Array, "n steps *d"]) -> Float[Array, "n steps"]:
     """KL of each step `[N, W]` to a reference `[N, W, h, w, C]`, of means or, for `velocity`, of velocities."""
 
     def one(mean: Array, velocity: Array, std: Array, dt: Array, other: Array) -> Array:

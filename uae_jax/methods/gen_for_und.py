@@ -16,10 +16,11 @@ Shape letters: B images, G captions of an image, T caption tokens.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float, Int
 
 from uae_jax import trees
 from uae_jax.methods.method import Described, Loss
@@ -80,10 +81,10 @@ class GenForUnd:
       ValueError: a reward with a caption weight, and no caption scorer.
     """
 
-    Settings = GenForUndConfig
-    reinforcement = True
-    kl_bound = "kl"
-    samples_per_image = 1  # a sample is an image with all its captions
+    Settings: ClassVar[type] = GenForUndConfig
+    reinforcement: ClassVar[bool] = True
+    kl_bound: ClassVar[str] = "kl"
+    samples_per_image: ClassVar[int] = 1  # a sample is an image with all its captions
 
     settings: GenForUndConfig
     sampler: SamplerConfig
@@ -149,10 +150,10 @@ class GenForUnd:
         settings, samples = self.settings, constrain_rows(rollout["samples"])
         scores = self.score_captions({**frozen, **params}, samples, trained=True)
 
-        def flat(name: str) -> Array | None:
+        def flat(name: str) -> Float[Array, "n t"] | None:
             return samples[name].reshape(-1, samples[name].shape[-1]) if name in samples else None
 
-        mask = flat("mask")
+        mask = samples["mask"].reshape(-1, samples["mask"].shape[-1])
         total, count, metrics = token_grpo_loss(
             scores.log_probs.reshape(mask.shape),
             flat("old"),
@@ -166,7 +167,7 @@ class GenForUnd:
             kl_estimator=settings.kl_estimator,
             aggregation=settings.aggregation,
             max_tokens=settings.max_new_tokens,
-            entropy=jax.lax.stop_gradient(scores.entropy).reshape(mask.shape),
+            entropy=None if scores.entropy is None else jax.lax.stop_gradient(scores.entropy).reshape(mask.shape),
         )
         if "sampled_log_prob" in samples:
             metrics |= gap_metrics("log_prob_gap", scores.log_probs, samples["sampled_log_prob"], samples["mask"])
@@ -184,7 +185,9 @@ class GenForUnd:
         )
         return -jnp.sum(said.log_probs), jnp.sum(mask, dtype=jnp.float32), {}
 
-    def write_captions(self, parts: Mapping, batch: Mapping, image_embeds: Array, key: Array) -> Completion:
+    def write_captions(
+        self, parts: Mapping, batch: Mapping, image_embeds: Float[Array, "b p d"], key: Array
+    ) -> Completion:
         """G sampled captions of each image, rows of a group together: `[B * G, T]`; keys by global sample id."""
         settings = self.settings
         return sample_captions(
@@ -200,7 +203,9 @@ class GenForUnd:
             gather_weights=settings.gather_weights,
         )
 
-    def reconstruct(self, parts: Mapping, completion: Completion, sample_ids: Array, key: Array) -> Array:
+    def reconstruct(
+        self, parts: Mapping, completion: Completion, sample_ids: Int[Array, " b"], key: Array
+    ) -> Float[Array, "n H W 3"]:
         """The decoder's images `[B * G, H, W, 3]` of sampled captions."""
         settings, model = self.settings, self.system.model
         how = rollout_denoising(settings, self.sampler, settings.guidance_scale)
@@ -209,7 +214,9 @@ class GenForUnd:
         lengths = condition.caption_lengths(completion.mask, completion.finished)
         return draw(model, parts, how, completion.tokens, lengths, noise)
 
-    def advantages(self, parts: Mapping, original: Array, pixels: Array, completion: Completion) -> tuple[Array, dict]:
+    def advantages(
+        self, parts: Mapping, original: Float[Array, "b H W 3"], pixels: Float[Array, "n H W 3"], completion: Completion
+    ) -> tuple[Float[Array, "b g"], dict]:
         """Advantages `[B, G]` of reconstructions `[B * G, H, W, 3]`, and the metrics of their rewards."""
         settings, said = self.settings, None
         if settings.reward.caption_weight and self.system.scorer is not None:
@@ -248,7 +255,7 @@ class GenForUnd:
             frozen_head="language_policy" not in parts,
         )
 
-    def compared(self, parts: Mapping, samples: Mapping) -> dict[str, Array]:
+    def compared(self, parts: Mapping, samples: Mapping) -> dict[str, Float[Array, "b g t"]]:
         """What the loss compares with, `[B, G, T]`: `reference` for the KL, and `old` where it is replayed."""
         found = {}
         if self.settings.kl_weight:

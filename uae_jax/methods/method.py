@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jaxtyping import Array, Float
 
 from uae_jax import trees
 from uae_jax.methods.stage_settings import SamplerConfig, StageSettings, SupervisedSettings
@@ -25,7 +25,7 @@ from uae_jax.rewards.similarity import Encoder
 from uae_jax.training.guard import outlier_metrics
 from uae_jax.training.step import Metrics, PyTree, TrainState, apply_gradients, as_pairs, join_metrics, step_key
 
-Loss = tuple[Array, Array, Metrics]
+Loss = tuple[Float[Array, ""], Float[Array, ""], Mapping[str, Any]]
 
 
 class Described(Protocol):
@@ -211,7 +211,7 @@ def gradients_of(
       Gradients like `params`, the loss [], and metrics as (sum, count) pairs.
     """
 
-    def objective(params: PyTree, samples: PyTree) -> tuple[Array, tuple[Array, Metrics]]:
+    def objective(params: PyTree, samples: PyTree) -> tuple[Array, tuple[Array, Any]]:
         total, count, metrics = loss(params, frozen, {"samples": samples, "shared": rollout["shared"]}, key)
         return total.astype(jnp.float32), (jax.lax.stop_gradient(count).astype(jnp.float32), as_pairs(metrics))
 

@@ -9,10 +9,11 @@ Source: arXiv 2509.09666, section 3. The language model and the auto-encoder are
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Bool, Int
 
 from uae_jax import trees
 from uae_jax.diffusion import flow
@@ -48,10 +49,10 @@ class PretrainConfig(SupervisedSettings):
 class Pretrain:
     """The method; a `methods.method.Method`."""
 
-    Settings = PretrainConfig
-    reinforcement = False
-    kl_bound = "kl"
-    samples_per_image = 1
+    Settings: ClassVar[type] = PretrainConfig
+    reinforcement: ClassVar[bool] = False
+    kl_bound: ClassVar[str] = "kl"
+    samples_per_image: ClassVar[int] = 1
 
     settings: PretrainConfig
     sampler: SamplerConfig
@@ -99,7 +100,9 @@ class Pretrain:
         return jnp.sum(losses), jnp.float32(len(losses)), {}
 
 
-def drop_captions(model: uae.UAE, tokens: Array, lengths: Array, dropped: Array) -> tuple[Array, Array]:
+def drop_captions(
+    model: uae.UAE, tokens: Int[Array, "b t"], lengths: Int[Array, " b"], dropped: Bool[Array, " b"]
+) -> tuple[Int[Array, "b t"], Int[Array, " b"]]:
     """Puts the negative prompt in place of some captions.
 
     Args:

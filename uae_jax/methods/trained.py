@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array
 
 from uae_jax import trees
 from uae_jax.models.qwen2_5_vl.model import ADAPTER_PATTERN
@@ -21,7 +21,7 @@ ADAPTED = {"language": ADAPTER_PATTERN, "transformer": ATTENTION_ADAPTER}
 # the folder in which a model keeps the adapter of a part
 ADAPTER_FOLDERS = {"language": "llm_lora", "transformer": "dit_lora"}
 # parts that may be stored in bfloat16 while nothing trains them; auto-encoder and image encoders compute in float32
-STORABLE = ("vision", "language", "projector", "transformer")
+STORABLE: tuple[str, ...] = ("vision", "language", "projector", "transformer")
 
 
 def copied_parts(names: Collection[str]) -> set[str]:

@@ -12,10 +12,10 @@ Shape letters: B images, G generated images of an image, N = B * G.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
-from jax import Array
+from jaxtyping import Array, Float
 
 from uae_jax.methods.method import STAGES, Described
 from uae_jax.methods.stage_settings import RolloutSettings, SamplerConfig, UpdateSettings, rollout_denoising
@@ -90,8 +90,8 @@ class UndForGenConfig(RolloutSettings):
 class DecoderMethod:
     """What the methods of the stage share; they add `rollout` and `loss`."""
 
-    reinforcement = True
-    kl_bound = "flow_kl"  # a mean over latent values, not over tokens
+    reinforcement: ClassVar[bool] = True
+    kl_bound: ClassVar[str] = "flow_kl"  # a mean over latent values, not over tokens
 
     settings: UndForGenConfig
     sampler: SamplerConfig
@@ -122,7 +122,7 @@ class DecoderMethod:
         """The sampler of rollouts."""
         return rollout_denoising(self.settings, self.sampler, self.settings.guidance_scale)
 
-    def contexts(self, parts: Mapping, batch: Mapping, key: Array) -> tuple[Context, Context | None, dict]:
+    def contexts(self, parts: Mapping, batch: Mapping, key: Array) -> tuple[Context, Context | None, Mapping]:
         """What the decoder reads.
 
         Args:
@@ -150,7 +150,9 @@ class DecoderMethod:
         positive = constrain_rows(jax.tree.map(lambda leaf: leaf.repeat(group, axis=0), positive))
         return positive, negative, caption_metrics(completion, 1)
 
-    def advantages(self, parts: Mapping, original: Array, latents: Array) -> tuple[Array, dict]:
+    def advantages(
+        self, parts: Mapping, original: Float[Array, "b H W 3"], latents: Float[Array, "n h w c"]
+    ) -> tuple[Float[Array, " n"], dict]:
         """Advantages `[N]` of generated latents `[N, h, w, C]`, and the metrics of their rewards."""
         pixels = decode(self.system.model, parts, self.denoising, latents)
         reward = self.settings.reward

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def abstract_folder(config: RunConfig) -> AbstractSystem:
     folder = model_folder(settings.folder)
     words = processor_folder(folder)
     tokenizer = tokens.load_tokenizer(words)
-    overrides = dict(dtype=settings.dtype, remat=settings.remat, lora_alpha=settings.lora_alpha)
+    overrides: dict[str, Any] = dict(dtype=settings.dtype, remat=settings.remat, lora_alpha=settings.lora_alpha)
     captioner = qwen_config.from_folder(config_folder(folder), **overrides)
     dit = folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer"
     decoder = TransformerConfig.from_folder(dit, **overrides)
@@ -84,6 +85,10 @@ def abstract_folder(config: RunConfig) -> AbstractSystem:
     scorer = None
     if settings.caption_scorer:
         source = open_encoder(model_folder(settings.caption_scorer) / SCORER)
+        if not isinstance(source.config, CLIPConfig):
+            raise ValueError(
+                f"{source.path} holds no CLIP with both towers; see configs/bootstrap.py, phase caption_scorer"
+            )
         scorer = CaptionScorer(source.config, source.preprocess())
         parts["encoders"][SCORER] = clip.abstract_params(source.config)
     if settings.adapters and (folder / REFERENCE).is_dir():
@@ -122,7 +127,7 @@ def _projector_width(folder: pathlib.Path, captioner: qwen_config.Qwen2_5VLConfi
 
 
 def _encoder(folder: pathlib.Path) -> Encoder:
-    kind = read_json(folder).get("model_type")
+    kind = str(read_json(folder).get("model_type"))
     classes = {
         "clip": CLIPConfig,
         "clip_vision_model": CLIPVisionConfig,

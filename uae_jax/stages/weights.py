@@ -330,11 +330,11 @@ def _add_language_adapter(
 ) -> qwen_config.Qwen2_5VLConfig:
     """Puts the adapter beside the weights or into them; the configuration has the alpha of one that is beside them."""
     if merge:
-        adapter = qwen_weights.read_adapters(folder, captioner, np.float32)
+        adapter = qwen_weights.read_adapters(folder, captioner, np.dtype(np.float32))
         for name, tree in adapter.tree.items():
             parts[name] = merge_adapter(parts[name], _placed(f"{name}_lora", tree, mesh), adapter.alpha)
         return captioner
-    captioner, adapter = qwen_weights.load_adapter(folder, captioner, np.float32)
+    captioner, adapter = qwen_weights.load_adapter(folder, captioner, np.dtype(np.float32))
     parts["language_lora"] = _placed("language_lora", adapter, mesh)
     return captioner
 

@@ -93,7 +93,7 @@ class StageResult:
     """
 
     name: str
-    state: TrainState
+    state: Any  # a TrainState; None where nothing was trained
     steps: int
     seconds: float
     wall_seconds: float
@@ -166,10 +166,11 @@ def run_stage(
         done, target = restored.step if restored else None, abstract(state)
         # several processes must stop at one step: jax listens for SIGTERM, and tells all of them (reached_preemption)
         with stop_on_signals() if jax.process_count() == 1 else interrupt_as_terminate() as flag:
+            trained = None
             if loop.trip is None:
                 loop.begin(state, done)
-                state = loop.train(state, done, step, frozen, key, put, flag)
-            result = loop.finish(state, target, flag)
+                trained = loop.train(state, done, step, frozen, key, put, flag)
+            result = loop.finish(trained, target, flag)
         if jax.process_index() == 0:
             write_json(finished, result.record())
         if flag.signum:  # it came while the `after` hook ran
@@ -307,6 +308,7 @@ class _Loop:
                     f"{self.checkpoints.folder} has lost its checkpoint of step {steps}; start the stage anew"
                 )
             state = good.state
+        assert state is not None  # a trip alone leaves none, and restores one
         self.leave_if_asked(self.trip["step"] if self.trip else steps, flag)
         after: Scores = {}
         if self.hooks.after is not None:
