@@ -75,7 +75,7 @@ def test_check_names_missing_cut_and_strange_files(prompts, tmp_path):
     (out / "dpg-bench_20260101-000000_results.txt").write_text("")
     told = check_output(prompts, out)
     assert (
-        "12.png is not a readable picture" in told
+        "12.png is not a readable image" in told
         and "partiprompts7.png is missing" in told
         and "results.txt is none of" in told
     )
@@ -133,8 +133,8 @@ def test_summary_says_what_is_wrong_with_results(tmp_path):
     path.write_text(RESULTS.replace("score: 66", "score: 67"))
     assert any("evaluator's total is 67.6" in warning for warning in dpg.summarise(dpg.read_results(path))["warnings"])
     for line, told in (
-        ("a.png, 1.0, 0.0, 0.7\n", "line 1 is not"),
-        ("a.png\n", "line 1 is not"),
+        ("a.png, 1.0, 0.0, 0.7\n", "line 1 does not hold"),
+        ("a.png\n", "line 1 does not hold"),
         ("Model: a\n", "has no scores"),
     ):
         path.write_text(line)

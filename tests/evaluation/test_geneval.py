@@ -88,7 +88,7 @@ def test_a_damaged_picture_is_noticed_and_only_it_is_drawn_again(prompts, tmp_pa
     told = capsys.readouterr().out
     assert "has 3 problems" in error
     assert (
-        f"{cut} is not a readable picture" in told
+        f"{cut} is not a readable image" in told
         and f"{small} is 4 x 4 pixels" in told
         and "holds 3 images instead of 4" in told
     )

@@ -120,7 +120,7 @@ def test_bad_input_is_one_line(prompts, tmp_path):
     for content, told in (
         ("{", "is not JSON"),
         ("[]", "has no overall_results"),
-        ('{"overall_results": [{"id": 1}]}', "result 1 has not"),
+        ('{"overall_results": [{"id": 1}]}', "result 1 lacks a field"),
     ):
         (tmp_path / "Output.json").write_text(content)
         assert told in refused("geneval_plus", "summary", tmp_path / "Output.json")
