@@ -59,7 +59,8 @@ def compilation_cache(tmp_path_factory):
     base = (
         base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
     )  # workers have folders of their own in that of the session
-    names = {"jax_compilation_cache_dir": str(base / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0.2}
+    # the many small programs of single operations too: one is read in a tenth of the time in which it is compiled
+    names = {"jax_compilation_cache_dir": str(base / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0.0}
     before = {name: getattr(jax.config, name) for name in names}
     for name, value in names.items():
         jax.config.update(name, value)
