@@ -34,6 +34,7 @@ setup(
         "orbax-checkpoint>=0.12",
         "grain>=0.2.18",
         "ml_collections>=1.1",
+        "jaxtyping>=0.3",
         "absl-py",
         "safetensors>=0.8",
         "ml_dtypes",
@@ -54,6 +55,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-xdist",
+            "beartype",
             "torch==2.13.0",
             "diffusers>=0.36",
             "peft>=0.17",

@@ -120,7 +120,6 @@ def load_system(
     *,
     image_size: int,
     negative_prompt: str = "",
-    attend_padding: bool = False,
     mesh: Mesh | None = None,
     max_caption: int = 0,
     frozen: Collection[str] = (),
@@ -134,7 +133,6 @@ def load_system(
       config: which folder.
       image_size: side of the pictures.
       negative_prompt: text for guidance.
-      attend_padding: see `ConditionTemplate`.
       mesh: where the parameters lie, by the rules of `sharding`; None leaves them on the host as numpy arrays.
       max_caption: tokens that a caption scorer must be able to read.
       frozen: parts that are read into `frozen_dtype`, since nothing trains them; the others are float32.
@@ -148,7 +146,7 @@ def load_system(
     captioner, transformer, vae, parts = _load_models(folder, config, mesh, frozen)
     prefix, suffix = tokens.condition_template(tokenizer)
     negative = tokens.encode_caption(tokenizer, negative_prompt)[:-1]
-    template = ConditionTemplate(tuple(prefix), tuple(suffix), tuple(negative), captioner.pad_token_id, attend_padding)
+    template = ConditionTemplate(tuple(prefix), tuple(suffix), tuple(negative), captioner.pad_token_id)
     encoders = {}
     parts["encoders"] = {}
     for name in ENCODERS:
