@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from diffusers import SD3Transformer2DModel
@@ -55,4 +56,4 @@ def torch_velocity(model) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=0)
 def velocity(config, params, adapter=None):
     variables = {"params": params} if adapter is None else {"params": params, "lora": adapter}
-    return sd3.Transformer(config).apply(variables, *inputs())
+    return sd3.Transformer(config).apply(variables, *map(jnp.asarray, inputs()))

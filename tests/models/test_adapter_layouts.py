@@ -187,7 +187,7 @@ def test_peft_folders_equal_peft(saved, llm, tmp_path, part, targets):
     assert adapted.text.lora_alpha == 5
     assert difference(logits(config, params), expected) > 1e-2
     assert difference(logits(adapted, params, adapter), expected) < 1e-4
-    merged = {**params, "language": merge_adapter(params["language"], adapter, 5)}
+    merged = {**params, "language": merge_adapter(params["language"], adapter, 5.0)}
     assert difference(logits(config, merged), logits(adapted, params, adapter)) < 1e-5
     wrapped.merge_and_unload()
     theirs = {name.replace("base_model.model.", ""): value.numpy() for name, value in llm.state_dict().items()}

@@ -7,7 +7,7 @@ from programs import equations
 
 from uae_jax.diffusion.sampler import guided_velocity, sample
 from uae_jax.models.encoders import clip, dino
-from uae_jax.models.encoders.config import CLIPTextConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
+from uae_jax.models.encoders.config import CLIPVisionConfig, Dinov2Config, Dinov3Config
 from uae_jax.models.qwen2_5_vl import model
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig
 from uae_jax.models.qwen2_5_vl.generate import generate
@@ -103,23 +103,6 @@ def clip_image():
     )
 
 
-def clip_text():
-    config = CLIPTextConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        projection_dim=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=9,
-        max_position_embeddings=8,
-        bos_token_id=1,
-        eos_token_id=3,
-        pad_token_id=0,
-    )
-    run = lambda p, x: clip.text_features(config, p, x, dtype=HALF)  # noqa: E731
-    return run, clip.abstract_params(config), (zeros(1, 6, dtype=jnp.int32),), HALF
-
-
 def dinov2():
     config = Dinov2Config(**TOWER, mlp_ratio=2)
     return (
@@ -140,7 +123,7 @@ def dinov3():
     )
 
 
-MODELS = (vision, scores, sampling, denoising, clip_image, clip_text, dinov2, dinov3)
+MODELS = (vision, scores, sampling, denoising, clip_image, dinov2, dinov3)
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)

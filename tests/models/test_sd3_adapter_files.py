@@ -97,7 +97,7 @@ def test_the_adapter_that_diffusers_saves_gives_its_velocity(base, tmp_path, siz
     assert difference(velocity(config, params), expected) > 1e-3
     assert difference(velocity(adapted, params, adapter), expected) < 1e-4
     assert ("image_attention" in str(jax.tree.structure(adapter))) == (size == "like_medium" and "to_q" in targets)
-    merged = merge_adapter(params, adapter, 5)
+    merged = merge_adapter(params, adapter, 5.0)
     assert difference(velocity(config, merged), velocity(adapted, params, adapter)) < 1e-5
     model.fuse_lora(safe_fusing=True)
     model.unload_lora()
@@ -227,10 +227,10 @@ def test_merging_keeps_the_stored_precision(base, tmp_path):
     for dtype in (np.float16, jax.numpy.bfloat16):
         low = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         on_host, on_device = (
-            merge_adapter(low, adapter, 5),
-            merge_adapter(jax.tree.map(jax.numpy.asarray, low), adapter, 5),
+            merge_adapter(low, adapter, 5.0),
+            merge_adapter(jax.tree.map(jax.numpy.asarray, low), adapter, 5.0),
         )
-        exact = trees.flatten(merge_adapter(jax.tree.map(lambda leaf: leaf.astype(np.float32), low), adapter, 5))
+        exact = trees.flatten(merge_adapter(jax.tree.map(lambda leaf: leaf.astype(np.float32), low), adapter, 5.0))
         for name, leaf in trees.flatten(on_host).items():
             assert leaf.dtype == dtype and isinstance(leaf, np.ndarray)
             np.testing.assert_array_equal(leaf, exact[name].astype(dtype))

@@ -143,15 +143,16 @@ def test_masked_padding_equals_exact_length(random_model):
     shorter = velocity(config, params, latents, timestep, context[:, :4], pooled)
     np.testing.assert_allclose(both[0], exact[0], atol=1e-5)
     np.testing.assert_allclose(both[1], shorter[1], atol=1e-5)
-    # without a mask padding changes the picture, as in the official code
+    # without a mask padding changes the image, as in the official code
     assert relative_error(velocity(config, params, latents, timestep, padded, pooled), np.asarray(exact)) > 1e-3
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_length_that_a_device_prefers_changes_neither_velocity_nor_gradient(random_model, masked, monkeypatch):
     config, params = random_model
-    given = inputs(config)  # 6 image and 5 context tokens, and 16 where lengths are multiples of 16
-    mask = np.arange(5) < np.array([[5], [3]]) if masked else None
+    # 6 image and 5 context tokens, and 16 where lengths are multiples of 16
+    given = tuple(map(jnp.asarray, inputs(config)))
+    mask = jnp.arange(5) < jnp.array([[5], [3]]) if masked else None
 
     def outcome():
         def energy(params, context):
@@ -223,6 +224,6 @@ def test_unsupported_config_is_refused_by_name(tmp_path, field, value):
 def test_latents_that_do_not_fit_are_refused(random_model):
     config, params = random_model
     with pytest.raises(ValueError, match="multiples of 2"):
-        sd3.Transformer(config).apply({"params": params}, *inputs(config, rows=5))
+        sd3.Transformer(config).apply({"params": params}, *map(jnp.asarray, inputs(config, rows=5)))
     with pytest.raises(ValueError, match="pos_embed_max_size is 6"):
-        sd3.Transformer(config).apply({"params": params}, *inputs(config, rows=14))
+        sd3.Transformer(config).apply({"params": params}, *map(jnp.asarray, inputs(config, rows=14)))

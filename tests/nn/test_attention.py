@@ -123,7 +123,8 @@ def test_shared_keys_equal_repeated_ones_in_every_form(form, monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, form, FORMS[form])
     rows, length = 6, 5  # three rows read each of two entries
     query, key, value = inputs(length, length, batch=rows)
-    stored = SharedKeys(normal(4, 2, 3, KEY_HEADS, WIDTH), normal(5, 2, 3, KEY_HEADS, WIDTH), lengths_mask(3, 3, 2))
+    old_keys, old_values = (jnp.asarray(normal(seed, 2, 3, KEY_HEADS, WIDTH)) for seed in (4, 5))
+    stored = SharedKeys(old_keys, old_values, lengths_mask(3, 3, 2))
     own = Mask(valid=lengths_mask(length, 5, 5, 4, 5, 3, 5), causal=True)
     with use_attention(form):
         found = jax.jit(attention)(query, key, value, own, (stored,))
@@ -192,7 +193,7 @@ def test_unknown_names_and_sizes_are_refused():
     with pytest.raises(ValueError, match="attention is 'flash'; use one of auto, plain"):
         with use_attention("flash"):
             pass
-    query, key, value = inputs(4, 4)
+    query, key, value = map(jnp.asarray, inputs(4, 4))
     with pytest.raises(ValueError, match="3 query heads cannot share 2 key heads"):
         attention(query[:, :, :3], key, value)
 

@@ -63,7 +63,7 @@ def test_a_doubling_convolution_is_the_convolution_of_the_doubled_picture(channe
 
 def test_sums_of_taps_are_rounded_once():
     params, x = (
-        {"kernel": normal(0, 3, 3, 16, 16), "bias": np.zeros(16, np.float32)},
+        {"kernel": jnp.asarray(normal(0, 3, 3, 16, 16)), "bias": jnp.zeros(16)},
         jnp.asarray(normal(2, 1, 8, 8, 16), jnp.bfloat16),
     )
 

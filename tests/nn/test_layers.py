@@ -14,18 +14,18 @@ from uae_jax.nn.rope import apply_rope
 
 
 def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def test_norms_against_numpy():
     x = normal(0, 2, 3, 4, 8) * 3 + 1
-    found = RMSNorm(1e-6).apply({"params": {"scale": np.full(8, 2.0, np.float32)}}, x)
+    found = RMSNorm(1e-6).apply({"params": {"scale": jnp.full(8, 2.0)}}, x)
     np.testing.assert_allclose(found, 2 * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6), rtol=1e-5)
     found = LayerNorm(1e-5, affine=False).apply({}, x)
     np.testing.assert_allclose(
         found, (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5), atol=1e-5
     )
-    found = GroupNorm(2).apply({"params": {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}}, x)
+    found = GroupNorm(2).apply({"params": {"scale": jnp.ones(8), "bias": jnp.zeros(8)}}, x)
     groups = x.reshape(2, 3, 4, 2, 4)
     mean, variance = groups.mean((1, 2, 4), keepdims=True), groups.var((1, 2, 4), keepdims=True)
     np.testing.assert_allclose(found, ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape), atol=1e-5)
@@ -43,7 +43,7 @@ def test_rotation_keeps_lengths_and_sees_only_distances():
     frequencies = 1.0 / 100 ** (np.arange(4) / 4)
 
     def scores(start):
-        angles = (start + np.arange(6))[:, None] * frequencies
+        angles = jnp.asarray((start + np.arange(6))[:, None] * frequencies)
         turned = [np.asarray(apply_rope(z, angles))[:, 0] for z in (x, y)]
         np.testing.assert_allclose(np.linalg.norm(turned[0], axis=-1), np.linalg.norm(x[:, 0], axis=-1), rtol=1e-5)
         return turned[0] @ turned[1].T
@@ -55,7 +55,10 @@ def test_rotation_keeps_lengths_and_sees_only_distances():
 @pytest.fixture
 def layers():
     """Kernels of two stacked maps and one alone, with a new adapter of the first."""
-    base = {"layers": {"up": {"kernel": normal(0, 2, 6, 5)}}, "head": {"kernel": normal(1, 5, 3)}}
+    base = {
+        "layers": {"up": {"kernel": np.asarray(normal(0, 2, 6, 5))}},
+        "head": {"kernel": np.asarray(normal(1, 5, 3))},
+    }
     return base, init_lora(jax.random.key(0), base, r"layers/.*", 2)
 
 
@@ -65,7 +68,7 @@ def test_new_adapters_change_nothing_and_trained_ones_equal_the_merged_kernel(la
     x, dense = normal(3, 4, 6), Dense(5, use_bias=False, lora_alpha=8.0)
 
     def apply(kernels, lora, layer):
-        variables = {"params": {"kernel": kernels["layers"]["up"]["kernel"][layer]}}
+        variables = {"params": {"kernel": jnp.asarray(kernels["layers"]["up"]["kernel"][layer])}}
         return dense.apply(
             variables | ({"lora": jax.tree.map(lambda z: z[layer], lora["layers"]["up"])} if lora else {}), x
         )
@@ -139,9 +142,7 @@ def test_names_and_trees_are_inverses():
 
 def test_group_norm_of_values_far_from_zero():
     x = np.random.default_rng(0).standard_normal((1, 64, 64, 4)) + 30.0
-    found = GroupNorm(2).apply(
-        {"params": {"scale": np.ones(4, np.float32), "bias": np.zeros(4, np.float32)}}, np.float32(x)
-    )
+    found = GroupNorm(2).apply({"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}, jnp.asarray(x, jnp.float32))
     grouped = x.reshape(1, 64, 64, 2, 2)
     wanted = (grouped - grouped.mean((1, 2, 4), keepdims=True)) / grouped.std((1, 2, 4), keepdims=True)
     np.testing.assert_allclose(found, wanted.reshape(x.shape), atol=1e-4)
@@ -149,7 +150,6 @@ def test_group_norm_of_values_far_from_zero():
 
 def test_group_norm_of_a_constant_picture_is_its_bias():
     found = GroupNorm(1).apply(
-        {"params": {"scale": np.ones(2, np.float32), "bias": np.array([1.0, 2.0], np.float32)}},
-        np.full((1, 9, 9, 2), 7.3, np.float32),
+        {"params": {"scale": jnp.ones(2), "bias": jnp.array([1.0, 2.0])}}, jnp.full((1, 9, 9, 2), 7.3)
     )
     np.testing.assert_allclose(found, np.broadcast_to([1.0, 2.0], (1, 9, 9, 2)), atol=1e-2)

@@ -90,7 +90,7 @@ def context(system):
 
     @jax.jit
     def encode(params, adapter, ids):
-        return condition.encode_ids(config, params, adapter, template, ids, jnp.ones(ids.shape, bool))[0]
+        return condition.encode_ids(config, params, adapter, ids, jnp.ones(ids.shape, bool))
 
     def context_of(parts, text, *, policy):
         ids = [[*template.prefix, *tokens.encode_caption(system.tokenizer, text)[:-1], *template.suffix]]

@@ -1,15 +1,15 @@
 """What the decoder is given: the caption, encoded again by the language model without the image, and projected.
 
 The paper's text bottleneck (arXiv 2509.09666, section 3). The caption stands inside the chat template of the role
-`generate`; every token's projected hidden state is context, as in the official inference code. Shape letters: N
-captions, T caption tokens, S tokens of caption and template, C context width.
+`generate`. The projected hidden state of every token is context, as in the official inference code. N captions of T
+tokens have S tokens with their template.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
@@ -24,31 +24,30 @@ class ConditionTemplate:
       suffix: after the caption.
       negative: ids of the negative prompt itself, without template.
       pad: id that fills rows up to one length; masked, so that its choice does not matter.
-      attend_padding: the official code's behaviour: rows are padded to one length and the decoder attends to the
-        padding.
     """
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     negative: tuple[int, ...]
     pad: int
-    attend_padding: bool = False
 
     def length(self, caption_tokens: int) -> int:
         """S: room for the template and for the longer of `caption_tokens` and the negative prompt."""
         return len(self.prefix) + max(caption_tokens, len(self.negative)) + len(self.suffix)
 
 
-def place_in_template(template: ConditionTemplate, tokens: Array, lengths: Array) -> tuple[Array, Array]:
+def place_in_template(
+    template: ConditionTemplate, tokens: Int[Array, "n t"], lengths: Int[Array, " n"]
+) -> tuple[Int[Array, "n s"], Bool[Array, "n s"]]:
     """Puts captions between prefix and suffix, without a gap, inside one compiled shape.
 
     Args:
       template: the ids around them.
-      tokens: int32 `[N, T]`, right-padded.
-      lengths: int32 `[N]`, caption tokens without the stop token.
+      tokens: right-padded captions.
+      lengths: caption tokens without the stop token.
 
     Returns:
-      ids int32 `[N, S]` and mask bool `[N, S]`.
+      int32 ids and their mask.
     """
     count, width = tokens.shape
     total = template.length(width)
@@ -65,42 +64,44 @@ def place_in_template(template: ConditionTemplate, tokens: Array, lengths: Array
 
 
 def encode_ids(
-    config: Qwen2_5VLConfig, params: dict, adapter: dict | None, template: ConditionTemplate, ids: Array, mask: Array
-) -> tuple[Array, Array]:
+    config: Qwen2_5VLConfig,
+    params: qwen.Params,
+    adapter: qwen.Params | None,
+    ids: Int[Array, "n s"],
+    mask: Bool[Array, "n s"],
+) -> Float[Array, "n s d_context"]:
     """Hidden states of templated captions under the language model, projected to the decoder's context.
 
     Args:
       config: the captioner's configuration.
       params: with `language` and `projector`.
       adapter: None for the reference model (the default condition), the policy's adapter for parity with the release.
-      template: decides whether padding is attended to.
-      ids, mask: `[N, S]`.
-
-    Returns:
-      context `[N, S, C]` and its mask bool `[N, S]`.
+      ids, mask: of `place_in_template`.
     """
-    hidden = qwen.text_hidden_states(config, params, adapter, ids, mask)
-    context = qwen.project(params["projector"], hidden)
-    return context, jnp.ones_like(mask) if template.attend_padding else mask
+    return qwen.project(params["projector"], qwen.text_hidden_states(config, params, adapter, ids, mask))
 
 
 def encode_captions(
     config: Qwen2_5VLConfig,
-    params: dict,
-    adapter: dict | None,
+    params: qwen.Params,
+    adapter: qwen.Params | None,
     template: ConditionTemplate,
-    tokens: Array,
-    lengths: Array,
-) -> tuple[Array, Array]:
-    """`place_in_template` and `encode_ids`: `[N, T]` captions to context `[N, S, C]` and mask `[N, S]`."""
+    tokens: Int[Array, "n t"],
+    lengths: Int[Array, " n"],
+) -> tuple[Float[Array, "n s d_context"], Bool[Array, "n s"]]:
+    """`place_in_template` and `encode_ids`: captions to context and its mask."""
     ids, mask = place_in_template(template, tokens, lengths)
-    return encode_ids(config, params, adapter, template, ids, mask)
+    return encode_ids(config, params, adapter, ids, mask), mask
 
 
 def encode_negative(
-    config: Qwen2_5VLConfig, params: dict, adapter: dict | None, template: ConditionTemplate, caption_tokens: int
-) -> tuple[Array, Array]:
-    """Context `[1, S, C]` and mask `[1, S]` of the negative prompt, of the length that captions of T tokens have."""
+    config: Qwen2_5VLConfig,
+    params: qwen.Params,
+    adapter: qwen.Params | None,
+    template: ConditionTemplate,
+    caption_tokens: int,
+) -> tuple[Float[Array, "1 s d_context"], Bool[Array, "1 s"]]:
+    """Context and mask of the negative prompt, of the length that captions of so many tokens have."""
     width = max(caption_tokens, len(template.negative))
     tokens = np.full((1, width), template.pad, np.int32)
     tokens[0, : len(template.negative)] = template.negative
@@ -109,6 +110,6 @@ def encode_negative(
     )
 
 
-def caption_lengths(mask: Array, finished: Array) -> Array:
-    """int32 `[N]`: tokens of sampled captions without their stop token, from mask `[N, T]` and finished `[N]`."""
+def caption_lengths(mask: Bool[Array, "n t"], finished: Bool[Array, " n"]) -> Int[Array, " n"]:
+    """Tokens of sampled captions without their stop token, int32."""
     return jnp.sum(mask, -1, dtype=jnp.int32) - finished.astype(jnp.int32)

@@ -1,33 +1,34 @@
-"""Where activations lie: models name the axes, the mesh that is in use decides what a name means.
+"""How activations are sharded: models name the axes, and the current mesh decides what a name means.
 
-Without a mesh in use (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`) nothing happens.
+Without a current mesh (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`) nothing happens.
 """
 
 import math
 
 import jax
-from jax import Array, lax
+from jax import lax
 from jax.sharding import PartitionSpec
+from jaxtyping import Array
 
 from uae_jax.nn.device import current_mesh
 
-# name of an activation's axis -> mesh axes that cut it
+# name of an activation's axis -> mesh axes that shard it
 LOGICAL = {"batch": ("data", "fsdp"), "heads": ("tensor",), "hidden": ("tensor",), "vocab": ("tensor",)}
 
 
 def ways(name: str) -> int:
-    """Into how many parts the mesh in use cuts an activation's axis, a key of `LOGICAL`; 1 without a mesh."""
+    """The number of shards of an activation's axis, a key of `LOGICAL`; 1 without a mesh."""
     mesh = current_mesh()
     return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in LOGICAL[name])
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """Fixes the placement of an activation.
+    """Fixes the sharding of an activation.
 
     Args:
       x: any array inside a compiled function.
-      names: one for each of its leading axes: a key of `LOGICAL`, or None for an axis that stays whole. Axes without a
-        name stay whole too. An axis that its mesh axes do not divide is left to the compiler.
+      names: one for each leading axis: a key of `LOGICAL`, or None for an axis that is not sharded. Axes without a name
+        are not sharded either. The compiler decides about an axis that its mesh axes do not divide.
 
     Returns:
       The same values.
@@ -39,13 +40,13 @@ def constrain(x: Array, *names: str | None) -> Array:
     if mesh is None or mesh.size == 1:
         return x
 
-    def place(size: int, name: str | None) -> object:
+    def axes_of(size: int, name: str | None) -> object:
         if name is None:
             return None
         axes = tuple(axis for axis in LOGICAL[name] if mesh.shape.get(axis, 1) > 1)
         return PartitionSpec.UNCONSTRAINED if size % ways(name) else axes or None
 
-    return lax.with_sharding_constraint(x, PartitionSpec(*(place(size, name) for size, name in zip(x.shape, names))))
+    return lax.with_sharding_constraint(x, PartitionSpec(*(axes_of(size, name) for size, name in zip(x.shape, names))))
 
 
 def constrain_rows(tree: object) -> object:

@@ -2,7 +2,8 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
+from jaxtyping import Array, Float
 
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.cpu import convolution as cpu
@@ -29,8 +30,8 @@ class Conv(nn.Module):
     padding: Padding = ((1, 1), (1, 1))
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps `[B, H, W, in]` to `[B, H', W', features]`.
+    def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b rows columns features"]:
+        """Images of C channels to images of `features` channels.
 
         Raises:
           ValueError: a stride inside `nn.images.over_images` on a single CPU.
@@ -49,8 +50,8 @@ class DoublingConv(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps `[B, H, W, in]` to `[B, 2 H, 2 W, features]`."""
+    def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b 2*height 2*width features"]:
+        """Images of C channels to images of `features` channels."""
         kernel, bias = _parameters(self, x, 3)
         if on_one_cpu():
             y = cpu.convolve_doubled(x, kernel)
@@ -59,8 +60,13 @@ class DoublingConv(nn.Module):
         return constrain(y + bias, "batch")
 
 
-def convolve(x: Array, kernel: Array, padding: Padding, stride: int = 1) -> Array:
-    """`[B, H, W, in]` and `[h, w, in, out]` to `[B, H', W', out]`.
+def convolve(
+    x: Float[Array, "b height width _"],
+    kernel: Float[Array, "down across fan_in fan_out"],
+    padding: Padding,
+    stride: int = 1,
+) -> Float[Array, "b rows columns _"]:
+    """The convolution of images, without a bias.
 
     Raises:
       ValueError: interleaved images (`nn.cpu.images`) and a stride.
@@ -74,8 +80,8 @@ def convolve(x: Array, kernel: Array, padding: Padding, stride: int = 1) -> Arra
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def double(x: Array) -> Array:
-    """Every pixel twice in both directions: `[B, H, W, C]` to `[B, 2 H, 2 W, C]`."""
+def double(x: Float[Array, "b height width c"]) -> Float[Array, "b 2*height 2*width c"]:
+    """Every pixel twice in both directions."""
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
     return x.reshape(batch, 2 * height, 2 * width, channels)

@@ -18,8 +18,7 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-# of cards older than Ampere, by words of the name that CUDA gives them (developer.nvidia.com/cuda-gpus); all others are
-# 8.0 or newer
+# of GPUs older than Ampere, by words of their CUDA name (developer.nvidia.com/cuda-gpus); all others are 8.0 or newer
 _OLDER = (
     (
         r"\bT4\b|\bT[1246]00\b|\bT[12][02]00\b|T2000|Quadro RTX [3-8]000\b|GeForce RTX 20\d\d|TITAN RTX|GTX "
@@ -33,10 +32,9 @@ _OLDER = (
 
 
 def compute_capability() -> tuple[int, int]:
-    """Generation of the NVIDIA card that a computation is for, as (major, minor): that of the current mesh, else of the
-    process.
+    """Generation (major, minor) of the NVIDIA GPU that a computation is for: of the current mesh, else the process.
 
-    (0, 0) is a card of another maker. A card that is not there is known by its name alone; (8, 0) stands for every one
+    (0, 0) is a GPU of another maker. A GPU that is not present is known by its name alone; (8, 0) stands for every one
     that is not older.
     """
     device = getattr(current_mesh(), "abstract_device", None)
@@ -44,12 +42,12 @@ def compute_capability() -> tuple[int, int]:
     for real in present:
         if device is None or device.device_kind == real.device_kind:
             found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(real, "compute_capability", "")))
-            return (int(found[1]), int(found[2])) if found else (0, 0)  # a card of another maker
+            return (int(found[1]), int(found[2])) if found else (0, 0)  # a GPU of another maker
     name = "" if device is None else device.device_kind
     return next((version for words, version in _OLDER if re.search(words, name)), (8, 0))
 
 
 def on_one_cpu() -> bool:
-    """Whether the computation is on a single CPU device, so that axes of a batch may be merged with others."""
+    """Whether the computation is on a single CPU device, so that the batch may be merged with other axes."""
     mesh = current_mesh()
     return platform() == "cpu" and (jax.device_count() if mesh is None else mesh.size) == 1

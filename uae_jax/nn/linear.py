@@ -2,27 +2,29 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 from uae_jax.nn.cpu import linear as cpu
 from uae_jax.nn.device import platform
 
 
-def adapted(x: Array, kernel: Array, a: Array, b: Array, scale: float) -> Array:
-    """`x @ kernel + scale * x @ a @ b`, (LoRA, arXiv 2106.09685, eq. 3).
+def adapted(
+    x: Float[Array, "... fan_in"],
+    kernel: Float[Array, "fan_in fan_out"],
+    a: Float[Array, "fan_in rank"],
+    b: Float[Array, "rank fan_out"],
+    scale: float,
+) -> Float[Array, "... fan_out"]:
+    """`x @ kernel + scale * x @ a @ b` (LoRA, arXiv 2106.09685, eq. 3).
 
     Many tokens in float32 on a CPU are multiplied with the sum of kernel and adapter. The matrix units of TPUs and GPUs
     round float32 operands by default, so that the sum would round a young adapter away there.
 
     Args:
-      x: `[..., in]`.
-      kernel: `[in, out]`.
-      a: `[in, rank]`.
-      b: `[rank, out]`.
+      x: tokens; the result has the precision of `x`.
+      kernel: frozen or trained.
+      a, b: the adapter's factors.
       scale: alpha / rank.
-
-    Returns:
-      `[..., out]` in the precision of `x`.
     """
     if platform() == "cpu" and cpu.merging_is_less_work(x, kernel):
         return cpu.merged_product(x, kernel.astype(x.dtype), a.astype(x.dtype), b.astype(x.dtype), scale)
@@ -47,8 +49,8 @@ class Dense(nn.Module):
     lora_alpha: float = 64.0
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps `[..., in]` to `[..., features]`."""
+    def __call__(self, x: Float[Array, "... fan_in"]) -> Float[Array, "... fan_out"]:
+        """Maps the last axis to `features` numbers."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")

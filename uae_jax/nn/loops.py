@@ -1,12 +1,18 @@
-"""Loops over pieces of the work."""
+"""Loops over layers, and over pieces of the work."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import flax.linen as nn
 import jax
 from jax import lax
 
-Carry, Piece, Result = TypeVar("Carry"), TypeVar("Piece"), TypeVar("Result")
+from uae_jax.nn.remat import remat
+
+Carry = TypeVar("Carry")
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def scan(step: Callable[[Carry, Piece], tuple[Carry, Result]], carry: Carry, pieces: Piece) -> tuple[Carry, Result]:
@@ -15,3 +21,21 @@ def scan(step: Callable[[Carry, Piece], tuple[Carry, Result]], carry: Carry, pie
     XLA's CPU backend runs what is inside loops with fewer threads.
     """
     return lax.scan(step, carry, pieces, unroll=len(jax.tree.leaves(pieces)[0]) == 1)
+
+
+def scan_layers(layer: type[Layer], length: int, policy: str = "none", in_axes: Any = nn.broadcast) -> type[Layer]:
+    """A layer repeated over stacked parameters and adapters `[L, ...]`.
+
+    Args:
+      layer: its call takes what is carried and further arguments, and returns (carry, a result of this layer or None).
+      length: number of layers.
+      policy: what the backward pass recomputes, a name of `remat.POLICIES`.
+      in_axes: of the further arguments: 0 for one entry a layer, `nn.broadcast` for what all layers share.
+    """
+    return nn.scan(
+        remat(layer, policy),
+        variable_axes={"params": 0, "lora": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=length,
+    )

@@ -2,7 +2,8 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
+from jaxtyping import Array, Float
 
 from uae_jax.nn.cpu.calls import materialised
 from uae_jax.nn.images import for_every_image, image_channels
@@ -14,8 +15,8 @@ class RMSNorm(nn.Module):
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """`[..., D]` to `[..., D]`."""
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """Normalises over the last axis."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         x32 = x.astype(jnp.float32)
         y = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.epsilon)
@@ -29,8 +30,8 @@ class LayerNorm(nn.Module):
     affine: bool = True
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """`[..., D]` to `[..., D]`."""
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """Normalises over the last axis."""
         x32 = x.astype(jnp.float32)
         mean = jnp.mean(x32, -1, keepdims=True)
         variance = jnp.mean(jnp.square(x32 - mean), -1, keepdims=True)
@@ -54,8 +55,8 @@ class GroupNorm(nn.Module):
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """`[B, H, W, C]` to the same; the layout of the images is that of `nn.images`."""
+    def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b height width c"]:
+        """Normalises each image; the layout of the images is that of `nn.images`."""
         channels = image_channels(x)
         width = channels // self.groups
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)

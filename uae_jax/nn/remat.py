@@ -1,8 +1,11 @@
-"""What the backward pass computes again instead of keeping it: policies by name (arXiv 1604.06174)."""
+"""What the backward pass recomputes instead of keeping it: policies by name (arXiv 1604.06174)."""
+
+from typing import TypeVar
 
 import flax.linen as nn
 import jax
 
+Layer = TypeVar("Layer", bound=nn.Module)
 POLICIES = {
     "none": "everything is kept",
     "full": "each layer keeps its input alone",
@@ -23,7 +26,7 @@ def check_policy(name: str) -> str:
     return name
 
 
-def remat(module: type[nn.Module], policy: str, in_scan: bool = True) -> type[nn.Module]:
+def remat(module: type[Layer], policy: str, in_scan: bool = True) -> type[Layer]:
     """The module with its activations recomputed as one of `POLICIES` says.
 
     Args:

@@ -1,10 +1,10 @@
 """Rotary position embedding in the half-split form (arXiv 2104.09864, as in Llama and Qwen)."""
 
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 
-def apply_rope(x: Array, angles: Array) -> Array:
+def apply_rope(x: Float[Array, "... t h k"], angles: Float[Array, "... t half"]) -> Float[Array, "... t h k"]:
     """Rotates the pairs (i, i + K/2) of each head.
 
     Args:

@@ -1,16 +1,15 @@
-"""What the encoders' layers share: patches, activations, self-attention, scanning over layers."""
+"""What the encoders' layers share: patches, activations, self-attention."""
 
 from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
 import jax
-from jax import Array
+from jaxtyping import Array, Float
 
 from uae_jax.nn.attention import Mask, attention
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
-from uae_jax.nn.remat import remat as rematerialised
 from uae_jax.nn.rope import apply_rope
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -33,15 +32,15 @@ def activation(name: str) -> Callable[[Array], Array]:
     return ACTIVATIONS[name]
 
 
-def image_patches(pixels: Array, patch: int) -> Array:
-    """Cuts images into patches in reading order.
+def image_patches(pixels: Float[Array, "b height width c"], patch: int) -> Float[Array, "b p c*{patch}**2"]:
+    """Patches of images in reading order.
 
     Args:
-      pixels: `[B, H, W, C]`; H and W are multiples of `patch` (what is left over is cut off, as a convolution would).
+      pixels: what is left over behind the last complete patch is dropped, as a convolution would.
       patch: side of a patch in pixels.
 
     Returns:
-      `[B, P, C * patch * patch]`, channel first inside a patch: the order of a flattened torch convolution kernel.
+      Channel first inside a patch: the order of a flattened torch convolution kernel.
     """
     batch, height, width, channels = pixels.shape
     rows, columns = height // patch, width // patch
@@ -61,8 +60,10 @@ class SelfAttention(nn.Module):
     biases: tuple[bool, bool, bool, bool] = (True, True, True, True)
 
     @nn.compact
-    def __call__(self, x: Array, mask: Mask = Mask(), angles: Array | None = None) -> Array:
-        """`[B, T, D]` to `[B, T, D]`; `angles` `[T, K / 2]` in radians."""
+    def __call__(
+        self, x: Float[Array, "b t d"], mask: Mask = Mask(), angles: Float[Array, "t half"] | None = None
+    ) -> Float[Array, "b t d"]:
+        """Mixes the tokens; `angles` in radians, K / 2 a head."""
         batch, length, width = x.shape
         shape = (batch, length, self.heads, width // self.heads)
         query, key, value = (
@@ -73,16 +74,3 @@ class SelfAttention(nn.Module):
             query, key = apply_rope(query, angles), apply_rope(key, angles)
         mixed = attention(query, key, value, mask).reshape(batch, length, width)
         return Dense(width, use_bias=self.biases[3], name="out")(mixed)
-
-
-def scan_layers(layer: type[nn.Module], length: int, remat: bool) -> type[nn.Module]:
-    """A layer class repeated over stacked parameters `[L, ...]`.
-
-    Args:
-      layer: its call takes the carried `[B, T, D]` and one more argument that all layers share, and returns
-        (carry, None).
-      length: number of layers.
-      remat: whether the backward pass computes each layer again instead of storing its activations.
-    """
-    body = rematerialised(layer, "full" if remat else "none")
-    return nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=length)

@@ -2,17 +2,20 @@
 
 import dataclasses
 import functools
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from uae_jax import trees
-from uae_jax.models.encoders.blocks import SelfAttention, activation, image_patches, scan_layers
+from uae_jax.models.encoders.blocks import SelfAttention, activation, image_patches
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, LongCLIPTextConfig
 from uae_jax.nn.attention import Mask
 from uae_jax.nn.linear import Dense
+from uae_jax.nn.loops import scan_layers
 from uae_jax.nn.norms import LayerNorm
 
 LEGACY_EOS = 2  # published configs with this wrong id mean "pool where the id is largest"
@@ -26,8 +29,8 @@ class Block(nn.Module):
     config: CLIPVisionConfig | CLIPTextConfig
 
     @nn.compact
-    def __call__(self, x: Array, mask: Mask) -> tuple[Array, None]:
-        """`[B, T, D]` to (`[B, T, D]`, None)."""
+    def __call__(self, x: Float[Array, "b t d"], mask: Mask) -> tuple[Float[Array, "b t d"], None]:
+        """The tokens, and None (what a scan collects)."""
         config = self.config
         y = LayerNorm(config.layer_norm_eps, name="norm1")(x)
         x = x + SelfAttention(config.num_attention_heads, name="attention")(y, mask)
@@ -43,8 +46,8 @@ class VisionTower(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, pixels: Array) -> Array:
-        """Normalised images `[B, S, S, C]` of the config's size to features `[B, P]`, not normalised.
+    def __call__(self, pixels: Float[Array, "b height width c"]) -> Float[Array, "b d_out"]:
+        """Features, not normalised, of normalised images of the config's size.
 
         Raises:
           ValueError: the images have another size than the config's `image_size`.
@@ -59,7 +62,9 @@ class VisionTower(nn.Module):
         first = jnp.broadcast_to(first.astype(patches.dtype), (len(patches), 1, width))
         x = jnp.concatenate([first, patches], axis=1) + table.astype(patches.dtype)
         x = LayerNorm(config.layer_norm_eps, name="pre_norm")(x)
-        x, _ = scan_layers(Block, config.num_hidden_layers, self.remat)(config, name="layers")(x, Mask())
+        x, _ = scan_layers(Block, config.num_hidden_layers, "full" if self.remat else "none")(config, name="layers")(
+            x, Mask()
+        )
         x = LayerNorm(config.layer_norm_eps, name="post_norm")(x[:, 0])
         return Dense(config.projection_dim, use_bias=False, name="projection")(x)
 
@@ -68,12 +73,10 @@ class TextTower(nn.Module):
     """The causal text tower, pooled at the end token (arXiv 2103.00020, section 2.4)."""
 
     config: CLIPTextConfig
-    remat: bool = False
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, ids: Array) -> Array:
-        """Token ids `[B, T]`, T at most `max_position_embeddings`, to features `[B, P]`, not normalised.
+    def __call__(self, ids: Int[Array, "b t"]) -> Float[Array, "b d_out"]:
+        """Features, not normalised, of at most `max_position_embeddings` tokens.
 
         Padding after the end token changes nothing, because attention is causal.
 
@@ -82,7 +85,9 @@ class TextTower(nn.Module):
         """
         config, width, length = self.config, self.config.hidden_size, ids.shape[1]
         if length > config.max_position_embeddings:
-            raise ValueError(f"CLIP takes at most {config.max_position_embeddings} tokens, not {length}; cut the text")
+            raise ValueError(
+                f"CLIP takes at most {config.max_position_embeddings} tokens, not {length}; shorten the text"
+            )
         normal = nn.initializers.normal(0.02)
         tokens = self.param("token_embedding", normal, (config.vocab_size, width), jnp.float32)
         table = self.param("position_embedding", normal, (config.max_position_embeddings, width), jnp.float32)
@@ -90,28 +95,21 @@ class TextTower(nn.Module):
             table = long_positions(
                 config, table, self.param("position_embedding_res", normal, table.shape, jnp.float32)
             )
-        x = (tokens[ids] + table[:length]).astype(self.dtype)
-        x, _ = scan_layers(Block, config.num_hidden_layers, self.remat)(config, name="layers")(x, Mask(causal=True))
+        x = (tokens[ids] + table[:length]).astype(jnp.float32)
+        x, _ = scan_layers(Block, config.num_hidden_layers)(config, name="layers")(x, Mask(causal=True))
         x = LayerNorm(config.layer_norm_eps, name="final_norm")(x)
         pooled = x[jnp.arange(len(x)), pooling_position(config, ids)]
         return Dense(config.projection_dim, use_bias=False, name="projection")(pooled)
 
 
-def long_positions(config: LongCLIPTextConfig, first: Array, second: Array) -> Array:
-    """Long-CLIP's positions: the kept ones of the first table, the others of the second (arXiv 2403.15378, section
-    3.1).
-
-    Args:
-      config: says how many are kept.
-      first, second: `[T, D]`.
-
-    Returns:
-      `[T, D]`.
-    """
+def long_positions(
+    config: LongCLIPTextConfig, first: Float[Array | np.ndarray, "t d"], second: Float[Array | np.ndarray, "t d"]
+) -> Float[Array, "t d"]:
+    """The first `kept_positions` of one table, the others of a second one (arXiv 2403.15378, section 3.1)."""
     return jnp.concatenate([first[: config.kept_positions], second[config.kept_positions :]])
 
 
-def as_plain(config: AnyCLIPConfig, params: trees.Tree) -> tuple[AnyCLIPConfig, dict]:
+def as_plain(config: AnyCLIPConfig, params: trees.Tree) -> tuple[AnyCLIPConfig, dict[str, Any]]:
     """Long-CLIP as a CLIPModel with one table of positions and the same features; other models as they are."""
     if not isinstance(config, CLIPConfig) or not isinstance(config.text, LongCLIPTextConfig):
         return config, params
@@ -123,63 +121,49 @@ def as_plain(config: AnyCLIPConfig, params: trees.Tree) -> tuple[AnyCLIPConfig, 
     return dataclasses.replace(config, text=CLIPTextConfig(**fields)), {**params, "text": text}
 
 
-def pooling_position(config: CLIPTextConfig, ids: Array) -> Array:
+def pooling_position(config: CLIPTextConfig, ids: Int[Array, "b t"]) -> Int[Array, " b"]:
     """Where the text feature is read: the first end token, or the largest id for published configs with end id 2.
 
-    Args:
-      config: of the text tower.
-      ids: `[B, T]`.
-
-    Returns:
-      int32 `[B]`; 0 where a text has no end token (as in transformers).
+    0 where a text has no end token (as in transformers).
     """
     marks = ids if config.eos_token_id == LEGACY_EOS else (ids == config.eos_token_id).astype(jnp.int32)
     return jnp.argmax(marks, axis=-1)
 
 
 def image_features(
-    config: CLIPConfig | CLIPVisionConfig, params: trees.Tree, pixels: Array, *, remat: bool = False
-) -> Array:
+    config: CLIPConfig | CLIPVisionConfig,
+    params: trees.Tree,
+    pixels: Float[Array, "b height width c"],
+    *,
+    remat: bool = False,
+) -> Float[Array, "b d_out"]:
     """Projected image features, not normalised, in the precision of `pixels`.
 
     Args:
       config: of both towers or of the image tower.
       params: tree with `vision`.
-      pixels: `[B, S, S, C]`, already preprocessed.
+      pixels: already preprocessed.
       remat: recompute layers in the backward pass.
-
-    Returns:
-      `[B, P]`.
     """
     vision = config.vision if isinstance(config, CLIPConfig) else config
-    return VisionTower(vision, remat).apply({"params": params["vision"]}, pixels)
+    return cast(Array, VisionTower(vision, remat).apply({"params": params["vision"]}, pixels))
 
 
 def text_features(
-    config: CLIPConfig | CLIPTextConfig,
-    params: trees.Tree,
-    ids: Array,
-    *,
-    remat: bool = False,
-    dtype: jnp.dtype = jnp.float32,
-) -> Array:
-    """Projected text features, not normalised, in the precision `dtype`.
+    config: CLIPConfig | CLIPTextConfig, params: trees.Tree, ids: Int[Array, "b t"]
+) -> Float[Array, "b d_out"]:
+    """Projected text features, not normalised, in float32.
 
     Args:
       config: of both towers or of the text tower.
       params: tree with `text`.
-      ids: `[B, T]` token ids; whatever follows the end token is ignored.
-      remat: recompute layers in the backward pass.
-      dtype: precision of the computation.
-
-    Returns:
-      `[B, P]`.
+      ids: of tokens; whatever follows the end token is ignored.
     """
     text = config.text if isinstance(config, CLIPConfig) else config
-    return TextTower(text, remat, dtype).apply({"params": params["text"]}, ids)
+    return cast(Array, TextTower(text).apply({"params": params["text"]}, ids))
 
 
-def init_params(config: AnyCLIPConfig, key: Array) -> dict:
+def init_params(config: AnyCLIPConfig, key: Key[Array, ""]) -> dict[str, Any]:
     """New random parameters, float32.
 
     Args:
@@ -191,7 +175,7 @@ def init_params(config: AnyCLIPConfig, key: Array) -> dict:
     """
     vision = config.vision if isinstance(config, CLIPConfig) else config
     text = config.text if isinstance(config, CLIPConfig) else config
-    params: dict = {}
+    params: dict[str, Any] = {}
     if isinstance(vision, CLIPVisionConfig):
         blank = jnp.zeros((1, vision.image_size, vision.image_size, vision.num_channels))
         params["vision"] = VisionTower(vision).init(trees.name_key(key, "vision"), blank)["params"]
@@ -204,6 +188,6 @@ def init_params(config: AnyCLIPConfig, key: Array) -> dict:
 
 
 @functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
-def abstract_params(config: AnyCLIPConfig) -> dict:
+def abstract_params(config: AnyCLIPConfig) -> dict[str, Any]:
     """The shapes of `init_params`, without allocating anything."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

@@ -176,7 +176,7 @@ class Dinov2Config:
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    mlp_ratio: float = 4
+    mlp_ratio: int | float = 4
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
     image_size: int = 224

@@ -1,18 +1,20 @@
 """DINOv2 (arXiv 2304.07193) and DINOv3 (arXiv 2508.10104) vision transformers, as in transformers."""
 
 import functools
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Float, Key
 
 from uae_jax import trees
-from uae_jax.models.encoders.blocks import SelfAttention, activation, image_patches, scan_layers
+from uae_jax.models.encoders.blocks import SelfAttention, activation, image_patches
 from uae_jax.models.encoders.config import Dinov2Config, Dinov3Config
 from uae_jax.models.encoders.preprocess import TORCH_CUBIC, resize_matrix
 from uae_jax.nn.linear import Dense
+from uae_jax.nn.loops import scan_layers
 from uae_jax.nn.norms import LayerNorm
 
 AnyDinoConfig = Dinov2Config | Dinov3Config
@@ -24,34 +26,35 @@ class Block(nn.Module):
     config: AnyDinoConfig
 
     @nn.compact
-    def __call__(self, x: Array, angles: Array | None) -> tuple[Array, None]:
-        """`[B, T, D]` and rotary angles `[T, K / 2]` or None, to (`[B, T, D]`, None)."""
+    def __call__(
+        self, x: Float[Array, "b t d"], angles: Float[Array, "t half"] | None
+    ) -> tuple[Float[Array, "b t d"], None]:
+        """The tokens, and None (what a scan collects); `angles` are rotary positions, K / 2 a head, or None."""
         config = self.config
         if isinstance(config, Dinov3Config):
             biases = (config.query_bias, config.key_bias, config.value_bias, config.proj_bias)
         else:
-            biases = (config.qkv_bias,) * 3 + (True,)
+            biases = (config.qkv_bias, config.qkv_bias, config.qkv_bias, True)
         y = LayerNorm(config.layer_norm_eps, name="norm1")(x)
         y = SelfAttention(config.num_attention_heads, biases, name="attention")(y, angles=angles)
         x = x + y * self._scale("scale1").astype(x.dtype)
         y = LayerNorm(config.layer_norm_eps, name="norm2")(x)
-        y = self._dinov3_mlp(y) if isinstance(config, Dinov3Config) else self._dinov2_mlp(y)
+        y = self._dinov3_mlp(config, y) if isinstance(config, Dinov3Config) else self._dinov2_mlp(config, y)
         return x + y * self._scale("scale2").astype(x.dtype), None
 
     def _scale(self, name: str) -> Array:
         value = nn.initializers.constant(self.config.layerscale_value)
         return self.param(name, value, (self.config.hidden_size,), jnp.float32)
 
-    def _dinov2_mlp(self, x: Array) -> Array:
-        config = self.config
+    def _dinov2_mlp(self, config: Dinov2Config, x: Array) -> Array:
         if not config.use_swiglu_ffn:
             x = activation(config.hidden_act)(Dense(config.mlp_width, name="fc1")(x))
             return Dense(config.hidden_size, name="fc2")(x)
         gate, up = jnp.split(Dense(2 * config.mlp_width, name="weights_in")(x), 2, axis=-1)
         return Dense(config.hidden_size, name="weights_out")(jax.nn.silu(gate) * up)
 
-    def _dinov3_mlp(self, x: Array) -> Array:
-        config, act = self.config, activation(self.config.hidden_act)
+    def _dinov3_mlp(self, config: Dinov3Config, x: Array) -> Array:
+        act = activation(config.hidden_act)
         up = Dense(config.intermediate_size, config.mlp_bias, name="up")(x)
         if config.use_gated_mlp:
             inner = act(Dense(config.intermediate_size, config.mlp_bias, name="gate")(x)) * up
@@ -67,8 +70,8 @@ class Dinov2(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, pixels: Array) -> Array:
-        """Normalised images `[B, H, W, C]` to all tokens after the final norm, `[B, T, D]`."""
+    def __call__(self, pixels: Float[Array, "b height width c"]) -> Float[Array, "b t d"]:
+        """All tokens of normalised images, after the final norm."""
         config, width, normal = self.config, self.config.hidden_size, nn.initializers.normal(0.02)
         rows, columns = pixels.shape[1] // config.patch_size, pixels.shape[2] // config.patch_size
         patches = Dense(width, name="patch_embedding")(image_patches(pixels, config.patch_size))
@@ -79,21 +82,22 @@ class Dinov2(nn.Module):
         first = jnp.broadcast_to(first.astype(patches.dtype), (len(patches), 1, width))
         x = jnp.concatenate([first, patches], axis=1)
         x = x + resize_positions(table, config.grid, rows, columns).astype(x.dtype)
-        x, _ = scan_layers(Block, config.num_hidden_layers, self.remat)(config, name="layers")(x, None)
+        x, _ = scan_layers(Block, config.num_hidden_layers, "full" if self.remat else "none")(config, name="layers")(
+            x, None
+        )
         return LayerNorm(config.layer_norm_eps, name="norm")(x)
 
 
-def resize_positions(table: Array, grid: int, rows: int, columns: int) -> Array:
+def resize_positions(
+    table: Float[Array, "1 1+{grid}**2 d"], grid: int, rows: int, columns: int
+) -> Float[Array, "1 1+{rows}*{columns} d"]:
     """A position table for another number of patches: torch's bicubic without antialiasing.
 
     Args:
-      table: `[1, 1 + grid * grid, D]`, the class token's position first.
+      table: the position of the class token first.
       grid: side of the table's square.
       rows: patches down.
       columns: patches across.
-
-    Returns:
-      `[1, 1 + rows * columns, D]`.
     """
     if (rows, columns) == (grid, grid):
         return table
@@ -110,8 +114,8 @@ class Dinov3(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, pixels: Array) -> Array:
-        """Normalised images `[B, H, W, C]` to all tokens after the final norm, `[B, T, D]`."""
+    def __call__(self, pixels: Float[Array, "b height width c"]) -> Float[Array, "b t d"]:
+        """All tokens of normalised images, after the final norm."""
         config, width, normal = self.config, self.config.hidden_size, nn.initializers.normal(0.02)
         rows, columns = pixels.shape[1] // config.patch_size, pixels.shape[2] // config.patch_size
         patches = Dense(width, name="patch_embedding")(image_patches(pixels, config.patch_size))
@@ -121,11 +125,13 @@ class Dinov3(nn.Module):
         prefix = jnp.concatenate([first, registers], axis=1).astype(patches.dtype)
         x = jnp.concatenate([jnp.broadcast_to(prefix, (len(patches), *prefix.shape[1:])), patches], axis=1)
         angles = rotary_angles(config, rows, columns)
-        x, _ = scan_layers(Block, config.num_hidden_layers, self.remat)(config, name="layers")(x, angles)
+        x, _ = scan_layers(Block, config.num_hidden_layers, "full" if self.remat else "none")(config, name="layers")(
+            x, angles
+        )
         return LayerNorm(config.layer_norm_eps, name="norm")(x)
 
 
-def rotary_angles(config: Dinov3Config, rows: int, columns: int) -> Array:
+def rotary_angles(config: Dinov3Config, rows: int, columns: int) -> Float[Array, "t half"]:
     """Rotary angles of patch centres in [-1, 1]; zero for the class and register tokens.
 
     Args:
@@ -134,7 +140,7 @@ def rotary_angles(config: Dinov3Config, rows: int, columns: int) -> Array:
       columns: patches across.
 
     Returns:
-      float32 `[1 + registers + rows * columns, K / 2]` in radians: K / 4 for the row, then K / 4 for the column.
+      float32 angles in radians of 1 + registers + rows * columns tokens: K / 4 for the row, then K / 4 for the column.
     """
     head_width = config.hidden_size // config.num_attention_heads
     frequencies = config.rope_theta ** -np.arange(0, 1, 4 / head_width, dtype=np.float32)
@@ -149,40 +155,41 @@ def _module(config: AnyDinoConfig, remat: bool = False) -> nn.Module:
     return Dinov3(config, remat) if isinstance(config, Dinov3Config) else Dinov2(config, remat)
 
 
-def token_features(config: AnyDinoConfig, params: trees.Tree, pixels: Array, *, remat: bool = False) -> Array:
+def token_features(
+    config: AnyDinoConfig, params: trees.Tree, pixels: Float[Array, "b height width c"], *, remat: bool = False
+) -> Float[Array, "b t d"]:
     """The last hidden state, not normalised, in the precision of `pixels`.
 
     Args:
       config, params, pixels, remat: see `cls_features`.
 
     Returns:
-      `[B, 1 + registers + P, D]`: the class token, DINOv3's register tokens, the patches in reading order.
+      The class token, DINOv3's register tokens, the patches in reading order.
     """
-    return _module(config, remat).apply({"params": params}, pixels)
+    return cast(Array, _module(config, remat).apply({"params": params}, pixels))
 
 
-def cls_features(config: AnyDinoConfig, params: trees.Tree, pixels: Array, *, remat: bool = False) -> Array:
+def cls_features(
+    config: AnyDinoConfig, params: trees.Tree, pixels: Float[Array, "b height width c"], *, remat: bool = False
+) -> Float[Array, "b d"]:
     """The class token of the last hidden state, not normalised, in the precision of `pixels`.
 
     Args:
       config: of DINOv2 or DINOv3.
       params: the model's parameters.
-      pixels: `[B, H, W, C]`, already preprocessed; what passes the last whole patch is cut off.
+      pixels: already preprocessed; what is left over behind the last complete patch is dropped.
       remat: recompute layers in the backward pass.
-
-    Returns:
-      `[B, D]`.
     """
     return token_features(config, params, pixels, remat=remat)[:, 0]
 
 
-def init_params(config: AnyDinoConfig, key: Array) -> dict:
+def init_params(config: AnyDinoConfig, key: Key[Array, ""]) -> dict[str, Any]:
     """New random parameters, float32."""
     blank = jnp.zeros((1, config.patch_size, config.patch_size, config.num_channels))
-    return _module(config).init(key, blank)["params"]
+    return dict(_module(config).init(key, blank)["params"])
 
 
 @functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
-def abstract_params(config: AnyDinoConfig) -> dict:
+def abstract_params(config: AnyDinoConfig) -> dict[str, Any]:
     """The shapes of `init_params`, without allocating anything."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

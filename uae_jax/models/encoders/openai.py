@@ -1,7 +1,7 @@
 """CLIP states with OpenAI's tensor names: the original CLIP (arXiv 2103.00020) and Long-CLIP (arXiv 2403.15378).
 
-They have no config: sizes are read off the shapes, and what no shape says is that of the official code. Query, key and
-value are one fused tensor, which `SplitTensors` shows as three, so that each parameter has one source.
+They have no config: sizes are read off the shapes, and the rest is that of the official code. Query, key and value are
+one fused tensor, which `SplitTensors` shows as three, so that each parameter has one source.
 """
 
 import pathlib
@@ -47,7 +47,7 @@ class SplitTensors:
         return self.files[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor; the whole fused one's where it does not divide by three."""
+        """The shape of a tensor, or of the fused tensor where that does not divide by three."""
         stored, index = self._stored[name]
         shape = self._source.shape(stored)
         return shape if index is None or shape[0] % 3 else (shape[0] // 3, *shape[1:])
@@ -64,10 +64,10 @@ class SplitTensors:
 
 
 def config_of(tensors: TensorFolder | TorchFile | SplitTensors) -> CLIPConfig:
-    """The config that the shapes of a state say; Long-CLIP's where there is a second table of text positions.
+    """The config that the shapes of a state imply; Long-CLIP's where there is a second table of text positions.
 
     Raises:
-      ValueError: a tensor that tells a size is missing, or it is not a vision transformer.
+      ValueError: a tensor that implies a size is missing, or it is not a vision transformer.
     """
 
     def size(name: str, axis: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Float
 
 from uae_jax.files.json_files import read_json
 
@@ -23,19 +23,16 @@ PILLOW_CUBIC, TORCH_CUBIC = -0.5, -0.75
 
 def resize_matrix(
     n_in: int, n_out: int, method: str = "bicubic", antialias: bool = True, a: float = PILLOW_CUBIC
-) -> np.ndarray:
-    """Weights of a one-dimensional resize: `output = matrix @ input`; rows sum to 1.
+) -> Float[np.ndarray, "{n_out} {n_in}"]:
+    """float32 weights of a one-dimensional resize: `output = matrix @ input`; rows sum to 1.
 
     Args:
       n_in: samples in.
       n_out: samples out.
       method: `bilinear` or `bicubic`.
-      antialias: True widens the kernel when shrinking and cuts it at the border (PIL, torch with antialias); False
-        repeats the border samples (torch without).
+      antialias: True widens the kernel when shrinking and truncates it at the border (PIL, torch with antialias);
+        False repeats the border samples (torch without).
       a: the cubic kernel's parameter: -0.5 in PIL and in torch with antialias, -0.75 in torch without.
-
-    Returns:
-      float32 `[n_out, n_in]`.
 
     Raises:
       ValueError: unknown method.
@@ -79,7 +76,7 @@ class Preprocess:
       a: see `resize_matrix`.
       mean: subtracted from each channel, in units of [0, 1].
       std: divides each channel.
-      clip: whether values that the cubic kernel throws out of [0, 1] are cut, as 8-bit images do.
+      clip: whether values that the cubic kernel throws out of [0, 1] are clipped, as in 8-bit images.
       quantize: whether values are rounded to 1/255 after each direction, as PIL does with 8-bit images. For scores
         equal to PIL's; it has no gradient.
       crop_offset: `floor` (transformers) or `round` (torchvision) for odd margins.
@@ -163,7 +160,7 @@ class Preprocess:
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing, before the crop; the longer side is rounded down."""
         if len(self.size) != 1:
-            return self.size or (height, width)
+            return (self.size[0], self.size[1]) if self.size else (height, width)
         short, long = min(height, width), max(height, width)
         other = int(self.size[0] * long / short)
         return (self.size[0], other) if height <= width else (other, self.size[0])
@@ -197,7 +194,7 @@ def clip_preprocessor(side: int) -> dict[str, Any]:
     )
 
 
-def apply(preprocess: Preprocess, pixels: Array) -> Array:
+def apply(preprocess: Preprocess, pixels: Float[Array, "b height width c"]) -> Float[Array, "b height_out width_out c"]:
     """Resizes, crops and normalises images, in float32 at full precision.
 
     With the published settings the result is PIL's within its 8-bit rounding (two roundings: at most about 2/255,
@@ -205,23 +202,24 @@ def apply(preprocess: Preprocess, pixels: Array) -> Array:
 
     Args:
       preprocess: what to do.
-      pixels: `[B, H, W, C]` in [0, 1].
+      pixels: in [0, 1].
 
     Returns:
-      float32 `[B, S, S', C]`, normalised.
+      float32, normalised.
 
     Raises:
       ValueError: the resized image is smaller than the crop.
     """
     x = pixels.astype(jnp.float32)
-    rows, columns = (_side_matrix(preprocess, x.shape[1:3], axis) for axis in (0, 1))
+    _, height, width, _ = x.shape
+    rows, columns = (_side_matrix(preprocess, (height, width), axis) for axis in (0, 1))
     x = _as_image(preprocess, jnp.einsum("bhwc,vw->bhvc", x, columns, precision="highest"))
     x = _as_image(preprocess, jnp.einsum("bhvc,uh->buvc", x, rows, precision="highest"))
     return (x - jnp.asarray(preprocess.mean, jnp.float32)) / jnp.asarray(preprocess.std, jnp.float32)
 
 
 def _side_matrix(preprocess: Preprocess, shape: tuple[int, int], axis: int) -> np.ndarray:
-    """Resize weights of one direction, cut to the rows inside the crop."""
+    """Resize weights of one direction, only the rows inside the crop."""
     size = preprocess.resized(*shape)[axis]
     matrix = resize_matrix(shape[axis], size, preprocess.method, preprocess.antialias, preprocess.a)
     if not preprocess.crop:

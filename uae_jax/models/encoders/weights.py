@@ -4,9 +4,12 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 from safetensors.numpy import save_file
 
 from uae_jax import trees
@@ -32,6 +35,7 @@ from uae_jax.models.encoders.tables import (
     dinov2_rules,
     dinov3_rules,
 )
+from uae_jax.models.precision import numpy_dtype
 
 CONFIGS = {
     "clip": CLIPConfig,
@@ -63,31 +67,33 @@ class EncoderFolder:
     aliases: Sequence[tuple[str, str]] = ()
     ignore: str = ""
 
-    def abstract(self) -> dict:
+    def abstract(self) -> dict[str, Any]:
         """The shapes of the parameters."""
-        return (dino if self.kind.startswith("dino") else clip).abstract_params(self.config)
+        if isinstance(self.config, Dinov2Config | Dinov3Config):
+            return dino.abstract_params(self.config)
+        return clip.abstract_params(self.config)
 
-    def load(self, dtype: np.dtype | None = np.float32, placement: Placement | None = None) -> dict:
+    def load(self, dtype: DTypeLike | None = np.float32, placement: Placement | None = None) -> dict[str, Any]:
         """The parameters, as of `init_params` of `clip` or `dino`.
 
         Args:
           dtype, placement: see `load_params`.
 
         Raises:
-          ValueError: the tensors do not fit the config, or are not finite.
+          ValueError: the tensors do not fit the config, or hold non-finite numbers.
         """
         return load_params(
-            self.tensors,
+            cast(TensorFolder, self.tensors),  # all have the same methods
             self.rules,
             self.abstract(),
             aliases=self.aliases,
             ignore=self.ignore,
-            dtype=dtype,
+            dtype=numpy_dtype(dtype),
             placement=placement,
         )
 
     def image_tower(self) -> "EncoderFolder":
-        """Of CLIP with both towers the image tower, so that the text tower is not read; other encoders as they are.
+        """The image tower of CLIP with both towers, so that the text tower is not read; other encoders as they are.
 
         Raises:
           ValueError: it is the text tower of CLIP alone.
@@ -115,7 +121,8 @@ class EncoderFolder:
           ValueError: a setting or the variant is not supported.
         """
         if isinstance(self.tensors, openai.SplitTensors):
-            vision = self.config.vision if isinstance(self.config, CLIPConfig) else self.config
+            # OpenAI's names are those of both towers or, after `image_tower`, of the image tower alone
+            vision = self.config.vision if isinstance(self.config, CLIPConfig) else cast(CLIPVisionConfig, self.config)
             return Preprocess.longclip(vision.image_size).as_variant(variant)
         return Preprocess.from_folder(self.path, variant)
 
@@ -176,15 +183,13 @@ def _another_model(path: pathlib.Path) -> ValueError:
     return ValueError(f"{path} holds {what}, not an image encoder; give a CLIP, Long-CLIP, DINOv2 or DINOv3 folder")
 
 
-def _only(source: EncoderFolder, *kinds: str) -> EncoderFolder:
-    if source.kind not in kinds:
-        raise ValueError(f"{source.path} holds a {source.kind} model; needed: {' or '.join(kinds)}")
-    return source
+def _another_kind(source: EncoderFolder, needed: str) -> ValueError:
+    return ValueError(f"{source.path} holds a {source.kind} model; needed: {needed}")
 
 
 def load_dino(
-    folder: str | pathlib.Path, *, dtype: np.dtype = np.float32, placement: Placement | None = None
-) -> tuple[dino.AnyDinoConfig, dict]:
+    folder: str | pathlib.Path, *, dtype: DTypeLike = np.float32, placement: Placement | None = None
+) -> tuple[dino.AnyDinoConfig, dict[str, Any]]:
     """Config and parameters of a Dinov2Model or DINOv3ViTModel folder, in the file or the in-memory names.
 
     Args:
@@ -199,13 +204,15 @@ def load_dino(
       FileNotFoundError: a file is missing.
       ValueError: the folder holds another model, or its tensors do not fit.
     """
-    source = _only(open_encoder(folder), "dinov2", "dinov3")
+    source = open_encoder(folder)
+    if not isinstance(source.config, Dinov2Config | Dinov3Config):
+        raise _another_kind(source, "dinov2 or dinov3")
     return source.config, source.load(dtype, placement)
 
 
 def load_clip(
-    folder: str | pathlib.Path, *, dtype: np.dtype = np.float32, placement: Placement | None = None
-) -> tuple[clip.AnyCLIPConfig, dict]:
+    folder: str | pathlib.Path, *, dtype: DTypeLike = np.float32, placement: Placement | None = None
+) -> tuple[clip.AnyCLIPConfig, dict[str, Any]]:
     """Config and parameters of a CLIPModel, CLIPVisionModelWithProjection, CLIPTextModelWithProjection or Long-CLIP
     folder.
 
@@ -221,7 +228,9 @@ def load_clip(
       FileNotFoundError: a file is missing.
       ValueError: the folder holds another model, or its tensors do not fit.
     """
-    source = _only(open_encoder(folder), "clip", "longclip")
+    source = open_encoder(folder)
+    if isinstance(source.config, Dinov2Config | Dinov3Config):
+        raise _another_kind(source, "clip or longclip")
     return source.config, source.load(dtype, placement)
 
 
@@ -257,12 +266,11 @@ def save_clip(folder: str | pathlib.Path, config: clip.AnyCLIPConfig, params: tr
 CLIP_START, CLIP_END = 49406, 49407  # of CLIP's tokenizer; the ids in the published text configs are wrong
 
 
-def empty_prompt_ids(config: CLIPTextConfig) -> np.ndarray:
-    """The empty prompt `[1, 2]`: start and end token.
+def empty_prompt_ids(config: CLIPTextConfig) -> Int[np.ndarray, "1 2"]:
+    """The empty prompt: start and end token.
 
-    The padding that follows in the published pipelines (end token or 0) cannot change the pooled feature, because
-    attention is causal and pooling is at the first end token, so there is none. Vocabularies smaller than CLIP's have
-    the ids of their config.
+    Published pipelines pad it (end token or 0). Padding cannot change the pooled feature: attention is causal, and
+    pooling is at the first end token. Vocabularies smaller than CLIP's have the ids of their config.
     """
     is_clip = config.vocab_size > CLIP_END
     start, end = (CLIP_START, CLIP_END) if is_clip else (config.bos_token_id, config.eos_token_id)
@@ -272,14 +280,14 @@ def empty_prompt_ids(config: CLIPTextConfig) -> np.ndarray:
 _text_features = jax.jit(clip.text_features, static_argnums=0)
 
 
-def pooled_empty_prompt(folders: Sequence[str | pathlib.Path]) -> np.ndarray:
+def pooled_empty_prompt(folders: Sequence[str | pathlib.Path]) -> Float[np.ndarray, " d_pooled"]:
     """The transformer's pooled condition: features of the empty prompt, concatenated (arXiv 2403.03206, section 4).
 
     Args:
       folders: `text_encoder` and `text_encoder_2` of a diffusers folder, in this order.
 
     Returns:
-      float32 `[P_1 + P_2]`.
+      float32, the features of both encoders side by side.
 
     Raises:
       FileNotFoundError: a file is missing.

@@ -26,7 +26,7 @@ class VisionConfig:
       channels: colour channels.
       merge_size: patches merged along each side into one embedding.
       window_size: side of an attention window in pixels; used by the data side, which numbers the windows.
-      full_attention_blocks: indices of the blocks that attend to the whole image.
+      full_attention_blocks: indices of the blocks that attend to all patches of an image.
       dtype: precision of activations, `float32` or `bfloat16`.
       remat: what the backward pass recomputes, one of `nn.remat.POLICIES`.
     """
@@ -93,7 +93,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2_5VLConfig:
-    """The whole model; the defaults are the published 3B size.
+    """The complete model; the defaults are the published 3B size.
 
     Attributes:
       vision: the image encoder.

@@ -1,17 +1,18 @@
-"""One token at a time in the form that GPUs read fastest: layers apart, few products, one cache of prompt and caption.
+"""One token at a time in the form that GPUs read fastest: separate layers, few products, one cache.
 
-A loop over stacked layers copies a layer's weights out of the stack before it multiplies with them, and XLA joins
-products of one input by joining their weights anew for every token: both together move four times the bytes of the
-weights (docs/gpu.md). Here weights are joined once, before the loop over tokens, for the memory of one copy of the
+A loop over stacked layers copies a layer's weights out of the stack before it multiplies with them. XLA joins products
+of one input by joining their weights again for every token. Both together move four times the bytes of the weights
+(docs/gpu.md). Here weights are joined once, before the loop over tokens. That takes the memory of one copy of the
 language model in its own precision.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from uae_jax.models.qwen2_5_vl.config import TextConfig
 from uae_jax.models.qwen2_5_vl.text import Memory, mrope_angles
@@ -22,47 +23,49 @@ from uae_jax.nn.rope import apply_rope
 
 ROWS = 8  # that cuBLAS's tensor cores take at once in half precision
 
+Params = Mapping[str, Any]
+
 
 class Product(NamedTuple):
     """Affine maps of one input side by side, with their adapters.
 
     Attributes:
-      kernel: `[D, F]`.
-      first: `[D, R]`, the adapters' first factors; None without adapters.
-      second: `[R, F]`, their scaled second factors on a block diagonal.
-      bias: `[F]`, or None.
+      kernel: of the maps.
+      first: the first factors of the adapters; None without adapters.
+      second: the scaled second factors of the adapters on a block diagonal.
+      bias: of the maps, or None.
     """
 
-    kernel: Array
-    first: Array | None
-    second: Array | None
-    bias: Array | None
+    kernel: Float[Array, "fan_in fan_out"]
+    first: Float[Array, "fan_in rank"] | None
+    second: Float[Array, "rank fan_out"] | None
+    bias: Float[Array, " fan_out"] | None
 
 
 class PackedLayer(NamedTuple):
     """The weights of one layer.
 
     Attributes:
-      attention_scale, mlp_scale: of the norms, `[D]`.
+      attention_scale, mlp_scale: of the norms.
       inputs: query, key and value; output, gate_and_up, down: the other products.
     """
 
-    attention_scale: Array
+    attention_scale: Float[Array, " d"]
     inputs: Product
     output: Product
-    mlp_scale: Array
+    mlp_scale: Float[Array, " d"]
     gate_and_up: Product
     down: Product
 
 
 class Cache(NamedTuple):
-    """Rotated keys and values of one layer, prompt and caption, `[N, H', S + T, K]` each."""
+    """Rotated keys, and values, of one layer: S entries of the prompt and T of the caption."""
 
-    key: Array
-    value: Array
+    key: Float[Array, "n j s+t k"]
+    value: Float[Array, "n j s+t k"]
 
 
-def pack(config: TextConfig, language: Mapping, adapter: Mapping | None) -> tuple[PackedLayer, ...]:
+def pack(config: TextConfig, language: Params, adapter: Params | None) -> tuple[PackedLayer, ...]:
     """The layers of a language model as the loop over tokens reads them.
 
     Args:
@@ -93,7 +96,7 @@ def pack(config: TextConfig, language: Mapping, adapter: Mapping | None) -> tupl
     return tuple(layer(index) for index in range(config.layers))
 
 
-def _product(config: TextConfig, maps: Sequence[Mapping], adapters: Sequence[Mapping | None]) -> Product:
+def _product(config: TextConfig, maps: Sequence[Params], adapters: Sequence[Params | None]) -> Product:
     features = [map_["kernel"].shape[-1] for map_ in maps]
     first, second, start = [], [], 0
     for adapter, width in zip(adapters, features):
@@ -104,27 +107,31 @@ def _product(config: TextConfig, maps: Sequence[Mapping], adapters: Sequence[Map
         start += width
     biases = [map_["bias"] for map_ in maps if "bias" in map_]
 
-    def joined(parts: Sequence[Array], axis: int) -> Array | None:
-        # whole on every device: what the loop over tokens reads, no token may gather
-        return constrain(jnp.concatenate(parts, axis).astype(config.dtype), None) if parts else None
+    def joined(parts: Sequence[Array], axis: int) -> Array:
+        # complete on every device, so that no token gathers what the loop over tokens reads
+        return constrain(jnp.concatenate(parts, axis).astype(config.dtype), None)
 
-    return Product(joined([map_["kernel"] for map_ in maps], 1), joined(first, 1), joined(second, 0), joined(biases, 0))
+    return Product(
+        joined([map_["kernel"] for map_ in maps], 1),
+        joined(first, 1) if first else None,
+        joined(second, 0) if second else None,
+        joined(biases, 0) if biases else None,
+    )
 
 
 def _apply(product: Product, x: Array) -> Array:
     """`[N, D]` to `[N, F]`."""
     y = x @ product.kernel
-    if product.first is not None:
+    if product.first is not None and product.second is not None:
         # without the barrier XLA joins both products of x, and their weights with them, for every token
         y = y + (lax.optimization_barrier(x) @ product.first) @ product.second
     return y if product.bias is None else y + product.bias
 
 
-def whole_tiles(x: Array) -> Array:
-    """`[N, ...]` with zeros behind its rows up to a multiple of 8: XLA would pad operands and results of every product
-    to it.
+def whole_tiles(x: Shaped[Array, " n *rest"]) -> Shaped[Array, " padded *rest"]:
+    """Zeros behind the rows up to a multiple of 8, to which XLA would pad operands and results of every product.
 
-    Rows that are cut over devices stay as they are.
+    Rows that are sharded over devices stay as they are.
     """
     room = -len(x) % ROWS if ways("batch") == 1 else 0
     return jnp.pad(x, ((0, room), *((0, 0),) * (x.ndim - 1)))
@@ -140,8 +147,8 @@ def start_caches(config: TextConfig, memory: Memory, group: int, length: int) ->
       length: T tokens of a caption.
     """
 
-    def rows(x: Array) -> Array:
-        x = whole_tiles(jnp.repeat(x.transpose(0, 2, 1, 3), group, axis=0))  # from [B, S, H', K]
+    def rows(x: Float[Array, "b s j k"]) -> Float[Array, "n j s+{length} k"]:
+        x = whole_tiles(jnp.repeat(x.transpose(0, 2, 1, 3), group, axis=0))
         return constrain(jnp.pad(x, ((0, 0), (0, 0), (0, length), (0, 0))), "batch", "heads")
 
     return tuple(Cache(rows(memory.kv.key[index]), rows(memory.kv.value[index])) for index in range(config.layers))
@@ -150,25 +157,25 @@ def start_caches(config: TextConfig, memory: Memory, group: int, length: int) ->
 def decode_token(
     config: TextConfig,
     layers: Sequence[PackedLayer],
-    final_scale: Array,
+    final_scale: Float[Array, " d"],
     caches: Sequence[Cache],
-    embeds: Array,
-    positions: Array,
-    index: Array,
-    visible: Array,
-) -> tuple[Array, tuple[Cache, ...]]:
+    embeds: Float[Array, "n d"],
+    positions: Int[Array, " n"],
+    index: Int[Array, ""],
+    visible: Bool[Array, "n s+t"],
+) -> tuple[Float[Array, "n d"], tuple[Cache, ...]]:
     """One token of every row through all layers.
 
     Args:
       config: sizes.
-      layers: of `pack`; final_scale: of the last norm, `[D]`.
+      layers: of `pack`; final_scale: of the last norm.
       caches: of `start_caches`, filled so far.
-      embeds: `[N, D]`; positions: int `[N]`, the same on all three axes.
-      index: where this token's keys are written, S + t.
-      visible: bool `[N, S + T]`, which entries of the cache count, this token's own included.
+      embeds: of the tokens; positions: the same on all three axes.
+      index: where the keys of this token are written, S + t.
+      visible: which entries of the cache count, with that of this token.
 
     Returns:
-      Hidden states after the final norm `[N, D]`, and the caches with this token.
+      Hidden states after the final norm, and the caches with this token.
     """
     angles = mrope_angles(config, jnp.broadcast_to(positions[:, None, None], (len(positions), 1, 3)))[:, 0]
     x, filled = embeds, []
@@ -179,7 +186,7 @@ def decode_token(
 
 
 def _norm(config: TextConfig, scale: Array, x: Array) -> Array:
-    return RMSNorm(config.norm_epsilon).apply({"params": {"scale": scale}}, x)
+    return cast(Array, RMSNorm(config.norm_epsilon).apply({"params": {"scale": scale}}, x))
 
 
 def _layer(
@@ -201,7 +208,7 @@ def _layer(
 
 
 def _attend(query: Array, cache: Cache, visible: Array) -> Array:
-    """Queries `[N, H', H / H', K]` over a cache; logits and softmax are float32."""
+    """Queries `[N, J, H / J, K]` over a cache; logits and softmax are float32."""
     logits = (
         jnp.einsum("nhrk,nhsk->nhrs", query, cache.key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     )

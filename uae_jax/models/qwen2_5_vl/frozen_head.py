@@ -1,10 +1,9 @@
-"""Scores of tokens under a head that is not trained, the vocabulary a block at a time, with their gradient by the
-hidden states.
+"""Scores of tokens under a frozen head, a block of the vocabulary at a time, with their gradient by the hidden states.
 
 The gradient of a log-probability by its own hidden state is the token's row of the head less the mean row under the
-distribution: an attention of hidden states over the vocabulary, with the head as keys and values. It is summed as in
-  arXiv 2205.14135, section 3.1, in
-the one pass that makes the logits: each block of the head is read once, and no logits are kept or computed again.
+distribution. That is an attention of hidden states over the vocabulary, with the head as keys and values. The pass that
+makes the logits sums it, too (arXiv 2205.14135, section 3.1): each block of the head is read once, and no logits are
+kept or recomputed.
 """
 
 import functools
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float, Int
 
 from uae_jax.nn.attention.mask import MASKED
 from uae_jax.nn.constrain import constrain, ways
@@ -21,30 +20,28 @@ from uae_jax.nn.loops import scan
 
 
 class _Sums(NamedTuple):
-    """Of the blocks so far, float32: the largest logit and the sum of weights `[N]`, the weighted rows of the head `[N,
-    D]` or None.
-    """
+    """Of the blocks so far, float32: the largest logit, the sum of weights, the weighted rows of the head or None."""
 
-    largest: Array
-    total: Array
-    rows: Array | None
+    largest: Float[Array, " n"]
+    total: Float[Array, " n"]
+    rows: Float[Array, "n d"] | None
 
 
 class Blocks(NamedTuple):
-    """A head in blocks of its vocabulary; each holds a piece of what every device along the axis `vocab` has.
+    """A head in blocks of its vocabulary; each block holds a piece of the shard of every device along the axis `vocab`.
 
     Attributes:
       head: `[W, blocks, S, D]` where tied, else `[D, W, blocks, S]`; W devices, S tokens of each in a block.
       tied: whether it is a table of embeddings.
-      vocabulary: tokens; what is beyond is padding.
+      vocabulary: number of tokens; the rest is padding.
     """
 
-    head: Array
+    head: Float[Array, "..."]
     tied: bool
     vocabulary: int
 
     @classmethod
-    def cut(cls, head: Array, tied: bool, blocks: int) -> "Blocks":
+    def split(cls, head: Float[Array, "_ _"], tied: bool, blocks: int) -> "Blocks":
         """A table `[V, D]`, or an untied matrix `[D, V]`, in so many blocks."""
         axis, devices = (0 if tied else 1), ways("vocab")
         vocabulary = head.shape[axis]
@@ -57,9 +54,10 @@ class Blocks(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int]:
         """W, blocks, S."""
-        return self.head.shape[:3] if self.tied else self.head.shape[1:]
+        devices, blocks, size = self.head.shape[:3] if self.tied else self.head.shape[1:]
+        return devices, blocks, size
 
-    def block(self, index: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+    def block(self, index: Int[Array, ""], dtype: jnp.dtype) -> tuple[Float[Array, "_ _"], Int[Array, " v"]]:
         """One block, `[W S, D]` or `[D, W S]`, and its tokens `[W S]`."""
         devices, blocks, size = self.shape
         tokens = jnp.arange(devices)[:, None] * (blocks * size) + index * size + jnp.arange(size)
@@ -69,7 +67,7 @@ class Blocks(NamedTuple):
 
 
 def _pass(blocks: Blocks, hidden: Array, temperature: float | Array, with_rows: bool) -> _Sums:
-    """The sums over the whole vocabulary; `hidden` `[N, D]`."""
+    """The sums over the complete vocabulary; `hidden` `[N, D]`."""
     letters = "vd" if blocks.tied else "dv"
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     padded = math.prod(blocks.shape) > blocks.vocabulary
@@ -82,7 +80,7 @@ def _pass(blocks: Blocks, hidden: Array, temperature: float | Array, with_rows: 
         largest = jnp.maximum(sums.largest, jnp.max(scaled, -1))
         shrink, weights = jnp.exp(sums.largest - largest), jnp.exp(scaled - largest[:, None])
         rows = None
-        if with_rows:
+        if sums.rows is not None:
             rows = sums.rows * shrink[:, None] + product(f"nv,{letters}->nd", weights.astype(hidden.dtype), part)
         return _Sums(largest, sums.total * shrink + jnp.sum(weights, -1), rows), None
 
@@ -92,39 +90,39 @@ def _pass(blocks: Blocks, hidden: Array, temperature: float | Array, with_rows: 
 
 
 def frozen_head_scores(
-    head: Array,
+    head: Float[Array, "_ _"],
     tied: bool,
-    hidden: Array,
-    tokens: Array,
+    hidden: Float[Array, "n d"],
+    tokens: Int[Array, " n"],
     *,
-    temperature: float | Array,
+    temperature: float | Float[Array, ""],
     blocks: int,
     with_entropy: bool,
-) -> tuple[Array, Array | None]:
-    """Log-probabilities of tokens; their gradient by the hidden states is taken along with them.
+) -> tuple[Float[Array, " n"], Float[Array, " n"] | None]:
+    """Log-probabilities of tokens, computed together with their gradient by the hidden states.
 
     Args:
       head: the table `[V, D]` of a tied head, or the matrix `[D, V]`; it gets no gradient.
       tied: which of the two.
-      hidden: `[N, D]`, the states that predict the tokens.
-      tokens: int `[N]`.
+      hidden: the states that predict the tokens.
+      tokens: to score.
       temperature: positive; logits are divided by it.
       blocks: of the vocabulary; logits `[N, V / blocks]` exist at once.
       with_entropy: whether entropies are computed too.
 
     Returns:
-      Float32 `[N]` each; the entropy, in nats, has no gradient, or is None.
+      Float32 each; the entropy, in nats, has no gradient, or is None.
     """
-    cut = Blocks.cut(head, tied, blocks)
+    split = Blocks.split(head, tied, blocks)
 
     def results(hidden: Array, tokens: Array, with_rows: bool) -> tuple[tuple[Array, Array | None], Array | None]:
         """Scores, and their slopes `[N, D]` if the head's rows are summed."""
         own = jnp.take(head, tokens, axis=0) if tied else jnp.take(head, tokens, axis=1).T
         own = constrain(own, "batch").astype(hidden.dtype).astype(jnp.float32)
-        sums, state = _pass(cut, hidden, temperature, with_rows), hidden.astype(jnp.float32)
+        sums, state = _pass(split, hidden, temperature, with_rows), hidden.astype(jnp.float32)
         normaliser = sums.largest + jnp.log(sums.total)
         log_probs = jnp.sum(state * own, -1) / temperature - normaliser
-        if not with_rows:
+        if sums.rows is None:
             return (log_probs, None), None
         mean = sums.rows / sums.total[:, None]
         # the mean logit is that of the mean row
@@ -135,7 +133,7 @@ def frozen_head_scores(
     def scores(hidden: Array, tokens: Array) -> tuple[Array, Array | None]:
         return results(hidden, tokens, with_rows=with_entropy)[0]
 
-    def forward(hidden: Array, tokens: Array) -> tuple[tuple[Array, Array | None], Array]:
+    def forward(hidden: Array, tokens: Array) -> tuple[tuple[Array, Array | None], Array | None]:
         return results(hidden, tokens, with_rows=True)
 
     def backward(slopes: Array, cotangents: tuple[Array, Array | None]) -> tuple[Array, None]:

@@ -1,11 +1,12 @@
 """Caption sampling as one loop inside the compiled step: key-value cache as loop state, early end, per-row keys."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from uae_jax.models.qwen2_5_vl import decoding, model
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
@@ -18,17 +19,17 @@ class Completion(NamedTuple):
     """Sampled tokens of N rows.
 
     Attributes:
-      tokens: int32 `[N, T]`, `pad_token_id` after the end.
-      mask: bool `[N, T]`, true up to and including the first stop token.
-      log_probs: float32 `[N, T]`, log-probability of each token under the distribution it was drawn from; 0 where
-        masked. With temperature 0 or truncation: under the full distribution at temperature 1 or the given one.
-      finished: bool `[N]`, whether a stop token was drawn.
+      tokens: int32, `pad_token_id` after the end.
+      mask: true up to and including the first stop token.
+      log_probs: float32 log-probability of each token under the distribution it was sampled from; 0 where masked. With
+        temperature 0 or truncation: under the full distribution at temperature 1 or the given one.
+      finished: whether a stop token was sampled.
     """
 
-    tokens: Array
-    mask: Array
-    log_probs: Array
-    finished: Array
+    tokens: Int[Array, "n t"]
+    mask: Bool[Array, "n t"]
+    log_probs: Float[Array, "n t"]
+    finished: Bool[Array, " n"]
 
 
 class _State(NamedTuple):
@@ -44,10 +45,10 @@ Decoder = tuple[Callable[[Any, Array, Array], tuple[Array, Any]], Any]
 
 def generate(
     config: Qwen2_5VLConfig,
-    params: Mapping,
-    adapter: Mapping | None,
+    params: model.Params,
+    adapter: model.Params | None,
     prefix: model.Prefix,
-    keys: Array,
+    keys: Key[Array, " n"],
     *,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
@@ -62,7 +63,7 @@ def generate(
       params: parameters.
       adapter: adapter of the language model, or None.
       prefix: prompts of B images, from the same adapter.
-      keys: typed random keys `[N]`, N = B * group, rows of a group together; step t folds in t.
+      keys: typed random keys, N = B * group, rows of a group together; step t folds in t.
       max_new_tokens: T.
       stop_ids: tokens that end a row; empty samples T tokens for every row.
       sampling: temperature and truncation.
@@ -79,7 +80,7 @@ def generate(
 
     def body(state: _State) -> _State:
         step, done = state.step, state.completion.finished
-        token, log_prob = _draw(config, params, state.hidden, keys, step, sampling)
+        token, log_prob = _sample(config, params, state.hidden, keys, step, sampling)
         token = jnp.where(done, config.pad_token_id, token)
         completion = Completion(
             tokens=state.completion.tokens.at[:, step].set(token),
@@ -104,7 +105,12 @@ def generate(
 
 
 def _scanned(
-    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, prefix: model.Prefix, length: int, group: int
+    config: Qwen2_5VLConfig,
+    params: model.Params,
+    adapter: model.Params | None,
+    prefix: model.Prefix,
+    length: int,
+    group: int,
 ) -> Decoder:
     """The model's own forward pass over stacked layers; a group shares the keys and values of its prompt."""
     rows = prefix.next_position.shape[0] * group
@@ -135,7 +141,12 @@ def _scanned(
 
 
 def _packed(
-    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, prefix: model.Prefix, length: int, group: int
+    config: Qwen2_5VLConfig,
+    params: model.Params,
+    adapter: model.Params | None,
+    prefix: model.Prefix,
+    length: int,
+    group: int,
 ) -> Decoder:
     """The form of `decoding`."""
     layers = decoding.pack(config.text, params["language"], adapter)
@@ -161,8 +172,8 @@ def _packed(
     return advance, decoding.start_caches(config.text, prefix.memory, group, length)
 
 
-def _draw(
-    config: Qwen2_5VLConfig, params: Mapping, hidden: Array, keys: Array, step: Array, sampling: SamplingConfig
+def _sample(
+    config: Qwen2_5VLConfig, params: model.Params, hidden: Array, keys: Array, step: Array, sampling: SamplingConfig
 ) -> tuple[Array, Array]:
     logits = model.logits(config, params, hidden)
     uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)

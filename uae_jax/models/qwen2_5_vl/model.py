@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from uae_jax import trees
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
@@ -22,34 +22,36 @@ from uae_jax.nn.loops import scan
 ADAPTER_PATTERN = r"layers/(attention|mlp)/.*"  # all linear layers of the text model, as in the release
 SCORE_CHUNK = 64  # positions of each row whose logits exist at once, by default
 
+Params = Mapping[str, Any]
+
 
 class Prefix(NamedTuple):
-    """A prompt that was computed once and is read by all completions of its group.
+    """B prompts that are computed once; all completions of a group read one.
 
     Attributes:
-      memory: keys and values `[L, B, Tp, H', K]` and their mask `[B, Tp]`.
-      next_position: int `[B]`, the M-RoPE position of the first completion token.
-      last_hidden: `[B, D]`, the hidden state that scores the first completion token.
+      memory: keys and values `[L, B, S, J, K]` and their mask `[B, S]`.
+      next_position: the M-RoPE position of the first completion token.
+      last_hidden: the hidden state that scores the first completion token.
     """
 
     memory: Memory
-    next_position: Array
-    last_hidden: Array
+    next_position: Int[Array, " b"]
+    last_hidden: Float[Array, "b d"]
 
 
 class TokenScores(NamedTuple):
-    """Float32 `[N, T]` each; zero where masked.
+    """Float32, of the shape of the tokens; zero where masked.
 
     Attributes:
       log_probs: log-probability of each token.
-      entropy: entropy of the distribution each token was drawn from in nats, without a gradient; or None.
+      entropy: of the distribution that each token was sampled from, in nats, without a gradient; or None.
     """
 
-    log_probs: Array
-    entropy: Array | None
+    log_probs: Float[Array, "*rows t"]
+    entropy: Float[Array, "*rows t"] | None
 
 
-def init_params(config: Qwen2_5VLConfig, key: Array) -> dict:
+def init_params(config: Qwen2_5VLConfig, key: Key[Array, ""]) -> dict[str, Any]:
     """Random parameters `{"vision", "language"}`, float32."""
     vision, ids = config.vision, jnp.zeros((1, 2), jnp.int32)
     patches = config.vision.merge_size**2
@@ -63,14 +65,19 @@ def init_params(config: Qwen2_5VLConfig, key: Array) -> dict:
 
 
 @functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
-def abstract_params(config: Qwen2_5VLConfig) -> dict:
+def abstract_params(config: Qwen2_5VLConfig) -> dict[str, Any]:
     """Shapes of `init_params`, without computing anything."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 def _apply(
-    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, *args, method=None, return_kv: bool = False
-):
+    config: Qwen2_5VLConfig,
+    params: Params,
+    adapter: Params | None,
+    *args: Any,
+    method: str | None = None,
+    return_kv: bool = False,
+) -> Any:
     variables = {"params": params["language"]}
     if adapter is not None:
         variables["lora"] = adapter
@@ -78,31 +85,38 @@ def _apply(
 
 
 def encode_images(
-    config: Qwen2_5VLConfig, params: Mapping, patches: Array, positions: Array, windows: Array, images: Array
-) -> Array:
-    """Image embeddings `[B, P / 4, D]` of the patches of each row; see `vision.VisionTower` for the arguments."""
-    return VisionTower(config.vision).apply({"params": params["vision"]}, patches, positions, windows, images)
+    config: Qwen2_5VLConfig,
+    params: Params,
+    patches: Float[Array, "b p pixels"],
+    positions: Int[Array, "b p 2"],
+    windows: Int[Array, "b p"],
+    images: Int[Array, "b p"],
+) -> Float[Array, "b merged d"]:
+    """Image embeddings of the patches of each row; see `vision.VisionTower` for the arguments."""
+    tower = VisionTower(config.vision)
+    return cast(Array, tower.apply({"params": params["vision"]}, patches, positions, windows, images))
 
 
-def embed_tokens(config: Qwen2_5VLConfig, params: Mapping, ids: Array) -> Array:
-    """Token embeddings `[..., D]`."""
+def embed_tokens(config: Qwen2_5VLConfig, params: Params, ids: Int[Array, "*rows"]) -> Float[Array, "*rows d"]:
+    """Token embeddings."""
     return _apply(config, params, None, ids, method="embed")
 
 
 def embed_prompt(
-    config: Qwen2_5VLConfig, params: Mapping, ids: Array, mask: Array, image_embeds: Array | None
-) -> Array:
+    config: Qwen2_5VLConfig,
+    params: Params,
+    ids: Int[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    image_embeds: Float[Array, "b merged d"] | None,
+) -> Float[Array, "b t d"]:
     """Token embeddings with the image embeddings, in order, in place of the image tokens.
 
     Args:
       config: sizes.
       params: parameters.
-      ids: int `[B, T]`.
-      mask: bool `[B, T]`; image tokens in the padding are not counted.
-      image_embeds: `[B, P / 4, D]`, or None for text alone.
-
-    Returns:
-      `[B, T, D]`.
+      ids: of the prompt.
+      mask: image tokens in the padding are not counted.
+      image_embeds: of `encode_images`, or None for text alone.
     """
     embeds = embed_tokens(config, params, ids)
     if image_embeds is None:
@@ -113,43 +127,43 @@ def embed_prompt(
     return jnp.where(is_image[..., None], placed.astype(embeds.dtype), embeds)
 
 
-def logits(config: Qwen2_5VLConfig, params: Mapping, hidden: Array) -> Array:
-    """Float32 logits `[..., V]` of final hidden states `[..., D]`."""
+def logits(config: Qwen2_5VLConfig, params: Params, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
+    """Float32 logits of final hidden states."""
     return _apply(config, params, None, hidden, method="logits")
 
 
 def hidden_states(
     config: Qwen2_5VLConfig,
-    params: Mapping,
-    adapter: Mapping | None,
-    embeds: Array,
-    positions: Array,
-    mask: Array,
+    params: Params,
+    adapter: Params | None,
+    embeds: Float[Array, "n t d"],
+    positions: Int[Array, "#n t 3"],
+    mask: Bool[Array, "n t"],
     memories: tuple[Memory, ...] = (),
-) -> Array:
-    """Hidden states after the final norm `[N, T, D]`; see `text.LanguageModel` for the arguments."""
+) -> Float[Array, "n t d"]:
+    """Hidden states after the final norm; see `text.LanguageModel` for the arguments."""
     return _apply(config, params, adapter, embeds, positions, mask, memories)[0]
 
 
 def hidden_states_and_kv(
     config: Qwen2_5VLConfig,
-    params: Mapping,
-    adapter: Mapping | None,
-    embeds: Array,
-    positions: Array,
-    mask: Array,
+    params: Params,
+    adapter: Params | None,
+    embeds: Float[Array, "n t d"],
+    positions: Int[Array, "#n t 3"],
+    mask: Bool[Array, "n t"],
     memories: tuple[Memory, ...] = (),
-) -> tuple[Array, KV]:
-    """As `hidden_states`, and the keys and values `[L, N, T, H', K]` of these tokens."""
+) -> tuple[Float[Array, "n t d"], KV]:
+    """As `hidden_states`, and the keys and values `[L, N, T, J, K]` of these tokens."""
     return _apply(config, params, adapter, embeds, positions, mask, memories, return_kv=True)
 
 
 def prompt_prefix(
     config: Qwen2_5VLConfig,
-    params: Mapping,
-    adapter: Mapping | None,
+    params: Params,
+    adapter: Params | None,
     batch: Mapping[str, Array],
-    image_embeds: Array | None = None,
+    image_embeds: Float[Array, "b merged d"] | None = None,
 ) -> Prefix:
     """Runs the caption prompts once, for sampling and scoring any number of completions.
 
@@ -175,14 +189,19 @@ def prompt_prefix(
     return Prefix(Memory(kv, mask), batch["prompt_next"], last_hidden)
 
 
-def text_positions(start: Array, length: int) -> Array:
-    """M-RoPE positions `[N, T, 3]` of text that begins at `start` `[N]`: the three axes are equal."""
+def text_positions(start: Int[Array, " n"], length: int) -> Int[Array, "n {length} 3"]:
+    """M-RoPE positions of text that begins at `start`: the three axes are equal."""
     return jnp.broadcast_to((start[:, None] + jnp.arange(length))[..., None], (*start.shape, length, 3))
 
 
 def completion_hidden_states(
-    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, prefix: Prefix, tokens: Array, mask: Array
-) -> Array:
+    config: Qwen2_5VLConfig,
+    params: Params,
+    adapter: Params | None,
+    prefix: Prefix,
+    tokens: Int[Array, "n t"],
+    mask: Bool[Array, "n t"],
+) -> Float[Array, "n t d"]:
     """The hidden states that score each completion token: entry t has seen the prompt and tokens before t.
 
     Args:
@@ -190,11 +209,8 @@ def completion_hidden_states(
       params: parameters.
       adapter: adapter or None.
       prefix: prompts of B images.
-      tokens: int `[N, T]`; N = B * G, rows of a group together.
-      mask: bool `[N, T]`, a prefix of each row.
-
-    Returns:
-      `[N, T, D]`.
+      tokens: N = B * G, rows of a group together.
+      mask: a prefix of each row.
     """
     rows, length = tokens.shape
     group = rows // prefix.next_position.shape[0]
@@ -205,8 +221,10 @@ def completion_hidden_states(
     return jnp.concatenate([first[:, None], hidden[:, :-1]], axis=1)
 
 
-def token_log_probs(scaled: Array, tokens: Array) -> tuple[Array, Array]:
-    """Log-softmax of float32 logits `[..., V]` at tokens `[...]`, and the log of the normaliser.
+def token_log_probs(
+    scaled: Float[Array, "*rows v"], tokens: Int[Array, "*rows"]
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """Log-softmax of float32 logits at tokens, and the log of the normaliser.
 
     Selecting by comparison instead of gathering keeps the gradient one fused expression, also where V is sharded.
     """
@@ -217,26 +235,25 @@ def token_log_probs(scaled: Array, tokens: Array) -> tuple[Array, Array]:
 
 def score_tokens(
     config: Qwen2_5VLConfig,
-    params: Mapping,
-    hidden: Array,
-    tokens: Array,
+    params: Params,
+    hidden: Float[Array, "n t d"],
+    tokens: Int[Array, "n t"],
     *,
-    temperature: float | Array = 1.0,
+    temperature: float | Float[Array, ""] = 1.0,
     chunk: int = SCORE_CHUNK,
     with_entropy: bool = False,
     frozen_head: bool = False,
 ) -> TokenScores:
     """Log-softmax of `logits / temperature` at the tokens, in float32, `chunk` positions at a time.
 
-    `[N, T, V]` never exists. The logits of a chunk are recomputed in the backward pass. Where the head is frozen,
-    logits of all positions and of a part of the vocabulary exist at once, as many as those of a chunk
-    (`frozen_head_scores`).
+    `[N, T, V]` never exists. The backward pass recomputes the logits of a chunk. Where the head is frozen, the logits
+    of all positions and a part of the vocabulary exist at once, as many as those of a chunk (`frozen_head_scores`).
 
     Args:
       config: sizes.
       params: parameters.
-      hidden: `[N, T, D]`, the states that predict the tokens.
-      tokens: int `[N, T]`.
+      hidden: the states that predict the tokens.
+      tokens: to score.
       temperature: positive; that of the sampler.
       chunk: positions in one piece.
       with_entropy: whether the entropy is computed too.
@@ -278,13 +295,13 @@ def score_tokens(
 
 def completion_log_probs(
     config: Qwen2_5VLConfig,
-    params: Mapping,
-    adapter: Mapping | None,
+    params: Params,
+    adapter: Params | None,
     prefix: Prefix,
-    tokens: Array,
-    mask: Array,
+    tokens: Int[Array, "*rows t"],
+    mask: Bool[Array, "*rows t"],
     *,
-    temperature: float | Array = 1.0,
+    temperature: float | Float[Array, ""] = 1.0,
     chunk: int = SCORE_CHUNK,
     with_entropy: bool = False,
     frozen_head: bool = False,
@@ -296,8 +313,8 @@ def completion_log_probs(
       params: parameters.
       adapter: adapter of the policy, or None for the reference.
       prefix: prompts of B images, from the same adapter.
-      tokens: int `[N, T]` or `[B, G, T]`; rows of a group together.
-      mask: bool, as `tokens`; true up to and including the first stop token.
+      tokens: `[N, T]` or `[B, G, T]`; rows of a group together.
+      mask: true up to and including the first stop token.
       temperature: positive; that of the sampler.
       chunk: positions whose logits exist at once.
       with_entropy: whether the entropy is returned too.
@@ -307,13 +324,13 @@ def completion_log_probs(
       Scores of the shape of `tokens`, zero where masked.
     """
     shape, flat_mask = tokens.shape, mask.reshape(-1, mask.shape[-1])
-    tokens = tokens.reshape(-1, shape[-1])
-    hidden = completion_hidden_states(config, params, adapter, prefix, tokens, flat_mask)
+    flat = tokens.reshape(-1, shape[-1])
+    hidden = completion_hidden_states(config, params, adapter, prefix, flat, flat_mask)
     scores = score_tokens(
         config,
         params,
         hidden,
-        tokens,
+        flat,
         temperature=temperature,
         chunk=chunk,
         with_entropy=with_entropy,
@@ -323,11 +340,13 @@ def completion_log_probs(
 
 
 def text_hidden_states(
-    config: Qwen2_5VLConfig, params: Mapping, adapter: Mapping | None, ids: Array, mask: Array
-) -> Array:
-    """Final hidden states `[N, T, D]` of right-padded text `[N, T]`, which the projector maps to the decoder's
-    context.
-    """
+    config: Qwen2_5VLConfig,
+    params: Params,
+    adapter: Params | None,
+    ids: Int[Array, "n t"],
+    mask: Bool[Array, "n t"],
+) -> Float[Array, "n t d"]:
+    """Final hidden states of right-padded text, which the projector maps to the decoder's context."""
     length = ids.shape[1]
     room = ((0, 0), (0, preferred_length(length) - length))
     ids, mask = jnp.pad(ids, room, constant_values=config.pad_token_id), jnp.pad(mask, room)
@@ -336,8 +355,7 @@ def text_hidden_states(
 
 
 class Projector(nn.Module):
-    """Language width to the width of the diffusion transformer's context: linear, GELU, linear (arXiv 2509.09666,
-    section 3).
+    """Language width to the width of the decoder's context: linear, GELU, linear (arXiv 2509.09666, section 3).
 
     Attributes:
       hidden: inner width.
@@ -348,20 +366,20 @@ class Projector(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """`[..., D]` to `[..., features]`."""
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d_context"]:
+        """Each token by itself."""
         inner = constrain(
             nn.gelu(Dense(self.hidden, name="first")(x), approximate=False), "batch", *[None] * (x.ndim - 2), "hidden"
         )
         return Dense(self.features, name="second")(inner)
 
 
-def init_projector(key: Array, width: int, hidden: int, features: int) -> dict:
+def init_projector(key: Key[Array, ""], width: int, hidden: int, features: int) -> dict[str, Any]:
     """Random parameters of a projector from `width` to `features`."""
-    return Projector(hidden, features).init(key, jnp.zeros((1, width)))["params"]
+    return dict(Projector(hidden, features).init(key, jnp.zeros((1, width)))["params"])
 
 
-def project(projector_params: Mapping, hidden: Array) -> Array:
-    """Applies the projector, whose sizes are those of its parameters: `[..., D]` to `[..., features]`."""
+def project(projector_params: Params, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows d_context"]:
+    """Applies the projector, whose sizes are those of its parameters."""
     sizes = (projector_params[name]["kernel"].shape[-1] for name in ("first", "second"))
-    return constrain(Projector(*sizes).apply({"params": projector_params}, hidden), "batch")
+    return constrain(cast(Array, Projector(*sizes).apply({"params": projector_params}, hidden)), "batch")

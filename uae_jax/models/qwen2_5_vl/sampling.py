@@ -1,10 +1,10 @@
-"""Drawing tokens from logits with one uniform number a row."""
+"""Sampling tokens from logits with one uniform number a row."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float, Int
 
 BLOCK = 512  # entries of the vocabulary summed together; two short running sums keep float32 accuracy
 EXCLUDED = -1e30
@@ -12,7 +12,7 @@ EXCLUDED = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are drawn.
+    """How tokens are sampled.
 
     Attributes:
       temperature: divides the logits; 0 takes the most probable token.
@@ -30,7 +30,7 @@ class SamplingConfig:
             raise ValueError(f"sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, not {self}")
 
     def for_training(self) -> "SamplingConfig":
-        """Itself, if its draws follow exactly the distribution that `completion_log_probs` scores.
+        """Itself, if its samples follow exactly the distribution that `completion_log_probs` scores.
 
         Raises:
           ValueError: the support is truncated or the temperature is 0, which would bias the policy gradient.
@@ -40,8 +40,8 @@ class SamplingConfig:
         return self
 
 
-def truncate(logits: Array, sampling: SamplingConfig) -> Array:
-    """Excludes tokens outside top_k and top_p: `[N, V]` to `[N, V]`; top_p sees the tempered distribution."""
+def truncate(logits: Float[Array, "n v"], sampling: SamplingConfig) -> Float[Array, "n v"]:
+    """Excludes tokens outside top_k and top_p; top_p sees the tempered distribution."""
     if sampling.top_k:
         kept = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0]
         logits = jnp.where(logits >= kept[:, -1:], logits, EXCLUDED)
@@ -56,7 +56,7 @@ def truncate(logits: Array, sampling: SamplingConfig) -> Array:
 
 def _first_above(weights: Array, target: Array) -> tuple[Array, Array]:
     # The first entry whose running sum passes the target, and the sum before it. Rounding can put the target at the
-    # total: the last entry that has any weight is then taken, never one of probability zero.
+    # total: then the last entry with any weight is taken, never one of probability zero.
     running = jnp.cumsum(weights, axis=-1)
     last = weights.shape[-1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1)
     index = jnp.minimum(jnp.sum(running <= target[:, None], axis=-1), last)
@@ -64,16 +64,18 @@ def _first_above(weights: Array, target: Array) -> tuple[Array, Array]:
     return index, before
 
 
-def sample_tokens(logits: Array, uniforms: Array, temperature: float = 1.0) -> Array:
-    """Draws from `softmax(logits / temperature)` by the inverse of its distribution function.
+def sample_tokens(
+    logits: Float[Array, "n v"], uniforms: Float[Array, " n"], temperature: float = 1.0
+) -> Int[Array, " n"]:
+    """Samples from `softmax(logits / temperature)` by the inverse of its distribution function.
 
     Args:
-      logits: float32 `[N, V]`.
-      uniforms: `[N]` in [0, 1).
+      logits: float32.
+      uniforms: in [0, 1).
       temperature: 0 takes the largest logit.
 
     Returns:
-      int32 `[N]`.
+      int32 tokens.
     """
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -1,8 +1,8 @@
 """The language model of Qwen2.5-VL (arXiv 2502.13923; 2407.10671 for the decoder): scanned layers, M-RoPE, grouped
 queries.
 
-One forward pass serves every use. Keys and values computed earlier are given as `Memory`; a memory with fewer rows than
-the batch is shared by groups of consecutive rows, so that the completions of one image read one copy of its prompt.
+One forward pass serves every use. `Memory` holds keys and values that were computed earlier. Groups of consecutive rows
+share a memory with fewer rows than the batch: the completions of one image read one copy of its prompt.
 """
 
 from typing import NamedTuple
@@ -10,37 +10,39 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from uae_jax.models.qwen2_5_vl.config import TextConfig
 from uae_jax.nn.attention import Mask, SharedKeys, attention
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
+from uae_jax.nn.loops import scan_layers
 from uae_jax.nn.norms import RMSNorm
-from uae_jax.nn.remat import remat
 from uae_jax.nn.rope import apply_rope
 
 
 class KV(NamedTuple):
-    """Keys (rotated) and values of all layers, `[L, N, T, H', K]` each."""
+    """Rotated keys, and values, of all layers, or of one without the first axis."""
 
-    key: Array
-    value: Array
+    key: Float[Array, "*l n t j k"]
+    value: Float[Array, "*l n t j k"]
 
 
 class Memory(NamedTuple):
-    """Keys and values `[L, M, S, H', K]` that precede the tokens of a forward pass, and which of them count `[M, S]`.
+    """Keys and values `[L, M, S, J, K]` that precede the tokens of a forward pass, and which of them count.
 
     M divides the rows N of the batch; rows `i * N/M` to `(i + 1) * N/M - 1` read entry i.
     """
 
     kv: KV
-    mask: Array
+    mask: Bool[Array, "m s"]
 
 
-def mrope_angles(config: TextConfig, positions: Array) -> Array:
-    """Rotation angles `[N, T, K/2]` from positions `[N, T, 3]` (time, row, column): sections of the frequencies follow
-    one axis each (arXiv 2409.12191, section 2.1)."""
+def mrope_angles(config: TextConfig, positions: Int[Array, "n t 3"]) -> Float[Array, "n t half"]:
+    """Rotation angles, K / 2 a head, from positions (time, row, column).
+
+    Sections of the frequencies follow one axis each (arXiv 2409.12191, section 2.1).
+    """
     width = config.head_width
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
@@ -54,8 +56,14 @@ class Attention(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, x: Array, angles: Array, mask: Mask, memories: tuple[SharedKeys, ...]) -> tuple[Array, KV]:
-        """`[N, T, D]` to `[N, T, D]`, and the keys and values `[N, T, H', K]`."""
+    def __call__(
+        self,
+        x: Float[Array, "n t d"],
+        angles: Float[Array, "#n t half"],
+        mask: Mask,
+        memories: tuple[SharedKeys, ...],
+    ) -> tuple[Float[Array, "n t d"], KV]:
+        """The mixed tokens, and the keys and values of this layer."""
         c = self.config
         rows, length, _ = x.shape
 
@@ -78,8 +86,8 @@ class GatedMLP(nn.Module):
     lora_alpha: float = 64.0
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """`[..., D]` to `[..., D]`."""
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+        """Each token by itself."""
 
         def dense(name: str, features: int) -> Dense:
             return Dense(features, use_bias=self.use_bias, lora_alpha=self.lora_alpha, name=name)
@@ -97,9 +105,14 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, stored: tuple, angles: Array, mask: Mask, stored_masks: tuple
-    ) -> tuple[Array, KV | None]:
-        """Maps `[N, T, D]`; `stored` holds this layer's keys and values of each memory."""
+        self,
+        x: Float[Array, "n t d"],
+        stored: tuple[KV, ...],
+        angles: Float[Array, "#n t half"],
+        mask: Mask,
+        stored_masks: tuple[Bool[Array, "_ _"], ...],
+    ) -> tuple[Float[Array, "n t d"], KV | None]:
+        """Maps the tokens; `stored` holds this layer's keys and values of each memory."""
         c = self.config
         x = constrain(x, "batch")
         memories = tuple(SharedKeys(kv.key, kv.value, valid) for kv, valid in zip(stored, stored_masks))
@@ -120,12 +133,12 @@ class Embedding(nn.Module):
     def setup(self):
         self.table = self.param("table", nn.initializers.normal(0.02), (self.vocab_size, self.width), jnp.float32)
 
-    def __call__(self, ids: Array) -> Array:
-        """Token ids `[...]` to `[..., D]`."""
+    def __call__(self, ids: Int[Array, "*rows"]) -> Float[Array, "*rows d"]:
+        """The rows of the table at token ids."""
         return constrain(jnp.take(self.table, ids, axis=0), "batch")
 
-    def attend(self, hidden: Array) -> Array:
-        """Float32 logits `[..., V]` of hidden states `[..., D]`."""
+    def attend(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
+        """Float32 logits of hidden states."""
         return jnp.einsum("...d,vd->...v", hidden, self.table.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
@@ -135,8 +148,8 @@ class Head(nn.Module):
     vocab_size: int
 
     @nn.compact
-    def __call__(self, hidden: Array) -> Array:
-        """Float32 logits `[..., V]` of hidden states `[..., D]`."""
+    def __call__(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
+        """Float32 logits of hidden states."""
         shape = (hidden.shape[-1], self.vocab_size)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
         return jnp.einsum("...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
@@ -156,40 +169,38 @@ class LanguageModel(nn.Module):
     def setup(self):
         c = self.config
         self.embedding = Embedding(c.vocab_size, c.width)
-        scanned = nn.scan(
-            remat(Layer, c.remat),
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.layers,
-        )
-        self.layers = scanned(c, self.return_kv)
+        in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+        self.layers = scan_layers(Layer, c.layers, c.remat, in_axes)(c, self.return_kv)
         self.final_norm = RMSNorm(c.norm_epsilon)
         if not c.tied:
             self.head = Head(c.vocab_size)
 
-    def embed(self, ids: Array) -> Array:
-        """Token ids `[...]` to embeddings `[..., D]` in the config's precision."""
+    def embed(self, ids: Int[Array, "*rows"]) -> Float[Array, "*rows d"]:
+        """Embeddings of token ids in the config's precision."""
         return self.embedding(ids).astype(self.config.dtype)
 
-    def logits(self, hidden: Array) -> Array:
-        """Float32 logits `[..., V]` of final hidden states `[..., D]`."""
+    def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
+        """Float32 logits of final hidden states."""
         scores = self.embedding.attend(hidden) if self.config.tied else self.head(hidden)
         return constrain(scores, "batch", *[None] * (hidden.ndim - 2), "vocab")
 
     def __call__(
-        self, embeds: Array, positions: Array, mask: Array, memories: tuple[Memory, ...] = ()
-    ) -> tuple[Array, KV | None]:
+        self,
+        embeds: Float[Array, "n t d"],
+        positions: Int[Array, "#n t 3"],
+        mask: Bool[Array, "n t"],
+        memories: tuple[Memory, ...] = (),
+    ) -> tuple[Float[Array, "n t d"], KV | None]:
         """Runs tokens that see each other causally and all valid entries of the memories.
 
         Args:
-          embeds: `[N, T, D]`.
-          positions: int `[N, T, 3]`, M-RoPE positions (time, row, column); `[1, T, 3]` where all rows have the same.
-          mask: bool `[N, T]`, False for padding, which is on the right.
+          embeds: of the tokens.
+          positions: M-RoPE positions (time, row, column); one row where all rows have the same.
+          mask: False for padding, which is on the right.
           memories: keys and values that precede these tokens.
 
         Returns:
-          Hidden states after the final norm `[N, T, D]`, and the keys and values if `return_kv`.
+          Hidden states after the final norm, and the keys and values if `return_kv`.
         """
         own = Mask(valid=mask, causal=True, right_padded=True)
         stored, stored_masks = tuple(m.kv for m in memories), tuple(m.mask for m in memories)
@@ -197,7 +208,7 @@ class LanguageModel(nn.Module):
         x, kv = self.layers(x, stored, mrope_angles(self.config, positions), own, stored_masks)
         return self.final_norm(x), kv
 
-    def initialise(self, ids: Array) -> Array:
-        """Touches every parameter, for `init`: ids `[N, T]` to logits `[N, T, V]`."""
+    def initialise(self, ids: Int[Array, "n t"]) -> Float[Array, "n t v"]:
+        """Touches every parameter, for `init`: ids to logits."""
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None, :, None], (*ids.shape, 3))
         return self.logits(self(self.embed(ids), positions, jnp.ones(ids.shape, bool))[0])

@@ -1,28 +1,27 @@
 """The image encoder of Qwen2.5-VL (arXiv 2502.13923, section 2.1.1): window attention, 2-D rotary positions, merger.
 
-Windows are given as ids, which are the mask: attention does not depend on the order of its keys, so nothing is
-reordered.
+Ids of windows are the mask. Attention does not depend on the order of its keys, so that nothing is reordered.
 """
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from uae_jax.models.qwen2_5_vl.config import VisionConfig
 from uae_jax.models.qwen2_5_vl.text import GatedMLP
 from uae_jax.nn.attention import Mask, attention
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
+from uae_jax.nn.loops import scan_layers
 from uae_jax.nn.norms import RMSNorm
-from uae_jax.nn.remat import remat
 from uae_jax.nn.rope import apply_rope
 
 ROPE_THETA = 10000.0
 
 
-def patch_angles(config: VisionConfig, positions: Array) -> Array:
-    """Rotation angles `[B, P, K/2]` from positions `[B, P, 2]`: rows turn the first half, columns the second."""
+def patch_angles(config: VisionConfig, positions: Int[Array, "b p 2"]) -> Float[Array, "b p half"]:
+    """Rotation angles, K / 2 a head: rows turn the first half, columns the second."""
     half = config.width // config.heads // 2
     exponents = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
     frequencies = (1.0 / np.float32(ROPE_THETA) ** exponents).astype(np.float32)
@@ -36,10 +35,15 @@ class Block(nn.Module):
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x: Array, full: Array, angles: Array, windows: Array, images: Array) -> tuple[Array, None]:
-        """Maps `[B, P, D]`; `full` (bool scalar) chooses whether patches see their image or their window (ids `[B,
-        P]`).
-        """
+    def __call__(
+        self,
+        x: Float[Array, "b p d"],
+        full: Bool[Array, ""],
+        angles: Float[Array, "b p half"],
+        windows: Int[Array, "b p"],
+        images: Int[Array, "b p"],
+    ) -> tuple[Float[Array, "b p d"], None]:
+        """Maps the patches; they see their image where `full`, else their window."""
         c = self.config
         x = constrain(x, "batch")
         normed = RMSNorm(name="attention_norm")(x)
@@ -58,7 +62,7 @@ class Merger(nn.Module):
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b merged d_out"]:
         """`[B, P, D]` to `[B, P / merge_size^2, D_out]`; patches of a merge group are contiguous."""
         c = self.config
         joined = RMSNorm(name="norm")(x).reshape(x.shape[0], -1, c.merge_size**2 * c.width)
@@ -72,14 +76,20 @@ class VisionTower(nn.Module):
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, patches: Array, positions: Array, windows: Array, images: Array) -> Array:
+    def __call__(
+        self,
+        patches: Float[Array, "b p pixels"],
+        positions: Int[Array, "b p 2"],
+        windows: Int[Array, "b p"],
+        images: Int[Array, "b p"],
+    ) -> Float[Array, "b merged d_out"]:
         """Encodes the images of each row.
 
         Args:
-          patches: `[B, P, C * frames * size^2]`, normalised pixels, merge groups contiguous.
-          positions: int `[B, P, 2]`, row and column of each patch in its image.
-          windows: int `[B, P]`, attention-window ids, unique within a row; -1 is padding.
-          images: int `[B, P]`, image ids; -1 is padding.
+          patches: normalised pixels, `C * frames * size^2` a patch, merge groups contiguous.
+          positions: row and column of each patch in its image.
+          windows: ids of the attention windows, unique within a row; -1 is padding.
+          images: ids of the images; -1 is padding.
 
         Returns:
           `[B, P / merge_size^2, D_out]` in the config's precision; entries of padding are meaningless.
@@ -87,12 +97,6 @@ class VisionTower(nn.Module):
         c = self.config
         x = Dense(c.width, use_bias=False, name="patch_embed")(patches.astype(c.dtype))
         full = np.isin(np.arange(c.depth), c.full_attention_blocks)
-        scanned = nn.scan(
-            remat(Block, c.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.depth,
-        )
-        x, _ = scanned(c, name="blocks")(x, jnp.asarray(full), patch_angles(c, positions), windows, images)
+        blocks = scan_layers(Block, c.depth, c.remat, (0, nn.broadcast, nn.broadcast, nn.broadcast))(c, name="blocks")
+        x, _ = blocks(x, jnp.asarray(full), patch_angles(c, positions), windows, images)
         return Merger(c, name="merger")(x)

@@ -1,8 +1,8 @@
 """Published tensors of Qwen2.5-VL, its projector and its adapters, to and from our parameters.
 
-Canonical names are those of the published files (`model.layers...`, `visual...`); the names that transformers 4.52 and
-newer have in memory, and those that peft makes around the text model or the whole model (as in the release's `llm_lora`
-folder), are read through aliases.
+Canonical names are those of the published files (`model.layers...`, `visual...`). Aliases read two other kinds: those
+that transformers 4.52 and newer have in memory, and those that peft makes around the text model or the complete model
+(as in the release's `llm_lora` folder).
 """
 
 import pathlib
@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from uae_jax import trees
 from uae_jax.hf.adapters import ALPHA, Adapter, AdapterFiles, peft_settings, read_adapter, survey_adapter
 from uae_jax.hf.rules import Placement, Rule, canonical, check_params, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.models.precision import numpy_dtype
 from uae_jax.models.qwen2_5_vl import model
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig, from_folder
 
@@ -97,14 +99,14 @@ def _affine(ours: str, theirs: str) -> list[Rule]:
 
 
 def rules(config: Qwen2_5VLConfig, projector: bool) -> list[Rule]:
-    """The whole table, with or without the projector."""
+    """The complete table, with or without the projector."""
     return vision_rules(config.vision) + language_rules(config.text) + (projector_rules() if projector else [])
 
 
 def load(
     path: str | pathlib.Path,
     config: Qwen2_5VLConfig | None = None,
-    dtype: np.dtype | Mapping[str, np.dtype] | None = None,
+    dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
     placement: Placement | None = None,
 ) -> tuple[Qwen2_5VLConfig, dict]:
     """Reads a model folder of either generation, or the release's peft-wrapped one (without its adapter).
@@ -125,8 +127,12 @@ def load(
     config = from_folder(path) if config is None else config
     folder = TensorFolder(path)
     table, abstract, ignore = contents(folder, config)
+    if isinstance(dtype, Mapping):
+        precision = {part: np.dtype(own) for part, own in dtype.items()}
+    else:
+        precision = numpy_dtype(dtype)
     return config, load_params(
-        folder, table, abstract, aliases=ALIASES, ignore=ignore, dtype=dtype, placement=placement
+        folder, table, abstract, aliases=ALIASES, ignore=ignore, dtype=precision, placement=placement
     )
 
 
@@ -135,7 +141,7 @@ def check(path: str | pathlib.Path, config: Qwen2_5VLConfig) -> None:
 
     Raises:
       FileNotFoundError: no such folder or weights.
-      ValueError: config and tensors do not fit, both ways, or a number is not finite; all are named.
+      ValueError: config and tensors do not fit, both ways, or there are non-finite numbers; all are named.
     """
     folder = TensorFolder(path)
     table, abstract, ignore = contents(folder, config)
@@ -161,9 +167,12 @@ def abstract_projector(folder: TensorFolder, config: Qwen2_5VLConfig) -> dict | 
 
 
 def load_projector(
-    path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.dtype | None = None, placement: Placement | None = None
+    path: str | pathlib.Path,
+    config: Qwen2_5VLConfig,
+    dtype: DTypeLike | None = None,
+    placement: Placement | None = None,
 ) -> dict | None:
-    """Reads the projector alone from a folder that may hold more, placed as by `load`; None if it holds none.
+    """Reads the projector alone from a folder that may hold more, sharded as by `load`; None if it holds none.
 
     Raises:
       FileNotFoundError: no such folder or weights.
@@ -179,16 +188,18 @@ def load_projector(
         {"projector": abstract},
         aliases=ALIASES,
         ignore=r"(?!projector\.).*",
-        dtype=dtype,
+        dtype=numpy_dtype(dtype),
         placement=placement,
     )["projector"]
 
 
 def load_language(
-    path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.dtype | None = None, placement: Placement | None = None
+    path: str | pathlib.Path,
+    config: Qwen2_5VLConfig,
+    dtype: DTypeLike | None = None,
+    placement: Placement | None = None,
 ) -> dict:
-    """Reads the language model alone from a folder of the whole model, placed as by `load`; its other tensors are not
-    read.
+    """Reads the language model alone from a folder of the complete model, sharded as by `load`.
 
     Raises:
       FileNotFoundError: no such folder or weights.
@@ -203,7 +214,7 @@ def load_language(
         {"language": abstract["language"]},
         aliases=ALIASES,
         ignore="|".join((ignore, *others)),
-        dtype=dtype,
+        dtype=numpy_dtype(dtype),
         placement=placement,
     )["language"]
 
@@ -216,11 +227,11 @@ def holds_base(path: str | pathlib.Path) -> bool:
 
 
 def tensors(
-    config: Qwen2_5VLConfig, params: Mapping, dtype: np.dtype | None = None
+    config: Qwen2_5VLConfig, params: Mapping, dtype: DTypeLike | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Published names and arrays of `{"vision", "language"}`, and `"projector"` if there; the inverse of `load`."""
     parts = {name: params[name] for name in ("vision", "language", "projector") if name in params}
-    return published_tensors(parts, rules(config, "projector" in parts), dtype)
+    return published_tensors(parts, rules(config, "projector" in parts), numpy_dtype(dtype))
 
 
 def adapter_rules(layers: int, modules: tuple[str, ...] = tuple(MODULES), prefix: str = ADAPTER_PREFIX) -> list[Rule]:
@@ -229,7 +240,8 @@ def adapter_rules(layers: int, modules: tuple[str, ...] = tuple(MODULES), prefix
     Args:
       layers: number of layers.
       modules: adapted modules, keys of `MODULES`.
-      prefix: what stands before `layers.N`; `base_model.model.model.language_model.` for peft around the whole model.
+      prefix: what stands before `layers.N`: `base_model.model.model.language_model.` for peft around the complete
+        model.
     """
     numbers = tuple(range(layers))
     return [
@@ -239,11 +251,11 @@ def adapter_rules(layers: int, modules: tuple[str, ...] = tuple(MODULES), prefix
     ]
 
 
-def read_adapters(path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.dtype | None = None) -> Adapter:
+def read_adapters(path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: DTypeLike | None = None) -> Adapter:
     """Reads an adapter of the language model, of the image encoder, or of both.
 
     Args:
-      path: peft folder around the text model or the whole model of either generation, or the release's `llm_lora`.
+      path: peft folder around the text or complete model of either generation, or the release's `llm_lora`.
       config: sizes of the base model.
       dtype: precision to store the adapter in; None keeps that of the files.
 
@@ -254,7 +266,7 @@ def read_adapters(path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.d
       FileNotFoundError: no such folder or weights.
       ValueError: see `survey_adapters` and `hf.adapters.read_adapter`.
     """
-    return read_adapter(survey_adapters(path, config), dtype)
+    return read_adapter(survey_adapters(path, config), numpy_dtype(dtype))
 
 
 def survey_adapters(path: str | pathlib.Path, config: Qwen2_5VLConfig | None) -> AdapterFiles:
@@ -275,9 +287,9 @@ def survey_adapters(path: str | pathlib.Path, config: Qwen2_5VLConfig | None) ->
 
 
 def load_adapter(
-    path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: np.dtype | None = None
+    path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: DTypeLike | None = None
 ) -> tuple[Qwen2_5VLConfig, dict]:
-    """Reads an adapter of the language model alone, to be kept apart; see `read_adapters`.
+    """Reads an adapter of the language model alone, to stay separate from the base; see `read_adapters`.
 
     Returns:
       The config with the adapter's alpha, and the adapter tree; the rank is that of the tensors.
@@ -296,12 +308,12 @@ def load_adapter(
 
 
 def adapter_tensors(
-    config: Qwen2_5VLConfig, adapter: Mapping, prefix: str = ADAPTER_PREFIX, dtype: np.dtype | None = None
+    config: Qwen2_5VLConfig, adapter: Mapping, prefix: str = ADAPTER_PREFIX, dtype: DTypeLike | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Names and arrays of an adapter as peft saves it; the inverse of `load_adapter`."""
     leaves = trees.flatten(adapter)
     modules = tuple(ours for ours in MODULES if f"layers/{ours}/a" in leaves)
-    return published_tensors(adapter, adapter_rules(config.text.layers, modules, prefix), dtype)
+    return published_tensors(adapter, adapter_rules(config.text.layers, modules, prefix), numpy_dtype(dtype))
 
 
 def adapter_config(config: Qwen2_5VLConfig, adapter: Mapping) -> dict:

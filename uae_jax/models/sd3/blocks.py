@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 from uae_jax.models.sd3.config import TransformerConfig
 from uae_jax.nn.attention import Mask, attention
@@ -13,23 +13,21 @@ from uae_jax.nn.norms import LayerNorm, RMSNorm
 EPSILON = 1e-6
 
 
-def modulated_norm(x: Array, scale: Array, shift: Array) -> Array:
+def modulated_norm(
+    x: Float[Array, "b t d"], scale: Float[Array, "b 1 d"], shift: Float[Array, "b 1 d"]
+) -> Float[Array, "b t d"]:
     """Layer norm without parameters, then `x * (1 + scale) + shift`, in float32 (arXiv 2212.09748, section 3.2).
 
-    Args:
-      x: `[B, T, D]`.
-      scale: `[B, 1, D]`.
-      shift: `[B, 1, D]`.
-
-    Returns:
-      `[B, T, D]` in the precision of `x`.
+    The result has the precision of `x`.
     """
     y = LayerNorm(EPSILON, affine=False)(x.astype(jnp.float32))
     return constrain((y * (1.0 + scale) + shift).astype(x.dtype), "batch")
 
 
-def gated_sum(x: Array, gate: Array, update: Array) -> Array:
-    """`x + gate * update` in float32; `[B, T, D]`, gate `[B, 1, D]`; in the precision of `x`."""
+def gated_sum(
+    x: Float[Array, "b t d"], gate: Float[Array, "b 1 d"], update: Float[Array, "b t d"]
+) -> Float[Array, "b t d"]:
+    """`x + gate * update`, computed in float32; the result has the precision of `x`."""
     return constrain(
         (x.astype(jnp.float32) + gate * constrain(update, "batch").astype(jnp.float32)).astype(x.dtype), "batch"
     )
@@ -42,8 +40,8 @@ class Modulation(nn.Module):
     parts: int
 
     @nn.compact
-    def __call__(self, conditioning: Array) -> list[Array]:
-        """`[B, D]` to `parts` arrays `[B, 1, D]`."""
+    def __call__(self, conditioning: Float[Array, "b d"]) -> list[Float[Array, "b 1 d"]]:
+        """The vectors of each row."""
         config = self.config
         y = Dense(self.parts * config.width, lora_alpha=config.lora_alpha, name="linear")(conditioning)
         return jnp.split(y[:, None].astype(jnp.float32), self.parts, axis=-1)
@@ -55,8 +53,8 @@ class FeedForward(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """`[B, T, D]` to `[B, T, D]`."""
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Each token by itself."""
         width, alpha = self.config.width, self.config.lora_alpha
         y = nn.gelu(Dense(4 * width, lora_alpha=alpha, name="up")(x), approximate=True)
         return Dense(width, lora_alpha=alpha, name="down")(constrain(y, "batch", None, "hidden"))
@@ -84,19 +82,22 @@ class JointAttention(nn.Module):
         if config.qk_norm is not None:
             query = RMSNorm(EPSILON, name=f"{prefix}query_norm")(query)
             key = RMSNorm(EPSILON, name=f"{prefix}key_norm")(key)
-        return tuple(constrain(part, "batch", None, "heads", None) for part in (query, key, value))
+        query, key, value = (constrain(part, "batch", None, "heads", None) for part in (query, key, value))
+        return query, key, value
 
     @nn.compact
-    def __call__(self, x: Array, context: Array | None = None, mask: Mask = Mask()) -> tuple[Array, Array | None]:
+    def __call__(
+        self, x: Float[Array, "b p d"], context: Float[Array, "b s d"] | None = None, mask: Mask = Mask()
+    ) -> tuple[Float[Array, "b p d"], Float[Array, "b s d"] | None]:
         """Mixes the tokens.
 
         Args:
-          x: image tokens `[B, P, D]`.
-          context: context tokens `[B, T, D]`, or None for attention over image tokens only.
-          mask: which of the P + T tokens are attended to.
+          x: image tokens.
+          context: context tokens, or None for attention over image tokens only.
+          mask: which of the P + S tokens are attended to.
 
         Returns:
-          `[B, P, D]` and `[B, T, D]`, the second None without context or without `context_output`.
+          Image tokens and context tokens; the second None without context or without `context_output`.
         """
         config = self.config
         query, key, value = self._heads(x, "")
@@ -127,12 +128,17 @@ class Block(nn.Module):
     last: bool = False
 
     @nn.compact
-    def __call__(self, streams: tuple[Array, Array], conditioning: Array, mask: Mask) -> tuple[tuple, None]:
+    def __call__(
+        self,
+        streams: tuple[Float[Array, "b p d"], Float[Array, "b s d"]],
+        conditioning: Float[Array, "b d"],
+        mask: Mask,
+    ) -> tuple[tuple[Float[Array, "b p d"], Float[Array, "b s d"] | None], None]:
         """Updates both streams.
 
         Args:
-          streams: image tokens `[B, P, D]` and context tokens `[B, T, D]`.
-          conditioning: `[B, D]`, already through SiLU.
+          streams: image tokens and context tokens.
+          conditioning: already through SiLU.
           mask: see `JointAttention`.
 
         Returns:
@@ -148,12 +154,15 @@ class Block(nn.Module):
         update, context_update = JointAttention(config, context_output=not self.last, name="attention")(
             modulated_norm(x, scale, shift), modulated_norm(context, context_scale, context_shift), mask
         )
-        second_input = modulated_norm(x, second[1], second[0]) if self.dual else None
-        x = gated_sum(x, gate, update)
         if self.dual:
-            x = gated_sum(x, second[2], JointAttention(config, name="image_attention")(second_input)[0])
+            second_shift, second_scale, second_gate = second
+            second_input = modulated_norm(x, second_scale, second_shift)
+            x = gated_sum(x, gate, update)
+            x = gated_sum(x, second_gate, JointAttention(config, name="image_attention")(second_input)[0])
+        else:
+            x = gated_sum(x, gate, update)
         x = gated_sum(x, ff_gate, FeedForward(config, name="feed_forward")(modulated_norm(x, ff_scale, ff_shift)))
-        if self.last:
+        if context_update is None:
             return (x, None), None
         _, _, gate, ff_shift, ff_scale, ff_gate = context_parts
         context = gated_sum(context, gate, context_update)

@@ -29,8 +29,8 @@ class VAEConfig:
     """AutoencoderKL without quantisation convolutions (SD3's; arXiv 2403.03206, section 2.1 and table 3).
 
     Attributes:
-      in_channels: channels of the picture that the encoder reads.
-      out_channels: channels of the picture that the decoder makes.
+      in_channels: channels of the image that the encoder reads.
+      out_channels: channels of the image that the decoder makes.
       latent_channels: C of the latents `[B, h, w, C]`.
       block_out_channels: width of each resolution; each step between two halves height and width.
       layers_per_block: residual blocks a resolution in the encoder; the decoder has one more.
@@ -38,10 +38,10 @@ class VAEConfig:
       mid_block_add_attention: whether the lowest resolution has self-attention.
       scaling_factor: scale of `to_model_latents`.
       shift_factor: shift of `to_model_latents`.
-      sample_size: picture side of the original training; only kept for export.
+      sample_size: image side of the original training; only kept for export.
 
     Raises:
-      ValueError: a value that the modules cannot honour; the message names the field.
+      ValueError: a value that the modules do not support; the message names the field.
     """
 
     in_channels: int = 3
@@ -68,7 +68,7 @@ class VAEConfig:
 
     @property
     def downsampling(self) -> int:
-        """Picture side divided by latent side."""
+        """Image side divided by latent side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
@@ -147,10 +147,10 @@ class TransformerConfig:
       qk_norm: None or `rms_norm`, the norm of queries and keys.
       lora_alpha: numerator of the adapters' scale; not part of the published file.
       dtype: precision of the products, `float32` or `bfloat16`; not part of the published file.
-      remat: what the backward pass computes again, one of `nn.remat.POLICIES`.
+      remat: what the backward pass recomputes, one of `nn.remat.POLICIES`.
 
     Raises:
-      ValueError: a value that the modules cannot honour; the message names the field.
+      ValueError: a value that the modules do not support; the message names the field.
     """
 
     sample_size: int = 128

@@ -2,12 +2,13 @@
 
 import functools
 import re
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Bool, Float, Key
 
 from uae_jax import trees
 from uae_jax.models.sd3.blocks import Block, Modulation, modulated_norm
@@ -15,22 +16,23 @@ from uae_jax.models.sd3.config import TransformerConfig
 from uae_jax.nn.attention import Mask, preferred_length
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
+from uae_jax.nn.loops import scan_layers
 from uae_jax.nn.remat import remat
 
 TIMESTEP_CHANNELS = 256
-# The modules that the release adapts (attn.{to_q, to_k, to_v, to_out.0, add_q_proj, add_k_proj, add_v_proj,
-# to_add_out}); the second attention of dual blocks is not among them. For `nn.lora.init_lora`.
+# The modules that the release adapts, for `nn.lora.init_lora`: attn.{to_q, to_k, to_v, to_out.0, add_q_proj,
+# add_k_proj, add_v_proj, to_add_out}, without the second attention of dual blocks.
 ATTENTION_ADAPTER = r"(blocks_\d+|last_block)/attention/(context_)?(query|key|value|output)"
-# Stored and loaded with the parameters, but a constant: optimisers and weight decay must leave it out.
+# Stored and loaded with the parameters, but a constant: optimizers and weight decay must leave it out.
 BUFFERS = r"pos_embed/table"
 
 
-def position_table(config: TransformerConfig) -> Array:
+def position_table(config: TransformerConfig) -> Float[Array, "1 p d"]:
     """The two-dimensional sine-cosine table (arXiv 2010.11929 form; diffusers' `get_2d_sincos_pos_embed`).
 
     Returns:
-      `[1, M * M, D]` in float32, row-major over a square of M = `pos_embed_max_size` patches; the first half of D
-      encodes the column, the second the row, in units in which the training grid has `sample_size / patch_size` steps.
+      float32 `[1, M * M, D]`, row-major over a square of M = `pos_embed_max_size` patches. The first half of D encodes
+      the column, the second the row, in units in which the training grid has `sample_size / patch_size` steps.
     """
     side, width = config.pos_embed_max_size, config.width
     positions = np.arange(side, dtype=np.float32) / np.float32(side / (config.sample_size // config.patch_size))
@@ -42,14 +44,10 @@ def position_table(config: TransformerConfig) -> Array:
     return jnp.concatenate([columns, rows], axis=-1).reshape(1, side * side, width)
 
 
-def timestep_embedding(timestep: Array) -> Array:
+def timestep_embedding(timestep: Float[Array, " b"]) -> Float[Array, "b 256"]:
     """Cosines, then sines, of the timestep at 128 frequencies from 1 to nearly 1/10000 (arXiv 2006.11239, appendix B).
 
-    Args:
-      timestep: `[B]`, 1000 * sigma.
-
-    Returns:
-      `[B, 256]` in float32.
+    `timestep` is 1000 * sigma; the result is float32.
     """
     half = TIMESTEP_CHANNELS // 2
     frequencies = jnp.exp(-np.log(10000.0) / half * jnp.arange(half, dtype=jnp.float32))
@@ -63,8 +61,8 @@ class PositionTable(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, rows: int, columns: int) -> Array:
-        """The centre `rows` x `columns` of the table, `[1, rows * columns, D]`."""
+    def __call__(self, rows: int, columns: int) -> Float[Array, "1 {rows}*{columns} d"]:
+        """The centre `rows` x `columns` of the table."""
         side, width = self.config.pos_embed_max_size, self.config.width
         if max(rows, columns) > side:
             raise ValueError(f"{rows}x{columns} patches do not fit the position table; pos_embed_max_size is {side}")
@@ -80,8 +78,8 @@ class Embedder(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """`[B, in]` to `[B, D]`."""
+    def __call__(self, x: Float[Array, "b fan_in"]) -> Float[Array, "b d"]:
+        """One vector of the model's width for each row."""
         width, alpha = self.config.width, self.config.lora_alpha
         return Dense(width, lora_alpha=alpha, name="linear_2")(
             nn.silu(Dense(width, lora_alpha=alpha, name="linear_1")(x))
@@ -99,20 +97,25 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, latents: Array, timestep: Array, context: Array, pooled: Array, context_mask: Array | None = None
-    ) -> Array:
+        self,
+        latents: Float[Array, "b rows columns c"],
+        timestep: Float[Array, " b"],
+        context: Float[Array, "b s d_context"],
+        pooled: Float[Array, "b d_pooled"],
+        context_mask: Bool[Array, "b s"] | None = None,
+    ) -> Float[Array, "b rows columns c_out"]:
         """Predicts the velocity.
 
         Args:
-          latents: `[B, h, w, C]` in the scale of the diffusion model; h and w are multiples of the patch size.
-          timestep: `[B]`, 1000 * sigma with sigma in [0, 1].
-          context: `[B, T, Dc]` text tokens.
-          pooled: `[B, Dp]` pooled text.
-          context_mask: bool `[B, T]`, False for padding on the right, which nobody then attends to; None attends to all
-            tokens, as the official code does.
+          latents: in the scale of the diffusion model; both sides are multiples of the patch size.
+          timestep: 1000 * sigma with sigma in [0, 1].
+          context: text tokens.
+          pooled: pooled text.
+          context_mask: False for padding on the right, which no token attends to. None attends to all tokens, as the
+            official code does.
 
         Returns:
-          `[B, h, w, C]`, the velocity noise - data, in float32.
+          The velocity noise - data, in float32.
 
         Raises:
           ValueError: the latents do not divide into patches, or have more patches a side than the position table.
@@ -136,33 +139,29 @@ class Transformer(nn.Module):
         return constrain(unpatchify(y.astype(jnp.float32), rows, columns, config.patch_size), "batch")
 
     def _blocks(self, x: Array, context: Array, conditioning: Array, mask: Mask) -> Array:
-        config, streams = self.config, (x, context)
+        config = self.config
+        streams: Any = (x, context)
         for name, layers, dual in config.runs:
-            scanned = nn.scan(
-                remat(Block, config.remat),
-                variable_axes={"params": 0, "lora": 0},
-                split_rngs={"params": True},
-                in_axes=nn.broadcast,
-                length=len(layers),
-            )
-            streams, _ = scanned(config, dual=dual, name=name)(streams, conditioning, mask)
+            stack = scan_layers(Block, len(layers), config.remat)(config, dual=dual, name=name)
+            streams, _ = stack(streams, conditioning, mask)
         last_dual = config.num_layers - 1 in config.dual_attention_layers
         last = remat(Block, config.remat, in_scan=False)(config, dual=last_dual, last=True, name="last_block")
         (x, _), _ = last(streams, conditioning, mask)
         return x
 
 
-def padded_context(context: Array, context_mask: Array | None, patches: int) -> tuple[Array, Mask]:
-    """The context with padding that no block needs to add again, and what the joint sequence of image and context may
-    attend to.
+def padded_context(
+    context: Float[Array, "b s d"], context_mask: Bool[Array, "b s"] | None, patches: int
+) -> tuple[Float[Array, "b padded d"], Mask]:
+    """The context with padding that no block needs to add again, and the mask of the joint sequence.
 
     Args:
-      context: `[B, T, D]`.
-      context_mask: bool `[B, T]`, valid tokens first; None for all.
+      context: text tokens.
+      context_mask: valid tokens first; None for all.
       patches: P image tokens, which come first.
 
     Returns:
-      `[B, T', D]`, where P + T' suits the attention of the devices, and the mask of P + T' keys.
+      S' context tokens, where P + S' suits the attention of the devices, and the mask of P + S' keys.
     """
     batch, tokens, _ = context.shape
     room = preferred_length(patches + tokens) - patches - tokens
@@ -173,11 +172,11 @@ def padded_context(context: Array, context_mask: Array | None, patches: int) -> 
     return jnp.pad(context, ((0, 0), (0, room), (0, 0))), Mask(valid=valid, right_padded=True)
 
 
-def patchify(latents: Array, patch_size: int) -> Array:
-    """`[B, h, w, C]` to `[B, P, C * patch_size**2]`, patches row by row, each flattened as (channel, row, column).
+def patchify(latents: Float[Array, "b rows columns c"], patch_size: int) -> Float[Array, "b p c*{patch_size}**2"]:
+    """Patches row by row, each flattened as (channel, row, column).
 
     Raises:
-      ValueError: h or w is not a multiple of the patch size.
+      ValueError: a side is not a multiple of the patch size.
     """
     batch, height, width, channels = latents.shape
     if height % patch_size or width % patch_size:
@@ -189,14 +188,16 @@ def patchify(latents: Array, patch_size: int) -> Array:
     return x.reshape(batch, rows * columns, channels * patch_size**2)
 
 
-def unpatchify(x: Array, rows: int, columns: int, patch_size: int) -> Array:
-    """`[B, rows * columns, patch_size**2 * C]`, flattened as (row, column, channel), to `[B, h, w, C]`."""
+def unpatchify(
+    x: Float[Array, "b p flat"], rows: int, columns: int, patch_size: int
+) -> Float[Array, "b {rows}*{patch_size} {columns}*{patch_size} c"]:
+    """Latents from `rows` x `columns` patches, each flattened as (row, column, channel)."""
     x = x.reshape(x.shape[0], rows, columns, patch_size, patch_size, -1).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(x.shape[0], rows * patch_size, columns * patch_size, -1)
 
 
 @functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
-def abstract_params(config: TransformerConfig) -> dict:
+def abstract_params(config: TransformerConfig) -> dict[str, Any]:
     """The shapes of the parameters, without computing anything."""
     shapes = (
         (1, config.patch_size, config.patch_size, config.in_channels),
@@ -208,7 +209,7 @@ def abstract_params(config: TransformerConfig) -> dict:
     return jax.eval_shape(Transformer(config).init, jax.random.key(0), *inputs)["params"]
 
 
-def init_params(config: TransformerConfig, key: Array) -> dict:
+def init_params(config: TransformerConfig, key: Key[Array, ""]) -> dict[str, Any]:
     """New parameters to train from nothing (arXiv 2212.09748, section 3.2, adaLN-Zero).
 
     Modulations and the last linear map start at zero, so that every block is the identity and the velocity is zero;

@@ -4,11 +4,12 @@ Channels are last everywhere; all arithmetic is float32.
 """
 
 import functools
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float, Key
 
 from uae_jax import trees
 from uae_jax.models.sd3.config import VAEConfig
@@ -26,8 +27,8 @@ class ResidualBlock(nn.Module):
     groups: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """`[B, H, W, C]` to `[B, H, W, features]`."""
+    def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b height width features"]:
+        """Images of C channels to images of `features` channels."""
         y = Conv(self.features, name="conv1")(nn.silu(GroupNorm(self.groups, name="norm1")(x)))
         y = Conv(self.features, name="conv2")(nn.silu(GroupNorm(self.groups, name="norm2")(y)))
         if x.shape[-1] != y.shape[-1]:
@@ -41,8 +42,8 @@ class SpatialAttention(nn.Module):
     groups: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """`[B, H, W, C]` to the same."""
+    def __call__(self, x: Float[Array, "b rows columns c"]) -> Float[Array, "b rows columns c"]:
+        """Mixes the positions of each image."""
         y = to_tokens(GroupNorm(self.groups, name="group_norm")(x))
         width = y.shape[-1]
         query, key, value = (Dense(width, name=name)(y)[:, :, None] for name in ("query", "key", "value"))
@@ -56,8 +57,8 @@ class MiddleBlock(nn.Module):
     config: VAEConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """`[B, h, w, C]` to the same."""
+    def __call__(self, x: Float[Array, "b rows columns c"]) -> Float[Array, "b rows columns c"]:
+        """C is the width of the lowest resolution."""
         width, groups = self.config.block_out_channels[-1], self.config.norm_num_groups
         x = ResidualBlock(width, groups, name="resnets_0")(x)
         if self.config.mid_block_add_attention:
@@ -66,12 +67,12 @@ class MiddleBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Picture to the mean and log-variance of its latents, joined along channels."""
+    """Images to the mean and log-variance of their latents, joined along channels."""
 
     config: VAEConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b height width rgb"]) -> Float[Array, "b rows columns moments"]:
         """`[B, H, W, 3]` to `[B, h, w, 2 C]`."""
         config = self.config
         x = Conv(config.block_out_channels[0], name="conv_in")(x)
@@ -87,12 +88,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to picture."""
+    """Latents to images."""
 
     config: VAEConfig
 
     @nn.compact
-    def __call__(self, z: Array) -> Array:
+    def __call__(self, z: Float[Array, "b rows columns c"]) -> Float[Array, "b height width rgb"]:
         """`[B, h, w, C]` to `[B, H, W, 3]`."""
         config = self.config
         x = Conv(config.block_out_channels[-1], name="conv_in")(z)
@@ -106,16 +107,18 @@ class Decoder(nn.Module):
         return Conv(config.out_channels, name="conv_out")(x)
 
 
-def encode(config: VAEConfig, params: trees.Tree, pixels: Array) -> tuple[Array, Array]:
-    """The distribution of the latents of pictures.
+def encode(
+    config: VAEConfig, params: trees.Tree, pixels: Float[Array, "b height width rgb"]
+) -> tuple[Float[Array, "b rows columns c"], Float[Array, "b rows columns c"]]:
+    """The distribution of the latents of images.
 
     Args:
       config: sizes.
       params: parameters of the auto-encoder; only `encoder` is read.
-      pixels: `[B, H, W, 3]` in [-1, 1]; H and W are multiples of `config.downsampling`.
+      pixels: in [-1, 1]; height and width are multiples of `config.downsampling`.
 
     Returns:
-      Mean and log-variance (clipped to [-30, 20], as published), each `[B, h, w, C]` in float32.
+      Mean and log-variance (clipped to [-30, 20], as published) in float32.
 
     Raises:
       ValueError: height or width is not such a multiple.
@@ -123,59 +126,67 @@ def encode(config: VAEConfig, params: trees.Tree, pixels: Array) -> tuple[Array,
     height, width = pixels.shape[1:3]
     if height % config.downsampling or width % config.downsampling:
         raise ValueError(
-            f"a picture of {height}x{width} does not divide into latents; both must be multiples of "
+            f"an image of {height}x{width} does not divide into latents; both must be multiples of "
             f"{config.downsampling}"
         )
     with jax.named_scope("autoencoder"):
-        moments = Encoder(config).apply({"params": params["encoder"]}, pixels.astype(jnp.float32))
+        moments = cast(Array, Encoder(config).apply({"params": params["encoder"]}, pixels.astype(jnp.float32)))
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean, jnp.clip(log_variance, -30.0, 20.0)
 
 
-def sample_latents(key: Array, mean: Array, log_variance: Array) -> Array:
-    """One draw from the Gaussian of `encode`; `[B, h, w, C]` each (arXiv 1312.6114, eq. 10)."""
+def sample_latents(
+    key: Key[Array, ""], mean: Float[Array, "*shape"], log_variance: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """One sample from the Gaussian of `encode` (arXiv 1312.6114, eq. 10)."""
     return mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape, mean.dtype)
 
 
-def to_model_latents(config: VAEConfig, latents: Array) -> Array:
-    """Latents of the auto-encoder in the scale of the diffusion model, `(z - shift) * scale`, `[B, h, w, C]`."""
+def to_model_latents(config: VAEConfig, latents: Float[Array, "b rows columns c"]) -> Float[Array, "b rows columns c"]:
+    """Latents of the auto-encoder in the scale of the diffusion model, `(z - shift) * scale`."""
     return (latents - config.shift_factor) * config.scaling_factor
 
 
-def from_model_latents(config: VAEConfig, model_latents: Array) -> Array:
-    """The inverse of `to_model_latents`, `[B, h, w, C]`."""
+def from_model_latents(
+    config: VAEConfig, model_latents: Float[Array, "b rows columns c"]
+) -> Float[Array, "b rows columns c"]:
+    """The inverse of `to_model_latents`."""
     return model_latents / config.scaling_factor + config.shift_factor
 
 
-def decode(config: VAEConfig, params: trees.Tree, latents: Array) -> Array:
+def decode(
+    config: VAEConfig, params: trees.Tree, latents: Float[Array, "b rows columns c"]
+) -> Float[Array, "b height width rgb"]:
     """Images of the auto-encoder's latents.
 
     Args:
       config: sizes.
       params: parameters of the auto-encoder; only `decoder` is read.
-      latents: `[B, h, w, C]` in the scale of `encode`.
+      latents: in the scale of `encode`.
 
     Returns:
-      `[B, H, W, 3]` in float32, about [-1, 1], not clipped.
+      Pixels in float32, about [-1, 1], not clipped.
     """
     with jax.named_scope("autoencoder"):
-        return Decoder(config).apply({"params": params["decoder"]}, latents.astype(jnp.float32))
+        return cast(Array, Decoder(config).apply({"params": params["decoder"]}, latents.astype(jnp.float32)))
 
 
-def decode_latents(config: VAEConfig, params: trees.Tree, model_latents: Array, chunk: int | None = None) -> Array:
+def decode_latents(
+    config: VAEConfig, params: trees.Tree, model_latents: Float[Array, "b rows columns c"], chunk: int | None = None
+) -> Float[Array, "b height width rgb"]:
     """Images of the diffusion model's latents, some at a time when memory is short.
 
-    Each chunk takes every (B / chunk)-th row, so that a batch that is split over devices stays where it is when their
-    number divides `chunk`. The activations of a chunk are computed again in the backward pass.
+    Each chunk takes every (B / chunk)-th row: a batch that is sharded over devices then stays where it is when their
+    number divides `chunk`. The backward pass recomputes the activations of a chunk.
 
     Args:
       config: sizes.
       params: parameters of the auto-encoder.
-      model_latents: `[B, h, w, C]` in the scale of the diffusion model.
-      chunk: pictures decoded at once; None, or B and more, decodes all at once.
+      model_latents: in the scale of the diffusion model.
+      chunk: images decoded at once; None, or B and more, decodes all at once.
 
     Returns:
-      `[B, H, W, 3]` in float32, about [-1, 1], not clipped.
+      Pixels in float32, about [-1, 1], not clipped.
 
     Raises:
       ValueError: `chunk` does not divide B.
@@ -196,7 +207,7 @@ def decode_latents(config: VAEConfig, params: trees.Tree, model_latents: Array, 
     return trees.map_parts(jax.checkpoint(decode_part), trees.cut(latents, batch // chunk))
 
 
-def init_params(config: VAEConfig, key: Array) -> dict:
+def init_params(config: VAEConfig, key: Key[Array, ""]) -> dict[str, Any]:
     """New parameters `{"encoder", "decoder"}` in float32; kernels have variance 1 / fan-in, biases are zero."""
     encoder_key, decoder_key = jax.random.split(key)
     side = config.downsampling
@@ -209,6 +220,6 @@ def init_params(config: VAEConfig, key: Array) -> dict:
 
 
 @functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
-def abstract_params(config: VAEConfig) -> dict:
+def abstract_params(config: VAEConfig) -> dict[str, Any]:
     """The shapes of `init_params`, without computing anything."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

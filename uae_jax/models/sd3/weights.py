@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from uae_jax import trees
 from uae_jax.hf.adapters import AdapterFiles, by_ending, peft_settings, read_adapter, survey_adapter
 from uae_jax.hf.rules import Placement, Rule, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.models.precision import numpy_dtype
 from uae_jax.models.sd3 import vae
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.models.sd3.transformer import ATTENTION_ADAPTER, abstract_params
@@ -102,9 +104,11 @@ _JOINT_NORMS = {
 
 def _groups(config: TransformerConfig) -> list[tuple[str, str, tuple[int, ...] | None, bool, bool]]:
     """Every group of blocks: (our name, published prefix, layers, dual, last)."""
-    groups = [(name, "transformer_blocks.{}", layers, dual, False) for name, layers, dual in config.runs]
     last = config.num_layers - 1
-    return groups + [("last_block", f"transformer_blocks.{last}", None, last in config.dual_attention_layers, True)]
+    return [
+        *((name, "transformer_blocks.{}", layers, dual, False) for name, layers, dual in config.runs),
+        ("last_block", f"transformer_blocks.{last}", None, last in config.dual_attention_layers, True),
+    ]
 
 
 def _block(
@@ -175,10 +179,10 @@ def adapter_rules(config: TransformerConfig, adapter: trees.Tree | None = None) 
 
 
 def adapter_tensors(
-    config: TransformerConfig, adapter: trees.Tree, dtype: np.dtype | None = None
+    config: TransformerConfig, adapter: trees.Tree, dtype: DTypeLike | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Names and arrays of an adapter as peft saves it; the inverse of `load_adapter`."""
-    return published_tensors(adapter, adapter_rules(config, adapter), dtype)
+    return published_tensors(adapter, adapter_rules(config, adapter), numpy_dtype(dtype))
 
 
 def adapter_config(config: TransformerConfig, adapter: trees.Tree) -> dict:
@@ -200,7 +204,7 @@ def adapter_config(config: TransformerConfig, adapter: trees.Tree) -> dict:
 
 
 def load_vae(path: str | pathlib.Path, *, placement: Placement | None = None) -> tuple[VAEConfig, dict]:
-    """An auto-encoder folder as published: its config and float32 parameters, placed as by `hf.rules.load_params`.
+    """An auto-encoder folder as published: its config and float32 parameters, sharded as by `hf.rules.load_params`.
 
     Raises:
       FileNotFoundError: config or weights are absent.
@@ -212,14 +216,14 @@ def load_vae(path: str | pathlib.Path, *, placement: Placement | None = None) ->
         vae_rules(config),
         vae.abstract_params(config),
         aliases=VAE_ALIASES,
-        dtype=np.float32,
+        dtype=np.dtype(np.float32),
         placement=placement,
     )
     return config, params
 
 
 def load_transformer(
-    path: str | pathlib.Path, *, params_dtype: np.dtype | None = None, placement: Placement | None = None, **overrides
+    path: str | pathlib.Path, *, params_dtype: DTypeLike | None = None, placement: Placement | None = None, **overrides
 ) -> tuple[TransformerConfig, dict]:
     """A transformer folder as published: its config and parameters.
 
@@ -235,7 +239,11 @@ def load_transformer(
     """
     config = TransformerConfig.from_folder(path, **overrides)
     return config, load_params(
-        TensorFolder(path), transformer_rules(config), abstract_params(config), dtype=params_dtype, placement=placement
+        TensorFolder(path),
+        transformer_rules(config),
+        abstract_params(config),
+        dtype=numpy_dtype(params_dtype),
+        placement=placement,
     )
 
 
@@ -253,7 +261,7 @@ def load_adapter(path: str | pathlib.Path, config: TransformerConfig) -> tuple[T
       FileNotFoundError: no such folder or weights.
       ValueError: see `hf.adapters.read_adapter`.
     """
-    adapter = read_adapter(survey_transformer_adapter(path, config), np.float32)
+    adapter = read_adapter(survey_transformer_adapter(path, config), np.dtype(np.float32))
     return dataclasses.replace(config, lora_alpha=adapter.alpha), adapter.tree
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 from uae_jax.nn.attention.mask import MASKED, Mask
 from uae_jax.nn.attention.plain import block_pairs, heads_first, tokens_first
@@ -13,13 +13,19 @@ from uae_jax.nn.attention.plain import block_pairs, heads_first, tokens_first
 TOGETHER = 2**20  # weights (4 MB in float32) of the units in one turn of the loop
 
 
-def by_head(query: Array, key: Array, value: Array, mask: Mask, block: int = 512) -> Array:
+def by_head(
+    query: Float[Array, "b t h k"],
+    key: Float[Array, "b s j k"],
+    value: Float[Array, "b s j k"],
+    mask: Mask,
+    block: int = 512,
+) -> Float[Array, "b t h k"]:
     """Two-dimensional matrix products, each of one row of the batch, one key head and at most `block` queries.
 
-    What CPUs are fastest with. Several of these independent units stand side by side in one turn of a loop, where XLA's
-    CPU backend runs them on several cores at once; products are divided by the softmax's sums, not weights, of which
-    there are more. Weights are recomputed in the backward pass: memory `[H / H', block, S]` a unit, units of `TOGETHER`
-    weights a turn.
+    CPUs are fastest with these products. Several of these independent units stand side by side in one turn of a loop,
+    where XLA's CPU backend runs them on several cores at once. The sums of the softmax divide the products, which are
+    fewer than the weights. The backward pass recomputes the weights: memory `[H / J, block, S]` a unit, units of
+    `TOGETHER` weights a turn.
     """
     batch, length, _, width = query.shape
     size, key_heads = key.shape[1:3]
@@ -37,7 +43,7 @@ def by_head(query: Array, key: Array, value: Array, mask: Mask, block: int = 512
     )
     per_head = jax.tree.map(lambda rows: jnp.repeat(rows, key_heads, axis=0), (valid, segments))
 
-    def unit(queries: Array, start: Array | int, keys: Array, values: Array, masks: tuple) -> Array:
+    def unit(queries: Array, start: Array | int, keys: Array, values: Array, masks: tuple[Any, Any]) -> Array:
         valid, segments = jax.tree.map(lambda row: row[None], masks)
         logits = jnp.dot(queries, keys, preferred_element_type=jnp.float32) * width**-0.5
         allowed = block_pairs(mask.causal, segments, start, block, length, size)
@@ -63,7 +69,7 @@ def by_head(query: Array, key: Array, value: Array, mask: Mask, block: int = 512
     return tokens_first(mixed.reshape(batch, key_heads, ratio, pieces * block, width)[..., :length, :], query.shape)
 
 
-def _in_turns(function: Callable[..., Array], weights: int, parts: tuple) -> Array:
+def _in_turns(function: Callable[..., Array], weights: int, parts: tuple[Any, ...]) -> Array:
     """`function` of each entry of the parts, `[N, ...]`: up to eight in one turn of a loop as long as their weights fit
     `TOGETHER`.
     """
@@ -71,7 +77,7 @@ def _in_turns(function: Callable[..., Array], weights: int, parts: tuple) -> Arr
     together = max(n for n in range(1, 9) if count % n == 0 and (n == 1 or n * weights <= TOGETHER))
 
     @jax.checkpoint
-    def turn(entries: tuple) -> Array:
+    def turn(entries: tuple[Any, ...]) -> Array:
         return jnp.stack([function(*jax.tree.map(lambda leaf: leaf[index], entries)) for index in range(together)])
 
     if count == together:

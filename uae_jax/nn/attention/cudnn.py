@@ -1,8 +1,10 @@
 """Attention on NVIDIA GPUs: cuDNN's fused kernels, which never store the weights."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 from uae_jax.nn.attention.mask import Mask
 
@@ -10,8 +12,8 @@ LARGEST_WIDTH = 128  # of a head, on every generation that cuDNN's kernels know
 OLDEST = (8, 0)  # compute capability, Ampere
 
 
-def supported(query: Array, capability: tuple[int, int] = OLDEST) -> bool:
-    """Whether the kernels take queries `[B, T, H, K]` of this precision and head width on a card of this compute
+def supported(query: Array | jax.ShapeDtypeStruct, capability: tuple[int, int] = OLDEST) -> bool:
+    """Whether the kernels take queries `[B, T, H, K]` of this precision and head width on a GPU of this compute
     capability.
     """
     width = query.shape[-1]
@@ -23,7 +25,7 @@ def supported(query: Array, capability: tuple[int, int] = OLDEST) -> bool:
     )
 
 
-def arguments(mask: Mask, batch: int, length: int, size: int) -> dict:
+def arguments(mask: Mask, batch: int, length: int, size: int) -> dict[str, Any]:
     """The mask in the kernels' terms: lengths where its valid keys come first, else a table `[B, 1, T, S]`.
 
     Args:
@@ -34,28 +36,21 @@ def arguments(mask: Mask, batch: int, length: int, size: int) -> dict:
       Keyword arguments of `jax.nn.dot_product_attention`: of `is_causal`, `key_value_seq_lengths` and `mask`.
     """
     if mask.groups is None and (mask.valid is None or mask.right_padded) and (not mask.causal or length == size):
-        found: dict = {"is_causal": mask.causal}
+        found: dict[str, Any] = {"is_causal": mask.causal}
         if mask.valid is not None:
-            # a row without keys would divide by zero; the first key then stands for a mean that nobody reads
+            # a row without keys would divide by zero; it takes the first key, and its result is not used
             found["key_value_seq_lengths"] = jnp.maximum(jnp.sum(mask.valid, axis=1, dtype=jnp.int32), 1)
         return found
-    return {"mask": jnp.broadcast_to(mask.pairs(length, size), (batch, length, size))[:, None]}
+    return {"mask": mask.table(batch, length, size)[:, None]}
 
 
-def cudnn(query: Array, key: Array, value: Array, mask: Mask) -> Array:
+def cudnn(
+    query: Float[Array, "b t h k"], key: Float[Array, "b s j k"], value: Float[Array, "b s j k"], mask: Mask
+) -> Float[Array, "b t h k"]:
     """Attention as in `plain.plain`; see `supported`.
 
     JAX refuses odd lengths where there is a gradient, with or without a table. They are padded here, which copies the
-    operand: callers that can choose take an even length (`entry.preferred_length`).
-
-    Args:
-      query: `[B, T, H, K]`.
-      key: `[B, S, H', K]`.
-      value: `[B, S, H', K]`.
-      mask: see `mask.Mask`.
-
-    Returns:
-      `[B, T, H, K]`.
+    operand. Callers that can choose take an even length (`entry.preferred_length`).
     """
     batch, length, size = query.shape[0], query.shape[1], key.shape[1]
     found = arguments(mask, batch, length, size)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Float
 
 from uae_jax.nn.attention import plain as xla
 from uae_jax.nn.attention.by_head import by_head
@@ -49,8 +49,12 @@ def use_attention(name: str) -> Iterator[None]:
 
 
 def attention(
-    query: Array, key: Array, value: Array, mask: Mask = Mask(), shared: tuple[SharedKeys, ...] = ()
-) -> Array:
+    query: Float[Array, "b t h k"],
+    key: Float[Array, "b s j k"],
+    value: Float[Array, "b s j k"],
+    mask: Mask = Mask(),
+    shared: tuple[SharedKeys, ...] = (),
+) -> Float[Array, "b t h k"]:
     """Softmax attention with grouped queries; logits and softmax in float32 (arXiv 1706.03762, eq. 1; 2305.13245).
 
     The kernel follows the devices of the mesh that `jax.set_mesh` made current (those of the process without one), also
@@ -58,14 +62,10 @@ def attention(
     by measurement on CPUs. `use_attention` overrides it.
 
     Args:
-      query: `[B, T, H, K]`.
-      key: `[B, S, H', K]` where H' divides H; query head h reads key head h // (H / H').
-      value: `[B, S, H', K]`.
+      query: H heads; the result has the precision of `query`.
+      key, value: J heads, where J divides H; query head h reads key head h // (H / J).
       mask: which of these keys a query may see.
       shared: keys that precede these, for causal self-attention (S = T); see `mask.SharedKeys`.
-
-    Returns:
-      `[B, T, H, K]` in the precision of `query`.
 
     Raises:
       ValueError: the number of key heads does not divide the number of query heads.
@@ -87,10 +87,10 @@ def attention(
     return implementation(query, key, value, mask)
 
 
-def choose(device: str, query: Array, size: int) -> str:
+def choose(device: str, query: Array | jax.ShapeDtypeStruct, size: int) -> str:
     """The implementation for a platform (`cpu`, `gpu`, `tpu`), queries `[B, T, H, K]` and S keys.
 
-    On several devices without a current mesh, only what the compiler can cut by itself is chosen.
+    On several devices without a current mesh, only what the compiler can shard by itself is chosen.
     """
     if query.shape[1] == 1 or query.shape[1] * size <= SMALL:
         return "plain"
@@ -102,8 +102,9 @@ def choose(device: str, query: Array, size: int) -> str:
 
 
 def preferred_length(length: int) -> int:
-    """The next length that the kernels of the current devices take without a copy; callers pad to it once, and mask the
-    rest.
+    """The next length that the kernels of the current devices take without a copy.
+
+    Callers pad to it once, and mask the rest.
     """
     multiple = MULTIPLES.get(platform(), 1)
     return -(-length // multiple) * multiple
@@ -127,11 +128,11 @@ def _joined(key: Array, value: Array, mask: Mask, shared: tuple[SharedKeys, ...]
 def on_each_device(
     implementation: Callable[[Array, Array, Array, Mask], Array], query: Array, key: Array, value: Array, mask: Mask
 ) -> Array:
-    """Runs an implementation on each device's rows and heads: a kernel cannot be cut by the compiler.
+    """Runs an implementation on each device's rows and heads: the compiler cannot shard a kernel.
 
-    Rows are cut over those of the current mesh's axes `data` and `fsdp` that divide them, heads over `tensor` where it
-    divides the query heads and fits the key heads, which are repeated if they are fewer. Without a mesh, or inside a
-    `shard_map`, the implementation is called as it is.
+    Rows are sharded over those of the current mesh's axes `data` and `fsdp` that divide them. Heads are sharded over
+    `tensor` where it divides the query heads and fits the key heads, which are repeated if they are fewer. Without a
+    mesh, or inside a `shard_map`, the implementation is called as it is.
     """
     mesh = current_mesh()
     if mesh is None or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
@@ -145,6 +146,5 @@ def on_each_device(
         heads = HEAD_AXIS if ways > 1 else None
         key, value = (jnp.repeat(x, max(ways // x.shape[2], 1), axis=2) for x in (key, value))
     spread, flat = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
-    per_mask = jax.tree.map(lambda _: flat, mask)
-    cut = jax.shard_map(implementation, in_specs=(spread, spread, spread, per_mask), out_specs=spread, check_vma=False)
-    return cut(query, key, value, mask)
+    sharded = jax.shard_map(implementation, in_specs=(spread, spread, spread, flat), out_specs=spread, check_vma=False)
+    return sharded(query, key, value, mask)

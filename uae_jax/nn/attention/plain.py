@@ -1,24 +1,23 @@
 """Attention in plain XLA: the formula itself, and a form that bounds its memory.
 
 All have logits and softmax in float32 and divide by the square root of the head width (arXiv 1706.03762, eq. 1), with
-grouped queries (arXiv 2305.13245). Shapes as in the entry point: `[B, T, H, K]` queries, `[B, S, H', K]` keys and
-values.
+grouped queries (arXiv 2305.13245). Shapes as in the entry point: J is the number of key heads.
 """
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from uae_jax.nn.attention.mask import MASKED, Mask, SharedKeys
 
 
-def heads_first(query: Array, key_heads: int) -> Array:
-    """Queries `[B, H', H / H', T, K]`, those that share a key head together."""
+def heads_first(query: Float[Array, "b t h k"], key_heads: int) -> Float[Array, "b {key_heads} ratio t k"]:
+    """Queries that share a key head together: ratio = H / J."""
     batch, length, heads, width = query.shape
     return query.reshape(batch, length, key_heads, heads // key_heads, width).transpose(0, 2, 3, 1, 4)
 
 
-def tokens_first(mixed: Array, shape: tuple[int, ...]) -> Array:
+def tokens_first(mixed: Float[Array, "b j ratio t k"], shape: tuple[int, ...]) -> Float[Array, "b t h k"]:
     """The inverse of `heads_first`, to the shape `[B, T, H, K]`."""
     return mixed.transpose(0, 3, 1, 2, 4).reshape(shape)
 
@@ -30,7 +29,9 @@ def _weights(logits: Array, allowed: Array | None, width: int, dtype: jnp.dtype)
     return jax.nn.softmax(logits, axis=-1).astype(dtype)
 
 
-def plain(query: Array, key: Array, value: Array, mask: Mask) -> Array:
+def plain(
+    query: Float[Array, "b t h k"], key: Float[Array, "b s j k"], value: Float[Array, "b s j k"], mask: Mask
+) -> Float[Array, "b t h k"]:
     """The formula, with all `[B, H, T, S]` weights at once."""
     length, size, width = query.shape[1], key.shape[1], query.shape[-1]
     grouped, keys, values = heads_first(query, key.shape[2]), key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
@@ -40,13 +41,19 @@ def plain(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     return tokens_first(jnp.einsum("bhrts,bhsk->bhrtk", weights, values), query.shape)
 
 
-def plain_with_shared(query: Array, key: Array, value: Array, mask: Mask, shared: tuple[SharedKeys, ...]) -> Array:
+def plain_with_shared(
+    query: Float[Array, "b t h k"],
+    key: Float[Array, "b t j k"],
+    value: Float[Array, "b t j k"],
+    mask: Mask,
+    shared: tuple[SharedKeys, ...],
+) -> Float[Array, "b t h k"]:
     """`plain` over shared and own keys under one softmax.
 
     The rows that share keys are folded into its query axis, so that those keys are read once and never repeated.
     """
     rows, length, heads, width = query.shape
-    own = jnp.broadcast_to(mask.pairs(length, length), (rows, length, length))
+    own = mask.table(rows, length, length)
     parts = [(m.key, m.value, jnp.repeat(m.valid[:, None], rows // len(m.key), axis=0)) for m in shared]
     logits, allowed = [], []
     for keys, _, valid in [*parts, (key, value, own)]:
@@ -65,10 +72,16 @@ def plain_with_shared(query: Array, key: Array, value: Array, mask: Mask, shared
     return mixed
 
 
-def by_query_blocks(query: Array, key: Array, value: Array, mask: Mask, block: int = 512) -> Array:
+def by_query_blocks(
+    query: Float[Array, "b t h k"],
+    key: Float[Array, "b s j k"],
+    value: Float[Array, "b s j k"],
+    mask: Mask,
+    block: int = 512,
+) -> Float[Array, "b t h k"]:
     """`plain` for `block` queries at a time, weights recomputed in the backward pass: memory `[B, H, block, S]`.
 
-    Batch and heads stay whole, so that they may be sharded.
+    Batch and heads are not split, so that they may be sharded.
     """
     batch, length, _, width = query.shape
     size, key_heads = key.shape[1:3]
@@ -92,11 +105,14 @@ def by_query_blocks(query: Array, key: Array, value: Array, mask: Mask, block: i
 
 
 def block_pairs(
-    causal: bool, segments: tuple[Array, Array] | None, start: Array, block: int, length: int, size: int
-) -> Array | None:
-    """Rows `start` to `start + block` of the mask, `[B or 1, block, S]`; rows past the end repeat the last one's
-    ids.
-    """
+    causal: bool,
+    segments: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None,
+    start: Int[Array, ""] | int,
+    block: int,
+    length: int,
+    size: int,
+) -> Bool[Array, "#b {block} {size}"] | None:
+    """Rows `start` to `start + block` of the mask; rows past the end repeat the ids of the last row."""
     rows = jnp.minimum(start + jnp.arange(block), length - 1)
     table = None
     if causal:

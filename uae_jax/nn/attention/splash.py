@@ -1,11 +1,12 @@
 """Attention on TPUs: JAX's splash kernels in Pallas, which never store the weights and skip forbidden blocks."""
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+from jaxtyping import Array, Float
 
 from uae_jax.nn.attention.mask import Mask
 
@@ -38,18 +39,17 @@ def _padded(x: Array, axis: int, multiple: int) -> Array:
     return jnp.pad(x, room)
 
 
-def splash(query: Array, key: Array, value: Array, mask: Mask, *, interpret: bool = False) -> Array:
-    """Attention as in `plain.plain`, for whole or causal masks with ids; all sizes are padded to what the kernels take.
+def splash(
+    query: Float[Array, "b t h k"],
+    key: Float[Array, "b s j k"],
+    value: Float[Array, "b s j k"],
+    mask: Mask,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "b t h k"]:
+    """Attention as in `plain.plain`; all sizes are padded to what the kernels take.
 
-    Args:
-      query: `[B, T, H, K]`.
-      key: `[B, S, H', K]`.
-      value: `[B, S, H', K]`.
-      mask: see `mask.Mask`.
-      interpret: run the kernels step by step on any device, for tests.
-
-    Returns:
-      `[B, T, H, K]`.
+    `interpret` runs the kernels step by step on any device, for tests.
     """
     batch, length, heads, width = query.shape
     size = key.shape[1]
@@ -65,7 +65,7 @@ def splash(query: Array, key: Array, value: Array, mask: Mask, *, interpret: boo
     if ids is None and (shape[1] > size and not mask.causal or size < length):
         ids = jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, size), jnp.int32)
     if ids is not None:
-        # padding of the kernel: a query that is thrown away, and keys that nobody sees
+        # padding of the kernel: queries that are dropped, and keys that no query sees
         rooms = [((0, 0), (0, padded - there)) for padded, there in zip(shape, (length, size))]
         ids = kernels.SegmentIds(*(jnp.pad(x, room, constant_values=c) for x, room, c in zip(ids, rooms, (-1, -2))))
     attend = kernels.make_splash_mha(
@@ -76,4 +76,5 @@ def splash(query: Array, key: Array, value: Array, mask: Mask, *, interpret: boo
         interpret=interpret,
     )
     mixed = jax.vmap(attend)(q, k, v, ids) if ids is not None else jax.vmap(attend)(q, k, v)
+    mixed = cast(Array, mixed)  # without the residuals that kernels can return, too
     return mixed[:, :, :length, :width].transpose(0, 2, 1, 3)

@@ -1,11 +1,12 @@
 """Convolutions of interleaved images (`nn.cpu.images`), and of images that are doubled first.
 
-Interleaved images are convolved as columns that take turns, with the taps of the kernel n columns apart. Each image is
-seen by itself, without a border between images.
+The columns of interleaved images take turns, and the taps of the kernel are n columns apart. A tap then never meets
+another image, and no border between images is needed.
 """
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
+from jaxtyping import Array, Float
 
 from uae_jax.nn.cpu.calls import separately
 from uae_jax.nn.cpu.images import interleaved
@@ -17,27 +18,27 @@ NARROW, WIDE = 16, 20
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
-def convolve(x: Array, kernel: Array, padding: Padding) -> Array:
-    """`[B, H, W, n in]` and `[h, w, in, out]` to `[B, H', W', n out]`, in steps of 1."""
+def convolve(
+    x: Float[Array, "b height width _"], kernel: Float[Array, "down across fan_in fan_out"], padding: Padding
+) -> Float[Array, "b rows columns _"]:
+    """The convolution in steps of 1, of `[B, H, W, n C]` for n interleaved images."""
     if interleaved() == 1:
         return _product(x, kernel, padding, 1)
     return separately(_convolve_interleaved, x, kernel, padding=padding, images=interleaved())
 
 
-def convolve_doubled(x: Array, kernel: Array) -> Array:
+def convolve_doubled(
+    x: Float[Array, "b height width _"], kernel: Float[Array, "3 3 fan_in fan_out"]
+) -> Float[Array, "b 2*height 2*width _"]:
     """A 3x3 convolution of the image that nearest-neighbour enlargement doubles, without making the enlarged image.
 
     A pixel of the result sees 2x2 pixels of the input, some by the sum of several taps: 4 products in place of 9. Rows
-    of even and of odd number are a convolution each. For a TPU v5e libtpu expects that to take 1.4 to 1.5 times as
-    long, since the rows and columns must be moved together, and products are not what takes the time there
-    (`docs/performance.md`).
+    of even and of odd number are a convolution each. libtpu expects this form to take 1.4 to 1.5 times as long on a TPU
+    v5e, where moving rows and columns together costs more than the products (`docs/performance.md`).
 
     Args:
-      x: `[B, H, W, n in]`.
-      kernel: `[3, 3, in, out]` in float32.
-
-    Returns:
-      `[B, 2 H, 2 W, n out]`.
+      x: `[B, H, W, n C]` of n interleaved images.
+      kernel: in float32.
     """
     # sums[a][u]: which taps fall on the u-th of the two input rows that a row of parity a sees; columns alike
     sums = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], jnp.float32)
@@ -53,8 +54,8 @@ def _join_parities(even: Array, odd: Array, *, images: int) -> Array:
     """The image of these rows.
 
     Args:
-      even, odd: rows of even and of odd number, `[B, H, W + 1, n (2 C)]`: even columns of the image in the first half
-        of 2 C, from the first place on, odd ones in the second half, from the second place on.
+      even, odd: rows of even and of odd number, `[B, H, W + 1, n (2 C)]`. The first half of 2 C has the even columns of
+        the image, from the first column on; the second half has the odd ones, from the second column on.
       images: n.
 
     Returns:

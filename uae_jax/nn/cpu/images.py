@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 
-from jax import Array
+from jaxtyping import Array, Float
 
 _images: contextvars.ContextVar[int] = contextvars.ContextVar("interleaved images", default=1)
 
@@ -29,7 +29,7 @@ def interleaved() -> int:
     return _images.get()
 
 
-def interleave(x: Array) -> Array:
+def interleave(x: Float[Array, "b height width c"]) -> Float[Array, "_ height width _"]:
     """Neighbouring images as channels of one: `[B, H, W, C]` to `[B / n, H, W, n C]`."""
     images = interleaved()
     if images == 1:
@@ -39,7 +39,7 @@ def interleave(x: Array) -> Array:
     return grouped.reshape(-1, height, width, images * channels)
 
 
-def separate(x: Array) -> Array:
+def separate(x: Float[Array, "_ height width _"]) -> Float[Array, "b height width c"]:
     """The inverse of `interleave`: `[B / n, H, W, n C]` to `[B, H, W, C]`."""
     images = interleaved()
     if images == 1:

@@ -5,11 +5,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 
-def merging_is_less_work(x: Array, kernel: Array) -> bool:
-    """Whether tokens `[..., in]` in float32 are better multiplied with the sum of kernel `[in, out]` and adapter.
+def merging_is_less_work(x: Float[Array, "... fan_in"], kernel: Float[Array, "fan_in fan_out"]) -> bool:
+    """Whether tokens in float32 are better multiplied with the sum of kernel and adapter.
 
     That holds from about in * out / (in + out) tokens on. In half precision the sum would round a young adapter away.
     """
@@ -18,8 +18,14 @@ def merging_is_less_work(x: Array, kernel: Array) -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def merged_product(x: Array, kernel: Array, a: Array, b: Array, scale: float) -> Array:
-    """`x @ (kernel + scale * a @ b)`, `[..., in]` to `[..., out]`; all in one precision."""
+def merged_product(
+    x: Float[Array, "... fan_in"],
+    kernel: Float[Array, "fan_in fan_out"],
+    a: Float[Array, "fan_in rank"],
+    b: Float[Array, "rank fan_out"],
+    scale: float,
+) -> Float[Array, "... fan_out"]:
+    """`x @ (kernel + scale * a @ b)`; all in one precision."""
     return x @ (kernel + scale * (a @ b))
 
 
