@@ -11,9 +11,11 @@ import pytest
 
 from configs import bootstrap as config_file
 from uae_jax.methods.method import Supervised
+from uae_jax.settings import frozen
 from uae_jax.stages.bootstrap import run as bootstrap_run
 from uae_jax.stages.bootstrap import scene_stream
 from uae_jax.stages.bootstrap.run import bootstrap
+from uae_jax.stages.bootstrap.settings import BootstrapConfig
 from uae_jax.stages.weights import BUILTIN
 
 
@@ -126,18 +128,18 @@ def test_a_phase_that_has_not_begun_may_change(phases, tmp_path):
 
 
 def test_what_a_phase_reads_belongs_to_its_configuration():
+    def digest(config, name):
+        return bootstrap_run.digest(frozen(BootstrapConfig, config), {}, name)
+
     config, other = quick_config(), quick_config()
     other.captioner.steps = 3
-    changed = {
-        name
-        for name in (*bootstrap_run.PHASES, "mistakes")
-        if (bootstrap_run.digest(config, {}, name) != bootstrap_run.digest(other, {}, name))
-    }
+    trainings = (*bootstrap_run.PHASES, "mistakes")
+    changed = {name for name in trainings if digest(config, name) != digest(other, name)}
     assert changed == {"captioner", "decoder", "mistakes"}
     config.phases = other.phases = ("decoder",)
-    assert bootstrap_run.digest(config, {}, "decoder") == bootstrap_run.digest(other, {}, "decoder")
+    assert digest(config, "decoder") == digest(other, "decoder")
     other.start = "builtin"
-    assert bootstrap_run.digest(config, {}, "decoder") != bootstrap_run.digest(other, {}, "decoder")
+    assert digest(config, "decoder") != digest(other, "decoder")
 
 
 def test_an_interrupted_phase_goes_on_with_its_own_configuration_alone(phases, tmp_path, monkeypatch):

@@ -100,7 +100,7 @@ def test_mistakes_of_batch_mesh_encoder_and_workdir_are_found_together(config, t
         evaluation=dict(encoders=("dinov3",)),
     )
     with pytest.raises(Mistakes) as refused:
-        run_module.run(values, tmp_path / "none" / "run", ["config.seed is 'x'; it must be of type int"])
+        checks.checked_config(values, tmp_path / "none" / "run", ["config.seed is 'x'; it must be of type int"])
     folder = config["model"]["folder"]
     assert refused.value.lines == [
         "config.seed is 'x'; it must be of type int",
@@ -124,7 +124,8 @@ def test_a_damaged_model_folder_is_told_by_its_parts(config, tmp_path):
     folder.mkdir()
     (folder / "llm").mkdir()
     (folder / "llm" / "config.json").write_text("{}")
-    found = checks.find_mistakes(frozen(RunConfig, changed(config, model=dict(folder=str(folder)))), None)
+    settings = frozen(RunConfig, changed(config, model=dict(folder=str(folder))))
+    found = [*checks.find_mistakes(settings, None), *checks.find_model_mistakes(settings)]
     assert any("SD3" in line or "vae" in line for line in found) and any("'clip'" in line for line in found)
     assert len(found) == len(set(found)) and all("\n" not in line for line in found)
 
