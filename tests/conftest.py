@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,9 +23,34 @@ import gc  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+TESTS = pathlib.Path(__file__).parent
+# folders and files whose tests take a second or less each: mathematics, settings, files, protocols
+FAST = (
+    "data",
+    "diffusion",
+    "hf",
+    "rl",
+    "training/test_guard.py",
+    "training/test_metrics.py",
+    "training/test_optimizer.py",
+    "planning/test_chips.py",
+    "planning/test_hlo.py",
+    "methods/test_registry.py",
+    "test_settings.py",
+    "test_config_file.py",
+    "test_imports.py",
+    "test_presets.py",
+    "test_correctness_page.py",
+    "test_shapes.py",
+)
+
 
 def pytest_collection_modifyitems(items):
-    """The longest files come first: a parallel worker that met them last would work on alone."""
+    """Marks the fast tier. The longest files come first: a worker that met them last would work on alone."""
+    for item in items:
+        path = item.path.relative_to(TESTS)
+        if (path.as_posix() in FAST or path.parts[0] in FAST) and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.fast)
     items.sort(
         key=lambda item: (item.path.name not in ("test_run.py", "test_notebooks.py"), "stages" not in item.path.parts)
     )
