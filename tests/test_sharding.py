@@ -78,7 +78,7 @@ def test_one_axis_may_take_the_devices_that_are_left():
         ((2, 2, 1), "needs 4 devices, there are 8"),
         ((-1, -1, 1), "at most one may be -1"),
         ((0, 1, 1), "must be positive"),
-        ((-2, 1, 1), "must be positive"),
+        ((-2, 1, 1), "must be at least -1"),
     ],
 )
 def test_meshes_that_cannot_be_are_refused(axes, message):
