@@ -131,7 +131,7 @@ def make_plan(
                 f"--stages names {stage!r}, which this configuration does not run; it runs {', '.join(settings.stages)}"
             )
     sizes, plans = mesh_sizes(settings, chips.devices), []
-    wanted = stages or tuple(dict.fromkeys(stage for _, stage in settings.order()))
+    wanted = stages or tuple(settings.distinct_stages())
     for stage in wanted:
         check_batch(settings, stage, sizes.batch)
     mesh = _mesh(settings, chips)

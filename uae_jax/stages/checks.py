@@ -90,7 +90,7 @@ def _all(config: RunConfig, checks: Sequence[Callable[[RunConfig], Iterator[str]
 def notices(config: RunConfig) -> list[str]:
     """What a run does other than its settings say, one line each."""
     found = []
-    for stage in dict.fromkeys(stage for _, stage in config.order()):
+    for stage in config.distinct_stages():
         settings = config.stage(stage)
         optimizer, total = settings.optimizer, settings.total_updates
         warmup = optimizer.warmup_of(total)
@@ -110,7 +110,7 @@ def check_programs(config: RunConfig, system: AbstractSystem) -> None:
     """
     parts = jax.eval_shape(lambda parts: with_adapters(config, parts, jax.random.key(0)), system.parts)
     with sharding.in_use(sharding.make_mesh(config.mesh)):
-        for stage in dict.fromkeys(stage for _, stage in config.order()):
+        for stage in config.distinct_stages():
             try:
                 program = make_program(config, system, parts, system.batch, stage)
                 jax.eval_shape(program.step, *program.arguments)
@@ -141,7 +141,7 @@ def check_batch(config: RunConfig, stage: str, ways: int) -> None:
 def _check_batches(config: RunConfig) -> Iterator[str]:
     mesh = sharding.make_mesh(config.mesh)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    for stage in dict.fromkeys(stage for _, stage in config.order()):
+    for stage in config.distinct_stages():
         try:
             check_batch(config, stage, ways)
         except ValueError as error:
@@ -166,7 +166,7 @@ def _check_encoders(config: RunConfig) -> Iterator[str]:
     folder = model_folder(config.model.folder)
     present = {name for name in ENCODERS if (folder / name).is_dir()}
     wanted = {name: "evaluation.encoders" for name in config.evaluation.encoders}
-    for stage in dict.fromkeys(stage for _, stage in config.order()):
+    for stage in config.distinct_stages():
         reward = getattr(config.stage(stage), "reward", None)
         wanted |= {name: f"{stage}.reward.names" for name in (reward.names if reward else ())}
         if reward and reward.caption_weight and not config.model.caption_scorer:

@@ -108,6 +108,10 @@ class RunConfig(Settings):
         again = [stage for stage in self.stages if is_rl(stage, self)]
         return listed + [(f"{stage}_{number}", stage) for number in range(2, self.rounds + 1) for stage in again]
 
+    def distinct_stages(self) -> list[str]:
+        """The stages of `order`, each once."""
+        return list(dict.fromkeys(stage for _, stage in self.order()))
+
     def trains(self, stage: str) -> tuple[str, ...]:
         """Names of the parts that a stage trains, see `methods.method.Method.trains`."""
         settings: StageSettings = self.stage_settings[stage]
