@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from benchmarks import ablation_tables
 from configs import ablations
 from uae_jax.files.json_files import write_json
+from uae_jax.settings import differences
 
 ROOT = pathlib.Path(__file__).parents[1]
 POLL = 0.2  # seconds between looks at a running arm
@@ -134,16 +135,6 @@ class Job:
         )
 
 
-def difference(now: dict, then: dict, path: str = "") -> str:
-    """The first setting that two records do not share, in words."""
-    for key in sorted(now.keys() | then.keys()):
-        a, b = now.get(key), then.get(key)
-        if a != b:
-            inside = isinstance(a, dict) and isinstance(b, dict)
-            return difference(a, b, f"{path}{key}.") if inside else f"{path}{key} is {a!r} now and was {b!r}"
-    return "nothing"
-
-
 class Stop:
     """Remembers the first SIGINT or SIGTERM and passes it on to the running arm; the second one ends the arm at
     once.
@@ -171,7 +162,7 @@ def run_job(job: Job, command: Sequence[str], stop: Stop) -> str:
     job.folder.mkdir(parents=True, exist_ok=True)
     record = job.record()
     if record and record["settings"] != job.settings():
-        changed = difference(job.settings(), record["settings"])
+        changed = "; ".join(differences(record["settings"], job.settings()))
         return f"{job.folder} was made with other settings ({changed}); move it away, or choose another --workdir"
     spent = record.get("minutes", 0.0)
     job.write_record(False, spent)

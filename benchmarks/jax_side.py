@@ -157,11 +157,6 @@ class GivenRollout:
         """Of the method."""
         return self.method.settings
 
-    @property
-    def samples_per_image(self) -> int:
-        """Of the method."""
-        return self.method.samples_per_image
-
     def rollout(self, params: dict, frozen: dict, batch: dict, key: Array) -> dict:
         """The batch, with the reference's values and the old ones."""
         parts = {**frozen, **params}

@@ -18,9 +18,13 @@ class Sampled(Supervised):
         return self.sample(params, frozen, batch, key)
 
 
-def learner(loss, sample=None, *, samples_per_image=1, **settings) -> Supervised:
+class PairSettings(SupervisedSettings):
+    """Settings with two samples an image."""
+
+    samples_per_image = 2
+
+
+def learner(loss, sample=None, *, kind=SupervisedSettings, **settings) -> Supervised:
     """A learner with the given loss, settings and, where there is one, function of samples."""
-    values = SupervisedSettings(**settings)
-    if sample is None:
-        return Supervised(loss, values, samples_per_image)
-    return Sampled(loss, values, samples_per_image, sample)
+    values = kind(**settings)
+    return Supervised(loss, values) if sample is None else Sampled(loss, values, sample)

@@ -84,7 +84,7 @@ def test_lists_become_tuples():
     "values, line",
     [
         ({"stepz": 1}, "config.stepz does not exist; did you mean config.steps?"),
-        ({"zzz": 1}, "config.zzz does not exist; it has steps, sizes, pair, fast, inner, round, first, second"),
+        ({"zzz": 1}, "config.zzz does not exist; config has steps, sizes, pair, fast, inner, round, first, second"),
         ({"inner": {"raet": 1}}, "config.inner.raet does not exist; did you mean config.inner.rate?"),
         ({"secnd": {}}, "config.secnd does not exist; did you mean config.second?"),
         ({"steps": 1.0}, "config.steps is 1.0; it must be of type int"),

@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from uae_jax.settings import one_line
+
 
 def error_line(error: BaseException) -> str:
     """The message of an expected error: one line, or one for each mistake of settings."""
-    lines = getattr(error, "lines", None) or [" ".join(str(error).split())]
+    lines = getattr(error, "lines", None) or [one_line(error)]
     return "\n".join(f"error: {line}" for line in lines)
 
 

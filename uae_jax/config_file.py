@@ -11,6 +11,8 @@ from typing import Any
 
 import ml_collections
 
+from uae_jax.settings import unknown_field
+
 PACKAGE = pathlib.Path(__file__).parent
 FLAG = "--config."
 
@@ -93,11 +95,8 @@ def apply_overrides(
         section, path = changed, field.split(".")
         for depth, name in enumerate(path):
             if not isinstance(section, dict) or name not in section:
-                place = ".".join(("config", *path[:depth]))
                 known = section if isinstance(section, dict) else ()
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {place}.{near[0]}?" if near else f"{place} has {', '.join(known) or 'no fields'}"
-                mistakes.append(f"{place}.{name} does not exist; {hint}")
+                mistakes.append(unknown_field(".".join(("config", *path[:depth])), name, known))
                 break
             if depth == len(path) - 1:
                 try:

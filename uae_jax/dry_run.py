@@ -1,8 +1,7 @@
 """What a run would do: all mistakes at once, device, mesh, stages, parameters, bytes, and the first rows of data."""
 
 import pathlib
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +12,8 @@ from uae_jax.data.loader import RowBuilder
 from uae_jax.data.tokenizer import decode_caption, load_tokenizer
 from uae_jax.planning.estimate import estimate_memory
 from uae_jax.planning.roofline import MeshSizes
-from uae_jax.planning.system import abstract_system
 from uae_jax.stages.abstract import AbstractSystem
-from uae_jax.stages.checks import check_programs, find_mistakes, find_model_mistakes, notices, read_config
+from uae_jax.stages.checks import check_run
 from uae_jax.stages.data import open_sources
 from uae_jax.stages.program import Program, make_program
 from uae_jax.stages.run_config import RunConfig
@@ -25,7 +23,7 @@ ROWS = 3
 GIB = 2**30
 
 
-def dry_run(config: Mapping[str, Any], workdir: pathlib.Path, mistakes: list[str]) -> int:
+def dry_run(config: Mapping[str, Any], workdir: pathlib.Path, mistakes: Sequence[str]) -> None:
     """Prints what a run would do.
 
     Args:
@@ -33,24 +31,11 @@ def dry_run(config: Mapping[str, Any], workdir: pathlib.Path, mistakes: list[str
       workdir: of the run; nothing is written there.
       mistakes: those that reading the command line has found.
 
-    Returns:
-      The exit code: 1 with mistakes, of which each is a line on stderr.
+    Raises:
+      Mistakes: all of them, one line each.
     """
-    settings, found = read_config(config)
-    mistakes = [*mistakes, *found, *find_mistakes(settings, workdir), *find_model_mistakes(settings)]
-    for notice in notices(settings):
-        print(f"note: {notice}", file=sys.stderr)
-    if not mistakes:
-        try:
-            system = abstract_system(settings)
-            check_programs(settings, system)
-        except ValueError as error:
-            mistakes.append(str(error))
-    if mistakes:
-        print("\n".join(f"error: {mistake}" for mistake in mistakes), file=sys.stderr)
-        return 1
+    settings, system = check_run(config, workdir, mistakes, thorough=True)
     print("\n".join([*_machine(settings, workdir), *_stages(settings, system), *_rows(settings, system)]))
-    return 0
 
 
 def _machine(config: RunConfig, workdir: pathlib.Path) -> list[str]:

@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.dry_run:
             from uae_jax.dry_run import dry_run
 
-            sys.exit(dry_run(config, workdir, mistakes))
+            dry_run(config, workdir, mistakes)
+            return
         processes.join(options.coordinator, options.processes, options.process_id)
         if "phases" in config:
             make_builtin_model(config, workdir, mistakes)

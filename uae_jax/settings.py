@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 import ml_collections
@@ -124,6 +124,11 @@ class Mistakes(ValueError):
         self.lines = lines
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks."""
+    return " ".join(str(error).split())
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Base of all settings: construction checks every range.
@@ -164,7 +169,7 @@ def read(
     """
     config = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     places = _places(cls)
-    mistakes = [_unknown(path, name, places) for name in config if name not in places]
+    mistakes = [unknown_field(path, name, places) for name in config if name not in places]
     values: dict[str, Any] = {}
     for name, (field, kind) in places.items():
         if name not in config:
@@ -207,6 +212,13 @@ def frozen(cls: type[T], config: Mapping[str, Any], path: str = "config") -> T:
     if mistakes or made is None:
         raise Mistakes(mistakes)
     return made
+
+
+def unknown_field(path: str, name: str, known: Collection[str]) -> str:
+    """What to say of a field that a section does not have: the nearest one, or all of them."""
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {path}.{near[0]}?" if near else f"{path} has {', '.join(known) or 'no fields'}"
+    return f"{path}.{name} does not exist; {hint}"
 
 
 def as_dict(settings: Any) -> dict[str, Any]:
@@ -284,13 +296,6 @@ def _section_fields(cls: Any) -> list[dataclasses.Field]:
 
 def _required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _unknown(path: str, name: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f"{path}.{name} does not exist; " + (
-        f"did you mean {path}.{near[0]}?" if near else f"it has {', '.join(known)}"
-    )
 
 
 def _value(kind: Any, value: Any, path: str, usual: Any = None) -> tuple[Any, list[str]]:

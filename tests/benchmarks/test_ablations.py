@@ -94,7 +94,7 @@ def test_it_stops_inside_an_arm_and_continues_there(tmp_path, signum, code):
 def test_other_settings_are_not_mixed_with_old_results(run, tmp_path, capsys):
     assert run("--arms=base_pretrain", "--seeds=0") == 0
     assert run("--arms=base_pretrain", "--seeds=0", "--set=evaluation.images=7", "--set=decoder.steps=1") == 1
-    assert "was made with other settings (changes is ['evaluation.images=7'] now and was [])" in capsys.readouterr().err
+    assert "was made with other settings (changes was [] and is ['evaluation.images=7'])" in capsys.readouterr().err
 
 
 def test_changes_reach_the_arms_that_have_the_field(tmp_path):

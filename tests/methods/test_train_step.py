@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from learners import learner
+from learners import PairSettings, learner
 
 from uae_jax import trees
 from uae_jax.methods.method import gradients_of, make_train_step, split_samples
@@ -131,7 +131,7 @@ def test_each_update_takes_its_own_complete_groups_with_its_own_key():
         jax.debug.callback(lambda ids, key: seen.append((ids.tolist(), key.tolist())), *found)
         return params["layer"]["bias"].sum(), jnp.asarray(1.0), {}
 
-    method = learner(loss, samples_per_image=2, updates_per_rollout=2, micro_batches=2)
+    method = learner(loss, kind=PairSettings, updates_per_rollout=2, micro_batches=2)
     state, _ = jax.jit(make_train_step(method, optimizer))(
         init_state(PARAMS, optimizer), {}, make_batch(), jax.random.key(0)
     )

@@ -33,7 +33,6 @@ class Brightness:
     Settings = BrightnessConfig
     reinforcement = False
     kl_bound = "kl"
-    samples_per_image = 1
 
     settings: BrightnessConfig
     sampler: object

@@ -63,7 +63,6 @@ class ColdStart:
     Settings: ClassVar[type] = ColdStartConfig
     reinforcement: ClassVar[bool] = False
     kl_bound: ClassVar[str] = "kl"
-    samples_per_image: ClassVar[int] = 1
 
     settings: ColdStartConfig
     sampler: SamplerConfig

@@ -141,7 +141,7 @@ class FlowGrpo(DecoderMethod):
         steps: dict[str, Array] = {name: samples[name].swapaxes(0, 1) for name in STEP_FIELDS if name in samples}
         steps["sigma_indices"] = shared["sigma_indices"]
 
-        def step_loss(params: Mapping, step: Mapping) -> tuple[Array, tuple[Array, dict]]:
+        def step_loss(params: Mapping, step: Mapping) -> tuple[Array, tuple[Array, Mapping]]:
             one = {name: value[:, None] for name, value in step.items() if name in STEP_FIELDS}
             index = {"sigma_indices": step["sigma_indices"][None]}
             total, count, metrics = self.step_loss({**frozen, **params}, {**samples, **one}, {**shared, **index})

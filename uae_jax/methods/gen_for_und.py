@@ -84,7 +84,6 @@ class GenForUnd:
     Settings: ClassVar[type] = GenForUndConfig
     reinforcement: ClassVar[bool] = True
     kl_bound: ClassVar[str] = "kl"
-    samples_per_image: ClassVar[int] = 1  # a sample is an image with all its captions
 
     settings: GenForUndConfig
     sampler: SamplerConfig

@@ -52,14 +52,11 @@ class Learner(Protocol):
     """What the train step needs.
 
     Attributes:
-      settings: with `updates_per_rollout`, `micro_batches` and `ema_decay`.
-      samples_per_image: consecutive samples of a rollout that stay in one update.
+      settings: with `updates_per_rollout`, `samples_per_image`, `micro_batches` and `ema_decay`.
     """
 
     @property
     def settings(self) -> Any: ...
-    @property
-    def samples_per_image(self) -> int: ...
 
     def rollout(self, params: PyTree, frozen: PyTree, batch: PyTree, key: Array) -> dict[str, PyTree]:
         """Samples of the parameters at the beginning of a step.
@@ -105,7 +102,6 @@ class Supervised:
 
     loss: Callable[..., Loss]
     settings: SupervisedSettings = SupervisedSettings()
-    samples_per_image: int = 1
 
     def rollout(self, params: PyTree, frozen: PyTree, batch: PyTree, key: Array) -> dict[str, PyTree]:
         """The batch."""
@@ -168,7 +164,7 @@ def make_train_step(method: Learner, optimizer: optax.GradientTransformation) ->
     Raises:
       ValueError: at trace time: samples that do not divide, a metric name used twice, or a missing moving average.
     """
-    settings, group = method.settings, method.samples_per_image
+    settings, group = method.settings, method.settings.samples_per_image
     updates, ema_decay = settings.updates_per_rollout, settings.ema_decay or None
 
     def train_step(state: TrainState, frozen: PyTree, batch: PyTree, key: Array) -> tuple[TrainState, dict[str, Array]]:

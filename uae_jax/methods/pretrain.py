@@ -52,7 +52,6 @@ class Pretrain:
     Settings: ClassVar[type] = PretrainConfig
     reinforcement: ClassVar[bool] = False
     kl_bound: ClassVar[str] = "kl"
-    samples_per_image: ClassVar[int] = 1
 
     settings: PretrainConfig
     sampler: SamplerConfig

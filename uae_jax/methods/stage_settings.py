@@ -37,6 +37,14 @@ class StageSettings(Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
 
     @property
+    def samples_per_image(self) -> int:
+        """Samples of a rollout that belong to one image and stay in one update; settings of another number override it.
+
+        A row that holds an image with all its captions is one sample.
+        """
+        return 1
+
+    @property
     def total_updates(self) -> int:
         """Optimizer updates of the stage."""
         return self.steps * getattr(self, "updates_per_rollout", 1)

@@ -22,6 +22,7 @@ from uae_jax.methods.stage_settings import RolloutSettings, SamplerConfig, Updat
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rewards.similarity import chosen_encoders, reward_advantages
+from uae_jax.rl.losses import Metrics
 from uae_jax.rollouts.captioning import caption_metrics, drawn_captions, sample_captions
 from uae_jax.rollouts.reconstruction import Context, Denoising, decode, encode_condition
 from uae_jax.settings import changed, sections, setting
@@ -71,6 +72,11 @@ class UndForGenConfig(RolloutSettings):
         return self.methods[self.method]
 
     @property
+    def samples_per_image(self) -> int:
+        """G: the samples of a group stay in one update."""
+        return self.group_size
+
+    @property
     def updates_per_rollout(self) -> int:
         """Of the chosen method."""
         return self.own.updates_per_rollout
@@ -108,11 +114,6 @@ class DecoderMethod:
         return self.settings.own
 
     @property
-    def samples_per_image(self) -> int:
-        """G: the samples of a group stay in one update."""
-        return self.settings.group_size
-
-    @property
     def replay(self) -> bool:
         """Whether the rollout is scored again for what the policy did."""
         return self.own.updates_per_rollout > 1
@@ -122,7 +123,7 @@ class DecoderMethod:
         """The sampler of rollouts."""
         return rollout_denoising(self.settings, self.sampler, self.settings.guidance_scale)
 
-    def contexts(self, parts: Mapping, batch: Mapping, key: Array) -> tuple[Context, Context | None, Mapping]:
+    def contexts(self, parts: Mapping, batch: Mapping, key: Array) -> tuple[Context, Context | None, Metrics]:
         """What the decoder reads.
 
         Args:

@@ -4,6 +4,7 @@ Without a current mesh (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`) nothin
 """
 
 import math
+from typing import TypeVar
 
 import jax
 from jax import lax
@@ -12,6 +13,7 @@ from jaxtyping import Array
 
 from uae_jax.nn.device import current_mesh
 
+Tree = TypeVar("Tree")
 # name of an activation's axis -> mesh axes that shard it
 LOGICAL = {"batch": ("data", "fsdp"), "heads": ("tensor",), "hidden": ("tensor",), "vocab": ("tensor",)}
 
@@ -49,6 +51,6 @@ def constrain(x: Array, *names: str | None) -> Array:
     return lax.with_sharding_constraint(x, PartitionSpec(*(axes_of(size, name) for size, name in zip(x.shape, names))))
 
 
-def constrain_rows(tree: object) -> object:
+def constrain_rows(tree: Tree) -> Tree:
     """`constrain(leaf, "batch")` for every leaf `[B, ...]` of a tree."""
     return jax.tree.map(lambda leaf: constrain(leaf, "batch"), tree)

@@ -1,15 +1,10 @@
 """The system of a run that is planned: of a folder's configs where one is given, otherwise of the published sizes."""
 
-import dataclasses
-
-import jax
-
 from uae_jax.data.loader import BatchSpec, check_max_prompt
 from uae_jax.models.sd3.config import TransformerConfig
 from uae_jax.models.uae import UAE
 from uae_jax.planning import published
-from uae_jax.stages.abstract import AbstractSystem, abstract_folder, part_shapes
-from uae_jax.stages.program import with_adapters
+from uae_jax.stages.abstract import AbstractSystem, abstract_folder, part_shapes, with_run_adapters
 from uae_jax.stages.run_config import RunConfig
 
 
@@ -20,9 +15,7 @@ def abstract_system(config: RunConfig) -> AbstractSystem:
       FileNotFoundError, ValueError: a config of the folder is absent or not supported.
     """
     sizes = None if config.model.folder else published.TRANSFORMERS.get(config.model.sizes)
-    system = abstract_folder(config) if sizes is None else _published(config, sizes)
-    parts = jax.eval_shape(lambda parts: with_adapters(config, parts, jax.random.key(0)), system.parts)
-    return dataclasses.replace(system, parts=parts)
+    return with_run_adapters(config, abstract_folder(config) if sizes is None else _published(config, sizes))
 
 
 def _published(config: RunConfig, sizes: TransformerConfig) -> AbstractSystem:

@@ -28,6 +28,7 @@ from uae_jax.rewards.caption_similarity import PART as SCORER
 from uae_jax.rewards.caption_similarity import CaptionScorer
 from uae_jax.rewards.similarity import Encoder
 from uae_jax.stages.data import spec_of
+from uae_jax.stages.program import with_adapters
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import ENCODERS, REFERENCE, config_folder, model_folder, processor_folder
 
@@ -95,6 +96,16 @@ def abstract_folder(config: RunConfig) -> AbstractSystem:
         parts[f"language{COPY}"] = parts["language"]
     model = UAE(captioner, decoder, autoencoder, template, data.image_size)
     return AbstractSystem(model, parts, encoders, tokens.stop_ids(tokenizer), processor, spec, scorer)
+
+
+def with_run_adapters(config: RunConfig, system: AbstractSystem) -> AbstractSystem:
+    """The system with the adapters that the stages of a run will train.
+
+    Raises:
+      ValueError: see `methods.trained.check_start`.
+    """
+    parts = jax.eval_shape(lambda parts: with_adapters(config, parts, jax.random.key(0)), system.parts)
+    return dataclasses.replace(system, parts=parts)
 
 
 def part_shapes(

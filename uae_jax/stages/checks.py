@@ -14,12 +14,12 @@ import jax
 
 from uae_jax import sharding
 from uae_jax.methods import STAGES
-from uae_jax.settings import Mistakes, read
-from uae_jax.stages.abstract import AbstractSystem, abstract_folder
+from uae_jax.settings import Mistakes, one_line, read
+from uae_jax.stages.abstract import AbstractSystem, abstract_folder, with_run_adapters
 from uae_jax.stages.data import open_sources
 from uae_jax.stages.folders.check import check_folder
 from uae_jax.stages.folders.parts import find_parts
-from uae_jax.stages.program import make_program, with_adapters
+from uae_jax.stages.program import make_program
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import ENCODERS, model_folder
 
@@ -31,17 +31,35 @@ def checked_config(config: Mapping[str, Any], workdir: pathlib.Path, mistakes: S
 
     Raises:
       Mistakes: one line each.
-      ValueError: a step cannot be built.
+    """
+    return check_run(config, workdir, mistakes)[0]
+
+
+def check_run(
+    config: Mapping[str, Any], workdir: pathlib.Path, mistakes: Sequence[str] = (), *, thorough: bool = False
+) -> tuple[RunConfig, AbstractSystem]:
+    """The settings of a run and the shapes of its model, after all checks that need no weights.
+
+    Args:
+      config: of a file in `configs/`.
+      workdir: of the run.
+      mistakes: found before, such as those of the command line.
+      thorough: look at the model folder, which takes seconds, also where mistakes were found in an instant.
+
+    Raises:
+      Mistakes: one line each.
     """
     settings, found = read_config(config)
     found = [*mistakes, *found, *find_mistakes(settings, workdir)]
     for notice in notices(settings):
         print(f"note: {notice}", file=sys.stderr)
-    found = found or find_model_mistakes(settings)
-    if found:
+    if found and not thorough:
         raise Mistakes(found)
-    check_programs(settings, abstract_folder(settings))
-    return settings
+    system, more = read_model(settings)
+    if system is None or found or more:
+        raise Mistakes([*found, *more])
+    check_programs(settings, system)
+    return settings, system
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
@@ -69,12 +87,18 @@ def find_mistakes(config: RunConfig, workdir: pathlib.Path | None) -> list[str]:
     return _all(config, checks)
 
 
-def find_model_mistakes(config: RunConfig) -> list[str]:
-    """The mistakes of the model folder, one line each: configs, and the headers of all weight files against them.
+def read_model(config: RunConfig) -> tuple[AbstractSystem | None, list[str]]:
+    """The shapes of the model folder, and its mistakes, one line each.
 
-    This takes seconds, since the shapes of every part are traced.
+    Configs are read, and the headers of all weight files against them. This takes seconds: every part is traced.
     """
-    return _all(config, [_check_model])
+    if not config.model.folder and config.model.sizes:
+        return None, []  # said by `_check_encoders`
+    found = _all(config, [_check_files])
+    try:
+        return with_run_adapters(config, abstract_folder(config)), found
+    except EXPECTED as error:
+        return None, list(dict.fromkeys([*found, one_line(error)]))
 
 
 def _all(config: RunConfig, checks: Sequence[Callable[[RunConfig], Iterator[str]]]) -> list[str]:
@@ -83,7 +107,7 @@ def _all(config: RunConfig, checks: Sequence[Callable[[RunConfig], Iterator[str]
         try:
             found += check(config)
         except EXPECTED as error:
-            found.append(" ".join(str(error).split()))
+            found.append(one_line(error))
     return list(dict.fromkeys(found))
 
 
@@ -106,16 +130,18 @@ def check_programs(config: RunConfig, system: AbstractSystem) -> None:
     """Traces the step of every stage without computing, so that a setting of the last one does not fail late.
 
     Raises:
-      ValueError: a setting with which a step cannot be built.
+      Mistakes: settings with which a step cannot be built, one line each.
     """
-    parts = jax.eval_shape(lambda parts: with_adapters(config, parts, jax.random.key(0)), system.parts)
+    found = []
     with sharding.in_use(sharding.make_mesh(config.mesh)):
         for stage in config.distinct_stages():
             try:
-                program = make_program(config, system, parts, system.batch, stage)
+                program = make_program(config, system, system.parts, system.batch, stage)
                 jax.eval_shape(program.step, *program.arguments)
             except ValueError as error:
-                raise ValueError(f"{stage}: {error}") from error
+                found.append(f"{stage}: {one_line(error)}")
+    if found:
+        raise Mistakes(found)
 
 
 def check_batch(config: RunConfig, stage: str, ways: int) -> None:
@@ -130,7 +156,7 @@ def check_batch(config: RunConfig, stage: str, ways: int) -> None:
     """
     settings = config.stage(stage)
     parts = settings.updates_per_rollout * settings.micro_batches
-    samples = settings.batch_size * (settings.group_size if stage == "und_for_gen" else 1)
+    samples = settings.batch_size * settings.samples_per_image
     if settings.batch_size % ways or samples % parts:
         raise ValueError(
             f"config.{stage}.batch_size is {settings.batch_size}; it must be a multiple of the {ways} devices that "
@@ -148,12 +174,9 @@ def _check_batches(config: RunConfig) -> Iterator[str]:
             yield str(error)
 
 
-def _check_model(config: RunConfig) -> Iterator[str]:
-    if not config.model.folder and config.model.sizes:
-        return  # said by `_check_encoders`
+def _check_files(config: RunConfig) -> Iterator[str]:
     for row in check_folder(find_parts(model_folder(config.model.folder)), fast=True):
         yield from row.problems
-    abstract_folder(config)
 
 
 def _check_encoders(config: RunConfig) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The state of a stage, one optimizer update of it, and its metrics; `methods.method` makes the train step of them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -10,7 +11,7 @@ import optax
 from uae_jax import trees
 
 PyTree = Any
-Metrics = dict[str, jax.Array | tuple[jax.Array, jax.Array]]
+Metrics = Mapping[str, Any]  # arrays, or (sum, count) pairs of them
 
 
 class TrainState(flax.struct.PyTreeNode):
