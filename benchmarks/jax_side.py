@@ -29,7 +29,8 @@ from uae_jax.methods.stage_settings import SamplerConfig, rollout_denoising
 from uae_jax.methods.trained import stored, trainable
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.planning.flops import count_work
-from uae_jax.rewards.similarity import chosen_encoders, mixed_reward, reward_advantages
+from uae_jax.rewards.similarity import chosen_encoders, mixed_reward
+from uae_jax.rl.advantages import group_advantages
 from uae_jax.rollouts.captioning import encode_batch_images, sample_captions
 from uae_jax.rollouts.reconstruction import decode, draw, encode_condition, predictor, sample_keys
 from uae_jax.settings import frozen
@@ -307,17 +308,11 @@ class JaxSide:
     def _pictures(self) -> tuple[dict[str, Callable[[], None]], Array]:
         """The phases that both stages share, decoding and reward, and advantages `[B, G]`."""
         config, encoders = self.config, self._encoders()
-        scale = (config.own if self.stage == "und_for_gen" else config).advantage_scale
         decoding = jax.jit(lambda parts, latents: decode(self.system.model, parts, self.denoising, latents))
         reward = jax.jit(
-            lambda parts, batch, pixels: reward_advantages(
-                config.reward,
-                encoders,
-                parts["encoders"],
-                batch["pixels"],
-                pixels,
-                config.group_size,
-                scale,
+            lambda parts, batch, pixels: group_advantages(
+                mixed_reward(config.reward, encoders, parts["encoders"], batch["pixels"], pixels, config.group_size)[0],
+                scale=config.advantage_scale,
             )[0]
         )
         pixels = decoding(self.parts, self.noise)
@@ -377,7 +372,8 @@ class JaxSide:
         pictures, advantage = self._pictures()
         ids = self.batch["sample_id"]
         trajectory = denoise(self.parts, positive, negative, self.noise, ids, self.key)
-        samples = kept(trajectory, positive, advantage.reshape(-1))
+        samples = kept(trajectory) | {"context": positive[0], "context_mask": positive[1]}
+        samples["advantage"] = advantage.reshape(-1)
         shared = {"sigma_indices": trajectory.sigma_indices, "negative": negative}
         return {
             **self._sampling(self.config.temperature, 1),

@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_collections
 
+from configs.recipes import RECIPES, Recipe
 from uae_jax.settings import as_dict
 from uae_jax.stages.run_config import RunConfig
 
@@ -78,9 +79,12 @@ def _tiny() -> Deviations:
             reward=dict(contrast=1.0, contrast_temperature=0.05),
             # at a constant rate the scores wander once they have risen
             optimizer=dict(warmup_steps=3, schedule="cosine"),
-            nft=dict(levels=2, time_shift=4.0, kl_weight=0.1, ema_decay=0.0),
+            nft=dict(levels=2, time_shift=4.0, kl_weight=0.1, ema_decay=0.0, old_decay=0.0),
             # 1e-4 at 65,536 latent values becomes 8e-4 at 1,024 (docs/correctness.md)
             flow_grpo=dict(
+                step_rule="sde",
+                noise_level=0.7,
+                kl_kind="gaussian_nodt",
                 window=2,
                 window_high=4,
                 clip_range=1e-3,
@@ -152,27 +156,35 @@ SLICES: dict[str, Deviations] = {
         pretrain=dict(micro_batches=2),
         cold_start=dict(micro_batches=4, vae_chunk=8),
         gen_for_und=dict(micro_batches=2, vae_chunk=16),
-        und_for_gen=dict(micro_batches=4, vae_chunk=16),
+        und_for_gen=dict(batch_size=48, micro_batches=3, vae_chunk=16),
     ),
-    # one card of 80 or 141 GB: fewer images a step; of the large model adapters alone
+    # one card of 80 or 141 GB: the batch of many cards, in parts; of the large model adapters alone
     "1xH200": dict(
         mesh=dict(fsdp=1),
         pretrain=dict(micro_batches=64),
-        cold_start=dict(batch_size=16, micro_batches=16, vae_chunk=1),
-        gen_for_und=dict(batch_size=8, micro_batches=2, vae_chunk=4),
-        und_for_gen=dict(batch_size=4, micro_batches=4, vae_chunk=4),
+        cold_start=dict(micro_batches=64, vae_chunk=1),
+        gen_for_und=dict(rollout_parts=8, micro_batches=16, vae_chunk=4),
+        und_for_gen=dict(batch_size=48, rollout_parts=12, micro_batches=48, vae_chunk=4),
     ),
     # one card of 24 GB: adapters alone, and no copy of the language model for sampling
     "1x24GB": dict(
         mesh=dict(fsdp=1),
-        gen_for_und=dict(batch_size=8, micro_batches=8, vae_chunk=2, gather_weights=False),
-        und_for_gen=dict(batch_size=4, micro_batches=12, vae_chunk=2, gather_weights=False),
+        gen_for_und=dict(rollout_parts=8, micro_batches=64, vae_chunk=2, gather_weights=False),
+        und_for_gen=dict(batch_size=48, rollout_parts=12, micro_batches=144, vae_chunk=2, gather_weights=False),
     ),
 }
 # 8.1 B weights with AdamW's moments and a gradient take 130 GB, 2.5 B 40 GB: such a card trains adapters only
-ADAPTERS_ALONE = ("qwen2_5_vl_3b_sd3_5_large@1xH200", "qwen2_5_vl_3b_sd3_5_medium@1x24GB")
+ADAPTERS_ALONE = (
+    "qwen2_5_vl_3b_sd3_5_large@1xH200",
+    "qwen2_5_vl_7b_sd3_5_large@1xH200",
+    "qwen2_5_vl_3b_sd3_5_medium@1x24GB",
+)
 # the weights alone are more than the card holds
-TOO_LARGE = ("qwen2_5_vl_3b_sd3_5_large@1x24GB",)
+TOO_LARGE = (
+    "qwen2_5_vl_3b_sd3_5_large@1x24GB",
+    "qwen2_5_vl_7b_sd3_5_medium@1x24GB",
+    "qwen2_5_vl_7b_sd3_5_large@1x24GB",
+)
 
 
 def _full(name: str) -> Deviations:
@@ -188,13 +200,20 @@ def _full(name: str) -> Deviations:
         cold_start=dict(batch_size=64, vae_chunk=64),
         # a copy of the language model (6 GiB) for the length of a rollout saves gathering it for every token
         gen_for_und=dict(vae_chunk=64, gather_weights=True),
+        # scores at the guidance of the release, and at that of the rollouts of und_for_gen
+        evaluation=dict(also_guidance_scale=1.0),
         # flow_grpo has 48 groups; 64 give each of 64 devices one
         und_for_gen=dict(batch_size=64, micro_batches=6, vae_chunk=64, gather_weights=True),
     )
     return merged(deviations, SLICES.get(machine, {}))
 
 
-FULL = ("qwen2_5_vl_3b_sd3_5_medium", "qwen2_5_vl_3b_sd3_5_large")
+FULL = (
+    "qwen2_5_vl_3b_sd3_5_medium",
+    "qwen2_5_vl_3b_sd3_5_large",
+    "qwen2_5_vl_7b_sd3_5_medium",
+    "qwen2_5_vl_7b_sd3_5_large",
+)
 PRESETS = {"tiny": _tiny, "emoji": _emoji, "mini": _mini} | {
     name: functools.partial(_full, name)
     for base in FULL
@@ -211,13 +230,26 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Deviations:
     return both
 
 
+def _recipe(name: str, recipe: str) -> Recipe:
+    if recipe not in RECIPES or name.partition("@")[0] not in FULL:
+        raise ValueError(
+            f"there is no {name}+{recipe}; recipes are {', '.join(RECIPES)}, of the presets {', '.join(FULL)}"
+        )
+    return RECIPES[recipe]
+
+
 def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDict:
     """The configuration of a preset, running the given stages.
 
+    Args:
+      name: such as `qwen2_5_vl_3b_sd3_5_medium@8xH200+nft`: model, machine and recipes (`configs.recipes`), of which
+        the last two may be left out; None for `tiny`.
+      stages: those of the configuration file; a recipe keeps its own ones of them.
+
     Raises:
-      ValueError: there is no such preset, or it has none of the stages.
+      ValueError: there is no such preset or recipe, or it has none of the stages.
     """
-    name = name or "tiny"
+    full, (name, *chosen) = name or "tiny", (name or "tiny").split("+")
     if name in TOO_LARGE:
         raise ValueError(
             f"there is no preset {name!r}: the weights alone are more than such a card holds; choose a smaller model "
@@ -225,11 +257,25 @@ def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDi
         )
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-    wanted = tuple(stage for stage in stages if name not in ADAPTERS_ALONE or stage.endswith(("_for_und", "_for_gen")))
+    recipes = [_recipe(name, recipe) for recipe in chosen]
+    known = set().union(*(recipe.stages for recipe in recipes)) if recipes else set(stages)
+    wanted = tuple(
+        stage
+        for stage in stages
+        if stage in known and (name not in ADAPTERS_ALONE or stage.endswith(("_for_und", "_for_gen")))
+    )
+    if recipes and not wanted:
+        raise ValueError(
+            f"the recipe of {full!r} has the stage {', '.join(sorted(known))}, and the configuration runs "
+            f"{', '.join(stages)}; use the configuration of that stage"
+        )
     if stages and not wanted:
         raise ValueError(
             f"the preset {name!r} trains adapters only, in gen_for_und and und_for_gen; its card is too small for "
             f"{stages[0]}"
         )
-    changes = merged(PRESETS[name](), dict(preset=name, stages=wanted))
+    changes = PRESETS[name]()
+    for recipe in recipes:
+        changes = merged(changes, recipe.changes)
+    changes = merged(changes, dict(preset=full, stages=wanted))
     return ml_collections.ConfigDict(merged(as_dict(RunConfig()), changes))

@@ -18,12 +18,12 @@ from configs.presets import merged
 from uae_jax import convert, sharding, trees
 from uae_jax.data.loader import make_loader
 from uae_jax.methods.method import Method, build_step, make_method
+from uae_jax.methods.method import start_of as start_state
 from uae_jax.methods.trained import trainable
 from uae_jax.settings import as_dict, frozen
 from uae_jax.stages import run as run_module
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.training.optimizer import make_optimizer
-from uae_jax.training.step import init_state
 
 
 def exported(source: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
@@ -104,7 +104,7 @@ def one_step(run: run_module.Run, stage: str) -> tuple[dict, dict, dict]:
     optimizer = make_optimizer(config.optimizer, 10)
     before = sharding.host_values(start)
     frozen_parts = {name: value for name, value in run.parts.items() if name not in start}
-    state = sharding.make_on(run.mesh, lambda parts: init_state(parts, optimizer, ema=bool(config.ema_decay)), start)
+    state = sharding.make_on(run.mesh, lambda parts: start_state(parts, optimizer, config), start)
     index, count = sharding.batch_slice(run.mesh)
     rows = next(make_loader(run.source, run.rows, config.batch_size, process_index=index, process_count=count))
     with sharding.in_use(run.mesh):
@@ -153,9 +153,7 @@ def stage_of(run: run_module.Run, stage: str, **changes) -> types.SimpleNamespac
         frozen={name: value for name, value in run.parts.items() if name not in start},
         batch=sharding.shard_batch(batch, run.mesh),
         key=jax.random.key(7),
-        state=lambda params=start: sharding.shard_tree(
-            init_state(params, optimizer, ema=bool(config.ema_decay)), run.mesh
-        ),
+        state=lambda params=start: sharding.shard_tree(start_state(params, optimizer, config), run.mesh),
         step=lambda state: step_of(run, stage, state, optimizer),
     )
 

@@ -113,13 +113,13 @@ def test_settings_suit_the_folder(tmp_path):
     official = tmp_path / "official"
     (official / "llm").mkdir(parents=True)
     assert api.default_settings(official) == dict(
-        prompt=CAPTION_PROMPT, negative_prompt=NEGATIVE_PROMPT, policy_condition=False
+        prompt=CAPTION_PROMPT, negative_prompt=NEGATIVE_PROMPT, condition="reference"
     )
     run = dict(
         stages=["gen_for_und"],
         gen_for_und=dict(condition_model="policy"),
         und_for_gen=dict(condition_model="reference"),
-        data=dict(image_size=48, max_caption=20, caption_prompt="say", negative_prompt="no"),
+        data=dict(image_size=48, max_caption=20, caption_prompt="say", caption_system="be brief", negative_prompt="no"),
         evaluation=dict(sampler_steps=7, guidance_scale=2.0, batch_size=64),
         sampler=dict(shift=2.0, schedule="single"),
     )
@@ -133,9 +133,10 @@ def test_settings_suit_the_folder(tmp_path):
         schedule="single",
         max_new_tokens=20,
         prompt="say",
+        system_prompt="be brief",
         negative_prompt="no",
         batch_size=8,
-        policy_condition=True,
+        condition="policy",
     )
     assert api.default_settings(tmp_path / "run") == expected == api.default_settings(tmp_path / "run" / "export")
     shutil.copy(BUILTIN / "dit" / "config.json", official / "config.json")  # of a single model

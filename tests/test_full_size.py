@@ -38,6 +38,7 @@ from uae_jax.models.sd3 import vae
 from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.nn.lora import init_lora
+from uae_jax.planning import published as published_sizes
 
 Shapes = dict[str, tuple[int, ...]]
 RANK = 32
@@ -246,6 +247,45 @@ def test_qwen2_5_vl_3b(captioner):
         trees.parameter_count(abstract) == sum(parameter.numel() for parameter in model.parameters()) == 3_754_622_976
     )
     check_both_ways(qwen_weights.rules(config, projector=False), abstract, published)
+
+
+def _sizes(width, layers, heads, key_heads, inner, vision_inner=3420):
+    """config.json of a larger Qwen2.5-VL, whose head is not tied."""
+    return dict(
+        QWEN,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        intermediate_size=inner,
+        vocab_size=152064,
+        tie_word_embeddings=False,
+        vision_config=dict(QWEN_VISION, out_hidden_size=width, intermediate_size=vision_inner),
+    )
+
+
+LARGER = {
+    "7b": (_sizes(3584, 28, 28, 4, 18944), 8_292_166_656, 729),
+    "32b": (_sizes(5120, 64, 40, 8, 27648, 3456), 33_452_718_336, 1161),
+    "72b": (_sizes(8192, 80, 64, 8, 29568, 3456), 73_410_777_344, 1353),
+}
+
+
+@pytest.mark.parametrize("size", LARGER)
+def test_larger_captioners_differ_by_their_sizes_alone(size, tmp_path):
+    values, parameters, tensors = LARGER[size]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = qwen_config.from_folder(tmp_path)
+    theirs = transformers.Qwen2_5_VLConfig.from_pretrained(tmp_path)
+    model = on_meta(lambda: transformers.Qwen2_5_VLForConditionalGeneration(theirs))
+    abstract, published = qwen.abstract_params(config), shapes_of(model, *QWEN_FILE_NAMES)
+    assert published["lm_head.weight"] == (152064, values["hidden_size"]) and not config.text.tied
+    assert len(published) == tensors
+    assert trees.parameter_count(abstract) == sum(parameter.numel() for parameter in model.parameters()) == parameters
+    check_both_ways(qwen_weights.rules(config, projector=False), abstract, published)
+    if size == "7b":
+        planned = published_sizes.CAPTIONERS["qwen2_5_vl_7b"]
+        assert (config.text, config.vision) == (planned.text, planned.vision)
 
 
 def test_the_release_of_the_captioner(captioner):

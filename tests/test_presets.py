@@ -88,9 +88,11 @@ def test_the_emoji_preset_repeats_no_value_of_the_tiny_one():
 def test_the_full_size_is_that_of_the_papers_where_it_names_them():
     settings = frozen(RunConfig, presets.preset(LARGE, STAGES).to_dict())
     flow, nft = (settings.stage("und_for_gen").methods[name] for name in ("flow_grpo", "nft"))
-    assert (flow.kl_weight, flow.updates_per_rollout, flow.clip_range, flow.window) == (0.04, 2, 1e-5, 3)
+    assert (flow.kl_weight, flow.kl_kind, flow.clip_range, flow.window) == (4e-4, "velocity", 1e-5, 3)
+    assert (flow.step_rule, flow.noise_level, flow.guidance_scale, flow.updates_per_rollout) == ("cps", 0.8, 1.0, 2)
     assert (nft.kl_weight, nft.updates_per_rollout, nft.levels, nft.strength) == (1e-4, 1, 10, 1.0)
     assert (nft.advantage_scale, flow.advantage_scale, nft.ema_decay) == ("group", "batch", 0.9)
+    assert (nft.old_decay, nft.old_decay_rate) == (0.5, 1e-3)
 
 
 def test_the_chosen_method_brings_its_own_settings():

@@ -92,7 +92,7 @@ def default_settings(folder: str | os.PathLike[str] = "") -> dict[str, Any]:
         return dict(
             prompt=CAPTION_PROMPT,
             negative_prompt=NEGATIVE_PROMPT,
-            policy_condition=wrapped.is_dir() and qwen_weights.holds_base(wrapped),
+            condition="policy" if wrapped.is_dir() and qwen_weights.holds_base(wrapped) else "reference",
         )
     data, evaluation = run["data"], run["evaluation"]
     return dict(
@@ -103,15 +103,18 @@ def default_settings(folder: str | os.PathLike[str] = "") -> dict[str, Any]:
         schedule=run["sampler"]["schedule"],
         max_new_tokens=data["max_caption"],
         prompt=data["caption_prompt"],
+        system_prompt=data.get("caption_system", ""),
         negative_prompt=data["negative_prompt"],
         batch_size=min(evaluation["batch_size"], 8),
-        policy_condition=_conditions_through_policy(run),
+        condition=_condition(run),
     )
 
 
-def _conditions_through_policy(run: Mapping) -> bool:
-    """Whether the decoder was trained with captions encoded by the trained captioner."""
-    return any(run.get(stage, {}).get("condition_model") == "policy" for stage in run["stages"])
+def _condition(run: Mapping) -> str:
+    """What the decoder read of captions in training; `condition_model` is the name that older runs have."""
+    sections = [run.get(stage, {}) for stage in run["stages"]]
+    used = [section.get("condition", section.get("condition_model", "reference")) for section in sections]
+    return next((name for name in reversed(used) if name != "reference"), "reference")
 
 
 def _run_config(folder: pathlib.Path) -> dict | None:

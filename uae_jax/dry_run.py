@@ -8,13 +8,12 @@ import jax
 import numpy as np
 
 from uae_jax import sharding, trees
-from uae_jax.data.loader import RowBuilder
 from uae_jax.data.tokenizer import decode_caption, load_tokenizer
 from uae_jax.planning.estimate import estimate_memory
 from uae_jax.planning.roofline import MeshSizes
 from uae_jax.stages.abstract import AbstractSystem
 from uae_jax.stages.checks import check_run
-from uae_jax.stages.data import open_sources
+from uae_jax.stages.data import open_sources, row_builder
 from uae_jax.stages.program import Program, make_program
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import model_folder, processor_folder
@@ -80,7 +79,7 @@ def _rows(config: RunConfig, system: AbstractSystem) -> list[str]:
     """The first images with their captions as the model will see them."""
     source, _ = open_sources(config.data, config.seed, 1, check=False)
     tokenizer = load_tokenizer(processor_folder(model_folder(config.model.folder)))
-    rows = RowBuilder(tokenizer, system.processor, system.spec, config.data.caption_prompt)
+    rows = row_builder(config.data, tokenizer, system.processor)
     side, lines = config.data.image_size, ["", f"data, the first of {len(source):,} rows:"]
     for index in range(min(ROWS, len(source))):
         example = source[index]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 FIELDS = {field.name: field for field in dataclasses.fields(InferenceConfig)}
 # the schedule is the folder's own, and the adapter has two flags
-GIVEN = tuple(name for name in FIELDS if name not in ("schedule", "policy_condition"))
+GIVEN = tuple(name for name in FIELDS if name not in ("schedule", "condition"))
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -29,18 +29,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         unit = f" [{meaning.unit}]" if meaning.unit else ""
         model.add_argument(f"--{name}", type=type(FIELDS[name].default), help=f"{meaning.text}{unit}")
     model.add_argument(
-        "--policy_condition",
-        action="store_true",
-        default=None,
-        help="encode captions through the captioner's adapter (default: as the run was trained; yes for the "
-        "release's own folder)",
-    )
-    model.add_argument(
-        "--no_policy_condition",
-        action="store_false",
-        dest="policy_condition",
-        default=None,
-        help="encode captions without the captioner's adapter",
+        "--condition",
+        choices=FIELDS["condition"].metadata["meaning"].choices,
+        help="what the decoder reads: the caption alone, encoded by the reference or by the policy, or the caption's "
+        "own states after the image (default: as the run was trained; policy for the release's own folder)",
     )
     model.add_argument(
         "--without_adapters",
@@ -62,7 +54,7 @@ def load_model(options: argparse.Namespace, inputs: int | None = None) -> "Model
     """
     from uae_jax import api  # seconds of imports, which `--help` does not need
 
-    given: dict[str, Any] = {name: getattr(options, name) for name in (*GIVEN, "policy_condition")}
+    given: dict[str, Any] = {name: getattr(options, name) for name in (*GIVEN, "condition")}
     settings = {name: value for name, value in given.items() if value is not None}
     if inputs is not None and "batch_size" not in settings:
         settings["batch_size"] = min(api.default_settings(options.checkpoint).get("batch_size", 1), inputs)

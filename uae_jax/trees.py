@@ -60,14 +60,18 @@ def cut(tree: Tree, parts: int, group_size: int = 1) -> Tree:
 
 
 def map_parts(function: Callable[[Tree], Tree], parts: Tree) -> Tree:
-    """Applies `function` to each part of `cut` (groups of one) in turn; joins the results to `[N, ...]` in the order
-    before `cut`.
+    """Applies `function` to each part of `cut` (groups of one) in turn; joins the results in the order before `cut`.
+
+    Leaves of a result are `[N / parts, ...]`, or `[N / parts * G, ...]` with the G of a row together.
     """
-    if len(jax.tree.leaves(parts)[0]) == 1:
+    first = jax.tree.leaves(parts)[0]
+    if len(first) == 1:
         # inside a loop of one turn, XLA's CPU backend would run convolutions on a single thread
         return function(jax.tree.map(lambda leaf: leaf[0], parts))
+    return jax.tree.map(lambda leaf: joined(leaf, first.shape[1]), jax.lax.map(function, parts))
 
-    def join(leaf: jax.Array) -> jax.Array:
-        return jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:])
 
-    return jax.tree.map(join, jax.lax.map(function, parts))
+def joined(leaf: jax.Array, rows: int) -> jax.Array:
+    """`[parts, rows * G, ...]` to `[parts * rows * G, ...]`; the inverse of `cut` for the G of each row."""
+    blocks = leaf.reshape(leaf.shape[0], rows, -1, *leaf.shape[2:])
+    return jnp.moveaxis(blocks, 0, 1).reshape(-1, *leaf.shape[2:])

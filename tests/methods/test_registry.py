@@ -25,6 +25,7 @@ def builtin():
 
 def test_the_stages_are_those_of_the_paper_and_the_methods_those_of_their_files():
     assert KINDS == [
+        ("align", ""),
         ("pretrain", ""),
         ("cold_start", ""),
         ("gen_for_und", ""),
@@ -33,6 +34,7 @@ def test_the_stages_are_those_of_the_paper_and_the_methods_those_of_their_files(
     ]
     modules = {f"{stage}.{name}": STAGES[stage].methods[name].__module__.split(".")[-1] for stage, name in KINDS}
     assert modules == {
+        "align.": "align",
         "pretrain.": "pretrain",
         "cold_start.": "cold_start",
         "gen_for_und.": "gen_for_und",
@@ -64,7 +66,8 @@ def test_a_stage_compiles_exactly_one_train_step(builtin, monkeypatch, stage, na
 def test_a_method_says_what_it_trains_and_what_bounds_its_kl(builtin, stage, name):
     config, _ = builtin
     changes = {"method": name} if name else {}
-    trained = {"pretrain": ("projector", "transformer"), "cold_start": ("projector", "transformer")}
+    both = ("projector", "transformer")
+    trained = {"align": ("projector",), "pretrain": both, "cold_start": both}
     kind = STAGES[stage].methods[name]
     assert kind.reinforcement == (stage not in trained)
     assert kind.kl_bound == ("flow_kl" if stage == "und_for_gen" else "kl") and hasattr(GuardConfig(), kind.kl_bound)

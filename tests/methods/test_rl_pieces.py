@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from stage_pieces import largest_gap, nudged, stage_of, varied
 
-from uae_jax.methods.method import gradients_of
+from uae_jax.methods.method import gradients_of, make_rollout
 from uae_jax.methods.stage_settings import rollout_denoising
 from uae_jax.models.qwen2_5_vl.generate import Completion
 from uae_jax.rollouts import captioning
@@ -18,9 +18,9 @@ from uae_jax.rollouts.reconstruction import encode_condition
 @pytest.fixture(scope="module")
 def caption_stage(whole):
     """gen_for_und with a trained adapter that also encodes captions, and one rollout with its replay."""
-    stage = stage_of(whole, "gen_for_und", condition_model="policy", updates_per_rollout=2)
+    stage = stage_of(whole, "gen_for_und", condition="policy", updates_per_rollout=2)
     stage.adapter = {"language_lora": nudged(stage.trained["language_lora"], size=0.05)}
-    rollout = jax.jit(lambda params: stage.method.rollout(params, stage.frozen, stage.batch, stage.key))
+    rollout = jax.jit(lambda params: make_rollout(stage.method, params, stage.frozen, stage.batch, stage.key))
     return stage, rollout, rollout(stage.adapter)
 
 
@@ -32,7 +32,7 @@ def flow_stage(whole):
     own = dict(guidance_scale=3.0, grpo_guard=True, kl_kind="velocity", updates_per_rollout=1)
     stage = stage_of(whole, "und_for_gen", flow_grpo=own)
     stage.adapter = {"transformer_lora": nudged(stage.trained["transformer_lora"], size=0.05)}
-    rollout = jax.jit(lambda params, key: stage.method.rollout(params, stage.frozen, stage.batch, key))
+    rollout = jax.jit(lambda params, key: make_rollout(stage.method, params, stage.frozen, stage.batch, key))
     return stage, rollout, rollout(stage.adapter, stage.key)
 
 
@@ -55,10 +55,10 @@ def test_conditions_of_policy_and_reference_differ_only_with_a_trained_adapter(c
     def contexts(adapter):
         parts = {**stage.frozen, **adapter}
         return [
-            encode_condition(
-                stage.method.system.model, parts, dataclasses.replace(how, policy_condition=on), tokens, lengths
-            )[0][0]
-            for on in (False, True)
+            encode_condition(stage.method.system.model, parts, dataclasses.replace(how, condition=on), tokens, lengths)[
+                0
+            ][0]
+            for on in ("reference", "policy")
         ]
 
     fresh, trained = contexts(stage.trained), contexts(stage.adapter)
@@ -146,7 +146,7 @@ def test_a_wrong_velocity_shows_in_the_gaps_of_one_update(flow_stage):
     unguided = varied(stage.method, flow_grpo=dict(guidance_scale=1.0))
     now = jax.jit(
         lambda params: unguided.replayed(
-            {**stage.frozen, **params}, rollout["samples"], rollout["shared"], trained=True
+            {**stage.frozen, **params}, stage.method.with_contexts(rollout), rollout["shared"], trained=True
         )
     )(stage.adapter)
     samples = rollout["samples"] | {"velocity": now.velocities.swapaxes(0, 1), "sampled_log_prob": now.log_probs.T}
@@ -191,7 +191,7 @@ def test_a_share_of_the_images_keeps_the_captions_of_the_data(flow_stage, share)
 def test_drawings_of_a_group_can_begin_with_one_noise_and_differ_by_the_window_alone(whole):
     own = dict(shared_noise=True, window=1, window_low=1, window_high=2, kl_weight=0.0)
     stage = stage_of(whole, "und_for_gen", flow_grpo=own)
-    rollout = jax.jit(lambda: stage.method.rollout(stage.trained, stage.frozen, stage.batch, stage.key))()
+    rollout = jax.jit(lambda: make_rollout(stage.method, stage.trained, stage.frozen, stage.batch, stage.key))()
     group = stage.config.group_size
     before, after = (
         np.asarray(rollout["samples"][name]).reshape(-1, group, *rollout["samples"][name].shape[1:])
@@ -207,7 +207,7 @@ def test_no_gradient_passes_through_the_reward(caption_stage):
     stage, _, _ = caption_stage
 
     def advantage(params):
-        return stage.method.rollout(params, stage.frozen, stage.batch, stage.key)["samples"]["advantage"]
+        return make_rollout(stage.method, params, stage.frozen, stage.batch, stage.key)["samples"]["advantage"]
 
     direction = nudged(jax.tree.map(jnp.zeros_like, stage.adapter), seed=4, size=1.0)
     value, slope = jax.jit(lambda params: jax.jvp(advantage, (params,), (direction,)))(stage.adapter)
@@ -241,8 +241,11 @@ def test_flow_gradient_does_not_depend_on_micro_batches(flow_stage):
 def test_nft_gradient_does_not_depend_on_micro_batches_and_its_levels_belong_to_the_drawing(whole):
     stage = stage_of(whole, "und_for_gen", method="nft", nft=dict(updates_per_rollout=1, kl_weight=0.1))
     stage.adapter = {"transformer_lora": nudged(stage.trained["transformer_lora"], size=0.05)}
-    rollout = jax.jit(lambda params: stage.method.rollout(params, stage.frozen, stage.batch, stage.key))(stage.adapter)
-    one, two = (_gradients(stage.method, stage, {"samples": rollout["samples"]}, parts) for parts in (1, 2))
+    rollout = jax.jit(lambda params: make_rollout(stage.method, params, stage.frozen, stage.batch, stage.key))(
+        stage.adapter
+    )
+    pieces = {name: rollout[name] for name in ("samples", "shared")}
+    one, two = (_gradients(stage.method, stage, pieces, parts) for parts in (1, 2))
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(one[0])) > 1e-6
     assert largest_gap(one[0], two[0]) < 1e-3
     assert float(one[2]["kl"][0]) > 0
@@ -253,7 +256,7 @@ def test_nft_gradient_does_not_depend_on_micro_batches_and_its_levels_belong_to_
 
 def test_flow_gradient_of_one_update_is_that_of_a_replayed_rollout(flow_stage):
     stage, _, rollout = flow_stage
-    samples, shared = rollout["samples"], rollout["shared"]
+    samples, shared = stage.method.with_contexts(rollout), rollout["shared"]
     again = varied(stage.method, flow_grpo=dict(updates_per_rollout=2))
     compared = jax.jit(lambda params: again.compared({**stage.frozen, **params}, samples, shared))(stage.adapter)
     assert "old_log_prob" in compared and "old_log_prob" not in samples
@@ -283,7 +286,7 @@ def test_guidance_has_a_negative_context_and_replays_exactly(flow_stage):
     template = stage.method.system.model.template
     assert states.shape[0] == 1 and int(mask.sum()) == len(template.prefix) + 2 + len(template.suffix)
     replayed = stage.method.replayed(
-        {**stage.frozen, **stage.adapter}, rollout["samples"], rollout["shared"], trained=True
+        {**stage.frozen, **stage.adapter}, stage.method.with_contexts(rollout), rollout["shared"], trained=True
     )
     np.testing.assert_allclose(replayed.log_probs.T, rollout["samples"]["sampled_log_prob"], atol=1e-5)
 
@@ -291,7 +294,9 @@ def test_guidance_has_a_negative_context_and_replays_exactly(flow_stage):
 def test_members_of_a_group_draw_the_same_caption_with_their_own_noise(flow_stage):
     stage, _, rollout = flow_stage
     group = stage.config.group_size
-    context = np.asarray(rollout["samples"]["context"]).reshape(stage.config.batch_size, group, -1)
+    assert len(rollout["shared"]["images"]["context"]) == stage.config.batch_size
+    context = np.asarray(stage.method.with_contexts(rollout)["context"]).reshape(stage.config.batch_size, group, -1)
     np.testing.assert_array_equal(context, np.broadcast_to(context[:, :1], context.shape))
+    assert len(np.unique(context[:, 0], axis=0)) > 1
     latents = np.asarray(rollout["samples"]["latents"]).reshape(stage.config.batch_size * group, -1)
     assert len(np.unique(latents[:, 0])) == len(latents)

@@ -51,7 +51,8 @@ def test_the_step_was_compiled_once(captioner):
 
 def _reconstructions(stage, method, completion):
     parts = {**stage.frozen, **stage.trained}
-    pixels = method.reconstruct(parts, completion, stage.batch["sample_id"], stage.key)
+    images = encode_batch_images(method.system.model, parts, stage.batch)
+    pixels = method.reconstruct(parts, stage.batch, images, completion, stage.key)
     return np.asarray(pixels).reshape(len(stage.batch["pixels"]), stage.config.group_size, -1)
 
 
@@ -161,6 +162,23 @@ def test_nft_begins_at_the_reference_and_its_second_update_is_off_policy(whole):
     state, metrics = stage.step(first)(first, stage.frozen, stage.batch, stage.key)
     assert float(metrics["velocity_shift"]) > 0.0 and float(metrics["kl"]) > 0.0
     assert set(state.params) == {"transformer_lora"} and int(state.updates) == 2
+
+
+def test_nft_rolls_out_by_a_policy_that_lags(whole):
+    own = dict(updates_per_rollout=1, kl_weight=0.0, old_decay=0.5, old_decay_rate=10.0)
+    stage = stage_of(whole, "und_for_gen", method="nft", nft=own)
+    state = stage.state()
+    step, start = stage.step(state), jax.tree.map(np.asarray, state.params)
+    state, metrics = step(state, stage.frozen, stage.batch, stage.key)
+    assert float(metrics["velocity_shift"]) == 0.0
+    jax.tree.map(np.testing.assert_array_equal, state.old, state.params)  # the decay of step 0 is 0
+    first = jax.tree.map(np.asarray, state.params)
+    state, metrics = step(state, stage.frozen, stage.batch, stage.key)
+    assert float(metrics["velocity_shift"]) == 0.0 and largest_gap(start, first) > 0
+    half = jax.tree.map(lambda old, new: 0.5 * old + 0.5 * np.asarray(new), first, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), state.old, half)
+    _, metrics = step(state, stage.frozen, stage.batch, stage.key)
+    assert float(metrics["velocity_shift"]) > 0.0  # the policy has left the one that made the rollout
 
 
 @pytest.mark.parametrize(

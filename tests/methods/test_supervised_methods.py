@@ -140,9 +140,9 @@ def test_recomputing_layers_changes_no_gradient(whole, cold):
     assert largest_gap(gradient, other) < 1e-4
 
 
-def test_answer_states_are_another_condition_and_train_too(whole, cold):
+def test_caption_states_are_another_condition_and_train_too(whole, cold):
     trained, _, value, gradient = cold
-    other_value, other = _value_and_gradient(whole, guidance_scale=2.0, condition="answer_states")[1](trained)
+    other_value, other = _value_and_gradient(whole, guidance_scale=2.0, condition="caption_states")[1](trained)
     assert abs(float(other_value) - float(value)) > 1e-5
     leaves = jax.tree.leaves(other)
     assert all(np.isfinite(leaf).all() for leaf in leaves) and largest_gap(gradient, other) > 1e-2

@@ -9,7 +9,8 @@ from learners import PairSettings, learner
 
 from uae_jax import trees
 from uae_jax.methods.method import gradients_of, make_train_step, split_samples
-from uae_jax.training.step import ema_decay_at, init_state, step_key
+from uae_jax.methods.stage_settings import SupervisedSettings
+from uae_jax.training.step import OldPolicy, ema_decay_at, init_state, step_key
 
 PARAMS = {"layer": {"kernel": jnp.arange(6.0).reshape(3, 2) / 10, "bias": jnp.zeros(2)}}
 
@@ -175,6 +176,39 @@ def test_ema_must_be_asked_for_twice():
     optimizer = optax.sgd(0.1)
     with pytest.raises(ValueError, match="ema=True"):
         make_train_step(learner(masked_loss, ema_decay=0.9), optimizer)(
+            init_state(PARAMS, optimizer), {}, make_batch(), jax.random.key(0)
+        )
+
+
+class LaggingSettings(SupervisedSettings):
+    """Settings whose rollouts come from a moving average."""
+
+    old_policy = OldPolicy(0.25, 0.6)
+
+
+def test_the_policy_of_the_rollouts_follows_its_formula():
+    optimizer, seen = optax.sgd(0.1), []
+
+    def sample(params, frozen, batch, key):
+        jax.debug.callback(lambda kernel: seen.append(np.asarray(kernel)), params["layer"]["kernel"])
+        return {"samples": batch}
+
+    step = jax.jit(make_train_step(learner(masked_loss, sample, kind=LaggingSettings), optimizer))
+    state = init_state(PARAMS, optimizer, old=True)
+    expected = np.asarray(PARAMS["layer"]["kernel"])
+    for k in range(5):
+        state, _ = step(state, {}, make_batch(), jax.random.key(0))
+        jax.effects_barrier()
+        np.testing.assert_allclose(seen[-1], expected, rtol=1e-6)
+        decay = min(0.6, 0.25 * k)
+        expected = decay * expected + (1 - decay) * np.asarray(state.params["layer"]["kernel"])
+    np.testing.assert_allclose(state.old["layer"]["kernel"], expected, rtol=1e-6)
+
+
+def test_an_old_policy_must_be_asked_for_twice():
+    optimizer = optax.sgd(0.1)
+    with pytest.raises(ValueError, match="old=True"):
+        make_train_step(learner(masked_loss, kind=LaggingSettings), optimizer)(
             init_state(PARAMS, optimizer), {}, make_batch(), jax.random.key(0)
         )
 

@@ -70,15 +70,15 @@ class WeightedFlow(DecoderMethod):
     Settings = WeightedFlowConfig
 
     def rollout(self, params, frozen, batch, key):
-        """Captions, images and their advantages."""
+        """Captions, images and their rewards."""
         parts, model, how = {**frozen, **params}, self.system.model, self.denoising
         context, _, metrics = self.contexts(parts, batch, key)
         group = self.settings.group_size
         noise = initial_noise(model, trees.name_key(key, "noise"), batch["sample_id"], group, shared=False)
         latents = sample(predictor(model, parts, how, context, None), noise, jnp.asarray(how.sigmas))
-        advantage, rewards = self.advantages(parts, batch["pixels"], latents)
-        samples = {"latents": latents, "noise": noise, "advantage": advantage}
-        return {"samples": samples | {"context": context[0], "mask": context[1]}, "metrics": metrics | rewards}
+        reward, terms = self.rewards(parts, batch["pixels"], latents)
+        samples = {"latents": latents, "noise": noise, "reward": reward}
+        return {"samples": samples | {"context": context[0], "mask": context[1]}, "metrics": metrics | terms}
 
     def loss(self, params, frozen, rollout, key):
         """The weighted squared error of velocities at the middle of the path."""

@@ -173,10 +173,10 @@ def test_pictures_are_drawn_through_the_adapters_unless_they_are_left_out(adapte
 
 
 def test_the_releases_folder_conditions_through_its_adapter(folder, adapted, wrapped):
-    assert not api.default_settings(adapted[0])["policy_condition"]
+    assert api.default_settings(adapted[0])["condition"] == "reference"
     shutil.rmtree(folder / "llm_lora")
     write_tensors(folder / "llm_lora", wrapped[0])
-    assert api.default_settings(folder)["policy_condition"]
+    assert api.default_settings(folder)["condition"] == "policy"
 
 
 def test_a_damaged_plain_captioner_is_seen_beside_a_wrapped_one(builtin, folder, wrapped):

@@ -1,7 +1,9 @@
 """All mistakes of a run at one go, before any weight is read; and what a dry run says where there are none."""
 
 import json
+import pathlib
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from uae_jax import main, sharding, trees
 from uae_jax.settings import Mistakes, as_dict, frozen
 from uae_jax.stages import abstract, checks
 from uae_jax.stages import run as run_module
+from uae_jax.stages.folders.parts import NEW_PROJECTOR
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.training.checkpoint import Checkpoints
 
@@ -72,7 +75,7 @@ def test_every_mistake_and_every_notice_is_a_line(tmp_path, capsys, no_weights, 
     out, err = capsys.readouterr()
     errors = [
         "error: config.gen_for_und.group_sise does not exist; did you mean config.gen_for_und.group_size?",
-        "error: config.stages names 'warm_start'; the stages are pretrain, cold_start, gen_for_und, und_for_gen",
+        "error: config.stages names 'warm_start'; the stages are align, pretrain, cold_start, gen_for_und, und_for_gen",
         f"error: {folder / 'captions.jsonl'} does not exist: a data folder needs it beside its images",
     ]
     note = "note: pretrain: the warm-up is shortened from 10 to 2 updates, since the stage has 5"
@@ -210,3 +213,21 @@ def test_settings_are_stored_as_they_are_read(config):
     stored = json.loads(json.dumps(as_dict(settings)))
     assert frozen(RunConfig, stored) == settings
     np.testing.assert_equal(stored["und_for_gen"]["flow_grpo"]["clip_range"], 0.5)
+
+
+def test_a_new_projector_is_aligned_before_pretraining(config, tmp_path, capsys):
+    folder = pathlib.Path(config["model"]["folder"])
+    copy = shutil.copytree(folder, tmp_path / "model")
+    values = changed(config, model=dict(folder=str(copy)), stages=("pretrain", "gen_for_und"))
+    assert checks.read_config(values)[0].stages == ("pretrain", "gen_for_und") and capsys.readouterr().err == ""
+    (copy / "llm" / NEW_PROJECTOR).write_text("{}")
+    settings, mistakes = checks.read_config(values)
+    assert settings.stages == ("align", "pretrain", "gen_for_und") and not mistakes
+    assert "the stage align trains it first" in capsys.readouterr().err
+    assert settings.trains("align") == ("projector",)
+    for other in (dict(align=dict(after_import=False)), dict(stages=("gen_for_und",))):
+        assert "align" not in checks.read_config(changed(values, **other))[0].stages
+    run = run_module.run(changed(values, stages=("pretrain",), align=dict(steps=2, batch_size=2)), tmp_path / "run")
+    assert [stage["name"] for stage in run["stages"]][:2] == ["align", "pretrain"]
+    assert not (tmp_path / "run" / "export" / "llm" / NEW_PROJECTOR).exists()
+    assert (tmp_path / "run" / "checkpoints" / "align").is_dir()

@@ -1,6 +1,7 @@
 """The controls of gen_for_und: a reward of captions without images, and supervised training of the same adapter."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from configs import ablations
 from configs import bootstrap as bootstrap_config
 from uae_jax import sharding
 from uae_jax.methods.gen_for_und import PROMPT_FIELDS
+from uae_jax.methods.method import make_rollout
 from uae_jax.rollouts.captioning import encode_batch_images
 from uae_jax.settings import Mistakes
 from uae_jax.stages import run as run_module
@@ -64,8 +66,8 @@ def test_a_caption_reward_does_not_look_at_reconstructions(judged):
     broken = stage.frozen | {
         "transformer": jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), stage.frozen["transformer"])
     }
-    found = jax.jit(stage.method.rollout)(stage.trained, broken, stage.batch, key)
-    assert np.isfinite(found["metrics"]["reward_caption"]) and "reward_clip" not in found["metrics"]
+    found = jax.jit(functools.partial(make_rollout, stage.method))(stage.trained, broken, stage.batch, key)
+    assert np.isfinite(found["metrics"]["reward_caption"][0]) and "reward_clip" not in found["metrics"]
     advantage = np.asarray(found["samples"]["advantage"])
     assert np.isfinite(advantage).all() and np.abs(advantage).max() > 0.1
 

@@ -344,11 +344,11 @@ def test_settings_of_stages_to_come_may_change(config):
 
 
 def test_scores_are_drawn_through_the_captioner_where_training_does(config, whole, tmp_path):
-    assert not whole.config.policy_condition() and not whole.evaluator.denoising.policy_condition
-    policy = make_run(changed(config, und_for_gen=dict(condition_model="policy")), tmp_path)
-    assert policy.config.policy_condition() and policy.evaluator.denoising.policy_condition
-    alone = changed(config, stages=("gen_for_und",), und_for_gen=dict(condition_model="policy"))
-    assert not frozen(RunConfig, alone).policy_condition()
+    assert whole.config.condition() == whole.evaluator.denoising.condition == "reference"
+    policy = make_run(changed(config, und_for_gen=dict(condition="policy")), tmp_path)
+    assert policy.config.condition() == policy.evaluator.denoising.condition == "policy"
+    alone = changed(config, stages=("gen_for_und",), und_for_gen=dict(condition="policy"))
+    assert frozen(RunConfig, alone).condition() == "reference"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,13 @@ class BatchSpec:
 
 
 def batch_spec(
-    tokenizer, processor: ImageProcessor, image_size: int, prompt: str, max_caption: int, multiple: int = 1
+    tokenizer,
+    processor: ImageProcessor,
+    image_size: int,
+    prompt: str,
+    max_caption: int,
+    multiple: int = 1,
+    system: str = "",
 ) -> BatchSpec:
     """The smallest spec for one square image per row; the prompt's length is rounded up to `multiple`.
 
@@ -37,7 +43,7 @@ def batch_spec(
     if max_caption < 2 or image_size < 8:
         raise ValueError(f"need max_caption >= 2 and image_size >= 8, got {max_caption} and {image_size}")
     grid = processor.grid_of(image_size, image_size)
-    length = len(tokenizers.caption_prompt_ids(tokenizer, prompt, [processor.image_tokens(grid)]))
+    length = len(tokenizers.caption_prompt_ids(tokenizer, prompt, [processor.image_tokens(grid)], system=system))
     return BatchSpec(image_size, grid[0] * grid[1], -(-length // multiple) * multiple, max_caption)
 
 
@@ -113,15 +119,16 @@ class RowBuilder:
       processor: of the images.
       spec: shapes of the row.
       prompt: text of the caption prompt.
+      system: text of its system turn, see `tokenizer.caption_prompt_ids`.
 
     Raises:
       ValueError: the spec is too small for an image or the prompt.
     """
 
-    def __init__(self, tokenizer, processor: ImageProcessor, spec: BatchSpec, prompt: str):
+    def __init__(self, tokenizer, processor: ImageProcessor, spec: BatchSpec, prompt: str, system: str = ""):
         self.tokenizer, self.processor, self.spec = tokenizer, processor, spec
         image = processor(np.zeros((spec.image_size, spec.image_size, 3), np.uint8))
-        ids = tokenizers.caption_prompt_ids(tokenizer, prompt, [processor.image_tokens(image[1])])
+        ids = tokenizers.caption_prompt_ids(tokenizer, prompt, [processor.image_tokens(image[1])], system=system)
         image_pad = tokenizers.token_id(tokenizer, tokenizers.IMAGE_PAD)
         check_max_prompt(spec.max_prompt, len(ids), spec.image_size)
         # every image is a square of one size, so all fields except the patches are the same in every row

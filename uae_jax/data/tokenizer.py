@@ -87,17 +87,21 @@ def _encode(tokenizer, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _chat_text(tokenizer, role: str, *parts: dict[str, Any]) -> str:
+def _chat_text(tokenizer, role: str, *parts: dict[str, Any], system: str = "") -> str:
     """One turn of a chat and the header of the answer.
 
     The role is "user", or "generate" for the decoder's condition (the release's name). Parts are {"type": "text",
-    "text": ...} and {"type": "image"}; an image stays one <|image_pad|>.
+    "text": ...} and {"type": "image"}; an image stays one <|image_pad|>. Without a system turn the chat template adds
+    its own, if it has one.
     """
+    before = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     turn = {"role": role, "content": list(parts)}
-    return tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template([*before, turn], tokenize=False, add_generation_prompt=True)
 
 
-def caption_prompt_ids(tokenizer, prompt: str, image_tokens: Sequence[int], images_first: bool = False) -> list[int]:
+def caption_prompt_ids(
+    tokenizer, prompt: str, image_tokens: Sequence[int], images_first: bool = False, system: str = ""
+) -> list[int]:
     """The captioner's prompt, text before images as in the release, with every image expanded: token ids [T].
 
     Args:
@@ -105,14 +109,15 @@ def caption_prompt_ids(tokenizer, prompt: str, image_tokens: Sequence[int], imag
       prompt: text of the prompt.
       image_tokens: number of merged patches of each image, in order.
       images_first: images before the text, as in question benchmarks.
+      system: text of the system turn; empty for that of the chat template.
 
     Raises:
       ValueError: the prompt text contains an image token.
     """
-    if IMAGE_PAD in prompt:
+    if IMAGE_PAD in prompt + system:
         raise ValueError(f"the caption prompt must not contain {IMAGE_PAD}: images are added after the text")
     said, images = [{"type": "text", "text": prompt}], [{"type": "image"}] * len(image_tokens)
-    text = _chat_text(tokenizer, "user", *(images + said if images_first else said + images))
+    text = _chat_text(tokenizer, "user", *(images + said if images_first else said + images), system=system)
     head, *tails = text.split(IMAGE_PAD)
     return _encode(tokenizer, head + "".join(IMAGE_PAD * n + tail for n, tail in zip(image_tokens, tails, strict=True)))
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 PIECE, PIECES = 4096, 16  # bytes of a sample of a weight file, samples of a file
 WEIGHTS = (".safetensors", ".bin", ".pt", ".json")
 # settings that a result depends on; the others affect the speed alone
-DRAWING = ("seed", "steps", "guidance_scale", "size", "negative_prompt", "shift", "schedule", "policy_condition")
+DRAWING = ("seed", "steps", "guidance_scale", "size", "negative_prompt", "shift", "schedule", "condition")
 ANSWERING = ("seed", "temperature", "top_p", "max_new_tokens")
 NOT_COMPARED = ("model",)  # a moved folder has equal weights
 

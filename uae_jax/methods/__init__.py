@@ -1,9 +1,10 @@
 """What learns from what: one file for each method, and the registry of stages.
 
-Reading order: `method` (what a method is, the train step), then any of `pretrain`, `cold_start`, `gen_for_und`,
-`flow_grpo`, `diffusion_nft`.
+Reading order: `method` (what a method is, the train step), then any of `pretrain`, `align`, `cold_start`,
+`gen_for_und`, `flow_grpo`, `diffusion_nft`.
 """
 
+from uae_jax.methods.align import Align
 from uae_jax.methods.cold_start import ColdStart
 from uae_jax.methods.diffusion_nft import DiffusionNft
 from uae_jax.methods.flow_grpo import FlowGrpo
@@ -12,6 +13,7 @@ from uae_jax.methods.method import STAGES, Stage, add_method, add_stage
 from uae_jax.methods.pretrain import Pretrain
 from uae_jax.methods.und_for_gen import UndForGenConfig
 
+add_stage("align", Align)
 add_stage("pretrain", Pretrain)
 add_stage("cold_start", ColdStart)
 add_stage("gen_for_und", GenForUnd)

@@ -2,7 +2,7 @@
 
 Source: arXiv 2509.09666, section 3, and the released code (10 Euler steps, guidance 5). Departures:
 
-1. The released code conditions on the answer's hidden states, which attend to the image; `condition="answer_states"`
+1. The released code conditions on the caption's own states, which attend to the image; `condition="caption_states"`
    does the same. The default encodes the caption again without the image, as inference does: nothing passes the text
    bottleneck.
 2. `gradient_steps` may restrict the gradient to the last steps (DRaFT-K, arXiv 2309.17400); the default is all of them.
@@ -20,10 +20,9 @@ from uae_jax import trees
 from uae_jax.diffusion.sampler import sample
 from uae_jax.methods.method import Described, Loss
 from uae_jax.methods.stage_settings import SamplerConfig, SupervisedSettings, denoising
-from uae_jax.models import condition, uae
-from uae_jax.models.qwen2_5_vl import model as qwen
+from uae_jax.models import uae
 from uae_jax.rewards.similarity import CLAMPS, RewardConfig, chosen_encoders, mixed_reward
-from uae_jax.rollouts.reconstruction import Context, Denoising, decode, encode_condition, predictor, sample_keys
+from uae_jax.rollouts.reconstruction import Denoising, caption_states, decode, encode_condition, predictor, sample_keys
 from uae_jax.settings import changed, setting
 from uae_jax.training.optimizer import OptimizerConfig
 
@@ -38,9 +37,9 @@ class ColdStartConfig(SupervisedSettings):
     guidance_scale: float = setting(5.0, "1 is without guidance", low=0, source="released UAE code")
     gradient_steps: int = setting(0, "only the last so many steps are differentiated; 0 for all", low=0)
     condition: str = setting(
-        "reencoded_caption",
-        "what the decoder reads: the caption encoded alone, or the answer's states as in the released code",
-        choices=("reencoded_caption", "answer_states"),
+        "reference",
+        "what the decoder reads: the caption encoded alone, or its own states after the image as in the released code",
+        choices=("reference", "caption_states"),
     )
     clamp: str = setting(
         "straight_through",
@@ -86,11 +85,11 @@ class ColdStart:
     def loss(self, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> Loss:
         """One minus the similarity of each image and its reconstruction."""
         parts, batch, model, how = {**frozen, **params}, rollout["samples"], self.system.model, self.denoising
-        if self.settings.condition == "answer_states":
-            positive, negative = answer_context(model, parts, how, batch)
+        tokens, mask = batch["caption_ids"], batch["caption_mask"]
+        if self.settings.condition == "caption_states":
+            positive, negative = caption_states(model, parts, how, batch, tokens, mask, policy=False)
         else:
-            lengths = jnp.sum(batch["caption_mask"], -1, dtype=jnp.int32) - 1
-            positive, negative = encode_condition(model, parts, how, batch["caption_ids"], lengths)
+            positive, negative = encode_condition(model, parts, how, tokens, jnp.sum(mask, -1, dtype=jnp.int32) - 1)
         noise = uae.initial_noise(model, sample_keys(trees.name_key(key, "noise"), batch["sample_id"]))
         predict = predictor(model, parts, how, positive, negative, policy=False)
         steps = self.settings.gradient_steps or None
@@ -103,27 +102,3 @@ class ColdStart:
         score, _ = mixed_reward(reward, encoders, parts["encoders"], batch["pixels"], pixels, 1)
         count = jnp.float32(len(score))
         return jnp.sum(1 - score), count, {"reward": (jnp.sum(jax.lax.stop_gradient(score)), count)}
-
-
-def answer_context(model: uae.UAE, parts: Mapping, how: Denoising, batch: Mapping) -> tuple[Context, Context | None]:
-    """Projected hidden states of the caption's tokens after prompt and image, padded to the negative prompt's length.
-
-    Args:
-      model, parts: the model; how: guidance.
-      batch: B images with prompts and captions (`data.loader`).
-
-    Returns:
-      (`[B, S, Dc]`, mask `[B, S]`), and the same of the negative prompt or None.
-    """
-    params, adapter = uae.captioner_weights(parts, policy=how.policy_condition)
-    prefix = qwen.prompt_prefix(model.captioner, params, adapter, batch)
-    tokens, mask = batch["caption_ids"], batch["caption_mask"]
-    embeds = qwen.embed_tokens(model.captioner, params, tokens)
-    positions = qwen.text_positions(prefix.next_position, tokens.shape[1])
-    hidden = qwen.hidden_states(model.captioner, params, adapter, embeds, positions, mask, (prefix.memory,))
-    room = ((0, 0), (0, model.template.length(tokens.shape[1]) - tokens.shape[1]))
-    positive = jnp.pad(qwen.project(parts["projector"], hidden), (*room, (0, 0))), jnp.pad(mask, room)
-    negative = None
-    if how.guidance_scale != 1:
-        negative = condition.encode_negative(model.captioner, params, adapter, model.template, tokens.shape[1])
-    return positive, negative

@@ -5,7 +5,7 @@ images are then the data of flow matching: towards those better than their group
 holds what distinguishes an image from the others, and none of the white noise of Flow-GRPO's stochastic steps.
 Departures:
 
-1. The policy of the rollout is the present one, not a moving average of it.
+1. `old_decay=0` makes rollouts by the present policy; the source has a moving average of it.
 2. The KL is the mean squared difference of the policy's and the reference's velocities.
 3. The noise levels are sampled by `time_scheme`, `levels` of them an image.
 
@@ -30,8 +30,9 @@ from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rl.advantages import SCALES
 from uae_jax.rl.losses import nft_loss
 from uae_jax.rl.step_sums import sum_over_steps
-from uae_jax.rollouts.reconstruction import initial_noise, predictor, sample_keys
+from uae_jax.rollouts.reconstruction import Context, initial_noise, predictor, sample_keys
 from uae_jax.settings import setting
+from uae_jax.training.step import OldPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,21 @@ class DiffusionNftConfig(DecoderMethodSettings):
         1e-4, "weight of the squared difference to the reference's velocity", low=0, source="arXiv 2509.16117"
     )
     advantage_scale: str = setting("group", "what advantages are divided by", choices=SCALES)
+    old_decay: float = setting(
+        0.5,
+        "ceiling of the decay of the moving average that makes rollouts; 0: the present policy makes them",
+        low=0,
+        high=1,
+        source="arXiv 2509.16117",
+    )
+    old_decay_rate: float = setting(
+        1e-3, "that decay is min(old_decay, old_decay_rate * step)", low=0, source="arXiv 2509.16117"
+    )
+
+    @property
+    def old_policy(self) -> OldPolicy | None:
+        """How the policy of the rollouts follows the trained one; None where that one makes them."""
+        return OldPolicy(self.old_decay_rate, self.old_decay) if self.old_decay else None
 
     @property
     def kept_steps(self) -> int:
@@ -68,7 +84,7 @@ class DiffusionNft(DecoderMethod):
     Settings: ClassVar[type] = DiffusionNftConfig
 
     def rollout(self, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
-        """Captions, images of the deterministic sampler, rewards and advantages.
+        """Captions, images of the deterministic sampler, and rewards.
 
         Args:
           params: trained parts of the model; frozen: the other parts.
@@ -83,18 +99,19 @@ class DiffusionNft(DecoderMethod):
         context, _, caption_metrics = self.contexts(parts, batch, key)
         noise = initial_noise(model, trees.name_key(key, "noise"), sample_ids, group, shared=False)
         latents = sample(predictor(model, parts, how, context, None), noise, jnp.asarray(how.sigmas))
-        advantage, metrics = self.advantages(parts, batch["pixels"], latents)
-        samples = {"latents": latents, "context": context[0], "context_mask": context[1], "advantage": advantage}
+        reward, metrics = self.rewards(parts, batch["pixels"], latents)
+        samples = {"latents": latents, "reward": reward}
         samples |= self.noised(latents, sample_keys(trees.name_key(key, "levels"), sample_ids, group))
         if self.replay:
-            samples["old_velocity"] = self.velocities(parts, samples, trained=True)
+            samples["old_velocity"] = self.velocities(parts, samples, context, trained=True)
         if self.own.kl_weight:
-            samples["reference"] = self.velocities(parts, samples, trained=False)
-        return {"samples": constrain_rows(samples), "metrics": metrics | caption_metrics}
+            samples["reference"] = self.velocities(parts, samples, context, trained=False)
+        rollout = {"samples": constrain_rows(samples), "metrics": metrics | caption_metrics}
+        return self.keep_contexts(rollout, context)
 
     def loss(self, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> Loss:
         """The contrastive flow-matching loss over K levels of each image; as `losses.nft_loss`."""
-        samples, own = constrain_rows(rollout["samples"]), self.own
+        samples, own = constrain_rows(self.with_contexts(rollout)), self.own
         fields = ("sigma", "noise", "old_velocity", "reference")
         by_level = {name: samples[name].swapaxes(0, 1) for name in fields if name in samples}
 
@@ -133,9 +150,10 @@ class DiffusionNft(DecoderMethod):
         sigma, noise = jax.vmap(level, out_axes=1)(jnp.arange(own.levels))
         return {"sigma": sigma, "noise": noise.astype(latents.dtype)}
 
-    def velocities(self, parts: Mapping, samples: Mapping, *, trained: bool) -> Float[Array, "n k h w c"]:
+    def velocities(
+        self, parts: Mapping, samples: Mapping, context: Context, *, trained: bool
+    ) -> Float[Array, "n k h w c"]:
         """Velocities `[N, K, h, w, C]` of the noised latents by the policy or by the reference."""
-        context = samples["context"], samples["context_mask"]
 
         def at(levels: tuple[Array, Array]) -> Array:
             sigma, noise = levels

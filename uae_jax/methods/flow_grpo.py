@@ -30,7 +30,7 @@ from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rl.advantages import SCALES
 from uae_jax.rl.losses import flow_grpo_loss, gap_metrics
 from uae_jax.rl.step_sums import sum_over_steps
-from uae_jax.rollouts.reconstruction import Context, initial_noise, predictor, sample_keys
+from uae_jax.rollouts.reconstruction import initial_noise, predictor, sample_keys
 from uae_jax.settings import changed, setting
 
 STEP_RULES = {"sde": SdeStep, "dance": DanceStep, "cps": CpsStep}
@@ -57,14 +57,17 @@ class FlowGrpoConfig(DecoderMethodSettings):
         "one starting noise for the images of a group, which then differ by the window's noise alone (DanceGRPO)",
         source="arXiv 2505.05470",
     )
-    step_rule: str = setting("sde", "stochastic step", choices=tuple(STEP_RULES), source="arXiv 2505.05470")
-    noise_level: float = setting(0.7, "strength of the stochastic step", above=0, source="arXiv 2505.05470")
+    step_rule: str = setting("cps", "stochastic step", choices=tuple(STEP_RULES), source="Flow-GRPO-Fast")
+    noise_level: float = setting(0.8, "strength of the stochastic step", above=0, source="Flow-GRPO-Fast")
     window: int = setting(3, "stochastic steps", low=1, source="Flow-GRPO-Fast")
     window_low: int = setting(0, "first step at which the window may begin", low=0)
     window_high: int = setting(5, "step before which the window ends; the last step is never trained", low=1)
     clip_range: float = setting(1e-5, "the ratio is clipped to 1 +- clip_range", above=0, source="Flow-GRPO-Fast")
-    kl_weight: float = setting(0.04, "weight of the KL to the reference policy", low=0, source="arXiv 2505.05470")
-    kl_kind: str = setting("gaussian_nodt", "how that KL is measured, see diffusion.steps", choices=KL_KINDS)
+    # training without guidance is scored with guidance too; that needs a KL of velocities, which 0 does not give
+    kl_weight: float = setting(
+        4e-4, "weight of the KL to the reference policy", low=0, source="flow_grpo issues 198 and 204"
+    )
+    kl_kind: str = setting("velocity", "how that KL is measured, see diffusion.steps", choices=KL_KINDS)
     grpo_guard: bool = setting(False, "ratio normalisation and step weights of GRPO-Guard", source="arXiv 2510.22319")
     advantage_scale: str = setting("batch", "what advantages are divided by", choices=SCALES, source="arXiv 2505.05470")
 
@@ -101,7 +104,7 @@ class FlowGrpo(DecoderMethod):
     Settings: ClassVar[type] = FlowGrpoConfig
 
     def rollout(self, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
-        """Captions, stochastic trajectories, rewards, advantages, and what the reference would have done.
+        """Captions, stochastic trajectories, rewards, and what the reference would have done.
 
         Args:
           params: trained parts of the model; frozen: the other parts.
@@ -124,20 +127,22 @@ class FlowGrpo(DecoderMethod):
         step_keys = sample_keys(trees.name_key(key, "steps"), sample_ids, group)
         predict = predictor(model, parts, how, positive, negative)
         trajectory = sample_window(predict, noise, jnp.asarray(how.sigmas), own.rule, start, own.window, step_keys)
-        advantage, metrics = self.advantages(parts, batch["pixels"], trajectory.final)
-        samples = kept(trajectory, positive, advantage)
+        reward, metrics = self.rewards(parts, batch["pixels"], trajectory.final)
+        samples = kept(trajectory) | {"reward": reward}
         shared = {"sigma_indices": trajectory.sigma_indices, "negative": negative}
-        samples |= self.compared(parts, samples, shared)
+        context = {"context": positive[0], "context_mask": positive[1]}
+        samples |= self.compared(parts, samples | context, shared)
         if self.replay:
             metrics |= gap_metrics("log_prob_gap", samples["old_log_prob"], samples["sampled_log_prob"])
-        return {"samples": constrain_rows(samples), "shared": shared, "metrics": metrics | caption_metrics}
+        rollout = {"samples": constrain_rows(samples), "shared": shared, "metrics": metrics | caption_metrics}
+        return self.keep_contexts(rollout, positive)
 
     def loss(self, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> Loss:
         """The clipped loss of a window's steps; sum, count and metrics as `losses.flow_grpo_loss`.
 
         Without replay and guidance, metrics compare velocities and log-probabilities with those of sampling.
         """
-        samples, shared = constrain_rows(rollout["samples"]), rollout["shared"]
+        samples, shared = constrain_rows(self.with_contexts(rollout)), rollout["shared"]
         steps: dict[str, Array] = {name: samples[name].swapaxes(0, 1) for name in STEP_FIELDS if name in samples}
         steps["sigma_indices"] = shared["sigma_indices"]
 
@@ -233,16 +238,13 @@ class FlowGrpo(DecoderMethod):
         )
 
 
-def kept(trajectory: Trajectory, positive: Context, advantage: Float[Array, " n"]) -> dict[str, Array]:
-    """What a rollout keeps of N trajectories: leaves `[N, W, ...]`, contexts `[N, S, Dc]`, advantages `[N]`."""
+def kept(trajectory: Trajectory) -> dict[str, Array]:
+    """What a rollout keeps of N trajectories: leaves `[N, W, ...]`."""
     return {
         "latents": trajectory.latents.swapaxes(0, 1),
         "next_latents": trajectory.next_latents.swapaxes(0, 1),
         "velocity": trajectory.velocities.swapaxes(0, 1),
         "sampled_log_prob": trajectory.log_probs.T,
-        "context": positive[0],
-        "context_mask": positive[1],
-        "advantage": advantage,
     }
 
 

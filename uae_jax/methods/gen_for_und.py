@@ -5,7 +5,8 @@ decoder generates an image from each. The reward is the similarity of that image
 of the environment: no gradient passes through it. Departures, and choices where the paper is silent:
 
 1. The decoder reads the caption encoded by the reference model, so that training the captioner does not move the
-   decoder's input; `condition_model="policy"` does as the release does.
+   decoder's input. `condition="policy"` encodes it by the trained captioner, as the released inference does;
+   `condition="caption_states"` takes the states with which the captioner wrote it, as version 5 describes.
 2. The reconstructions of one image start from one noise, so that the advantage measures the caption alone.
 3. Old log-probabilities are computed again by the function that the loss uses, where a rollout has several updates.
    With one update, the ratio is exactly 1.
@@ -20,7 +21,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from uae_jax import trees
 from uae_jax.methods.method import Described, Loss
@@ -31,11 +32,11 @@ from uae_jax.models.qwen2_5_vl.generate import Completion
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rewards import caption_similarity
-from uae_jax.rewards.similarity import chosen_encoders, reward_advantages
+from uae_jax.rewards.similarity import chosen_encoders, mixed_reward, term_metrics
 from uae_jax.rl.advantages import SCALES
 from uae_jax.rl.losses import AGGREGATIONS, KL_ESTIMATORS, gap_metrics, token_grpo_loss
 from uae_jax.rollouts.captioning import caption_metrics, encode_batch_images, sample_captions
-from uae_jax.rollouts.reconstruction import draw, initial_noise
+from uae_jax.rollouts.reconstruction import caption_states, draw_from, encode_condition, initial_noise
 from uae_jax.settings import changed, setting
 from uae_jax.training.optimizer import OptimizerConfig
 
@@ -107,7 +108,7 @@ class GenForUnd:
         return self.settings.updates_per_rollout > 1
 
     def rollout(self, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
-        """Captions, reconstructions, rewards, advantages, and the log-probabilities that the loss compares with.
+        """Captions, reconstructions, rewards, and the log-probabilities that the loss compares with.
 
         Args:
           params: trained parts of the model; frozen: the other parts.
@@ -122,12 +123,13 @@ class GenForUnd:
         parts, group = jax.lax.stop_gradient({**frozen, **params}), self.settings.group_size
         images = encode_batch_images(self.system.model, parts, batch)
         completion = self.write_captions(parts, batch, images, key)
-        pixels = self.reconstruct(parts, completion, batch["sample_id"], key)
-        advantage, metrics = self.advantages(parts, batch["pixels"], pixels, completion)
+        pixels = self.reconstruct(parts, batch, images, completion, key)
+        reward, terms = self.rewards(parts, batch["pixels"], pixels, completion)
+        metrics = term_metrics(terms)
         samples = {
             **{name: batch[name] for name in PROMPT_FIELDS},
             "image_embeds": images,
-            "advantage": advantage,
+            "reward": reward,
             "tokens": completion.tokens.reshape(len(images), group, -1),
             "mask": completion.mask.reshape(len(images), group, -1),
         }
@@ -203,20 +205,24 @@ class GenForUnd:
         )
 
     def reconstruct(
-        self, parts: Mapping, completion: Completion, sample_ids: Int[Array, " b"], key: Array
+        self, parts: Mapping, batch: Mapping, image_embeds: Float[Array, "b p d"], completion: Completion, key: Array
     ) -> Float[Array, "n H W 3"]:
         """The decoder's images `[B * G, H, W, 3]` of sampled captions."""
         settings, model = self.settings, self.system.model
         how = rollout_denoising(settings, self.sampler, settings.guidance_scale)
         noise_key = trees.name_key(key, "noise")
-        noise = initial_noise(model, noise_key, sample_ids, settings.group_size, shared=settings.shared_noise)
-        lengths = condition.caption_lengths(completion.mask, completion.finished)
-        return draw(model, parts, how, completion.tokens, lengths, noise)
+        noise = initial_noise(model, noise_key, batch["sample_id"], settings.group_size, shared=settings.shared_noise)
+        if how.condition == "caption_states":
+            contexts = caption_states(model, parts, how, batch, completion.tokens, completion.mask, image_embeds)
+        else:
+            lengths = condition.caption_lengths(completion.mask, completion.finished)
+            contexts = encode_condition(model, parts, how, completion.tokens, lengths)
+        return draw_from(model, parts, how, contexts, noise)
 
-    def advantages(
+    def rewards(
         self, parts: Mapping, original: Float[Array, "b H W 3"], pixels: Float[Array, "n H W 3"], completion: Completion
     ) -> tuple[Float[Array, "b g"], dict]:
-        """Advantages `[B, G]` of reconstructions `[B * G, H, W, 3]`, and the metrics of their rewards."""
+        """Rewards `[B, G]` of reconstructions `[B * G, H, W, 3]`, and their terms; see `similarity.mixed_reward`."""
         settings, said = self.settings, None
         if settings.reward.caption_weight and self.system.scorer is not None:
             lengths = condition.caption_lengths(completion.mask, completion.finished)
@@ -224,14 +230,13 @@ class GenForUnd:
             said = caption_similarity.caption_reward(
                 self.system.scorer, params, original, completion.tokens, lengths, settings.group_size
             )
-        return reward_advantages(
+        return mixed_reward(
             settings.reward,
             chosen_encoders(settings.reward, self.system.encoders),
             parts["encoders"],
             original,
             pixels,
             settings.group_size,
-            settings.advantage_scale,
             said,
             ~completion.finished.reshape(-1, settings.group_size),
         )

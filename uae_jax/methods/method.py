@@ -2,13 +2,14 @@
 
 A method says what a stage trains, makes a rollout and scores it. `build_step` compiles one step of it:
 
-    rollout (samples, rewards, advantages) -> loss -> gradient -> update
+    rollout (samples, rewards) -> advantages -> loss -> gradient -> update
 
 A stranger's method needs one line, `add_stage("mine", Mine)` or `add_method("und_for_gen", "mine", Mine)`; see
 CONTRIBUTING.md. Shape letters: N samples of one rollout, U updates, M micro-batches.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -22,8 +23,19 @@ from uae_jax.methods.stage_settings import SamplerConfig, StageSettings, Supervi
 from uae_jax.models.uae import UAE
 from uae_jax.rewards.caption_similarity import CaptionScorer
 from uae_jax.rewards.similarity import Encoder
+from uae_jax.rl.advantages import group_advantages
 from uae_jax.training.guard import outlier_metrics
-from uae_jax.training.step import Metrics, PyTree, TrainState, apply_gradients, as_pairs, join_metrics, step_key
+from uae_jax.training.step import (
+    Metrics,
+    PyTree,
+    TrainState,
+    apply_gradients,
+    as_pairs,
+    follow,
+    init_state,
+    join_metrics,
+    step_key,
+)
 
 Loss = tuple[Float[Array, ""], Float[Array, ""], Mapping[str, Any]]
 
@@ -52,7 +64,7 @@ class Learner(Protocol):
     """What the train step needs.
 
     Attributes:
-      settings: with `updates_per_rollout`, `samples_per_image`, `micro_batches` and `ema_decay`.
+      settings: of `stage_settings.StageSettings`; with rewards also `group_size` and `advantage_scale`.
     """
 
     @property
@@ -62,8 +74,11 @@ class Learner(Protocol):
         """Samples of the parameters at the beginning of a step.
 
         Returns:
-          `samples`: leaves `[N, ...]`, which are split into updates and micro-batches. `shared` (optional): handed to
-          every `loss` as it is. `metrics` (optional): logged. No gradient flows through any of them.
+          `samples`: leaves `[N, ...]`, which are split into updates and micro-batches. `reward` among them becomes
+          `advantage` (`with_advantages`). `images` (optional): leaves `[B, ...]` that the samples of an image share;
+          `loss` finds them in `shared["images"]`, and each sample's row in `samples["image"]`. `shared` (optional):
+          handed to every `loss` as it is; it does not depend on the batch. `metrics` (optional): logged. No gradient
+          flows through any of them.
         """
         ...
 
@@ -143,6 +158,11 @@ def make_method(stage: str, settings: StageSettings, sampler: SamplerConfig, sys
     return STAGES[stage].method(settings)(settings, sampler, system)
 
 
+def start_of(params: PyTree, optimizer: optax.GradientTransformation, settings: Any) -> TrainState:
+    """The state of a stage at step 0, with the moving averages that its settings ask for."""
+    return init_state(params, optimizer, ema=bool(settings.ema_decay), old=settings.old_policy is not None)
+
+
 def build_step(method: Learner, optimizer: optax.GradientTransformation, shardings: Any = None) -> Callable:
     """The compiled `train_step(state, frozen, batch, key) -> (state, metrics)` of a method.
 
@@ -165,13 +185,15 @@ def make_train_step(method: Learner, optimizer: optax.GradientTransformation) ->
       ValueError: at trace time: samples that do not divide, a metric name used twice, or a missing moving average.
     """
     settings, group = method.settings, method.settings.samples_per_image
-    updates, ema_decay = settings.updates_per_rollout, settings.ema_decay or None
+    updates, ema_decay, old_policy = settings.updates_per_rollout, settings.ema_decay or None, settings.old_policy
 
     def train_step(state: TrainState, frozen: PyTree, batch: PyTree, key: Array) -> tuple[TrainState, dict[str, Array]]:
         if (ema_decay is None) != (state.ema is None):
             raise ValueError("ema_decay and state.ema must both be set or both be None; see init_state(ema=True)")
-        rollout = method.rollout(state.params, frozen, batch, step_key(key, "rollout", state.step))
-        rollout = jax.lax.stop_gradient({"shared": {}, "metrics": {}, **rollout})
+        if (old_policy is None) != (state.old is None):
+            raise ValueError("old_policy and state.old must both be set or both be None; see init_state(old=True)")
+        sampler = state.params if state.old is None else state.old
+        rollout = make_rollout(method, sampler, frozen, batch, step_key(key, "rollout", state.step))
         loss_key = step_key(key, "loss", state.step)
         parts = split_samples(rollout["samples"], updates, group)
 
@@ -188,9 +210,66 @@ def make_train_step(method: Learner, optimizer: optax.GradientTransformation) ->
         own = {"loss": losses.mean(), "grad_norm": norms.mean(), "skipped_updates": state.skipped}
         own |= outlier_metrics(state.opt_state)
         metrics = join_metrics(own, rollout["metrics"], jax.tree.map(lambda leaf: leaf.sum(0), stacked))
-        return state.replace(step=state.step + 1), metrics
+        old = state.old if old_policy is None else follow(state, old_policy)
+        return state.replace(step=state.step + 1, old=old), metrics
 
     return train_step
+
+
+def make_rollout(method: Learner, params: PyTree, frozen: PyTree, batch: PyTree, key: Array) -> dict[str, PyTree]:
+    """A rollout of the whole batch, `settings.rollout_parts` of it one after the other, with advantages.
+
+    The samples do not depend on the number of parts: their keys are those of their images, and the advantages are
+    those of the whole batch.
+
+    Returns:
+      `samples`, `shared` and `metrics`, without gradient; see `Learner.rollout`.
+
+    Raises:
+      ValueError: the batch does not divide into the parts.
+    """
+    count = method.settings.rollout_parts
+
+    def part(rows: PyTree) -> dict[str, PyTree]:
+        found = {"shared": {}, "metrics": {}, **method.rollout(params, frozen, rows, key)}
+        return found | {"metrics": as_pairs(found["metrics"])}
+
+    if count == 1:
+        rollout = part(batch)
+    else:
+        parts = split_samples(batch, count)
+        found = jax.lax.map(part, parts)
+        rows = len(jax.tree.leaves(parts)[0][0])
+        how = {"shared": lambda leaf: leaf[0], "metrics": lambda leaf: leaf.sum(0)}
+        joined = functools.partial(trees.joined, rows=rows)
+        rollout = {name: jax.tree.map(how.get(name, joined), leaves) for name, leaves in found.items()}
+    return jax.lax.stop_gradient(with_images(with_advantages(rollout, method.settings)))
+
+
+def with_images(rollout: dict[str, PyTree]) -> dict[str, PyTree]:
+    """The rollout with its `images` in `shared`, and the row of its image in every sample."""
+    if "images" not in rollout:
+        return rollout
+    images = jax.tree.leaves(rollout["images"])[0]
+    group = len(jax.tree.leaves(rollout["samples"])[0]) // len(images)
+    samples = rollout["samples"] | {"image": jnp.arange(len(images)).repeat(group)}
+    shared = rollout["shared"] | {"images": rollout["images"]}
+    return {name: value for name, value in rollout.items() if name != "images"} | {"samples": samples, "shared": shared}
+
+
+def with_advantages(rollout: dict[str, PyTree], settings: Any) -> dict[str, PyTree]:
+    """The rollout with the `advantage` of each sample over its group in place of its `reward`; others stay as they are.
+
+    Metrics gain `reward`, its spread and the share of degenerate groups (`rl.advantages`).
+    """
+    samples = dict(rollout["samples"])
+    if "reward" not in samples:
+        return rollout
+    reward = samples.pop("reward")
+    advantage, metrics = group_advantages(reward.reshape(-1, settings.group_size), scale=settings.advantage_scale)
+    metrics = {"reward" if name == "reward_mean" else name: pair for name, pair in metrics.items()}
+    samples["advantage"] = advantage.reshape(reward.shape)
+    return rollout | {"samples": samples, "metrics": rollout["metrics"] | metrics}
 
 
 def gradients_of(

@@ -1,12 +1,15 @@
 """Settings that stages share, and what follows from them: how rollouts are sampled and what is trained."""
 
 import dataclasses
+from collections.abc import Iterator
 
 from uae_jax.diffusion.schedule import KINDS, sigma_schedule
 from uae_jax.rewards.similarity import RewardConfig
+from uae_jax.rollouts.conditions import CONDITIONS
 from uae_jax.rollouts.reconstruction import Denoising
 from uae_jax.settings import Settings, setting
 from uae_jax.training.optimizer import OptimizerConfig
+from uae_jax.training.step import OldPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,16 @@ class StageSettings(Settings):
         return 1
 
     @property
+    def rollout_parts(self) -> int:
+        """Parts of a rollout that are made one after the other."""
+        return 1
+
+    @property
+    def old_policy(self) -> OldPolicy | None:
+        """How the policy of the rollouts follows the trained one; None where that one makes them."""
+        return None
+
+    @property
     def total_updates(self) -> int:
         """Optimizer updates of the stage."""
         return self.steps * getattr(self, "updates_per_rollout", 1)
@@ -60,13 +73,17 @@ class RolloutSettings(StageSettings):
     """What the stages share that learn from rewards."""
 
     group_size: int = setting(8, "samples of an image whose rewards are compared", low=2)
+    rollout_parts: int = setting(
+        1, "parts of a rollout that are sampled one after the other; memory, not results", low=1
+    )
     temperature: float = setting(1.0, "of caption sampling; 0 is greedy", low=0)
     max_new_tokens: int = setting(512, "longest caption", unit="tokens", low=1)
     sampler_steps: int = setting(10, "denoising steps of a rollout", low=1, source="released UAE code")
-    condition_model: str = setting(
+    condition: str = setting(
         "reference",
-        "language model that encodes captions: without the trained adapter, or with it as the release does",
-        choices=("reference", "policy"),
+        "what the decoder reads: the caption alone, encoded by the reference or by the policy, or the caption's own "
+        "states after the image",
+        choices=CONDITIONS,
     )
     vae_chunk: int = setting(0, "images decoded at once; 0 for all; memory, not results", low=0)
     gather_weights: bool = setting(
@@ -76,17 +93,28 @@ class RolloutSettings(StageSettings):
     lora_rank: int = setting(32, "rank of a new adapter", low=1, source="released UAE code")
     reward: RewardConfig = RewardConfig()
 
+    def problems(self) -> Iterator[str]:
+        """The mistakes of ranges, and a reward that compares with images of another part."""
+        yield from super().problems()
+        if self.reward.contrast and self.rollout_parts > 1:
+            yield (
+                f"rollout_parts is {self.rollout_parts}; reward.contrast compares with all images of a batch: "
+                "set one of them to 1 and 0"
+            )
+        if self.batch_size % self.rollout_parts:
+            yield f"rollout_parts is {self.rollout_parts}; it must divide batch_size, which is {self.batch_size}"
+
     def trained_part(self, base: str) -> str:
         """Name of what is trained of a part: its adapter, or its fully fine-tuned copy."""
         return f"{base}_lora" if self.train == "lora" else f"{base}_policy"
 
 
 def denoising(
-    sampler: SamplerConfig, steps: int, guidance_scale: float, *, policy_condition: bool = False, vae_chunk: int = 0
+    sampler: SamplerConfig, steps: int, guidance_scale: float, *, condition: str = "reference", vae_chunk: int = 0
 ) -> Denoising:
     """The deterministic sampler of a stage or of an evaluation."""
     sigmas = sigma_schedule(steps, sampler.shift, sampler.schedule)
-    return Denoising(tuple(float(sigma) for sigma in sigmas), guidance_scale, policy_condition, vae_chunk)
+    return Denoising(tuple(float(sigma) for sigma in sigmas), guidance_scale, condition, vae_chunk)
 
 
 def rollout_denoising(settings: RolloutSettings, sampler: SamplerConfig, guidance_scale: float) -> Denoising:
@@ -95,6 +123,6 @@ def rollout_denoising(settings: RolloutSettings, sampler: SamplerConfig, guidanc
         sampler,
         settings.sampler_steps,
         guidance_scale,
-        policy_condition=settings.condition_model == "policy",
+        condition=settings.condition,
         vae_chunk=settings.vae_chunk,
     )

@@ -5,7 +5,7 @@ generates G images from it. The reward is the similarity of a generated image an
 how the transformer learns from these rewards: `flow_grpo`, `diffusion_nft`.
 
 1. A share of the captions may be the data set's own (`data_captions`); the paper has none.
-2. The captions are encoded by the reference model; `condition_model="policy"` does as the release does.
+2. The captions are encoded by the reference model; `condition` has the other ways.
 
 Shape letters: B images, G generated images of an image, N = B * G.
 """
@@ -15,18 +15,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uae_jax.methods.method import STAGES, Described
 from uae_jax.methods.stage_settings import RolloutSettings, SamplerConfig, UpdateSettings, rollout_denoising
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
-from uae_jax.nn.constrain import constrain_rows
-from uae_jax.rewards.similarity import chosen_encoders, reward_advantages
+from uae_jax.nn.constrain import constrain_rows, ways
+from uae_jax.rewards.similarity import chosen_encoders, mixed_reward, term_metrics
 from uae_jax.rl.losses import Metrics
 from uae_jax.rollouts.captioning import caption_metrics, drawn_captions, sample_captions
-from uae_jax.rollouts.reconstruction import Context, Denoising, decode, encode_condition
+from uae_jax.rollouts.reconstruction import Context, Denoising, caption_states, decode, encode_condition
 from uae_jax.settings import changed, sections, setting
 from uae_jax.training.optimizer import OptimizerConfig
+from uae_jax.training.step import OldPolicy
 
 STAGE = "und_for_gen"
 
@@ -40,6 +42,11 @@ class DecoderMethodSettings(UpdateSettings):
     """What every method of the stage has."""
 
     ema_decay: float = changed(UpdateSettings, "ema_decay", 0.9, source="arXiv 2505.05470")
+
+    @property
+    def old_policy(self) -> OldPolicy | None:
+        """How the policy of the rollouts follows the trained one; None where that one makes them."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +89,16 @@ class UndForGenConfig(RolloutSettings):
         return self.own.updates_per_rollout
 
     @property
+    def advantage_scale(self) -> str:
+        """Of the chosen method."""
+        return self.own.advantage_scale
+
+    @property
+    def old_policy(self) -> OldPolicy | None:
+        """Of the chosen method."""
+        return self.own.old_policy
+
+    @property
     def guidance_scale(self) -> float:
         """Of the chosen method's rollouts; 1 where it has none."""
         return getattr(self.own, "guidance_scale", 1.0)
@@ -115,8 +132,8 @@ class DecoderMethod:
 
     @property
     def replay(self) -> bool:
-        """Whether the rollout is scored again for what the policy did."""
-        return self.own.updates_per_rollout > 1
+        """Whether the rollout is scored again for what its policy did: the policy of an update may be another one."""
+        return self.own.updates_per_rollout > 1 or self.own.old_policy is not None
 
     @property
     def denoising(self) -> Denoising:
@@ -146,24 +163,45 @@ class DecoderMethod:
             gather_weights=settings.gather_weights,
         )
         tokens, lengths = drawn_captions(settings.data_captions, completion, batch, key)
-        positive, negative = encode_condition(model, parts, self.denoising, tokens, lengths)
+        if settings.condition == "caption_states":
+            ends = completion.finished if not settings.data_captions else jnp.ones_like(completion.finished)
+            mask = jnp.arange(tokens.shape[1]) < (lengths + ends)[:, None]
+            positive, negative = caption_states(model, parts, self.denoising, batch, tokens, mask)
+        else:
+            positive, negative = encode_condition(model, parts, self.denoising, tokens, lengths)
         group = settings.group_size
         positive = constrain_rows(jax.tree.map(lambda leaf: leaf.repeat(group, axis=0), positive))
         return positive, negative, caption_metrics(completion, 1)
 
-    def advantages(
+    def keep_contexts(self, rollout: dict[str, Any], context: Context) -> dict[str, Any]:
+        """The rollout with the context of its images: once an image on one device, else with each sample.
+
+        G copies of a context are gigabytes where one device has all samples. Over several devices a sample keeps its
+        own: reading that of an image would gather the contexts of all of them.
+        """
+        fields = {"context": context[0], "context_mask": context[1]}
+        if ways("batch") > 1:
+            return rollout | {"samples": constrain_rows(rollout["samples"] | fields)}
+        return rollout | {"images": {name: leaf[:: self.settings.group_size] for name, leaf in fields.items()}}
+
+    @staticmethod
+    def with_contexts(rollout: Mapping) -> dict[str, Array]:
+        """The samples of a slice of a rollout, each with the context of its image."""
+        samples, images = dict(rollout["samples"]), rollout["shared"].get("images", {})
+        return samples | {name: leaf[samples["image"]] for name, leaf in images.items()}
+
+    def rewards(
         self, parts: Mapping, original: Float[Array, "b H W 3"], latents: Float[Array, "n h w c"]
     ) -> tuple[Float[Array, " n"], dict]:
-        """Advantages `[N]` of generated latents `[N, h, w, C]`, and the metrics of their rewards."""
+        """Rewards `[N]` of generated latents `[N, h, w, C]`, and their metrics."""
         pixels = decode(self.system.model, parts, self.denoising, latents)
         reward = self.settings.reward
-        advantage, metrics = reward_advantages(
+        total, terms = mixed_reward(
             reward,
             chosen_encoders(reward, self.system.encoders),
             parts["encoders"],
             original,
             pixels,
             self.settings.group_size,
-            self.own.advantage_scale,
         )
-        return advantage.reshape(-1), metrics
+        return total.reshape(-1), term_metrics(terms)

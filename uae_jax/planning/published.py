@@ -10,18 +10,24 @@ from uae_jax.data.qwen_inputs import ImageProcessor
 from uae_jax.models.condition import ConditionTemplate
 from uae_jax.models.encoders.config import CLIPVisionConfig, Dinov2Config
 from uae_jax.models.encoders.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
+from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.rewards.similarity import Encoder
 
-# Qwen/Qwen2.5-VL-3B-Instruct: the defaults of Qwen2_5VLConfig
-CAPTIONER = Qwen2_5VLConfig()
-# PKU-YuanGroup/UAE, llm/config.json: the projector's inner width, Linear 2048 to 8192 and 8192 to 4096
-PROJECTOR_WIDTH = 8192
-# decoders by `config.model.sizes`: stabilityai/stable-diffusion-3.5-medium and -large, transformer/config.json
+# captioners: Qwen/Qwen2.5-VL-3B-Instruct, which has the defaults of Qwen2_5VLConfig, and Qwen/Qwen2.5-VL-7B-Instruct
+CAPTIONERS = {
+    "qwen2_5_vl_3b": Qwen2_5VLConfig(),
+    "qwen2_5_vl_7b": Qwen2_5VLConfig(
+        vision=VisionConfig(out_width=3584),
+        text=TextConfig(vocab_size=152064, width=3584, layers=28, heads=28, key_heads=4, mlp_width=18944, tied=False),
+    ),
+}
+# the projector's inner width over the captioner's width: PKU-YuanGroup/UAE, llm/config.json, has Linear 2048 to 8192
+PROJECTOR_RATIO = 4
+# decoders: stabilityai/stable-diffusion-3.5-medium and -large, transformer/config.json
 TRANSFORMERS = {
-    "qwen2_5_vl_3b_sd3_5_medium": TransformerConfig(),
-    "qwen2_5_vl_3b_sd3_5_large": TransformerConfig(
+    "sd3_5_medium": TransformerConfig(),
+    "sd3_5_large": TransformerConfig(
         num_layers=38, num_attention_heads=38, pos_embed_max_size=192, dual_attention_layers=()
     ),
 }
@@ -62,12 +68,17 @@ CAPTION_PROMPT_TOKENS = 80
 
 def template() -> ConditionTemplate:
     """The ids around a caption in the decoder's condition."""
-    return ConditionTemplate(TEMPLATE_PREFIX, TEMPLATE_SUFFIX, NEGATIVE_PROMPT, CAPTIONER.pad_token_id)
+    pad = CAPTIONERS["qwen2_5_vl_3b"].pad_token_id
+    return ConditionTemplate(TEMPLATE_PREFIX, TEMPLATE_SUFFIX, NEGATIVE_PROMPT, pad)
 
 
-def using(
-    transformer: TransformerConfig, *, dtype: str, remat: str, lora_alpha: float
-) -> tuple[Qwen2_5VLConfig, TransformerConfig]:
-    """Captioner and decoder with a run's precision, recomputation and adapter scale."""
-    captioner = CAPTIONER.using(dtype=dtype, remat=remat, lora_alpha=lora_alpha)
-    return captioner, dataclasses.replace(transformer, dtype=dtype, remat=remat, lora_alpha=lora_alpha)
+def using(sizes: str, *, dtype: str, remat: str, lora_alpha: float) -> tuple[Qwen2_5VLConfig, TransformerConfig]:
+    """Captioner and decoder of `config.model.sizes` with a run's precision, recomputation and adapter scale."""
+    first, second = next(
+        (captioner, decoder)
+        for captioner in CAPTIONERS
+        for decoder in TRANSFORMERS
+        if f"{captioner}_{decoder}" == sizes
+    )
+    captioner = CAPTIONERS[first].using(dtype=dtype, remat=remat, lora_alpha=lora_alpha)
+    return captioner, dataclasses.replace(TRANSFORMERS[second], dtype=dtype, remat=remat, lora_alpha=lora_alpha)

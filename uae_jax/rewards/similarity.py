@@ -17,8 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32
 from uae_jax.models.encoders import clip, dino, weights
 from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
 from uae_jax.models.encoders.preprocess import Preprocess, apply
-from uae_jax.rl.advantages import group_advantages
-from uae_jax.rl.losses import Pair, Scalar
+from uae_jax.rl.losses import Scalar
 from uae_jax.settings import Settings, setting
 from uae_jax.trees import Tree
 
@@ -334,27 +333,6 @@ def mixed_reward(
     return sum(weighted[1:], start=weighted[0]), terms
 
 
-def reward_advantages(
-    config: RewardConfig,
-    encoders: Sequence[Encoder],
-    params: Mapping[str, Tree],
-    original: Float[Array, "b H W 3"],
-    reconstruction: Float[Array, "n H2 W2 3"],
-    group: int,
-    scale: str,
-    said: Float[Array, "b g"] | None = None,
-    unfinished: Bool[Array, "b g"] | None = None,
-) -> tuple[Float32[Array, "b g"], dict[str, Scalar | Pair]]:
-    """Rewards of groups of reconstructions, and each one's advantage over its group.
-
-    Args:
-      config, encoders, params, original, reconstruction, group, said, unfinished: see `mixed_reward`.
-      scale: see `advantages.group_advantages`.
-
-    Returns:
-      Advantages, and metrics: `reward`, each term as `reward_<name>`, spread and degenerate groups.
-    """
-    reward, terms = mixed_reward(config, encoders, params, original, reconstruction, group, said, unfinished)
-    advantage, metrics = group_advantages(reward, scale=scale)
-    renamed = {"reward" if name == "reward_mean" else name: pair for name, pair in metrics.items()}
-    return advantage, renamed | {f"reward_{name}": jnp.mean(term) for name, term in terms.items()}
+def term_metrics(terms: Mapping[str, Float[Array, "b g"]]) -> dict[str, Scalar]:
+    """The mean of each term of `mixed_reward` as the metric `reward_<name>`."""
+    return {f"reward_{name}": jnp.mean(term) for name, term in terms.items()}

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from uae_jax.diffusion.sampler import guided_velocity, sample
 from uae_jax.models import condition, uae
+from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.sd3 import vae
 from uae_jax.trees import Tree
 
@@ -27,13 +28,14 @@ class Denoising:
     Attributes:
       sigmas: noise levels from 1 to 0, one more than steps (`diffusion.schedule`).
       guidance_scale: 1 skips the negative prompt.
-      policy_condition: encode captions with the trained captioner, as the release does, instead of the reference.
+      condition: one of `conditions.CONDITIONS`. A text without an image has no states of its own; the policy then
+        encodes it.
       vae_chunk: images decoded at once; 0 for all.
     """
 
     sigmas: tuple[float, ...]
     guidance_scale: float = 1.0
-    policy_condition: bool = False
+    condition: str = "reference"
     vae_chunk: int = 0
 
 
@@ -52,8 +54,40 @@ def encode_condition(
       tokens: right-padded.
       lengths: tokens without the stop token.
     """
-    params, adapter = uae.captioner_weights(parts, policy=how.policy_condition)
+    params, adapter = uae.captioner_weights(parts, policy=how.condition != "reference")
     positive = condition.encode_captions(model.captioner, params, adapter, model.template, tokens, lengths)
+    negative = None
+    if how.guidance_scale != 1:
+        negative = condition.encode_negative(model.captioner, params, adapter, model.template, tokens.shape[1])
+    return positive, negative
+
+
+def caption_states(
+    model: uae.UAE,
+    parts: Mapping[str, Tree],
+    how: Denoising,
+    batch: Mapping[str, Array],
+    tokens: Int[Array, "n t"],
+    mask: Bool[Array, "n t"],
+    image_embeds: Float[Array, "b p d"] | None = None,
+    *,
+    policy: bool = True,
+) -> tuple[Context, Context | None]:
+    """Context of captions by their own states after prompt and image, padded to the negative prompt's length.
+
+    Args:
+      model, parts: the model; how: guidance.
+      batch: b images with prompts (`data.loader`).
+      tokens: captions, rows of an image together.
+      mask: true up to and including the stop token.
+      image_embeds: of `captioning.encode_batch_images`, to share them; None computes them.
+      policy: whether the trained captioner computes the states, or the reference.
+    """
+    params, adapter = uae.captioner_weights(parts, policy=policy)
+    prefix = qwen.prompt_prefix(model.captioner, params, adapter, batch, image_embeds)
+    hidden = qwen.own_hidden_states(model.captioner, params, adapter, prefix, tokens, mask)
+    room = ((0, 0), (0, model.template.length(tokens.shape[1]) - tokens.shape[1]))
+    positive = jnp.pad(qwen.project(parts["projector"], hidden), (*room, (0, 0))), jnp.pad(mask, room)
     negative = None
     if how.guidance_scale != 1:
         negative = condition.encode_negative(model.captioner, params, adapter, model.template, tokens.shape[1])
@@ -109,7 +143,18 @@ def draw(
       tokens, lengths: captions, see `encode_condition`.
       noise: initial latents.
     """
-    positive, negative = encode_condition(model, parts, how, tokens, lengths)
+    return draw_from(model, parts, how, encode_condition(model, parts, how, tokens, lengths), noise)
+
+
+def draw_from(
+    model: uae.UAE,
+    parts: Mapping[str, Tree],
+    how: Denoising,
+    contexts: tuple[Context, Context | None],
+    noise: Float[Array, "n h w c"],
+) -> Float[Array, "n H W 3"]:
+    """`draw` from the context of `encode_condition` or `caption_states`, and that of the negative prompt."""
+    positive, negative = contexts
     latents = sample(predictor(model, parts, how, positive, negative), noise, jnp.asarray(how.sigmas))
     return decode(model, parts, how, latents)
 

@@ -18,7 +18,7 @@ from uae_jax.settings import Mistakes, one_line, read
 from uae_jax.stages.abstract import AbstractSystem, abstract_folder, with_run_adapters
 from uae_jax.stages.data import open_sources
 from uae_jax.stages.folders.check import check_folder
-from uae_jax.stages.folders.parts import find_parts
+from uae_jax.stages.folders.parts import NEW_PROJECTOR, find_parts
 from uae_jax.stages.program import make_program
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import ENCODERS, model_folder
@@ -71,7 +71,23 @@ def read_config(config: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
     settings, wanted = made or RunConfig(), config.get("stages", ())
     if isinstance(wanted, list | tuple) and not settings.stages:
         settings = dataclasses.replace(settings, stages=tuple(name for name in wanted if name in STAGES))
-    return settings, mistakes
+    return with_alignment(settings), mistakes
+
+
+def with_alignment(config: RunConfig) -> RunConfig:
+    """The settings with the stage `align` before `pretrain`, where the model folder has a new projector."""
+    new = pathlib.Path(config.model.folder or ".") / "llm" / NEW_PROJECTOR
+    if "pretrain" not in config.stages or "align" in config.stages:
+        return config
+    if not (config.model.folder and config.stage("align").after_import and new.is_file()):
+        return config
+    print(
+        f"note: {new.parent} has a new projector: the stage align trains it first; "
+        "--config.align.after_import=False leaves that out",
+        file=sys.stderr,
+    )
+    at = config.stages.index("pretrain")
+    return dataclasses.replace(config, stages=(*config.stages[:at], "align", *config.stages[at:]))
 
 
 def find_mistakes(config: RunConfig, workdir: pathlib.Path | None) -> list[str]:

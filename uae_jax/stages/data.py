@@ -59,7 +59,14 @@ def spec_of(config: DataConfig, tokenizer: Any, processor: ImageProcessor) -> Ba
     Raises:
       ValueError: `max_prompt` has no room for the caption prompt with its image.
     """
-    spec = batch_spec(tokenizer, processor, config.image_size, config.caption_prompt, config.max_caption)
+    spec = batch_spec(
+        tokenizer,
+        processor,
+        config.image_size,
+        config.caption_prompt,
+        config.max_caption,
+        system=config.caption_system,
+    )
     if not config.max_prompt:
         return spec
     check_max_prompt(config.max_prompt, spec.max_prompt, config.image_size)
@@ -68,4 +75,5 @@ def spec_of(config: DataConfig, tokenizer: Any, processor: ImageProcessor) -> Ba
 
 def row_builder(config: DataConfig, tokenizer: Any, processor: ImageProcessor) -> RowBuilder:
     """Turns examples into rows of a batch."""
-    return RowBuilder(tokenizer, processor, spec_of(config, tokenizer, processor), config.caption_prompt)
+    spec = spec_of(config, tokenizer, processor)
+    return RowBuilder(tokenizer, processor, spec, config.caption_prompt, config.caption_system)

@@ -1,6 +1,7 @@
 """Held-out scores: captions of held-out images, reconstructions from these captions, and scores of both."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.rewards.similarity import cosine_reward
 from uae_jax.rollouts.captioning import repeated_sequences, sample_captions
-from uae_jax.rollouts.reconstruction import Denoising, draw, sample_keys
+from uae_jax.rollouts.reconstruction import Denoising, caption_states, draw, draw_from, sample_keys
 from uae_jax.settings import Settings, setting
 from uae_jax.stages.weights import System
 from uae_jax.training.summary import intervals
@@ -40,6 +41,9 @@ class EvaluationConfig(Settings):
     batch_size: int = setting(4, "images in one compiled call", low=1)
     sampler_steps: int = setting(40, "denoising steps", low=1, source="released UAE demo")
     guidance_scale: float = setting(5.0, "1 is without guidance", low=0, source="released UAE demo")
+    also_guidance_scale: float = setting(
+        0.0, "reconstructions are scored at this scale too, before and after a stage; 0 for none", low=0
+    )
     temperature: float = setting(0.0, "of the captions; 0 is greedy", low=0)
     encoders: tuple[str, ...] = setting(("clip",), "image encoders whose mean cosine is unified_score")
     heldout_encoder: str = setting("dinov2", "an encoder that is never a reward; empty for none")
@@ -89,14 +93,21 @@ class Evaluator:
             repeats, sequences = repeated_sequences(said.tokens, said.mask)
             return {
                 "tokens": said.tokens,
+                "mask": said.mask,
                 "lengths": condition.caption_lengths(said.mask, said.finished),
                 "truncated": 1.0 - said.finished,
                 "repetition": repeats / jnp.maximum(sequences, 1),
             }
 
-        def picture(parts: Mapping, tokens: Array, lengths: Array, sample_ids: Array) -> Array:
-            noise = uae.initial_noise(system.model, sample_keys(trees.name_key(self.key, "noise"), sample_ids))
-            return jnp.clip(draw(system.model, parts, denoising, tokens, lengths, noise), -1, 1)
+        def noise(sample_ids: Array) -> Array:
+            return uae.initial_noise(system.model, sample_keys(trees.name_key(self.key, "noise"), sample_ids))
+
+        def picture(how: Denoising, parts: Mapping, tokens: Array, lengths: Array, sample_ids: Array) -> Array:
+            return jnp.clip(draw(system.model, parts, how, tokens, lengths, noise(sample_ids)), -1, 1)
+
+        def rebuild(how: Denoising, parts: Mapping, batch: Mapping, tokens: Array, mask: Array) -> Array:
+            contexts = caption_states(system.model, parts, how, batch, tokens, mask)
+            return jnp.clip(draw_from(system.model, parts, how, contexts, noise(batch["sample_id"])), -1, 1)
 
         def compare(params: Mapping, original: Array, drawn: Array) -> dict[str, Array]:
             return {
@@ -104,7 +115,8 @@ class Evaluator:
                 for name, encoder in self.encoders.items()
             }
 
-        self._write, self._picture, self._compare = jax.jit(write), jax.jit(picture), jax.jit(compare)
+        self._write, self._compare = jax.jit(write), jax.jit(compare)
+        self._picture, self._rebuild = (jax.jit(program, static_argnums=0) for program in (picture, rebuild))
 
     def draw_texts(self, parts: Mapping, texts: Sequence[str]) -> np.ndarray:
         """Images generated from texts (long ones truncated), uint8 `[n, H, W, 3]`; text i has the noise of image i."""
@@ -115,7 +127,16 @@ class Evaluator:
 
     def _generated(self, parts: Mapping, *inputs: np.ndarray) -> np.ndarray:
         """Images `[n, H, W, 3]` in [-1, 1] from tokens `[n, T]`, lengths `[n]` and sample numbers `[n]`."""
-        return self._in_batches(lambda *batch: self._picture(parts, *batch), *inputs)
+        return self._in_batches(lambda *batch: self._picture(self.denoising, parts, *batch), *inputs)
+
+    def _rebuilt(self, how: Denoising, parts: Mapping, batch: Mapping, said: Mapping) -> np.ndarray:
+        """Reconstructions `[n, H, W, 3]` in [-1, 1] of images from their captions, as the condition says."""
+        if how.condition == "caption_states":
+            call, inputs = functools.partial(self._rebuild, how, parts), (batch, said["tokens"], said["mask"])
+        else:
+            call, inputs = functools.partial(self._picture, how, parts), (said["tokens"], said["lengths"])
+            inputs = (*inputs, batch["sample_id"])
+        return self._in_batches(call, *inputs)
 
     def _cosines(self, parts: Mapping, originals: np.ndarray, generated: np.ndarray) -> dict[str, np.ndarray]:
         """Cosines `[n]` between images `[n, H, W, 3]` in [-1, 1], by encoder."""
@@ -141,7 +162,7 @@ class Evaluator:
           parts: parameters.
           folder: for sample images and `samples.json`, or None.
         """
-        scores = self._loop(parts, self.examples, folder)
+        scores = self._loop(parts, self.examples, folder, complete=True)
         return intervals(scores | self._with_true_captions(parts) | self._geneval(parts))
 
     def during(self, parts: Mapping, folder: pathlib.Path | None = None) -> dict[str, float]:
@@ -152,14 +173,16 @@ class Evaluator:
         scores = self._loop(parts, self.examples[: self.config.images_during], folder)
         return {name: float(np.mean(values)) for name, values in scores.items()}
 
-    def _loop(self, parts: Mapping, examples: Sequence[Example], folder: pathlib.Path | None) -> dict[str, np.ndarray]:
-        """Scores `[n]` of captions and reconstructions."""
+    def _loop(
+        self, parts: Mapping, examples: Sequence[Example], folder: pathlib.Path | None, *, complete: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Scores `[n]` of captions and reconstructions; complete ones also at `also_guidance_scale`."""
         fields = [self.rows.image_fields(example.image) for example in examples]
         batch = {name: np.stack([row[name] for row in fields]) for name in fields[0]}
         batch["sample_id"] = np.arange(len(fields), dtype=np.int32)
         said = self._in_batches(lambda rows: self._write(parts, rows), batch)
         captions = [decode_caption(self.system.tokenizer, row[:n]) for row, n in zip(said["tokens"], said["lengths"])]
-        drawn = self._generated(parts, said["tokens"], said["lengths"], batch["sample_id"])
+        drawn = self._rebuilt(self.denoising, parts, batch, said)
         cosines = self._cosines(parts, batch["pixels"], drawn)
         facts = self._facts(examples, captions, drawn)
         if folder is not None and jax.process_index() == 0:
@@ -169,7 +192,13 @@ class Evaluator:
             "truncated": said["truncated"],
             "repetition": said["repetition"],
         }
-        return self._similarity(cosines) | words | facts
+        scores = self._similarity(cosines) | words | facts
+        other = self.config.also_guidance_scale
+        if not (complete and other):
+            return scores
+        how = dataclasses.replace(self.denoising, guidance_scale=other)
+        again = self._similarity(self._cosines(parts, batch["pixels"], self._rebuilt(how, parts, batch, said)))
+        return scores | {f"{name}_guidance_{other:g}": values for name, values in again.items()}
 
     def _similarity(self, cosines: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         chosen = [cosines[name] for name in self.config.encoders if name in cosines]

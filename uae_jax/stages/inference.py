@@ -19,10 +19,11 @@ from uae_jax.data.loader import RowBuilder, batch_spec, from_signed
 from uae_jax.data.qwen_inputs import Fields, prompt_fields
 from uae_jax.data.tokenizer import decode_caption
 from uae_jax.diffusion.schedule import sigma_schedule
-from uae_jax.models import condition, uae
+from uae_jax.models import uae
+from uae_jax.models.qwen2_5_vl.generate import Completion
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.rollouts.captioning import sample_captions
-from uae_jax.rollouts.reconstruction import Denoising, draw, sample_keys
+from uae_jax.rollouts.reconstruction import Denoising, caption_states, draw, draw_from, sample_keys
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages.inference_config import InferenceConfig
 from uae_jax.stages.weights import ModelConfig, System, load_system
@@ -103,11 +104,13 @@ class Inference:
         _check_size(self.system.model, config.size)
         processor, tokenizer = self.system.processor, self.system.tokenizer
         # a caption truncated at the limit has no stop token, but as a text for the decoder it gets one
-        spec = batch_spec(tokenizer, processor, config.size, config.prompt, config.max_new_tokens + 1)
-        self.rows = RowBuilder(tokenizer, processor, spec, config.prompt)
+        spec = batch_spec(
+            tokenizer, processor, config.size, config.prompt, config.max_new_tokens + 1, system=config.system_prompt
+        )
+        self.rows = RowBuilder(tokenizer, processor, spec, config.prompt, config.system_prompt)
         self.largest = max(1, processor.max_pixels // (processor.patch_size * processor.merge_size) ** 2)
-        self.text_length = len(tokens.caption_prompt_ids(tokenizer, config.prompt, [0]))
-        self._write, self._picture = _programs(self.system, config)
+        self.text_length = len(self._prompt_ids(0))
+        self._write, self._picture, self._rebuild = _programs(self.system, config)
 
     def image_fields(self, image: np.ndarray | Image.Image) -> Fields:
         """The captioner's inputs for an image of any size, padded to its `image_room`.
@@ -120,10 +123,16 @@ class Inference:
         processor, tokenizer = self.system.processor, self.system.tokenizer
         patches, grid = processor(image)
         count = processor.image_tokens(grid)
-        ids = tokens.caption_prompt_ids(tokenizer, self.config.prompt, [count])
+        ids = self._prompt_ids(count)
         pad, room = tokens.token_id(tokenizer, tokens.IMAGE_PAD), image_room(count, self.largest)
         return prompt_fields(
             ids, [(patches, grid)], processor, pad, room * processor.merge_size**2, self.text_length + room
+        )
+
+    def _prompt_ids(self, image_tokens: int) -> list[int]:
+        config = self.config
+        return tokens.caption_prompt_ids(
+            self.system.tokenizer, config.prompt, [image_tokens], system=config.system_prompt
         )
 
     def question_fields(self, question: str, images: Sequence[np.ndarray | Image.Image]) -> Fields:
@@ -161,15 +170,10 @@ class Inference:
 
     def captions(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
         """Captions of images (`image_fields`) or answers (`question_fields`), each batch as soon as it is done."""
-
-        def shapes(row: Row) -> Hashable:
-            return row.fields["patches"].shape, row.fields["prompt_ids"].shape
-
-        for group in batches(rows, self.config.batch_size, shapes):
-            batch = self._stacked(group)
-            ids, lengths = jax.device_get(self._write(self.parts, batch))
-            for row, said, length in zip(group, ids, lengths):
-                yield row, decode_caption(self.system.tokenizer, said[:length])
+        for group in batches(rows, self.config.batch_size, _shapes):
+            said = jax.device_get(self._write(self.parts, self._stacked(group)))
+            for row, ids, length in zip(group, said.tokens, caption_lengths(said)):
+                yield row, decode_caption(self.system.tokenizer, ids[:length])
 
     def drawings(self, rows: Iterable[Row]) -> Iterator[tuple[Row, np.ndarray]]:
         """Images generated from texts (`text_fields`), uint8 `[S, S, 3]`, each batch as soon as it is done."""
@@ -184,6 +188,9 @@ class Inference:
 
         If the text of a caption has more tokens than were sampled, the reconstruction is without the last tokens.
         """
+        if self.config.condition == "caption_states":
+            yield from self._rebuilt(rows)
+            return
         said: dict[int, str] = {}
 
         def texts() -> Iterator[Row]:
@@ -194,6 +201,16 @@ class Inference:
         for row, drawn in self.drawings(texts()):
             yield row, said.pop(row.index), drawn
 
+    def _rebuilt(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str, np.ndarray]]:
+        """`reconstructions` from the states of the captions' own tokens, of which the text alone has none."""
+        for group in batches(rows, self.config.batch_size, _shapes):
+            batch = self._stacked(group)
+            said = self._write(self.parts, batch)
+            drawn = from_signed(jax.device_get(self._rebuild(self.parts, batch, said.tokens, said.mask)))
+            said = jax.device_get(said)
+            for row, ids, length, picture in zip(group, said.tokens, caption_lengths(said), drawn):
+                yield row, decode_caption(self.system.tokenizer, ids[:length]), picture
+
     def _stacked(self, group: Sequence[Row]) -> dict[str, np.ndarray]:
         """One batch of the compiled size, filled with the last row."""
         full = [*group, *[group[-1]] * (self.config.batch_size - len(group))]
@@ -201,23 +218,38 @@ class Inference:
         return batch | {"sample_id": np.array([row.sample_id for row in full], np.int32)}
 
 
-def _programs(system: System, config: InferenceConfig) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The compiled functions: from a batch to captions and their lengths, from captions to images."""
+def _shapes(row: Row) -> Hashable:
+    """Rows of equal shapes go through one compiled program."""
+    return row.fields["patches"].shape, row.fields["prompt_ids"].shape
+
+
+def caption_lengths(said: Completion) -> np.ndarray:
+    """Tokens `[n]` of captions without their stop token."""
+    return np.sum(said.mask, axis=-1, dtype=np.int32) - np.asarray(said.finished, np.int32)
+
+
+def _programs(system: System, config: InferenceConfig) -> tuple[Callable[..., Any], ...]:
+    """The compiled functions: from images to captions, from captions to images, from images and captions to images."""
     key, sampling = jax.random.key(config.seed), SamplingConfig(config.temperature, 0, config.top_p)
     sigmas = sigma_schedule(config.steps, config.shift, config.schedule)
-    denoising = Denoising(tuple(map(float, sigmas)), config.guidance_scale, config.policy_condition)
+    denoising = Denoising(tuple(map(float, sigmas)), config.guidance_scale, config.condition)
 
-    def write(parts: Mapping, batch: Mapping) -> tuple[Array, Array]:
-        said = sample_captions(
+    def noise(sample_ids: Array) -> Array:
+        return uae.initial_noise(system.model, sample_keys(trees.name_key(key, "noise"), sample_ids))
+
+    def write(parts: Mapping, batch: Mapping) -> Completion:
+        return sample_captions(
             system.model, parts, batch, key, max_new_tokens=config.max_new_tokens, stops=system.stops, sampling=sampling
         )
-        return said.tokens, condition.caption_lengths(said.mask, said.finished)
 
     def picture(parts: Mapping, ids: Array, lengths: Array, sample_ids: Array) -> Array:
-        noise = uae.initial_noise(system.model, sample_keys(trees.name_key(key, "noise"), sample_ids))
-        return jnp.clip(draw(system.model, parts, denoising, ids, lengths, noise), -1, 1)
+        return jnp.clip(draw(system.model, parts, denoising, ids, lengths, noise(sample_ids)), -1, 1)
 
-    return jax.jit(write), jax.jit(picture)
+    def rebuild(parts: Mapping, batch: Mapping, ids: Array, mask: Array) -> Array:
+        contexts = caption_states(system.model, parts, denoising, batch, ids, mask)
+        return jnp.clip(draw_from(system.model, parts, denoising, contexts, noise(batch["sample_id"])), -1, 1)
+
+    return jax.jit(write), jax.jit(picture), jax.jit(rebuild)
 
 
 def _check_size(model: uae.UAE, size: int) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from uae_jax.diffusion.schedule import KINDS
+from uae_jax.rollouts.conditions import CONDITIONS
 from uae_jax.settings import Settings, setting
 
 
@@ -20,6 +21,12 @@ class InferenceConfig(Settings):
     shift: float = setting(3.0, "static shift of the noise levels", above=0)
     schedule: str = setting("diffusers", "kind of schedule, see diffusion.schedule", choices=KINDS)
     prompt: str = setting("", "instruction to the captioner")
+    system_prompt: str = setting("", "the system turn before it; empty for that of the chat template")
     negative_prompt: str = setting("", "what guidance moves away from")
     batch_size: int = setting(1, "images in one compiled call", low=1)
-    policy_condition: bool = setting(False, "encode captions with the trained captioner, as the release does")
+    condition: str = setting(
+        "reference",
+        "what the decoder reads of a caption: the text encoded by the reference or by the policy, or the caption's own "
+        "states after the image, which reconstructions alone have",
+        choices=CONDITIONS,
+    )

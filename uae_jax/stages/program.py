@@ -8,11 +8,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uae_jax import sharding
-from uae_jax.methods.method import Described, build_step, make_method
+from uae_jax.methods.method import Described, build_step, make_method, start_of
 from uae_jax.methods.trained import COPY, LORA, check_start, stored, trainable, with_policy_as_transformer
 from uae_jax.stages.run_config import RunConfig, is_rl
 from uae_jax.training.optimizer import make_optimizer
-from uae_jax.training.step import TrainState, init_state
+from uae_jax.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def make_program(
     if not is_rl(stage, config):
         parts = with_policy_as_transformer(parts)
     start = trainable_shapes(config, parts, stage)
-    state = jax.eval_shape(lambda parts: init_state(parts, optimizer, ema=bool(settings.ema_decay)), start)
+    state = jax.eval_shape(lambda parts: start_of(parts, optimizer, settings), start)
     frozen = {name: part for name, part in parts.items() if name not in start}
     frozen = jax.eval_shape(lambda parts: stored(parts, config.trained_from(stage), config.model.frozen_dtype), frozen)
     inputs, key, shardings = batch(settings.batch_size), jax.eval_shape(lambda: jax.random.key(0)), None

@@ -18,7 +18,7 @@ from uae_jax import sharding, trees
 from uae_jax.data.loader import make_loader
 from uae_jax.data.sources import SceneSource, Source
 from uae_jax.files.json_files import write_json
-from uae_jax.methods.method import build_step, make_method
+from uae_jax.methods.method import build_step, make_method, start_of
 from uae_jax.methods.stage_settings import denoising
 from uae_jax.methods.trained import stored, trainable, with_policy_as_transformer
 from uae_jax.settings import as_dict
@@ -35,7 +35,7 @@ from uae_jax.training.loop import Hooks, LoopConfig, StageResult, run_stage
 from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.report import write_report
-from uae_jax.training.step import TrainState, init_state
+from uae_jax.training.step import TrainState
 from uae_jax.training.summary import write_summary
 
 
@@ -103,9 +103,7 @@ class Run:
         self.parts = sharding.shard_tree(parts, self.mesh)
         del parts
         scores = config.evaluation
-        how = denoising(
-            config.sampler, scores.sampler_steps, scores.guidance_scale, policy_condition=config.policy_condition()
-        )
+        how = denoising(config.sampler, scores.sampler_steps, scores.guidance_scale, condition=config.condition())
         self.evaluator = Evaluator(self.system, scores, how, heldout, self.rows, config.data.max_caption, config.seed)
 
     def train_stage(self, name: str, stage: str, writer: MetricWriter, previous: StageResult | None) -> StageResult:
@@ -155,9 +153,7 @@ class Run:
             self.parts = with_policy_as_transformer(self.parts)
         rank = getattr(config, "lora_rank", 1)
         start = trainable(self.parts, self.config.trains(stage), rank, key)
-        state = sharding.make_on(
-            self.mesh, lambda parts: init_state(parts, optimizer, ema=bool(config.ema_decay)), start
-        )
+        state = sharding.make_on(self.mesh, lambda parts: start_of(parts, optimizer, config), start)
         parts, self.parts = {name: part for name, part in self.parts.items() if name not in start}, {}
         del start
         needed, dtype = self.config.trained_from(stage), self.config.model.frozen_dtype

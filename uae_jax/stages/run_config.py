@@ -51,6 +51,7 @@ class DataConfig(Settings):
         0.0, "probability that a fact of a scene's caption is wrong, in the supervised stages", low=0, high=1
     )
     caption_prompt: str = setting(CAPTION_PROMPT, "what the captioner is asked", source="released UAE demo")
+    caption_system: str = setting("", "the system turn before it; empty for that of the chat template")
     negative_prompt: str = setting(NEGATIVE_PROMPT, "what guidance moves away from", source="released UAE demo")
 
 
@@ -136,14 +137,15 @@ class RunConfig(Settings):
         copied = set().union(*(copied_parts(self.trains(stage)) for _, stage in order))
         return set(STORABLE) - self.trained_from(order[0][1]) - copied
 
-    def policy_condition(self) -> bool:
-        """Whether scores encode captions through the captioner as it is trained.
+    def condition(self) -> str:
+        """What the decoder reads of a caption when it is scored: what it reads in the RL stages of the run.
 
-        That is so where an RL stage, of this run or before it, does so.
+        Of several stages the last that is not `reference` decides.
         """
-        known = [stage for stage in STAGES if hasattr(self.stage_settings[stage], "condition_model")]
+        known = [stage for stage in STAGES if is_rl(stage, self)]
         stages = [stage for stage in known if stage in self.stages] or known
-        return any(self.stage_settings[stage].condition_model == "policy" for stage in stages)
+        used = [self.stage_settings[stage].condition for stage in stages]
+        return next((name for name in reversed(used) if name != "reference"), "reference")
 
     def identity(self, name: str) -> dict[str, Any]:
         """Everything that changes the numbers of a stage; a checkpoint of another identity is refused.

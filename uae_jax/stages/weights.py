@@ -37,7 +37,13 @@ from uae_jax.settings import Settings, setting
 BUILTIN = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
 ENCODERS = ("clip", "longclip", "dinov2", "dinov3")
 REFERENCE = "llm_reference"
-SIZES = ("", "qwen2_5_vl_3b_sd3_5_medium", "qwen2_5_vl_3b_sd3_5_large")
+SIZES = (
+    "",
+    "qwen2_5_vl_3b_sd3_5_medium",
+    "qwen2_5_vl_3b_sd3_5_large",
+    "qwen2_5_vl_7b_sd3_5_medium",
+    "qwen2_5_vl_7b_sd3_5_large",
+)
 PRECISIONS = ("float32", "bfloat16")
 CAPTIONER = ("vision", "language", "projector")
 

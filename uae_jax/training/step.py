@@ -1,7 +1,7 @@
 """The state of a stage, one optimizer update of it, and its metrics; `methods.method` makes the train step of them."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -24,6 +24,7 @@ class TrainState(flax.struct.PyTreeNode):
       params: trainable parameters only.
       opt_state: optax state of `params`.
       ema: moving average of `params`, or None when it is switched off.
+      old: the policy that makes rollouts, a moving average that follows `params`; None where `params` make them.
     """
 
     step: jax.Array
@@ -32,19 +33,33 @@ class TrainState(flax.struct.PyTreeNode):
     params: PyTree
     opt_state: PyTree
     ema: PyTree | None = None
+    old: PyTree | None = None
 
 
-def init_state(params: PyTree, optimizer: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
-    """State at step 0. Parameters are copied: donating the state must not delete the caller's arrays, nor alias the
-    average.
+class OldPolicy(NamedTuple):
+    """How the policy of the rollouts follows the trained one: its decay is `min(ceiling, rate * step)`.
+
+    Source: DiffusionNFT, arXiv 2509.16117, section 3.3.
+    """
+
+    rate: float
+    ceiling: float
+
+
+def init_state(
+    params: PyTree, optimizer: optax.GradientTransformation, *, ema: bool = False, old: bool = False
+) -> TrainState:
+    """State at step 0; `ema` and `old` begin at `params`.
+
+    Parameters are copied: donating the state must not delete the caller's arrays, nor alias the averages.
     """
 
     def zero() -> jax.Array:
         return jnp.zeros((), jnp.int32)
 
     params = jax.tree.map(jnp.copy, params)
-    average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(zero(), zero(), zero(), params, optimizer.init(params), average)
+    average, policy = (jax.tree.map(jnp.copy, params) if wanted else None for wanted in (ema, old))
+    return TrainState(zero(), zero(), zero(), params, optimizer.init(params), average, policy)
 
 
 def step_key(root: jax.Array, name: str, step: jax.Array | int) -> jax.Array:
@@ -58,6 +73,12 @@ def ema_decay_at(updates: jax.Array, decay: float) -> jax.Array:
     """
     k = updates.astype(jnp.float32)
     return jnp.minimum(decay, (1.0 + k) / (10.0 + k))
+
+
+def follow(state: TrainState, how: OldPolicy) -> PyTree:
+    """`state.old` after a step's updates; `state.step` counts the steps before this one."""
+    decay = jnp.minimum(how.ceiling, how.rate * state.step.astype(jnp.float32))
+    return jax.tree.map(lambda old, new: (decay * old + (1.0 - decay) * new).astype(old.dtype), state.old, state.params)
 
 
 def apply_gradients(

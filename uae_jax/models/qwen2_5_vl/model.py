@@ -212,13 +212,24 @@ def completion_hidden_states(
       tokens: N = B * G, rows of a group together.
       mask: a prefix of each row.
     """
-    rows, length = tokens.shape
-    group = rows // prefix.next_position.shape[0]
-    positions = text_positions(jnp.repeat(prefix.next_position, group), length)
-    embeds = embed_tokens(config, params, tokens)
-    hidden = hidden_states(config, params, adapter, embeds, positions, mask, (prefix.memory,))
-    first = jnp.repeat(prefix.last_hidden, group, axis=0)
+    hidden = own_hidden_states(config, params, adapter, prefix, tokens, mask)
+    first = jnp.repeat(prefix.last_hidden, len(tokens) // len(prefix.last_hidden), axis=0)
     return jnp.concatenate([first[:, None], hidden[:, :-1]], axis=1)
+
+
+def own_hidden_states(
+    config: Qwen2_5VLConfig,
+    params: Params,
+    adapter: Params | None,
+    prefix: Prefix,
+    tokens: Int[Array, "n t"],
+    mask: Bool[Array, "n t"],
+) -> Float[Array, "n t d"]:
+    """The hidden states of the completion tokens themselves; see `completion_hidden_states` for the arguments."""
+    rows, length = tokens.shape
+    positions = text_positions(jnp.repeat(prefix.next_position, rows // len(prefix.next_position)), length)
+    embeds = embed_tokens(config, params, tokens)
+    return hidden_states(config, params, adapter, embeds, positions, mask, (prefix.memory,))
 
 
 def token_log_probs(

@@ -29,7 +29,7 @@ from uae_jax.data.tokenizer import (
 from uae_jax.files.json_files import json_digest, read_json, write_json
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import write_tensors
-from uae_jax.methods.method import Learner, build_step
+from uae_jax.methods.method import Learner, build_step, start_of
 from uae_jax.methods.pretrain import Pretrain, PretrainConfig
 from uae_jax.methods.stage_settings import SamplerConfig
 from uae_jax.models.condition import ConditionTemplate
@@ -55,7 +55,7 @@ from uae_jax.stages.weights import model_folder
 from uae_jax.training.loop import LoopConfig, check_configuration, run_stage
 from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import make_optimizer
-from uae_jax.training.step import TrainState, init_state
+from uae_jax.training.step import TrainState
 
 # settings of every phase; a phase also depends on its own section of the configuration, and on the parts that it reads
 SHARED = ("data", "seed", "side", "caption_tokens")
@@ -120,7 +120,7 @@ def train(
     result = run_stage(
         f"bootstrap_{name}",
         step,
-        state=init_state(params, optimizer, ema=bool(learner.settings.ema_decay)),
+        state=start_of(params, optimizer, learner.settings),
         frozen=frozen_params,
         data=data,
         key=jax.random.fold_in(run.key, 1),

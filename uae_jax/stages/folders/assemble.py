@@ -19,6 +19,7 @@ from uae_jax.stages.folders.files import check_target, copy_file, replaced, smal
 from uae_jax.stages.folders.parts import (
     ENCODERS,
     KINDS,
+    NEW_PROJECTOR,
     Folder,
     Part,
     find_parts,
@@ -224,8 +225,9 @@ def _add_projector(folder: Folder, fresh: pathlib.Path, seed: int) -> list[str]:
         tensors = dict(published_tensors({"projector": params}, qwen_weights.projector_rules(), dtype))
         note = (
             f"{part.folder} has no projector: a new projector of {width} -> {hidden} -> {features} was made from seed "
-            f"{seed} ({dtype.name}); its weights are random, run the stage pretrain first"
+            f"{seed} ({dtype.name}); its weights are random: a run that pretrains begins with the stage align"
         )
+        write_json(fresh / "llm" / NEW_PROJECTOR, {"seed": seed})
     file = write_tensors(fresh / "llm", tensors, stem="projector")[0]
     for index in (fresh / "llm").glob("*.safetensors.index.json"):
         content = json.loads(index.read_text())

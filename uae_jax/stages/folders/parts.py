@@ -47,6 +47,8 @@ KINDS = {
 }
 ADAPTERS = ("llm_lora", "dit_lora")
 ENCODERS = ("clip", "longclip", "dinov2", "dinov3")
+# a file in `llm`, beside a projector that nothing has trained
+NEW_PROJECTOR = "new_projector.json"
 _MODEL_TYPES = {
     "qwen2_5_vl": "llm",
     "clip": "clip",
