@@ -259,7 +259,7 @@ def test_a_mesh_that_leaves_a_large_parameter_whole_is_refused():
 
 
 def test_unknown_stages_are_refused():
-    with pytest.raises(ValueError, match="the stages are pretrain"):
+    with pytest.raises(ValueError, match="the stages are align, pretrain"):
         make_plan(settings("tiny"), "gpu:4xH200", ("train",))
 
 

@@ -161,16 +161,20 @@ def _stage_activations(
             _maps(s, min(max(settings.vae_chunk / ways, 1) if settings.vae_chunk else small, small), 22),
         )
     chunk, group = settings.vae_chunk and max(settings.vae_chunk / ways, 1), settings.group_size
-    generation = max(_generation(s, rows * group, settings.guidance_scale, chunk), _comparison(s, rows * group, rows))
+    some = max(rows / settings.rollout_parts, 1)  # images of one part of a rollout
+    generation = max(_generation(s, some * group, settings.guidance_scale, chunk), _comparison(s, some * group, some))
     if stage == "gen_for_und":
-        captioning = gathered + _captioning(s, rows * group, rows, length, bool(gathered))
+        captioning = gathered + _captioning(s, some * group, some, length, bool(gathered))
         return max(captioning, generation, _language_gradient(s, small * group, length, settings.score_chunk))
     steps = getattr(settings.own, "kept_steps", 1)
-    # a rollout keeps the latents of the window and the context of every generated image for its updates
+    # a rollout keeps the latents of the window for its updates, and contexts: on one device, one an image
     latents = 3 * steps * rows * group * s.pixels / 64 * 16 * FLOAT
-    window = latents + rows * group * s.context * s.context_width * s.activation
-    gradient = _gradient(s, max(rows * group / parts, 1) * guided)
-    return window + max(gathered + _captioning(s, rows, rows, length, bool(gathered)), generation, gradient)
+    context, together = s.context * s.context_width * s.activation, max(rows * group / parts, 1)
+    window = latents + rows * (1 if ways == 1 else group) * context
+    # the images of one part, or of one micro-batch, have contexts of their own there
+    generation += some * group * context if ways == 1 else 0
+    gradient = _gradient(s, together * guided) + (together * context if ways == 1 else 0)
+    return window + max(gathered + _captioning(s, some, some, length, bool(gathered)), generation, gradient)
 
 
 def _share(tree: Any, sizes: MeshSizes) -> float:

@@ -134,15 +134,19 @@ def _equation(equation: Any, given: list[bool], trips: int, used: list[bool]) ->
         weights = sum(size for size, weight in zip(sizes, given) if weight)
         return Count(rest=Work(flops, weights, sum(sizes) - weights)), nothing
     if name == "scan":
-        # a carried weight, as in the scan over updates, is still a weight after a change
-        carried = parameters["num_carry"]
-        count, returned = _walk(parameters["jaxpr"].jaxpr, given, trips, [True] * carried + used[carried:])
+        body = getattr(parameters["jaxpr"], "jaxpr", parameters["jaxpr"])  # jax 0.10 has closed ones here
+        # results without a loop axis are carried; a carried weight, as in the scan over updates, is still a weight
+        pairs = zip(body.outvars, equation.outvars)
+        carried = sum(inside.aval.shape == outside.aval.shape for inside, outside in pairs)
+        count, returned = _walk(body, given, trips, [True] * carried + used[carried:])
         return count * parameters["length"], returned
     if name == "while":
-        inside, _ = _walk(parameters["body_jaxpr"].jaxpr, given[parameters["cond_nconsts"] :], trips, [True] * results)
+        body = getattr(parameters["body_jaxpr"], "jaxpr", parameters["body_jaxpr"])
+        inside, _ = _walk(body, given[parameters["cond_nconsts"] :], trips, [True] * results)
         return Count(decoding=(inside.decoding + inside.rest) * trips), nothing
     if name == "cond":
-        branches = [_walk(branch.jaxpr, given[1:], trips, used) for branch in parameters["branches"]]
+        bodies = [getattr(branch, "jaxpr", branch) for branch in parameters["branches"]]
+        branches = [_walk(body, given[1:], trips, used) for body in bodies]
         return max((count for count, _ in branches), key=lambda count: count.flops), nothing
     inner = next((parameters[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in parameters), None)
     if inner is not None:
