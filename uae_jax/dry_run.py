@@ -12,9 +12,10 @@ from uae_jax.data.loader import RowBuilder
 from uae_jax.data.tokenizer import decode_caption, load_tokenizer
 from uae_jax.planning.estimate import estimate_memory
 from uae_jax.planning.roofline import MeshSizes
+from uae_jax.settings import one_line
 from uae_jax.stages.abstract import AbstractSystem
 from uae_jax.stages.checks import check_run
-from uae_jax.stages.data import open_sources
+from uae_jax.stages.data import open_data
 from uae_jax.stages.program import Program, make_program
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import model_folder, processor_folder
@@ -78,13 +79,21 @@ def _gib(config: RunConfig, system: AbstractSystem, program: Program, sizes: Mes
 
 def _rows(config: RunConfig, system: AbstractSystem) -> list[str]:
     """The first images with their captions as the model will see them."""
-    source, _ = open_sources(config.data, config.seed, 1, check=False)
+    data = open_data(config.data, config.seed, 1, check=False)
+    source = data.train
     tokenizer = load_tokenizer(processor_folder(model_folder(config.model.folder)))
     rows = RowBuilder(tokenizer, system.processor, system.spec, config.data.caption_prompt)
-    side, lines = config.data.image_size, ["", f"data, the first of {len(source):,} rows:"]
+    side, lines = config.data.image_size, ["", *data.lines, f"data, the first of {len(source):,} rows:"]
     for index in range(min(ROWS, len(source))):
-        example = source[index]
+        try:
+            example = source[index]
+        except (ValueError, OSError) as error:
+            lines.append(f"  row {index} would be left out or refused: {one_line(error)}")
+            continue
         row = rows(index, example)
+        if not example.caption:
+            lines.append(f"  {example.id}: {side} x {side} pixels, no caption")
+            continue
         tokens = int(row["caption_mask"].sum())
         caption = decode_caption(tokenizer, np.asarray(row["caption_ids"])[:tokens].tolist())
         cut = ", cut at the longest length" if row["caption_truncated"] else ""

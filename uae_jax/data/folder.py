@@ -162,9 +162,7 @@ def open_folder(
     if limits.bad_images == "refuse" or not len(source):
         problem = next(found[0] for found in inspection.bad.values() if found)[1]
         remedy = "remove them, or set config.data.bad_images to skip" if len(source) else "give a folder with others"
-        raise ValueError(
-            f"{folder}: {told} cannot be used: {inspection.told(limits)}; the first: {problem}; {remedy}"
-        )
+        raise ValueError(f"{folder}: {told} cannot be used: {inspection.told(limits)}; the first: {problem}; {remedy}")
     return OpenedFolder(source, inspection, (line, f"data: {told} are left out: {inspection.told(limits)}"))
 
 

@@ -85,7 +85,7 @@ def read_objects(path: pathlib.Path, needed: Mapping[str, type | tuple[type, ...
 
 
 def json_objects(lines: Iterable[bytes], path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place for messages, object) of every line that is not blank; a byte-order mark before the first is no part of it.
+    """(place for messages, object) of every line that is not blank, without a byte-order mark before the first.
 
     Raises:
       ValueError: a line is not a JSON object; the message has its number.

@@ -79,9 +79,7 @@ def _open_folders(config: DataConfig, heldout: int, check: bool) -> OpenedData:
     """One folder or a mixture of them, and a folder of its own for scores or the last images of each."""
     parts = config.mixture_parts() or [(config.folder, 1.0)]
     if not parts[0][0]:
-        raise ValueError(
-            "config.data.folder is empty; give a folder of images (docs/data.md), or data.source='scenes'"
-        )
+        raise ValueError("config.data.folder is empty; give a folder of images (docs/data.md), or data.source='scenes'")
     options = ReadOptions(config.image_key, config.caption_key, config.caption_choice, config.split)
     limits = Limits(config.min_side, config.max_aspect, config.bad_images)
     opening = functools.partial(open_folder, options=options, limits=limits, name=config.format, check=check)

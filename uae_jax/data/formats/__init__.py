@@ -31,7 +31,8 @@ class Format(Protocol):
         ...
 
 
-FORMATS = {kind.name: kind for kind in (Captions, ImageFolder, TextFiles, Coco, Parquet, Webdataset, ArrayRecord, Images)}
+KINDS = (Captions, ImageFolder, TextFiles, Coco, Parquet, Webdataset, ArrayRecord, Images)
+FORMATS: dict[str, type[Format]] = {kind.name: kind for kind in KINDS}
 # formats that hold the images themselves: loose images beside them are a second format
 CONTAINERS = ("parquet", "webdataset", "array_record")
 

@@ -28,7 +28,7 @@ class ArrayRecord(ImageRecords):
         from array_record.python.array_record_data_source import ArrayRecordDataSource  # slow, needed only here
 
         super().__init__(listing.folder, options)
-        self.files = record_files(listing)
+        self.files = self.of_split(record_files(listing))
         if not self.files:
             raise FileNotFoundError(f"{listing.folder} has no array_record files")
         self.starts = [0]

@@ -27,7 +27,7 @@ class ImageFolder(FileRecords):
 
     def __init__(self, listing: Listing, options: ReadOptions):
         super().__init__(listing.folder, options)
-        files = [file for file in listing.files if file.name in METADATA]
+        files = self.of_split([file for file in listing.files if file.name in METADATA])
         if not files:
             raise FileNotFoundError(f"{listing.folder} has no {', '.join(METADATA)}")
         self.rows, self.places, seen, present = [], [], {}, {*listing.files}

@@ -13,7 +13,6 @@ from uae_jax.data.formats.records import CAPTION_FIELDS, ImageRecords, ReadOptio
 from uae_jax.data.images import read_content
 
 GROUPS_KEPT = 4  # row groups in memory; the Hub's hold 100 images each
-SPLITS = ("train", "validation", "val", "test")
 
 
 class Parquet(ImageRecords):
@@ -33,7 +32,7 @@ class Parquet(ImageRecords):
 
     def __init__(self, listing: Listing, options: ReadOptions):
         super().__init__(listing.folder, options)
-        self.files = _of_split(data_files(listing), options.split)
+        self.files = self.of_split(data_files(listing))
         if not self.files:
             raise FileNotFoundError(f"{listing.folder} has no parquet files")
         self.image, self.texts = "", ()
@@ -120,22 +119,6 @@ def data_files(listing: Listing) -> list[pathlib.Path]:
     """The parquet files of a folder that hold images, not tables about image files or tar shards beside them."""
     shards = {shard.with_suffix(".parquet") for shard in listing.with_suffix(".tar")}
     return [file for file in listing.with_suffix(".parquet") if file.name not in METADATA and file not in shards]
-
-
-def _of_split(files: list[pathlib.Path], split: str) -> list[pathlib.Path]:
-    """The files of one split where their names, or the names of their folders, tell several."""
-
-    def split_of(file: pathlib.Path) -> str:
-        words = (file.stem.replace("_", "-").split("-")[0], file.parent.name)
-        return next((word for word in words if word in SPLITS or word == split), "")
-
-    splits = {split_of(file) for file in files}
-    if len(splits) < 2:
-        return files
-    if split not in splits:
-        known = ", ".join(sorted(filter(None, splits)))
-        raise ValueError(f"{files[0].parent} has the splits {known}, not {split!r}: set config.data.split to one of them")
-    return [file for file in files if split_of(file) == split]
 
 
 def _opened(file: pathlib.Path) -> Any:

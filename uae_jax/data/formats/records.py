@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -11,6 +12,8 @@ import numpy as np
 from uae_jax.data.images import decode_image, read_content
 from uae_jax.data.sources import Example
 
+# words of file names that say which part of a data set a file is of
+SPLITS = ("train", "validation", "val", "test")
 CAPTION_CHOICES = ("each", "longest", "shortest")
 # fields that hold captions, where no setting names one
 CAPTION_FIELDS = ("caption", "captions", "text", "texts")
@@ -24,7 +27,7 @@ class ReadOptions:
       image_key, caption_key: field of the image, and fields of the captions, separated by commas. Where the records
         lack the usual name ("image", "caption"), the format looks for another.
       caption_choice: which of several captions: "each" (example i gets number i modulo n), "longest" or "shortest".
-      split: of several splits in one folder of parquet files, such as `train-00000-of-00002.parquet`.
+      split: of several splits in one folder, such as `train-00000-of-00002.parquet`; not of loose images.
     """
 
     image_key: str = "image"
@@ -43,16 +46,37 @@ class ImageRecords(abc.ABC):
     """Images of one folder by number, and their captions; the same number always gives the same example.
 
     Attributes:
-      name, title: of the format, in settings and in words.
+      name, title: of the format, in settings and in words; the title of an object also names the split that is read.
       captions_at_hand: whether all captions are known without reading images.
     """
 
     name: ClassVar[str]
-    title: ClassVar[str]
+    title: str
     captions_at_hand: ClassVar[bool] = True
 
     def __init__(self, folder: pathlib.Path, options: ReadOptions):
         self.folder, self.options = folder, options
+
+    def of_split(self, files: list[pathlib.Path]) -> list[pathlib.Path]:
+        """The files of `options.split`, where their names or those of their folders tell several splits; else all.
+
+        Raises:
+          ValueError: several splits, and none of that name.
+        """
+        split = self.options.split
+
+        def split_of(file: pathlib.Path) -> str:
+            words = re.split("[-_]", file.name.partition(".")[0]) + [file.parent.name]
+            return next((word for word in words if word in SPLITS or word == split), "")
+
+        splits = {split_of(file) for file in files} - {""}
+        if len(splits) < 2:
+            return files
+        if split not in splits:
+            known = ", ".join(sorted(splits))
+            raise ValueError(f"{self.folder} has the splits {known}, not {split!r}: set config.data.split to one")
+        self.title = f"{self.title}, split {split}"
+        return [file for file in files if split_of(file) in ("", split)]
 
     @abc.abstractmethod
     def __len__(self) -> int: ...

@@ -1,7 +1,7 @@
 """Reads tf.train.Example messages without TensorFlow: the few field numbers of its protocol buffer.
 
-    Example { Features features = 1 }   Features { map<string, Feature> feature = 1 }
-    Feature { BytesList bytes_list = 1, FloatList float_list = 2, Int64List int64_list = 3 }
+Example { Features features = 1 }   Features { map<string, Feature> feature = 1 }
+Feature { BytesList bytes_list = 1, FloatList float_list = 2, Int64List int64_list = 3 }
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,8 @@ def bytes_features(message: bytes) -> dict[str, list[bytes]]:
             if not names or not values:
                 continue
             listed = [item for feature in values for items in _values(feature, 1) for item in _values(items, 1)]
-            found[names[0].decode("utf-8")] = listed
+            if listed:
+                found[names[0].decode("utf-8")] = listed
     if not found:
         raise ValueError("it is not a tf.train.Example with features of bytes")
     return found

@@ -33,7 +33,7 @@ class Webdataset(ImageRecords):
 
     def __init__(self, listing: Listing, options: ReadOptions):
         super().__init__(listing.folder, options)
-        self.shards = shard_files(listing)
+        self.shards = self.of_split(shard_files(listing))
         if not self.shards:
             raise FileNotFoundError(f"{listing.folder} has no tar shards")
         self.samples: list[tuple[str, Place, list[tuple[str, Place]]]] = []
