@@ -51,8 +51,8 @@ def detect(listing: Listing) -> str:
         found = [name for name in found if name != "images"]  # the other one says what the images are
     if not found:
         raise ValueError(
-            f"{listing.folder} holds no images, and no {', '.join(name for name in FORMATS if name != 'images')}: "
-            "docs/data.md shows what each looks like"
+            f"{listing.folder} holds no images in any of the formats {', '.join(FORMATS)}; docs/data.md shows what "
+            "each looks like"
         )
     if len(found) > 1:
         first, second = found[:2]
