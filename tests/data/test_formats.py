@@ -289,7 +289,7 @@ def test_a_parquet_row_without_an_image_is_counted_and_files_of_other_splits_are
     opened = open_folder(tmp_path)
     assert opened.lines[1] == "data: 1 of 2 images are left out: 1 broken (train-00000-of-00001.parquet row 1)"
     assert "has no image in 'image': remove the row" in opened.inspection.record()["first"][0]
-    assert opened.lines[0] == f"data: {tmp_path} is parquet files with images, split train (2 images)"
+    assert opened.lines[0] == f"data: {tmp_path} is a folder of parquet files with images, split train (2 images)"
     assert len(open_folder(tmp_path, ReadOptions(split="test")).source) == 3
     with pytest.raises(ValueError, match="has the splits test, train, not 'dev'"):
         open_folder(tmp_path, ReadOptions(split="dev"))

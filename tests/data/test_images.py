@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -208,3 +209,16 @@ def test_a_line_of_pixels_costs_nothing(monkeypatch):
     assert images.square_image(noise(1, 3000), 512).shape == (512, 512, 3)
     assert images.square_image(noise(5000, 1), 1024).shape == (1024, 1024, 3)
     assert sizes == [(512, 512), (1024, 1024)]
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_white(tmp_path):
+    """Pillow keeps the upper eight bits of a colour image, and all sixteen of the transparent colour."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    pixels = np.array([[[0x1234, 0x5678, 0x9ABC], [0xFF00, 0x0000, 0x8000]]], ">u2")
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"tRNS", pixels[0, 0].tobytes()), (b"IDAT", zlib.compress(b"\0" + pixels.tobytes()))]
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in (*parts, (b"IEND", b"")))
+    assert images.decode_image(content, "deep.png").tolist() == [[[255, 255, 255], [255, 0, 128]]]

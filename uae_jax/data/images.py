@@ -36,10 +36,14 @@ def is_image_name(name: str) -> bool:
     return path.suffix.lower() in image_suffixes() and not path.name.startswith(".")
 
 
-def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
-    """Any PIL image, or uint8 [H, W], [H, W, 3] or [H, W, 4], as RGB: upright by its EXIF, transparency on white.
+def to_rgb(image: Image.Image | np.ndarray, *, upright: bool = True) -> Image.Image:
+    """Any PIL image, or uint8 [H, W], [H, W, 3] or [H, W, 4], as RGB, with transparency on white.
 
     More than 8 bits become 8: 16 bits by their depth, other numbers by their range (see `eight_bits`).
+
+    Args:
+      image: the image.
+      upright: turn it as its EXIF says.
 
     Raises:
       ValueError: an array of another shape or type, an image without content, or values that are not finite.
@@ -52,8 +56,7 @@ def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
         image = Image.fromarray(image)
     if min(image.size) < 1:
         raise ValueError(f"the image is {image.width} x {image.height} pixels: it has no content")
-    image = ImageOps.exif_transpose(image)
-    image = eight_bits(image)
+    image = eight_bits(ImageOps.exif_transpose(image) if upright else image.copy())
     if image.mode == "La":
         image = image.convert("LA")
     clear = image.info.get("transparency")

@@ -97,7 +97,7 @@ class ImageProcessor:
         Raises:
           ValueError: no content, or an aspect ratio above 200.
         """
-        image = to_rgb(image)
+        image = to_rgb(image, upright=False)  # as the library; the readers of images turn them
         rows, columns = self.grid_of(image.height, image.width)
         size, merge = self.patch_size, self.merge_size
         image = image.resize((columns * size, rows * size), resample=self.resample)

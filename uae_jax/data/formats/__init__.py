@@ -4,7 +4,6 @@ A format is a class of `records.ImageRecords` in a file of its own, with `found`
 """
 
 import pathlib
-from typing import Protocol
 
 from uae_jax.data.formats.array_record import ArrayRecord
 from uae_jax.data.formats.captions import Captions
@@ -17,26 +16,12 @@ from uae_jax.data.formats.records import CAPTION_CHOICES, ImageRecords, ReadOpti
 from uae_jax.data.formats.text_files import TextFiles
 from uae_jax.data.formats.webdataset import Webdataset
 
-
-class Format(Protocol):
-    """A class of records."""
-
-    name: str
-    title: str
-
-    def __call__(self, listing: Listing, options: ReadOptions) -> ImageRecords: ...
-    @staticmethod
-    def found(listing: Listing) -> list[str]:
-        """Files that show that a folder is of this format; none where it is not."""
-        ...
-
-
 KINDS = (Captions, ImageFolder, TextFiles, Coco, Parquet, Webdataset, ArrayRecord, Images)
-FORMATS: dict[str, type[Format]] = {kind.name: kind for kind in KINDS}
+FORMATS = {kind.name: kind for kind in KINDS}
 # formats that hold the images themselves: loose images beside them are a second format
 CONTAINERS = ("parquet", "webdataset", "array_record")
 
-__all__ = ["CAPTION_CHOICES", "FORMATS", "Format", "ImageRecords", "ReadOptions", "detect", "open_records"]
+__all__ = ["CAPTION_CHOICES", "FORMATS", "ImageRecords", "ReadOptions", "detect", "open_records"]
 
 
 def detect(listing: Listing) -> str:

@@ -21,7 +21,7 @@ class ArrayRecord(ImageRecords):
     """
 
     name = "array_record"
-    title = "array_record files"
+    title = "a folder of array_record files"
     captions_at_hand = False
 
     def __init__(self, listing: Listing, options: ReadOptions):

@@ -27,7 +27,7 @@ class Parquet(ImageRecords):
     """
 
     name = "parquet"
-    title = "parquet files with images"
+    title = "a folder of parquet files with images"
     captions_at_hand = False
 
     def __init__(self, listing: Listing, options: ReadOptions):

@@ -28,7 +28,7 @@ class Webdataset(ImageRecords):
     """
 
     name = "webdataset"
-    title = "webdataset shards"
+    title = "a folder of webdataset shards"
     captions_at_hand = False
 
     def __init__(self, listing: Listing, options: ReadOptions):
@@ -135,7 +135,6 @@ def _members(shard: pathlib.Path) -> Iterator[tuple[str, tuple[int, int]]]:
                 last = f"member {member.name}"
                 if member.isfile() and not pathlib.PurePosixPath(member.name).name.startswith("."):
                     yield member.name.removeprefix("./"), (member.offset_data, member.size)
-                tar.members = []  # tarfile would keep them all
             end = tar.offset
         with shard.open("rb") as file:
             file.seek(end)
