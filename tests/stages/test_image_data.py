@@ -1,7 +1,9 @@
 """Runs on photographs in folders: what is opened, what is refused before weights are read, and a whole short run."""
 
+import io
 import json
 import math
+import sys
 
 import jax
 import photographs
@@ -86,8 +88,9 @@ def test_gen_for_und_trains_on_photographs_without_captions(folder, tmp_path, ca
     (stage,) = summary["stages"]
     assert stage["after"]["reward"]["n"] == 1  # a tenth of twelve photographs
     assert not [name for name in stage["after"] if name.startswith("true_caption")]
-    steps = [line for line in read_lines(workdir / "metrics.jsonl") if "gen_for_und/loss" in line or "loss" in line]
-    assert steps and all(math.isfinite(value) for line in steps for value in line.values() if isinstance(value, float))
+    lines = read_lines(workdir / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert all(math.isfinite(value) for line in lines for value in line.values() if isinstance(value, float))
     assert (workdir / "report.html").is_file() and (workdir / "export").is_dir()
 
 
@@ -222,3 +225,11 @@ def test_the_dry_run_goes_on_after_a_bad_image(folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"row 0 would be left out or refused: {folder / 'astronaut.jpg'} is not a readable image" in out
     assert "brick.jpg: 32 x 32 pixels, no caption" in out
+
+
+def test_names_that_a_terminal_cannot_print_end_nothing(capsys, monkeypatch):
+    with io.TextIOWrapper(io.BytesIO(), "latin-1") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        run_module.tell(["data: caf\udce9.jpg", "data: \u732b.png"], ["mind this"])
+        assert out.buffer.getvalue() == b"data: caf\\udce9.jpg\ndata: \\u732b.png\n"
+    assert capsys.readouterr().err == "note: mind this\n"

@@ -94,11 +94,13 @@ def read_rgb(path: pathlib.Path) -> Image.Image:
     Images of more than 8 bits, which PIL's conversion turns white, are scaled as everywhere.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: the file is no image, or damaged.
+      ValueError: the file is no image, damaged, or a broken link.
     """
-    with opened(path) as image:
-        return eight_bits(image).convert("RGB")
+    try:
+        with opened(path) as image:
+            return eight_bits(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
 
 
 def read_captions(path: str | pathlib.Path) -> dict[str, str]:

@@ -224,9 +224,10 @@ class Run:
 
 
 def tell(lines: Iterable[str], notes: Iterable[str]) -> None:
-    """Prints what was found of the data, and on stderr what to mind of it."""
+    """Prints what was found of the data, and on stderr what to mind of it; letters that cannot be printed as codes."""
     for line in lines:
-        print(line, flush=True)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 

@@ -12,7 +12,7 @@ from uae_jax.data.formats.listing import Listing
 from uae_jax.data.formats.records import CAPTION_FIELDS, ImageRecords, ReadOptions, field_captions
 from uae_jax.data.images import read_content
 
-GROUPS_KEPT = 4  # row groups in memory; the Hub's hold 100 images each
+KEPT = 2**30  # bytes of row groups in memory; those of the Hub hold 100 images each
 
 
 class Parquet(ImageRecords):
@@ -85,7 +85,7 @@ class Parquet(ImageRecords):
                     except Exception as error:  # pyarrow's errors have no common base
                         place = f"{self.files[key[0]]} row group {key[1]}"
                         raise ValueError(f"{place} cannot be read ({error}): copy the file again") from error
-                while len(self._kept) > GROUPS_KEPT:
+                while len(self._kept) > 1 and sum(table.nbytes for table in self._kept.values()) > KEPT:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(key)
             table = self._kept[key]
