@@ -15,7 +15,7 @@ from uae_jax.planning.roofline import MeshSizes
 from uae_jax.settings import one_line
 from uae_jax.stages.abstract import AbstractSystem
 from uae_jax.stages.checks import check_run
-from uae_jax.stages.data import open_data
+from uae_jax.stages.data import few_images, open_data
 from uae_jax.stages.program import Program, make_program
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import model_folder, processor_folder
@@ -43,12 +43,13 @@ def _machine(config: RunConfig, workdir: pathlib.Path) -> list[str]:
     mesh = sharding.make_mesh(config.mesh)
     device = jax.devices()[0]
     sizes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    place = config.data.folder or ", ".join(config.data.mixture) or config.data.name
     state = "continues" if (workdir / "checkpoints").is_dir() else "new"
     return [
         f"device:  {len(jax.devices())} x {device.device_kind} ({device.platform})",
         f"mesh:    {sizes}",
         f"model:   {config.model.folder or 'built in'}, activations {config.model.dtype}",
-        f"data:    {config.data.source} {config.data.folder or config.data.name}".rstrip(),
+        f"data:    {config.data.source} {place}".rstrip(),
         f"workdir: {workdir} ({state})",
     ]
 
@@ -79,7 +80,8 @@ def _gib(config: RunConfig, system: AbstractSystem, program: Program, sizes: Mes
 
 def _rows(config: RunConfig, system: AbstractSystem) -> list[str]:
     """The first images with their captions as the model will see them."""
-    data = open_data(config.data, config.seed, 1, check=False)
+    heldout = config.evaluation.images if config.data.source == "folder" else 1  # of others nothing would be told
+    data = open_data(config.data, config.seed, heldout, check=False)
     source = data.train
     tokenizer = load_tokenizer(processor_folder(model_folder(config.model.folder)))
     rows = RowBuilder(tokenizer, system.processor, system.spec, config.data.caption_prompt)
@@ -98,4 +100,4 @@ def _rows(config: RunConfig, system: AbstractSystem) -> list[str]:
         caption = decode_caption(tokenizer, np.asarray(row["caption_ids"])[:tokens].tolist())
         cut = ", cut at the longest length" if row["caption_truncated"] else ""
         lines.append(f"  {example.id}: {side} x {side} pixels, {tokens} tokens{cut}: {caption}")
-    return lines
+    return [*lines, *(f"note: {note}" for note in few_images(config, source))]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tarfile
 
 import numpy as np
@@ -259,6 +260,16 @@ def test_coco_names_what_is_absent(photos, tmp_path):
     (file.parent / "captions_val2017.json").write_text(file.read_text())
     with pytest.raises(ValueError, match="two files of captions, .*train2017.json and .*val2017.json: name one"):
         open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["", "images", "images/train2017", "annotations"])
+def test_coco_finds_its_images(photos, tmp_path, place):
+    photographs.write_coco(tmp_path, photos)
+    shutil.move(tmp_path / "train2017", tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / place, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "moved")
+    source = open_folder(tmp_path).source
+    assert len(source) == 12 and source.records.folder == tmp_path / place
 
 
 def test_a_parquet_file_without_an_image_column_names_its_columns(tmp_path):

@@ -12,7 +12,7 @@ from uae_jax.data.formats.records import FileRecords, ReadOptions, caption_texts
 class Coco(FileRecords):
     """The images of one JSON file in its order, each with all of its captions.
 
-    The images lie beside the JSON file, in the folder, or in a subfolder such as `images` or `train2017`.
+    The images lie beside the JSON file, in the folder, or in a subfolder such as `train2017` or `images/train2017`.
 
     Raises:
       FileNotFoundError: no such JSON file, or no image of a caption.
@@ -79,9 +79,11 @@ def _read(file: pathlib.Path) -> tuple[dict[Any, str], dict[Any, list[str]]]:
 
 
 def _image_folder(listing: Listing, file: pathlib.Path, first: str) -> pathlib.Path:
-    """The folder that holds the first image: beside the file, the whole, or a subfolder of either."""
+    """The folder below which the first image has its name: that of the file, the whole, or a subfolder."""
     tops = dict.fromkeys([file.parent, listing.folder, file.parent.parent])
     inside = [place for top in tops for place in sorted(top.iterdir()) if place.is_dir()]
     # captions_train2017.json belongs to train2017, also where val2017 has an image of the same name
     inside.sort(key=lambda place: place.name not in file.stem.split("_"))
-    return next((place for place in (*tops, *inside) if (place / first).is_file()), listing.folder)
+    found = next((place for place in (*tops, *inside) if (place / first).is_file()), None)
+    deeper = (image for image in listing.images if image.as_posix().endswith(f"/{first}"))
+    return found or next((image.parents[len(pathlib.PurePath(first).parts) - 1] for image in deeper), listing.folder)
