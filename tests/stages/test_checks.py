@@ -174,8 +174,9 @@ def test_a_dry_run_says_what_would_run(tmp_path, capsys, images, no_weights):
         else:
             assert (own, rest) == (adapter, sum(counted.values()))
     rows = out[out.index("data, the first of") :].splitlines()
-    assert rows[0] == "data, the first of 3 rows:" and len(rows) == 4  # one of four is held out
-    assert rows[1:] == [
+    assert rows[0] == "data, the first of 3 rows:" and len(rows) == 6  # one of four is held out
+    assert all("there are 3 training images, fewer than a batch" in note for note in rows[4:])
+    assert rows[1:4] == [
         f"  {index}.png: 32 x 32 pixels, 3 tokens: {colour} background"
         for index, colour in enumerate(("red", "green", "blue"))
     ]
