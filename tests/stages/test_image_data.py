@@ -17,7 +17,7 @@ from uae_jax.data.mixture import Mixture
 from uae_jax.settings import Mistakes, frozen
 from uae_jax.stages import checks
 from uae_jax.stages import run as run_module
-from uae_jax.stages.data import few_images, open_data
+from uae_jax.stages.data import check_same_images, few_images, open_data
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.training.metrics import read_lines
 
@@ -225,6 +225,24 @@ def test_the_dry_run_goes_on_after_a_bad_image(folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"row 0 would be left out or refused: {folder / 'astronaut.jpg'} is not a readable image" in out
     assert "brick.jpg: 32 x 32 pixels, no caption" in out
+
+
+def test_a_run_is_not_continued_on_other_images(photos, folder, tmp_path):
+    def opened():
+        return open_data(settings_of(data=dict(folder=str(folder))).data, 0, 1)
+
+    (tmp_path / "run").mkdir()
+    before = opened()
+    check_same_images(tmp_path / "run", before)
+    check_same_images(tmp_path / "run", opened())
+    (folder / "later.png").write_bytes(b"left out, and so no other data")
+    check_same_images(tmp_path / "run", opened())
+    (folder / "zebra.jpg").write_bytes(photographs.photographs(1, 60)["astronaut.jpg"])
+    with pytest.raises(ValueError, match=r"began \(12 then, 13 now, or other names\): it cannot continue at the same"):
+        check_same_images(tmp_path / "run", opened())
+    scenes = open_data(frozen(RunConfig, presets.preset("tiny", ()).to_dict()).data, 0, 1)
+    check_same_images(tmp_path / "scenes", scenes)  # nothing to note, and nothing written
+    assert json.loads((tmp_path / "run" / "data.json").read_text())[0]["images"] == 12
 
 
 def test_names_that_a_terminal_cannot_print_end_nothing(capsys, monkeypatch):

@@ -66,6 +66,13 @@ class FolderSource:
         first, last = (dataclasses.replace(self, indices=part) for part in (self.indices[:at], self.indices[at:]))
         return first, last
 
+    def digest(self) -> str:
+        """A digest of the names of the records that are used, in order: 16 hexadecimal digits."""
+        found = hashlib.blake2b(digest_size=8)
+        for record in self.indices:
+            found.update(self.records.name_of(record).encode("utf-8", "surrogateescape") + b"\n")
+        return found.hexdigest()
+
     def without_caption(self, looked_at: int | None = None) -> int | None:
         """The first record without a caption, or None; of the first `looked_at` examples, None for all."""
         return next((record for record in self.indices[:looked_at] if not self.captions(record)), None)

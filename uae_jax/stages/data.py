@@ -2,9 +2,13 @@
 
 import dataclasses
 import functools
+import json
 import math
+import pathlib
 from collections.abc import Iterator
 from typing import Any
+
+import jax
 
 from uae_jax.data.emoji import EmojiSet, EmojiSource
 from uae_jax.data.folder import FolderSource, Limits, OpenedFolder, open_folder
@@ -13,6 +17,7 @@ from uae_jax.data.loader import BatchSpec, RowBuilder, batch_spec, check_max_pro
 from uae_jax.data.mixture import Mixture
 from uae_jax.data.qwen_inputs import ImageProcessor
 from uae_jax.data.sources import Example, SceneSource, Source, TfdsSource
+from uae_jax.files.json_files import write_json
 from uae_jax.stages.run_config import DataConfig, RunConfig
 
 
@@ -113,6 +118,30 @@ def _held_out(
         kept.append(first)
         last.append(rest)
     return kept, last
+
+
+def check_same_images(workdir: pathlib.Path, data: OpenedData) -> None:
+    """Notes the images of a run on folders in `data.json`, or compares with those with which it began.
+
+    Raises:
+      ValueError: they are others: the position in the data, which a checkpoint keeps, would mean another image.
+    """
+    sources = [folder.source for folder in data.folders[: data.trained_folders]]
+    if not sources:
+        return
+    path = workdir / "data.json"
+    now = [{"images": len(source), "digest": source.digest()} for source in sources]
+    if not path.exists():
+        if jax.process_index() == 0:
+            write_json(path, now)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before != now:
+        counts = [sum(folder["images"] for folder in folders) for folders in (before, now)]
+        raise ValueError(
+            f"the images are not those with which the run in {workdir} began ({counts[0]} then, {counts[1]} now, or "
+            "other names): it cannot continue at the same image; restore them, or use a new --workdir"
+        )
 
 
 def few_images(config: RunConfig, train: Source) -> Iterator[str]:

@@ -24,7 +24,7 @@ from uae_jax.methods.stage_settings import denoising
 from uae_jax.methods.trained import stored, trainable, with_policy_as_transformer
 from uae_jax.settings import as_dict
 from uae_jax.stages.checks import checked_config, missing_captions
-from uae_jax.stages.data import few_images, open_data, row_builder
+from uae_jax.stages.data import check_same_images, few_images, open_data, row_builder
 from uae_jax.stages.evaluation import Evaluator
 from uae_jax.stages.export import export_system
 from uae_jax.stages.program import with_adapters
@@ -56,6 +56,7 @@ def run(config: Mapping[str, Any] | RunConfig, workdir: pathlib.Path) -> dict[st
     whole = Run(settings, workdir)
     workdir.mkdir(exist_ok=True)
     processes.check_shared(workdir)
+    check_same_images(workdir, whole.data)
     finished = {name for name, _ in settings.order() if (workdir / "checkpoints" / name / "finished.json").exists()}
     if jax.process_index() == 0:
         write_json(workdir / "config.json", as_dict(settings))
