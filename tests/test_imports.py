@@ -31,7 +31,7 @@ WORDS = {
     "api": "stages settings data trees models",
     "model_flags": "api stages",
     "main": "command_line config_file settings stages training dry_run",
-    "dry_run": "stages planning data sharding trees",
+    "dry_run": "stages planning data settings sharding trees",
     "plan": "command_line config_file settings planning",
     "infer": "command_line api data files model_flags",
     "convert": "command_line stages",

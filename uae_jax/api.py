@@ -24,9 +24,8 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from uae_jax.data.loader import square_image
-from uae_jax.data.qwen_inputs import Fields, to_rgb
-from uae_jax.data.sources import load_image
+from uae_jax.data.images import load_image, square_image, to_rgb
+from uae_jax.data.qwen_inputs import Fields
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.settings import frozen
 from uae_jax.stages.inference import Inference, InferenceConfig, Row, builtin_settings

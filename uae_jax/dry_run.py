@@ -11,9 +11,10 @@ from uae_jax import sharding, trees
 from uae_jax.data.tokenizer import decode_caption, load_tokenizer
 from uae_jax.planning.estimate import estimate_memory
 from uae_jax.planning.roofline import MeshSizes
+from uae_jax.settings import one_line
 from uae_jax.stages.abstract import AbstractSystem
 from uae_jax.stages.checks import check_run
-from uae_jax.stages.data import open_sources, row_builder
+from uae_jax.stages.data import few_images, open_data, row_builder
 from uae_jax.stages.program import Program, make_program
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import model_folder, processor_folder
@@ -41,12 +42,13 @@ def _machine(config: RunConfig, workdir: pathlib.Path) -> list[str]:
     mesh = sharding.make_mesh(config.mesh)
     device = jax.devices()[0]
     sizes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    place = config.data.folder or ", ".join(config.data.mixture) or config.data.name
     state = "continues" if (workdir / "checkpoints").is_dir() else "new"
     return [
         f"device:  {len(jax.devices())} x {device.device_kind} ({device.platform})",
         f"mesh:    {sizes}",
         f"model:   {config.model.folder or 'built in'}, activations {config.model.dtype}",
-        f"data:    {config.data.source} {config.data.folder or config.data.name}".rstrip(),
+        f"data:    {config.data.source} {place}".rstrip(),
         f"workdir: {workdir} ({state})",
     ]
 
@@ -77,15 +79,24 @@ def _gib(config: RunConfig, system: AbstractSystem, program: Program, sizes: Mes
 
 def _rows(config: RunConfig, system: AbstractSystem) -> list[str]:
     """The first images with their captions as the model will see them."""
-    source, _ = open_sources(config.data, config.seed, 1, check=False)
+    heldout = config.evaluation.images if config.data.source == "folder" else 1  # of others nothing would be told
+    data = open_data(config.data, config.seed, heldout, check=False)
+    source = data.train
     tokenizer = load_tokenizer(processor_folder(model_folder(config.model.folder)))
     rows = row_builder(config.data, tokenizer, system.processor)
-    side, lines = config.data.image_size, ["", f"data, the first of {len(source):,} rows:"]
+    side, lines = config.data.image_size, ["", *data.lines, f"data, the first of {len(source):,} rows:"]
     for index in range(min(ROWS, len(source))):
-        example = source[index]
+        try:
+            example = source[index]
+        except (ValueError, OSError) as error:
+            lines.append(f"  row {index} would be left out or refused: {one_line(error)}")
+            continue
         row = rows(index, example)
+        if not example.caption:
+            lines.append(f"  {example.id}: {side} x {side} pixels, no caption")
+            continue
         tokens = int(row["caption_mask"].sum())
         caption = decode_caption(tokenizer, np.asarray(row["caption_ids"])[:tokens].tolist())
         cut = ", cut at the longest length" if row["caption_truncated"] else ""
         lines.append(f"  {example.id}: {side} x {side} pixels, {tokens} tokens{cut}: {caption}")
-    return lines
+    return [*lines, *(f"note: {note}" for note in few_images(config, source))]

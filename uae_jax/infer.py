@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
     """
     from tqdm import tqdm
 
-    from uae_jax.data.sources import find_images
+    from uae_jax.data.images import find_images
 
     inputs = options.inputs if options.command == "generate" else find_images(options.inputs)
     model = load_model(options, len(inputs))

@@ -148,7 +148,7 @@ def test_unreadable_images_are_named_and_the_rest_is_answered(tmp_path, engine, 
     tables.write_tsv(data, [item(0, encoded("red")), item(1, "x" * 100), item(2, "99"), item(3, encoded("blue"))])
     assert "has 2 problems" in refused("mmt", "answer", f"--data={data}", f"--out={tmp_path}")
     told = capsys.readouterr().out
-    assert "item 1: its image cannot be decoded" in told and "item 2: its image is that of row 99" in told
+    assert "item 1: its image is not a readable image" in told and "item 2: its image is that of row 99" in told
     rows = tables.read_table(tmp_path / "uae_jax_few.tsv")
     assert [bool(row["prediction"]) for row in rows] == [True, False, False, True]
     evaluate.main(["mmt", "check", str(tmp_path / "uae_jax_few.tsv"), f"--data={data}"])

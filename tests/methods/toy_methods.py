@@ -43,6 +43,11 @@ class Brightness:
         """The projector."""
         return ("projector",)
 
+    @staticmethod
+    def needs_captions(settings):
+        """No: it looks at images alone."""
+        return False
+
     def rollout(self, params, frozen, batch, key):
         """The images, and nothing that is sampled."""
         brightness = (batch["pixels"].mean((1, 2, 3)) + 1) / 2

@@ -76,7 +76,8 @@ def test_every_mistake_and_every_notice_is_a_line(tmp_path, capsys, no_weights, 
     errors = [
         "error: config.gen_for_und.group_sise does not exist; did you mean config.gen_for_und.group_size?",
         "error: config.stages names 'warm_start'; the stages are align, pretrain, cold_start, gen_for_und, und_for_gen",
-        f"error: {folder / 'captions.jsonl'} does not exist: a data folder needs it beside its images",
+        f"error: {folder} holds no images in any of the formats captions, image_folder, text_files, coco, parquet, "
+        "webdataset, array_record, images; docs/data.md shows what each looks like",
     ]
     note = "note: pretrain: the warm-up is shortened from 10 to 2 updates, since the stage has 5"
     assert err.splitlines() == [note, *errors] and out == ""
@@ -92,7 +93,7 @@ def test_a_full_size_run_without_folders_is_refused_before_anything_is_read(tmp_
     assert refused.value.lines == [
         f"config.model.folder is empty; give a folder with the weights of {LARGE} "
         "(docs/weights.md says where they are)",
-        "config.data.folder is empty; give a folder with images and captions.jsonl, or data.source='scenes'",
+        "config.data.folder is empty; give a folder of images (docs/data.md), or data.source='scenes'",
     ]
     assert not (tmp_path / "run").exists()
 
@@ -176,8 +177,9 @@ def test_a_dry_run_says_what_would_run(tmp_path, capsys, images, no_weights):
         else:
             assert (own, rest) == (adapter, sum(counted.values()))
     rows = out[out.index("data, the first of") :].splitlines()
-    assert rows[0] == "data, the first of 3 rows:" and len(rows) == 4  # one of four is held out
-    assert rows[1:] == [
+    assert rows[0] == "data, the first of 3 rows:" and len(rows) == 6  # one of four is held out
+    assert all("there are 3 training images, fewer than a batch" in note for note in rows[4:])
+    assert rows[1:4] == [
         f"  {index}.png: 32 x 32 pixels, 3 tokens: {colour} background"
         for index, colour in enumerate(("red", "green", "blue"))
     ]

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from uae_jax.data import tokenizer as tokenizers
-from uae_jax.data.qwen_inputs import Fields, ImageProcessor, pad_to, prompt_fields, to_rgb
+from uae_jax.data.images import square_image
+from uae_jax.data.qwen_inputs import Fields, ImageProcessor, pad_to, prompt_fields
 from uae_jax.data.sources import Example, Source
 
 
@@ -80,24 +81,6 @@ def batch_shapes(
     return {name: ((batch_size, *shape), np.dtype(dtype)) for name, (shape, dtype) in rows.items()}
 
 
-def square_image(image: Image.Image | np.ndarray, side: int) -> np.ndarray:
-    """Resizes the shorter side to `side` (PIL bicubic) and crops the centre: uint8 [side, side, 3].
-
-    Raises:
-      ValueError: an image without content, see `qwen_inputs.to_rgb`.
-    """
-    image = to_rgb(image)
-    width, height = image.size
-    if min(width, height) < 1:
-        raise ValueError(f"the image is {width} x {height} pixels: it has no content")
-    if (width, height) != (side, side):
-        scale = side / min(width, height)
-        width, height = max(round(width * scale), side), max(round(height * scale), side)
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
-    return np.array(image)
-
-
 def to_signed(image: np.ndarray) -> np.ndarray:
     """uint8 0..255 to float32 in [-1, 1], the VAE's input."""
     return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
@@ -141,7 +124,10 @@ class RowBuilder:
         return {"pixels": to_signed(square), **self.constant, "patches": pad_to(patches, self.spec.max_patches)}
 
     def caption_fields(self, text: str) -> Fields:
-        """A caption's ids [Tc] with <|im_end|> at the end, mask [Tc], and whether the caption was truncated."""
+        """A caption's ids [Tc] with <|im_end|> at the end, mask [Tc], and whether the caption was truncated.
+
+        An empty text, for an image without a caption, has the end alone.
+        """
         ids, limit = tokenizers.encode_caption(self.tokenizer, text), self.spec.max_caption
         kept = ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
         return {
@@ -156,7 +142,7 @@ class RowBuilder:
             return {
                 "sample_id": np.int32(sample_id % 2**31),
                 **self.image_fields(example.image),
-                **self.caption_fields(example.caption),
+                **self.caption_fields(example.caption or ""),
             }
         except ValueError as error:
             raise ValueError(f"example {example.id}: {error}") from error

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from uae_jax.data.images import to_rgb
 from uae_jax.files.json_files import read_json
 
 MAX_ASPECT = 200
@@ -40,24 +41,6 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         scale = math.sqrt(min_pixels / (height * width))
         rows, columns = (math.ceil(side * scale / factor) * factor for side in (height, width))
     return rows, columns
-
-
-def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
-    """Any PIL image, or uint8 [H, W], [H, W, 3] or [H, W, 4], as RGB, with transparency on white.
-
-    Raises:
-      ValueError: an array of another shape or type, or without content.
-    """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or not (image.ndim == 2 or image.ndim == 3 and image.shape[-1] in (3, 4)):
-            raise ValueError(f"an image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
-        if image.size == 0:
-            raise ValueError(f"the image is {image.shape[1]} x {image.shape[0]} pixels: it has no content")
-        image = Image.fromarray(image)
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image.convert("RGB")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +97,7 @@ class ImageProcessor:
         Raises:
           ValueError: no content, or an aspect ratio above 200.
         """
-        image = to_rgb(image)
+        image = to_rgb(image, upright=False)  # as the library; the readers of images turn them
         rows, columns = self.grid_of(image.height, image.width)
         size, merge = self.patch_size, self.merge_size
         image = image.resize((columns * size, rows * size), resample=self.resample)

@@ -1,36 +1,27 @@
-"""Random-access sources of captioned images: built-in scenes, a folder with captions.jsonl, any TFDS data set.
+"""Random-access sources of images: built-in scenes and any TFDS data set; folders are in `data.folder`.
 
 A source has a length and returns the same `Example` for the same index, as Grain needs to shuffle, shard and resume
 exactly.
 """
 
-import concurrent.futures
 import dataclasses
-import glob
-import os
-import pathlib
-from collections.abc import Iterable
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from uae_jax.data.qwen_inputs import to_rgb
+from uae_jax.data.images import to_rgb
 from uae_jax.data.scene_captions import caption, mistaken, mixed_caption, random_detail_caption
 from uae_jax.data.scenes import SPLITS, Scene, draw, scene_at
-from uae_jax.files.json_files import json_objects
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-CAPTION_FILE = "captions.jsonl"
 SCENE_CAPTIONS = ("full", "detail", "mixed", "short")
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One captioned image: uint8 [H, W, 3], caption, a name for messages, and the scene if known."""
+    """One image: uint8 [H, W, 3], its caption or None, a name for messages, and the scene if known."""
 
     image: np.ndarray
-    caption: str
+    caption: str | None
     id: str
     scene: Scene | None = None
 
@@ -104,129 +95,6 @@ class SceneSource:
         else:
             text = mixed_caption(seen, rng, detail_probability=0.5 if self.captions == "mixed" else 0.0)
         return Example(self.draw(scene), text, f"{self.split} {self.kind} {index}", scene)
-
-
-def load_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads an image file as RGB, uint8 [H, W, 3], with the EXIF rotation applied and transparency on white.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: not an image, or a damaged image.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"image {path} does not exist")
-    try:
-        with Image.open(path) as image:
-            return np.array(to_rgb(ImageOps.exif_transpose(image)))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable image ({error}): replace or remove it") from error
-
-
-def _check_image(path: pathlib.Path) -> str | None:
-    """None for an image that decodes completely, else the error. JPEG is decoded at an eighth of its size."""
-    if not path.is_file():
-        return "the file does not exist"
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return str(error)
-    return None
-
-
-def find_images(paths: str | pathlib.Path | Iterable[str | pathlib.Path]) -> list[pathlib.Path]:
-    """Image files in the given order.
-
-    Args:
-      paths: files, folders (their PNG, JPEG and WebP files by name) or glob patterns.
-
-    Raises:
-      FileNotFoundError: a missing path, a folder without images, a pattern without matches.
-      ValueError: no paths.
-    """
-    found: list[pathlib.Path] = []
-    for entry in [paths] if isinstance(paths, (str, pathlib.Path)) else paths:
-        path = pathlib.Path(entry)
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            if not inside:
-                raise FileNotFoundError(f"folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            matches = sorted(pathlib.Path(p) for p in glob.glob(str(entry)))
-            if not matches:
-                raise FileNotFoundError(f"image {entry} does not exist")
-            found += [p for p in matches if p.is_file()]
-    if not found:
-        raise ValueError("no image given: name files, folders or patterns")
-    return found
-
-
-def _read_captions(path: pathlib.Path) -> list[tuple[str, tuple[str, ...]]]:
-    """(file name, captions) of every line that is not blank."""
-    rows = []
-    for where, row in json_objects(path.read_bytes().split(b"\n"), path):
-        name = row.get("file_name", row.get("image"))
-        if not isinstance(name, str) or not name:
-            raise ValueError(f'{where} names no image: write {{"file_name": ..., "caption": ...}}')
-        captions = row.get("caption")
-        captions = [captions] if isinstance(captions, str) else captions
-        if (
-            not isinstance(captions, list)
-            or not captions
-            or not all(isinstance(c, str) and c.strip() for c in captions)
-        ):
-            raise ValueError(f'{where} has no caption: give "caption" a text, or a list of texts')
-        rows.append((name, tuple(captions)))
-    if not rows:
-        raise ValueError(f"{path} holds no captions: write one JSON object a line")
-    return rows
-
-
-class FolderSource:
-    """A folder of images with captions.jsonl; each line is {"file_name" or "image": ..., "caption": text or texts}.
-
-    All files are checked at the start, so that a bad file cannot stop a long run. Of n captions, example i gets number
-    i modulo n.
-
-    Args:
-      folder: holds captions.jsonl and the images; file names are relative to the folder.
-      check: also decode every image once (JPEG at an eighth of its size).
-
-    Raises:
-      FileNotFoundError: no folder, no captions.jsonl, or a missing image.
-      ValueError: a broken line (the message has its number), or an image that cannot be decoded.
-    """
-
-    def __init__(self, folder: str | pathlib.Path, check: bool = True):
-        self.folder = pathlib.Path(folder)
-        path = self.folder / CAPTION_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: a data folder needs it beside its images")
-        self.rows = _read_captions(path)
-        files = {name: self.folder / name for name, _ in self.rows}
-        for file in files.values():
-            if not file.is_file():
-                raise FileNotFoundError(f"image {file} does not exist, but {path} has a caption for it")
-        if check:
-            with concurrent.futures.ThreadPoolExecutor() as pool:
-                for file, problem in zip(files.values(), pool.map(_check_image, files.values())):
-                    if problem:
-                        raise ValueError(
-                            f"{file} is not a readable image ({problem}): replace it, or remove its line from {path}"
-                        )
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Example:
-        index = int(index)
-        name, captions = self.rows[index]
-        return Example(load_image(self.folder / name), captions[index % len(captions)].strip(), name)
 
 
 def _at(features: Any, key: str) -> Any:

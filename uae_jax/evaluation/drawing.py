@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from PIL import Image
 from tqdm import tqdm
 
+from uae_jax.data.images import opened
 from uae_jax.evaluation import run_settings
 from uae_jax.evaluation.records import RecordLog
 from uae_jax.files.pictures import SAVING, save_picture
@@ -78,11 +79,10 @@ def _problem_and_size(path: pathlib.Path, side: int | None) -> tuple[str | None,
     if not path.is_file():
         return "is missing", (0, 0)
     try:
-        with Image.open(path) as image:
-            image.load()
+        with opened(path, "it") as image:
             kind, size = image.format, image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"is not a readable image ({' '.join(str(error).split())})", (0, 0)
+    except ValueError as error:
+        return str(error).removeprefix("it "), (0, 0)
     problem = None
     if kind != SAVING[path.suffix]["format"]:
         problem = f"is a {kind} file by its content"

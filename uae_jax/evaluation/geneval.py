@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from uae_jax.data.images import opened
 from uae_jax.data.scene_checker import read_picture
 from uae_jax.data.scene_prompts import check_scene, scene_prompts
 from uae_jax.data.scenes import SHAPES, Scene, object_facts
@@ -224,7 +224,7 @@ def _seen(file: pathlib.Path) -> tuple[np.ndarray, Scene]:
     problem = picture_problem(file)
     if problem:
         raise ValueError(f"{file} {problem}; run `geneval write` again")
-    with Image.open(file) as image:
+    with opened(file) as image:
         pixels = np.asarray(image.convert("RGB"))
     try:
         return pixels, read_picture(pixels)

@@ -18,7 +18,6 @@ import argparse
 import ast
 import base64
 import binascii
-import io
 import pathlib
 import re
 import string
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from tqdm import tqdm
 
+from uae_jax.data.images import eight_bits, opened
 from uae_jax.evaluation import run_settings
 from uae_jax.evaluation.benchmark_commands import add_summary, grouped_scores, refuse, tell
 from uae_jax.evaluation.records import RecordLog
@@ -145,21 +145,19 @@ def _listed(value: str) -> list[str]:
 
 def _decoded(text: str) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text))) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, binascii.Error, Image.DecompressionBombError) as error:
+        content = base64.b64decode(text)
+    except binascii.Error as error:
         raise ValueError(f"its image cannot be decoded ({error})") from error
+    with opened(content, "its image") as image:
+        return eight_bits(image).convert("RGB")
 
 
 def _opened(name: str, roots: Sequence[pathlib.Path]) -> Image.Image:
     found = next((root / name for root in roots if (root / name).is_file()), None)
     if found is None:
         raise ValueError(f"its image {name} is in none of {', '.join(map(str, roots))}; give --image_root")
-    try:
-        with Image.open(found) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"its image {found} cannot be decoded ({error})") from error
+    with opened(found) as image:
+        return eight_bits(image).convert("RGB")
 
 
 def item_images(

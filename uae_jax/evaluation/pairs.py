@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from uae_jax.data.images import eight_bits, opened, walk_files
 from uae_jax.files.json_files import read_records
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tiff", ".webp")  # the official list
@@ -29,7 +30,7 @@ class Pairs:
 
 
 def find_images(folder: str | pathlib.Path) -> list[pathlib.Path]:
-    """All images of a folder and its subfolders, sorted by path.
+    """All images of a folder and its subfolders, sorted by path; hidden files are passed over, broken links are not.
 
     Raises:
       FileNotFoundError: no such folder, or no images.
@@ -37,7 +38,7 @@ def find_images(folder: str | pathlib.Path) -> list[pathlib.Path]:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist; give a folder of images")
-    files = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = sorted(str(path) for path in walk_files(folder) if path.suffix.lower() in SUFFIXES)
     if not files:
         raise FileNotFoundError(f"folder {folder} holds no images ({', '.join(SUFFIXES)})")
     return [pathlib.Path(file) for file in files]
@@ -46,7 +47,7 @@ def find_images(folder: str | pathlib.Path) -> list[pathlib.Path]:
 def unread_images(folder: str | pathlib.Path) -> list[pathlib.Path]:
     """Images that the benchmark ignores because of their extension, such as `.tif` and `.gif`."""
     others = set(Image.registered_extensions()) - set(SUFFIXES) - {".pdf", ".mpg", ".mpeg"}
-    return sorted(path for path in pathlib.Path(folder).rglob("*") if path.suffix.lower() in others and path.is_file())
+    return [path for path in walk_files(folder) if path.suffix.lower() in others]
 
 
 def match_images(images: Sequence[pathlib.Path], references: Sequence[pathlib.Path]) -> Pairs:
@@ -90,14 +91,16 @@ def match_images(images: Sequence[pathlib.Path], references: Sequence[pathlib.Pa
 def read_rgb(path: pathlib.Path) -> Image.Image:
     """Reads an image as the benchmark does: PIL's conversion to RGB drops transparency and ignores EXIF.
 
+    Images of more than 8 bits, which PIL's conversion turns white, are scaled as everywhere.
+
     Raises:
-      ValueError: the file is no image, or damaged.
+      ValueError: the file is no image, damaged, or a broken link.
     """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable image ({error})") from error
+        with opened(path) as image:
+            return eight_bits(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
 
 
 def read_captions(path: str | pathlib.Path) -> dict[str, str]:
@@ -130,7 +133,7 @@ def image_files(folder: str | pathlib.Path, names: Sequence[str]) -> dict[str, p
     """
     if not pathlib.Path(folder).is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist; give the folder of the images")
-    files = {path.stem: path for path in sorted(pathlib.Path(folder).rglob("*")) if path.suffix.lower() in SUFFIXES}
+    files = {path.stem: path for path in walk_files(folder) if path.suffix.lower() in SUFFIXES}
     missing = [name for name in names if name not in files]
     if missing:
         raise FileNotFoundError(

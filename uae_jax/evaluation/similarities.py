@@ -8,7 +8,7 @@ from PIL import Image
 
 from uae_jax import trees
 from uae_jax.api import Model
-from uae_jax.data.qwen_inputs import to_rgb
+from uae_jax.data.images import to_rgb
 from uae_jax.evaluation.encoders import BenchEncoder, image_features, open_bench_encoder
 
 

@@ -85,7 +85,7 @@ def read_objects(path: pathlib.Path, needed: Mapping[str, type | tuple[type, ...
 
 
 def json_objects(lines: Iterable[bytes], path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place for messages, object) of every line that is not blank.
+    """(place for messages, object) of every line that is not blank, without a byte-order mark before the first.
 
     Raises:
       ValueError: a line is not a JSON object; the message has its number.
@@ -94,7 +94,7 @@ def json_objects(lines: Iterable[bytes], path: pathlib.Path) -> Iterator[tuple[s
         if line.strip():
             where = f"{path} line {number}"
             try:
-                value = json.loads(line.decode("utf-8"))
+                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError as error:
                 raise ValueError(f"{where} is not JSON ({error}); correct or delete that line") from error
             if not isinstance(value, dict):

@@ -72,6 +72,11 @@ class ColdStart:
         """Projector and transformer."""
         return ("projector", "transformer")
 
+    @staticmethod
+    def needs_captions(settings: ColdStartConfig) -> bool:
+        """Yes: they are what images are rebuilt from."""
+        return True
+
     @property
     def denoising(self) -> Denoising:
         """The sampler that is differentiated."""

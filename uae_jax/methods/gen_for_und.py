@@ -102,6 +102,11 @@ class GenForUnd:
         """The language model: its adapter, or a fully fine-tuned copy."""
         return (settings.trained_part("language"),)
 
+    @staticmethod
+    def needs_captions(settings: GenForUndConfig) -> bool:
+        """Only the supervised control: in GRPO the captioner writes them, and rewards compare images with these."""
+        return settings.objective == "supervised"
+
     @property
     def replay(self) -> bool:
         """Whether the rollout is scored again for the old log-probabilities."""

@@ -110,6 +110,11 @@ class Method(Learner, Protocol):
         """Names of the parts that it changes: a part, its adapter `_lora`, or its fully fine-tuned copy `_policy`."""
         ...
 
+    @staticmethod
+    def needs_captions(settings: Any) -> bool:
+        """Whether it reads the captions of the data set; without, it also trains on images that have none."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:

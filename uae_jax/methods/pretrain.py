@@ -62,6 +62,11 @@ class Pretrain:
         """The transformer, and the projector where the settings say so."""
         return ("projector", "transformer") if settings.train_projector else ("transformer",)
 
+    @staticmethod
+    def needs_captions(settings: PretrainConfig) -> bool:
+        """Yes: they are what images are generated from."""
+        return True
+
     def rollout(self, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
         """Latents of the images and hidden states of the captions; the frozen encoders run here, without gradients."""
         parts, model, settings = {**frozen, **params}, self.system.model, self.settings

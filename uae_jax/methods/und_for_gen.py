@@ -125,6 +125,11 @@ class DecoderMethod:
         """The transformer: its adapter, or a fully fine-tuned copy."""
         return (settings.trained_part("transformer"),)
 
+    @staticmethod
+    def needs_captions(settings: UndForGenConfig) -> bool:
+        """Only where a share of the captions is the data set's own."""
+        return settings.data_captions > 0
+
     @property
     def own(self) -> Any:
         """The method's settings."""

@@ -16,7 +16,7 @@ from uae_jax import sharding
 from uae_jax.methods import STAGES
 from uae_jax.settings import Mistakes, one_line, read
 from uae_jax.stages.abstract import AbstractSystem, abstract_folder, with_run_adapters
-from uae_jax.stages.data import open_sources
+from uae_jax.stages.data import OpenedData, open_data
 from uae_jax.stages.folders.check import check_folder
 from uae_jax.stages.folders.parts import NEW_PROJECTOR, find_parts
 from uae_jax.stages.program import make_program
@@ -24,6 +24,7 @@ from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import ENCODERS, model_folder
 
 EXPECTED = (ValueError, OSError, ImportError)
+FIRST_CAPTIONS = 16  # looked at before a folder is read as a whole
 
 
 def checked_config(config: Mapping[str, Any], workdir: pathlib.Path, mistakes: Sequence[str] = ()) -> RunConfig:
@@ -219,8 +220,29 @@ def _check_encoders(config: RunConfig) -> Iterator[str]:
 
 
 def _check_data(config: RunConfig) -> Iterator[str]:
-    open_sources(config.data, config.seed, 1, check=False)
-    yield from ()
+    yield from missing_captions(config, open_data(config.data, config.seed, 1, check=False))
+
+
+def missing_captions(config: RunConfig, data: OpenedData) -> Iterator[str]:
+    """A line for each training folder that lacks a caption where a stage needs one.
+
+    Where captions lie beside the images they are all looked at; where they lie in one file with them, the first few
+    are, until the folder is checked as a whole.
+    """
+    needing = [stage for stage in config.distinct_stages() if config.needs_captions(stage)]
+    others = [stage for stage in STAGES if not config.needs_captions(stage)]
+    for folder in data.folders[: data.trained_folders] if needing else ():
+        source = folder.source
+        records = source.records
+        few = None if records.captions_at_hand or folder.inspection else FIRST_CAPTIONS
+        record = source.without_caption(few)
+        if record is not None:
+            run = f"{', '.join(others)} would run without (--config.stages={','.join(others)})" if others else ""
+            yield (
+                f"{records.folder / records.name_of(record)} has no caption ({records.folder} is {records.title}), and "
+                f"{' and '.join(needing)} need{'s' if len(needing) == 1 else ''} captions: {records.remedy(record)}"
+                + (f"; {run}" if run else "")
+            )
 
 
 def _check_workdir(config: RunConfig, workdir: pathlib.Path) -> Iterator[str]:

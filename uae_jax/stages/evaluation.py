@@ -224,9 +224,12 @@ class Evaluator:
         } | kinds
 
     def _with_true_captions(self, parts: Mapping) -> dict[str, np.ndarray]:
-        """Scores `[n]` of the decoder alone, on the captions of the data set."""
+        """Scores `[n]` of the decoder alone, on the captions of the data set; none where an image has no caption."""
+        captions = [example.caption for example in self.examples if example.caption]
+        if len(captions) < len(self.examples):
+            return {}
         pixels = np.stack([self.rows.image_fields(example.image)["pixels"] for example in self.examples])
-        drawn = self.draw_texts(parts, [example.caption for example in self.examples])
+        drawn = self.draw_texts(parts, captions)
         scores = {"true_caption_reward": self._cosines(parts, pixels, to_signed(drawn))[self.config.encoders[0]]}
         scenes = known_scenes(self.examples)
         return scores | {"true_caption_scene_accuracy": picture_scores(scenes, drawn)} if scenes else scores

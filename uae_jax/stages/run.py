@@ -7,7 +7,8 @@ read back, and the stage that was interrupted continues from its newest checkpoi
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -22,8 +23,8 @@ from uae_jax.methods.method import build_step, make_method, start_of
 from uae_jax.methods.stage_settings import denoising
 from uae_jax.methods.trained import stored, trainable, with_policy_as_transformer
 from uae_jax.settings import as_dict
-from uae_jax.stages.checks import checked_config
-from uae_jax.stages.data import open_sources, row_builder
+from uae_jax.stages.checks import checked_config, missing_captions
+from uae_jax.stages.data import check_same_images, few_images, open_data, row_builder
 from uae_jax.stages.evaluation import Evaluator
 from uae_jax.stages.export import export_system
 from uae_jax.stages.program import with_adapters
@@ -55,6 +56,7 @@ def run(config: Mapping[str, Any] | RunConfig, workdir: pathlib.Path) -> dict[st
     whole = Run(settings, workdir)
     workdir.mkdir(exist_ok=True)
     processes.check_shared(workdir)
+    check_same_images(workdir, whole.data)
     finished = {name for name, _ in settings.order() if (workdir / "checkpoints" / name / "finished.json").exists()}
     if jax.process_index() == 0:
         write_json(workdir / "config.json", as_dict(settings))
@@ -86,7 +88,12 @@ class Run:
         self.config, self.workdir = config, workdir
         self.mesh = sharding.make_mesh(config.mesh)
         self.key = jax.random.key(config.seed)
-        self.source, heldout = open_sources(config.data, config.seed, config.evaluation.images)
+        self.data = open_data(config.data, config.seed, config.evaluation.images)
+        self.source = self.data.train
+        if found := list(missing_captions(config, self.data)):
+            raise ValueError(found[0])
+        if jax.process_index() == 0:
+            tell(self.data.lines, few_images(config, self.source))
         system = load_system(
             config.model,
             image_size=config.data.image_size,
@@ -104,7 +111,9 @@ class Run:
         del parts
         scores = config.evaluation
         how = denoising(config.sampler, scores.sampler_steps, scores.guidance_scale, condition=config.condition())
-        self.evaluator = Evaluator(self.system, scores, how, heldout, self.rows, config.data.max_caption, config.seed)
+        self.evaluator = Evaluator(
+            self.system, scores, how, self.data.heldout, self.rows, config.data.max_caption, config.seed
+        )
 
     def train_stage(self, name: str, stage: str, writer: MetricWriter, previous: StageResult | None) -> StageResult:
         """Runs one stage to its end and takes over what it trained.
@@ -211,6 +220,15 @@ class Run:
         )
 
 
+def tell(lines: Iterable[str], notes: Iterable[str]) -> None:
+    """Prints what was found of the data, and on stderr what to mind of it; letters that cannot be printed as codes."""
+    for line in lines:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def _write_outputs(whole: Run, results: list[StageResult]) -> dict[str, Any]:
     parts = sharding.host_values(whole.parts) if jax.process_count() > 1 and whole.config.stages else whole.parts
     if jax.process_index() == 0 and whole.config.stages:
@@ -220,6 +238,7 @@ def _write_outputs(whole: Run, results: list[StageResult]) -> dict[str, Any]:
         preset=whole.config.preset,
         seed=whole.config.seed,
         stages=[result.record() for result in results],
+        data=whole.data.records(),
     )
     if jax.process_index() == 0:
         write_report(whole.workdir)

@@ -1,9 +1,11 @@
 """A complete configuration as frozen dataclasses: what a file in `configs/` becomes."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
+from uae_jax.data.formats import CAPTION_CHOICES, FORMATS
 from uae_jax.methods import STAGES
 from uae_jax.methods.stage_settings import SamplerConfig, StageSettings
 from uae_jax.methods.trained import COPY, LORA, STORABLE, copied_parts
@@ -32,13 +34,23 @@ class DataConfig(Settings):
         "built-in scenes, emoji of fetch_emoji, a folder, or TFDS",
         choices=("scenes", "emoji", "folder", "tfds"),
     )
-    folder: str = setting("", "folder of captions.jsonl and images, or of emoji")
+    folder: str = setting("", "folder of images in any format of docs/data.md, or of emoji")
+    format: str = setting("", "of the folder; empty to find it out", choices=("", *FORMATS))
+    mixture: tuple[str, ...] = setting((), "several folders instead of one, FOLDER=WEIGHT each, in any formats")
     name: str = setting("", "of a TFDS data set")
-    split: str = setting("train", "of a TFDS data set, for training")
+    split: str = setting("train", "of a TFDS data set, or of files that tell several, for training")
     data_dir: str = setting("", "where TFDS prepared the data set; empty for the default of TFDS")
-    image_key: str = setting("image", "feature of a TFDS data set")
-    caption_key: str = setting("caption", "feature of a TFDS data set")
-    heldout_folder: str = setting("", "folder for scores; empty to hold out the last rows of the training folder")
+    image_key: str = setting("image", "feature, column or field of the image")
+    caption_key: str = setting("caption", "feature, column or field of the caption; in folders several, with commas")
+    caption_choice: str = setting(
+        "each", "which of several captions in a folder: in turn by image, or by length", choices=CAPTION_CHOICES
+    )
+    min_side: int = setting(8, "images of a folder with a shorter side are bad", unit="pixels", low=1)
+    max_aspect: float = setting(20.0, "images of a folder whose sides differ by more than this factor are bad", low=1)
+    bad_images: str = setting(
+        "skip", "leave out broken, small, thin and duplicate images of a folder, or refuse", choices=("skip", "refuse")
+    )
+    heldout_folder: str = setting("", "folder for scores; empty to hold out the last images of the training folder")
     heldout_split: str = setting("test", "of a TFDS data set, for scores")
     image_size: int = setting(512, "side of the square images", unit="pixels", low=8)
     max_prompt: int = setting(
@@ -53,6 +65,29 @@ class DataConfig(Settings):
     caption_prompt: str = setting(CAPTION_PROMPT, "what the captioner is asked", source="released UAE demo")
     caption_system: str = setting("", "the system turn before it; empty for that of the chat template")
     negative_prompt: str = setting(NEGATIVE_PROMPT, "what guidance moves away from", source="released UAE demo")
+
+    def problems(self) -> Iterator[str]:
+        """The mistakes of ranges, and a mixture that is not one."""
+        yield from super().problems()
+        for entry in self.mixture:
+            try:
+                folder, weight = _part(entry)
+            except ValueError:
+                folder, weight = "", 0.0
+            if not folder or not (math.isfinite(weight) and weight > 0):
+                yield f"mixture has the entry {entry!r}; write FOLDER=WEIGHT, with a weight above 0"
+        if self.mixture and (self.folder or self.source != "folder"):
+            what = f"folder={self.folder!r}" if self.folder else f"source={self.source!r}"
+            yield f"mixture names the folders of a run; {what} cannot be set beside it"
+
+    def mixture_parts(self) -> list[tuple[str, float]]:
+        """(folder, weight) of each entry of the mixture."""
+        return [_part(entry) for entry in self.mixture]
+
+
+def _part(entry: str) -> tuple[str, float]:
+    folder, _, weight = entry.rpartition("=")
+    return folder.strip(), float(weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +152,11 @@ class RunConfig(Settings):
         """Names of the parts that a stage trains, see `methods.method.Method.trains`."""
         settings: StageSettings = self.stage_settings[stage]
         return STAGES[stage].method(settings).trains(settings)
+
+    def needs_captions(self, stage: str) -> bool:
+        """Whether a stage learns from the data set's captions, see `methods.method.Method.needs_captions`."""
+        settings: StageSettings = self.stage_settings[stage]
+        return STAGES[stage].method(settings).needs_captions(settings)
 
     def trained_from(self, stage: str) -> set[str]:
         """Parts that a stage or a later one trains as they are, and parts that a later one copies to fine-tune them.

@@ -62,7 +62,14 @@ def device_name() -> str:
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
-def write_summary(workdir: Path, *, preset: str, seed: int, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def write_summary(
+    workdir: Path,
+    *,
+    preset: str,
+    seed: int,
+    stages: Sequence[Mapping[str, Any]],
+    data: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
     """Writes `workdir/summary.json` and returns its content; `seconds` is the sum over stages, with evaluation.
 
     Args:
@@ -71,6 +78,7 @@ def write_summary(workdir: Path, *, preset: str, seed: int, stages: Sequence[Map
       seed: root seed of the run.
       stages: one mapping per finished stage, in order, from `StageResult.record()`: name, steps, seconds (training
         only), wall_seconds (with evaluation), before and after ({score: `interval`}).
+      data: one mapping for each folder of images that was checked, with the counts of what was left out.
     """
     summary = {
         "preset": preset,
@@ -80,6 +88,8 @@ def write_summary(workdir: Path, *, preset: str, seed: int, stages: Sequence[Map
         "seconds": round(sum(stage["wall_seconds"] for stage in stages), 3),
         "stages": [dict(stage) for stage in stages],
     }
+    if data:
+        summary["data"] = [dict(folder) for folder in data]
     if jax.process_index() == 0:
         write_json(Path(workdir) / "summary.json", summary)
     return summary

@@ -1,0 +1,150 @@
+"""Parquet files with image bytes and caption columns, as the Hub stores data sets of images."""
+
+import collections
+import pathlib
+import threading
+from typing import Any
+
+import numpy as np
+
+from uae_jax.data.formats.image_folder import METADATA
+from uae_jax.data.formats.listing import Listing
+from uae_jax.data.formats.records import CAPTION_FIELDS, ImageRecords, ReadOptions, field_captions
+from uae_jax.data.images import read_content
+
+KEPT = 2**30  # bytes of row groups in memory; those of the Hub hold 100 images each
+
+
+class Parquet(ImageRecords):
+    """The rows of all parquet files of a folder, read by row group.
+
+    An image is a struct of `bytes` and `path`, or binary. Where the files belong to several splits by their names, only
+    those of `options.split` are read.
+
+    Raises:
+      FileNotFoundError: no parquet files.
+      ValueError: a damaged file, a file without the image column, or files of other columns.
+    """
+
+    name = "parquet"
+    title = "a folder of parquet files with images"
+    captions_at_hand = False
+
+    def __init__(self, listing: Listing, options: ReadOptions):
+        super().__init__(listing.folder, options)
+        self.files = self.of_split(data_files(listing))
+        if not self.files:
+            raise FileNotFoundError(f"{listing.folder} has no parquet files")
+        self.image, self.texts = "", ()
+        groups = []
+        for number, file in enumerate(self.files):
+            with _opened(file) as content:
+                image, texts = _columns(file, content.schema_arrow, options)
+                if number and (image, texts) != (self.image, self.texts):
+                    raise ValueError(f"{file} has other columns than {self.files[0]}: give each its own folder")
+                self.image, self.texts = image, texts
+                sizes = [content.metadata.row_group(group).num_rows for group in range(content.num_row_groups)]
+                groups += [(number, group, size) for group, size in enumerate(sizes)]
+        self.groups = [(number, group) for number, group, _ in groups]
+        self.starts = np.concatenate([[0], np.cumsum([size for *_, size in groups], dtype=np.int64)])
+        firsts = {number: self.starts[at] for at, (number, _) in reversed([*enumerate(self.groups)])}
+        self.first_rows = [int(firsts.get(number, 0)) for number in range(len(self.files))]
+        self._kept: collections.OrderedDict[tuple[int, int, bool], Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        if not len(self):
+            raise ValueError(f"{self.files[0]} holds no rows")
+
+    @staticmethod
+    def found(listing: Listing) -> list[str]:
+        """What in the folder is of this format: one file."""
+        return [listing.below(file) for file in data_files(listing)[:1]]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def name_of(self, index: int) -> str:
+        """File and row, counted from 0 in the file."""
+        file, row = self._place(index)
+        return f"{file.relative_to(self.folder).as_posix()} row {row}"
+
+    def _place(self, index: int) -> tuple[pathlib.Path, int]:
+        at = int(np.searchsorted(self.starts, index, "right")) - 1
+        number = self.groups[at][0]
+        return self.files[number], int(index - self.first_rows[number])
+
+    def _row(self, index: int, *, image: bool) -> dict[str, Any]:
+        """The image, or the captions, of a row. One thread at a time reads a row group; the last few are kept."""
+        at = int(np.searchsorted(self.starts, index, "right")) - 1
+        key = (*self.groups[at], image)
+        with self._lock:
+            if key not in self._kept:
+                with _opened(self.files[key[0]]) as content:
+                    columns = [self.image] if image else list(self.texts)
+                    try:
+                        self._kept[key] = content.read_row_group(key[1], columns=columns)
+                    except Exception as error:  # pyarrow's errors have no common base
+                        place = f"{self.files[key[0]]} row group {key[1]}"
+                        raise ValueError(f"{place} cannot be read ({error}): copy the file again") from error
+                while len(self._kept) > 1 and sum(table.nbytes for table in self._kept.values()) > KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            table = self._kept[key]
+        return table.slice(int(index - self.starts[at]), 1).to_pylist()[0]
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of the image column, or of the file that it names."""
+        value = self._row(index, image=True)[self.image]
+        if isinstance(value, dict):
+            path = value.get("path")
+            if value.get("bytes") is None and path:
+                return read_content(self._place(index)[0].parent / path)
+            value = value.get("bytes")
+        if not isinstance(value, bytes):
+            raise ValueError(f"{self.folder / self.name_of(index)} has no image in {self.image!r}: remove the row")
+        return value
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The texts of the caption columns."""
+        where = str(self.folder / self.name_of(index))
+        return field_captions(self._row(index, image=False), self.texts, where) if self.texts else ()
+
+    def remedy(self, index: int) -> str:
+        """The column that is absent, or empty in this row."""
+        if self.texts:
+            return f"fill {' or '.join(self.texts)} of {self.folder / self.name_of(index)}, or remove the row"
+        return f"name the column of captions in config.data.caption_key (looked for: {', '.join(CAPTION_FIELDS)})"
+
+
+def data_files(listing: Listing) -> list[pathlib.Path]:
+    """The parquet files of a folder that hold images, not tables about image files or tar shards beside them."""
+    shards = {shard.with_suffix(".parquet") for shard in listing.with_suffix(".tar")}
+    return [file for file in listing.with_suffix(".parquet") if file.name not in METADATA and file not in shards]
+
+
+def _opened(file: pathlib.Path) -> Any:
+    from pyarrow import parquet  # takes a while to import, needed only here
+
+    try:
+        return parquet.ParquetFile(file)
+    except Exception as error:  # pyarrow's errors have no common base
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is not a whole parquet file ({reason}): copy it again") from error
+
+
+def _columns(file: pathlib.Path, schema: Any, options: ReadOptions) -> tuple[str, tuple[str, ...]]:
+    """The image column, that of the setting or the first of its kind, and the caption columns."""
+    from pyarrow import types
+
+    def holds_images(kind: Any) -> bool:
+        if types.is_struct(kind):
+            return "bytes" in {kind.field(i).name for i in range(kind.num_fields)}
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    images = [field.name for field in schema if holds_images(field.type)]
+    image = options.image_key if options.image_key in images else next(iter(images), "")
+    if not image or options.image_key not in (image, "image"):
+        raise ValueError(
+            f"{file} has no image column {options.image_key!r}; its columns are {', '.join(schema.names)}: name one "
+            "that holds the bytes of image files in config.data.image_key"
+        )
+    return image, tuple(name for name in options.caption_fields if name in schema.names)

@@ -1,0 +1,145 @@
+"""Webdataset: tar shards whose members belong together by their key, such as 000.jpg, 000.txt and 000.json."""
+
+import json
+import os
+import pathlib
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+from uae_jax.data.formats.listing import Listing
+from uae_jax.data.formats.records import CAPTION_FIELDS, ImageRecords, ReadOptions, caption_texts, field_captions
+from uae_jax.data.images import is_image_name
+
+TEXTS = ("txt", "caption", "captions", "text")
+# where a member's content lies: shard, offset and size in bytes
+Place = tuple[int, int, int]
+
+
+class Webdataset(ImageRecords):
+    """The samples of all shards of a folder, found by an index of offsets and read one by one.
+
+    The key of a member is its path up to the first point of its name. Captions are the text members, and the caption
+    fields of the JSON member.
+
+    Raises:
+      FileNotFoundError: no shards.
+      ValueError: a shard that was cut short or compressed, a key without an image or with two.
+    """
+
+    name = "webdataset"
+    title = "a folder of webdataset shards"
+    captions_at_hand = False
+
+    def __init__(self, listing: Listing, options: ReadOptions):
+        super().__init__(listing.folder, options)
+        self.shards = self.of_split(shard_files(listing))
+        if not self.shards:
+            raise FileNotFoundError(f"{listing.folder} has no tar shards")
+        self.samples: list[tuple[str, Place, list[tuple[str, Place]]]] = []
+        for number, shard in enumerate(self.shards):
+            for key, members in _keys(shard):
+                images = [end for end in members if "." not in end and is_image_name(f"a.{end}")]
+                if len(images) != 1:
+                    what = f"the images {', '.join(images)}" if images else f"no image, only {', '.join(members)}"
+                    raise ValueError(f"{shard} key {key} has {what}: a sample has one image; write the shard again")
+                places = {end: (number, *place) for end, place in members.items()}
+                name = f"{listing.below(shard)} key {key}"
+                texts = [(end, place) for end, place in places.items() if end in (*TEXTS, "json")]
+                self.samples.append((name, places[images[0]], texts))
+        if not self.samples:
+            raise ValueError(f"{self.shards[0]} holds no samples")
+
+    @staticmethod
+    def found(listing: Listing) -> list[str]:
+        """What in the folder is of this format: one shard."""
+        return [listing.below(file) for file in shard_files(listing)[:1]]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name_of(self, index: int) -> str:
+        """Shard and key."""
+        return self.samples[index][0]
+
+    def _content(self, place: Place) -> bytes:
+        number, offset, size = place
+        with self.shards[number].open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def encoded(self, index: int) -> bytes:
+        """The content of the image member."""
+        return self._content(self.samples[index][1])
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The text members, then the fields of the JSON member."""
+        found, where = [], str(self.folder / self.name_of(index))
+        for end, place in self.samples[index][2]:
+            content = self._content(place)
+            if end == "json":
+                found += field_captions(_json_object(content, where), self.options.caption_fields, where)
+            else:
+                found += caption_texts(content, f"{where} ({end})")
+        return tuple(dict.fromkeys(found))
+
+    def remedy(self, index: int) -> str:
+        """The members that may hold a caption."""
+        names = " or ".join(CAPTION_FIELDS[::2])
+        return f"add a txt member to {self.folder / self.name_of(index)}, or a {names} to its json"
+
+
+def shard_files(listing: Listing) -> list[pathlib.Path]:
+    """The tar files of a folder, compressed ones too, which are refused with a remedy."""
+    return [file for file in listing.files if file.name.lower().endswith((".tar", ".tar.gz", ".tgz"))]
+
+
+def _json_object(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{where} has a json member that is not JSON ({error}): write the shard again") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _keys(shard: pathlib.Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """(key, {ending: (offset, size)}) of the consecutive members of each key."""
+    key, members = "", {}
+    for name, place in _members(shard):
+        folder, _, file = name.rpartition("/")
+        stem, _, end = file.partition(".")
+        own = f"{folder}/{stem}" if folder else stem
+        if own != key and members:
+            yield key, members
+            members = {}
+        key = own
+        members[end.lower()] = place
+    if members:
+        yield key, members
+
+
+def _members(shard: pathlib.Path) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(name, (offset, size)) of the files in a shard, without hidden ones.
+
+    Raises:
+      ValueError: the shard is compressed, damaged or cut short; the message names the last whole member.
+    """
+    if shard.suffix.lower() != ".tar":
+        raise ValueError(f"{shard} is compressed, and cannot be read at random: unpack it with gunzip")
+    last = "its beginning"
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                if member.offset_data + member.size > os.path.getsize(shard):
+                    break
+                last = f"member {member.name}"
+                if member.isfile() and not pathlib.PurePosixPath(member.name).name.startswith("."):
+                    yield member.name.removeprefix("./"), (member.offset_data, member.size)
+            end = tar.offset
+        with shard.open("rb") as file:
+            file.seek(end)
+            whole = file.read(512) == bytes(512)
+    except tarfile.TarError:
+        whole = False
+    if not whole:
+        raise ValueError(f"{shard} is cut short or damaged after {last}: copy the shard again, or remove it")
