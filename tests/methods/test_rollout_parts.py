@@ -1,12 +1,17 @@
 """A rollout that is sampled in parts is the whole rollout, and so is its gradient."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from learners import learner
 from stage_pieces import nudged, stage_of, varied
 
-from uae_jax.methods.method import gradients_of, make_rollout, with_advantages
+from uae_jax.methods.method import gradients_of, make_rollout, make_train_step, with_advantages
+from uae_jax.methods.stage_settings import SupervisedSettings
 from uae_jax.settings import Mistakes
+from uae_jax.training.step import init_state
 
 CASES = {
     "gen_for_und": ("gen_for_und", dict(batch_size=4, group_size=3)),
@@ -44,6 +49,45 @@ def test_parts_change_neither_samples_nor_gradient(whole, case):
         if not metric.endswith("_max"):
             found = in_parts["metrics"][metric]
             assert found[0] / found[1] == pytest.approx(total / count, rel=1e-3, abs=1e-5), metric
+
+
+class Groups(SupervisedSettings):
+    """48 groups of 24, as flow_grpo has them."""
+
+    samples_per_image = group_size = 24
+    advantage_scale = "batch"
+
+
+class GroupsInParts(Groups):
+    """The same, sampled in twelve parts."""
+
+    rollout_parts = 12
+
+
+def test_accumulation_over_the_published_groups_is_the_whole_batch():
+    """The change of an update in 12 parts of a rollout and 48 micro-batches is that of all 1,152 samples, to 1e-6."""
+
+    def sample(params, frozen, batch, key):
+        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["id"])
+        draws = jax.vmap(lambda key: jax.random.normal(key, (24, 3)))(keys).reshape(-1, 3)
+        return {"samples": {"x": draws, "reward": jnp.sin(draws).sum(-1) + batch["id"].repeat(24) / 48}}
+
+    def loss(params, frozen, rollout, key):
+        samples = rollout["samples"]
+        score = jnp.tanh(samples["x"] @ params["w"]) * samples["advantage"][:, None]
+        return score.sum(), jnp.float32(len(score)), {}
+
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32)}
+    outcomes = []
+    for kind, micro_batches in ((Groups, 1), (GroupsInParts, 48)):
+        method = learner(loss, sample, kind=kind, micro_batches=micro_batches, batch_size=48)
+        step = jax.jit(make_train_step(method, optax.sgd(1.0)))
+        state, metrics = step(init_state(params, optax.sgd(1.0)), {}, {"id": jnp.arange(48)}, jax.random.key(3))
+        outcomes.append((jax.device_get(state.params["w"]) - params["w"], metrics))
+    (whole_batch, told), (accumulated, again) = outcomes
+    assert np.abs(whole_batch).max() > 1e-3
+    np.testing.assert_allclose(accumulated, whole_batch, rtol=1e-6, atol=1e-6 * np.abs(whole_batch).max())
+    assert float(told["reward"]) == pytest.approx(float(again["reward"]), abs=1e-6)
 
 
 def test_advantages_are_those_of_the_whole_batch():
