@@ -72,6 +72,7 @@ def test_the_other_side_takes_the_same_step(prepared, stage):
     assert tuple(side.phases()) == PHASES
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_on_both_sides(prepared):
     folder, inputs = prepared
     exact = TorchSide(folder, inputs, "inference", compiled=False).checks()
@@ -85,6 +86,7 @@ def test_bfloat16_is_close_on_both_sides(prepared):
         np.testing.assert_allclose(found["rewards"], exact["rewards"], atol=0.05)
 
 
+@pytest.mark.slow
 def test_shares_come_from_the_work_of_the_phases(prepared):
     folder, inputs = prepared
     once = JaxSide(folder, inputs, "gen_for_und").work()
@@ -110,6 +112,7 @@ def test_sizes_are_checked():
         unified_step.read_options(["--guidance_scale=1"])
 
 
+@pytest.mark.slow
 def test_memory_of_inference_grows_linearly_with_the_caption(prepared):
     system = open_system(prepared[0], 64)
     settings = dict(steps=2, guidance_scale=5.0, repeats=0)
@@ -131,6 +134,7 @@ def test_every_case_of_inference_runs_once(prepared):
     assert found["seconds"] > 0 and len(line(found).split("|")) == 11
 
 
+@pytest.mark.slow
 def test_a_picture_that_the_decoder_cannot_draw_costs_no_other_case(prepared, monkeypatch, tmp_path, capsys):
     sizes = Case("pictures", 64, 5, batch=1), Case("pictures", 1024, 5, batch=1), Case("pictures", 64, 5, batch=2)
     monkeypatch.setattr(inference_scaling, "cases", lambda: iter(sizes))

@@ -55,6 +55,7 @@ def text(tmp_path, name=report.PAGE) -> str:
     return (tmp_path / "out" / name).read_text()
 
 
+@pytest.mark.slow
 def test_parts_run_for_real_and_survive_those_that_fail_or_hang(tmp_path, one_device, known, capfd):
     """One that raises, one that hangs with a child of its own, then the card's rates and a whole stage."""
     wrong = f"print('here', {str(ROOT)!r} + '/x.py'); raise ValueError('no such kernel')"

@@ -111,6 +111,7 @@ def large(tmp_path):
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_gigabyte_is_read_with_two_tensors_to_spare(large):
     assert sum(file.stat().st_size for file in large) > 10**9 and len(large) > 2
     program = pathlib.Path(large_folder.__file__)

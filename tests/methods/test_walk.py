@@ -63,7 +63,10 @@ class NoScores:
         return {}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("gen_for_und", "flow_grpo") else pytest.mark.slow) for name in METHODS],
+)
 def test_the_walk_to_a_loss_is_the_documented_one(name, tmp_path, monkeypatch):
     stage = "und_for_gen" if name in ("flow_grpo", "nft") else name
     method, seen = STAGES[stage].methods[name if stage == "und_for_gen" else ""], []

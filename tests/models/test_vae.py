@@ -122,7 +122,9 @@ def test_chunked_decoding_equals_decoding_at_once_with_its_gradient():
         vae.decode_latents(config, params, latents, 4)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "size", [pytest.param(size, marks=[] if size == "two_levels" else pytest.mark.slow) for size in SIZES]
+)
 def test_interleaved_pictures_are_decoded_as_they_are_alone(size):
     config = VAEConfig(**SIZES[size])
     params = jax.jit(vae.init_params, static_argnums=0)(config, jax.random.key(0))
