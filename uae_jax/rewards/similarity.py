@@ -5,7 +5,6 @@ of the originals, H2 and W2 that of the reconstructions.
 """
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
@@ -154,7 +153,7 @@ def cosine_reward(
 ) -> Float32[Array, "b g"]:
     """Cosine of the features of each reconstruction and its original (arXiv 2509.09666, eq. 1).
 
-    A contrast subtracts a share of the mean cosine with the other originals. A caption that says little is best rebuilt
+    A contrast subtracts a share of the mean cosine with the other originals; equal images count as one. A caption that says little is best rebuilt
     by an image that is a little like every other; such an image then earns nothing. With a temperature the mean is a
     soft maximum. At contrast 1 the reward is the log-odds of the original among the batch's images, in units of that
     temperature. CLIP's loss has the same log-odds (arXiv 2103.00020, section 2.3).
@@ -184,14 +183,17 @@ def cosine_reward(
     own = jnp.sum(features * target[:, None], axis=-1)
     if not contrast:
         return own
-    if not contrast_temperature:
-        others = (jnp.einsum("bgd,d->bg", features, target.sum(0), precision="highest") - own) / (len(original) - 1)
-        return own - contrast * others
+    # an image that a batch has twice is not another image
+    other = ~jax.lax.map(lambda image: jnp.all(original == image, axis=(1, 2, 3)), original)
+    count = jnp.sum(other, -1, dtype=jnp.float32)[:, None]
     cosines = jnp.einsum("bgd,cd->bgc", features, target, precision="highest")
-    others = jax.nn.logsumexp(
-        cosines / contrast_temperature, axis=-1, where=~jnp.eye(len(original), dtype=bool)[:, None]
-    )
-    return own - contrast * contrast_temperature * (others - math.log(len(original) - 1))
+    if not contrast_temperature:
+        others = jnp.sum(jnp.where(other[:, None], cosines, 0.0), -1) / jnp.maximum(count, 1)
+        return own - contrast * others
+    # without another image nothing is taken off
+    others = jax.nn.logsumexp(cosines / contrast_temperature, axis=-1, where=other[:, None])
+    others = jnp.where(count > 0, others - jnp.log(jnp.maximum(count, 1)), 0.0)
+    return own - contrast * contrast_temperature * others
 
 
 def pixel_reward(

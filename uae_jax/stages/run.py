@@ -32,7 +32,7 @@ from uae_jax.stages.run_config import RunConfig, is_rl
 from uae_jax.stages.weights import load_system
 from uae_jax.training import processes
 from uae_jax.training.guard import skip_outliers
-from uae_jax.training.loop import Hooks, LoopConfig, StageResult, run_stage
+from uae_jax.training.loop import Hooks, LoopConfig, StageResult, finished_record, run_stage
 from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.report import write_report
@@ -57,7 +57,7 @@ def run(config: Mapping[str, Any] | RunConfig, workdir: pathlib.Path) -> dict[st
     workdir.mkdir(exist_ok=True)
     processes.check_shared(workdir)
     check_same_images(workdir, whole.data)
-    finished = {name for name, _ in settings.order() if (workdir / "checkpoints" / name / "finished.json").exists()}
+    finished = {name for name, _ in settings.order() if finished_record(workdir, name)}
     if jax.process_index() == 0:
         write_json(workdir / "config.json", as_dict(settings))
     writer = MetricWriter(workdir, wandb_project=settings.loop.wandb_project, config=as_dict(settings))

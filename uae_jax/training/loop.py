@@ -157,8 +157,14 @@ def run_stage(
         restored = checkpoints.restore(state, trip["restored_step"] if trip else None)
         if restored is not None:
             _check_identity(folder, restored.meta, identity)
-        if restored is not None and finished.exists():
-            return StageResult(state=restored.state, **json.loads(finished.read_text(encoding="utf-8")))
+        if restored is not None and (record := finished_record(workdir, name)):
+            return StageResult(state=restored.state, **record)
+        if finished.exists() and jax.process_index() == 0:
+            print(
+                f"note: {finished} names a checkpoint that is not there; the stage continues from step "
+                f"{restored.step if restored else 0}",
+                file=sys.stderr,
+            )
         loop = _Loop(name, config, checkpoints, writer, hooks or Hooks(), data, identity, guard or OFF)
         if restored is not None:
             state = restored.state
@@ -176,6 +182,23 @@ def run_stage(
         if flag.signum:  # it came while the `after` hook ran
             raise StopTraining(name, config.steps, flag.signum)
         return result
+
+
+def finished_record(workdir: Path, name: str) -> dict[str, Any] | None:
+    """The record of a finished stage; None for a stage that is not, or whose last checkpoint is gone.
+
+    Raises:
+      ValueError: the record is not JSON.
+    """
+    folder = Path(workdir) / "checkpoints" / name
+    path = folder / "finished.json"
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record if (folder / str(record["steps"])).is_dir() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and the stage continues") from error
 
 
 def check_configuration(workdir: Path, name: str, identity: Mapping[str, Any]) -> None:

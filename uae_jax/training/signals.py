@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a flag: the loop finishes its step, saves and exits."""
+"""Ctrl-C, SIGTERM and SIGHUP (a closed terminal) as a flag: the loop finishes its step, saves and exits."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ class StopFlag:
 
 
 @contextlib.contextmanager
-def stop_on_signals(signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)) -> Iterator[StopFlag]:
+def stop_on_signals(signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) -> Iterator[StopFlag]:
     """Collects `signals` in a flag inside the block; a second signal has its usual effect and aborts at once.
 
     Needs the main thread. Several processes under `jax.distributed` must leave SIGTERM to jax, which agrees on one step

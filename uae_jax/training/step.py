@@ -102,6 +102,7 @@ def apply_gradients(
     if ema_decay is not None:
         decay = ema_decay_at(state.updates, ema_decay)
         ema = jax.tree.map(lambda old, new: (decay * old + (1.0 - decay) * new).astype(old.dtype), state.ema, params)
+    finite &= jnp.isfinite(optax.tree.norm(params))  # an update may overflow where its gradient does not
     new = state.replace(params=params, opt_state=opt_state, ema=ema, updates=state.updates + 1)
     old = state.replace(skipped=state.skipped + 1)
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old), norm
