@@ -1,0 +1,155 @@
+"""Understanding during a run: multiple-choice and yes/no questions, answered by log-probabilities of the options.
+
+The same questions are answered before, during and after every stage, so that a fall is that of the model.
+"""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from uae_jax.data.questions import Question, placed_images, question_inputs, read_questions
+from uae_jax.data.qwen_inputs import Fields, pad_to, prompt_fields
+from uae_jax.data.scene_questions import scene_questions
+from uae_jax.data.sources import SceneSource
+from uae_jax.data.tokenizer import IMAGE_PAD, encode_caption, token_id
+from uae_jax.rollouts.answering import NO_OPTION, chosen_option, option_scores
+from uae_jax.stages.batching import in_batches
+from uae_jax.stages.weights import System
+
+BUILTIN = "builtin"
+SCORE = "understanding"  # the name of the score, and the first part of those of the categories
+
+
+def open_questions(name: str, count: int, by: str, source: Any, side: int) -> list[Question]:
+    """The questions of a run; [] for none.
+
+    Args:
+      name: path of a TSV (`data.questions`), `builtin`, or empty.
+      count: of questions, at most.
+      by: "letter" or "text"; only questions whose options a caption states are answered by it.
+      source: of the run's training images: built-in questions are about scenes of its kind.
+      side: of a built-in scene in pixels.
+
+    Raises:
+      FileNotFoundError, ValueError: the table cannot be read.
+    """
+    if not name:
+        return []
+    if name != BUILTIN:
+        return read_questions(pathlib.Path(name), count)
+    return scene_questions(_test_scenes(source, side), count, spoken=by == "text")
+
+
+def _test_scenes(source: Any, side: int) -> SceneSource:
+    if isinstance(source, SceneSource):
+        return dataclasses.replace(source, split="test", seed=0)
+    return SceneSource("test", 0, side)
+
+
+class Understanding:
+    """Answers fixed questions with a model's parameters; compiled once for all stages of a run.
+
+    Args:
+      system: the model.
+      questions: at least one.
+      by: "letter" compares the letters of the options, or Yes and No, at the first position of the answer; "text" the
+        texts of the options, or the captions that state them (`Question.statements`).
+      caption_prompt: asks for the captions that state options.
+      batch_size: questions in one call.
+
+    Raises:
+      ValueError: a question's images cannot be read, or the tokenizer cannot tell its options apart.
+    """
+
+    def __init__(self, system: System, questions: Sequence[Question], by: str, caption_prompt: str, batch_size: int):
+        self.system, self.questions, self.by, self.prompt = system, list(questions), by, caption_prompt
+        self.size = min(batch_size, len(self.questions))
+        self.texts = [self._option_texts(question) for question in self.questions]
+        self.options = max(len(question.options) for question in self.questions)
+        self.rows = max(len(texts) for texts in self.texts)
+        self.width = max(len(ids) for texts in self.texts for _, ids in texts)
+        prompts = [self._prompt(question) for question in self.questions]
+        # one shape for all questions: one program
+        self.room = max(sum(len(patches) for patches, _ in seen) for _, seen in prompts)
+        self.length = max(len(ids) for ids, _ in prompts)
+        right = [list(question.options).index(question.answer) for question in self.questions]
+        self.right, self.categories = np.array(right), [_slug(question.category) for question in self.questions]
+
+        def answer(parts: Mapping, batch: Mapping, texts: Mapping) -> tuple[Array, Array]:
+            scores = option_scores(system.model, parts, batch, **texts, options=self.options)
+            return chosen_option(scores), scores
+
+        self._answer = jax.jit(answer)
+
+    def __call__(self, parts: Mapping) -> dict[str, np.ndarray]:
+        """1 for each right answer and 0 for each wrong one: `understanding` of all, `understanding_<category>`."""
+        chosen, _ = self.answers(parts)
+        hits = (chosen == self.right).astype(np.float64)
+        of = np.array(self.categories)
+        return {SCORE: hits} | {f"{SCORE}_{name}": hits[of == name] for name in dict.fromkeys(self.categories)}
+
+    def answers(self, parts: Mapping) -> tuple[np.ndarray, np.ndarray]:
+        """The chosen option `[n]` of each question, and the log-probability `[n, k]` of each of its options."""
+
+        def batch(places: np.ndarray) -> tuple[Array, Array]:
+            rows = [self._fields(int(place)) for place in places]
+            fields, texts = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+            return self._answer(parts, fields, texts)
+
+        return in_batches(batch, self.size, np.arange(len(self.questions)))
+
+    def _option_texts(self, question: Question) -> list[tuple[int, list[int]]]:
+        """(option, tokens) of every text that is compared."""
+        stated = {key: (key,) for key in question.options}
+        if self.by == "text":
+            stated = question.statements or {key: (text,) for key, text in question.options.items()}
+        found = []
+        for number, key in enumerate(question.options):
+            for text in stated[key]:
+                ids = encode_caption(self.system.tokenizer, text)[:-1]  # a text may go on
+                found.append((number, ids[:1] if self.by == "letter" else ids))
+        same = len({tuple(ids) for _, ids in found}) < len(found) or not all(ids for _, ids in found)
+        if same:
+            what = f"the options {', '.join(question.options)}" if self.by == "letter" else "the texts of its options"
+            raise ValueError(
+                f"question {question.index}: {what} are the same tokens for this tokenizer; set "
+                f"evaluation.questions_by={'text' if self.by == 'letter' else 'letter'}"
+            )
+        return found
+
+    def _prompt(self, question: Question) -> tuple[list[int], list]:
+        """Prompt tokens, and patches with grid of each image."""
+        tokenizer, processor = self.system.tokenizer, self.system.processor
+        try:
+            images = question.images()
+            captioned = self.by == "text" and question.statements
+            parts = [self.prompt, *images] if captioned else placed_images(question.text, images)
+            return question_inputs(tokenizer, processor, parts)
+        except ValueError as error:
+            raise ValueError(f"question {question.index}: {error}") from error
+
+    def _fields(self, place: int) -> tuple[Fields, Fields]:
+        """The padded prompt of a question, and the padded texts of its options."""
+        ids, seen = self._prompt(self.questions[place])
+        pad = token_id(self.system.tokenizer, IMAGE_PAD)
+        prompt = prompt_fields(ids, seen, self.system.processor, pad, self.room, self.length)
+        texts, rows = self.texts[place], self.rows
+        tokens = np.stack([pad_to(np.array(ids, np.int32), self.width) for _, ids in texts])
+        mask = np.stack([np.arange(self.width) < len(ids) for _, ids in texts])
+        option = np.array([number for number, _ in texts], np.int32)
+        return prompt, {
+            "tokens": pad_to(tokens, rows),
+            "mask": pad_to(mask, rows),
+            "option": pad_to(option, rows, NO_OPTION),
+        }
+
+
+def _slug(category: str) -> str:
+    """A category as the last part of a score's name."""
+    return re.sub(r"[^a-z0-9]+", "_", category.lower()).strip("_") or "all"
