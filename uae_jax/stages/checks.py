@@ -21,6 +21,7 @@ from uae_jax.stages.folders.check import check_folder
 from uae_jax.stages.folders.parts import find_parts
 from uae_jax.stages.program import make_program
 from uae_jax.stages.run_config import RunConfig
+from uae_jax.stages.understanding import open_questions
 from uae_jax.stages.weights import ENCODERS, model_folder
 
 EXPECTED = (ValueError, OSError, ImportError)
@@ -81,7 +82,7 @@ def find_mistakes(config: RunConfig, workdir: pathlib.Path | None) -> list[str]:
       config: of the run, every setting in its range.
       workdir: of the run; None leaves it unchecked.
     """
-    checks = [_check_batches, _check_encoders, _check_data]
+    checks = [_check_batches, _check_encoders, _check_data, _check_questions]
     if workdir is not None:
         checks.append(lambda config: _check_workdir(config, workdir))
     return _all(config, checks)
@@ -204,6 +205,11 @@ def _check_encoders(config: RunConfig) -> Iterator[str]:
 
 def _check_data(config: RunConfig) -> Iterator[str]:
     open_sources(config.data, config.seed, 1, check=False)
+    yield from ()
+
+
+def _check_questions(config: RunConfig) -> Iterator[str]:
+    open_questions(config.evaluation, config.data)
     yield from ()
 
 

@@ -1,13 +1,13 @@
 """Understanding during a run: multiple-choice and yes/no questions, answered by log-probabilities of the options.
 
-The same questions are answered before, during and after every stage, so that a fall is that of the model.
+The same questions are answered before, during and after every stage, so that a fall is that of the model. All of them
+are padded to one shape.
 """
 
 import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,40 +16,47 @@ from jax import Array
 from uae_jax.data.questions import Question, placed_images, question_inputs, read_questions
 from uae_jax.data.qwen_inputs import Fields, pad_to, prompt_fields
 from uae_jax.data.scene_questions import scene_questions
-from uae_jax.data.sources import SceneSource
+from uae_jax.data.sources import SceneSource, Source
 from uae_jax.data.tokenizer import IMAGE_PAD, encode_caption, token_id
 from uae_jax.rollouts.answering import NO_OPTION, chosen_option, option_scores
 from uae_jax.stages.batching import in_batches
+from uae_jax.stages.evaluation import EvaluationConfig
+from uae_jax.stages.run_config import DataConfig
 from uae_jax.stages.weights import System
+from uae_jax.training.guard import UNDERSTANDING
 
 BUILTIN = "builtin"
-SCORE = "understanding"  # the name of the score, and the first part of those of the categories
 
 
-def open_questions(name: str, count: int, by: str, source: Any, side: int) -> list[Question]:
+def open_questions(config: EvaluationConfig, data: DataConfig, source: Source | None = None) -> list[Question]:
     """The questions of a run; [] for none.
 
     Args:
-      name: path of a TSV (`data.questions`), `builtin`, or empty.
-      count: of questions, at most.
-      by: "letter" or "text"; only questions whose options a caption states are answered by it.
+      config: says which questions, and how they are answered.
+      data: of the run.
       source: of the run's training images: built-in questions are about scenes of its kind.
-      side: of a built-in scene in pixels.
 
     Raises:
       FileNotFoundError, ValueError: the table cannot be read.
     """
-    if not name:
+    if not config.questions:
         return []
-    if name != BUILTIN:
-        return read_questions(pathlib.Path(name), count)
-    return scene_questions(_test_scenes(source, side), count, spoken=by == "text")
-
-
-def _test_scenes(source: Any, side: int) -> SceneSource:
+    if config.questions != BUILTIN:
+        return read_questions(pathlib.Path(config.questions), config.questions_during)
+    scenes = SceneSource("test", 0, data.image_size)
     if isinstance(source, SceneSource):
-        return dataclasses.replace(source, split="test", seed=0)
-    return SceneSource("test", 0, side)
+        scenes = dataclasses.replace(source, split="test", seed=0)
+    return scene_questions(scenes, config.questions_during, spoken=config.questions_by == "text")
+
+
+def open_understanding(
+    config: EvaluationConfig, data: DataConfig, source: Source, system: System
+) -> "Understanding | None":
+    """Reads the questions of a run; None for none. Arguments and errors are those of the two it calls."""
+    questions = open_questions(config, data, source)
+    if not questions:
+        return None
+    return Understanding(system, questions, config.questions_by, data.caption_prompt, config.batch_size)
 
 
 class Understanding:
@@ -92,7 +99,9 @@ class Understanding:
         chosen, _ = self.answers(parts)
         hits = (chosen == self.right).astype(np.float64)
         of = np.array(self.categories)
-        return {SCORE: hits} | {f"{SCORE}_{name}": hits[of == name] for name in dict.fromkeys(self.categories)}
+        return {UNDERSTANDING: hits} | {
+            f"{UNDERSTANDING}_{name}": hits[of == name] for name in dict.fromkeys(self.categories)
+        }
 
     def answers(self, parts: Mapping) -> tuple[np.ndarray, np.ndarray]:
         """The chosen option `[n]` of each question, and the log-probability `[n, k]` of each of its options."""
