@@ -1,7 +1,8 @@
 """Divergence guard: bounds on what a stage reports of its steps, and on the questions that it answers in between.
 
-The loop asks `Guard` after every step and after every evaluation; when a bound is passed it stops the stage and restores the stage's last good
-checkpoint. A single gradient outlier does no harm: `skip_outliers` leaves its update out inside the compiled step.
+The loop asks `Guard` after every step and after every evaluation. When a bound is passed it stops the stage and
+restores the stage's last good checkpoint. A single gradient outlier does no harm: `skip_outliers` leaves its update out
+inside the compiled step.
 """
 
 import dataclasses
@@ -160,7 +161,7 @@ class Guard:
         }
 
     def begin(self, scores: Mapping[str, float]) -> None:
-        """Takes in the scores before the stage, from which answers may fall; others than `UNDERSTANDING` are ignored."""
+        """Takes in the scores before the stage, from which the answers may fall; other scores are ignored."""
         self._before = _accuracies(scores)
 
     def observe_answers(self, step: int, scores: Mapping[str, float]) -> Trip | None:
