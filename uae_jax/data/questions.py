@@ -15,6 +15,7 @@ import pathlib
 import re
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -29,6 +30,18 @@ YES_NO = ("Yes", "No")
 _MARK = re.compile(r"<image (\d+)>")
 
 Picture = Image.Image | np.ndarray
+
+
+class Statement(NamedTuple):
+    """A caption that states an option: its words given what comes before them in the caption."""
+
+    said: str
+    given: str = ""
+
+    @property
+    def text(self) -> str:
+        """The whole caption."""
+        return f"{self.given} {self.said}".strip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +64,7 @@ class Question:
     answer: str
     category: str
     images: Callable[[], Sequence[Picture]]
-    statements: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    statements: Mapping[str, tuple[Statement, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises ValueError where the answer is no option."""

@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from uae_jax.data.questions import YES_NO, Question, question_text, yes_no_text
+from uae_jax.data.questions import YES_NO, Question, Statement, question_text, yes_no_text
 from uae_jax.data.scene_captions import NUMBERS, RELATIONS, holds, noun, phrase
-from uae_jax.data.scenes import PlacedObject, Scene, object_facts
+from uae_jax.data.scenes import COLUMNS, ROWS, PlacedObject, Scene, object_facts
 from uae_jax.data.sources import SceneSource
 
 CHOICES = 4  # options of a question, at most
+PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Asked:
     text: str
     right: str
     wrong: tuple[str, ...]
-    statements: Callable[[str], tuple[str, ...]] | None = None
+    statements: Callable[[str], tuple[Statement, ...]] | None = None
 
 
 Asker = Callable[[Scene, np.random.Generator], Asked | None]
@@ -61,7 +62,7 @@ def _colour(scene: Scene, rng: np.random.Generator) -> Asked | None:
         f"What colour is the {noun(item)} at the {item.position}?",
         right,
         _some([value for value in scene.values["colour"] if value != right], rng),
-        lambda value: (phrase(_with(item, "colour", value), ("position", "colour", noun_name)),),
+        lambda value: (Statement(phrase(_with(item, "colour", value), ("position", "colour", noun_name))),),
     )
 
 
@@ -71,7 +72,7 @@ def _shape(scene: Scene, rng: np.random.Generator) -> Asked:
         f"What is at the {item.position}?",
         noun(item),
         _some([value for value in scene.values[noun_name] if value != noun(item)], rng),
-        lambda value: (phrase(_with(item, noun_name, value), ("position", noun_name)),),
+        lambda value: (Statement(phrase(_with(item, noun_name, value), ("position", noun_name))),),
     )
 
 
@@ -94,24 +95,28 @@ def _background(scene: Scene, rng: np.random.Generator) -> Asked:
 def _closed(text: str, true: bool, asked: str, said: dict[str, str]) -> Asked:
     """A question for yes or no: No is stated by the caption of any other value."""
     right, wrong = YES_NO if true else YES_NO[::-1]
-    stated = {"Yes": (said[asked],), "No": tuple(caption for value, caption in said.items() if value != asked)}
+    stated = {
+        "Yes": (Statement(said[asked]),),
+        "No": tuple(Statement(caption) for value, caption in said.items() if value != asked),
+    }
     return Asked(text, right, (wrong,), stated.__getitem__)
 
 
 def _position(scene: Scene, rng: np.random.Generator) -> Asked | None:
+    """The places of other objects compete: of an empty place a caption says nothing.
+
+    The place is given and the object is said, since a captioner prefers to begin with some places.
+    """
     names = tuple(name for name in scene.objects[0].fact_names if name not in ("size", "position"))
     words = [phrase(item, names) for item in scene.objects]
     single = [item for item, said in zip(scene.objects, words) if words.count(said) == 1]
-    if not single:
+    if not single or len(words) < 2:
         return None
     item = _one(single, rng)
-    places = {
-        moved.position: phrase(moved, ("position", *names))
-        for moved in (dataclasses.replace(item, row=row, column=column) for row in (0, 1) for column in (0, 1))
-    }
-    wrong = [value for value in places if value != item.position]
+    others = [other.position for other in scene.objects if other.position != item.position]
+    said = phrase(item, names)
     return Asked(
-        f"Where is the {phrase(item, names)}?", item.position, _some(wrong, rng), lambda value: (places[value],)
+        f"Where is the {said}?", item.position, _some(others, rng), lambda value: (Statement(said, given=value),)
     )
 
 
@@ -126,7 +131,7 @@ def _presence(scene: Scene, rng: np.random.Generator) -> Asked | None:
         f"Which {name} does an object of the picture have?",
         object_facts(item)[name],
         _some(absent, rng),
-        lambda value: (phrase(_with(item, name, value), (name,)),),
+        lambda value: tuple(Statement(f"{place} {value}") for place in PLACES),
     )
 
 

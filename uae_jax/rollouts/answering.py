@@ -23,6 +23,7 @@ def option_scores(
     batch: Mapping[str, Array],
     tokens: Int[Array, "b s t"],
     mask: Bool[Array, "b s t"],
+    counted: Bool[Array, "b s t"],
     option: Int[Array, "b s"],
     options: int,
 ) -> Float32[Array, "b k"]:
@@ -35,6 +36,7 @@ def option_scores(
       batch: b prompts with images (`data.qwen_inputs.prompt_fields`).
       tokens: of the texts.
       mask: true up to the end of each text.
+      counted: the tokens whose probability counts; those before them are given.
       option: that each text stands for, or `NO_OPTION`.
       options: k.
 
@@ -44,7 +46,7 @@ def option_scores(
     params, adapter = uae.captioner_weights(parts, policy=True)
     prefix = qwen.prompt_prefix(model.captioner, params, adapter, batch, encode_batch_images(model, parts, batch))
     said = qwen.completion_log_probs(model.captioner, params, adapter, prefix, tokens, mask)
-    texts = jnp.sum(said.log_probs, -1)
+    texts = jnp.sum(jnp.where(counted, said.log_probs, 0.0), -1)
     of_option = option[:, None] == jnp.arange(options)[:, None]
     return jax.nn.logsumexp(jnp.where(of_option, texts[:, None], -jnp.inf), axis=-1)
 

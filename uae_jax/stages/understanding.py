@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from uae_jax.data.questions import Question, placed_images, question_inputs, read_questions
+from uae_jax.data.questions import Question, Statement, placed_images, question_inputs, read_questions
 from uae_jax.data.qwen_inputs import Fields, pad_to, prompt_fields
 from uae_jax.data.scene_questions import scene_questions
 from uae_jax.data.sources import SceneSource, Source
@@ -80,7 +80,7 @@ class Understanding:
         self.texts = [self._option_texts(question) for question in self.questions]
         self.options = max(len(question.options) for question in self.questions)
         self.rows = max(len(texts) for texts in self.texts)
-        self.width = max(len(ids) for texts in self.texts for _, ids in texts)
+        self.width = max(len(ids) for texts in self.texts for _, ids, _ in texts)
         prompts = [self._prompt(question) for question in self.questions]
         # one shape for all questions: one program
         self.room = max(sum(len(patches) for patches, _ in seen) for _, seen in prompts)
@@ -113,18 +113,20 @@ class Understanding:
 
         return in_batches(batch, self.size, np.arange(len(self.questions)))
 
-    def _option_texts(self, question: Question) -> list[tuple[int, list[int]]]:
-        """(option, tokens) of every text that is compared."""
-        stated = {key: (key,) for key in question.options}
+    def _option_texts(self, question: Question) -> list[tuple[int, list[int], int]]:
+        """(option, tokens, given tokens among them) of every text that is compared."""
+        stated = {key: (Statement(key),) for key in question.options}
         if self.by == "text":
-            stated = question.statements or {key: (text,) for key, text in question.options.items()}
+            stated = question.statements or {key: (Statement(text),) for key, text in question.options.items()}
         found = []
         for number, key in enumerate(question.options):
-            for text in stated[key]:
-                ids = encode_caption(self.system.tokenizer, text)[:-1]  # a text may go on
-                found.append((number, ids[:1] if self.by == "letter" else ids))
-        same = len({tuple(ids) for _, ids in found}) < len(found) or not all(ids for _, ids in found)
-        if same:
+            for one in stated[key]:
+                # without the end of a caption: a text may go on
+                ids, given = (encode_caption(self.system.tokenizer, text)[:-1] for text in (one.text, one.given))
+                found.append((number, ids[:1] if self.by == "letter" else ids, len(given)))
+        if len({tuple(ids) for _, ids, _ in found}) < len(found) or not all(
+            len(ids) > given for _, ids, given in found
+        ):
             what = f"the options {', '.join(question.options)}" if self.by == "letter" else "the texts of its options"
             raise ValueError(
                 f"question {question.index}: {what} are the same tokens for this tokenizer; set "
@@ -148,13 +150,15 @@ class Understanding:
         ids, seen = self._prompt(self.questions[place])
         pad = token_id(self.system.tokenizer, IMAGE_PAD)
         prompt = prompt_fields(ids, seen, self.system.processor, pad, self.room, self.length)
-        texts, rows = self.texts[place], self.rows
-        tokens = np.stack([pad_to(np.array(ids, np.int32), self.width) for _, ids in texts])
-        mask = np.stack([np.arange(self.width) < len(ids) for _, ids in texts])
-        option = np.array([number for number, _ in texts], np.int32)
+        texts, rows, width = self.texts[place], self.rows, np.arange(self.width)
+        tokens = np.stack([pad_to(np.array(ids, np.int32), self.width) for _, ids, _ in texts])
+        mask = np.stack([width < len(ids) for _, ids, _ in texts])
+        counted = np.stack([(width >= given) & (width < len(ids)) for _, ids, given in texts])
+        option = np.array([number for number, _, _ in texts], np.int32)
         return prompt, {
             "tokens": pad_to(tokens, rows),
             "mask": pad_to(mask, rows),
+            "counted": pad_to(counted, rows),
             "option": pad_to(option, rows, NO_OPTION),
         }
 
