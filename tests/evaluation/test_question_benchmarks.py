@@ -60,7 +60,7 @@ def test_rotations_without_their_first_row_are_told(tmp_path, capsys):
     assert "1 rows count nowhere" in capsys.readouterr().out
     tables.write_tsv(tmp_path / "table.tsv", [answered(1_000_006, "B", "B")])
     assert "the first rows of its groups are missing" in refused("mmb", "summary", tmp_path / "table.tsv")
-    tables.write_tsv(tmp_path / "table.tsv", [answered(5, "B", "B", index="a5")])
+    tables.write_tsv(tmp_path / "table.tsv", [answered(5, "B", "B") | {"index": "a5"}])
     assert "the index 'a5'" in refused("mmb", "summary", tmp_path / "table.tsv")
 
 

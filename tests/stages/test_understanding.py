@@ -1,4 +1,4 @@
-"""Questions in a run: one compiled program, the same answers in any batch, refusals, and a harmful reward that trips."""
+"""Questions in a run: one program, the same answers in any batch, refusals, and a harmful reward that trips."""
 
 import dataclasses
 import json
@@ -39,7 +39,8 @@ def test_answers_do_not_depend_on_the_batch_and_one_program_serves_all(whole):
     np.testing.assert_allclose(scores, others, atol=1e-5)
     small(whole.parts)
     assert small._answer._cache_size() == large._answer._cache_size() == 1
-    assert np.abs(np.asarray(small.answers(whole.parts)[1]) - scores)[np.isfinite(scores)].max() > 1e-3
+    options = np.isfinite(scores)
+    assert np.abs(small.answers(whole.parts)[1][options] - scores[options]).max() > 1e-3
 
 
 def test_scores_are_shares_of_right_answers_by_category(whole):
@@ -130,16 +131,10 @@ def test_a_run_logs_its_answers_and_reports_them(config, tmp_path, one_device):
     assert "understanding_colour" in page and "understanding_fall 1" in page and "Questions: does the encoder" in page
 
 
-# a reward that pays a reconstruction for being unlike the image, and no other bound that could stop it
-HARMFUL = dict(
+# no other bound stops it, and it may go as far from the reference as it likes
+FREE = dict(
     gen_for_und=dict(
-        steps=60,
-        batch_size=8,
-        group_size=8,
-        sampler_steps=2,
-        kl_weight=0.0,
-        reward=dict(weights=(-1.0,)),
-        optimizer=dict(learning_rate=3e-3),
+        steps=15, batch_size=8, group_size=8, sampler_steps=2, kl_weight=0.0, optimizer=dict(learning_rate=3e-3)
     ),
     evaluation=dict(
         images=4, images_during=1, batch_size=60, sampler_steps=1, samples=1, geneval_per_tag=0, questions_during=120
@@ -149,11 +144,17 @@ HARMFUL = dict(
 )
 
 
+def free_run(workdir, weight):
+    config = changed(presets.preset("tiny", ("gen_for_und",)).to_dict(), **FREE)
+    config["gen_for_und"]["reward"]["weights"] = (weight,)
+    (stage,) = run_module.run(config, workdir)["stages"]
+    return stage
+
+
 @pytest.mark.slow
 def test_a_harmful_reward_trips_and_the_answers_come_back(tmp_path, one_device, capsys):
-    """The default settings do not: see docs/evaluation.md for the accuracies of a default run."""
-    config = changed(presets.preset("tiny", ("gen_for_und",)).to_dict(), **HARMFUL)
-    (stage,) = run_module.run(config, tmp_path / "run")["stages"]
+    """It pays a reconstruction for being unlike the image. The true reward with the same settings does no harm."""
+    stage = free_run(tmp_path / "harmful", -1.0)
     trip = stage["guard"]
     assert trip["what"] == "understanding_fall" and trip["bound"] == 0.25 and trip["value"] > 0.25
     assert trip["before"] - trip["now"] == pytest.approx(trip["value"])
@@ -161,4 +162,8 @@ def test_a_harmful_reward_trips_and_the_answers_come_back(tmp_path, one_device, 
     name = f"understanding_{trip['category']}"
     assert stage["after"][name]["value"] >= stage["before"][name]["value"] - 0.125
     assert f"the questions about {trip['category']} ({trip['before']:.3g} before" in capsys.readouterr().err
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["stages"][0]["guard"] == trip
+    assert json.loads((tmp_path / "harmful" / "summary.json").read_text())["stages"][0]["guard"] == trip
+
+    stage = free_run(tmp_path / "useful", 1.0)
+    assert stage["guard"] is None and stage["steps"] == 15
+    assert stage["after"]["understanding"]["value"] > 0.9
