@@ -241,7 +241,7 @@ def read_questions(path: pathlib.Path, count: int) -> list[Question]:
     for index, images in item_images(path, set(chosen)):
         row = chosen[index]
         closed, said = yes_or_no(row), row["answer"].strip()
-        options = dict(zip(YES_NO, YES_NO)) if closed else options_of(row)
+        options: dict[str, str] = {key: key for key in YES_NO} if closed else options_of(row)
         if not closed and said not in options:
             raise ValueError(f"{path} row {index} has the answer {said!r}; its options are {', '.join(options)}")
         text = yes_no_text(row) if closed else question_text(row)

@@ -108,19 +108,18 @@ class ScoredCriteria(Criteria):
         """
         found: list[Verdict] = []
         for raw in json_objects(answer):
-            points = {caption: raw.get(caption) for caption in CAPTIONS}
+            first, second = (self._points(raw.get(caption)) for caption in CAPTIONS)
             compared = isinstance(raw.get("comparison"), str) and raw["comparison"].strip()
-            if raw.get("winner") in CAPTIONS and compared and all(self._points(given) for given in points.values()):
-                verdict = {name: _more(points["A"][name], points["B"][name]) for name in self.names}
-                found.append({**verdict, OVERALL: raw["winner"], SCORES: points})
+            if first and second and compared and raw.get("winner") in CAPTIONS:
+                verdict = {name: _more(first[name], second[name]) for name in self.names}
+                found.append({**verdict, OVERALL: raw["winner"], SCORES: dict(zip(CAPTIONS, (first, second)))})
         return found[0] if found and all(verdict == found[0] for verdict in found) else None
 
-    def _points(self, given: Any) -> bool:
-        return (
-            isinstance(given, dict)
-            and set(given) == set(self.names)
-            and all(type(value) is int and LOWEST <= value <= HIGHEST for value in given.values())
-        )
+    def _points(self, given: Any) -> dict[str, int] | None:
+        """The points of one caption, or None where they are malformed."""
+        if not isinstance(given, dict) or set(given) != set(self.names):
+            return None
+        return given if all(type(value) is int and LOWEST <= value <= HIGHEST for value in given.values()) else None
 
 
 PROTOCOLS: dict[str, type[Criteria]] = {"pairwise": Criteria, "paper_v5": ScoredCriteria}
