@@ -66,6 +66,18 @@ def test_a_question_alone_has_the_scores_that_it_has_among_longer_ones(whole):
         np.testing.assert_allclose(found[0], scores[place][: found.shape[1]], atol=1e-5)
 
 
+def test_texts_of_options_are_whole_answers_to_the_question(whole):
+    image = SceneSource("test", 0, 16)[0].image
+    question = Question("7", "left", {"A": "red", "B": "red circle"}, "A", "side", lambda: [image])
+    answers = Understanding(whole.system, [question], "text", "describe", 1)
+    end = whole.system.stops[0]
+    assert [ids[-1] for _, ids, _ in answers.texts[0]] == [end, end]
+    assert [len(ids) for _, ids, _ in answers.texts[0]] == [2, 3]
+    _, scores = answers.answers(whole.parts)
+    # with the ends, two texts of which one begins the other share no probability
+    assert np.logaddexp(*scores[0]) < 0
+
+
 def test_words_of_the_vocabulary_may_be_letters_and_others_are_refused(whole):
     with pytest.raises(ValueError, match="question colour 0: the options A, B, C, D are the same tokens"):
         asked(whole, by="letter")

@@ -26,6 +26,7 @@ from uae_jax.stages.weights import System
 from uae_jax.training.guard import UNDERSTANDING
 
 BUILTIN = "builtin"
+READ = ("vision", "language", "projector", "language_lora", "language_policy")  # parts of the captioner
 
 
 def open_questions(config: EvaluationConfig, data: DataConfig, source: Source | None = None) -> list[Question]:
@@ -81,10 +82,11 @@ class Understanding:
         self.options = max(len(question.options) for question in self.questions)
         self.rows = max(len(texts) for texts in self.texts)
         self.width = max(len(ids) for texts in self.texts for _, ids, _ in texts)
-        prompts = [self._prompt(question) for question in self.questions]
-        # one shape for all questions: one program
-        self.room = max(sum(len(patches) for patches, _ in seen) for _, seen in prompts)
-        self.length = max(len(ids) for ids, _ in prompts)
+        # one shape for all questions, so one program; the images are read again for each batch, not kept
+        sizes = [
+            (len(ids), sum(len(patches) for patches, _ in seen)) for ids, seen in map(self._prompt, self.questions)
+        ]
+        self.length, self.room = (max(size) for size in zip(*sizes))
         right = [list(question.options).index(question.answer) for question in self.questions]
         self.right, self.categories = np.array(right), [_slug(question.category) for question in self.questions]
 
@@ -98,13 +100,13 @@ class Understanding:
         """1 for each right answer and 0 for each wrong one: `understanding` of all, `understanding_<category>`."""
         chosen, _ = self.answers(parts)
         hits = (chosen == self.right).astype(np.float64)
-        of = np.array(self.categories)
-        return {UNDERSTANDING: hits} | {
-            f"{UNDERSTANDING}_{name}": hits[of == name] for name in dict.fromkeys(self.categories)
-        }
+        of, names = np.array(self.categories), dict.fromkeys(self.categories)
+        return {UNDERSTANDING: hits} | {f"{UNDERSTANDING}_{name}": hits[of == name] for name in names}
 
     def answers(self, parts: Mapping) -> tuple[np.ndarray, np.ndarray]:
         """The chosen option `[n]` of each question, and the log-probability `[n, k]` of each of its options."""
+        # the program is the same whatever a stage adds to the decoder
+        parts = {name: parts[name] for name in READ if name in parts}
 
         def batch(places: np.ndarray) -> tuple[Array, Array]:
             rows = [self._fields(int(place)) for place in places]
@@ -121,12 +123,12 @@ class Understanding:
         found = []
         for number, key in enumerate(question.options):
             for one in stated[key]:
-                # without the end of a caption: a text may go on
-                ids, given = (encode_caption(self.system.tokenizer, text)[:-1] for text in (one.text, one.given))
-                found.append((number, ids[:1] if self.by == "letter" else ids, len(given)))
-        if len({tuple(ids) for _, ids, _ in found}) < len(found) or not all(
-            len(ids) > given for _, ids, given in found
-        ):
+                ids, given = (encode_caption(self.system.tokenizer, text) for text in (one.text, one.given))
+                # an answer ends, a caption that states an option may go on
+                kept = ids[:1] if self.by == "letter" else ids[:-1] if question.statements else ids
+                found.append((number, kept, len(given) - 1))
+        different = len({tuple(ids) for _, ids, _ in found}) == len(found)
+        if not different or not all(len(ids) > given for _, ids, given in found):
             what = f"the options {', '.join(question.options)}" if self.by == "letter" else "the texts of its options"
             raise ValueError(
                 f"question {question.index}: {what} are the same tokens for this tokenizer; set "
