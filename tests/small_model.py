@@ -161,6 +161,8 @@ def small_config(folder: pathlib.Path) -> dict:
     values["model"]["folder"] = str(folder)
     values["data"] |= dict(image_size=SIDE, max_prompt=0, max_caption=12, negative_prompt="red circle")
     values["evaluation"] |= dict(images=4, images_during=3, batch_size=4, sampler_steps=2, geneval_per_tag=1, samples=2)
+    # a random model answers at random
+    values["evaluation"] |= dict(questions="")
     values["loop"] |= dict(eval_every=1)
     optimizer = as_dict(OptimizerConfig(learning_rate=1e-2))
     small = dict(steps=2, batch_size=8, optimizer=optimizer)

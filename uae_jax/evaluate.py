@@ -37,6 +37,9 @@ COMMANDS = {
     "geneval_plus": ("uae_jax.evaluation.geneval_plus", "images for GenEval++ and their scores"),
     "dpg": ("uae_jax.evaluation.dpg", "image grids for DPG-Bench and their scores"),
     "mmt": ("uae_jax.evaluation.mmt", "answers to MMT-Bench and their accuracy"),
+    "mmb": ("uae_jax.evaluation.mmb", "answers to MMBench and their accuracy with circular groups"),
+    "mmmu": ("uae_jax.evaluation.mmmu", "answers to MMMU and their accuracy by subject"),
+    "pope": ("uae_jax.evaluation.pope", "answers to POPE and their F1, accuracy, precision and recall"),
 }
 
 

@@ -10,7 +10,9 @@ from stand_ins import contents, geneval_pictures
 import uae_jax
 from uae_jax import evaluate
 from uae_jax.data import scenes, tokenizer
-from uae_jax.evaluation import drawing, mmt, tables
+from uae_jax.data.questions import question_text
+from uae_jax.evaluation import answers, drawing
+from uae_jax.files import tables
 from uae_jax.stages.inference import Row
 
 
@@ -22,7 +24,7 @@ def model():
 @pytest.fixture
 def loaded(model, monkeypatch):
     """Both commands take the loaded model, whose programs are compiled once."""
-    for module in (drawing, mmt):
+    for module in (drawing, answers):
         monkeypatch.setattr(module, "load_model", lambda options, inputs: model)
 
 
@@ -99,7 +101,7 @@ def test_questions_are_answered_from_their_own_pictures(loaded, model, tmp_path)
     engine = model.engine
     for row in rows[::3]:
         shown = [pictures[int(number)] for number in (["0"] if row["index"] == "0" else ["0", "1"])]
-        fields = engine.question_fields(mmt.question_text(row), shown)
+        fields = engine.question_fields(question_text(row), shown)
         assert [text for _, text in engine.captions([Row(0, 5, fields)])] == [said[row["index"]]]
 
 

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from uae_jax import evaluate
-from uae_jax.evaluation.judging import Criteria, make_questions, parse_verdict, tally
+from uae_jax.evaluation.judge_protocols import Criteria, ScoredCriteria
+from uae_jax.evaluation.judging import make_questions, tally
 from uae_jax.files.json_files import read_records
 
 KEYS = Criteria.from_file().keys
@@ -299,7 +300,7 @@ def test_answers_to_other_captions_are_not_mixed_in(tmp_path):
     ],
 )
 def test_answers_are_read_strictly(answer, valid):
-    assert (parse_verdict(KEYS, answer) is not None) == valid
+    assert (Criteria.from_file().parse(answer) is not None) == valid
 
 
 def test_tally_counts_a_win_only_when_both_orders_agree():
@@ -332,3 +333,77 @@ def test_questions_are_shuffled_by_the_seed_and_hold_the_captions_as_they_are():
     assert make(0) == make(0) and len({tuple((q.image_id, q.order) for q in make(seed)) for seed in range(9)}) > 1
     text = next(q.text for q in make(0) if (q.image_id, q.order) == ("x", "ab"))
     assert "Caption A:\na {keys} b\n\nCaption B:\n{caption_a}\n" in text and "not shown" in text
+
+
+# ---- the paper's protocol ----
+
+NAMES = ScoredCriteria.from_file().names
+POINTS = {"A": dict.fromkeys(NAMES, 8), "B": dict(zip(NAMES, (9, 8, 3)))}
+SCORED = {**POINTS, "comparison": "A says 'red', B nothing", "winner": "A"}
+
+
+def test_the_papers_question_has_its_criteria_its_scale_and_no_tie():
+    criteria = ScoredCriteria.from_file()
+    assert NAMES == ("comprehensiveness", "fluency", "insight")
+    text = criteria.text("{keys} of a", "caption of b", has_image=True)
+    assert "{keys} of a" in text and "{scores}" not in text and "1 (poor) to 10 (excellent)" in text
+    assert "a tie is not allowed" in text and all(f"- {name}: " in text for name in NAMES)
+    shown = text[text.index('{"A": ') :].replace('"A" or "B"}', '"A"}')
+    assert criteria.parse(shown) is not None  # the form that is asked for is one that is read
+
+
+@pytest.mark.parametrize(
+    "changes, valid",
+    [
+        ({}, True),
+        ({"winner": "tie"}, False),
+        ({"winner": None}, False),
+        ({"winner": "A or B"}, False),
+        ({"winner": "a"}, False),
+        ({"comparison": " "}, False),
+        ({"A": POINTS["A"] | {"fluency": 11}}, False),
+        ({"A": POINTS["A"] | {"fluency": 0}}, False),
+        ({"A": POINTS["A"] | {"fluency": 7.5}}, False),
+        ({"A": POINTS["A"] | {"fluency": True}}, False),
+        ({"A": POINTS["A"] | {"text": 5}}, False),
+        ({"B": {"fluency": 5}}, False),
+        ({"B": "8/10"}, False),
+    ],
+)
+def test_the_papers_answers_are_read_strictly(changes, valid):
+    found = ScoredCriteria.from_file().parse("Here it is: " + json.dumps(SCORED | changes))
+    assert (found is not None) == valid
+    if found:
+        assert found == {
+            "comprehensiveness": "B",
+            "fluency": "tie",
+            "insight": "A",
+            "overall": "A",
+            "scores": POINTS,
+        }
+
+
+def test_two_winners_in_one_answer_are_no_winner():
+    criteria = ScoredCriteria.from_file()
+    assert criteria.parse(json.dumps(SCORED) * 2) == criteria.parse(json.dumps(SCORED))
+    assert criteria.parse(json.dumps(SCORED) + json.dumps(SCORED | {"winner": "B"})) is None
+
+
+def test_the_papers_protocol_counts_winners_and_points_and_asks_again_after_a_tie(tmp_path, capsys):
+    def reply(number, body):
+        text = body["messages"][0]["content"]
+        first = bool(re.search(r"Caption A:\ncaption \d of a", text))
+        good, poor = dict.fromkeys(NAMES, 9), dict.fromkeys(NAMES, 4)
+        points = {"A": good if first else poor, "B": poor if first else good}
+        winner = "tie" if number == 1 else "A" if first else "B"
+        return json.dumps({**points, "comparison": "the one says more", "winner": winner})
+
+    with Stub(reply) as stub:
+        found = judge(tmp_path, stub.url, protocol="paper_v5", workers=1)
+    assert len(stub.bodies) == 13 and found["answers"]["valid"] == 12 and found["protocol"] == "paper_v5"
+    assert found["scores"]["overall"]["win_rate"]["value"] == 1 and found["scores"]["overall"]["tie"]["value"] == 0
+    assert found["points"].keys() == set(NAMES)
+    assert all((both["a"]["value"], both["b"]["value"]) == (9, 4) for both in found["points"].values())
+    assert "points from 1 to 10: a 9.00  b 4.00" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="answers other captions, criteria or images"):
+        judge(tmp_path, stub.url)  # the other protocol asked other questions

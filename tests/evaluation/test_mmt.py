@@ -13,7 +13,9 @@ from PIL import Image
 from stand_ins import refused
 
 from uae_jax import evaluate
-from uae_jax.evaluation import mmt, tables
+from uae_jax.data import questions
+from uae_jax.evaluation import answers, matching, mmt
+from uae_jax.files import tables
 
 OPTIONS = {"A": "a red circle", "B": "a blue square", "C": "two crosses"}
 
@@ -75,7 +77,7 @@ def engine(monkeypatch):
     engine = Engine()
     settings = dict(seed=42, temperature=0.0, top_p=1.0, max_new_tokens=32)
     monkeypatch.setattr(
-        mmt,
+        answers,
         "load_model",
         lambda options, inputs: types.SimpleNamespace(
             engine=engine, settings=types.SimpleNamespace(**settings | ({"seed": options.seed} if options.seed else {}))
@@ -91,13 +93,13 @@ def data(tmp_path):
 
 
 def test_prompt_is_the_benchmarks(data):
-    assert mmt.question_text(ITEMS[0]) == (
+    assert questions.question_text(ITEMS[0]) == (
         "Hint: look closely\nQuestion: What is shown in 7?\nOptions:\nA. a red circle\nB. a blue square\nC. two "
         "crosses\n"
         "Please select the correct answer from the options above. \n"
     )
-    assert "Hint" not in mmt.question_text(ITEMS[1]) and "C." not in mmt.question_text(ITEMS[1])
-    assert mmt.question_text({"question": "how many?"}) == "Question: how many?\n"
+    assert "Hint" not in questions.question_text(ITEMS[1]) and "C." not in questions.question_text(ITEMS[1])
+    assert questions.question_text({"question": "how many?"}) == "Question: how many?\n"
 
 
 def test_tables_hold_every_column_but_the_images(data, tmp_path, engine, capsys):
@@ -169,9 +171,10 @@ def test_images_may_be_files(tmp_path, engine):
     log: Any = types.SimpleNamespace(records=[], append=print)
     assert "give --image_root" in json.dumps(
         list(
-            mmt.write_answers(
+            answers.write_answers(
                 engine,
-                mmt.read_items(tmp_path / "data.tsv"),
+                questions.read_items(tmp_path / "data.tsv"),
+                ["", ""],
                 log,
                 tmp_path / "data.tsv",
                 tmp_path / "no",
@@ -222,7 +225,7 @@ def test_the_split_without_answers_gets_its_submission(tmp_path, engine):
     ],
 )
 def test_letters(answer, letter):
-    assert mmt.chosen_letter(answer, OPTIONS) == letter
+    assert matching.chosen_letter(answer, OPTIONS) == letter
 
 
 def test_accuracy_overall_and_by_meta_task(tmp_path, capsys):

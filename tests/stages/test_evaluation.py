@@ -9,6 +9,7 @@ import pytest
 
 from uae_jax.data.scene_checker import caption_score
 from uae_jax.methods.stage_settings import denoising
+from uae_jax.stages.batching import in_batches
 from uae_jax.stages.data import open_sources
 from uae_jax.stages.evaluation import Evaluator
 
@@ -89,15 +90,15 @@ def test_scores_are_means_over_pictures(scored):
 
 
 @pytest.mark.parametrize("count", range(1, 10))
-def test_batches_are_filled_with_their_own_rows_and_cut_again(whole, count):
-    evaluator, sizes = whole.evaluator, []
+def test_batches_are_filled_with_their_own_rows_and_cut_again(count):
+    sizes = []
 
     def doubled(rows):
         sizes.append(len(rows["id"]))
         assert set(rows["id"]) <= set(range(count))
         return {"twice": 2 * rows["id"], "id": jax.numpy.asarray(rows["id"])}
 
-    found = evaluator._in_batches(doubled, {"id": np.arange(count)})
+    found = in_batches(doubled, 4, {"id": np.arange(count)})
     np.testing.assert_array_equal(found["id"], np.arange(count))
     np.testing.assert_array_equal(found["twice"], 2 * np.arange(count))
     assert sizes == [4] * -(-count // 4)

@@ -114,12 +114,26 @@ def caption_prompt_ids(
     Raises:
       ValueError: the prompt text contains an image token.
     """
-    if IMAGE_PAD in prompt + system:
-        raise ValueError(f"the caption prompt must not contain {IMAGE_PAD}: images are added after the text")
-    said, images = [{"type": "text", "text": prompt}], [{"type": "image"}] * len(image_tokens)
-    text = _chat_text(tokenizer, "user", *(images + said if images_first else said + images), system=system)
-    head, *tails = text.split(IMAGE_PAD)
-    return _encode(tokenizer, head + "".join(IMAGE_PAD * n + tail for n, tail in zip(image_tokens, tails, strict=True)))
+    return turn_ids(tokenizer, [*image_tokens, prompt] if images_first else [prompt, *image_tokens], system)
+
+
+def turn_ids(tokenizer, parts: Sequence[str | int], system: str = "") -> list[int]:
+    """A user's turn of texts and images in any order, and the header of the answer: token ids [T].
+
+    Args:
+      tokenizer: of `load_tokenizer`.
+      parts: texts, and the number of merged patches in place of each image.
+      system: text of the system turn; empty for that of the chat template.
+
+    Raises:
+      ValueError: a text contains an image token.
+    """
+    if any(isinstance(part, str) and IMAGE_PAD in part for part in (*parts, system)):
+        raise ValueError(f"the caption prompt must not contain {IMAGE_PAD}: images are added by the tokenizer")
+    counts = [part for part in parts if not isinstance(part, str)]
+    said = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+    head, *tails = _chat_text(tokenizer, "user", *said, system=system).split(IMAGE_PAD)
+    return _encode(tokenizer, head + "".join(IMAGE_PAD * n + tail for n, tail in zip(counts, tails, strict=True)))
 
 
 def condition_template(tokenizer) -> tuple[list[int], list[int]]:

@@ -8,6 +8,9 @@ Caption files have lines {"image_id": ..., "caption": ...}. Each pair of caption
 and a win must hold in both. Every answer is appended to --answers at once. The same command continues an interrupted
 run and asks again where an answer is missing or malformed. Without --endpoint, --answers holds saved answers, lines
 {"image_id", "order", "answer"}. --questions writes the questions for another tool.
+
+--protocol=pairwise asks for a winner or a tie on seven criteria and overall. --protocol=paper_v5 is the paper's: points
+from 1 to 10 on three criteria, then one winner without ties.
 """
 
 import argparse
@@ -18,11 +21,14 @@ import pathlib
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from uae_jax.files.json_files import read_records, write_json, write_json_lines
+
+if TYPE_CHECKING:
+    from uae_jax.evaluation.judge_protocols import Criteria, Verdict
 
 FIRST_REFUSALS = 5  # refusals before any answer, after which the run ends: the endpoint refuses every question
 
@@ -45,10 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="longest side of a shown image in pixels",
     )
     parser.add_argument(
+        "--protocol",
+        choices=("pairwise", "paper_v5"),
+        default="pairwise",
+        help="this project's comparison, or the paper's points and one winner",
+    )
+    parser.add_argument(
         "--criteria",
         type=pathlib.Path,
         metavar="FILE",
-        help="JSON with the question and its criteria (default: the package's)",
+        help="JSON with the question and its criteria (default: the package's, of the protocol)",
     )
     parser.add_argument(
         "--endpoint",
@@ -104,7 +116,8 @@ def run(options: argparse.Namespace) -> None:
       FileNotFoundError: a file is missing.
       OSError: the endpoint cannot be used; earlier answers are kept and counted in the result.
     """
-    from uae_jax.evaluation.judging import Criteria, make_questions
+    from uae_jax.evaluation.judge_protocols import PROTOCOLS
+    from uae_jax.evaluation.judging import make_questions
     from uae_jax.evaluation.pairs import image_files, read_captions
 
     if not options.questions and not (options.answers and options.output):
@@ -118,7 +131,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(
             "--workers, --image_side and --timeout must be positive, the retries and --backoff not negative"
         )
-    criteria = Criteria.from_file(options.criteria)
+    criteria = PROTOCOLS[options.protocol].from_file(options.criteria)
     captions_a, captions_b = read_captions(options.captions_a), read_captions(options.captions_b)
     shared = sorted(captions_a.keys() & captions_b.keys())
     if not shared:
@@ -132,11 +145,11 @@ def run(options: argparse.Namespace) -> None:
         return
     trouble = None
     try:
-        _answer(options, criteria.keys, questions)
+        _answer(options, criteria, questions)
     except (OSError, KeyboardInterrupt) as error:
         trouble = error
     single = sorted(captions_a.keys() ^ captions_b.keys())
-    result = _result(options, criteria.keys, questions, single)
+    result = _result(options, criteria, questions, single)
     _print(result, options)
     if trouble is not None:
         answered = sum(result["answers"][name] for name in ("valid", "malformed"))
@@ -161,7 +174,7 @@ def _write_questions(path: pathlib.Path, questions: Sequence, side: int) -> None
     print(f"{len(lines)} questions: {path}")
 
 
-def _answer(options: argparse.Namespace, keys: Sequence[str], questions: Sequence) -> None:
+def _answer(options: argparse.Namespace, criteria: "Criteria", questions: Sequence) -> None:
     """Asks the questions without a valid answer in parallel; every answer is written at once."""
     from uae_jax.evaluation.judging import ChatEndpoint
     from uae_jax.evaluation.records import RecordLog
@@ -177,10 +190,10 @@ def _answer(options: argparse.Namespace, keys: Sequence[str], questions: Sequenc
         options.backoff,
         _fields(options.request_fields),
     )
-    verdicts = _verdicts(options, keys, questions)[0]
+    verdicts = _verdicts(options, criteria, questions)[0]
     missing = [question for question in questions if question.order not in verdicts.get(question.image_id, {})]
     with RecordLog(options.answers) as log, concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
-        asker = _Asker(options, keys, endpoint, log)
+        asker = _Asker(options, criteria, endpoint, log)
         futures = [pool.submit(asker.ask, question) for question in missing]
         try:
             for future in tqdm(
@@ -197,15 +210,15 @@ def _answer(options: argparse.Namespace, keys: Sequence[str], questions: Sequenc
 class _Asker:
     """Asks questions from threads and writes the answers; `trouble` is the error of an unusable endpoint, or None."""
 
-    def __init__(self, options: argparse.Namespace, keys: Sequence[str], endpoint: Any, log: Any):
-        self.options, self.keys, self.endpoint, self.log = options, keys, endpoint, log
+    def __init__(self, options: argparse.Namespace, criteria: "Criteria", endpoint: Any, log: Any):
+        self.options, self.criteria, self.endpoint, self.log = options, criteria, endpoint, log
         self.lock = threading.Lock()
         self.answered, self.refused = 0, 0
         self.trouble: Exception | None = None
 
     def ask(self, question: Any) -> None:
         """Writes the first well-formed answer, or the last malformed answer, or the reason of a refusal."""
-        from uae_jax.evaluation.judging import EndpointError, QuestionRefused, parse_verdict
+        from uae_jax.evaluation.judging import EndpointError, QuestionRefused
 
         if self.endpoint.stop.is_set():
             return
@@ -219,7 +232,7 @@ class _Asker:
             messages = question.messages(self.options.image_side)
             for attempt in range(self.options.malformed_retries + 1):
                 record |= {"answer": self.endpoint.ask(messages), "attempts": attempt + 1}
-                if parse_verdict(self.keys, record["answer"]):
+                if self.criteria.parse(record["answer"]):
                     break
         except QuestionRefused as error:
             record["error"] = str(error)
@@ -269,18 +282,16 @@ def _fields(text: str) -> dict[str, Any]:
 
 
 def _verdicts(
-    options: argparse.Namespace, keys: Sequence[str], questions: Sequence
-) -> tuple[dict[str, dict[str, dict[str, str]]], Counter]:
+    options: argparse.Namespace, criteria: "Criteria", questions: Sequence
+) -> tuple[dict[str, dict[str, "Verdict"]], Counter]:
     """{image: {order: verdict}} of the last valid answers, and the counts of valid, malformed, refused and missing.
 
     Raises:
       FileNotFoundError: the saved answers do not exist.
       ValueError: an answer to an unknown question, of another judge, or to other captions or criteria.
     """
-    from uae_jax.evaluation.judging import parse_verdict
-
     known = {(question.image_id, question.order): question for question in questions}
-    verdicts: dict[str, dict[str, dict[str, str]]] = {}
+    verdicts: dict[str, dict[str, Verdict]] = {}
     kinds = dict.fromkeys(known, "missing")
     records = read_records(options.answers) if options.answers.is_file() or not options.endpoint else []
     for number, record in enumerate(records, 1):
@@ -299,7 +310,7 @@ def _verdicts(
                 f"{options.answers} record {number} is of judge {record['judge']!r}, not {options.model!r}; give "
                 "another --answers"
             )
-        verdict = parse_verdict(keys, str(record.get("answer", "")))
+        verdict = criteria.parse(str(record.get("answer", "")))
         if verdict:
             verdicts.setdefault(place[0], {})[place[1]] = verdict
         if kinds[place] != "valid":
@@ -308,12 +319,12 @@ def _verdicts(
 
 
 def _result(
-    options: argparse.Namespace, keys: Sequence[str], questions: Sequence, single: Sequence[str]
+    options: argparse.Namespace, criteria: "Criteria", questions: Sequence, single: Sequence[str]
 ) -> dict[str, Any]:
     """The result of the answers so far, written to --output."""
-    from uae_jax.evaluation.judging import tally
+    from uae_jax.evaluation.judging import mean_points, tally
 
-    verdicts, counts = _verdicts(options, keys, questions)
+    verdicts, counts = _verdicts(options, criteria, questions)
     names = (
         options.names.split(",")
         if options.names
@@ -321,12 +332,14 @@ def _result(
     )
     result = {
         "judge": options.model or "saved answers",
+        "protocol": options.protocol,
         "a": names[0],
         "b": names[-1],
         "n_images": len(questions) // 2,
         "n_valid": sum(len(orders) == 2 for orders in verdicts.values()),
         "answers": {name: counts[name] for name in ("valid", "malformed", "refused", "missing")},
-        "scores": tally(keys, verdicts),
+        "scores": tally(criteria.keys, verdicts),
+        **({"points": mean_points(criteria.names, verdicts)} if options.protocol == "paper_v5" else {}),
         "captioned_by_one_model": list(single),
         "verdicts": verdicts,
     }
@@ -345,4 +358,7 @@ def _print(result: Mapping[str, Any], options: argparse.Namespace) -> None:
             for name in ("win", "tie", "loss")
         )
         print(f"{key:16} {shares}  agrees with itself {entry['consistency']:.3f}")
+    for key, both in result.get("points", {}).items():
+        points = "  ".join(f"{result[model]} {entry['value']:.2f}" for model, entry in both.items())
+        print(f"{key:18} points from 1 to 10: {points}")
     print(f"result: {options.output}")

@@ -1,13 +1,11 @@
-"""The judge of captions: its questions, its endpoint, its verdicts, and their tally."""
+"""The judge of captions: its questions, its endpoint, and the tally of its verdicts."""
 
 import base64
 import dataclasses
 import hashlib
 import io
-import json
 import pathlib
 import random
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,70 +13,15 @@ from typing import Any
 import requests
 from PIL import Image
 
+from uae_jax.evaluation.judge_protocols import Criteria, Verdict, points_of
 from uae_jax.evaluation.pairs import read_rgb
 from uae_jax.training.summary import interval
 
 ORDERS = ("ab", "ba")  # the models whose captions are A and B
-OVERALL = "overall"
 OUTCOMES = ("win", "tie", "loss")  # of model a
 TRANSIENT = (408, 409, 425, 429)  # and 5xx
 REFUSED = (400, 413, 422)  # of this one question
 LONGEST_WAIT = 60.0  # seconds between two attempts
-
-
-@dataclasses.dataclass(frozen=True)
-class Criteria:
-    """The question to a judge and its criteria, from a JSON file such as `judge_criteria.json`."""
-
-    instruction: str
-    with_image: str
-    without_image: str
-    criteria: tuple[tuple[str, str], ...]
-
-    @classmethod
-    def from_file(cls, path: pathlib.Path | None = None) -> "Criteria":
-        """Reads the criteria of a file; None for those of the package.
-
-        Raises:
-          FileNotFoundError: no such file.
-          ValueError: the file is not JSON, or lacks a field.
-        """
-        path = path or pathlib.Path(__file__).with_name("judge_criteria.json")
-        if not path.is_file():
-            raise FileNotFoundError(f"criteria file {path} does not exist")
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            listed = tuple((item["name"], item["question"]) for item in raw["criteria"])
-            found = cls(raw["instruction"], raw["with_image"], raw["without_image"], listed)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} does not hold criteria ({type(error).__name__}: {error}); copy the package's "
-                "judge_criteria.json"
-            ) from error
-        names = [name for name, _ in listed]
-        if not names or len(set(names)) != len(names) or OVERALL in names:
-            raise ValueError(f"{path} needs criteria with different names, none of them {OVERALL!r}; it has {names}")
-        return found
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The keys of an answer: every criterion, and `overall`."""
-        return (*(name for name, _ in self.criteria), OVERALL)
-
-    def text(self, caption_a: str, caption_b: str, has_image: bool) -> str:
-        """The question in words; braces inside of captions stay as they are."""
-        listed = "\n".join(f"- {name}: {question}" for name, question in self.criteria)
-        keys = ", ".join(f'"{key}"' for key in self.keys)
-        parts = {
-            "image_note": self.with_image if has_image else self.without_image,
-            "criteria": listed,
-            "keys": keys,
-            "caption_a": caption_a,
-            "caption_b": caption_b,
-        }
-        return re.sub(
-            r"\{(image_note|criteria|keys|caption_a|caption_b)\}", lambda match: parts[match[1]], self.instruction
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,37 +199,21 @@ def _reason(error: requests.RequestException) -> str:
     return str(error)
 
 
-def parse_verdict(keys: Sequence[str], answer: str) -> dict[str, str] | None:
-    """Reads an answer: {key: "A", "B" or "tie"} for all keys, or None for a malformed answer.
-
-    The JSON object may be in a code block or between sentences.
-    """
-    for start in (match.start() for match in re.finditer(r"\{", answer)):
-        try:
-            raw, _ = json.JSONDecoder().raw_decode(answer[start:])
-        except ValueError:
-            continue
-        said = {key: re.sub(r"^caption\s+", "", str(raw.get(key, "")).strip(), flags=re.I).lower() for key in keys}
-        if all(value in ("a", "b", "tie") for value in said.values()):
-            return {key: value if value == "tie" else value.upper() for key, value in said.items()}
-    return None
-
-
-def _points(verdict: Mapping[str, str], key: str, order: str) -> int:
+def _points(verdict: Verdict, key: str, order: str) -> int:
     """1 for a win of model a, -1 for a win of model b, 0 for a tie."""
     if verdict[key] == "tie":
         return 0
     return 1 if (verdict[key] == "A") == (order == "ab") else -1
 
 
-def tally(keys: Sequence[str], verdicts: Mapping[str, Mapping[str, Mapping[str, str]]]) -> dict[str, Any]:
+def tally(keys: Sequence[str], verdicts: Mapping[str, Mapping[str, Verdict]]) -> dict[str, Any]:
     """Win, tie and loss of model a against model b.
 
     A win must hold in both orders; two answers that disagree count as a tie (MT-Bench, arXiv 2306.05685, section 3.4).
 
     Args:
       keys: of the answers.
-      verdicts: {image: {order: verdict of `parse_verdict`}}; only images with both orders count.
+      verdicts: {image: {order: verdict of `Criteria.parse`}}; only images with both orders count.
 
     Returns:
       {key: {"win", "tie", "loss", "win_rate" (a tie counts half): {value, n, low, high}; "consistency": share of images
@@ -309,3 +236,16 @@ def tally(keys: Sequence[str], verdicts: Mapping[str, Mapping[str, Mapping[str, 
             "first_rate": sum(decided) / len(decided) if decided else None,
         }
     return table
+
+
+def mean_points(names: Sequence[str], verdicts: Mapping[str, Mapping[str, Verdict]]) -> dict[str, Any]:
+    """Mean points of the captions of both models under `paper_v5`, {criterion: {"a", "b": {value, n, low, high}}}.
+
+    Args:
+      names: of the criteria.
+      verdicts: as in `tally`; {} without images that have both orders.
+    """
+    points = points_of(names, verdicts)
+    return {
+        name: {model: interval(values) for model, values in both.items()} for name, both in points.items() if both["a"]
+    }

@@ -21,6 +21,7 @@ from uae_jax.stages.folders.check import check_folder
 from uae_jax.stages.folders.parts import NEW_PROJECTOR, find_parts
 from uae_jax.stages.program import make_program
 from uae_jax.stages.run_config import RunConfig
+from uae_jax.stages.understanding import open_questions
 from uae_jax.stages.weights import ENCODERS, model_folder
 
 EXPECTED = (ValueError, OSError, ImportError)
@@ -98,7 +99,7 @@ def find_mistakes(config: RunConfig, workdir: pathlib.Path | None) -> list[str]:
       config: of the run, every setting in its range.
       workdir: of the run; None leaves it unchecked.
     """
-    checks = [_check_batches, _check_encoders, _check_data]
+    checks = [_check_batches, _check_encoders, _check_data, _check_questions]
     if workdir is not None:
         checks.append(lambda config: _check_workdir(config, workdir))
     return _all(config, checks)
@@ -243,6 +244,11 @@ def missing_captions(config: RunConfig, data: OpenedData) -> Iterator[str]:
                 f"{' and '.join(needing)} need{'s' if len(needing) == 1 else ''} captions: {records.remedy(record)}"
                 + (f"; {run}" if run else "")
             )
+
+
+def _check_questions(config: RunConfig) -> Iterator[str]:
+    open_questions(config.evaluation, config.data)
+    yield from ()
 
 
 def _check_workdir(config: RunConfig, workdir: pathlib.Path) -> Iterator[str]:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import numpy as np
 from jax import Array
 from PIL import Image
 
-from uae_jax import sharding, trees
+from uae_jax import trees
 from uae_jax.data.loader import RowBuilder, from_signed, to_signed
 from uae_jax.data.scene_checker import caption_score, picture_scores
 from uae_jax.data.scene_prompts import check_prompt, scene_prompts
@@ -26,6 +25,7 @@ from uae_jax.rewards.similarity import cosine_reward
 from uae_jax.rollouts.captioning import repeated_sequences, sample_captions
 from uae_jax.rollouts.reconstruction import Denoising, caption_states, draw, draw_from, sample_keys
 from uae_jax.settings import Settings, setting
+from uae_jax.stages.batching import in_batches
 from uae_jax.stages.weights import System
 from uae_jax.training.summary import intervals
 
@@ -49,6 +49,15 @@ class EvaluationConfig(Settings):
     heldout_encoder: str = setting("dinov2", "an encoder that is never a reward; empty for none")
     geneval_per_tag: int = setting(0, "prompts of each tag, on the built-in scenes; 0 for none", low=0)
     samples: int = setting(8, "images written as samples", low=0)
+    questions: str = setting(
+        "", "TSV of questions in VLMEvalKit's layout, or 'builtin' for questions about scenes; empty for none"
+    )
+    questions_during: int = setting(
+        240, "questions answered before, after and every loop.eval_every steps of RL, in turn from each category", low=1
+    )
+    questions_by: str = setting(
+        "letter", "whether options compete by letter, or Yes and No, or by their texts", choices=("letter", "text")
+    )
 
 
 class Evaluator:
@@ -127,7 +136,7 @@ class Evaluator:
 
     def _generated(self, parts: Mapping, *inputs: np.ndarray) -> np.ndarray:
         """Images `[n, H, W, 3]` in [-1, 1] from tokens `[n, T]`, lengths `[n]` and sample numbers `[n]`."""
-        return self._in_batches(lambda *batch: self._picture(self.denoising, parts, *batch), *inputs)
+        return in_batches(lambda *batch: self._picture(self.denoising, parts, *batch), self.config.batch_size, *inputs)
 
     def _rebuilt(self, how: Denoising, parts: Mapping, batch: Mapping, said: Mapping) -> np.ndarray:
         """Reconstructions `[n, H, W, 3]` in [-1, 1] of images from their captions, as the condition says."""
@@ -136,24 +145,12 @@ class Evaluator:
         else:
             call, inputs = functools.partial(self._picture, how, parts), (said["tokens"], said["lengths"])
             inputs = (*inputs, batch["sample_id"])
-        return self._in_batches(call, *inputs)
+        return in_batches(call, self.config.batch_size, *inputs)
 
     def _cosines(self, parts: Mapping, originals: np.ndarray, generated: np.ndarray) -> dict[str, np.ndarray]:
         """Cosines `[n]` between images `[n, H, W, 3]` in [-1, 1], by encoder."""
-        return self._in_batches(lambda *batch: self._compare(parts["encoders"], *batch), originals, generated)
-
-    def _in_batches(self, function: Any, *arrays: Any) -> Any:
-        """Applies a compiled function batch by batch; the last batch is filled with its first row, then shortened."""
-        count, size, found = len(jax.tree.leaves(arrays)[0]), self.config.batch_size, []
-        for start in range(0, count, size):
-
-            def part(leaf: np.ndarray) -> np.ndarray:
-                chunk = leaf[start : start + size]
-                return np.concatenate([chunk, np.repeat(chunk[:1], size - len(chunk), axis=0)])
-
-            result = sharding.host_values(function(*jax.tree.map(part, arrays)))
-            found.append(jax.tree.map(lambda leaf: leaf[: min(size, count - start)], result))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+        size = self.config.batch_size
+        return in_batches(lambda *batch: self._compare(parts["encoders"], *batch), size, originals, generated)
 
     def __call__(self, parts: Mapping, folder: pathlib.Path | None = None) -> dict[str, dict]:
         """Held-out scores with 95 % intervals: {score: {"value", "n", "low", "high"}}.
@@ -180,7 +177,7 @@ class Evaluator:
         fields = [self.rows.image_fields(example.image) for example in examples]
         batch = {name: np.stack([row[name] for row in fields]) for name in fields[0]}
         batch["sample_id"] = np.arange(len(fields), dtype=np.int32)
-        said = self._in_batches(lambda rows: self._write(parts, rows), batch)
+        said = in_batches(lambda rows: self._write(parts, rows), self.config.batch_size, batch)
         captions = [decode_caption(self.system.tokenizer, row[:n]) for row, n in zip(said["tokens"], said["lengths"])]
         drawn = self._rebuilt(self.denoising, parts, batch, said)
         cosines = self._cosines(parts, batch["pixels"], drawn)

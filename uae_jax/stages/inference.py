@@ -16,6 +16,7 @@ from PIL import Image
 from uae_jax import sharding, trees
 from uae_jax.data import tokenizer as tokens
 from uae_jax.data.loader import RowBuilder, batch_spec, from_signed
+from uae_jax.data.questions import placed_images, question_inputs
 from uae_jax.data.qwen_inputs import Fields, prompt_fields
 from uae_jax.data.tokenizer import decode_caption
 from uae_jax.diffusion.schedule import sigma_schedule
@@ -138,19 +139,17 @@ class Inference:
     def question_fields(self, question: str, images: Sequence[np.ndarray | Image.Image]) -> Fields:
         """The captioner's inputs for a question after one or more images; the caption is the answer.
 
-        The images are padded together to an `image_room`, the text to a power of two.
+        `<image 2>` in the question places an image (`data.questions.placed_images`). The images are padded together to
+        an `image_room`, the text to a power of two.
 
         Raises:
           ValueError: no image, an image without content, or an aspect ratio above 200.
         """
-        if not images:
-            raise ValueError("a question needs at least one image")
         processor, tokenizer = self.system.processor, self.system.tokenizer
-        seen = [processor(image) for image in images]
-        counts = [processor.image_tokens(grid) for _, grid in seen]
-        ids = tokens.caption_prompt_ids(tokenizer, question, counts, images_first=True)
-        room = image_room(sum(counts), self.largest)
-        text = max(SHORTEST_QUESTION, 1 << (len(ids) - sum(counts) - 1).bit_length())
+        ids, seen = question_inputs(tokenizer, processor, placed_images(question, images))
+        count = sum(processor.image_tokens(grid) for _, grid in seen)
+        room = image_room(count, self.largest)
+        text = max(SHORTEST_QUESTION, 1 << (len(ids) - count - 1).bit_length())
         pad = tokens.token_id(tokenizer, tokens.IMAGE_PAD)
         return prompt_fields(ids, seen, processor, pad, room * processor.merge_size**2, text + room)
 

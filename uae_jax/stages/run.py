@@ -29,6 +29,7 @@ from uae_jax.stages.evaluation import Evaluator
 from uae_jax.stages.export import export_system
 from uae_jax.stages.program import with_adapters
 from uae_jax.stages.run_config import RunConfig, is_rl
+from uae_jax.stages.understanding import open_understanding
 from uae_jax.stages.weights import load_system
 from uae_jax.training import processes
 from uae_jax.training.guard import skip_outliers
@@ -37,7 +38,7 @@ from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.report import write_report
 from uae_jax.training.step import TrainState
-from uae_jax.training.summary import write_summary
+from uae_jax.training.summary import intervals, write_summary
 
 
 def run(config: Mapping[str, Any] | RunConfig, workdir: pathlib.Path) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def run(config: Mapping[str, Any] | RunConfig, workdir: pathlib.Path) -> dict[st
             if name not in finished:  # else the outputs may be those of a later stage
                 summary = _write_outputs(whole, results)
         if not results:
-            scores = whole.evaluator(whole.parts, workdir / "samples" / "evaluate_after")
+            scores = whole.scores(whole.parts, workdir / "samples" / "evaluate_after")
             results.append(StageResult("evaluate", None, 0, 0.0, 0.0, {}, scores))
     summary = summary or _write_outputs(whole, results)
     writer.close()
@@ -114,6 +115,7 @@ class Run:
         self.evaluator = Evaluator(
             self.system, scores, how, self.data.heldout, self.rows, config.data.max_caption, config.seed
         )
+        self.understanding = open_understanding(scores, config.data, self.source, self.system)
 
     def train_stage(self, name: str, stage: str, writer: MetricWriter, previous: StageResult | None) -> StageResult:
         """Runs one stage to its end and takes over what it trained.
@@ -145,6 +147,7 @@ class Run:
                 before=lambda state: self.score_before(state, name, previous),
                 after=lambda state: self.score(state, name, "after"),
                 evaluate=lambda state, step: self.score_during(state, name, step),
+                answers=lambda state, step: self.answers(state),
             ),
             guard=guard,
             identity=self.config.identity(name),
@@ -208,10 +211,18 @@ class Run:
         return {**self.parts, **(state.params if state.ema is None else state.ema)}
 
     def score(self, state: TrainState, name: str, when: str) -> dict:
-        """Held-out scores of a stage's state; samples go to `samples/<name>_<when>`."""
-        return self.evaluator(
-            with_policy_as_transformer(self.trained(state)), self.workdir / "samples" / f"{name}_{when}"
-        )
+        """Scores of a stage's state; samples go to `samples/<name>_<when>`."""
+        return self.scores(with_policy_as_transformer(self.trained(state)), self.workdir / "samples" / f"{name}_{when}")
+
+    def scores(self, parts: Mapping, folder: pathlib.Path) -> dict:
+        """Held-out scores of parameters and their answers to questions, with intervals; samples go to the folder."""
+        answers = self.understanding(parts) if self.understanding else {}
+        return self.evaluator(parts, folder) | intervals(answers)
+
+    def answers(self, state: TrainState) -> dict[str, float]:
+        """Accuracy on the run's questions in the middle of a stage; {} without questions."""
+        answers = self.understanding(self.trained(state)) if self.understanding else {}
+        return {name: float(np.mean(values)) for name, values in answers.items()}
 
     def score_during(self, state: TrainState, name: str, step: int) -> dict[str, float]:
         """Held-out scores in the middle of a stage; samples go to `samples/<name>_step<step>`."""

@@ -201,6 +201,9 @@ class RunConfig(Settings):
         values: dict[str, Any] = {part: as_dict(getattr(self, part)) for part in ("model", "data", "sampler", "guard")}
         if self.data.source == "folder" and not self.data.heldout_folder:
             values["evaluation"] = {"images": self.evaluation.images}  # these are taken from the training set
+        if self.evaluation.questions and self.guard.understanding_fall:  # the answers may end a stage
+            names = ("questions", "questions_during", "questions_by")
+            values["questions"] = {name: getattr(self.evaluation, name) for name in names}
         values |= {"seed": self.seed, "order": [run_name for run_name, _ in upto]}
         return values | {stage: as_dict(self.stage_settings[stage]) for _, stage in upto}
 

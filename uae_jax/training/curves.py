@@ -19,7 +19,7 @@ class Panel:
     Attributes:
       title: above the plot.
       steps: metrics of train steps, shown as lines.
-      scores: held-out scores, shown as points.
+      scores: held-out scores, shown as points; "name*" stands for all whose name begins so.
       log: whether the axis is logarithmic.
       unless: stages that report this metric are left out.
     """
@@ -37,6 +37,7 @@ PANELS = (
     Panel(
         "Captions: share of the facts stated, share of the stated that is true", (), ("fact_recall", "fact_precision")
     ),
+    Panel("Questions answered right: all, and by category", (), ("understanding*",)),
     Panel(
         "Images: facts found in the reconstruction, prompts generated right",
         (),
@@ -118,7 +119,7 @@ def _scores(
 ) -> dict[str, list[tuple[float, ...]]]:
     """Score to points (x, value, low, high) in order; points during a stage have no interval (low = high = nan)."""
     found: dict[str, list[tuple[float, ...]]] = {}
-    for name in panel.scores:
+    for name in _named(lines, stages, panel.scores):
         points = [
             (_at(spans, line["stage"], line["step"]), line[f"eval/{name}"], np.nan, np.nan)
             for line in lines
@@ -137,6 +138,16 @@ def _scores(
         if points:
             found[name] = sorted(points)
     return found
+
+
+def _named(lines: Lines, stages: Sequence[Mapping[str, Any]], patterns: Sequence[str]) -> list[str]:
+    """The names of scores, with those that a pattern stands for."""
+    known = [name.removeprefix("eval/") for line in lines for name in line if name.startswith("eval/")]
+    known += [name for stage in stages for side in ("before", "after") for name in stage[side]]
+    listed: list[str] = []
+    for name in patterns:
+        listed += [name] if not name.endswith("*") else [found for found in known if found.startswith(name[:-1])]
+    return list(dict.fromkeys(listed))
 
 
 def _plot_steps(axes: Any, x: np.ndarray, y: np.ndarray, color: str, label: str | None) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from uae_jax.training.guard import MEANINGS
+from uae_jax.training.guard import UNDERSTANDING, meaning
 
 Scores = Mapping[str, Any]
 
@@ -32,7 +32,7 @@ def findings(stages: Sequence[Mapping[str, Any]]) -> list[Finding]:
     found = [_guard(stage) for stage in stages if stage.get("guard")]
     if sided:
         before, after = sided[0]["before"], sided[-1]["after"]
-        for make in (_facts, _length, _reconstructions, _prompts):
+        for make in (_facts, _answers, _length, _reconstructions, _prompts):
             finding = make(before, after)
             if finding is not None:
                 found.append(finding)
@@ -45,7 +45,7 @@ def _guard(stage: Mapping[str, Any]) -> Finding:
     return Finding(
         "bad",
         f"{stage['name']} was stopped by the guard",
-        f"After step {trip['step']}, {MEANINGS[trip['what']]} was {trip['value']:.3g}; its bound is "
+        f"After step {trip['step']}, {meaning(trip)} was {trip['value']:.3g}; its bound is "
         f"{trip['bound']:.3g}. The following stages use the checkpoint of step {trip['restored_step']}.",
     )
 
@@ -68,6 +68,22 @@ def _facts(before: Scores, after: Scores) -> Finding | None:
         f"Captions state {values[0]:.0%} of an image's facts at the start and {values[1]:.0%} at the end. Of the "
         f"stated facts, {values[2]:.0%} are true at the start and {values[3]:.0%} at the end.",
     )
+
+
+def _answers(before: Scores, after: Scores) -> Finding | None:
+    values = _values(before, after, UNDERSTANDING)
+    if values is None:
+        return None
+    changes = {name: direction(before, after, name) for name in before if name.startswith(f"{UNDERSTANDING}_")}
+    worse, better = (
+        [name.removeprefix(f"{UNDERSTANDING}_") for name, change in changes.items() if change == sign]
+        for sign in (-1, 1)
+    )
+    text = f"{values[0]:.0%} of the questions are answered right at the start, {values[1]:.0%} at the end."
+    text += f" Worse: {', '.join(worse)}." if worse else ""
+    text += f" Better: {', '.join(better)}." if better else ""
+    kind = "bad" if worse else "good" if better or direction(before, after, UNDERSTANDING) > 0 else "open"
+    return Finding(kind, "Questions: does the encoder still answer them?", text)
 
 
 def _length(before: Scores, after: Scores) -> Finding | None:

@@ -19,7 +19,7 @@ import tqdm
 from uae_jax.files.json_files import write_json
 from uae_jax.settings import differences
 from uae_jax.training.checkpoint import Checkpoints, Restored, abstract
-from uae_jax.training.guard import OFF, WATCHED, Guard, GuardConfig, Trip, Tripped
+from uae_jax.training.guard import OFF, WATCHED, Guard, GuardConfig, Trip, Tripped, reason
 from uae_jax.training.metrics import Clock, MetricWriter
 from uae_jax.training.signals import StopFlag, StopTraining, interrupt_as_terminate, stop_on_signals
 from uae_jax.training.step import TrainState
@@ -75,12 +75,14 @@ class Hooks:
       before: `(state) -> scores`, before the first step; not repeated after a restart from a checkpoint.
       after: `(state) -> scores`, after the last step.
       evaluate: `(state, step) -> {name: number}`, logged as `eval/name`.
+      answers: the same for accuracies on questions, which the guard judges; also after the last step if it does.
       on_step: `(step)`, after step number `step` (1, 2, ...) was started.
     """
 
     before: Callable[[TrainState], Scores] | None = None
     after: Callable[[TrainState], Scores] | None = None
     evaluate: Callable[[TrainState, int], Mapping[str, float]] | None = None
+    answers: Callable[[TrainState, int], Mapping[str, float]] | None = None
     on_step: Callable[[int], None] | None = None
 
 
@@ -88,8 +90,8 @@ class Hooks:
 class StageResult:
     """A finished stage. `seconds` is training, `wall_seconds` includes evaluation; both go on over restarts.
 
-    `steps` are those that the parameters have seen. `guard` is None, or what tripped: {"what", "value", "bound",
-    "step", "restored_step"}, `what` being a name of `guard.MEANINGS`, `step` the one after which it tripped.
+    `steps` are those that the parameters have seen. `guard` is None, or what tripped: a `guard.Trip.record` with
+    `restored_step`.
     """
 
     name: str
@@ -275,6 +277,8 @@ class _Loop:
         if done is None and self.hooks.before is not None:
             with self.clock.paused():
                 self.before = self.hooks.before(state)
+            values = {name: score["value"] for name, score in self.before.items() if isinstance(score, Mapping)}
+            self.guard.begin(values)
         if done is None and self.guard.config.on and self.config.steps:
             self.save(state, 0)
 
@@ -306,6 +310,8 @@ class _Loop:
                         self.hooks.on_step(number + 1)
                 self.flush(config.steps)
                 if config.steps > start:
+                    if config.eval_every and self.guard.config.understanding_fall:
+                        self.answer(state, config.steps, {})  # before a checkpoint that would count as good
                     self.save(state, config.steps)
         except Tripped as tripped:
             self.stop(tripped.trip)
@@ -344,14 +350,7 @@ class _Loop:
         """Puts the trip on disk: from here on the stage is one that tripped, whatever happens to this process."""
         self.checkpoints.wait()  # the good one may be under way
         times = {"seconds": round(self.clock.seconds, 3), "wall_seconds": round(self.clock.wall_seconds, 3)}
-        self.trip = {
-            "what": trip.what,
-            "value": trip.value,
-            "bound": trip.bound,
-            "step": trip.step,
-            "restored_step": self.good,
-            **times,
-        }
+        self.trip = trip.record() | {"restored_step": self.good} | times
         if jax.process_index() == 0:
             write_json(self.checkpoints.folder / "tripped.json", self.trip)
 
@@ -361,9 +360,8 @@ class _Loop:
         self.writer.begin(self.name, trip["step"])
         self.writer.event(self.name, trip["step"], trip["seconds"], record)
         if jax.process_index() == 0:
-            reason = Tripped(Trip(*(trip[name] for name in ("what", "step", "value", "bound"))))
             print(
-                f"{self.name}: stopped by the guard: {reason}; its checkpoint of step {trip['restored_step']} is "
+                f"{self.name}: stopped by the guard: {reason(trip)}; its checkpoint of step {trip['restored_step']} is "
                 "restored",
                 file=sys.stderr,
                 flush=True,
@@ -371,14 +369,27 @@ class _Loop:
 
     def evaluate(self, state: TrainState, number: int) -> None:
         every = self.config.eval_every
-        if self.hooks.evaluate is None or not every or not number or number % every:
+        if not every or not number or number % every:
             return
         self.flush(number)
-        with self.clock.paused():
-            scores = self.hooks.evaluate(state, number)
-        self.writer.write(
-            self.name, number, self.clock.seconds, {f"eval/{name}": value for name, value in scores.items()}
-        )
+        scores: Mapping[str, float] = {}
+        if self.hooks.evaluate is not None:
+            with self.clock.paused():
+                scores = self.hooks.evaluate(state, number)
+        self.answer(state, number, scores)
+
+    def answer(self, state: TrainState, number: int, scores: Mapping[str, float]) -> None:
+        """Writes scores after a step with those of the questions. Raises `Tripped` if these fell too far."""
+        answers: Mapping[str, float] = {}
+        if self.hooks.answers is not None:
+            with self.clock.paused():
+                answers = self.hooks.answers(state, number)
+        values = {f"eval/{name}": value for name, value in {**scores, **answers}.items()}
+        if values:
+            self.writer.write(self.name, number, self.clock.seconds, values)
+        trip = self.guard.observe_answers(number, answers) if answers and self.guard.config.on else None
+        if trip is not None:
+            raise Tripped(trip)
 
     def save_if_due(self, state: TrainState, number: int, flag: StopFlag) -> None:
         every = self.config.save_every

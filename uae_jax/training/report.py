@@ -29,6 +29,7 @@ MEANINGS = {
     "scene_accuracy": "share of the scene's facts found in the reconstruction",
     "true_caption_reward": "the decoder alone: the same cosine for the data set's own captions",
     "true_caption_scene_accuracy": "the decoder alone: facts found in images of the full true captions",
+    guard.UNDERSTANDING: "share of fixed questions answered right; their categories have rows of their own",
     "geneval": "compositional prompts with a correct image (mean of the tags below)",
 }
 # scores for which neither up nor down is good by itself
@@ -91,7 +92,7 @@ def write_report(workdir: Path, *, max_samples: int = 8) -> Path:
         histories=histories(moments),
         guard=guard_bounds(config),
         deductions=deductions(config, stages),
-        meanings=guard.MEANINGS,
+        meaning=guard.meaning,
         watched=any("eval/reward" in line for line in lines),
     )
     path = workdir / "report.html"
