@@ -155,8 +155,8 @@ def cosine_reward(
 
     A contrast subtracts a share of the mean cosine with the other originals; equal images count as one. A caption that
     says little is best rebuilt by an image that is a little like every other; such an image then earns nothing. With a
-    temperature the mean is a soft maximum. At contrast 1 the reward is the log-odds of the original among the batch's images, in units of that
-    temperature. CLIP's loss has the same log-odds (arXiv 2103.00020, section 2.3).
+    temperature the mean is a soft maximum. At contrast 1 the reward is the log-odds of the original among the batch's
+    images, in units of that temperature. CLIP's loss has the same log-odds (arXiv 2103.00020, section 2.3).
 
     Args:
       encoder: frozen image encoder.
