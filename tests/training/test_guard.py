@@ -82,6 +82,7 @@ def test_a_slow_fall_from_the_best_mean_trips():
 def test_a_state_near_a_bound_is_not_good():
     guard = Guard(ALL)
     for step in range(4):
+        assert guard.fine == (step == 0)  # what no window has judged yet is not good
         guard.observe(step, FINE)
     assert guard.fine
     guard.observe(5, FINE | {"reward": 0.28})  # the mean fell by .055: more than half of .1

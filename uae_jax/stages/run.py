@@ -33,6 +33,7 @@ from uae_jax.stages.understanding import open_understanding
 from uae_jax.stages.weights import load_system
 from uae_jax.training import processes
 from uae_jax.training.guard import skip_outliers
+from uae_jax.training.lock import workdir_lock
 from uae_jax.training.loop import Hooks, LoopConfig, StageResult, finished_record, run_stage
 from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import make_optimizer
@@ -57,14 +58,14 @@ def run(config: Mapping[str, Any] | RunConfig, workdir: pathlib.Path) -> dict[st
     whole = Run(settings, workdir)
     workdir.mkdir(exist_ok=True)
     processes.check_shared(workdir)
-    check_same_images(workdir, whole.data)
-    finished = {name for name, _ in settings.order() if finished_record(workdir, name)}
-    if jax.process_index() == 0:
-        write_json(workdir / "config.json", as_dict(settings))
-    writer = MetricWriter(workdir, wandb_project=settings.loop.wandb_project, config=as_dict(settings))
     results: list[StageResult] = []
     summary = None
-    with sharding.in_use(whole.mesh):
+    with workdir_lock(workdir), sharding.in_use(whole.mesh):
+        check_same_images(workdir, whole.data)
+        finished = {name for name, _ in settings.order() if finished_record(workdir, name)}
+        if jax.process_index() == 0:
+            write_json(workdir / "config.json", as_dict(settings))
+        writer = MetricWriter(workdir, wandb_project=settings.loop.wandb_project, config=as_dict(settings))
         for name, stage in settings.order():
             results.append(whole.train_stage(name, stage, writer, results[-1] if results else None))
             if name not in finished:  # else the outputs may be those of a later stage
@@ -72,8 +73,8 @@ def run(config: Mapping[str, Any] | RunConfig, workdir: pathlib.Path) -> dict[st
         if not results:
             scores = whole.scores(whole.parts, workdir / "samples" / "evaluate_after")
             results.append(StageResult("evaluate", None, 0, 0.0, 0.0, {}, scores))
-    summary = summary or _write_outputs(whole, results)
-    writer.close()
+        summary = summary or _write_outputs(whole, results)
+        writer.close()
     return summary
 
 

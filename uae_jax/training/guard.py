@@ -32,6 +32,8 @@ MEANINGS = {
 # scores of this name and a category, as in `understanding_colour`, are accuracies on questions
 UNDERSTANDING = "understanding"
 COUNTS = ("non_finite", "gradient_outliers")
+# bounds on running means, and the metric of each
+MEANS = {"reward_fall": "reward", "kl": "kl", "truncated": "truncated_fraction"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +183,7 @@ class Guard:
         outliers = metrics.get("outlier_updates", 0.0)
         self._append("gradient_outliers", outliers - self._outliers)
         self._outliers = outliers
-        for name in ("reward", "kl", "truncated_fraction"):
+        for name in MEANS.values():
             if math.isfinite(metrics.get(name, math.nan)):
                 self._append(name, metrics[name])
         mean = self._mean("reward")
@@ -207,8 +209,7 @@ class Guard:
         mean = self._mean("reward")
         means = {
             "reward_fall": None if mean is None or self._best is None else self._best - mean,
-            "kl": self._mean("kl"),
-            "truncated": self._mean("truncated_fraction"),
+            **{name: self._mean(MEANS[name]) for name in ("kl", "truncated")},
             "understanding_fall": max((self._before[name] - value for name, value in self._now.items()), default=None),
         }
         counts = {name: sum(self._recent.get(name, ())) for name in COUNTS}
@@ -216,8 +217,13 @@ class Guard:
 
     @property
     def fine(self) -> bool:
-        """Whether a checkpoint written now is good: nothing exceeds `margin` of its bound."""
+        """Whether a checkpoint written now is good: everything has been judged, and nothing exceeds `margin` of its
+        bound. A mean whose window is not full yet says nothing.
+        """
         bounds = self.config.bounds()
+        reported = (self._recent.get(field, ()) for name, field in MEANS.items() if bounds[name])
+        if any(0 < len(values) < self.config.window for values in reported):
+            return False
         return all(
             not bounds[name] or value <= self.config.margin * bounds[name] for name, value in self.measured().items()
         )
