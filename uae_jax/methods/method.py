@@ -265,7 +265,8 @@ def with_images(rollout: dict[str, PyTree]) -> dict[str, PyTree]:
 def with_advantages(rollout: dict[str, PyTree], settings: Any) -> dict[str, PyTree]:
     """The rollout with the `advantage` of each sample over its group in place of its `reward`.
 
-    A rollout without rewards, or of settings without groups, is returned as it is. Metrics gain `reward`, its spread and the share of degenerate groups (`rl.advantages`).
+    A rollout without rewards, or of settings without groups, is returned as it is. Metrics gain `reward`, its spread
+    and the share of degenerate groups (`rl.advantages`).
     """
     samples = dict(rollout["samples"])
     if "reward" not in samples or not hasattr(settings, "group_size"):
