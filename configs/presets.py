@@ -174,7 +174,7 @@ SLICES: dict[str, Deviations] = {
     "1x24GB": dict(
         mesh=dict(fsdp=1),
         gen_for_und=dict(rollout_parts=8, micro_batches=64, vae_chunk=2, gather_weights=False),
-        und_for_gen=dict(batch_size=48, rollout_parts=12, micro_batches=144, vae_chunk=2, gather_weights=False),
+        und_for_gen=dict(batch_size=48, rollout_parts=48, micro_batches=144, vae_chunk=2, gather_weights=False),
     ),
 }
 # 8.1 B weights with AdamW's moments and a gradient take 130 GB, 2.5 B 40 GB: such a card trains adapters only
