@@ -229,6 +229,13 @@ def test_a_new_projector_is_aligned_before_pretraining(config, tmp_path, capsys)
     assert settings.trains("align") == ("projector",)
     for other in (dict(align=dict(after_import=False)), dict(stages=("gen_for_und",))):
         assert "align" not in checks.read_config(changed(values, **other))[0].stages
+
+
+@pytest.mark.slow
+def test_an_aligned_projector_is_exported_as_a_trained_one(config, tmp_path):
+    copy = shutil.copytree(config["model"]["folder"], tmp_path / "model")
+    (copy / "llm" / NEW_PROJECTOR).write_text("{}")
+    values = changed(config, model=dict(folder=str(copy)))
     run = run_module.run(changed(values, stages=("pretrain",), align=dict(steps=2, batch_size=2)), tmp_path / "run")
     assert [stage["name"] for stage in run["stages"]][:2] == ["align", "pretrain"]
     assert not (tmp_path / "run" / "export" / "llm" / NEW_PROJECTOR).exists()
