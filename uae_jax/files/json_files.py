@@ -15,15 +15,35 @@ def read_json(folder: str | pathlib.Path, name: str = "config.json") -> dict[str
 
     Raises:
       FileNotFoundError: the folder has no such file.
-      ValueError: the file is not JSON.
+      ValueError: the file is not a JSON object.
     """
     path = pathlib.Path(folder) / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; copy it from the source of the weights")
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object; copy it again")
+    return value
+
+
+def image_processor_settings(folder: str | pathlib.Path) -> dict[str, Any]:
+    """An image processor's settings: preprocessor_config.json, or their part of transformers 5's processor_config.json.
+
+    Raises:
+      FileNotFoundError: the folder has neither file, or the second without `image_processor`.
+      ValueError: the file is not a JSON object.
+    """
+    place, older, newer = pathlib.Path(folder), "preprocessor_config.json", "processor_config.json"
+    if not (place / older).is_file() and (place / newer).is_file():
+        nested = read_json(place, newer).get("image_processor")
+        if isinstance(nested, dict):
+            return nested
+        if nested is not None:
+            raise ValueError(f"{place / newer}: image_processor is {nested!r}, not a section; copy it again")
+    return read_json(place, older)
 
 
 def write_json(path: str | pathlib.Path, value: Any, indent: int = 2) -> None:

@@ -5,10 +5,21 @@ import pathlib
 from typing import Any
 
 from uae_jax.files.json_files import read_json
+from uae_jax.files.known_fields import WITHOUT_EFFECT, refuse_unknown
+
+# beside what no model uses: which results transformers gives, and how DINOv3's positions vary in training
+_NO_EFFECT = frozenset(
+    """
+    projection_dim logit_scale_init_value tie_word_embeddings return_loss stage_names out_features out_indices reshape_hidden_states pos_embed_shift
+    pos_embed_jitter pos_embed_rescale
+    """.split()
+)
 
 
 def _known_fields(cls: type, raw: dict[str, Any]) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(cls)}
+    what = f"{raw.get('model_type', 'encoder')} config: "
+    refuse_unknown(raw, names | WITHOUT_EFFECT | _NO_EFFECT, {"apply_layernorm": True}, what)
     known = {name: value for name, value in raw.items() if name in names and value is not None}
     for name in {"image_size", "patch_size"} & set(known):
         if isinstance(known[name], (list, tuple)):
@@ -135,6 +146,8 @@ class CLIPConfig:
         As in transformers: the width of both projections is the outer `projection_dim`, and the older
         `vision_config_dict` and `text_config_dict` win over `vision_config` and `text_config`.
         """
+        inner = {f"{tower}_config{old}" for tower in ("vision", "text") for old in ("", "_dict")}
+        refuse_unknown(raw, inner | WITHOUT_EFFECT | _NO_EFFECT, what="clip config: ")
         towers = {}
         for tower in ("vision", "text"):
             older = raw.get(f"{tower}_config_dict")

@@ -13,10 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from uae_jax.files.json_files import read_json
+from uae_jax.files.json_files import image_processor_settings
+from uae_jax.files.known_fields import refuse_unknown
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# steps that are always done, with the values that they have in all published folders
+_ALWAYS = {"do_rescale": True, "rescale_factor": 1 / 255, "do_convert_rgb": True}
+_READ = frozenset(
+    """
+    image_processor_type feature_extractor_type processor_class size crop_size do_resize do_center_crop do_normalize
+    image_mean image_std resample default_to_square data_format use_square_size
+    """.split()
+)
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as in preprocessor_config.json
 PILLOW_CUBIC, TORCH_CUBIC = -0.5, -0.75
 
@@ -103,10 +112,10 @@ class Preprocess:
             cold start's reward).
 
         Raises:
-          FileNotFoundError: no preprocessor_config.json.
+          FileNotFoundError: neither preprocessor_config.json nor processor_config.json.
           ValueError: a setting or the variant is not supported.
         """
-        return cls.from_dict(read_json(folder, "preprocessor_config.json")).as_variant(variant)
+        return cls.from_dict(image_processor_settings(folder)).as_variant(variant)
 
     def as_variant(self, variant: str) -> "Preprocess":
         """These settings for `published`, the official cold start's for `uae` (see `from_folder`).
@@ -128,10 +137,11 @@ class Preprocess:
         """From the dictionary of a `preprocessor_config.json`; missing fields have the processor's defaults.
 
         Raises:
-          ValueError: a resampling filter or a size that is not supported.
+          ValueError: a resampling filter, a size or another setting that is not supported.
         """
         kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or "CLIPImageProcessor"
         dino3 = kind.startswith("DINOv3")
+        refuse_unknown(raw, _READ, _ALWAYS, "preprocessor_config.json: ")
         resample = raw.get("resample", 2 if dino3 else 3)
         if resample not in RESAMPLE:
             raise ValueError(f"resample {resample} is not supported; use 2 (bilinear) or 3 (bicubic)")

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 from uae_jax.files.json_files import read_json
+from uae_jax.files.known_fields import refuse_unknown
 from uae_jax.nn.remat import POLICIES
 
 
@@ -94,6 +95,8 @@ class VAEConfig:
             value = stored.get(field, default)
             value = tuple(value) if isinstance(value, list) else value
             _require(value == supported, "VAE", field, value, repr(supported))
+        names = {field.name for field in dataclasses.fields(cls)}
+        refuse_unknown(stored, {*names, *fixed, "force_upcast"}, what=f"{pathlib.Path(path) / 'config.json'}: ")
         absent = {
             "block_out_channels": (64,),
             "layers_per_block": 1,
@@ -224,6 +227,7 @@ class TransformerConfig:
             for field in dataclasses.fields(cls)
             if field.name not in ours
         }
+        refuse_unknown(stored, {*values, "caption_projection_dim"}, what=f"{pathlib.Path(path) / 'config.json'}: ")
         values["dual_attention_layers"] = tuple(values["dual_attention_layers"])
         values["out_channels"] = values["in_channels"] if values["out_channels"] is None else values["out_channels"]
         _require(
