@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import re
 import sys
 import warnings
@@ -9,6 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from uae_jax.settings import one_line
+
+
+def stay_offline() -> None:
+    """Keeps the libraries off the Hub, unless the person said otherwise; an id that is given is the one exception."""
+    if "HF_HUB_OFFLINE" not in os.environ:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["UAE_JAX_OFFLINE"] = "1"  # see `hf.hub`
 
 
 def error_line(error: BaseException) -> str:

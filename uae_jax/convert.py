@@ -17,9 +17,9 @@ import os
 import pathlib
 from typing import Any
 
-from uae_jax.command_line import run_command
+from uae_jax.command_line import run_command, stay_offline
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+stay_offline()
 
 IMPORTED = {
     "llm": "Qwen2.5-VL folder, with or without UAE's projector",

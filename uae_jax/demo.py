@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from uae_jax.command_line import run_command
+from uae_jax.command_line import run_command, stay_offline
 from uae_jax.model_flags import add_model_flags, load_model
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from uae_jax.api import Model
     from uae_jax.evaluation.similarities import Similarities
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+stay_offline()
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 ENCODERS = {

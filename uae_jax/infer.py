@@ -13,20 +13,19 @@ order of inputs. An image that cannot be read is reported, the other images are 
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from uae_jax.command_line import run_command
+from uae_jax.command_line import run_command, stay_offline
 from uae_jax.files.pictures import save_picture
 from uae_jax.model_flags import add_model_flags, load_model
 
 if TYPE_CHECKING:
     from uae_jax.api import Model
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+stay_offline()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,13 +5,12 @@ The chat format is Qwen2.5-VL's: turns between <|im_start|> and <|im_end|>, an i
 """
 
 import itertools
-import json
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from uae_jax.files.json_files import write_json
+from uae_jax.files.json_files import read_json, write_json
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -51,19 +50,32 @@ def load_tokenizer(folder: str | pathlib.Path):
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise FileNotFoundError(f"no tokenizer in {folder}: expected one of {', '.join(_TOKENIZER_FILES)}")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers would advise to install PyTorch
-    from transformers import AutoTokenizer  # slow import, needed only here
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow import, needed only here
 
+    # tokenizer.json is complete by itself; without another file AutoTokenizer does not know its class
+    alone = not any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json"))
+    kind = PreTrainedTokenizerFast if alone and (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): copy its files again") from error
     if not tokenizer.chat_template:
-        # older Qwen2.5-VL folders have the template in a file of the processor
-        path = folder / "chat_template.json"
-        if not path.is_file():
-            raise ValueError(f"the tokenizer in {folder} has no chat template: add chat_template.json")
-        tokenizer.chat_template = json.loads(path.read_text())["chat_template"]
+        tokenizer.chat_template = _template_beside(folder)
     return tokenizer
+
+
+def _template_beside(folder: pathlib.Path) -> str:
+    """The chat template in a file of its own, or of the processor, as in folders of several transformers versions."""
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        return jinja.read_bytes().decode("utf-8-sig")
+    for name in ("chat_template.json", "processor_config.json"):
+        template = read_json(folder, name).get("chat_template") if (folder / name).is_file() else None
+        if isinstance(template, str) and template:
+            return template
+    raise ValueError(
+        f"the tokenizer in {folder} has no chat template: add chat_template.jinja or chat_template.json of its model"
+    )
 
 
 def token_id(tokenizer, token: str) -> int:

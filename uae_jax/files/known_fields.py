@@ -25,7 +25,8 @@ def unknown_fields(
     """The fields that are not understood and may change the result, with their values.
 
     A field is passed over when it is in `read`, or None, or has its value of `usual`. A field without a usual value is
-    passed over when it is False or without entries. Names that begin with an underscore are notes of the libraries, such as `_diffusers_version`.
+    passed over when it is False or without entries. Names that begin with an underscore are notes of the libraries,
+    such as `_diffusers_version`.
 
     Args:
       stored: the contents of the file.

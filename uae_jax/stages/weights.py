@@ -20,6 +20,8 @@ from uae_jax import sharding
 from uae_jax.data import tokenizer as tokens
 from uae_jax.data.qwen_inputs import ImageProcessor, load_image_processor
 from uae_jax.diffusion.schedule import ScheduleConfig
+from uae_jax.hf.formats import other_format
+from uae_jax.hf.hub import local_folder
 from uae_jax.hf.rules import Placement
 from uae_jax.models import uae
 from uae_jax.models.condition import ConditionTemplate
@@ -99,10 +101,13 @@ class System:
 def model_folder(path: str | pathlib.Path) -> pathlib.Path:
     """The official folder behind a path: the built-in one for an empty path, `export/` of a training workdir.
 
+    A cache folder of the Hub is read by its snapshot, and a Hub id of an official folder is downloaded.
+
     Raises:
       FileNotFoundError: it is neither.
+      ValueError: a Hub id or its cache folder that holds no official folder.
     """
-    folder = pathlib.Path(path) if str(path) else BUILTIN
+    folder = local_folder(path, needs="llm") if str(path) else BUILTIN
     for candidate in (folder, folder / "export", folder / "model"):
         if (candidate / "llm").is_dir() or (candidate / "llm_lora").is_dir():
             return candidate
@@ -110,6 +115,9 @@ def model_folder(path: str | pathlib.Path) -> pathlib.Path:
         raise FileNotFoundError(
             f"model folder {folder} does not exist; give an official UAE folder or a training workdir"
         )
+    remedy = other_format(folder)
+    if remedy:
+        raise FileNotFoundError(remedy)
     raise FileNotFoundError(
         f"{folder} holds no `llm` folder; give an official UAE folder, or a workdir whose run has finished a stage"
     )

@@ -10,8 +10,8 @@ from uae_jax.files.known_fields import WITHOUT_EFFECT, refuse_unknown
 # beside what no model uses: which results transformers gives, and how DINOv3's positions vary in training
 _NO_EFFECT = frozenset(
     """
-    projection_dim logit_scale_init_value tie_word_embeddings return_loss stage_names out_features out_indices reshape_hidden_states pos_embed_shift
-    pos_embed_jitter pos_embed_rescale
+    projection_dim logit_scale_init_value tie_word_embeddings return_loss stage_names out_features out_indices
+    reshape_hidden_states pos_embed_shift pos_embed_jitter pos_embed_rescale
     """.split()
 )
 
