@@ -7,6 +7,7 @@ The chat format is Qwen2.5-VL's: turns between <|im_start|> and <|im_end|>, an i
 import itertools
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ SPECIAL_TOKENS = (
 ROLES = ("user", "assistant", "generate")
 END_OF_TURN, END_OF_TEXT, IMAGE_PAD = "<|im_end|>", "<|endoftext|>", "<|image_pad|>"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-_SENTINEL = "sentinel0caption"
+_SENTINEL, _PROMPT, _SYSTEM = "sentinel0caption", "sentinel0prompt", "sentinel0system"
 
 # the template of the built-in model: Qwen's without system turn and newlines, to keep sequences short
 _SCENE_TEMPLATE = (
@@ -37,8 +38,13 @@ _SCENE_TEMPLATE = (
 )
 
 
-def load_tokenizer(folder: str | pathlib.Path):
+def load_tokenizer(folder: str | pathlib.Path, control_tokens: bool = False):
     """Reads a transformers tokenizer with its chat template from a local folder, without network access.
+
+    Args:
+      folder: of the tokenizer's files.
+      control_tokens: False encodes `<|im_end|>` and its like inside of captions, prompts and questions as plain text.
+        True makes control tokens of them, as the release does.
 
     Raises:
       FileNotFoundError: no such folder, or a folder without tokenizer files.
@@ -61,6 +67,7 @@ def load_tokenizer(folder: str | pathlib.Path):
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): copy its files again") from error
     if not tokenizer.chat_template:
         tokenizer.chat_template = _template_beside(folder)
+    tokenizer.split_special_tokens = not control_tokens
     return tokenizer
 
 
@@ -95,8 +102,22 @@ def stop_ids(tokenizer) -> tuple[int, ...]:
     return token_id(tokenizer, END_OF_TURN), token_id(tokenizer, END_OF_TEXT)
 
 
-def _encode(tokenizer, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _encode(tokenizer, text: str, template: bool = False) -> list[int]:
+    """Ids of a person's text, or of a template, whose control tokens are meant."""
+    split = tokenizer.split_special_tokens and not template
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        shown = text if len(text) <= 60 else f"{text[:57]}..."
+        raise ValueError(f"the text {ascii(shown)} holds half of a character (a lone surrogate); correct it") from None
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"])
+
+
+def _names_control(tokenizer, text: str) -> bool:
+    """Whether a text holds the name of a control token, which is not meant as one."""
+    if not tokenizer.split_special_tokens:
+        return False
+    return any(token.special and token.content in text for token in tokenizer.added_tokens_decoder.values())
 
 
 def _chat_text(tokenizer, role: str, *parts: dict[str, Any], system: str = "") -> str:
@@ -124,14 +145,23 @@ def caption_prompt_ids(
       system: text of the system turn; empty for that of the chat template.
 
     Raises:
-      ValueError: the prompt text contains an image token.
+      ValueError: the prompt text contains an image token that is meant as one, or a lone surrogate.
     """
-    if IMAGE_PAD in prompt + system:
+    if IMAGE_PAD in prompt + system and not tokenizer.split_special_tokens:
         raise ValueError(f"the caption prompt must not contain {IMAGE_PAD}: images are added after the text")
+    # names of control tokens in the text are encoded apart from the template, whose control tokens are meant
+    plain = {place: text for place, text in ((_PROMPT, prompt), (_SYSTEM, system)) if _names_control(tokenizer, text)}
+    prompt, system = _PROMPT if _PROMPT in plain else prompt, _SYSTEM if _SYSTEM in plain else system
     said, images = [{"type": "text", "text": prompt}], [{"type": "image"}] * len(image_tokens)
     text = _chat_text(tokenizer, "user", *(images + said if images_first else said + images), system=system)
     head, *tails = text.split(IMAGE_PAD)
-    return _encode(tokenizer, head + "".join(IMAGE_PAD * n + tail for n, tail in zip(image_tokens, tails, strict=True)))
+    text = head + "".join(IMAGE_PAD * n + tail for n, tail in zip(image_tokens, tails, strict=True))
+    pieces = re.split(f"({_PROMPT}|{_SYSTEM})", text) if plain else [text]
+    encoded = (
+        _encode(tokenizer, plain[piece]) if piece in plain else _encode(tokenizer, piece, template=True)
+        for piece in pieces
+    )
+    return [index for ids in encoded for index in ids]
 
 
 def condition_template(tokenizer) -> tuple[list[int], list[int]]:
@@ -141,7 +171,7 @@ def condition_template(tokenizer) -> tuple[list[int], list[int]]:
     templated text.
     """
     before, after = _chat_text(tokenizer, "generate", {"type": "text", "text": _SENTINEL}).split(_SENTINEL)
-    return _encode(tokenizer, before), _encode(tokenizer, after)
+    return _encode(tokenizer, before, template=True), _encode(tokenizer, after, template=True)
 
 
 def encode_caption(tokenizer, text: str) -> list[int]:

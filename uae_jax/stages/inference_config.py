@@ -23,6 +23,9 @@ class InferenceConfig(Settings):
     prompt: str = setting("", "instruction to the captioner")
     system_prompt: str = setting("", "the system turn before it; empty for that of the chat template")
     negative_prompt: str = setting("", "what guidance moves away from")
+    control_tokens: bool = setting(
+        False, "names such as <|im_end|> in texts are control tokens, as in the release, and not plain text"
+    )
     batch_size: int = setting(1, "images in one compiled call", low=1)
     condition: str = setting(
         "reference",

@@ -65,6 +65,9 @@ class DataConfig(Settings):
     caption_prompt: str = setting(CAPTION_PROMPT, "what the captioner is asked", source="released UAE demo")
     caption_system: str = setting("", "the system turn before it; empty for that of the chat template")
     negative_prompt: str = setting(NEGATIVE_PROMPT, "what guidance moves away from", source="released UAE demo")
+    control_tokens: bool = setting(
+        False, "names such as <|im_end|> in texts are control tokens, as in the release, and not plain text"
+    )
 
     def problems(self) -> Iterator[str]:
         """The mistakes of ranges, and a mixture that is not one."""

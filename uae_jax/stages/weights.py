@@ -137,6 +137,7 @@ def load_system(
     mesh: Mesh | None = None,
     max_caption: int = 0,
     frozen: Collection[str] = (),
+    control_tokens: bool = False,
 ) -> System:
     """Reads every part of a folder, in float32 unless it is frozen, with both-way checks of names and shapes.
 
@@ -149,6 +150,7 @@ def load_system(
       negative_prompt: text for guidance.
       mesh: where the parameters lie, by the rules of `sharding`; None leaves them on the host as numpy arrays.
       max_caption: tokens that a caption scorer must be able to read.
+      control_tokens: whether their names in texts are meant, see `tokenizer.load_tokenizer`.
       frozen: parts that are read into `frozen_dtype`, since nothing trains them; the others are float32.
 
     Raises:
@@ -156,7 +158,7 @@ def load_system(
     """
     folder = model_folder(config.folder)
     words = processor_folder(folder)
-    tokenizer = tokens.load_tokenizer(words)
+    tokenizer = tokens.load_tokenizer(words, control_tokens)
     captioner, transformer, vae, parts = _load_models(folder, config, mesh, frozen)
     prefix, suffix = tokens.condition_template(tokenizer)
     negative = tokens.encode_caption(tokenizer, negative_prompt)[:-1]
