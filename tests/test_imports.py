@@ -34,9 +34,10 @@ WORDS = {
     "dry_run": "stages planning data settings sharding trees",
     "plan": "command_line config_file settings planning",
     "infer": "command_line api data files model_flags",
-    "convert": "command_line stages",
+    "convert": "command_line settings stages",
     "demo": "command_line api data evaluation model_flags",
-    "evaluation": "files trees nn hf data sharding diffusion models rewards rollouts training stages api model_flags",
+    "evaluation": "command_line settings files trees nn hf data sharding diffusion models rewards rollouts training "
+    "stages api model_flags",
     "evaluate": "command_line evaluation",
     "fetch_emoji": "command_line data",
 }

@@ -16,6 +16,7 @@ import requests
 from PIL import Image
 
 from uae_jax.evaluation.pairs import read_rgb
+from uae_jax.files.json_files import read_text
 from uae_jax.training.summary import interval
 
 ORDERS = ("ab", "ba")  # the models whose captions are A and B
@@ -47,7 +48,7 @@ class Criteria:
         if not path.is_file():
             raise FileNotFoundError(f"criteria file {path} does not exist")
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = json.loads(read_text(path))
             listed = tuple((item["name"], item["question"]) for item in raw["criteria"])
             found = cls(raw["instruction"], raw["with_image"], raw["without_image"], listed)
         except (ValueError, KeyError, TypeError) as error:

@@ -21,8 +21,8 @@ NAME = re.compile(r"([^.]+?)(?:\.([^.]+?))?(-\d{5}-of-\d{5})?\.safetensors(\.ind
 
 
 def without_variants(files: Iterable[pathlib.Path]) -> list[pathlib.Path]:
-    """The files by name, without variants in another precision beside plain files: `model.fp16.safetensors`."""
-    listed = [(file, NAME.fullmatch(file.name)) for file in sorted(files)]
+    """The files by name, without hidden ones, and without variants beside plain files: `model.fp16.safetensors`."""
+    listed = [(file, NAME.fullmatch(file.name)) for file in sorted(files) if not file.name.startswith(".")]
     plain = {(match[1], match[4]) for _, match in listed if match and not match[2]}
     return [file for file, match in listed if not (match and match[2] and (match[1], match[4]) in plain)]
 
@@ -56,9 +56,9 @@ def check_single(path: pathlib.Path, index: pathlib.Path | None) -> None:
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_bytes().decode("utf-8-sig"))["weight_map"]
         return {str(name): str(shard) for name, shard in weight_map.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} is not an index of safetensors (JSON with a weight_map); copy it again") from None
 
 
