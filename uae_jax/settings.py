@@ -220,6 +220,7 @@ def frozen(cls: type[T], config: Mapping[str, Any], path: str = "config") -> T:
 
 def unknown_field(path: str, name: str, known: Collection[str]) -> str:
     """What to say of a field that a section does not have: the nearest one, or all of them."""
+    name = name if name.isprintable() else ascii(name)[1:-1]
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {path}.{near[0]}?" if near else f"{path} has {', '.join(known) or 'no fields'}"
     return f"{path}.{name} does not exist; {hint}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-# numbers and texts of the awkward inputs of docs/correctness.md
+# numbers and texts that reports of users had
 ODD_NUMBERS = (0, -1, 1, 2**31, 2**32, 2**63, 2**64, 10**400, 0.5, -0.0, 1e-300, 1e308, float("nan"), float("inf"))
 ODD_TEXTS = (
     "",

@@ -1,5 +1,6 @@
 """Settings files of other libraries, read by what is known: a field that may change the result is read or refused."""
 
+import typing
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -55,6 +56,64 @@ def refuse_unknown(
       ValueError: such a field; the message has its name and value.
     """
     for name, value in unknown_fields(stored, read, usual):
-        shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
         remedy = f"its usual value is {usual[name]!r}" if usual and name in usual else "nothing here reads that setting"
-        raise ValueError(f"{what}{name}={shown} is not supported: {remedy}; give a model without it")
+        raise ValueError(f"{what}{_shown(name, value)} is not supported: {remedy}; give a model without it")
+
+
+def _shown(name: str, value: Any) -> str:
+    """`name=value` in one line and at most 100 letters or so."""
+    plain = name if str(name).isprintable() else ascii(name)
+    text = repr(value)
+    return f"{plain[:40]}={text if len(text) <= 60 else f'{text[:57]}...'}"
+
+
+def without_none(section: Any, what: str) -> dict[str, Any]:
+    """A section of settings without the fields that are None, which stand for their defaults.
+
+    Raises:
+      ValueError: it is no section.
+    """
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{what} is {str(section)[:40]!r}, not a section; copy the file again")
+    return {name: value for name, value in section.items() if value is not None}
+
+
+def check_kinds(
+    stored: Mapping[str, Any], kinds: Mapping[str, Any], what: str = "", zero: Collection[str] = ()
+) -> None:
+    """Checks the kinds and ranges of settings, so that no later step meets a text where it computes.
+
+    Args:
+      stored: the settings; those that are not in `kinds`, or None where the kind allows it, are passed over.
+      kinds: type by name, of a dataclass's annotations: `int` (from 1), `float` (finite), `bool`, `str`, `tuple[int,
+        ...]` (each from 0), `tuple[float, ...]`, `tuple[str, ...]`, or a union of them.
+      what: begins the message.
+      zero: names of whole numbers that may be 0.
+
+    Raises:
+      ValueError: a value of another kind or out of range; the message has name and value.
+    """
+    for name, kind in kinds.items():
+        if name in stored and not _is_of(kind, stored[name], 0 if name in zero else 1):
+            words = str(getattr(kind, "__name__", kind) if not typing.get_args(kind) else kind)
+            raise ValueError(
+                f"{what}{_shown(name, stored[name])} is not supported: it must be {_WORDS.get(kind, words)}"
+            )
+
+
+_WORDS = {int: "a whole number in its range", float: "a finite number", bool: "true or false", str: "a text"}
+
+
+def _is_of(kind: Any, value: Any, low: int) -> bool:
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        several = isinstance(value, list | tuple) and (inner[-1] is Ellipsis or len(inner) == len(value))
+        return several and all(_is_of(inner[0], item, 0) for item in value)
+    if inner:
+        return any(_is_of(part, value, low) for part in inner)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**31
+    if kind is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and abs(value) < 1e30  # NaN is not either
+    return value is None if kind is type(None) else isinstance(value, kind)

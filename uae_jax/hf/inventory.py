@@ -92,7 +92,7 @@ def cut_short(path: str | pathlib.Path) -> str | None:
             ends = {
                 name: 8 + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
             }
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return f"{file} has no readable header; the file is truncated or not safetensors, copy it again"
         lost = sorted((name for name in ends if ends[name] > size), key=lambda name: ends[name])
         if lost:
