@@ -66,7 +66,7 @@ class _InRange(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def in_range(kind: type, **bounds: float) -> dict[str, Any]:
+def in_range(kind: type, **bounds: Any) -> dict[str, Any]:
     """Arguments of `add_argument` for a finite number in a range; another is an error of one line.
 
     Args:

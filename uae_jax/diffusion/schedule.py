@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from uae_jax.files.json_files import read_json
-from uae_jax.files.known_fields import unknown_fields
+from uae_jax.files.known_fields import shown, unknown_fields
 
 KINDS = ("diffusers", "single", "linspace_shift")
 
@@ -107,7 +107,7 @@ class ScheduleConfig:
             raise ValueError(f"{path} describes {name}; only {_SCHEDULER_CLASS} is supported")
         for option, value in unknown_fields(config, _UNDERSTOOD):
             raise ValueError(
-                f"{path} sets {option}={value!r}, which is not supported: use a static shift as SD3 and SD3.5 do"
+                f"{path} sets {shown(option, value)}, which is not supported: use a static shift as SD3 and SD3.5 do"
             )
         shift, levels = config.get("shift", 1.0), config.get("num_train_timesteps", 1000)
         if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:

@@ -138,8 +138,8 @@ def run(options: argparse.Namespace) -> None:
     # either file may tell the image's path
     told = {name: captions_a[name] if captions_a[name].image else captions_b[name] for name in shared}
     files = image_files(options.images, told) if options.images else {}
-    texts = ({name: captions[name].caption for name in shared} for captions in (captions_a, captions_b))
-    questions = make_questions(criteria, *texts, files, options.seed)
+    texts_a, texts_b = ({name: captions[name].caption for name in shared} for captions in (captions_a, captions_b))
+    questions = make_questions(criteria, texts_a, texts_b, files, options.seed)
     if options.questions:
         _write_questions(options.questions, questions, options.image_side)
         return

@@ -57,10 +57,10 @@ def refuse_unknown(
     """
     for name, value in unknown_fields(stored, read, usual):
         remedy = f"its usual value is {usual[name]!r}" if usual and name in usual else "nothing here reads that setting"
-        raise ValueError(f"{what}{_shown(name, value)} is not supported: {remedy}; give a model without it")
+        raise ValueError(f"{what}{shown(name, value)} is not supported: {remedy}; give a model without it")
 
 
-def _shown(name: str, value: Any) -> str:
+def shown(name: str, value: Any) -> str:
     """`name=value` in one line and at most 100 letters or so."""
     plain = name if str(name).isprintable() else ascii(name)
     text = repr(value)
@@ -97,7 +97,7 @@ def check_kinds(
         if name in stored and not _is_of(kind, stored[name], 0 if name in zero else 1):
             words = str(getattr(kind, "__name__", kind) if not typing.get_args(kind) else kind)
             raise ValueError(
-                f"{what}{_shown(name, stored[name])} is not supported: it must be {_WORDS.get(kind, words)}"
+                f"{what}{shown(name, stored[name])} is not supported: it must be {_WORDS.get(kind, words)}"
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from uae_jax.files.known_fields import unknown_fields
+from uae_jax.files.known_fields import shown, unknown_fields
 from uae_jax.hf.safetensors import Tensors
 
 HEADER = "lora_adapter_metadata"  # key of diffusers' settings in the safetensors header
@@ -69,7 +69,9 @@ def _check_settings(file: pathlib.Path, settings: Mapping[str, Any]) -> None:
     if not isinstance(alphas, dict) or any(alpha != settings.get("lora_alpha") for alpha in alphas.values()):
         wrong.append("alpha_pattern")
     if wrong:
-        raise ValueError(f"{file}: {wrong[0]}={settings[wrong[0]]!r} is not supported; only plain LoRA adapters are")
+        raise ValueError(
+            f"{file}: {shown(wrong[0], settings[wrong[0]])} is not supported; only plain LoRA adapters are"
+        )
     alpha = settings.get("lora_alpha", 1)
     if alpha is not None and (
         isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf
