@@ -72,6 +72,10 @@ def _check_settings(file: pathlib.Path, settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{file}: {shown(wrong[0], settings[wrong[0]])} is not supported; only plain LoRA adapters are"
         )
+    targets = settings.get("target_modules")
+    listed = isinstance(targets, list | tuple) and all(isinstance(target, str) for target in targets)
+    if targets is not None and not isinstance(targets, str) and not listed:
+        raise ValueError(f"{file}: {shown('target_modules', targets)} is no list of modules; copy it again")
     alpha = settings.get("lora_alpha", 1)
     if alpha is not None and (
         isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf

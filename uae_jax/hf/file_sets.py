@@ -64,6 +64,9 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
 
 def shards(index: pathlib.Path, path: pathlib.Path) -> list[pathlib.Path]:
     shards = sorted(set(_weight_map(index).values()))
+    odd = [shard for shard in shards if pathlib.PurePath(shard).name != shard or not shard.isprintable()]
+    if odd:
+        raise ValueError(f"{index} names {ascii(odd[0])}, which is no name of a file in its folder; copy it again")
     missing = [shard for shard in shards if not (path / shard).is_file()]
     if missing:
         raise FileNotFoundError(f"{index} names {missing[0]}, which is not in the folder; copy it there")

@@ -139,7 +139,8 @@ def _header(file: pathlib.Path) -> dict[str, dict[str, Any]]:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a complete safetensors file ({error}); copy it again") from None
+        reason = " ".join(str(error).split())  # the header's own words may be in it
+        raise ValueError(f"{file} is not a complete safetensors file ({reason}); copy it again") from None
     return {
         name: {"shape": entry["shape"], "dtype": entry["dtype"], "start": 8 + length + entry["data_offsets"][0]}
         for name, entry in header.items()
