@@ -135,6 +135,7 @@ def test_settings_suit_the_folder(tmp_path):
         prompt="say",
         system_prompt="be brief",
         negative_prompt="no",
+        control_tokens=False,
         batch_size=8,
         condition="policy",
     )

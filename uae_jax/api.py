@@ -104,6 +104,7 @@ def default_settings(folder: str | os.PathLike[str] = "") -> dict[str, Any]:
         prompt=data["caption_prompt"],
         system_prompt=data.get("caption_system", ""),
         negative_prompt=data["negative_prompt"],
+        control_tokens=data.get("control_tokens", False),
         batch_size=min(evaluation["batch_size"], 8),
         condition=_condition(run),
     )

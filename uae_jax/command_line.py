@@ -2,13 +2,22 @@
 
 import argparse
 import contextlib
+import io
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from uae_jax.settings import one_line
+from uae_jax.settings import Meaning, one_line
+
+
+def stay_offline() -> None:
+    """Keeps the libraries off the Hub, unless the person said otherwise; an id that is given is the one exception."""
+    if "HF_HUB_OFFLINE" not in os.environ:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["UAE_JAX_OFFLINE"] = "1"  # see `hf.hub`
 
 
 def error_line(error: BaseException) -> str:
@@ -42,6 +51,44 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         text, default = action.help or "", action.default
         plain = default is None or isinstance(default, bool) or default in ("", (), argparse.SUPPRESS)
         return text if plain or "default" in text else f"{text} (default: %(default)s)"
+
+
+class _InRange(argparse.Action):
+    """Stores a number that is in range."""
+
+    def __init__(self, *arguments: Any, meaning: Meaning, **settings: Any):
+        super().__init__(*arguments, **settings)
+        self.meaning = meaning
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None):
+        if problem := self.meaning.problem(values):
+            raise ValueError(f"{option_string or self.dest} is {values!r}; {problem}")
+        setattr(namespace, self.dest, values)
+
+
+def in_range(kind: type, **bounds: Any) -> dict[str, Any]:
+    """Arguments of `add_argument` for a finite number in a range; another is an error of one line.
+
+    Args:
+      kind: `int` or `float`.
+      **bounds: `low`, `high` and `above`, see `settings.Meaning`.
+    """
+    return {"type": kind, "action": _InRange, "meaning": Meaning("", **bounds)}
+
+
+@contextlib.contextmanager
+def printable_output() -> Iterator[None]:
+    """What the terminal cannot print is printed as an escape, so that a name or caption never ends the work."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    try:
+        for stream in streams:
+            stream.reconfigure(errors="backslashreplace")
+        yield
+    finally:
+        for stream, errors in zip(streams, before):
+            if not stream.closed:
+                stream.reconfigure(errors=errors)
 
 
 class _Commands(argparse._SubParsersAction):
@@ -99,8 +146,9 @@ def run_command(
     """
     parser = CommandParser(prog=f"python -m {module}", description=text)
     add_arguments(parser)
-    options = parser.parse_args(underscored(sys.argv[1:] if arguments is None else arguments))
-    with plain_errors():
-        code = options.run(options)
-    if code:
-        sys.exit(code)
+    with printable_output():
+        with plain_errors():
+            options = parser.parse_args(underscored(sys.argv[1:] if arguments is None else arguments))
+            code = options.run(options)
+        if code:
+            sys.exit(code)

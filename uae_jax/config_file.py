@@ -131,6 +131,8 @@ def parse_value(text: str, present: Any) -> Any:
             value = tuple(part.strip() for part in value.split(",") if part.strip())
         return tuple(value) if isinstance(value, tuple | list) else (value,)
     if isinstance(present, float) and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > sys.float_info.max:
+            raise ValueError("it must be a finite number")
         return float(value)
     if present is not None and type(value) is not type(present):
         raise ValueError(f"it must be of type {type(present).__name__}")

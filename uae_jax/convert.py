@@ -17,9 +17,10 @@ import os
 import pathlib
 from typing import Any
 
-from uae_jax.command_line import run_command
+from uae_jax.command_line import in_range, run_command, stay_offline
+from uae_jax.settings import LAST_SEED
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+stay_offline()
 
 IMPORTED = {
     "llm": "Qwen2.5-VL folder, with or without UAE's projector",
@@ -62,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="peft",
         help="peft adapter folder, or the release's complete state in three files",
     )
-    export.add_argument("--max_shard_gb", type=float, default=5.0, metavar="GB", help="size limit of one file")
+    export.add_argument(
+        "--max_shard_gb", default=5.0, metavar="GB", help="size limit of one file", **in_range(float, above=0)
+    )
     export.add_argument(
         "--parts", nargs="+", default=(), metavar="PART", help="write only these parts, such as llm SD3/vae dit_lora"
     )
@@ -71,7 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in IMPORTED.items():
         build.add_argument(f"--{name}", default="", metavar="DIR", required=name in ("llm", "sd3"), help=text)
     build.add_argument("out", metavar="OUT", help="a new folder")
-    build.add_argument("--seed", type=int, default=0, help="random seed of a new projector")
+    build.add_argument(
+        "--seed", default=0, help="random seed of a new projector", **in_range(int, low=0, high=LAST_SEED)
+    )
     build.add_argument(
         "--link", action="store_true", help="write hard links instead of copies, if both folders are on one disk"
     )

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from uae_jax.command_line import run_command
+from uae_jax.command_line import in_range, run_command, stay_offline
 from uae_jax.model_flags import add_model_flags, load_model
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from uae_jax.api import Model
     from uae_jax.evaluation.similarities import Similarities
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+stay_offline()
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 ENCODERS = {
@@ -35,6 +35,13 @@ HEADERS = ("encoder", "similarity")
 # small images fill their frame, pixel by pixel
 STYLE = ".picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }"
 Rows = list[list[Any]]
+
+
+def _whole(number: float | None) -> int:
+    """A number of the page; raises ValueError for an empty field and for what is out of range."""
+    if number is None or not 0 <= number < 2**31:
+        raise ValueError(f"the number is {number}; it must be in 0 .. {2**31 - 1}")
+    return int(number)
 
 
 class Page:
@@ -54,7 +61,7 @@ class Page:
 
         from uae_jax.data.sources import SceneSource
 
-        return Image.fromarray(SceneSource("test", captions="full")[int(number)].image)
+        return Image.fromarray(SceneSource("test", captions="full")[_whole(number)].image)
 
     def caption(self, image: "Image.Image | None", number: float) -> str:
         """The caption of an image; `number` chooses its random tokens.
@@ -64,7 +71,8 @@ class Page:
         """
         if image is None:
             raise ValueError("choose an image first")
-        return self.model.caption([image], sample_ids=[int(number)])[0]
+        numbers = [_whole(number)]
+        return self.model.caption([image], sample_ids=numbers)[0]
 
     def draw(self, image: "Image.Image | None", text: str, number: float) -> "tuple[Image.Image, Rows]":
         """An image generated from a text, and its similarities to `image` if given; `number` chooses the noise.
@@ -74,7 +82,8 @@ class Page:
         """
         if not text.strip():
             raise ValueError("write a text first, or press Caption")
-        generated = self.model.generate([text], sample_ids=[int(number)])[0]
+        numbers = [_whole(number)]
+        generated = self.model.generate([text], sample_ids=numbers)[0]
         rows = (
             []
             if image is None
@@ -166,7 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{text} for the similarities (default: the checkpoint's, if it has one)",
         )
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 for the whole network")
-    parser.add_argument("--port", type=int, default=7860, help="port to serve at")
+    parser.add_argument("--port", default=7860, help="port to serve at", **in_range(int, low=0, high=65_535))
     parser.add_argument("--share", action="store_true", help="also serve at a public address of gradio")
     parser.set_defaults(run=run)
 

@@ -82,7 +82,8 @@ def _rows(config: RunConfig, system: AbstractSystem) -> list[str]:
     heldout = config.evaluation.images if config.data.source == "folder" else 1  # of others nothing would be told
     data = open_data(config.data, config.seed, heldout, check=False)
     source = data.train
-    tokenizer = load_tokenizer(processor_folder(model_folder(config.model.folder)))
+    words = processor_folder(model_folder(config.model.folder))
+    tokenizer = load_tokenizer(words, config.data.control_tokens)
     rows = row_builder(config.data, tokenizer, system.processor)
     side, lines = config.data.image_size, ["", *data.lines, f"data, the first of {len(source):,} rows:"]
     for index in range(min(ROWS, len(source))):

@@ -9,12 +9,11 @@ The help of a command has its flags and examples.
 import argparse
 import functools
 import importlib
-import os
 import sys
 
-from uae_jax.command_line import run_command
+from uae_jax.command_line import run_command, stay_offline
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+stay_offline()
 
 # command -> its module, whose add_arguments(parser) sets `run`, and what it does
 COMMANDS = {

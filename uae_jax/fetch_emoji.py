@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 
-from uae_jax.command_line import run_command
+from uae_jax.command_line import in_range, run_command
 from uae_jax.data.emoji import INDEX_FILE, EmojiSet
 from uae_jax.data.emoji_files import ARCHIVES, Archive, check_archive, write_folder
 
@@ -69,7 +69,7 @@ def _reason(text: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="folder for images and emoji.json")
-    parser.add_argument("--count", type=int, default=COUNT, help="number of emoji")
+    parser.add_argument("--count", default=COUNT, help="number of emoji", **in_range(int, low=1))
     parser.set_defaults(run=run)
 
 

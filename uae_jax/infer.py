@@ -13,20 +13,19 @@ order of inputs. An image that cannot be read is reported, the other images are 
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from uae_jax.command_line import run_command
+from uae_jax.command_line import run_command, stay_offline
 from uae_jax.files.pictures import save_picture
 from uae_jax.model_flags import add_model_flags, load_model
 
 if TYPE_CHECKING:
     from uae_jax.api import Model
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+stay_offline()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,30 +54,30 @@ def _names(paths: list[pathlib.Path]) -> list[str]:
     return names
 
 
-def _results(options: argparse.Namespace, model: "Model", inputs: list, failed: Callable) -> Iterator[tuple[dict, str]]:
-    """(JSON record, line of text) of each input; an image is written before its record is yielded."""
-    out: pathlib.Path = options.out
+def _results(options: argparse.Namespace, model: "Model", inputs: list, failed: Callable) -> Iterator[tuple[int, Any]]:
+    """(index, caption, image or reconstruction) of each input, batch by batch."""
+    each = {"caption": model.each_caption, "generate": model.each_drawing, "reconstruct": model.each_reconstruction}
+    return each[options.command](inputs, failed=failed)
+
+
+def _written(options: argparse.Namespace, inputs: list, names: list[str], index: int, result: Any) -> tuple[dict, str]:
+    """JSON record and line of text of one result, whose images are written.
+
+    Raises:
+      OSError, ValueError: they cannot be written.
+    """
+    out, given = options.out, inputs[index]
     if options.command == "caption":
-        for index, caption in model.each_caption(inputs, failed=failed):
-            yield {"image": str(inputs[index]), "caption": caption}, f"{inputs[index]}: {caption}"
-    elif options.command == "generate":
-        for index, image in model.each_drawing(inputs, failed=failed):
-            file = out / f"{index:04d}.png"
-            save_picture(image, file, inputs[index])
-            yield {"text": inputs[index], "image": str(file)}, f"{file}: {inputs[index]}"
-    else:
-        names = _names(inputs)
-        for index, result in model.each_reconstruction(inputs, failed=failed):
-            file, strip = out / f"{names[index]}.png", out / f"{names[index]}_strip.png"
-            save_picture(result.image, file, result.caption)
-            save_picture(result.strip(), strip, result.caption)
-            record = {
-                "image": str(inputs[index]),
-                "caption": result.caption,
-                "reconstruction": str(file),
-                "strip": str(strip),
-            }
-            yield record, f"{inputs[index]}: {result.caption}\n  -> {strip}"
+        return {"image": str(given), "caption": result}, f"{given}: {result}"
+    if options.command == "generate":
+        file = out / f"{index:04d}.png"
+        save_picture(result, file, given)
+        return {"text": given, "image": str(file)}, f"{file}: {given}"
+    file, strip = out / f"{names[index]}.png", out / f"{names[index]}_strip.png"
+    save_picture(result.image, file, result.caption)
+    save_picture(result.strip(), strip, result.caption)
+    record = {"image": str(given), "caption": result.caption, "reconstruction": str(file), "strip": str(strip)}
+    return record, f"{given}: {result.caption}\n  -> {strip}"
 
 
 def run(options: argparse.Namespace) -> None:
@@ -103,12 +102,20 @@ def run(options: argparse.Namespace) -> None:
             sys.stdout.flush()
 
         def failed(index: int, error: Exception) -> None:
-            problems.append(" ".join(str(error).split()))
+            problem = " ".join(str(error).split())
+            # the error of a system call does not name the input, and the last line has all problems
+            problems.append(problem if str(inputs[index]) in problem else f"{inputs[index]}: {problem}")
             kind = "text" if options.command == "generate" else "image"
             report({kind: str(inputs[index]), "error": problems[-1]}, f"{inputs[index]}: not done: {problems[-1]}")
 
-        for record, text in _results(options, model, inputs, failed):
-            report(record, text)
+        names = _names(inputs) if options.command == "reconstruct" else []
+        for index, result in _results(options, model, inputs, failed):
+            try:
+                record, text = _written(options, inputs, names, index, result)
+            except (OSError, ValueError) as error:
+                failed(index, error)
+            else:
+                report(record, text)
     if problems:
         count = f"{len(problems)} of {len(inputs)} inputs could not be done: " if len(inputs) > 1 else ""
         raise ValueError(count + "; ".join(problems))

@@ -27,7 +27,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     for name in GIVEN:
         meaning = FIELDS[name].metadata["meaning"]
         unit = f" [{meaning.unit}]" if meaning.unit else ""
-        model.add_argument(f"--{name}", type=type(FIELDS[name].default), help=f"{meaning.text}{unit}")
+        kind = type(FIELDS[name].default)
+        how: dict[str, Any] = {"action": "store_true", "default": None} if kind is bool else {"type": kind}
+        model.add_argument(f"--{name}", help=f"{meaning.text}{unit}", **how)
     model.add_argument(
         "--condition",
         choices=FIELDS["condition"].metadata["meaning"].choices,

@@ -12,6 +12,7 @@ one field made by `sections`, and beside the other fields in the mapping.
 import dataclasses
 import difflib
 import math
+import sys
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
@@ -20,6 +21,8 @@ import ml_collections
 
 T = TypeVar("T")
 MISSING = object()
+# jax.random.key uses 32 bits: of a greater seed it takes the lower ones, so that two seeds would be one stream
+LAST_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Meaning:
         if self.choices:
             return " | ".join(str(choice) or "''" for choice in self.choices)
         ends = [(self.above, "above"), (self.low, "at least"), (self.high, "at most")]
-        return ", ".join(f"{word} {end:g}" for end, word in ends if end is not None)
+        shown = {end: f"{end:g}" if isinstance(end, float) else str(end) for end, _ in ends if end is not None}
+        return ", ".join(f"{word} {shown[end]}" for end, word in ends if end is not None)
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value, as the end of a sentence; None when nothing is."""
@@ -62,7 +66,7 @@ class Meaning:
         if not isinstance(value, int | float) or isinstance(value, bool):
             return None
         inside = (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))
             and (self.low is None or value >= self.low)
             and (self.high is None or value <= self.high)
             and (self.above is None or value > self.above)
@@ -216,6 +220,7 @@ def frozen(cls: type[T], config: Mapping[str, Any], path: str = "config") -> T:
 
 def unknown_field(path: str, name: str, known: Collection[str]) -> str:
     """What to say of a field that a section does not have: the nearest one, or all of them."""
+    name = name if name.isprintable() else ascii(name)[1:-1]
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {path}.{near[0]}?" if near else f"{path} has {', '.join(known) or 'no fields'}"
     return f"{path}.{name} does not exist; {hint}"
@@ -311,6 +316,8 @@ def _value(kind: Any, value: Any, path: str, usual: Any = None) -> tuple[Any, li
     if typing.get_origin(kind) is tuple:
         return _tuple(typing.get_args(kind), value, path)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > sys.float_info.max:
+            return None, [f"{path} is a whole number of {len(str(abs(value)))} digits; it must be a finite number"]
         return float(value), []
     if kind in (int, float, str, bool):
         wrong = not isinstance(value, kind) or (kind is int and isinstance(value, bool))

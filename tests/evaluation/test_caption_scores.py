@@ -174,7 +174,7 @@ def expected(model, encoder, data, folder):
         image = encoder.feature(encoder.pixels(Image.open(data[0] / record["file_name"]).convert("RGB")))
         with torch.no_grad():
             said = model.get_text_features(input_ids=ids).pooler_output
-        cosines[record["file_name"][:-4]] = float(torch.cosine_similarity(torch.tensor(image), said))
+        cosines[record["file_name"]] = float(torch.cosine_similarity(torch.tensor(image), said))
     return cosines
 
 
@@ -214,7 +214,7 @@ def test_a_corrupt_image_is_told_and_the_rest_is_kept(clip_folder, data, tmp_pat
     with pytest.raises(SystemExit, match="^error: 1 images could not be scored, the first: .*coffee.png"):
         run(tmp_path / "out.json", data=tmp_path, clip=clip_folder)
     found = json.loads((tmp_path / "out.json").read_text())["clip"]
-    assert found["n_valid"] == 2 and found["scores"]["coffee"] is None and found["cosine"]["n"] == 2
+    assert found["n_valid"] == 2 and found["scores"]["coffee.png"] is None and found["cosine"]["n"] == 2
 
 
 @pytest.mark.parametrize(

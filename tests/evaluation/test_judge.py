@@ -264,7 +264,7 @@ def test_questions_and_saved_answers_without_an_endpoint(tmp_path):
         (dict(answers=None), "give --answers and --output"),
         (dict(request_fields="{"), "--request_fields={ is not JSON"),
         (dict(api_key_env="NO_SUCH_KEY"), "NO_SUCH_KEY .* is not set"),
-        (dict(workers=0), "must be positive"),
+        (dict(workers=0), "--workers is 0; it must be at least 1"),
         (dict(criteria="nothing.json"), "nothing.json does not exist"),
         (dict(b={"0": " "}), "record 1 needs"),
         (dict(url="localhost"), "is not an address"),

@@ -171,7 +171,7 @@ def test_an_encoder_that_cannot_be_read_does_not_cost_the_others(encoders, folde
         (dict(clip="{clip}", gen_dir=None), "give --ref_dir and --gen_dir"),
         (dict(clip="{clip}", images="a", out="b"), "give --ref_dir and --gen_dir"),
         (dict(clip="{clip}", output=None), "--output is not given"),
-        (dict(clip="{clip}", encoder_batch_size=0), "--encoder_batch_size=0"),
+        (dict(clip="{clip}", encoder_batch_size=0), "--encoder_batch_size is 0; it must be at least 1"),
         (dict(clip="{root}/nothing"), "image encoder not found: .*nothing"),
         (dict(clip="{dinov2}"), "holds a dinov2 model; give the folder of clip"),
         (dict(dinov3="{dinov2}"), "holds a dinov2 model; give the folder of dinov3"),

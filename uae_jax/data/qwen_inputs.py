@@ -7,6 +7,7 @@ Equal to transformers' Qwen2VLImageProcessorPil, `get_vision_window_index`, `get
 import dataclasses
 import math
 import pathlib
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,15 @@ import numpy as np
 from PIL import Image
 
 from uae_jax.data.images import to_rgb
-from uae_jax.files.json_files import read_json
+from uae_jax.files.json_files import image_processor_settings
+from uae_jax.files.known_fields import check_kinds, refuse_unknown, without_none
 
 MAX_ASPECT = 200
+
+# steps that are always done, and what has no effect on an image
+_STEPS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+_NOT_SETTINGS = frozenset({*_STEPS, "size", "image_processor_type", "processor_class", "default_to_square"})
+_WHOLE = {"data_format": "channels_first"}
 
 Grid = tuple[int, int]
 # named values of one row, without a batch axis
@@ -110,27 +117,38 @@ class ImageProcessor:
 
 
 def load_image_processor(folder: str | pathlib.Path, window_size: int) -> ImageProcessor:
-    """Reads preprocessor_config.json of a Qwen2-VL or Qwen2.5-VL folder; `window_size` in pixels.
+    """Reads the image processor of a Qwen2-VL or Qwen2.5-VL folder; `window_size` in pixels.
+
+    It is preprocessor_config.json, or `image_processor` in the processor_config.json of transformers 5.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: the file is not JSON, describes another processor, or disables a step.
+      ValueError: the file is not JSON, describes another processor, disables a step, or sets what is not known.
     """
-    path = pathlib.Path(folder) / "preprocessor_config.json"
-    config = read_json(folder, path.name)
-    kind = config.get("image_processor_type", "Qwen2VLImageProcessor")
+    older, newer = (pathlib.Path(folder) / name for name in ("preprocessor_config.json", "processor_config.json"))
+    path, config = older if older.is_file() or not newer.is_file() else newer, image_processor_settings(folder)
+    config = without_none(config, str(path))
+    kind = str(config.get("image_processor_type", "Qwen2VLImageProcessor"))
     if not kind.startswith(("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")):
         raise ValueError(f"{path} is for {kind}: a Qwen2-VL image processor is needed")
-    for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+    for step in _STEPS:
         if config.get(step, True) is not True:
             raise ValueError(f"{path} sets {step} to {config[step]}: the model needs every step of the processor")
-    size = config.get("size") or {}
+    size = without_none(config.get("size") or {}, f"{path}: size")
+    names = {field.name for field in dataclasses.fields(ImageProcessor)}
+    refuse_unknown(config, names | _NOT_SETTINGS, _WHOLE, f"{path}: ")
     known = {field.name: config.get(field.name) for field in dataclasses.fields(ImageProcessor)}
     # the older names win over "size", as in the library
     known["min_pixels"] = known["min_pixels"] or size.get("shortest_edge")
     known["max_pixels"] = known["max_pixels"] or size.get("longest_edge")
     known["window_size"] = window_size
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items() if v is not None}
+    check_kinds(values, typing.get_type_hints(ImageProcessor), f"{path}: ", zero=("resample",))
+    for name in ("image_mean", "image_std"):
+        if len(values.get(name, (0, 0, 0))) != 3 or name == "image_std" and 0 in values.get(name, ()):
+            raise ValueError(f"{path}: {name} is {values[name]}; it must be three numbers, and no standard deviation 0")
+    if values.get("resample", 3) > 5:
+        raise ValueError(f"{path}: resample is {values['resample']}; PIL has the filters 0 to 5")
     return ImageProcessor(**values)
 
 

@@ -5,13 +5,13 @@ The chat format is Qwen2.5-VL's: turns between <|im_start|> and <|im_end|>, an i
 """
 
 import itertools
-import json
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from uae_jax.files.json_files import write_json
+from uae_jax.files.json_files import read_json, write_json
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -26,7 +26,7 @@ SPECIAL_TOKENS = (
 ROLES = ("user", "assistant", "generate")
 END_OF_TURN, END_OF_TEXT, IMAGE_PAD = "<|im_end|>", "<|endoftext|>", "<|image_pad|>"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-_SENTINEL = "sentinel0caption"
+_SENTINEL, _TEXT = "sentinel0caption", "sentinel0text"
 
 # the template of the built-in model: Qwen's without system turn and newlines, to keep sequences short
 _SCENE_TEMPLATE = (
@@ -38,8 +38,13 @@ _SCENE_TEMPLATE = (
 )
 
 
-def load_tokenizer(folder: str | pathlib.Path):
+def load_tokenizer(folder: str | pathlib.Path, control_tokens: bool = False):
     """Reads a transformers tokenizer with its chat template from a local folder, without network access.
+
+    Args:
+      folder: of the tokenizer's files.
+      control_tokens: False encodes `<|im_end|>` and its like inside of captions, prompts and questions as plain text.
+        True makes control tokens of them, as the release does.
 
     Raises:
       FileNotFoundError: no such folder, or a folder without tokenizer files.
@@ -51,19 +56,33 @@ def load_tokenizer(folder: str | pathlib.Path):
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise FileNotFoundError(f"no tokenizer in {folder}: expected one of {', '.join(_TOKENIZER_FILES)}")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers would advise to install PyTorch
-    from transformers import AutoTokenizer  # slow import, needed only here
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow import, needed only here
 
+    # tokenizer.json is complete by itself; without another file AutoTokenizer does not know its class
+    alone = not any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json"))
+    kind = PreTrainedTokenizerFast if alone and (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): copy its files again") from error
     if not tokenizer.chat_template:
-        # older Qwen2.5-VL folders have the template in a file of the processor
-        path = folder / "chat_template.json"
-        if not path.is_file():
-            raise ValueError(f"the tokenizer in {folder} has no chat template: add chat_template.json")
-        tokenizer.chat_template = json.loads(path.read_text())["chat_template"]
+        tokenizer.chat_template = _template_beside(folder)
+    tokenizer.split_special_tokens = not control_tokens
     return tokenizer
+
+
+def _template_beside(folder: pathlib.Path) -> str:
+    """The chat template in a file of its own, or of the processor, as in folders of several transformers versions."""
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        return jinja.read_bytes().decode("utf-8-sig")
+    for name in ("chat_template.json", "processor_config.json"):
+        template = read_json(folder, name).get("chat_template") if (folder / name).is_file() else None
+        if isinstance(template, str) and template:
+            return template
+    raise ValueError(
+        f"the tokenizer in {folder} has no chat template: add chat_template.jinja or chat_template.json of its model"
+    )
 
 
 def token_id(tokenizer, token: str) -> int:
@@ -83,8 +102,22 @@ def stop_ids(tokenizer) -> tuple[int, ...]:
     return token_id(tokenizer, END_OF_TURN), token_id(tokenizer, END_OF_TEXT)
 
 
-def _encode(tokenizer, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _encode(tokenizer, text: str, template: bool = False) -> list[int]:
+    """Ids of a person's text, or of a template, whose control tokens are meant."""
+    split = tokenizer.split_special_tokens and not template
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        shown = text if len(text) <= 60 else f"{text[:57]}..."
+        raise ValueError(f"the text {ascii(shown)} holds half of a character (a lone surrogate); correct it") from None
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"])
+
+
+def _names_control(tokenizer, text: str) -> bool:
+    """Whether a text holds the name of a control token, which is not meant as one."""
+    if not tokenizer.split_special_tokens:
+        return False
+    return any(token.special and token.content in text for token in tokenizer.added_tokens_decoder.values())
 
 
 def _chat_text(tokenizer, role: str, *parts: dict[str, Any], system: str = "") -> str:
@@ -112,7 +145,7 @@ def caption_prompt_ids(
       system: text of the system turn; empty for that of the chat template.
 
     Raises:
-      ValueError: the prompt text contains an image token.
+      ValueError: the prompt text contains an image token that is meant as one, or a lone surrogate.
     """
     return turn_ids(tokenizer, [*image_tokens, prompt] if images_first else [prompt, *image_tokens], system)
 
@@ -126,14 +159,31 @@ def turn_ids(tokenizer, parts: Sequence[str | int], system: str = "") -> list[in
       system: text of the system turn; empty for that of the chat template.
 
     Raises:
-      ValueError: a text contains an image token.
+      ValueError: a text contains an image token that is meant as one, or a lone surrogate.
     """
-    if any(isinstance(part, str) and IMAGE_PAD in part for part in (*parts, system)):
+    texts = [part for part in (*parts, system) if isinstance(part, str)]
+    if any(IMAGE_PAD in text for text in texts) and not tokenizer.split_special_tokens:
         raise ValueError(f"the caption prompt must not contain {IMAGE_PAD}: images are added by the tokenizer")
+    # names of control tokens in the texts are encoded apart from the template, whose control tokens are meant
+    plain: dict[str, str] = {}
+
+    def placed(text: str) -> str:
+        if not _names_control(tokenizer, text):
+            return text
+        place = f"{_TEXT}{len(plain)}x"
+        plain[place] = text
+        return place
+
     counts = [part for part in parts if not isinstance(part, str)]
-    said = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
-    head, *tails = _chat_text(tokenizer, "user", *said, system=system).split(IMAGE_PAD)
-    return _encode(tokenizer, head + "".join(IMAGE_PAD * n + tail for n, tail in zip(counts, tails, strict=True)))
+    said = [{"type": "text", "text": placed(part)} if isinstance(part, str) else {"type": "image"} for part in parts]
+    head, *tails = _chat_text(tokenizer, "user", *said, system=placed(system)).split(IMAGE_PAD)
+    text = head + "".join(IMAGE_PAD * n + tail for n, tail in zip(counts, tails, strict=True))
+    pieces = re.split(f"({'|'.join(plain)})", text) if plain else [text]
+    encoded = (
+        _encode(tokenizer, plain[piece]) if piece in plain else _encode(tokenizer, piece, template=True)
+        for piece in pieces
+    )
+    return [index for ids in encoded for index in ids]
 
 
 def condition_template(tokenizer) -> tuple[list[int], list[int]]:
@@ -143,7 +193,7 @@ def condition_template(tokenizer) -> tuple[list[int], list[int]]:
     templated text.
     """
     before, after = _chat_text(tokenizer, "generate", {"type": "text", "text": _SENTINEL}).split(_SENTINEL)
-    return _encode(tokenizer, before), _encode(tokenizer, after)
+    return _encode(tokenizer, before, template=True), _encode(tokenizer, after, template=True)
 
 
 def encode_caption(tokenizer, text: str) -> list[int]:

@@ -5,25 +5,29 @@ A schedule runs from sigma 1 (pure noise) down to sigma 0 (the image). SD3 bends
 """
 
 import dataclasses
-import json
+import math
 import pathlib
 from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
+from uae_jax.files.json_files import read_json
+from uae_jax.files.known_fields import shown, unknown_fields
+
 KINDS = ("diffusers", "single", "linspace_shift")
 
 _CONFIG_NAME = "scheduler_config.json"
 _SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
-_UNSUPPORTED = (
-    "use_dynamic_shifting",
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "invert_sigmas",
-    "shift_terminal",
-    "stochastic_sampling",
+# those that are read, and those of the dynamic shift, which is refused
+_UNDERSTOOD = (
+    "shift",
+    "num_train_timesteps",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "time_shift_type",
 )
 
 Sigma = TypeVar("Sigma", float, Float[np.ndarray, "..."], Float[Array, "..."])
@@ -97,23 +101,20 @@ class ScheduleConfig:
                 f"no {_CONFIG_NAME} in {folder} or {folder / 'scheduler'}: "
                 "point to the scheduler folder of an SD3 checkpoint"
             )
-        try:
-            config = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        config = read_json(path.parent, path.name)
         name = config.get("_class_name", _SCHEDULER_CLASS)
         if name != _SCHEDULER_CLASS:
             raise ValueError(f"{path} describes {name}; only {_SCHEDULER_CLASS} is supported")
-        for option in _UNSUPPORTED:
-            if config.get(option):
-                raise ValueError(
-                    f"{path} sets {option}={config[option]!r}, which is not supported: "
-                    "use a static shift as SD3 and SD3.5 do"
-                )
-        return cls(
-            shift=float(config.get("shift", 1.0)),
-            num_train=int(config.get("num_train_timesteps", 1000)),
-        )
+        for option, value in unknown_fields(config, _UNDERSTOOD):
+            raise ValueError(
+                f"{path} sets {shown(option, value)}, which is not supported: use a static shift as SD3 and SD3.5 do"
+            )
+        shift, levels = config.get("shift", 1.0), config.get("num_train_timesteps", 1000)
+        if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
+            raise ValueError(f"{path} sets shift={shift!r}; it must be a positive number")
+        if isinstance(levels, bool) or not isinstance(levels, int) or levels < 1:
+            raise ValueError(f"{path} sets num_train_timesteps={levels!r}; it must be a positive whole number")
+        return cls(shift=float(shift), num_train=levels)
 
     def sigmas(self, steps: int) -> Float32[np.ndarray, " levels"]:
         """`sigma_schedule` with these settings: `steps + 1` levels from 1 to 0."""

@@ -7,19 +7,23 @@
 
 With --scenes the model captions held-out built-in scenes. By attribute, recall is the share of facts that a caption
 says, and precision the share of its claims that are true. --data is a folder of images with captions.jsonl, lines
-{"image" or "file_name": ..., "caption": text}; --captions and --images name file and folder separately. --clip adds the
+{"image" or "file_name": ..., "caption": text or list}; --captions and --images name file and folder. --clip adds the
 similarity of caption and image. CLIP truncates captions to 77 tokens, --longclip to 248.
 """
 
 import argparse
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from uae_jax.command_line import in_range
 from uae_jax.files.json_files import write_json
 from uae_jax.model_flags import add_model_flags, load_model
+
+if TYPE_CHECKING:
+    from uae_jax.evaluation.pairs import Captioned
 
 SCORE_SCALE = 2.5  # CLIPScore of a cosine: arXiv 2104.08718, section 3
 
@@ -27,7 +31,7 @@ SCORE_SCALE = 2.5  # CLIPScore of a cosine: arXiv 2104.08718, section 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     scenes = parser.add_argument_group("built-in scenes")
-    scenes.add_argument("--scenes", type=int, default=0, metavar="N", help="number of held-out scenes to caption")
+    scenes.add_argument("--scenes", default=0, metavar="N", help="number of held-out scenes", **in_range(int, low=0))
     scenes.add_argument(
         "--out",
         type=pathlib.Path,
@@ -45,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument(
         "--encoder_batch_size",
-        type=int,
+        **in_range(int, low=1),
         default=16,
         metavar="N",
         help="pairs in one call of CLIP",
@@ -63,10 +67,8 @@ def run(options: argparse.Namespace) -> None:
     """
     if bool(options.scenes) == bool(options.data or options.captions) or options.data and options.captions:
         raise ValueError("give --scenes, or --data, or --captions")
-    if options.scenes < 0 or options.encoder_batch_size < 1 or options.longclip and not options.clip:
-        raise ValueError(
-            "--scenes and --encoder_batch_size must be positive, and --longclip needs --clip for the tokenizer"
-        )
+    if options.longclip and not options.clip:
+        raise ValueError("--longclip needs --clip for the tokenizer")
     result = _scene_result(options) if options.scenes else _data_result(options)
     write_json(options.output, result)
     _print(result)
@@ -128,7 +130,7 @@ def _data_result(options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "n": len(captions),
         "captions_file": str(file),
-        "text": text_statistics(list(captions.values())),
+        "text": text_statistics([captioned.caption for captioned in captions.values()]),
     }
     folder = options.images or options.data
     if options.clip and not folder:
@@ -136,17 +138,18 @@ def _data_result(options: argparse.Namespace) -> dict[str, Any]:
     return result | (_clip_result(options, captions, folder) if options.clip else {})
 
 
-def _clip_result(options: argparse.Namespace, captions: dict[str, str], folder: str) -> dict[str, Any]:
+def _clip_result(options: argparse.Namespace, captions: "Mapping[str, Captioned]", folder: str) -> dict[str, Any]:
     """Mean cosine and CLIPScore, the cosine of every image, and the images that cannot be scored."""
     from uae_jax.evaluation.encoders import caption_cosines, open_text_scorer
     from uae_jax.evaluation.pairs import image_files
     from uae_jax.training.summary import interval
 
-    files = image_files(folder, list(captions))
+    files = image_files(folder, captions)
     scorer = open_text_scorer(options.clip, options.longclip)
     scores: dict[str, float | None] = dict.fromkeys(captions)
     errors, cut = [], 0
-    results = caption_cosines(scorer, list(files.values()), list(captions.values()), options.encoder_batch_size)
+    texts = [captioned.caption for captioned in captions.values()]
+    results = caption_cosines(scorer, list(files.values()), texts, options.encoder_batch_size)
     for (name, path), (score, was_cut) in zip(
         files.items(), tqdm(results, total=len(files), desc="clip", disable=None)
     ):

@@ -14,9 +14,11 @@ import pathlib
 import re
 from typing import Any
 
+from uae_jax.command_line import in_range
 from uae_jax.evaluation import run_settings
 from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, grouped_scores, refuse, tell
 from uae_jax.evaluation.drawing import GRID_SIDE, Target, content_problems, draw_folder
+from uae_jax.files.json_files import read_text
 from uae_jax.model_flags import add_model_flags
 
 SAMPLES = GRID_SIDE**2
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check_flags.add_argument("folder", type=pathlib.Path, help="the --out of `write`")
     check_flags.add_argument("--prompts", type=pathlib.Path, required=True, help="dpg_bench/prompts of the benchmark")
     check_flags.add_argument(
-        "--size", type=int, help="side of a sample, the evaluator's RESOLUTION (default: as written)"
+        "--size", help="side of a sample, the evaluator's RESOLUTION (default: as written)", **in_range(int, low=1)
     )
     add_summary(actions, "summarise the evaluator's results", "results", "dpg-bench_*_results.txt", summary)
 
@@ -56,14 +58,11 @@ def read_prompts(folder: pathlib.Path) -> dict[str, str]:
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist; give dpg_bench/prompts of the benchmark")
     prompts = {}
-    for path in sorted(folder.glob("*.txt")):
+    for path in sorted(file for file in folder.glob("*.txt") if not file.name.startswith(".")):
         # the evaluator reads a name up to its first dot
         if "." in path.stem:
             raise ValueError(f"{path} has a dot in its name, at which the evaluator truncates the name; rename it")
-        try:
-            prompts[path.stem] = path.read_text(encoding="utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not a text file in UTF-8 ({error.reason})") from error
+        prompts[path.stem] = read_text(path).strip()
         if not prompts[path.stem]:
             raise ValueError(f"{path} is empty; copy the benchmark's prompts again")
     if not prompts:
@@ -127,7 +126,7 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist; give the dpg-bench_*_results.txt of the evaluator")
     found: dict[str, Any] = {"prompts": {}, "categories": {}, "subcategories": {}, "score": None}
     level = ""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         total, category = _TOTAL.match(line), _CATEGORY.match(line)
         if line in _LEVELS:
             level = _LEVELS[line]

@@ -122,10 +122,13 @@ def write_pictures(
 
     Returns:
       Number of written files, and of files that were complete already.
+
+    Raises:
+      ValueError: some files could not be written; the others are.
     """
     with concurrent.futures.ThreadPoolExecutor() as pool:
         problems = list(pool.map(lambda target: picture_problem(target.path, target.side(size)), targets))
-    missing = sum(problem is not None for problem in problems)
+    missing, failed = sum(problem is not None for problem in problems), []
     samples = len(targets[0].sample_ids) if targets else 1
     stride = math.lcm(batch_size, samples) // samples
     with tqdm(total=len(targets), initial=len(targets) - missing, desc=label, disable=None) as bar:
@@ -138,9 +141,15 @@ def write_pictures(
                 sample_ids=[number for target in chunk for number in target.sample_ids],
             )
             for position, target in enumerate(chunk):
-                if wanted[position]:
+                if not wanted[position]:
+                    continue
+                try:
                     save_picture(target.compose(images[position * samples : (position + 1) * samples]), target.path)
-                    bar.update(1)
+                except OSError as error:  # the others are still to be written
+                    failed.append(f"{target.path}: {error}")
+                bar.update(1)
+    if failed:
+        raise ValueError(f"{len(failed)} of {missing} images could not be written: {'; '.join(failed[:3])}")
     return missing, len(targets) - missing
 
 
@@ -182,7 +191,7 @@ def draw_folder(
 
 def sample_number(stem: str) -> int:
     """The sample id of an image, in 0 .. 2**31 - 1: it depends on the stem alone, not on other files of the folder."""
-    return zlib.crc32(stem.encode("utf-8")) >> 1
+    return zlib.crc32(stem.encode("utf-8", "surrogatepass")) >> 1
 
 
 def write_reconstructions(
@@ -249,5 +258,8 @@ def _draw(model: "Model", captions: Mapping[str, str], folder: pathlib.Path) -> 
         generated, desc="reconstruct", total=len(captions), initial=len(captions) - len(missing), disable=None
     ):
         stem = missing[index]
-        save_picture(image, folder / f"{stem}.png", captions[stem])
+        try:
+            save_picture(image, folder / f"{stem}.png", captions[stem])
+        except (OSError, ValueError) as error:  # the others are still to be written
+            errors[stem] = str(error)
     return errors

@@ -211,7 +211,7 @@ class TextScorer:
 
     def token_ids(self, text: str) -> tuple[np.ndarray, bool]:
         """Token ids `[T]` of a text, truncated before the end token or padded with 0, and whether truncated."""
-        ids = list(self.tokenizer(text)["input_ids"])
+        ids = list(self.tokenizer(text, split_special_tokens=True)["input_ids"])
         cut = len(ids) > self.positions
         ids = [*ids[: self.positions - 1], ids[-1]] if cut else ids
         return np.pad(np.array(ids, np.int32), (0, self.positions - len(ids))), cut

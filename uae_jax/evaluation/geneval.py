@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from uae_jax.command_line import in_range
 from uae_jax.data.images import opened
 from uae_jax.data.scene_checker import read_picture
 from uae_jax.data.scene_prompts import check_scene, scene_prompts
@@ -29,7 +30,7 @@ from uae_jax.data.scenes import SHAPES, Scene, object_facts
 from uae_jax.evaluation import run_settings
 from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, grouped_scores, refuse, table, tell, uneven
 from uae_jax.evaluation.drawing import Target, content_problems, draw_folder, picture_problem
-from uae_jax.files.json_files import read_objects, write_json_lines
+from uae_jax.files.json_files import read_objects, read_text, write_json_lines
 from uae_jax.files.whole import write_bytes
 from uae_jax.model_flags import add_model_flags
 
@@ -46,15 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     write_flags.set_defaults(run=write)
     write_flags.add_argument("--prompts", required=True, help="evaluation_metadata.jsonl of the benchmark, or `scenes`")
     write_flags.add_argument("--out", type=pathlib.Path, required=True, help="folder of the images")
-    write_flags.add_argument("--images_per_prompt", type=int, default=4, help="the benchmark needs 4")
-    write_flags.add_argument("--per_tag", type=int, default=16, help="number of prompts of each tag, for `scenes`")
+    write_flags.add_argument("--images_per_prompt", default=4, help="the benchmark needs 4", **in_range(int, low=1))
+    write_flags.add_argument("--per_tag", default=16, help="prompts of each tag, for `scenes`", **in_range(int, low=1))
     add_model_flags(write_flags)
     check_flags = actions.add_parser("check", help="check that the evaluator finds every image")
     check_flags.set_defaults(run=check)
     check_flags.add_argument("folder", type=pathlib.Path, help="the --out of `write`")
     check_flags.add_argument("--prompts", help="compare with the prompts of this file, or `scenes`")
-    check_flags.add_argument("--images_per_prompt", type=int, help="default: as written, else 4")
-    check_flags.add_argument("--per_tag", type=int, help="for `scenes` (default: as written)")
+    check_flags.add_argument("--images_per_prompt", help="default: as written, else 4", **in_range(int, low=1))
+    check_flags.add_argument("--per_tag", help="for `scenes` (default: as written)", **in_range(int, low=1))
     score_flags = actions.add_parser("score", help="score images of the built-in scenes by the exact checker")
     score_flags.set_defaults(run=score)
     score_flags.add_argument("folder", type=pathlib.Path, help="the --out of `write`")
@@ -118,7 +119,7 @@ def _metadata(folder: pathlib.Path) -> dict[str, Any]:
     """
     path = folder / "metadata.jsonl"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing") from error
     except ValueError as error:

@@ -17,7 +17,7 @@ from typing import Any
 from uae_jax.evaluation import run_settings
 from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, grouped_scores, refuse, table, tell
 from uae_jax.evaluation.drawing import Target, content_problems, draw_folder
-from uae_jax.files.json_files import read_objects
+from uae_jax.files.json_files import read_objects, read_text
 from uae_jax.model_flags import add_model_flags
 
 
@@ -48,7 +48,7 @@ def read_prompts(path: pathlib.Path) -> list[str]:
         return [entry["prompt"].strip() for entry in read_objects(path, {"prompt": str, "tag": str})]
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the file of the benchmark")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"{path} is empty; give the file of the benchmark")
     return prompts
@@ -87,7 +87,7 @@ def read_results(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the output of Eval-gpt-4.1-geneval++.py")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); give the output of Eval-gpt-4.1-geneval++.py") from error
     results = value.get("overall_results") if isinstance(value, dict) else None

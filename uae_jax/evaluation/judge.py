@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from uae_jax.files.json_files import read_records, write_json, write_json_lines
+from uae_jax.command_line import in_range
+from uae_jax.files.json_files import read_objects, read_records, write_json, write_json_lines
+from uae_jax.settings import LAST_SEED
 
 if TYPE_CHECKING:
     from uae_jax.evaluation.judge_protocols import Criteria, Verdict
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--image_side",
-        type=int,
+        **in_range(int, low=1),
         default=1024,
         metavar="N",
         help="longest side of a shown image in pixels",
@@ -80,26 +82,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="further fields of each request",
     )
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="time-out of one attempt")
     parser.add_argument(
-        "--retries", type=int, default=5, metavar="N", help="retries after time-outs, status 429 and 5xx"
+        "--timeout",
+        default=120.0,
+        metavar="SECONDS",
+        help="time-out of one attempt",
+        **in_range(float, above=0, high=86_400),
+    )
+    parser.add_argument(
+        "--retries",
+        default=5,
+        metavar="N",
+        help="retries after time-outs, status 429 and 5xx",
+        **in_range(int, low=0, high=1000),
     )
     parser.add_argument(
         "--backoff",
-        type=float,
+        **in_range(float, low=0, high=86_400),
         default=1.0,
         metavar="SECONDS",
         help="wait before the first retry, doubled each time",
     )
     parser.add_argument(
         "--malformed_retries",
-        type=int,
+        **in_range(int, low=0, high=1000),
         default=1,
         metavar="N",
         help="how often a question with a malformed answer is asked again",
     )
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="parallel requests")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the order of questions")
+    parser.add_argument(
+        "--workers", default=4, metavar="N", help="parallel requests", **in_range(int, low=1, high=1024)
+    )
+    parser.add_argument(
+        "--seed", default=0, help="random seed of the order of questions", **in_range(int, low=0, high=LAST_SEED)
+    )
     parser.add_argument("--answers", type=pathlib.Path, metavar="FILE", help="JSON lines of answers, appended or read")
     parser.add_argument(
         "--questions", type=pathlib.Path, metavar="FILE", help="write the questions as JSON lines and stop"
@@ -118,28 +134,25 @@ def run(options: argparse.Namespace) -> None:
     """
     from uae_jax.evaluation.judge_protocols import PROTOCOLS
     from uae_jax.evaluation.judging import make_questions
-    from uae_jax.evaluation.pairs import image_files, read_captions
+    from uae_jax.evaluation.pairs import image_files, read_captions, renamed_alike
 
     if not options.questions and not (options.answers and options.output):
         raise ValueError("give --answers and --output, or --questions to write the questions alone")
     if options.endpoint and not options.model:
         raise ValueError("--endpoint needs --model, the judge's name there")
-    if (
-        min(options.workers, options.image_side, options.timeout) <= 0
-        or min(options.retries, options.malformed_retries, options.backoff) < 0
-    ):
-        raise ValueError(
-            "--workers, --image_side and --timeout must be positive, the retries and --backoff not negative"
-        )
     criteria = PROTOCOLS[options.protocol].from_file(options.criteria)
-    captions_a, captions_b = read_captions(options.captions_a), read_captions(options.captions_b)
+    captions_a = read_captions(options.captions_a)
+    captions_b = renamed_alike(read_captions(options.captions_b), captions_a)
     shared = sorted(captions_a.keys() & captions_b.keys())
     if not shared:
         raise ValueError(
             f"{options.captions_a} and {options.captions_b} have no image in common; their image_id must agree"
         )
-    files = image_files(options.images, shared) if options.images else {}
-    questions = make_questions(criteria, captions_a, captions_b, files, options.seed)
+    # either file may tell the image's path
+    told = {name: captions_a[name] if captions_a[name].image else captions_b[name] for name in shared}
+    files = image_files(options.images, told) if options.images else {}
+    texts_a, texts_b = ({name: captions[name].caption for name in shared} for captions in (captions_a, captions_b))
+    questions = make_questions(criteria, texts_a, texts_b, files, options.seed)
     if options.questions:
         _write_questions(options.questions, questions, options.image_side)
         return
@@ -166,12 +179,19 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _write_questions(path: pathlib.Path, questions: Sequence, side: int) -> None:
-    lines = [
-        {"image_id": q.image_id, "order": q.order, "question": q.fingerprint, "messages": q.messages(side)}
-        for q in questions
-    ]
+    lines, problems = [], []
+    for asked in questions:
+        try:
+            messages = asked.messages(side)
+        except ValueError as error:  # an unreadable image; the other questions are still written
+            problems.append(str(error))
+            continue
+        place = {"image_id": asked.image_id, "order": asked.order, "question": asked.fingerprint}
+        lines.append(place | {"messages": messages})
     write_json_lines(path, lines)
     print(f"{len(lines)} questions: {path}")
+    if problems:
+        raise ValueError(f"{len(problems)} questions are not written: {'; '.join(sorted(set(problems))[:3])}")
 
 
 def _answer(options: argparse.Namespace, criteria: "Criteria", questions: Sequence) -> None:
@@ -293,7 +313,10 @@ def _verdicts(
     known = {(question.image_id, question.order): question for question in questions}
     verdicts: dict[str, dict[str, Verdict]] = {}
     kinds = dict.fromkeys(known, "missing")
-    records = read_records(options.answers) if options.answers.is_file() or not options.endpoint else []
+    if not options.endpoint:  # a person's file, of which no line is passed over
+        records = read_objects(options.answers, {}, "give the file of the answers")
+    else:
+        records = read_records(options.answers) if options.answers.is_file() else []
     for number, record in enumerate(records, 1):
         place = (str(record.get("image_id")), str(record.get("order")))
         if place not in known:

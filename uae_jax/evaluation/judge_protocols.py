@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from uae_jax.files.json_files import read_text
+
 OVERALL = "overall"
 SCORES = "scores"  # key of a verdict: the points of both captions
 CAPTIONS = ("A", "B")
@@ -42,7 +44,7 @@ class Criteria:
         if not path.is_file():
             raise FileNotFoundError(f"criteria file {path} does not exist")
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = json.loads(read_text(path))
             listed = tuple((item["name"], item["question"]) for item in raw["criteria"])
             found = cls(raw["instruction"], raw["with_image"], raw["without_image"], listed)
         except (ValueError, KeyError, TypeError) as error:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from PIL import Image
 
-from uae_jax.data.images import eight_bits, opened, walk_files
-from uae_jax.files.json_files import read_records
+from uae_jax.data.formats.records import CAPTION_FIELDS, chosen_caption, field_captions
+from uae_jax.data.images import eight_bits, is_image_name, opened, walk_files
+from uae_jax.files.json_files import read_objects
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tiff", ".webp")  # the official list
 PREFIX = "recon_"
@@ -103,41 +105,92 @@ def read_rgb(path: pathlib.Path) -> Image.Image:
         raise ValueError(str(error)) from error
 
 
-def read_captions(path: str | pathlib.Path) -> dict[str, str]:
-    """{image: caption} of lines {"image_id": ..., "caption": text}; "image" or "file_name" may replace "image_id".
+class Captioned(NamedTuple):
+    """One line of a file of captions: the caption, and the path of the image where the line gives it."""
+
+    caption: str
+    image: str | None
+
+
+def read_captions(path: str | pathlib.Path) -> dict[str, Captioned]:
+    """The captions of lines {"image_id" or "image" or "file_name": ..., "caption": text or list of texts}, by image.
+
+    An image is called by its `image_id`, or else by the path that is given, with its suffix. Of several captions the
+    one is taken that training takes: in turn by the number of the line.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a line without image or caption, a repeated image, or no lines.
+      ValueError: a line that is not JSON, without image or caption, a repeated image, or no lines.
     """
-    found: dict[str, str] = {}
-    for number, record in enumerate(read_records(path), 1):
-        file = record.get("image", record.get("file_name", ""))
-        name = str(record.get("image_id", pathlib.PurePath(file).stem if isinstance(file, str) else ""))
-        caption = record.get("caption")
-        if not name or not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f'{path} record {number} needs {{"image_id": ..., "caption": text}}')
-        if name in found:
+    path = pathlib.Path(path)
+    found: dict[str, Captioned] = {}
+    remedy = "give lines such as " + '{"image": "a.jpg", "caption": "a cat"}'
+    for number, record in enumerate(read_objects(path, {}, remedy)):
+        where = f"{path} record {number + 1}"
+        file = record.get("image", record.get("file_name"))
+        name = record.get("image_id", file)
+        texts = field_captions(record, CAPTION_FIELDS, where)
+        if isinstance(name, bool) or not isinstance(name, str | int) or name == "" or not texts:
+            raise ValueError(f'{where} needs {{"image_id": ..., "caption": text}}')
+        if str(name) in found:
             raise ValueError(f"{path} has two captions of image {name}; keep one")
-        found[name] = caption.strip()
-    if not found:
-        raise ValueError(f"{path} holds no captions")
+        given = file if isinstance(file, str) and file else None
+        found[str(name)] = Captioned(chosen_caption(texts, number, "each") or "", given)
     return found
 
 
-def image_files(folder: str | pathlib.Path, names: Sequence[str]) -> dict[str, pathlib.Path]:
-    """{image: file}; the stem of a file is its image.
+def renamed_alike(captions: dict[str, Captioned], others: Mapping[str, Captioned]) -> dict[str, Captioned]:
+    """Captions under the names that another file has for the same images.
+
+    One file may call an image `a` and the other `a.jpg`. A name that the other file lacks becomes the one name there
+    of its stem, if exactly one name of each file has this stem.
+    """
+    ours, theirs = _by_stem(captions), _by_stem(others)
+    names = {}
+    for name in captions:
+        stem = pathlib.PurePath(name).stem
+        alone = len(ours[stem]) == 1 and len(theirs.get(stem, ())) == 1
+        names[name] = theirs[stem][0] if name not in others and alone else name
+    return {names[name]: captioned for name, captioned in captions.items()}
+
+
+def _by_stem(names: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(pathlib.PurePath(name).stem, []).append(name)
+    return found
+
+
+def image_files(folder: str | pathlib.Path, captions: Mapping[str, Captioned]) -> dict[str, pathlib.Path]:
+    """The image file of each caption: the path that its line gives, or else the only image of its name or stem.
 
     Raises:
       FileNotFoundError: no such folder, or an image without a file in it.
+      ValueError: an image that several files may be, none of which is the given path.
     """
-    if not pathlib.Path(folder).is_dir():
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist; give the folder of the images")
-    files = {path.stem: path for path in walk_files(folder) if path.suffix.lower() in SUFFIXES}
-    missing = [name for name in names if name not in files]
+    names: dict[str, list[pathlib.Path]] = {}
+    for file in walk_files(folder):
+        if is_image_name(file.name):
+            for key in {file.name, file.stem, file.relative_to(folder).with_suffix("").as_posix()}:
+                names.setdefault(key, []).append(file)
+    found, missing = {}, []
+    for name, captioned in captions.items():
+        given = captioned.image or name
+        places = [folder / given] if (folder / given).is_file() else names.get(pathlib.PurePath(given).name, [])
+        places = places or ([] if captioned.image else names.get(name, []))
+        if len(places) > 1:
+            listed = " and ".join(file.relative_to(folder).as_posix() for file in places[:3])
+            raise ValueError(f'{folder} has {listed} for image {name}; say which by "image": its path below the folder')
+        if places:
+            found[name] = places[0]
+        else:
+            missing.append(name)
     if missing:
         raise FileNotFoundError(
-            f"{folder} has no image {missing[0]} ({len(missing)} of {len(names)} are missing); leave out --images "
+            f"{folder} has no image {missing[0]} ({len(missing)} of {len(captions)} are missing); leave out --images "
             "to use the captions alone"
         )
-    return {name: files[name] for name in names}
+    return found

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from uae_jax.files.json_files import read_records
+from uae_jax.files.json_files import json_line, read_records
 
 
 class RecordLog:
@@ -48,5 +48,5 @@ class RecordLog:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes one object and flushes it."""
-        self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
+        self._file.write(json_line(record))
         self._file.flush()

@@ -61,6 +61,8 @@ def model_settings(options: argparse.Namespace, model: "Model", names: tuple[str
       names: `DRAWING` or `ANSWERING`.
     """
     values = {name: getattr(model.settings, name) for name in names}
+    if model.settings.control_tokens:  # folders that were begun without this setting continue
+        values["control_tokens"] = True
     return {
         "model": options.checkpoint or "built-in",
         "weights": weights_digest(options.checkpoint),

@@ -22,6 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from uae_jax.command_line import in_range
 from uae_jax.files.json_files import read_records, write_json
 from uae_jax.model_flags import add_model_flags, load_model
 
@@ -56,10 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", type=pathlib.Path, metavar="FILE", help="the page (default: report.html beside the scores)"
     )
-    parser.add_argument("--report_pairs", type=int, default=200, metavar="N", help="pairs on the page")
+    parser.add_argument("--report_pairs", default=200, metavar="N", help="pairs on the page", **in_range(int, low=0))
     parser.add_argument(
         "--encoder_batch_size",
-        type=int,
+        **in_range(int, low=1),
         default=8,
         metavar="N",
         help="pairs in one call of an encoder",
@@ -78,11 +79,6 @@ def _check(options: argparse.Namespace) -> None:
         )
     if all(two) and not options.output:
         raise ValueError("--output is not given; name the JSON file of the scores")
-    if options.encoder_batch_size < 1 or options.report_pairs < 0:
-        raise ValueError(
-            f"--encoder_batch_size={options.encoder_batch_size} must be at least 1, and "
-            f"--report_pairs={options.report_pairs} not negative"
-        )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -15,20 +15,56 @@ def read_json(folder: str | pathlib.Path, name: str = "config.json") -> dict[str
 
     Raises:
       FileNotFoundError: the folder has no such file.
-      ValueError: the file is not JSON.
+      ValueError: the file is not a JSON object.
     """
     path = pathlib.Path(folder) / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; copy it from the source of the weights")
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object; copy it again")
+    return value
+
+
+def image_processor_settings(folder: str | pathlib.Path) -> dict[str, Any]:
+    """An image processor's settings: preprocessor_config.json, or their part of transformers 5's processor_config.json.
+
+    Raises:
+      FileNotFoundError: the folder has neither file, or the second without `image_processor`.
+      ValueError: the file is not a JSON object.
+    """
+    place, older, newer = pathlib.Path(folder), "preprocessor_config.json", "processor_config.json"
+    if not (place / older).is_file() and (place / newer).is_file():
+        nested = read_json(place, newer).get("image_processor")
+        if isinstance(nested, dict):
+            return nested
+        if nested is not None:
+            raise ValueError(f"{place / newer}: image_processor is {nested!r}, not a section; copy it again")
+    return read_json(place, older)
 
 
 def write_json(path: str | pathlib.Path, value: Any, indent: int = 2) -> None:
     """Writes a JSON file completely or not at all; creates the folder if absent."""
     write_bytes(path, (json.dumps(value, indent=indent) + "\n").encode("utf-8"))
+
+
+def read_text(path: str | pathlib.Path) -> str:
+    """A text file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: another encoding.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8 ({error.reason}): save it in UTF-8") from error
 
 
 def json_digest(value: Any) -> str:
@@ -38,11 +74,21 @@ def json_digest(value: Any) -> str:
 
 def write_json_lines(path: str | pathlib.Path, values: Iterable[Any]) -> None:
     """Writes one JSON value per line, completely or not at all; creates the folder if absent."""
-    write_bytes(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode("utf-8"))
+    write_bytes(path, b"".join(map(json_line, values)))
+
+
+def json_line(value: Any) -> bytes:
+    """One line of a JSON-lines file in UTF-8; text with half a character, as in odd file names, is escaped."""
+    try:
+        return json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(value).encode("ascii") + b"\n"
 
 
 def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file of ours, without a last line that a kill truncated (no newline, not JSON).
+
+    A person's own file is read by `read_objects`, which names such a line.
 
     Raises:
       FileNotFoundError: no such file.
@@ -58,19 +104,22 @@ def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
     return found
 
 
-def read_objects(path: pathlib.Path, needed: Mapping[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:
-    """The objects of a benchmark's JSON-lines file, without blank lines.
+def read_objects(
+    path: pathlib.Path, needed: Mapping[str, type | tuple[type, ...]], remedy: str = "give the file of the benchmark"
+) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file of a person or a benchmark, without blank lines.
 
     Args:
       path: the file.
       needed: fields that every object needs, and their types.
+      remedy: the end of the message about a file that is absent or empty.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: an empty file, or a line that is not an object with these fields; the message has its number.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give the file of the benchmark")
+        raise FileNotFoundError(f"{path} does not exist; {remedy}")
     found = []
     for where, value in json_objects(path.read_bytes().split(b"\n"), path):
         for name, kind in needed.items():
@@ -80,7 +129,7 @@ def read_objects(path: pathlib.Path, needed: Mapping[str, type | tuple[type, ...
                 raise ValueError(f"{where} has {name}={value[name]!r}, which is not of the right kind")
         found.append(value)
     if not found:
-        raise ValueError(f"{path} is empty; give the file of the benchmark")
+        raise ValueError(f"{path} is empty; {remedy}")
     return found
 
 
@@ -95,7 +144,7 @@ def json_objects(lines: Iterable[bytes], path: pathlib.Path) -> Iterator[tuple[s
             where = f"{path} line {number}"
             try:
                 value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} is not JSON ({error}); correct or delete that line") from error
             if not isinstance(value, dict):
                 raise ValueError(f"{where} is not a JSON object; write one object per line")

@@ -55,7 +55,7 @@ def read_tsv(path: pathlib.Path) -> Iterator[Line]:
     if not path.is_file():
         raise FileNotFoundError(f"table {path} does not exist")
     csv.field_size_limit(LONGEST_FIELD)
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         try:
             lines = csv.reader(file, delimiter="\t")
             columns, number = next(lines, []), 1

@@ -1,7 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) in the files of peft and diffusers, matched to a model's linear layers."""
 
 import dataclasses
-import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,9 +10,9 @@ import jax
 import numpy as np
 from absl import logging
 from numpy.typing import DTypeLike
-from safetensors import safe_open
 
 from uae_jax import trees
+from uae_jax.hf.adapter_settings import DIFFUSERS_PREFIX, read_settings
 from uae_jax.hf.rules import Rule, canonical, listed, load_params
 from uae_jax.hf.safetensors import Tensors
 
@@ -26,19 +25,8 @@ LEAVES = (
 FACTOR = r"(.+)\.lora_([AB])\.weight"
 ALPHA = r"(.+)\.alpha"
 SPECIAL = r".*(\.lora_|lora_magnitude_vector|\.dora_scale).*"  # factors of other kinds of adapters
-HEADER = "lora_adapter_metadata"  # key of diffusers' settings in the safetensors header
-DIFFUSERS_PREFIX = "transformer."
 NOT_A_FACTOR = r"(?!.*\.lora_[AB]\.weight$).*"
 LAYER = r"^(.*\.)?(layers|blocks|transformer_blocks)\.\d+\."  # the prefix of a module in a layer
-PLAIN = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "fan_in_fan_out",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,36 +322,6 @@ def _is_diffusers(folder: Tensors) -> bool:
     files = {file.name for file in folder.files.values()}
     prefixed = any(name.startswith(DIFFUSERS_PREFIX) for name in folder.names())
     return prefixed or files == {"pytorch_lora_weights.safetensors"}
-
-
-def read_settings(folder: Tensors) -> dict[str, Any]:
-    """The adapter's settings from peft's `adapter_config.json` or diffusers' header; empty without both.
-
-    Raises:
-      ValueError: not JSON, or a kind of adapter other than plain LoRA; the message has the field.
-    """
-    file = (folder.path if folder.path.is_dir() else folder.path.parent) / "adapter_config.json"
-    text = file.read_text() if file.exists() else None
-    if text is None:
-        file = sorted(set(folder.files.values()))[0]
-        with safe_open(file, framework="numpy") as handle:
-            text = (handle.metadata() or {}).get(HEADER)
-    try:
-        stored = {} if text is None else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: the adapter's settings are not JSON ({error}); copy it again") from None
-    settings = {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in stored.items()}
-    wrong = [name for name in PLAIN if settings.get(name)]
-    wrong += [
-        name
-        for name, plain in (("peft_type", "LORA"), ("bias", "none"))
-        if settings.get(name, plain) not in (plain, None)
-    ]
-    if set((settings.get("alpha_pattern") or {}).values()) - {settings.get("lora_alpha")}:
-        wrong.append("alpha_pattern")
-    if wrong:
-        raise ValueError(f"{file}: {wrong[0]}={settings[wrong[0]]!r} is not supported; only plain LoRA adapters are")
-    return settings
 
 
 def _absent(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from uae_jax import trees
+from uae_jax.hf.file_sets import without_variants
 from uae_jax.hf.rules import Rule, canonical
 from uae_jax.hf.safetensors import Tensors
 
@@ -81,7 +82,7 @@ def compare(
 def cut_short(path: str | pathlib.Path) -> str | None:
     """One sentence on the first truncated safetensors file of a folder, or on one file; None if all are complete."""
     path = pathlib.Path(path)
-    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+    for file in [path] if path.is_file() else without_variants(path.glob("*.safetensors")):
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -91,7 +92,7 @@ def cut_short(path: str | pathlib.Path) -> str | None:
             ends = {
                 name: 8 + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
             }
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return f"{file} has no readable header; the file is truncated or not safetensors, copy it again"
         lost = sorted((name for name in ends if ends[name] > size), key=lambda name: ends[name])
         if lost:

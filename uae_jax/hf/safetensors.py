@@ -11,6 +11,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from uae_jax.hf.file_sets import check_index, check_single, index_of, shards, weight_files
+
 # safetensors' names of the precisions of parameters and buffers
 DTYPES: dict[str, type] = {
     "F64": np.float64,
@@ -71,15 +73,17 @@ class TensorFolder:
 
         Raises:
           FileNotFoundError: the folder, its safetensors files, or a shard of the index is missing.
-          ValueError: a file is truncated or not safetensors, or index and shards disagree.
+          ValueError: a file is truncated or not safetensors, index and shards disagree, or weights stand beside an
+            index that does not name them.
         """
         self.path = pathlib.Path(path)
         if not self.path.exists():
             raise FileNotFoundError(f"weights not found: {self.path} does not exist")
         self.files: dict[str, pathlib.Path] = {}
         self._entries: dict[str, dict[str, Any]] = {}
-        index = _index(self.path)
-        for file in _weight_files(self.path) if index is None else _shards(index, self.path):
+        index = index_of(self.path)
+        check_single(self.path, index)
+        for file in weight_files(self.path) if index is None else shards(index, self.path):
             entries = _header(file)
             again = sorted(set(entries) & set(self.files))
             if again:
@@ -87,7 +91,7 @@ class TensorFolder:
             self.files |= dict.fromkeys(entries, file)
             self._entries |= entries
         if index is not None:
-            _check_index(index, self.files, self.path)
+            check_index(index, self.files, self.path)
 
     def names(self) -> set[str]:
         """All tensor names."""
@@ -123,59 +127,6 @@ class TensorFolder:
         return np.asarray(np.memmap(self.file(name), dtype, "r", self._entries[name]["start"], shape))
 
 
-def _index(path: pathlib.Path) -> pathlib.Path | None:
-    indexes = sorted(path.glob("*.safetensors.index.json")) if path.is_dir() else []
-    return indexes[0] if indexes else None
-
-
-def _weight_map(index: pathlib.Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return {str(name): str(shard) for name, shard in weight_map.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is not an index of safetensors (JSON with a weight_map); copy it again") from None
-
-
-def _shards(index: pathlib.Path, path: pathlib.Path) -> list[pathlib.Path]:
-    shards = sorted(set(_weight_map(index).values()))
-    missing = [shard for shard in shards if not (path / shard).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{index} names {missing[0]}, which is not in the folder; copy it there")
-    return [path / shard for shard in shards]
-
-
-def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
-    if path.is_file():
-        return [path]
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no safetensors file in {path}; give the folder that holds the weights")
-    names = {file.name for file in files}
-
-    def is_variant(file: pathlib.Path) -> bool:
-        stem, *variant = file.name.removesuffix(".safetensors").split(".")
-        return bool(variant) and f"{stem}.safetensors" in names
-
-    return [file for file in files if not is_variant(file)]
-
-
-def _check_index(index: pathlib.Path, files: Mapping[str, pathlib.Path], path: pathlib.Path) -> None:
-    """Every tensor is in the shard that the index says, and no shard holds one that the index does not list."""
-    said = _weight_map(index)
-    for name, shard in said.items():
-        if files.get(name) != path / shard:
-            found = f"it is in {files[name].name}" if name in files else "no shard holds it"
-            raise ValueError(
-                f"{index} says that {name} is in {shard}, but {found}; copy index and shards again from one place"
-            )
-    unlisted = sorted(set(files) - set(said))
-    if unlisted:
-        raise ValueError(
-            f"{files[unlisted[0]]} holds {unlisted[0]}, which {index.name} does not list; copy index and shards "
-            "again from one place"
-        )
-
-
 def _header(file: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Shape, dtype and first byte of each tensor of a file, after a check of the file's layout."""
     try:
@@ -188,7 +139,8 @@ def _header(file: pathlib.Path) -> dict[str, dict[str, Any]]:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a complete safetensors file ({error}); copy it again") from None
+        reason = " ".join(str(error).split())  # the header's own words may be in it
+        raise ValueError(f"{file} is not a complete safetensors file ({reason}); copy it again") from None
     return {
         name: {"shape": entry["shape"], "dtype": entry["dtype"], "start": 8 + length + entry["data_offsets"][0]}
         for name, entry in header.items()

@@ -70,8 +70,9 @@ def open_tensors(path: str | pathlib.Path) -> TensorFolder | TorchFile:
       ValueError: several PyTorch files (and none named `pytorch_model.bin`), or an unreadable file.
     """
     path = pathlib.Path(path)
-    if path.is_dir() and not any(path.glob("*.safetensors*")):
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    if path.is_dir() and not any(not file.name.startswith(".") for file in path.glob("*.safetensors*")):
+        visible = (file for file in path.iterdir() if not file.name.startswith("."))
+        files = sorted(file for file in visible if file.suffix in SUFFIXES)
         files = [file for file in files if file.name == "pytorch_model.bin"] or files
         if len(files) > 1:
             raise ValueError(

@@ -70,7 +70,7 @@ def abstract_folder(config: RunConfig) -> AbstractSystem:
     settings, data = config.model, config.data
     folder = model_folder(settings.folder)
     words = processor_folder(folder)
-    tokenizer = tokens.load_tokenizer(words)
+    tokenizer = tokens.load_tokenizer(words, data.control_tokens)
     overrides: dict[str, Any] = dict(dtype=settings.dtype, remat=settings.remat, lora_alpha=settings.lora_alpha)
     captioner = qwen_config.from_folder(config_folder(folder), **overrides)
     dit = folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer"

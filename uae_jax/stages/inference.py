@@ -99,7 +99,11 @@ class Inference:
         devices = jax.local_devices()[:1] if devices is None else list(devices)
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=len(devices)), devices)
         self.system: System = load_system(
-            model, image_size=config.size, negative_prompt=config.negative_prompt, mesh=mesh
+            model,
+            image_size=config.size,
+            negative_prompt=config.negative_prompt,
+            mesh=mesh,
+            control_tokens=config.control_tokens,
         )
         self.parts = self.system.parts
         _check_size(self.system.model, config.size)

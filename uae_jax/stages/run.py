@@ -103,6 +103,7 @@ class Run:
             mesh=self.mesh,
             max_caption=config.stage("gen_for_und").max_new_tokens,
             frozen=config.frozen_from_start(),
+            control_tokens=config.data.control_tokens,
         )
         # the stages replace and donate parameters: no second name may keep the first ones alive
         self.system = dataclasses.replace(system, parts={})

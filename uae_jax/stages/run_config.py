@@ -9,7 +9,7 @@ from uae_jax.data.formats import CAPTION_CHOICES, FORMATS
 from uae_jax.methods import STAGES
 from uae_jax.methods.stage_settings import SamplerConfig, StageSettings
 from uae_jax.methods.trained import COPY, LORA, STORABLE, copied_parts
-from uae_jax.settings import Settings, as_dict, sections, setting
+from uae_jax.settings import LAST_SEED, Settings, as_dict, sections, setting
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages.evaluation import EvaluationConfig
 from uae_jax.stages.weights import ModelConfig
@@ -65,6 +65,9 @@ class DataConfig(Settings):
     caption_prompt: str = setting(CAPTION_PROMPT, "what the captioner is asked", source="released UAE demo")
     caption_system: str = setting("", "the system turn before it; empty for that of the chat template")
     negative_prompt: str = setting(NEGATIVE_PROMPT, "what guidance moves away from", source="released UAE demo")
+    control_tokens: bool = setting(
+        False, "names such as <|im_end|> in texts are control tokens, as in the release, and not plain text"
+    )
 
     def problems(self) -> Iterator[str]:
         """The mistakes of ranges, and a mixture that is not one."""
@@ -110,7 +113,7 @@ class RunConfig(Settings):
     """A complete configuration file. The section of each stage has the stage's name, as in `config.pretrain`."""
 
     preset: str = setting("", "name of the preset that the file was made from")
-    seed: int = setting(0, "of all random numbers", low=0)
+    seed: int = setting(0, "of all random numbers", low=0, high=LAST_SEED)
     stages: tuple[str, ...] = setting((), "stages in order; none to score a model alone")
     rounds: int = setting(1, "how often the RL stages are run, in turn", low=1)
     model: ModelConfig = ModelConfig()

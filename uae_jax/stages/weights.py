@@ -20,6 +20,8 @@ from uae_jax import sharding
 from uae_jax.data import tokenizer as tokens
 from uae_jax.data.qwen_inputs import ImageProcessor, load_image_processor
 from uae_jax.diffusion.schedule import ScheduleConfig
+from uae_jax.hf.formats import other_format
+from uae_jax.hf.hub import local_folder
 from uae_jax.hf.rules import Placement
 from uae_jax.models import uae
 from uae_jax.models.condition import ConditionTemplate
@@ -99,10 +101,13 @@ class System:
 def model_folder(path: str | pathlib.Path) -> pathlib.Path:
     """The official folder behind a path: the built-in one for an empty path, `export/` of a training workdir.
 
+    A cache folder of the Hub is read by its snapshot, and a Hub id of an official folder is downloaded.
+
     Raises:
       FileNotFoundError: it is neither.
+      ValueError: a Hub id or its cache folder that holds no official folder.
     """
-    folder = pathlib.Path(path) if str(path) else BUILTIN
+    folder = local_folder(path, needs="llm") if str(path) else BUILTIN
     for candidate in (folder, folder / "export", folder / "model"):
         if (candidate / "llm").is_dir() or (candidate / "llm_lora").is_dir():
             return candidate
@@ -110,6 +115,9 @@ def model_folder(path: str | pathlib.Path) -> pathlib.Path:
         raise FileNotFoundError(
             f"model folder {folder} does not exist; give an official UAE folder or a training workdir"
         )
+    remedy = other_format(folder)
+    if remedy:
+        raise FileNotFoundError(remedy)
     raise FileNotFoundError(
         f"{folder} holds no `llm` folder; give an official UAE folder, or a workdir whose run has finished a stage"
     )
@@ -129,6 +137,7 @@ def load_system(
     mesh: Mesh | None = None,
     max_caption: int = 0,
     frozen: Collection[str] = (),
+    control_tokens: bool = False,
 ) -> System:
     """Reads every part of a folder, in float32 unless it is frozen, with both-way checks of names and shapes.
 
@@ -141,6 +150,7 @@ def load_system(
       negative_prompt: text for guidance.
       mesh: where the parameters lie, by the rules of `sharding`; None leaves them on the host as numpy arrays.
       max_caption: tokens that a caption scorer must be able to read.
+      control_tokens: whether their names in texts are meant, see `tokenizer.load_tokenizer`.
       frozen: parts that are read into `frozen_dtype`, since nothing trains them; the others are float32.
 
     Raises:
@@ -148,7 +158,7 @@ def load_system(
     """
     folder = model_folder(config.folder)
     words = processor_folder(folder)
-    tokenizer = tokens.load_tokenizer(words)
+    tokenizer = tokens.load_tokenizer(words, control_tokens)
     captioner, transformer, vae, parts = _load_models(folder, config, mesh, frozen)
     prefix, suffix = tokens.condition_template(tokenizer)
     negative = tokens.encode_caption(tokenizer, negative_prompt)[:-1]

@@ -67,14 +67,15 @@ def _read(file: pathlib.Path) -> tuple[dict[Any, str], dict[Any, list[str]]]:
         content = json.loads(file.read_bytes().decode("utf-8-sig"))
         images = {image["id"]: str(image["file_name"]) for image in content["images"]}
         annotations = list(content["annotations"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is not a file of COCO captions ({error!r}): copy it again") from error
     captions: dict[Any, list[str]] = {}
     for number, annotation in enumerate(annotations, 1):
         where = f"{file} annotation {number}"
-        if not isinstance(annotation, dict) or annotation.get("image_id") not in images:
+        image = annotation.get("image_id") if isinstance(annotation, dict) else None
+        if not isinstance(image, str | int | float) or image not in images:
             raise ValueError(f"{where} is a caption of an image that the file does not list: add it, or remove this")
-        captions.setdefault(annotation["image_id"], []).extend(caption_texts(annotation.get("caption"), where))
+        captions.setdefault(image, []).extend(caption_texts(annotation.get("caption"), where))
     return images, captions
 
 

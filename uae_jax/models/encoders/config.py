@@ -2,20 +2,37 @@
 
 import dataclasses
 import pathlib
+import typing
 from typing import Any
 
 from uae_jax.files.json_files import read_json
+from uae_jax.files.known_fields import WITHOUT_EFFECT, check_kinds, refuse_unknown, without_none
+
+# beside what no model uses: which results transformers gives, and how DINOv3's positions vary in training
+_NO_EFFECT = frozenset(
+    """
+    projection_dim logit_scale_init_value tie_word_embeddings return_loss stage_names out_features out_indices
+    reshape_hidden_states pos_embed_shift pos_embed_jitter pos_embed_rescale
+    """.split()
+)
 
 
 def _known_fields(cls: type, raw: dict[str, Any]) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(cls)}
+    what = f"{str(raw.get('model_type', 'encoder'))[:40]} config: "
+    refuse_unknown(raw, names | WITHOUT_EFFECT | _NO_EFFECT, {"apply_layernorm": True}, what)
     known = {name: value for name, value in raw.items() if name in names and value is not None}
     for name in {"image_size", "patch_size"} & set(known):
         if isinstance(known[name], (list, tuple)):
-            if len(set(known[name])) != 1:
+            if len(set(map(str, known[name]))) != 1:
                 raise ValueError(f"{name} {known[name]} is not square; only square images and patches are supported")
             known[name] = known[name][0]
+    check_kinds(known, typing.get_type_hints(cls), what, _MAY_BE_ZERO)
     return known
+
+
+# beside ids, what a model may be without
+_MAY_BE_ZERO = ("pad_token_id", "bos_token_id", "eos_token_id", "num_register_tokens", "kept_positions")
 
 
 def _expect_model_type(folder: str | pathlib.Path, raw: dict[str, Any], *expected: str) -> None:
@@ -135,16 +152,17 @@ class CLIPConfig:
         As in transformers: the width of both projections is the outer `projection_dim`, and the older
         `vision_config_dict` and `text_config_dict` win over `vision_config` and `text_config`.
         """
+        inner = {f"{tower}_config{old}" for tower in ("vision", "text") for old in ("", "_dict")}
+        refuse_unknown(raw, inner | WITHOUT_EFFECT | _NO_EFFECT, what="clip config: ")
         towers = {}
         for tower in ("vision", "text"):
             older = raw.get(f"{tower}_config_dict")
             nested = (raw.get(f"{tower}_config") or {}) if older is None else older
+            nested = without_none(nested, f"{tower}_config")
             towers[tower] = {**nested, "projection_dim": raw.get("projection_dim") or 512}
-        return cls(
-            CLIPVisionConfig.from_dict(towers["vision"]),
-            CLIPTextConfig.from_dict(towers["text"]),
-            raw.get("logit_scale_init_value", 2.6592),
-        )
+        scale = raw.get("logit_scale_init_value", 2.6592)
+        check_kinds({"logit_scale_init_value": scale}, {"logit_scale_init_value": float}, "clip config: ")
+        return cls(CLIPVisionConfig.from_dict(towers["vision"]), CLIPTextConfig.from_dict(towers["text"]), scale)
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path) -> "CLIPConfig":

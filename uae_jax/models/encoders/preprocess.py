@@ -13,10 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from uae_jax.files.json_files import read_json
+from uae_jax.files.json_files import image_processor_settings
+from uae_jax.files.known_fields import check_kinds, refuse_unknown, without_none
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# steps that are always done, with the values that they have in all published folders
+_ALWAYS = {"do_rescale": True, "rescale_factor": 1 / 255, "do_convert_rgb": True}
+_READ = frozenset(
+    """
+    image_processor_type feature_extractor_type processor_class size crop_size do_resize do_center_crop do_normalize
+    image_mean image_std resample default_to_square data_format use_square_size
+    """.split()
+)
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as in preprocessor_config.json
 PILLOW_CUBIC, TORCH_CUBIC = -0.5, -0.75
 
@@ -103,10 +112,10 @@ class Preprocess:
             cold start's reward).
 
         Raises:
-          FileNotFoundError: no preprocessor_config.json.
+          FileNotFoundError: neither preprocessor_config.json nor processor_config.json.
           ValueError: a setting or the variant is not supported.
         """
-        return cls.from_dict(read_json(folder, "preprocessor_config.json")).as_variant(variant)
+        return cls.from_dict(image_processor_settings(folder)).as_variant(variant)
 
     def as_variant(self, variant: str) -> "Preprocess":
         """These settings for `published`, the official cold start's for `uae` (see `from_folder`).
@@ -128,13 +137,15 @@ class Preprocess:
         """From the dictionary of a `preprocessor_config.json`; missing fields have the processor's defaults.
 
         Raises:
-          ValueError: a resampling filter or a size that is not supported.
+          ValueError: a resampling filter, a size or another setting that is not supported.
         """
-        kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or "CLIPImageProcessor"
+        raw = without_none(raw, "preprocessor_config.json")
+        kind = str(raw.get("image_processor_type") or raw.get("feature_extractor_type") or "CLIPImageProcessor")
         dino3 = kind.startswith("DINOv3")
+        refuse_unknown(raw, _READ, _ALWAYS, "preprocessor_config.json: ")
         resample = raw.get("resample", 2 if dino3 else 3)
-        if resample not in RESAMPLE:
-            raise ValueError(f"resample {resample} is not supported; use 2 (bilinear) or 3 (bicubic)")
+        if isinstance(resample, bool) or not isinstance(resample, int) or resample not in RESAMPLE:
+            raise ValueError(f"resample {resample!r} is not supported; use 2 (bilinear) or 3 (bicubic)")
         size = raw.get("size") or ({"height": 224, "width": 224} if dino3 else 224)
         crop = raw.get("crop_size") or 224
         has_crop = raw.get("do_center_crop")
@@ -144,6 +155,10 @@ class Preprocess:
             mean, std = (0.0,) * 3, (1.0,) * 3
         else:
             mean, std = raw.get("image_mean") or mean, raw.get("image_std") or std
+        three = tuple[float, float, float]
+        check_kinds({"image_mean": mean, "image_std": std}, {"image_mean": three, "image_std": three})
+        if 0 in std:
+            raise ValueError(f"image_std is {list(std)}; a standard deviation of 0 cannot divide")
         return cls(
             size=() if raw.get("do_resize") is False else _sides(size),
             crop=(_sides(crop) * 2)[:2] if has_crop else (),
@@ -167,12 +182,12 @@ class Preprocess:
 
 
 def _sides(size: int | dict[str, int]) -> tuple[int, ...]:
-    if isinstance(size, int):
-        return (size,)
-    if "shortest_edge" in size:
-        return (size["shortest_edge"],)
-    if size.get("height") and size.get("width"):
-        return (size["height"], size["width"])
+    sides: tuple[Any, ...] = (size,)
+    if isinstance(size, dict):
+        names = ("shortest_edge",) if "shortest_edge" in size else ("height", "width")
+        sides = tuple(size.get(name) for name in names)
+    if all(isinstance(side, int) and not isinstance(side, bool) and 1 <= side <= 2**16 for side in sides):
+        return sides
     raise ValueError(f"image size {size} is not supported; it needs shortest_edge, or height and width")
 
 

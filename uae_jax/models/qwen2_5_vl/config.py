@@ -6,9 +6,51 @@ from collections.abc import Mapping
 from typing import Any
 
 from uae_jax.files.json_files import read_json
+from uae_jax.files.known_fields import WITHOUT_EFFECT, check_kinds, refuse_unknown, without_none
 from uae_jax.nn.remat import POLICIES
 
 DTYPES = ("float32", "bfloat16")
+_OUTER = frozenset(
+    """
+    vision_config text_config image_token_id video_token_id vision_start_token_id vision_end_token_id vision_token_id
+    tie_word_embeddings
+    """.split()
+)
+# read, or for videos and windows that are not used
+_IN_TEXT = frozenset(
+    """
+    vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size hidden_act
+    rms_norm_eps rope_theta rope_scaling rope_parameters use_sliding_window sliding_window max_window_layers layer_types
+    max_position_embeddings
+    """.split()
+)
+_NEVER_CHANGED = {"partial_rotary_factor": 1.0, "attention_bias": True, "pretraining_tp": 1}
+_IDS = dict.fromkeys(
+    """
+    image_token_id video_token_id vision_start_token_id vision_end_token_id pad_token_id bos_token_id
+    """.split(),
+    int,
+) | {"eos_token_id": int | tuple[int, ...]}
+_TEXT_KINDS = dict.fromkeys(
+    """
+    vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size
+    """.split(),
+    int,
+) | {"rope_theta": float, "rms_norm_eps": float, "layer_types": tuple[str, ...], "tie_word_embeddings": bool}
+_VISION_KINDS = dict.fromkeys(
+    """
+    depth hidden_size num_heads intermediate_size out_hidden_size patch_size temporal_patch_size in_channels in_chans
+    spatial_merge_size window_size
+    """.split(),
+    int,
+) | {"fullatt_block_indexes": tuple[int, ...]}
+_IN_ROPE = frozenset({"type", "rope_type", "mrope_section", "rope_theta"})
+_IN_VISION = frozenset(
+    """
+    depth hidden_size hidden_act num_heads intermediate_size out_hidden_size patch_size temporal_patch_size in_channels
+    in_chans spatial_merge_size spatial_patch_size window_size fullatt_block_indexes tokens_per_second rope_parameters
+    """.split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,18 +231,24 @@ def from_json(data: Mapping[str, Any], stop_token_ids: Any = None) -> Qwen2_5VLC
     Raises:
       ValueError: a setting is missing or not supported; the field is named.
     """
+    data = without_none(data, "config.json")
     found = data.get("model_type", data.get("_class_name", "qwen2_5_vl"))
     if found != "qwen2_5_vl":
         raise ValueError(
             f"the folder holds a model of model_type {found!r}, expected 'qwen2_5_vl'; give the folder of a "
             "Qwen2.5-VL model"
         )
-    text = data.get("text_config") or data
+    text = without_none(data["text_config"], "text_config") if data.get("text_config") else data
+    # beside text_config, settings of the text that stand outside are older copies, which transformers does not read
+    if text is not data:
+        refuse_unknown(data, WITHOUT_EFFECT | _OUTER | _IN_TEXT | {"head_dim"}, _NEVER_CHANGED)
     stops = stop_token_ids if stop_token_ids is not None else text.get("eos_token_id", data.get("eos_token_id", 151645))
+    for part in (data, text, {"eos_token_id": stops}):
+        check_kinds(part, _IDS, zero=_IDS)
     pad = text.get("pad_token_id", data.get("pad_token_id"))
     return Qwen2_5VLConfig(
-        vision=_vision(_need(data, "vision_config")),
-        text=_text(text, bool(data.get("tie_word_embeddings") or text.get("tie_word_embeddings"))),
+        vision=_vision(without_none(_need(data, "vision_config"), "vision_config")),
+        text=_text(text, _tied(data, text)),
         image_token_id=data.get("image_token_id", 151655),
         video_token_id=data.get("video_token_id", 151656),
         vision_start_token_id=data.get("vision_start_token_id", 151652),
@@ -208,6 +256,12 @@ def from_json(data: Mapping[str, Any], stop_token_ids: Any = None) -> Qwen2_5VLC
         pad_token_id=text.get("bos_token_id", 151643) if pad is None else pad,
         stop_token_ids=(stops,) if isinstance(stops, int) else tuple(stops or ()),
     )
+
+
+def _tied(data: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
+    """Whether the head is the embedding table: the outer flag where it stands, else that of the text's part."""
+    outer = data.get("tie_word_embeddings")
+    return bool(text.get("tie_word_embeddings") if outer is None else outer)
 
 
 def _need(data: Mapping[str, Any], field: str) -> Any:
@@ -222,9 +276,13 @@ def _only(data: Mapping[str, Any], field: str, supported: tuple) -> None:
 
 
 def _vision(data: Mapping[str, Any]) -> VisionConfig:
+    refuse_unknown(data, WITHOUT_EFFECT | _IN_VISION, what="vision_config.")
+    check_kinds(data, _VISION_KINDS, "vision_config.")
     _only(data, "hidden_act", ("silu",))
-    _only(data.get("rope_parameters") or {}, "rope_type", ("axial", "default"))
-    _only(data.get("rope_parameters") or {}, "rope_theta", (10000.0,))
+    rope = without_none(data.get("rope_parameters") or {}, "vision_config.rope_parameters")
+    refuse_unknown(rope, _IN_ROPE, {"partial_rotary_factor": 1.0}, "vision_config.rope_parameters.")
+    _only(rope, "rope_type", ("axial", "default"))
+    _only(rope, "rope_theta", (10000.0,))
     return VisionConfig(
         depth=_need(data, "depth"),
         width=_need(data, "hidden_size"),
@@ -241,10 +299,15 @@ def _vision(data: Mapping[str, Any]) -> VisionConfig:
 
 
 def _text(data: Mapping[str, Any], tied: bool) -> TextConfig:
-    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    rope = without_none(data.get("rope_parameters") or data.get("rope_scaling") or {}, "rope_scaling")
+    check_kinds(data, _TEXT_KINDS)
+    check_kinds(rope, {"rope_theta": float, "mrope_section": tuple[int, int, int]}, "rope_scaling.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
         raise ValueError(f"rope_type is {kind!r}; only 'default' (or 'mrope') is supported")
+    refuse_unknown(rope, _IN_ROPE, {"partial_rotary_factor": 1.0}, "rope_scaling.")
+    usual = _NEVER_CHANGED | {"head_dim": data.get("hidden_size", 0) // (data.get("num_attention_heads") or 1)}
+    refuse_unknown(data, WITHOUT_EFFECT | _OUTER | _IN_TEXT, usual)
     _only(data, "hidden_act", ("silu",))
     _only(data, "use_sliding_window", (False, None))
     if set(data.get("layer_types") or ()) - {"full_attention"}:

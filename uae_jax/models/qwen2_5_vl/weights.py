@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from uae_jax import trees
 from uae_jax.hf.adapters import ALPHA, Adapter, AdapterFiles, peft_settings, read_adapter, survey_adapter
 from uae_jax.hf.rules import Placement, Rule, canonical, check_params, load_params, published_tensors
-from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.hf.safetensors import TensorFolder, Tensors
 from uae_jax.models.precision import numpy_dtype
 from uae_jax.models.qwen2_5_vl import model
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig, from_folder
@@ -126,6 +126,7 @@ def load(
     """
     config = from_folder(path) if config is None else config
     folder = TensorFolder(path)
+    check_head(folder, config)
     table, abstract, ignore = contents(folder, config)
     if isinstance(dtype, Mapping):
         precision = {part: np.dtype(own) for part, own in dtype.items()}
@@ -144,6 +145,7 @@ def check(path: str | pathlib.Path, config: Qwen2_5VLConfig) -> None:
       ValueError: config and tensors do not fit, both ways, or there are non-finite numbers; all are named.
     """
     folder = TensorFolder(path)
+    check_head(folder, config)
     table, abstract, ignore = contents(folder, config)
     check_params(folder, table, abstract, aliases=ALIASES, ignore=ignore)
 
@@ -155,6 +157,30 @@ def contents(folder: TensorFolder, config: Qwen2_5VLConfig) -> tuple[list[Rule],
         abstract = {**abstract, "projector": projector}
     ignore = "|".join((BUFFERS, ADAPTER_TENSOR, *((r"lm_head\.weight",) if config.text.tied else ())))
     return rules(config, projector is not None), abstract, ignore
+
+
+def check_head(folder: Tensors, config: Qwen2_5VLConfig) -> None:
+    """Refuses a stored head that differs from the embedding table although the config ties the two.
+
+    PyTorch's files and the release's hold a copy of the table as the head, which is passed over.
+
+    Raises:
+      ValueError: such a head; using the table in its place would be another model.
+    """
+    stored = {canonical(name, ALIASES): name for name in folder.names()}
+    head, table = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
+    if not config.text.tied or head is None or table is None:
+        return
+    same = folder.shape(head) == folder.shape(table)
+    if same:
+        ours, theirs = folder.read(head), folder.read(table)
+        rows = range(0, len(ours), 4096)  # a part at a time: tables of the published models have a gigabyte
+        same = all(np.array_equal(ours[at : at + 4096], theirs[at : at + 4096], equal_nan=False) for at in rows)
+    if not same:
+        raise ValueError(
+            f"{folder.file(head)} holds {head} with other numbers than {table}, but tie_word_embeddings is true; set "
+            "it to false in config.json (also in text_config) if the head is its own, or delete the tensor"
+        )
 
 
 def abstract_projector(folder: TensorFolder, config: Qwen2_5VLConfig) -> dict | None:
@@ -206,6 +232,7 @@ def load_language(
       ValueError: config and tensors do not fit, both ways; all are named.
     """
     folder = TensorFolder(path)
+    check_head(folder, config)
     table, abstract, ignore = contents(folder, config)
     others = (re.escape(name) for rule in table if not rule.ours.startswith("language/") for name in rule.sources())
     return load_params(

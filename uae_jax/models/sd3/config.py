@@ -2,9 +2,11 @@
 
 import dataclasses
 import pathlib
+import typing
 from typing import Any
 
 from uae_jax.files.json_files import read_json
+from uae_jax.files.known_fields import check_kinds, refuse_unknown
 from uae_jax.nn.remat import POLICIES
 
 
@@ -80,7 +82,8 @@ class VAEConfig:
           ValueError: another model, or a field with an unsupported value.
         """
         stored = _read(path, "AutoencoderKL")
-        blocks = len(stored.get("block_out_channels", (64,)))
+        widths = stored.get("block_out_channels", (64,))
+        blocks = len(widths) if isinstance(widths, list | tuple) else 0  # another kind is refused below
         fixed = {
             "act_fn": ("silu", "silu"),
             "use_quant_conv": (True, False),
@@ -94,6 +97,8 @@ class VAEConfig:
             value = stored.get(field, default)
             value = tuple(value) if isinstance(value, list) else value
             _require(value == supported, "VAE", field, value, repr(supported))
+        names = {field.name for field in dataclasses.fields(cls)}
+        refuse_unknown(stored, {*names, *fixed, "force_upcast"}, what=f"{pathlib.Path(path) / 'config.json'}: ")
         absent = {
             "block_out_channels": (64,),
             "layers_per_block": 1,
@@ -106,8 +111,9 @@ class VAEConfig:
             field.name: stored.get(field.name, absent.get(field.name, field.default))
             for field in dataclasses.fields(cls)
         }
-        values["block_out_channels"] = tuple(values["block_out_channels"])
         values["shift_factor"] = values["shift_factor"] or 0.0
+        check_kinds(values, typing.get_type_hints(cls), f"{pathlib.Path(path) / 'config.json'}: ")
+        values["block_out_channels"] = tuple(values["block_out_channels"])
         return cls(**values)
 
     def published(self) -> dict[str, Any]:
@@ -224,15 +230,10 @@ class TransformerConfig:
             for field in dataclasses.fields(cls)
             if field.name not in ours
         }
-        values["dual_attention_layers"] = tuple(values["dual_attention_layers"])
+        refuse_unknown(stored, {*values, "caption_projection_dim"}, what=f"{pathlib.Path(path) / 'config.json'}: ")
         values["out_channels"] = values["in_channels"] if values["out_channels"] is None else values["out_channels"]
-        _require(
-            isinstance(values["pos_embed_max_size"], int) and values["pos_embed_max_size"] > 0,
-            "transformer",
-            "pos_embed_max_size",
-            values["pos_embed_max_size"],
-            "a positive number",
-        )
+        check_kinds(values, typing.get_type_hints(cls), f"{pathlib.Path(path) / 'config.json'}: ")
+        values["dual_attention_layers"] = tuple(values["dual_attention_layers"])
         config = cls(**{**values, **overrides})
         projection = stored.get("caption_projection_dim", 1152)
         _require(

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from uae_jax.settings import Settings, changed, setting
+from uae_jax.settings import LAST_SEED, Settings, changed, setting
 from uae_jax.training.optimizer import OptimizerConfig
 
 PHASES = ("vae", "clip", "dinov2", "captioner", "decoder", "caption_scorer")
@@ -178,7 +178,7 @@ class BootstrapConfig(Settings):
     """A complete configuration of `configs/bootstrap.py`."""
 
     preset: str = setting("bootstrap", "name of the preset that the file was made from")
-    seed: int = setting(0, "of all random numbers", low=0)
+    seed: int = setting(0, "of all random numbers", low=0, high=LAST_SEED)
     phases: tuple[str, ...] = setting(PHASES[:5], "phases to run, in order", choices=PHASES)
     start: str = setting("", "folder with the parts that no phase makes; builtin for the built-in model")
     side: int = setting(32, "side of the images", unit="pixels", low=8)

@@ -10,6 +10,7 @@ import numpy as np
 
 from uae_jax.data.qwen_inputs import load_image_processor
 from uae_jax.files.json_files import read_json, write_json
+from uae_jax.hf.hub import local_folder
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import TensorFolder, dtype_name, write_tensors
 from uae_jax.models.qwen2_5_vl import model as qwen
@@ -135,11 +136,11 @@ def gather(sources: Sources) -> Folder:
                 f"--sd3 {sources.sd3} has no transformer folder; download it too, or give a transformer with --dit"
             )
         parts["dit"] = Part("dit", own.folder)
-    processor = pathlib.Path(sources.llm_processor or sources.llm)
+    processor = local_folder(sources.llm_processor or sources.llm)
     if not has_tokenizer(processor):
         raise FileNotFoundError(
-            f"{processor} has no tokenizer_config.json; give the folder of tokenizer and image processor with "
-            "--llm_processor"
+            f"{processor} has neither tokenizer_config.json nor tokenizer.json; give the folder of tokenizer and image "
+            "processor with --llm_processor"
         )
     parts["llm_processor"] = Part("llm_processor", processor)
     return Folder(pathlib.Path(sources.llm).parent, "sources", tuple(parts[name] for name in KINDS if name in parts))
@@ -147,7 +148,7 @@ def gather(sources: Sources) -> Folder:
 
 def _expect(name: str, path: str) -> Part:
     """A part, if its folder holds that kind of model."""
-    folder = pathlib.Path(path)
+    folder = local_folder(path)
     if not (folder.is_dir() or name == "longclip" and folder.is_file()):
         raise FileNotFoundError(f"--{name} {folder} {'does not exist' if not folder.exists() else 'is not a folder'}")
     found = identify(folder)
@@ -169,7 +170,7 @@ def _build(folder: Folder, sources: Sources, fresh: pathlib.Path, seed: int, lin
     for file in small_files(folder.existing("llm_processor").folder):
         if file.name not in _MODEL_FILES and not file.name.lower().startswith(("readme", "licen")):
             copy_file(file, fresh / "llm_processor", link=link)
-    root = pathlib.Path(sources.sd3)
+    root = local_folder(sources.sd3)
     for file in small_files(root):
         if file.name != "model_index.json":
             copy_file(file, fresh / "SD3", link=link)
@@ -195,13 +196,18 @@ def _bound_images(fresh: pathlib.Path) -> list[str]:
         return []
     # llm has a copy if captioner and processor were published in one folder
     for name in ("llm_processor", "llm"):
-        path = fresh / name / "preprocessor_config.json"
-        if path.exists():
-            settings = read_json(path.parent, path.name)
+        for file in ("preprocessor_config.json", "processor_config.json"):
+            path = fresh / name / file
+            if not path.exists():
+                continue
+            whole = read_json(path.parent, path.name)
+            settings = whole if file.startswith("pre") else whole.get("image_processor") or {}
+            if not settings:
+                continue  # an older file, of the processor as a whole
             if settings.get("size"):
                 settings["size"] |= {"longest_edge": MAX_PIXELS}
-            # a new file: a hard link must not change the source
-            write_json(path, settings | {"max_pixels": MAX_PIXELS})
+            settings["max_pixels"] = MAX_PIXELS
+            write_json(path, whole)  # a new file: a hard link must not change the source
     return [
         f"max_pixels of the image processor is lowered from {before} to the release's {MAX_PIXELS} (docs/weights.md)"
     ]

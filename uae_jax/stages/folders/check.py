@@ -13,10 +13,12 @@ from uae_jax.data import tokenizer as tokens
 from uae_jax.data.qwen_inputs import load_image_processor
 from uae_jax.diffusion.schedule import ScheduleConfig
 from uae_jax.hf.adapters import NOT_A_FACTOR, adapter_table
+from uae_jax.hf.file_sets import unread_weights
 from uae_jax.hf.finite import count_non_finite
 from uae_jax.hf.inventory import Fit, compare, cut_short
 from uae_jax.hf.rules import listed
 from uae_jax.hf.safetensors import TensorFolder, Tensors, dtype_name
+from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.stages.folders.adapters import in_text_model, survey
 from uae_jax.stages.folders.parts import (
     ADAPTERS,
@@ -141,6 +143,10 @@ def _check_weights(row: Row, part: Part, folder: Folder, fast: bool, progress: C
         part_encoder(part).preprocess()
     stored = part_tensors(part)
     row.files = len(set(stored.files.values()))
+    if others := unread_weights(part.folder):
+        row.notes.append(f"not read, because safetensors are there: {listed(others, _LISTED)}")
+    if part.kind == "captioner" and not fast:
+        qwen_weights.check_head(stored, row.config)
     if part.name in ADAPTERS:
         fit = _compare_adapter(row, part, folder)
         row.problems += _misshapen(part, fit)

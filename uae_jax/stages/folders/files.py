@@ -6,6 +6,7 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
+from uae_jax.hf.file_sets import index_of
 from uae_jax.stages.folders.parts import Part, find_parts, part_tensors
 
 _WEIGHTS = (
@@ -42,8 +43,8 @@ def used_files(part: Part) -> list[pathlib.Path]:
     weights = sorted(set(part_tensors(part).files.values()))
     if part.folder.is_file():
         return weights
-    indexes = sorted(part.folder.glob("*.safetensors.index.json"))[:1]
-    return [*small_files(part.folder), *weights, *indexes]
+    index = index_of(part.folder)
+    return [*small_files(part.folder), *weights, *([index] if index else [])]
 
 
 def copy_file(source: pathlib.Path, folder: pathlib.Path, *, link: bool = False) -> None:

@@ -11,6 +11,8 @@ import jax
 from uae_jax import trees
 from uae_jax.files.json_files import read_json
 from uae_jax.hf.adapters import FACTOR, LEAVES
+from uae_jax.hf.formats import other_format
+from uae_jax.hf.hub import local_folder
 from uae_jax.hf.rules import Rule, canonical
 from uae_jax.hf.safetensors import TensorFolder, Tensors
 from uae_jax.hf.torch_file import open_tensors
@@ -140,11 +142,13 @@ class Table:
 def find_parts(path: str | pathlib.Path) -> Folder:
     """The parts of an official folder, a training workdir, a diffusers pipeline, or a folder of one part alone.
 
+    A cache folder of the Hub is read by its snapshot, and a Hub id is downloaded (`hf.hub.local_folder`).
+
     Raises:
       FileNotFoundError: no such folder.
       ValueError: the folder holds no known part; the message has what was looked for.
     """
-    root = pathlib.Path(path)
+    root = local_folder(path)
     if root.is_file():
         name = identify(root)
         if name is None:
@@ -174,6 +178,8 @@ def find_parts(path: str | pathlib.Path) -> Folder:
         return Folder(root, "pipeline", tuple(Part(name, root / name.removeprefix("SD3/")) for name in inner))
     name = identify(root)
     if name is None:
+        if remedy := other_format(root):
+            raise ValueError(remedy)
         raise ValueError(
             f"{root} holds no part of a model; looked for folders named {', '.join(list(KINDS)[:4])}, ..., for "
             "model_index.json, and for config.json, adapter_config.json or scheduler_config.json with weights"
@@ -196,7 +202,7 @@ def _wrapped_captioner(lora: Part | None, plain: Part | None) -> Part | None:
 
 def has_tokenizer(folder: pathlib.Path) -> bool:
     """Whether a captioner's folder holds its tokenizer, as on the hub."""
-    return (folder / "tokenizer_config.json").is_file()
+    return any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
 
 
 def identify(folder: pathlib.Path) -> str | None:

@@ -1,0 +1,1 @@
+"""Awkward inputs for every reader: mutations of a corpus, and the targets that read them."""
