@@ -84,12 +84,16 @@ class Parquet(ImageRecords):
                         self._kept[key] = content.read_row_group(key[1], columns=columns)
                     except Exception as error:  # pyarrow's errors have no common base
                         place = f"{self.files[key[0]]} row group {key[1]}"
-                        raise ValueError(f"{place} cannot be read ({error}): copy the file again") from error
+                        reason = " ".join(str(error).split())
+                        raise ValueError(f"{place} cannot be read ({reason}): copy the file again") from error
                 while len(self._kept) > 1 and sum(table.nbytes for table in self._kept.values()) > KEPT:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(key)
             table = self._kept[key]
-        return table.slice(int(index - self.starts[at]), 1).to_pylist()[0]
+        rows = table.slice(int(index - self.starts[at]), 1).to_pylist()
+        if not rows:  # a damaged footer may promise more rows than the group has
+            raise ValueError(f"{self.name_of(index)} is promised by its file and is not there: copy the file again")
+        return rows[0]
 
     def encoded(self, index: int) -> bytes:
         """The bytes of the image column, or of the file that it names."""
