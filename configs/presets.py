@@ -194,6 +194,10 @@ TOO_LARGE = (
 def _full(name: str) -> Deviations:
     """A full-size preset, such as `qwen2_5_vl_3b_sd3_5_large` or `qwen2_5_vl_3b_sd3_5_large@v6e-64`."""
     sizes, _, machine = name.partition("@")
+    # a copy of the language model for the length of a rollout saves gathering it for every token; 6 GiB fit everywhere,
+    # the 15 GiB of 7 B parameters not into chips of 16
+    fits = not sizes.startswith("qwen2_5_vl_7b") or machine not in ("", "v5e-64")
+    gathered = dict(gather_weights=True) if fits else {}
     deviations = dict(
         # what is not trained is stored in bfloat16, as flow_grpo stores it (scripts/train_sd3.py: inference_dtype)
         model=dict(sizes=sizes, frozen_dtype="bfloat16", dtype="bfloat16", remat="full"),
@@ -202,12 +206,11 @@ def _full(name: str) -> Deviations:
         mesh=dict(data=1, fsdp=-1),
         # on 64 devices one image a device, and one at a time in the auto-encoder
         cold_start=dict(batch_size=64, vae_chunk=64),
-        # a copy of the language model (6 GiB) for the length of a rollout saves gathering it for every token
-        gen_for_und=dict(vae_chunk=64, gather_weights=True),
+        gen_for_und=dict(vae_chunk=64) | gathered,
         # scores at the guidance of the release, and at that of the rollouts of und_for_gen
         evaluation=dict(also_guidance_scale=1.0),
         # flow_grpo has 48 groups; 64 give each of 64 devices one
-        und_for_gen=dict(batch_size=64, micro_batches=6, vae_chunk=64, gather_weights=True),
+        und_for_gen=dict(batch_size=64, micro_batches=6, vae_chunk=64) | gathered,
     )
     return merged(deviations, SLICES.get(machine, {}))
 

@@ -22,7 +22,8 @@ from uae_jax.data.qwen_inputs import ImageProcessor, load_image_processor
 from uae_jax.data.tokenizer import caption_prompt_ids, encode_caption, load_tokenizer
 from uae_jax.diffusion.schedule import ScheduleConfig
 from uae_jax.evaluation.judge import _verdicts
-from uae_jax.evaluation.judging import Question, parse_verdict
+from uae_jax.evaluation.judge_protocols import PROTOCOLS
+from uae_jax.evaluation.judging import Question
 from uae_jax.evaluation.pairs import image_files, read_captions
 from uae_jax.hf.adapters import adapter_table, survey_adapter
 from uae_jax.hf.inventory import cut_short
@@ -176,7 +177,8 @@ ANSWER = {"image_id": "a", "order": "ab", "answer": '{"detail": "A", "overall": 
 def _answers(data: bytes, folder: pathlib.Path) -> None:
     (folder / "answers.jsonl").write_bytes(data)
     options = argparse.Namespace(answers=folder / "answers.jsonl", endpoint=None, model="m")
-    _verdicts(options, ("detail", "overall"), QUESTIONS)
+    for protocol in PROTOCOLS.values():
+        _verdicts(options, protocol.from_file(), QUESTIONS)
 
 
 def _override(pairs: list[tuple[str, str]], folder: pathlib.Path) -> None:
@@ -253,4 +255,6 @@ def _message(data: bytes, folder: pathlib.Path) -> None:
 
 
 def _verdict(text: str | bytes, folder: pathlib.Path) -> None:
-    parse_verdict(("detail", "overall"), text if isinstance(text, str) else text.decode("utf-8", "replace"))
+    said = text if isinstance(text, str) else text.decode("utf-8", "replace")
+    for protocol in PROTOCOLS.values():
+        protocol.from_file().parse(said)

@@ -75,7 +75,7 @@ class Engine:
 @pytest.fixture
 def engine(monkeypatch):
     engine = Engine()
-    settings = dict(seed=42, temperature=0.0, top_p=1.0, max_new_tokens=32)
+    settings = dict(seed=42, temperature=0.0, top_p=1.0, max_new_tokens=32, control_tokens=False)
     monkeypatch.setattr(
         answers,
         "load_model",
