@@ -167,8 +167,9 @@ def _stage_activations(
         captioning = gathered + _captioning(s, some * group, some, length, bool(gathered))
         return max(captioning, generation, _language_gradient(s, small * group, length, settings.score_chunk))
     steps = getattr(settings.own, "kept_steps", 1)
-    # a rollout keeps the latents of the window for its updates, and contexts: on one device, one an image
-    latents = 3 * steps * rows * group * s.pixels / 64 * 16 * FLOAT
+    # a rollout keeps the latents of the window for its updates, and contexts: on one device, one an image; how many
+    # copies of the latents stay is fitted to docs/cards.md
+    latents = (4 if ways == 1 else 2) * steps * rows * group * s.pixels / 64 * 16 * FLOAT
     context, together = s.context * s.context_width * s.activation, max(rows * group / parts, 1)
     window = latents + rows * (1 if ways == 1 else group) * context
     # the images of one part, or of one micro-batch, have contexts of their own there
