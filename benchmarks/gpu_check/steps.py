@@ -28,6 +28,12 @@ from uae_jax.training.step import TrainState, init_state
 STAGES = ("gen_for_und", "und_for_gen", "pretrain", "cold_start")  # in the order of their value
 PRESETS = {"full": "qwen2_5_vl_3b_sd3_5_medium@1xH200", "small": "tiny"}
 STEPS = 3
+# one part of the preset's rollouts and of its cold start: a borrowed card has minutes
+FULL = {
+    "cold_start": dict(batch_size=16, micro_batches=16),
+    "gen_for_und": dict(batch_size=8, rollout_parts=1, micro_batches=2),
+    "und_for_gen": dict(batch_size=4, rollout_parts=1, micro_batches=4),
+}
 # of a dry run: the built-in model in the full preset's precisions and methods, with as few samples as they take
 SMALL = {
     "model": dict(frozen_dtype="bfloat16", dtype="bfloat16", remat="full"),
@@ -50,7 +56,7 @@ SMALL = {
 def check_config(size: str) -> RunConfig:
     """The preset of a size, `full` or `small`, with all four stages."""
     values = presets.preset(PRESETS[size], ("pretrain", "cold_start", "gen_for_und", "und_for_gen")).to_dict()
-    return frozen(RunConfig, presets.merged(values, SMALL) if size == "small" else values)
+    return frozen(RunConfig, presets.merged(values, SMALL if size == "small" else FULL))
 
 
 def chip_of(device: Any) -> Chip | None:
