@@ -20,7 +20,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", ["gen_for_und", "flow_grpo", pytest.param("nft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case", ["flow_grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gen_for_und", "nft"))]
+)
 def test_parts_change_neither_samples_nor_gradient(whole, case):
     name, settings = CASES[case]
     stage = stage_of(whole, name, **settings)

@@ -109,7 +109,13 @@ def counts(values: dict, **changes) -> dict[str, float]:
     return {stage: step_work(config, system, stage).flops for stage in changes if stage in STAGES}
 
 
-@pytest.mark.parametrize("stage, field", [("cold_start", "sampler_steps"), ("gen_for_und", "max_new_tokens")])
+@pytest.mark.parametrize(
+    "stage, field",
+    [
+        pytest.param("cold_start", "sampler_steps", marks=pytest.mark.slow),
+        ("gen_for_und", "max_new_tokens"),
+    ],
+)
 def test_denoising_steps_and_decoded_tokens_cost_in_proportion(tiny, stage, field):
     one, two, three = (counts(tiny, **{stage: {field: count}})[stage] for count in (4, 8, 12))
     # longer captions attend to more: the second difference is small, not zero

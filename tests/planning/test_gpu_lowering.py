@@ -92,6 +92,7 @@ def test_small_models_are_lowered_for_cards_on_every_mesh(preset, sizes, tmp_pat
         assert bool(found.attention()) == (preset == "mini")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, dtype, stage", [("Tesla T4", "bfloat16", "und_for_gen"), ("NVIDIA H200", "float32", "cold_start")]
 )

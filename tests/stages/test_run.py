@@ -271,7 +271,8 @@ def _written(workdir):
     return {str(file.relative_to(workdir)): file.read_bytes() for file in files}, metrics
 
 
-@pytest.mark.parametrize("stages", [("gen_for_und",), pytest.param(STAGES, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [("gen_for_und",), STAGES])
 def test_stopped_by_sigterm_and_continued_is_bit_equal(finished, config, tmp_path, monkeypatch, stages):
     summary, whole = finished
     for stage in stages:
