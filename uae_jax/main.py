@@ -3,11 +3,13 @@
     python -m uae_jax.main --config=configs/unified_grpo.py --workdir=runs/tiny
     python -m uae_jax.main --config=unified_grpo:qwen2_5_vl_3b_sd3_5_medium --workdir=runs/medium \\
         --config.model.folder=/weights/UAE --config.data.folder=/data/images --config.gen_for_und.group_size=16
+    python -m uae_jax.main --config=gen_for_und:qwen2_5_vl_3b_sd3_5_medium@1xH200+paper_v5 --workdir=runs/v5 \\
+        --config.model.folder=/weights/UAE --config.data.folder=/data/photographs
     python -m uae_jax.main --config=unified_grpo --describe=und_for_gen.nft
     python -m uae_jax.main --config=unified_grpo --workdir=runs/tiny --dry_run
 
---config takes a path, or the name of a built-in configuration, with :PRESET behind it. --config.FIELD=VALUE changes a
-setting. The same workdir continues where it stopped.
+--config takes a path, or the name of a built-in configuration, with :PRESET behind it; docs/recipes.md has
+the recipes (+paper_v5). --config.FIELD=VALUE changes a setting. The same workdir continues where it stopped.
 """
 
 import argparse
@@ -18,7 +20,14 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from uae_jax.command_line import CommandParser, error_line, plain_warning, underscored
+from uae_jax.command_line import (
+    CommandParser,
+    error_line,
+    in_range,
+    plain_warning,
+    printable_output,
+    underscored,
+)
 from uae_jax.config_file import apply_overrides, load_config, split_overrides
 
 EXPECTED = (ValueError, FileNotFoundError, FloatingPointError, ImportError, ConnectionError)
@@ -37,12 +46,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--dry_run", action="store_true", help="check everything that needs no weights, say what would run, and end"
     )
     parser.add_argument("--coordinator", help="host:port of process 0, where the cluster does not say it")
-    parser.add_argument("--processes", type=int, help="number of processes, with --coordinator")
-    parser.add_argument("--process_id", type=int, help="which of them this is, from 0, with --coordinator")
+    parser.add_argument("--processes", help="number of processes, with --coordinator", **in_range(int, low=1))
+    parser.add_argument(
+        "--process_id", help="which of them this is, from 0, with --coordinator", **in_range(int, low=0)
+    )
     parser.add_argument("--verbose", action="store_true", help="also show what the libraries log")
     return parser
 
 
+@printable_output()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; every expected error is a line and exit code 1, a stop by signal 130 or 143."""
     overrides, others = split_overrides(sys.argv[1:] if arguments is None else arguments)
@@ -76,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except StopTraining as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
+    except KeyboardInterrupt:  # outside of the steps, or a second one inside
+        print(f"stopped by Ctrl-C; what is saved stays. {CONTINUE}", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         leave_with(error)
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 from PIL import Image
 
-from uae_jax import api, convert, demo, evaluate, fetch_emoji, infer
+from uae_jax import api, convert, demo, evaluate, fetch_emoji, infer, main
 from uae_jax.command_line import CommandParser, run_command
 from uae_jax.data import scenes
 
@@ -242,3 +242,15 @@ def test_the_folder_of_a_single_model_is_no_checkpoint(pictures, model_folder):
 def test_a_missing_checkpoint_is_named(pictures):
     with pytest.raises(SystemExit, match="error: model folder /no/checkpoint does not exist"):
         infer.main(["caption", str(pictures), "--checkpoint", "/no/checkpoint"])
+
+
+def test_ctrl_c_before_the_steps_is_one_line(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("uae_jax.stages.checks.checked_config", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main.main(["--config=unified_grpo", f"--workdir={tmp_path / 'run'}"])
+    assert stop.value.code == 130
+    err = capsys.readouterr().err
+    assert err.startswith("stopped by Ctrl-C; what is saved stays.") and err.count("\n") == 1
