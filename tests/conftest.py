@@ -43,14 +43,28 @@ FAST = (
     "test_correctness_page.py",
     "test_shapes.py",
 )
+# files that mostly compile: jaxlib from 0.11 on takes twice as long for that, and they are slow ones there
+COMPILING = (
+    "methods/test_rl_pieces.py",
+    "methods/test_rl_steps.py",
+    "methods/test_rollout_parts.py",
+    "models/test_vae.py",
+    "planning/test_gpu_lowering.py",
+    "rollouts/test_answering.py",
+    "stages/test_devices.py",
+    "stages/test_run.py",
+)
+COMPILES_SLOWLY = jax.__version_info__ >= (0, 11)
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the fast tier. The longest files come first: a worker that met them last would work on alone."""
+    """Marks the fast tier, and what is slow with this compiler. The longest files come first: a worker that met them last would work on alone."""
     for item in items:
         path = item.path.relative_to(TESTS)
         if (path.as_posix() in FAST or path.parts[0] in FAST) and not item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.fast)
+        if COMPILES_SLOWLY and path.as_posix() in COMPILING:
+            item.add_marker(pytest.mark.slow)
     items.sort(
         key=lambda item: (item.path.name not in ("test_run.py", "test_notebooks.py"), "stages" not in item.path.parts)
     )

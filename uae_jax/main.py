@@ -30,7 +30,7 @@ from uae_jax.command_line import (
 )
 from uae_jax.config_file import apply_overrides, load_config, split_overrides
 
-EXPECTED = (ValueError, FileNotFoundError, FloatingPointError, ImportError, ConnectionError)
+EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)
 CONTINUE = "The same command continues from the newest checkpoint."
 
 
