@@ -58,7 +58,10 @@ COMPILES_SLOWLY = jax.__version_info__ >= (0, 11)
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the fast tier, and what is slow with this compiler. The longest files come first: a worker that met them last would work on alone."""
+    """Marks the fast tier, and what is slow with this compiler.
+
+    The longest files come first: a worker that met them last would work on alone.
+    """
     for item in items:
         path = item.path.relative_to(TESTS)
         if (path.as_posix() in FAST or path.parts[0] in FAST) and not item.get_closest_marker("slow"):
