@@ -202,7 +202,7 @@ def test_describe_prints_a_section_and_refuses_one_that_is_not_there(capsys):
     assert command("--config=unified_grpo", "--describe=und_for_gen.ppo") == 1
     assert "names no section" in capsys.readouterr().err
     assert command("--config=unified_grpo", "--describe", "--config.seed=-1") == 1
-    assert capsys.readouterr().err == "error: config.seed is -1; it must be at least 0\n"
+    assert capsys.readouterr().err == "error: config.seed is -1; it must be at least 0, at most 4294967295\n"
 
 
 def test_the_workdir_must_be_named(capsys):
