@@ -63,13 +63,8 @@ def test_a_caption_has_the_same_states_alone_and_in_its_group(captions):
     np.testing.assert_allclose(np.asarray(alone[0]) * shown, np.asarray(together[0])[::group] * shown, atol=5e-5)
 
 
-@pytest.mark.parametrize(
-    "stage_name, more",
-    [
-        ("gen_for_und", {}),
-        pytest.param("und_for_gen", dict(data_captions=0.5), marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage_name, more", [("gen_for_und", {}), ("und_for_gen", dict(data_captions=0.5))])
 def test_a_stage_trains_with_them(whole, stage_name, more):
     stage = stage_of(
         whole,

@@ -141,6 +141,7 @@ def test_dual_clip_and_the_estimator_of_kl_reach_the_loss(caption_stage):
         dataclasses.replace(stage.config, dual_clip=0.5)
 
 
+@pytest.mark.slow
 def test_a_wrong_velocity_shows_in_the_gaps_of_one_update(flow_stage):
     stage, _, rollout = flow_stage
     unguided = varied(stage.method, flow_grpo=dict(guidance_scale=1.0))

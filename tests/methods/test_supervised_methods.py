@@ -140,6 +140,7 @@ def test_recomputing_layers_changes_no_gradient(whole, cold):
     assert largest_gap(gradient, other) < 1e-4
 
 
+@pytest.mark.slow
 def test_caption_states_are_another_condition_and_train_too(whole, cold):
     trained, _, value, gradient = cold
     other_value, other = _value_and_gradient(whole, guidance_scale=2.0, condition="caption_states")[1](trained)

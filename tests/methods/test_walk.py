@@ -65,7 +65,7 @@ class NoScores:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in ("gen_for_und", "flow_grpo") else pytest.mark.slow) for name in METHODS],
+    [pytest.param(name, marks=[] if name == "gen_for_und" else pytest.mark.slow) for name in METHODS],
 )
 def test_the_walk_to_a_loss_is_the_documented_one(name, tmp_path, monkeypatch):
     stage = "und_for_gen" if name in ("flow_grpo", "nft") else name

@@ -107,6 +107,7 @@ def small() -> tuple[VAEConfig, dict]:
     return config, jax.jit(vae.init_params, static_argnums=0)(config, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_chunked_decoding_equals_decoding_at_once_with_its_gradient():
     config, params = small()
     latents = jax.random.normal(jax.random.key(1), (6, 2, 2, 16))
@@ -122,9 +123,8 @@ def test_chunked_decoding_equals_decoding_at_once_with_its_gradient():
         vae.decode_latents(config, params, latents, 4)
 
 
-@pytest.mark.parametrize(
-    "size", [pytest.param(size, marks=[] if size == "two_levels" else pytest.mark.slow) for size in SIZES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
 def test_interleaved_pictures_are_decoded_as_they_are_alone(size):
     config = VAEConfig(**SIZES[size])
     params = jax.jit(vae.init_params, static_argnums=0)(config, jax.random.key(0))

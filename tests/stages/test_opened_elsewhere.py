@@ -81,6 +81,7 @@ def their_logits(llm, row):
         )
 
 
+@pytest.mark.slow
 def test_transformers_and_peft_compute_the_trained_captioner(trained, hub, row):
     system, _ = trained
     llm = Qwen2_5_VLForConditionalGeneration.from_pretrained(hub / "llm")

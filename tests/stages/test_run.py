@@ -229,6 +229,7 @@ def test_supervised_training_goes_on_from_a_whole_copy():
     assert copied == {"transformer": 2, "vae": 3} == with_policy_as_transformer(copied)
 
 
+@pytest.mark.slow
 def test_running_again_changes_nothing(finished, config, monkeypatch):
     """The export of the last stage is never replaced by one of an earlier stage, which a kill would leave there."""
     summary, workdir = finished
