@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 import types
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,6 +36,15 @@ def exported(source: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
 def changed(config: dict, **sections) -> dict:
     """A copy with the given values in its sections: `changed(config, gen_for_und=dict(group_size=1), seed=1)`."""
     return merged(copy.deepcopy(config), sections)
+
+
+def exit_of(command: Callable, *arguments: str) -> Any:
+    """Exit code, or the message, of a command in this process."""
+    try:
+        command(list(arguments))
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 def replaced(settings: Any, **changes) -> Any:

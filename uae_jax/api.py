@@ -29,6 +29,7 @@ from uae_jax.data.qwen_inputs import Fields
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.settings import frozen
 from uae_jax.stages.inference import Inference, InferenceConfig, Row, builtin_settings
+from uae_jax.stages.inference_config import deciding_condition
 from uae_jax.stages.run_config import CAPTION_PROMPT, NEGATIVE_PROMPT
 from uae_jax.stages.weights import ModelConfig, model_folder
 
@@ -113,8 +114,9 @@ def default_settings(folder: str | os.PathLike[str] = "") -> dict[str, Any]:
 def _condition(run: Mapping) -> str:
     """What the decoder read of captions in training; `condition_model` is the name that older runs have."""
     sections = [run.get(stage, {}) for stage in run["stages"]]
-    used = [section.get("condition", section.get("condition_model", "reference")) for section in sections]
-    return next((name for name in reversed(used) if name != "reference"), "reference")
+    return deciding_condition(
+        [section.get("condition", section.get("condition_model", "reference")) for section in sections]
+    )
 
 
 def _run_config(folder: pathlib.Path) -> dict | None:

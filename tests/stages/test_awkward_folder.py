@@ -3,14 +3,15 @@
 import json
 import pathlib
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
+from stage_pieces import exit_of
 
-from uae_jax import api, evaluate, infer, main, sharding
+from uae_jax import api, evaluate, infer, main
 from uae_jax.data.images import load_image
 
+pytestmark = pytest.mark.usefixtures("one_device")
 FAST = ("--steps=2", "--batch_size=2", "--max_new_tokens=6", "--seed=3")
 GOOD = (
     "16_bit.png",
@@ -59,25 +60,10 @@ def write_awkward(folder: pathlib.Path) -> None:
     (folder / "lost.png").symlink_to(folder / "nowhere.png")
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda mesh, devices=None: make_mesh(mesh, devices or jax.devices()[:1]))
-
-
 @pytest.fixture
 def folder(tmp_path):
     write_awkward(tmp_path / "awkward")
     return tmp_path / "awkward"
-
-
-def exit_of(command, *arguments):
-    """Exit code, or the message, of a command in this process."""
-    try:
-        command(list(arguments))
-    except SystemExit as stop:
-        return stop.code
-    return 0
 
 
 def test_the_good_ones_read_as_what_they_are(folder):

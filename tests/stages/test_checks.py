@@ -1,19 +1,19 @@
 """All mistakes of a run at one go, before any weight is read; and what a dry run says where there are none."""
 
+import functools
 import json
 import pathlib
 import re
 import shutil
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from stage_pieces import changed
+from stage_pieces import changed, exit_of
 
 from configs import presets
-from uae_jax import main, sharding, trees
+from uae_jax import main, trees
 from uae_jax.settings import Mistakes, as_dict, frozen
 from uae_jax.stages import abstract, checks
 from uae_jax.stages import run as run_module
@@ -21,14 +21,9 @@ from uae_jax.stages.folders.parts import NEW_PROJECTOR
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.training.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("one_device")
 STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
 LARGE = "qwen2_5_vl_3b_sd3_5_large"
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda mesh, devices=None: make_mesh(mesh, devices or jax.devices()[:1]))
 
 
 @pytest.fixture
@@ -49,13 +44,7 @@ def images(tmp_path):
     return folder
 
 
-def command(*arguments):
-    """Exit code of `main` in this process."""
-    try:
-        main.main(arguments)
-    except SystemExit as stop:
-        return stop.code
-    return 0
+command = functools.partial(exit_of, main.main)
 
 
 WRONG = (

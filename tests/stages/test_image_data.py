@@ -1,18 +1,19 @@
 """Runs on photographs in folders: what is opened, what is refused before weights are read, and a whole short run."""
 
+import functools
 import io
 import json
 import math
 import sys
 
-import jax
 import photographs
 import pytest
 from photographs import WRITERS, noise
 from PIL import Image
+from stage_pieces import exit_of
 
 from configs import presets
-from uae_jax import main, sharding
+from uae_jax import main
 from uae_jax.data.mixture import Mixture
 from uae_jax.settings import Mistakes, frozen
 from uae_jax.stages import checks
@@ -21,13 +22,8 @@ from uae_jax.stages.data import check_same_images, few_images, open_data
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.training.metrics import read_lines
 
+pytestmark = pytest.mark.usefixtures("one_device")
 ALL = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda mesh, devices=None: make_mesh(mesh, devices or jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +43,7 @@ def settings_of(stages=("gen_for_und",), data=None, **sections):
     return frozen(RunConfig, presets.merged(values, dict(sections, data=dict(source="folder") | (data or {}))))
 
 
-def command(*arguments):
-    """Exit code of `main` in this process."""
-    try:
-        main.main(arguments)
-    except SystemExit as stop:
-        return stop.code
-    return 0
+command = functools.partial(exit_of, main.main)
 
 
 SHORT = (

@@ -19,6 +19,7 @@ from uae_jax.evaluation.records import RecordLog
 from uae_jax.files.json_files import read_records
 from uae_jax.files.tables import Line, read_table, write_tsv, write_xlsx
 from uae_jax.model_flags import add_model_flags, load_model
+from uae_jax.settings import one_line
 
 if TYPE_CHECKING:
     from uae_jax.stages.inference import Inference, Row
@@ -104,7 +105,7 @@ def write_answers(
             try:
                 yield Row(number, number, engine.question_fields(prompts[number], images()))
             except ValueError as error:
-                errors[index] = " ".join(str(error).split())
+                errors[index] = one_line(error)
 
     with tqdm(total=len(items), initial=len(items) - len(missing), desc=path.stem, disable=None) as bar:
         for row, said in engine.captions(rows()):

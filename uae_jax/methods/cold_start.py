@@ -22,7 +22,7 @@ from uae_jax.methods.method import Described, Loss
 from uae_jax.methods.stage_settings import SamplerConfig, SupervisedSettings, denoising
 from uae_jax.models import uae
 from uae_jax.rewards.similarity import CLAMPS, RewardConfig, chosen_encoders, mixed_reward
-from uae_jax.rollouts.reconstruction import Denoising, caption_states, decode, encode_condition, predictor, sample_keys
+from uae_jax.rollouts.reconstruction import Denoising, caption_context, decode, predictor, sample_keys
 from uae_jax.settings import changed, setting
 from uae_jax.training.optimizer import OptimizerConfig
 
@@ -81,7 +81,13 @@ class ColdStart:
     def denoising(self) -> Denoising:
         """The sampler that is differentiated."""
         settings = self.settings
-        return denoising(self.sampler, settings.sampler_steps, settings.guidance_scale, vae_chunk=settings.vae_chunk)
+        return denoising(
+            self.sampler,
+            settings.sampler_steps,
+            settings.guidance_scale,
+            condition=settings.condition,
+            vae_chunk=settings.vae_chunk,
+        )
 
     def rollout(self, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
         """The batch itself: nothing is sampled."""
@@ -91,10 +97,8 @@ class ColdStart:
         """One minus the similarity of each image and its reconstruction."""
         parts, batch, model, how = {**frozen, **params}, rollout["samples"], self.system.model, self.denoising
         tokens, mask = batch["caption_ids"], batch["caption_mask"]
-        if self.settings.condition == "caption_states":
-            positive, negative = caption_states(model, parts, how, batch, tokens, mask, policy=False)
-        else:
-            positive, negative = encode_condition(model, parts, how, tokens, jnp.sum(mask, -1, dtype=jnp.int32) - 1)
+        lengths = jnp.sum(mask, -1, dtype=jnp.int32) - 1
+        positive, negative = caption_context(model, parts, how, batch, tokens, mask, lengths, policy=False)
         noise = uae.initial_noise(model, sample_keys(trees.name_key(key, "noise"), batch["sample_id"]))
         predict = predictor(model, parts, how, positive, negative, policy=False)
         steps = self.settings.gradient_steps or None

@@ -36,7 +36,7 @@ from uae_jax.rewards.similarity import chosen_encoders, mixed_reward, term_metri
 from uae_jax.rl.advantages import SCALES
 from uae_jax.rl.losses import AGGREGATIONS, KL_ESTIMATORS, gap_metrics, token_grpo_loss
 from uae_jax.rollouts.captioning import caption_metrics, encode_batch_images, sample_captions
-from uae_jax.rollouts.reconstruction import caption_states, draw_from, encode_condition, initial_noise
+from uae_jax.rollouts.reconstruction import caption_context, draw_from, initial_noise
 from uae_jax.settings import changed, setting
 from uae_jax.training.optimizer import OptimizerConfig
 
@@ -217,11 +217,9 @@ class GenForUnd:
         how = rollout_denoising(settings, self.sampler, settings.guidance_scale)
         noise_key = trees.name_key(key, "noise")
         noise = initial_noise(model, noise_key, batch["sample_id"], settings.group_size, shared=settings.shared_noise)
-        if how.condition == "caption_states":
-            contexts = caption_states(model, parts, how, batch, completion.tokens, completion.mask, image_embeds)
-        else:
-            lengths = condition.caption_lengths(completion.mask, completion.finished)
-            contexts = encode_condition(model, parts, how, completion.tokens, lengths)
+        said = completion.tokens, completion.mask
+        lengths = condition.caption_lengths(completion.mask, completion.finished)
+        contexts = caption_context(model, parts, how, batch, *said, lengths, image_embeds)
         return draw_from(model, parts, how, contexts, noise)
 
     def rewards(

@@ -25,7 +25,7 @@ from uae_jax.nn.constrain import constrain_rows, ways
 from uae_jax.rewards.similarity import chosen_encoders, mixed_reward, term_metrics
 from uae_jax.rl.losses import Metrics
 from uae_jax.rollouts.captioning import caption_metrics, drawn_captions, sample_captions
-from uae_jax.rollouts.reconstruction import Context, Denoising, caption_states, decode, encode_condition
+from uae_jax.rollouts.reconstruction import Context, Denoising, caption_context, decode
 from uae_jax.settings import changed, sections, setting
 from uae_jax.training.optimizer import OptimizerConfig
 from uae_jax.training.step import OldPolicy
@@ -168,12 +168,9 @@ class DecoderMethod:
             gather_weights=settings.gather_weights,
         )
         tokens, lengths = drawn_captions(settings.data_captions, completion, batch, key)
-        if settings.condition == "caption_states":
-            ends = completion.finished if not settings.data_captions else jnp.ones_like(completion.finished)
-            mask = jnp.arange(tokens.shape[1]) < (lengths + ends)[:, None]
-            positive, negative = caption_states(model, parts, self.denoising, batch, tokens, mask)
-        else:
-            positive, negative = encode_condition(model, parts, self.denoising, tokens, lengths)
+        ended = completion.finished if not settings.data_captions else jnp.ones_like(completion.finished)
+        mask = jnp.arange(tokens.shape[1]) < (lengths + ended)[:, None]
+        positive, negative = caption_context(model, parts, self.denoising, batch, tokens, mask, lengths)
         group = settings.group_size
         positive = constrain_rows(jax.tree.map(lambda leaf: leaf.repeat(group, axis=0), positive))
         return positive, negative, caption_metrics(completion, 1)

@@ -56,10 +56,7 @@ def encode_condition(
     """
     params, adapter = uae.captioner_weights(parts, policy=how.condition != "reference")
     positive = condition.encode_captions(model.captioner, params, adapter, model.template, tokens, lengths)
-    negative = None
-    if how.guidance_scale != 1:
-        negative = condition.encode_negative(model.captioner, params, adapter, model.template, tokens.shape[1])
-    return positive, negative
+    return positive, _negative(model, how, params, adapter, tokens.shape[1])
 
 
 def caption_states(
@@ -88,10 +85,39 @@ def caption_states(
     hidden = qwen.own_hidden_states(model.captioner, params, adapter, prefix, tokens, mask)
     room = ((0, 0), (0, model.template.length(tokens.shape[1]) - tokens.shape[1]))
     positive = jnp.pad(qwen.project(parts["projector"], hidden), (*room, (0, 0))), jnp.pad(mask, room)
-    negative = None
-    if how.guidance_scale != 1:
-        negative = condition.encode_negative(model.captioner, params, adapter, model.template, tokens.shape[1])
-    return positive, negative
+    return positive, _negative(model, how, params, adapter, tokens.shape[1])
+
+
+def caption_context(
+    model: uae.UAE,
+    parts: Mapping[str, Tree],
+    how: Denoising,
+    batch: Mapping[str, Array],
+    tokens: Int[Array, "n t"],
+    mask: Bool[Array, "n t"],
+    lengths: Int[Array, " n"],
+    image_embeds: Float[Array, "b p d"] | None = None,
+    *,
+    policy: bool = True,
+) -> tuple[Context, Context | None]:
+    """Context of the captions of images as `how.condition` says, and that of the negative prompt.
+
+    Args:
+      model, parts, how, batch, tokens, mask, image_embeds, policy: see `caption_states`.
+      lengths: tokens without the stop token.
+    """
+    if how.condition == "caption_states":
+        return caption_states(model, parts, how, batch, tokens, mask, image_embeds, policy=policy)
+    return encode_condition(model, parts, how, tokens, lengths)
+
+
+def _negative(
+    model: uae.UAE, how: Denoising, params: Tree, adapter: Tree | None, caption_tokens: int
+) -> Context | None:
+    """Context of the negative prompt where guidance is used, of the length that captions of so many tokens have."""
+    if how.guidance_scale == 1:
+        return None
+    return condition.encode_negative(model.captioner, params, adapter, model.template, caption_tokens)
 
 
 def predictor(

@@ -20,7 +20,7 @@ from uae_jax.data.questions import placed_images, question_inputs
 from uae_jax.data.qwen_inputs import Fields, prompt_fields
 from uae_jax.data.tokenizer import decode_caption
 from uae_jax.diffusion.schedule import sigma_schedule
-from uae_jax.models import uae
+from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl.generate import Completion
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.rollouts.captioning import sample_captions
@@ -174,8 +174,8 @@ class Inference:
     def captions(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
         """Captions of images (`image_fields`) or answers (`question_fields`), each batch as soon as it is done."""
         for group in batches(rows, self.config.batch_size, _shapes):
-            said = jax.device_get(self._write(self.parts, self._stacked(group)))
-            for row, ids, length in zip(group, said.tokens, caption_lengths(said)):
+            said, lengths = jax.device_get(self._write(self.parts, self._stacked(group)))
+            for row, ids, length in zip(group, said.tokens, lengths):
                 yield row, decode_caption(self.system.tokenizer, ids[:length])
 
     def drawings(self, rows: Iterable[Row]) -> Iterator[tuple[Row, np.ndarray]]:
@@ -208,10 +208,9 @@ class Inference:
         """`reconstructions` from the states of the captions' own tokens, of which the text alone has none."""
         for group in batches(rows, self.config.batch_size, _shapes):
             batch = self._stacked(group)
-            said = self._write(self.parts, batch)
+            said, lengths = self._write(self.parts, batch)
             drawn = from_signed(jax.device_get(self._rebuild(self.parts, batch, said.tokens, said.mask)))
-            said = jax.device_get(said)
-            for row, ids, length, picture in zip(group, said.tokens, caption_lengths(said), drawn):
+            for row, ids, length, picture in zip(group, *jax.device_get((said.tokens, lengths)), drawn):
                 yield row, decode_caption(self.system.tokenizer, ids[:length]), picture
 
     def _stacked(self, group: Sequence[Row]) -> dict[str, np.ndarray]:
@@ -226,13 +225,11 @@ def _shapes(row: Row) -> Hashable:
     return row.fields["patches"].shape, row.fields["prompt_ids"].shape
 
 
-def caption_lengths(said: Completion) -> np.ndarray:
-    """Tokens `[n]` of captions without their stop token."""
-    return np.sum(said.mask, axis=-1, dtype=np.int32) - np.asarray(said.finished, np.int32)
-
-
 def _programs(system: System, config: InferenceConfig) -> tuple[Callable[..., Any], ...]:
-    """The compiled functions: from images to captions, from captions to images, from images and captions to images."""
+    """The compiled functions.
+
+    From images to captions and their lengths, from captions to images, and from images and captions to images.
+    """
     key, sampling = jax.random.key(config.seed), SamplingConfig(config.temperature, 0, config.top_p)
     sigmas = sigma_schedule(config.steps, config.shift, config.schedule)
     denoising = Denoising(tuple(map(float, sigmas)), config.guidance_scale, config.condition)
@@ -240,10 +237,11 @@ def _programs(system: System, config: InferenceConfig) -> tuple[Callable[..., An
     def noise(sample_ids: Array) -> Array:
         return uae.initial_noise(system.model, sample_keys(trees.name_key(key, "noise"), sample_ids))
 
-    def write(parts: Mapping, batch: Mapping) -> Completion:
-        return sample_captions(
+    def write(parts: Mapping, batch: Mapping) -> tuple[Completion, Array]:
+        said = sample_captions(
             system.model, parts, batch, key, max_new_tokens=config.max_new_tokens, stops=system.stops, sampling=sampling
         )
+        return said, condition.caption_lengths(said.mask, said.finished)
 
     def picture(parts: Mapping, ids: Array, lengths: Array, sample_ids: Array) -> Array:
         return jnp.clip(draw(system.model, parts, denoising, ids, lengths, noise(sample_ids)), -1, 1)

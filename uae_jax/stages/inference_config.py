@@ -1,13 +1,18 @@
 """Settings of inference; a module of its own, so that `--help` need not import the models."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from uae_jax.diffusion.schedule import KINDS
 from uae_jax.rollouts.conditions import CONDITIONS
 from uae_jax.settings import LAST_SEED, Settings, setting
 
 LEAST_TEMPERATURE = 1e-4  # logits over a lesser one pass the range of float32
+
+
+def deciding_condition(used: Sequence[str]) -> str:
+    """What the decoder reads after stages that used these conditions, in order: the last that is not `reference`."""
+    return next((name for name in reversed(used) if name != "reference"), "reference")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from uae_jax.methods.trained import COPY, LORA, STORABLE, copied_parts
 from uae_jax.settings import LAST_SEED, Settings, as_dict, sections, setting
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages.evaluation import EvaluationConfig
+from uae_jax.stages.inference_config import deciding_condition
 from uae_jax.stages.weights import ModelConfig
 from uae_jax.training.guard import GuardConfig
 
@@ -187,8 +188,7 @@ class RunConfig(Settings):
         """
         known = [stage for stage in STAGES if is_rl(stage, self)]
         stages = [stage for stage in known if stage in self.stages] or known
-        used = [self.stage_settings[stage].condition for stage in stages]
-        return next((name for name in reversed(used) if name != "reference"), "reference")
+        return deciding_condition([self.stage_settings[stage].condition for stage in stages])
 
     def identity(self, name: str) -> dict[str, Any]:
         """Everything that changes the numbers of a stage; a checkpoint of another identity is refused.

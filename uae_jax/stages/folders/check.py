@@ -19,6 +19,7 @@ from uae_jax.hf.inventory import Fit, compare, cut_short
 from uae_jax.hf.rules import listed
 from uae_jax.hf.safetensors import TensorFolder, Tensors, dtype_name
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
+from uae_jax.settings import one_line
 from uae_jax.stages.folders.adapters import in_text_model, survey
 from uae_jax.stages.folders.parts import (
     ADAPTERS,
@@ -124,7 +125,7 @@ def check_part(
         else:
             _check_weights(row, part, folder, fast, progress)
     except (ValueError, FileNotFoundError) as error:
-        row.problems.insert(0, cut_short(part.folder) or " ".join(str(error).split()))
+        row.problems.insert(0, cut_short(part.folder) or one_line(error))
     return row
 
 
