@@ -151,8 +151,16 @@ def quiet(verbose: bool) -> None:
     """Makes warnings one line each, and hides what libraries log: checkpointing alone writes twenty lines a save."""
     from absl import logging
 
-    logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
+    # errors of a save come back to the loop, which says them in a line; the library logs each with its traceback
+    logging.set_verbosity(logging.INFO if verbose else logging.FATAL)
     warnings.showwarning = plain_warning
+    sys.unraisablehook = sys.__unraisablehook__ if verbose else _without_late_callbacks
+
+
+def _without_late_callbacks(found: Any) -> None:
+    """Prints what a callback raised, but not the callbacks of a failed save that come after it was given up."""
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 def leave_with(error: Exception) -> None:

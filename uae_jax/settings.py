@@ -36,6 +36,7 @@ class Meaning:
       choices: the values that exist; empty for any.
       low, high: the range, ends included; None for no end.
       above: the range begins above this number.
+      free: whether it may change when a run continues: it changes memory, speed or places, and not the method.
     """
 
     text: str
@@ -45,6 +46,7 @@ class Meaning:
     low: float | None = None
     high: float | None = None
     above: float | None = None
+    free: bool = False
 
     def allowed(self) -> str:
         """The range in words, or an empty text."""
@@ -80,7 +82,7 @@ def setting(default: Any, text: str, **more: Any) -> Any:
     Args:
       default: its value where nothing else is written.
       text: what it is, in one line.
-      **more: `unit`, `source`, `choices`, `low`, `high`, `above` of `Meaning`.
+      **more: `unit`, `source`, `choices`, `low`, `high`, `above`, `free` of `Meaning`.
     """
     meaning = {"meaning": Meaning(text, **more)}
     if isinstance(default, dict):
@@ -238,19 +240,38 @@ def as_dict(settings: Any) -> dict[str, Any]:
     return found
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, apart: Collection[str] = ()) -> list[str]:
     """The fields in which two nested mappings differ, with both values; a field that one of them lacks is named so.
 
     A section that one of them lacks is one row.
+
+    Args:
+      old, new: the mappings.
+      apart: fields that may differ, such as `model.remat`.
     """
-    rows = []
+    return [f"{field} {change}" for field, change in changes(old, new).items() if field not in apart]
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """The rows of `differences` by field, such as {"model.remat": "was 'none' and is 'full'"}."""
+    rows = {}
     for name in dict.fromkeys((*old, *new)):
         a, b = old.get(name, MISSING), new.get(name, MISSING)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            rows += [f"{name}.{row}" for row in differences(a, b)]
+            rows |= {f"{name}.{field}": change for field, change in changes(a, b).items()}
         elif _plain(a) != _plain(b):
-            rows.append(f"{name} was {_shown(a)} and is {_shown(b)}")
+            rows[name] = f"was {_shown(a)} and is {_shown(b)}"
     return rows
+
+
+def free_fields(settings: Any, path: str) -> Iterator[str]:
+    """The fields under a path that may change when a run continues, such as `model.remat`."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from free_fields(value, f"{path}.{field.name}")
+        elif "meaning" in field.metadata and field.metadata["meaning"].free:
+            yield f"{path}.{field.name}"
 
 
 def describe(cls: type, values: Any, path: str = "config", wanted: str = "") -> list[str]:

@@ -62,7 +62,8 @@ def test_shared_noise_gives_equal_captions_equal_images(captioner):
     tokens = jnp.full((rows, stage.config.max_new_tokens), 20, jnp.int32)
     same = Completion(tokens, jnp.ones(tokens.shape, bool), jnp.zeros(tokens.shape), jnp.zeros(rows, bool))
     shared = _reconstructions(stage, stage.method, same)
-    np.testing.assert_array_equal(shared, np.broadcast_to(shared[:, :1], shared.shape))
+    # not to the last bit: how a product is cut into blocks may depend on the row
+    np.testing.assert_allclose(shared, np.broadcast_to(shared[:, :1], shared.shape), atol=1e-5)
     separate = _reconstructions(stage, varied(stage.method, shared_noise=False), same)
     assert np.abs(separate - separate[:, :1]).max() > 1e-3
 

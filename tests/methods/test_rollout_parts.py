@@ -21,7 +21,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "case", ["flow_grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gen_for_und", "nft"))]
+    "case", ["gen_for_und", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flow_grpo", "nft"))]
 )
 def test_parts_change_neither_samples_nor_gradient(whole, case):
     name, settings = CASES[case]

@@ -51,7 +51,7 @@ def check(found: gpu_programs.Lowered) -> None:
     assert not wider, wider[:5]
 
 
-@pytest.mark.parametrize("sizes", [ONE, CUT], ids=["one", "cut"])
+@pytest.mark.parametrize("sizes", [pytest.param(ONE, marks=pytest.mark.slow), CUT], ids=["one", "cut"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_full_size_stage_is_lowered_for_cards(stage, sizes):
     found = lower(MEDIUM, stage, sizes)

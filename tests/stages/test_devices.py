@@ -1,5 +1,7 @@
 """Eight faked devices, with parameters cut over them, do what one device does, in every stage."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -13,16 +15,16 @@ MESHES = {
     "fsdp8": dict(data=1, fsdp=8, tensor=1),
     "mixed": dict(data=2, fsdp=2, tensor=2),
 }
-PAIRS = [(stage, "mixed") for stage in STAGES] + [
-    pytest.param(*pair, marks=pytest.mark.slow)
-    for pair in (("pretrain", "fsdp8"), ("gen_for_und", "fsdp8"), ("und_for_gen", "data8"))
+LONGER = (("pretrain", "mixed"), ("pretrain", "fsdp8"), ("gen_for_und", "fsdp8"), ("und_for_gen", "data8"))
+PAIRS = [(stage, "mixed") for stage in STAGES if (stage, "mixed") not in LONGER] + [
+    pytest.param(*pair, marks=pytest.mark.slow) for pair in LONGER
 ]
 
 
 @pytest.fixture(scope="module")
 def alone(config, tmp_path_factory):
     run = make_run(linear(config), tmp_path_factory.mktemp("alone"))
-    return {stage: one_step(run, stage) for stage in STAGES}
+    return functools.cache(lambda stage: one_step(run, stage))
 
 
 @pytest.mark.parametrize("stage, mesh", PAIRS)
@@ -30,7 +32,7 @@ def test_devices_do_not_change_a_step(config, alone, tmp_path, monkeypatch, stag
     monkeypatch.setattr(sharding, "SMALL", 256)  # even a tiny model is cut
     run = make_run(changed(linear(config), mesh=MESHES[mesh]), tmp_path, devices=8)
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(run.parts)) == (mesh != "data8")
-    check_same_step(alone[stage], one_step(run, stage))
+    check_same_step(alone(stage), one_step(run, stage))
 
 
 @pytest.mark.parametrize("mesh", MESHES)

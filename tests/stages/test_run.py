@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import types
 
@@ -17,9 +18,10 @@ from uae_jax.data.scenes import fact_kinds, scene_at
 from uae_jax.methods.trained import with_policy_as_transformer
 from uae_jax.settings import frozen
 from uae_jax.stages import run as run_module
+from uae_jax.stages.checks import stage_identity
 from uae_jax.stages.program import with_adapters
 from uae_jax.stages.run_config import RunConfig
-from uae_jax.stages.weights import ModelConfig, load_system
+from uae_jax.stages.weights import ModelConfig, load_system, model_folder
 from uae_jax.training.metrics import read_lines
 from uae_jax.training.signals import StopTraining
 
@@ -346,6 +348,47 @@ def test_settings_of_stages_to_come_may_change(config):
     )
 
 
+def test_settings_that_do_not_change_the_method_are_free(config):
+    settings = frozen(RunConfig, changed(config, rounds=2))
+    free = settings.free("gen_for_und")
+    assert {
+        "model.folder",
+        "model.remat",
+        "guard.kl",
+        "gen_for_und.micro_batches",
+        "gen_for_und.gather_weights",
+        "gen_for_und.vae_chunk",
+        "gen_for_und.steps",
+        "pretrain.micro_batches",
+    } <= free
+    assert not free & {
+        "model.dtype",
+        "guard.window",
+        "guard.gradient_ratio",
+        "data.folder",
+        "pretrain.steps",
+        "gen_for_und.batch_size",
+        "gen_for_und.group_size",
+        "gen_for_und.kl_weight",
+    }
+    assert "gen_for_und.steps" not in settings.free("gen_for_und_2"), "the first round has used them"
+    assert "data.folder" in frozen(RunConfig, changed(config, data=dict(source="folder", folder="a"))).free("pretrain")
+
+
+def test_a_moved_model_is_the_same_and_other_weights_are_not(config, tmp_path):
+    settings = frozen(RunConfig, config)
+    shutil.copytree(model_folder(settings.model.folder), tmp_path / "moved")
+    moved = dataclasses.replace(settings, model=dataclasses.replace(settings.model, folder=str(tmp_path / "moved")))
+    key, name = "contents of model.folder", settings.order()[0][0]
+    before = stage_identity(settings, name)[key]
+    assert stage_identity(moved, name)[key] == before
+    file = next((tmp_path / "moved" / "llm").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    assert stage_identity(moved, name)[key] != before
+
+
 def test_scores_are_drawn_through_the_captioner_where_training_does(config, whole, tmp_path):
     assert whole.config.condition() == whole.evaluator.denoising.condition == "reference"
     policy = make_run(changed(config, und_for_gen=dict(condition="policy")), tmp_path)
@@ -369,9 +412,12 @@ def test_scores_are_drawn_through_the_captioner_where_training_does(config, whol
             dict(und_for_gen=dict(optimizer=dict(multipliers=(("decoder", 2.0),)))),
             "und_for_gen: optimizer.multipliers: 'decoder' matches no parameter",
         ),
-        (dict(und_for_gen=dict(vae_chunk=5)), "und_for_gen: a batch of 16 latents cannot be decoded in chunks of 5"),
         (
-            dict(und_for_gen=dict(batch_size=3)),
+            dict(stages=("und_for_gen",), und_for_gen=dict(vae_chunk=5)),
+            "und_for_gen: a batch of 16 latents cannot be decoded in chunks of 5",
+        ),
+        (
+            dict(stages=("und_for_gen",), und_for_gen=dict(batch_size=3)),
             "und_for_gen: 6 samples of a rollout do not divide into 2 parts of complete groups",
         ),
         (dict(gen_for_und=dict(aggregation="mean")), "config.gen_for_und.aggregation is 'mean'; choose one of"),

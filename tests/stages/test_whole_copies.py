@@ -24,7 +24,7 @@ from uae_jax.stages.inference import Inference, InferenceConfig, Row
 from uae_jax.stages.program import make_program
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import ModelConfig, load_system
-from uae_jax.training.loop import StageResult
+from uae_jax.training.records import StageResult
 
 SIDE = 16
 ADAPTERS = ("language_lora", "transformer_lora")

@@ -1,4 +1,6 @@
-"""Checkpoints: round trip, leftovers of a kill, messages for folders that do not fit or are damaged."""
+"""Checkpoints: round trip, leftovers of a kill, messages for folders that do not fit, and damaged ones."""
+
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from uae_jax.training.checkpoint import Checkpoints
+from uae_jax.training.checkpoint import Checkpoints, Damaged
+from uae_jax.training.checksums import array_checksums
 from uae_jax.training.optimizer import OptimizerConfig, make_optimizer
 from uae_jax.training.step import init_state
 
@@ -71,20 +74,98 @@ def test_other_shape_missing_and_extra_leaves_are_named(tmp_path):
             )
 
 
+def saved(folder, *steps):
+    """Checkpoints whose numbers are their step."""
+    with Checkpoints(folder, keep=len(steps)) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(value=float(step)), {"next_index": step}, {"seconds": step / 10})
+            checkpoints.wait()
+
+
 @pytest.mark.parametrize("others", [False, True])
-def test_damaged_folder_says_what_to_delete(tmp_path, others):
-    with Checkpoints(tmp_path) as checkpoints:
-        if others:
-            checkpoints.save(4, make_state(), {}, {})
-        checkpoints.save(5, make_state(), {}, {})
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_read(tmp_path, capsys, others):
+    saved(tmp_path, *((4, 5) if others else (5,)))
     for path in (tmp_path / "5" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
     with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(
-            ValueError, match="delete that folder to " + ("continue from step 4" if others else "start the stage again")
-        ):
-            checkpoints.restore(make_state())
+        with pytest.raises(Damaged, match="5 cannot be read .*; delete .* to train the stage again"):
+            checkpoints.restore(make_state(), 5)
+        found = checkpoints.restore(make_state())
+        assert (found and found.step) == (4 if others else None)
+        checkpoints.save(5, make_state(value=5.0), {}, {})
+        checkpoints.wait()
+        assert checkpoints.restore(make_state()).step == 5
+    said = capsys.readouterr().err
+    assert "5 cannot be read" in said and f"it is now {tmp_path / 'damaged_5'}" in said
+    assert ("the stage continues from step 4" if others else "the stage begins again") in said
+
+
+def test_a_bit_that_flips_is_never_read_as_another_number(tmp_path):
+    """Positions over all files of a checkpoint, compressed arrays and JSON alike."""
+    saved(tmp_path / "whole", 1)
+    rng = np.random.default_rng(0)
+    files = sorted(path for path in (tmp_path / "whole" / "1").rglob("*") if path.is_file() and path.stat().st_size)
+    outcomes = []
+    for number in range(24):
+        path = files[number % len(files)]
+        folder = tmp_path / f"flipped_{number}"
+        shutil.copytree(tmp_path / "whole", folder)
+        data = bytearray(path.read_bytes())
+        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        (folder / path.relative_to(tmp_path / "whole")).write_bytes(data)
+        with Checkpoints(folder) as checkpoints:
+            found = checkpoints.restore(make_state())
+        outcomes.append(found is None)
+        if found is not None:  # the byte says nothing, such as the time of the save
+            jax.tree.map(np.testing.assert_array_equal, found.state, make_state(value=1.0))
+            assert (found.data, found.meta) == ({"next_index": 1}, {"seconds": 0.1})
+        shutil.rmtree(folder)
+    assert any(outcomes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool", "float16"])
+def test_every_changed_word_changes_the_checksum(dtype):
+    values = jnp.arange(2 * 3 * 5).reshape(2, 3, 5).astype(dtype)
+    known = array_checksums({"w": values})
+    assert array_checksums({"w": np.asarray(values)}) == known
+    for place in np.ndindex(2, 3, 5):
+        other = jnp.asarray(0 if values[place] else 1, dtype)
+        assert array_checksums({"w": values.at[place].set(other)}) != known
+    if dtype != "bool":
+        assert array_checksums({"w": values[::-1]}) != known
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    assert array_checksums({"w": jax.device_put(values, place)}) == known
+    assert array_checksums({}) == {} and array_checksums({"count": jnp.int32(7)}) == {"count": 7}
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums(tmp_path):
+    saved(tmp_path, 3)
+    shutil.rmtree(tmp_path / "3" / "checksums")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.meta() == {"seconds": 0.3}
+        assert checkpoints.restore(make_state()).step == 3
+
+
+def test_a_rename_that_stopped_half_way_leaves_the_step_before(tmp_path):
+    """A mounted bucket copies a folder file by file; the commit file is among the last."""
+    saved(tmp_path, 2, 4)
+    (tmp_path / "4").rename(tmp_path / "4.orbax-checkpoint-tmp")
+    half = sorted(path for path in (tmp_path / "4.orbax-checkpoint-tmp").rglob("*") if path.is_file())[::2]
+    for path in half:
+        if path.name != "commit_success.txt":
+            copy = tmp_path / "4" / path.relative_to(tmp_path / "4.orbax-checkpoint-tmp")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+    with Checkpoints(tmp_path, clean=False) as checkpoints:
+        assert checkpoints.latest_step() == 2 and checkpoints.meta() == {"seconds": 0.2}
+    assert (tmp_path / "4").is_dir()  # a look deletes nothing
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(make_state()).step == 2
+        checkpoints.save(4, make_state(value=4.0), {}, {})
+        checkpoints.wait()
+        assert checkpoints.restore(make_state()).step == 4
 
 
 def test_restores_onto_another_placement(tmp_path):

@@ -10,9 +10,10 @@ import pytest
 from learners import learner
 
 from uae_jax.methods.method import make_train_step
-from uae_jax.training.loop import Hooks, LoopConfig, check_configuration, run_stage
+from uae_jax.training.loop import Hooks, LoopConfig, run_stage
 from uae_jax.training.metrics import MetricWriter, read_lines
 from uae_jax.training.optimizer import OptimizerConfig, make_optimizer
+from uae_jax.training.records import check_configuration
 from uae_jax.training.signals import StopTraining
 from uae_jax.training.step import init_state
 
@@ -59,7 +60,7 @@ def make_stage():
     return step, traces, init_state({"kernel": jnp.ones((3, 2))}, optimizer, ema=True)
 
 
-def train(workdir, *, steps=10, data=None, hooks=None, **config):
+def train(workdir, *, steps=10, data=None, hooks=None, scoring=None, **config):
     step, traces, state = make_stage()
     writer = MetricWriter(workdir, tensorboard=False)
     config = LoopConfig(steps=steps, **({"save_every": 4, "log_every": 3} | config))
@@ -75,6 +76,7 @@ def train(workdir, *, steps=10, data=None, hooks=None, **config):
         writer=writer,
         hooks=hooks,
         identity={"rate": 0.01, "names": ("a",)},
+        scoring=scoring,
     )
     assert step._cache_size() <= 1  # compiled once at most, on a restored state too
     return result, traces
@@ -135,6 +137,96 @@ def test_a_kill_without_saving_continues_from_the_last_checkpoint(tmp_path):
     resumed, _ = train(tmp_path / "parts", log_every=1)
     equal(whole.state, resumed.state)
     assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
+
+
+def test_a_kill_while_scores_are_computed_costs_no_step_and_the_scores_are_repeated(tmp_path):
+    """Scores and a checkpoint are due after the same step: the checkpoint is first."""
+    (tmp_path / "whole").mkdir(), (tmp_path / "parts").mkdir()
+    norm = lambda state, step: {"norm": float(jnp.abs(state.params["kernel"]).sum())}
+    whole, _ = train(tmp_path / "whole", hooks=Hooks(evaluate=norm), eval_every=4)
+
+    def killed(state, step):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "parts", hooks=Hooks(evaluate=killed), eval_every=4)
+    steps = []
+    hooks = Hooks(evaluate=norm, on_step=steps.append)
+    resumed, _ = train(tmp_path / "parts", hooks=hooks, eval_every=4)
+    assert steps == list(range(5, 11))
+    equal(whole.state, resumed.state)
+    assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
+
+
+def test_a_stop_while_scores_are_computed_leaves_before_the_next_step(tmp_path):
+    steps = []
+
+    def asked(state, step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"norm": 1.0}
+
+    with pytest.raises(StopTraining, match="at toy step 3"):
+        train(tmp_path, hooks=Hooks(evaluate=asked, on_step=steps.append), eval_every=3, save_every=0)
+    assert steps == [1, 2, 3]
+    train(tmp_path, hooks=Hooks(evaluate=lambda state, step: {"norm": 1.0}), eval_every=3, save_every=0)
+    scores = [line["step"] for line in lines(tmp_path) if "eval/norm" in line]
+    assert scores == [3, 6, 9]
+
+
+def test_other_settings_of_scores_are_told_and_kept_with_them(tmp_path, capsys):
+    def run(stop_at, images):
+        hooks = Hooks(
+            before=lambda state: {"reward": images},
+            after=lambda state: {"reward": images},
+            on_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == stop_at else None,
+        )
+        return train(tmp_path, hooks=hooks, scoring={"images": images})[0]
+
+    with pytest.raises(StopTraining):
+        run(5, 2)
+    result = run(None, 4)
+    assert (result.before, result.after) == ({"reward": 2}, {"reward": 4})
+    assert result.scoring == {"before": {"images": 2}, "after": {"images": 4}}
+    assert "toy: the scores before it had other settings" in capsys.readouterr().err
+    assert run(None, 8).record() == result.record()
+
+
+def test_free_fields_may_change_and_are_told(tmp_path, capsys):
+    train(tmp_path, steps=4)
+    more = {"rate": 0.01, "names": ("a",), "model": {"remat": "full"}}
+    with pytest.raises(ValueError, match="model was absent"):
+        check_configuration(tmp_path, "toy", more)
+    step, _, state = make_stage()
+    run_stage(
+        "toy",
+        step,
+        state=state,
+        frozen=jnp.ones((3, 2)),
+        data=Batches(),
+        key=jax.random.key(1),
+        workdir=tmp_path,
+        config=LoopConfig(steps=4),
+        writer=MetricWriter(tmp_path, tensorboard=False),
+        identity={"rate": 0.02, "names": ("a",)},
+        free={"rate", "model.remat"},
+    )
+    assert "note: toy continues with other settings: rate was 0.01 and is 0.02" in capsys.readouterr().err
+
+
+def test_a_finished_stage_goes_on_when_it_gets_more_steps_and_fewer_are_refused(tmp_path):
+    (tmp_path / "whole").mkdir(), (tmp_path / "parts").mkdir()
+    whole, _ = train(tmp_path / "whole")
+    assert train(tmp_path / "parts", steps=6)[0].steps == 6
+    longer, _ = train(tmp_path / "parts")
+    assert longer.steps == 10
+    equal(whole.state, longer.state)
+    # the last step of each run is always written
+    assert [line for line in lines(tmp_path / "parts") if line["step"] != 6] == [
+        line for line in lines(tmp_path / "whole") if line["step"] != 6
+    ]
+    with pytest.raises(ValueError, match=r"toy has done 10 steps, and the stage now has 6; set toy.steps to 10"):
+        train(tmp_path / "parts", steps=6)
 
 
 def test_non_finite_loss_stops_with_its_step_and_saves_nothing(tmp_path):

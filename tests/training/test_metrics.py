@@ -1,7 +1,9 @@
 """Metrics files after a restart, and the clock."""
 
 import json
+import sys
 import time
+import types
 
 import pytest
 
@@ -28,13 +30,73 @@ def test_resumed_file_equals_an_uninterrupted_one(tmp_path):
     write(tmp_path / "parts", "gen_for_und", 2, 5)
     files = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
     assert files[0] == files[1] and len(files[0].splitlines()) == 14
-    assert len(list((tmp_path / "parts" / "tensorboard" / "gen_for_und").glob("events.*"))) == 2
+    board = [points(tmp_path / name / "tensorboard" / "gen_for_und", "reward") for name in ("whole", "parts")]
+    assert board[0] == board[1] and len(board[0]) == 5
+
+
+def points(folder, name):
+    """(step, value) of all events that are on disk, also those that TensorBoard would purge."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.glob("events.*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            length = int.from_bytes(data[at : at + 8], "little")
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            found += [(event.step, round(v.simple_value, 6)) for v in event.summary.value if v.tag == name]
+            at += 12 + length + 4
+    return found
+
+
+def test_no_stale_point_stays_in_tensorboard_after_the_clock_went_back(tmp_path, monkeypatch):
+    now = time.time()
+    write(tmp_path, "pretrain", 0, 6)
+    monkeypatch.setattr(time, "time", lambda: now - 86_400)
+    write(tmp_path, "pretrain", 3, 5)
+    folder = tmp_path / "tensorboard" / "pretrain"
+    assert points(folder, "reward") == [(step, step / 10) for step in range(1, 6)]
+
+
+class Wandb(types.ModuleType):
+    """Takes rows as the service does: one of an earlier step than the last is dropped."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.rows, self.step, self.ids = [], 0, []
+
+    def init(self, *, id, resume, **_):
+        self.ids.append(id)
+        return self
+
+    def log(self, values, step):
+        if step >= self.step:
+            self.step = step
+            self.rows.append((step, values))
+
+    def finish(self):
+        self.step += 1  # a run that continues has its last step behind it
+
+
+def test_steps_are_sent_to_wandb_once_and_stages_follow_each_other(tmp_path, monkeypatch):
+    service = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    for stage, start, end in [("pretrain", 0, 4), ("pretrain", 2, 6), ("gen_for_und", 0, 3), ("gen_for_und", 1, 4)]:
+        writer = MetricWriter(tmp_path, tensorboard=False, wandb_project="uae")
+        writer.begin(stage, start)
+        for step in range(start + 1, end + 1):
+            writer.write(stage, step, 0.0, {"reward": step / 10})
+        writer.close()
+    assert [step for step, _ in service.rows] == list(range(1, 11))
+    assert service.rows[6] == (7, {"gen_for_und/step": 1, "gen_for_und/reward": 0.1})
+    assert len(set(service.ids)) == 1
 
 
 def test_not_finite_is_null_and_the_line_stays_json(tmp_path):
     writer = MetricWriter(tmp_path, tensorboard=False)
     writer.begin("s", 0)
     writer.write("s", 1, 0.5, {"loss": float("nan"), "reward": 1})
+    writer.close()
     strict = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda _: pytest.fail("not JSON"))
     assert strict == {"stage": "s", "step": 1, "seconds": 0.5, "loss": None, "reward": 1.0}
 

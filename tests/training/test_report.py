@@ -61,6 +61,7 @@ def make_run(workdir):
         )
         for when in ("before", "after"):
             make_samples(workdir / "samples" / f"{name}_{when}", f"a <red> circle {when}")
+    writer.close()
     return write_summary(workdir, preset="tiny", seed=3, stages=stages)
 
 
@@ -251,3 +252,18 @@ def test_long_captions_are_folded_and_not_cut(tmp_path):
     path.write_text(path.read_text().replace("a <red> circle after", text))
     page = write_report(tmp_path).read_text()
     assert f"</summary>{text}</details>" in page
+
+
+def test_scores_of_different_settings_are_marked_and_not_compared():
+    two, four = {"images": 2}, {"images": 4}
+    stages = [
+        stage_record("a", {"reward": ONE}, {"reward": HIGH}, scoring={"before": two, "after": two}),
+        stage_record("b", {"reward": HIGH}, {"reward": LOW}, scoring={"before": two, "after": four}),
+    ]
+    found = findings(stages)
+    assert [(finding.kind, finding.title) for finding in found] == [("bad", "Scores of different settings")]
+    assert "after b: images was 2 and is 4" in found[0].text
+    cells = next(row for row in score_rows(stages) if row["name"] == "reward")["cells"]
+    assert cells[1]["change"] == pytest.approx(0.2) and cells[1]["direction"] == 1
+    assert cells[2]["change"] is None and cells[2]["direction"] == 0
+    assert not findings(stages[:1])

@@ -46,7 +46,7 @@ class ColdStartConfig(SupervisedSettings):
         "how images are clipped to their range before the encoder, see rewards.similarity.clamp_image",
         choices=CLAMPS,
     )
-    vae_chunk: int = setting(0, "images decoded at once; 0 for all; memory, not results", low=0)
+    vae_chunk: int = setting(0, "images decoded at once; 0 for all; memory, not results", low=0, free=True)
     reward: RewardConfig = RewardConfig()
 
     def problems(self) -> Iterator[str]:

@@ -61,7 +61,7 @@ class GenForUndConfig(UpdateSettings, RolloutSettings):
     kl_estimator: str = setting("k3", "estimator of that KL", choices=KL_ESTIMATORS, source="arXiv 2402.03300")
     advantage_scale: str = setting("group", "what advantages are divided by", choices=SCALES, source="arXiv 2402.03300")
     score_chunk: int = setting(
-        qwen.SCORE_CHUNK, "caption positions whose logits exist at once; memory, not results", low=1
+        qwen.SCORE_CHUNK, "caption positions whose logits exist at once; memory, not results", low=1, free=True
     )
     objective: str = setting(
         "grpo", "grpo, or the control: cross-entropy of the data set's captions", choices=("grpo", "supervised")

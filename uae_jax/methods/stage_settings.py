@@ -36,7 +36,9 @@ class StageSettings(Settings):
 
     steps: int = setting(1_000, "train steps", low=1)
     batch_size: int = setting(32, "images a step", low=1)
-    micro_batches: int = setting(1, "parts of an update whose gradients are summed; memory, not results", low=1)
+    micro_batches: int = setting(
+        1, "parts of an update whose gradients are summed; memory, not results", low=1, free=True
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
 
     @property
@@ -74,7 +76,7 @@ class RolloutSettings(StageSettings):
 
     group_size: int = setting(8, "samples of an image whose rewards are compared", low=2)
     rollout_parts: int = setting(
-        1, "parts of a rollout that are sampled one after the other; memory, not results", low=1
+        1, "parts of a rollout that are sampled one after the other; memory, not results", low=1, free=True
     )
     temperature: float = setting(1.0, "of caption sampling; 0 is greedy", low=0)
     max_new_tokens: int = setting(512, "longest caption", unit="tokens", low=1)
@@ -85,9 +87,11 @@ class RolloutSettings(StageSettings):
         "states after the image",
         choices=CONDITIONS,
     )
-    vae_chunk: int = setting(0, "images decoded at once; 0 for all; memory, not results", low=0)
+    vae_chunk: int = setting(0, "images decoded at once; 0 for all; memory, not results", low=0, free=True)
     gather_weights: bool = setting(
-        False, "gather a sharded language model once a rollout instead of once a token; costs a copy on every device"
+        False,
+        "gather a sharded language model once a rollout instead of once a token; costs a copy on every device",
+        free=True,
     )
     train: str = setting("lora", "what is trained: an adapter, or a full fine-tuned copy", choices=("lora", "full"))
     lora_rank: int = setting(32, "rank of a new adapter", low=1, source="released UAE code")

@@ -18,7 +18,7 @@ from uae_jax.settings import Mistakes, one_line, read
 from uae_jax.stages.abstract import AbstractSystem, abstract_folder, with_run_adapters
 from uae_jax.stages.data import OpenedData, open_data
 from uae_jax.stages.folders.check import check_folder
-from uae_jax.stages.folders.parts import NEW_PROJECTOR, find_parts
+from uae_jax.stages.folders.parts import NEW_PROJECTOR, find_parts, weights_digest
 from uae_jax.stages.program import make_program
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.understanding import open_questions
@@ -270,7 +270,20 @@ def _check_workdir(config: RunConfig, workdir: pathlib.Path) -> Iterator[str]:
         return
     if not folder.is_dir():
         return
-    from uae_jax.training.loop import check_configuration  # checkpointing takes a second to import
+    from uae_jax.training.records import check_configuration  # checkpointing takes a second to import
 
-    for name in names:
-        check_configuration(workdir, name, config.identity(name))
+    for name, stage in config.order():
+        identity, free = stage_identity(config, name), config.free(name)
+        check_configuration(workdir, name, identity, free=free, steps=config.stage(stage).steps)
+
+
+def stage_identity(config: RunConfig, name: str) -> dict[str, Any]:
+    """Everything that changes the numbers of a stage, the weights that the run begins with included.
+
+    The weights count by their contents, so that a folder may be moved.
+
+    Args:
+      config: of the run.
+      name: of the run's `order`.
+    """
+    return config.identity(name) | {"contents of model.folder": weights_digest(model_folder(config.model.folder))}

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.rewards.similarity import cosine_reward
 from uae_jax.rollouts.captioning import repeated_sequences, sample_captions
 from uae_jax.rollouts.reconstruction import Denoising, caption_states, draw, draw_from, sample_keys
-from uae_jax.settings import Settings, setting
+from uae_jax.settings import Settings, as_dict, setting
 from uae_jax.stages.batching import in_batches
 from uae_jax.stages.weights import System
 from uae_jax.training.summary import intervals
@@ -58,6 +59,12 @@ class EvaluationConfig(Settings):
     questions_by: str = setting(
         "letter", "whether options compete by letter, or Yes and No, or by their texts", choices=("letter", "text")
     )
+
+    def scoring(self) -> dict[str, Any]:
+        """The settings that change the scores before and after a stage, as JSON has them."""
+        apart = ("images_during", "batch_size", "samples")
+        kept = {name: value for name, value in as_dict(self).items() if name not in apart}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
 
 class Evaluator:

@@ -23,7 +23,7 @@ from uae_jax.methods.method import build_step, make_method, start_of
 from uae_jax.methods.stage_settings import denoising
 from uae_jax.methods.trained import stored, trainable, with_policy_as_transformer
 from uae_jax.settings import as_dict
-from uae_jax.stages.checks import checked_config, missing_captions
+from uae_jax.stages.checks import checked_config, missing_captions, stage_identity
 from uae_jax.stages.data import check_same_images, few_images, open_data, row_builder
 from uae_jax.stages.evaluation import Evaluator
 from uae_jax.stages.export import export_system
@@ -34,9 +34,10 @@ from uae_jax.stages.weights import load_system
 from uae_jax.training import processes
 from uae_jax.training.guard import skip_outliers
 from uae_jax.training.lock import workdir_lock
-from uae_jax.training.loop import Hooks, LoopConfig, StageResult, finished_record, run_stage
+from uae_jax.training.loop import Hooks, LoopConfig, run_stage
 from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import make_optimizer
+from uae_jax.training.records import StageResult, finished_record
 from uae_jax.training.report import write_report
 from uae_jax.training.step import TrainState
 from uae_jax.training.summary import intervals, write_summary
@@ -62,7 +63,9 @@ def run(config: Mapping[str, Any] | RunConfig, workdir: pathlib.Path) -> dict[st
     summary = None
     with workdir_lock(workdir), sharding.in_use(whole.mesh):
         check_same_images(workdir, whole.data)
-        finished = {name for name, _ in settings.order() if finished_record(workdir, name)}
+        finished = {
+            name for name, stage in settings.order() if finished_record(workdir, name, settings.stage(stage).steps)
+        }
         if jax.process_index() == 0:
             write_json(workdir / "config.json", as_dict(settings))
         writer = MetricWriter(workdir, wandb_project=settings.loop.wandb_project, config=as_dict(settings))
@@ -152,7 +155,9 @@ class Run:
                 answers=lambda state, step: self.answers(state),
             ),
             guard=guard,
-            identity=self.config.identity(name),
+            identity=stage_identity(self.config, name),
+            free=self.config.free(name),
+            scoring=self.config.evaluation.scoring(),
         )
         self.parts = self.trained(result.state)
         return result
@@ -200,8 +205,11 @@ class Run:
         return self.source
 
     def score_before(self, state: TrainState, name: str, previous: StageResult | None) -> dict:
-        """Scores before a stage: those after the previous one, with its samples, or new ones for the first."""
-        if previous is None:
+        """Scores before a stage: those after the previous one with its samples, if their settings are still the same,
+        or new ones.
+        """
+        scoring = self.config.evaluation.scoring()
+        if previous is None or previous.scoring.get("after", scoring) != scoring:
             return self.score(state, name, "before")
         samples = self.workdir / "samples"
         if jax.process_index() == 0:

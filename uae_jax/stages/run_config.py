@@ -9,7 +9,7 @@ from uae_jax.data.formats import CAPTION_CHOICES, FORMATS
 from uae_jax.methods import STAGES
 from uae_jax.methods.stage_settings import SamplerConfig, StageSettings
 from uae_jax.methods.trained import COPY, LORA, STORABLE, copied_parts
-from uae_jax.settings import LAST_SEED, Settings, as_dict, sections, setting
+from uae_jax.settings import LAST_SEED, Settings, as_dict, free_fields, sections, setting
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages.evaluation import EvaluationConfig
 from uae_jax.stages.inference_config import deciding_condition
@@ -35,12 +35,12 @@ class DataConfig(Settings):
         "built-in scenes, emoji of fetch_emoji, a folder, or TFDS",
         choices=("scenes", "emoji", "folder", "tfds"),
     )
-    folder: str = setting("", "folder of images in any format of docs/data.md, or of emoji")
+    folder: str = setting("", "folder of images in any format of docs/data.md, or of emoji", free=True)
     format: str = setting("", "of the folder; empty to find it out", choices=("", *FORMATS))
     mixture: tuple[str, ...] = setting((), "several folders instead of one, FOLDER=WEIGHT each, in any formats")
     name: str = setting("", "of a TFDS data set")
     split: str = setting("train", "of a TFDS data set, or of files that tell several, for training")
-    data_dir: str = setting("", "where TFDS prepared the data set; empty for the default of TFDS")
+    data_dir: str = setting("", "where TFDS prepared the data set; empty for the default of TFDS", free=True)
     image_key: str = setting("image", "feature, column or field of the image")
     caption_key: str = setting("caption", "feature, column or field of the caption; in folders several, with commas")
     caption_choice: str = setting(
@@ -51,7 +51,9 @@ class DataConfig(Settings):
     bad_images: str = setting(
         "skip", "leave out broken, small, thin and duplicate images of a folder, or refuse", choices=("skip", "refuse")
     )
-    heldout_folder: str = setting("", "folder for scores; empty to hold out the last images of the training folder")
+    heldout_folder: str = setting(
+        "", "folder for scores; empty to hold out the last images of the training folder", free=True
+    )
     heldout_split: str = setting("test", "of a TFDS data set, for scores")
     image_size: int = setting(512, "side of the square images", unit="pixels", low=8)
     max_prompt: int = setting(
@@ -209,6 +211,24 @@ class RunConfig(Settings):
             values["questions"] = {name: getattr(self.evaluation, name) for name in names}
         values |= {"seed": self.seed, "order": [run_name for run_name, _ in upto]}
         return values | {stage: as_dict(self.stage_settings[stage]) for _, stage in upto}
+
+    def free(self, name: str) -> set[str]:
+        """Fields of `identity` that may change when a stage continues.
+
+        Other folders count as the same ones, where their contents are compared (`stages.data.check_same_images`). The
+        steps of the stage itself may change, unless an earlier round has used them.
+
+        Args:
+          name: of the run's `order`.
+        """
+        order = self.order()
+        upto = [stage for _, stage in order[: [run_name for run_name, _ in order].index(name) + 1]]
+        sections = {part: getattr(self, part) for part in ("model", "data", "sampler", "guard")}
+        sections |= {stage: self.stage_settings[stage] for stage in upto}
+        found = {field for path, section in sections.items() for field in free_fields(section, path)}
+        if self.data.source != "folder":
+            found.discard("data.folder")
+        return found | ({f"{upto[-1]}.steps"} if upto.count(upto[-1]) == 1 else set())
 
 
 def is_rl(stage: str, config: RunConfig) -> bool:

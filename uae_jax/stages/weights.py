@@ -54,7 +54,7 @@ CAPTIONER = ("vision", "language", "projector")
 class ModelConfig(Settings):
     """Which weights, and how they compute."""
 
-    folder: str = setting("", "official folder or training workdir; empty for the built-in model")
+    folder: str = setting("", "official folder or training workdir; empty for the built-in model", free=True)
     sizes: str = setting("", "published sizes of the folder, for plans without it; empty for any", choices=SIZES)
     lora_alpha: float = setting(
         64.0,
@@ -66,7 +66,7 @@ class ModelConfig(Settings):
         "float32", "precision of captioner, projector and transformer while nothing trains them", choices=PRECISIONS
     )
     dtype: str = setting("float32", "precision of activations", choices=PRECISIONS)
-    remat: str = setting("none", "what the backward pass recomputes", choices=("none", "full", "dots"))
+    remat: str = setting("none", "what the backward pass recomputes", choices=("none", "full", "dots"), free=True)
     merge_adapters: bool = setting(False, "add the adapters that are read to the weights, for new ones to start from")
     adapters: bool = setting(True, "False leaves adapters and fully fine-tuned copies of the folder unread")
     caption_scorer: str = setting("", "folder or workdir of the caption scorer that a caption weight needs")

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from uae_jax.settings import differences
 from uae_jax.training.guard import UNDERSTANDING, meaning
 
 Scores = Mapping[str, Any]
@@ -30,14 +31,43 @@ def findings(stages: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """The findings of a run from the stages of its summary, without findings whose scores are missing."""
     sided = [stage for stage in stages if stage["before"] and stage["after"]]
     found = [_guard(stage) for stage in stages if stage.get("guard")]
-    if sided:
+    changes = scoring_changes(stages)
+    found += [_scoring(changes)] if changes else []
+    if sided and not changes:
         before, after = sided[0]["before"], sided[-1]["after"]
         for make in (_facts, _answers, _length, _reconstructions, _prompts):
             finding = make(before, after)
             if finding is not None:
                 found.append(finding)
-    found += [finding for stage in sided if (finding := _gamed(stage)) is not None]
+    comparable = [stage for stage in sided if not scoring_changes([stage])]
+    found += [finding for stage in comparable if (finding := _gamed(stage)) is not None]
     return found
+
+
+def scorings(stages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(moment, settings of its scores) before the first stage and after each; {} for runs of earlier versions."""
+    sides = [stage.get("scoring", {}) for stage in stages]
+    start = [("start", sides[0].get("before", {}))] if stages and stages[0]["before"] else []
+    return start + [
+        (f"after {stage['name']}", side.get("after", {})) for stage, side in zip(stages, sides, strict=True)
+    ]
+
+
+def scoring_changes(stages: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Moments whose scores have other settings than the moment before, with what differs; {} where all are alike."""
+    moments = scorings(stages)
+    pairs = zip(moments, moments[1:], strict=False)
+    changes = {moment: differences(old, new) for (_, old), (moment, new) in pairs if old and new}
+    return {moment: changed for moment, changed in changes.items() if changed}
+
+
+def _scoring(changes: Mapping[str, list[str]]) -> Finding:
+    text = " ".join(f"{moment}: {'; '.join(changed)}." for moment, changed in changes.items())
+    return Finding(
+        "bad",
+        "Scores of different settings",
+        f"The run was continued with other evaluation settings. {text} Compare only scores of equal settings.",
+    )
 
 
 def _guard(stage: Mapping[str, Any]) -> Finding:

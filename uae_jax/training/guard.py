@@ -41,27 +41,32 @@ class GuardConfig(Settings):
     """Bounds of every stage; 0 switches one off. Means are judged once their window is full."""
 
     window: int = setting(10, "steps of running means and of recent counts", unit="steps", low=2)
-    reward_fall: float = setting(0.1, "the running-mean reward may fall by so much from its best", low=0)
+    reward_fall: float = setting(0.1, "the running-mean reward may fall by so much from its best", low=0, free=True)
     non_finite: int = setting(
         3,
         "so many recent steps with a non-finite loss or gradient trip; with 0 the first such loss ends the run",
         low=0,
+        free=True,
     )
     gradient_ratio: float = setting(
         10.0, "an update whose gradient norm is above so many running medians is skipped", low=0
     )
-    gradient_outliers: int = setting(3, "so many recent skipped updates trip", low=0)
-    kl: float = setting(1.0, "bound of the running-mean KL, a token", low=0)
-    flow_kl: float = setting(0.0, "the same for und_for_gen, a latent value", low=0)
-    truncated: float = setting(0.5, "bound of the running share of captions without an end", low=0)
+    gradient_outliers: int = setting(3, "so many recent skipped updates trip", low=0, free=True)
+    kl: float = setting(1.0, "bound of the running-mean KL, a token", low=0, free=True)
+    flow_kl: float = setting(0.0, "the same for und_for_gen, a latent value", low=0, free=True)
+    truncated: float = setting(0.5, "bound of the running share of captions without an end", low=0, free=True)
     # The same questions are answered before and during a stage. With 40 questions of a category (`questions_during` of
     # the built-in ones) and a true accuracy of p at both times, the difference of the two accuracies has a standard
     # deviation of at most sqrt(2 p (1 - p) / 40): .067 at p = .9, of which .25 is 3.7, and .11 at p = .5, of which it
     # is 2.2. Where a model answers near p = .5, ask 100 questions a category or more.
     understanding_fall: float = setting(
-        0.25, "the accuracy on a category of questions may fall by so much from before the stage", low=0, high=1
+        0.25,
+        "the accuracy on a category of questions may fall by so much from before the stage",
+        low=0,
+        high=1,
+        free=True,
     )
-    margin: float = setting(0.5, "a checkpoint is good below this share of every bound", above=0, high=1)
+    margin: float = setting(0.5, "a checkpoint is good below this share of every bound", above=0, high=1, free=True)
 
     def problems(self) -> Iterator[str]:
         """The mistakes of ranges, and a ratio that skips ordinary updates."""

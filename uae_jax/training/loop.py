@@ -1,4 +1,4 @@
-"""The host loop of a stage, in a fixed order: evaluate -> save -> next batch -> step -> log. The only place that
+"""The host loop of a stage, in a fixed order: save -> evaluate -> next batch -> step -> log. The only place that
 blocks.
 
 A guard (`training.guard`) may end the steps early; the stage then ends with the parameters of its last good checkpoint.
@@ -9,7 +9,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,11 +21,11 @@ from uae_jax.settings import differences
 from uae_jax.training.checkpoint import Checkpoints, Restored, abstract
 from uae_jax.training.guard import OFF, WATCHED, Guard, GuardConfig, Trip, Tripped, reason
 from uae_jax.training.metrics import Clock, MetricWriter
+from uae_jax.training.records import Scores, StageResult, check_identity, check_steps, finished_record
 from uae_jax.training.signals import StopFlag, StopTraining, interrupt_as_terminate, stop_on_signals
 from uae_jax.training.step import TrainState
 
 PyTree = Any
-Scores = dict[str, Any]
 
 
 class DataIterator(Protocol):
@@ -86,28 +86,6 @@ class Hooks:
     on_step: Callable[[int], None] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class StageResult:
-    """A finished stage. `seconds` is training, `wall_seconds` includes evaluation; both go on over restarts.
-
-    `steps` are those that the parameters have seen. `guard` is None, or what tripped: a `guard.Trip.record` with
-    `restored_step`.
-    """
-
-    name: str
-    state: Any  # a TrainState; None where nothing was trained
-    steps: int
-    seconds: float
-    wall_seconds: float
-    before: Scores
-    after: Scores
-    guard: dict[str, Any] | None = None
-
-    def record(self) -> dict[str, Any]:
-        """The JSON-able part, one entry of `stages` in summary.json."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "state"}
-
-
 def run_stage(
     name: str,
     step: Callable[[TrainState, PyTree, PyTree, jax.Array], tuple[TrainState, dict[str, jax.Array]]],
@@ -123,8 +101,12 @@ def run_stage(
     hooks: Hooks | None = None,
     guard: GuardConfig | None = None,
     identity: Mapping[str, Any] | None = None,
+    free: Collection[str] = (),
+    scoring: Mapping[str, Any] | None = None,
 ) -> StageResult:
     """Runs a stage to its end, from its newest checkpoint when there is one; returns at once when it is finished.
+
+    A stage that is finished continues when it got more steps, unless the guard ended it.
 
     Interrupting and repeating the call gives bit-equal parameters and the same metrics lines (but for `seconds`). When
     the guard trips, the stage ends with its last good checkpoint: the newest at a multiple of `save_every` (or at step
@@ -144,6 +126,8 @@ def run_stage(
       hooks: evaluation around the steps.
       guard: bounds on what the step reports; None for none. A checkpoint of step 0 is written when it is on.
       identity: the settings that change the numbers; a checkpoint of other settings is refused. None is not checked.
+      free: fields of the identity that may differ; those that do are printed.
+      scoring: the settings that change the scores before and after; JSON-able. A restart that changes them says so.
 
     Raises:
       StopTraining: SIGINT, SIGTERM or a preemption; the checkpoint is on disk.
@@ -158,22 +142,24 @@ def run_stage(
         trip = json.loads(tripped.read_text(encoding="utf-8")) if tripped.exists() else None
         restored = checkpoints.restore(state, trip["restored_step"] if trip else None)
         if restored is not None:
-            _check_identity(folder, restored.meta, identity)
-        if restored is not None and (record := finished_record(workdir, name)):
+            check_identity(folder, restored.meta, identity, free, tell=True)
+            check_steps(folder, restored.step, config.steps)
+        if restored is not None and (record := finished_record(workdir, name, config.steps)):
             return StageResult(state=restored.state, **record)
-        if finished.exists() and jax.process_index() == 0:
+        if finished.exists() and not finished_record(workdir, name) and jax.process_index() == 0:
             print(
                 f"note: {finished} names a checkpoint that is not there; the stage continues from step "
                 f"{restored.step if restored else 0}",
                 file=sys.stderr,
             )
-        loop = _Loop(name, config, checkpoints, writer, hooks or Hooks(), data, identity, guard or OFF)
+        loop = _Loop(name, config, checkpoints, writer, hooks or Hooks(), data, identity, guard or OFF, scoring)
         if restored is not None:
             state = restored.state
             loop.resume(restored, trip)
         done, target = restored.step if restored else None, abstract(state)
         # several processes must stop at one step: jax listens for SIGTERM, and tells all of them (reached_preemption)
-        with stop_on_signals() if jax.process_count() == 1 else interrupt_as_terminate() as flag:
+        stops = stop_on_signals() if jax.process_count() == 1 else interrupt_as_terminate()
+        with stops as flag, writer.kept():
             trained = None
             if loop.trip is None:
                 loop.begin(state, done)
@@ -184,55 +170,6 @@ def run_stage(
         if flag.signum:  # it came while the `after` hook ran
             raise StopTraining(name, config.steps, flag.signum)
         return result
-
-
-def finished_record(workdir: Path, name: str) -> dict[str, Any] | None:
-    """The record of a finished stage; None for a stage that is not, or whose last checkpoint is gone.
-
-    Raises:
-      ValueError: the record is not JSON.
-    """
-    folder = Path(workdir) / "checkpoints" / name
-    path = folder / "finished.json"
-    if not path.exists():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return record if (folder / str(record["steps"])).is_dir() else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, and the stage continues") from error
-
-
-def check_configuration(workdir: Path, name: str, identity: Mapping[str, Any]) -> None:
-    """Refuses a workdir whose stage was trained with other settings, before a run writes anything there.
-
-    Args:
-      workdir: the training folder; it may not exist yet.
-      name: stage name.
-      identity: the settings that change the numbers.
-
-    Raises:
-      ValueError: the stage's newest checkpoint has other settings, or cannot be read.
-    """
-    folder = Path(workdir) / "checkpoints" / name
-    if not folder.is_dir():
-        return
-    with Checkpoints(folder) as checkpoints:
-        meta = checkpoints.meta()
-    if meta is not None:
-        _check_identity(folder, meta, identity)
-
-
-def _check_identity(folder: Path, meta: Mapping[str, Any], identity: Mapping[str, Any] | None) -> None:
-    stored = meta.get("identity")
-    if identity is None or (stored is None and "digest" not in meta):
-        return
-    remedy = f"use the configuration in {folder.parents[1] / 'config.json'}, or a new --workdir"
-    if stored is None:
-        raise ValueError(f"{folder} was written by an earlier version, whose settings had other names; {remedy}")
-    changed = differences(stored, identity)
-    if changed:
-        raise ValueError(f"{folder} was written with another configuration: {'; '.join(changed)}; {remedy}")
 
 
 class _Loop:
@@ -248,14 +185,18 @@ class _Loop:
         data: DataIterator,
         identity: Mapping[str, Any] | None,
         guard: GuardConfig,
+        scoring: Mapping[str, Any] | None = None,
     ) -> None:
         self.name, self.config, self.checkpoints, self.writer = name, config, checkpoints, writer
         self.hooks, self.data, self.identity = hooks, data, identity
         self.clock = Clock()
         self.before: Scores = {}
+        self.scoring = {"before": dict(scoring or {}), "after": dict(scoring or {})}
         self.guard = Guard(guard)
         self.watched = WATCHED if guard.on else ("loss",)
         self.good: int | None = None  # step of the last good checkpoint
+        self.saved: int | None = None  # step of the checkpoint that this run has read or written last
+        self.scored: int | None = None  # last step whose scores are known
         self.trip: dict[str, Any] | None = None  # contents of tripped.json
         self.unread: list[tuple[int, dict[str, jax.Array]]] = []  # watched metrics of the steps not looked at yet
         self.pending: tuple[int, dict[str, jax.Array]] | None = None  # the logged step not written yet
@@ -266,14 +207,23 @@ class _Loop:
         meta, self.trip = restored.meta, trip
         times = trip or meta
         self.clock, self.before = Clock(times["seconds"], times["wall_seconds"]), meta["before"]
+        self.scoring["before"] = meta.get("scoring") or self.scoring["before"]
+        changed = differences(*self.scoring.values())
+        if changed and self.before and jax.process_index() == 0:
+            print(
+                f"note: {self.name}: the scores before it had other settings than those after it will have: "
+                f"{'; '.join(changed)}",
+                file=sys.stderr,
+            )
         self.data.set_state(restored.data)
+        self.saved, self.scored = restored.step, restored.step if meta.get("judged", True) else None
         if self.guard.config.on:
             self.guard = Guard(self.guard.config, meta["guard"] and meta["guard"]["statistics"])
             self.good = meta["guard"]["good"] if meta["guard"] else restored.step
 
     def begin(self, state: TrainState, done: int | None) -> None:
         """Before the first step: scores, and the checkpoint of step 0 that a guard needs; `done` as in `train`."""
-        self.writer.begin(self.name, done or 0)
+        self.writer.begin(self.name, done or 0, scored=self.judged(done or 0))
         if done is None and self.hooks.before is not None:
             with self.clock.paused():
                 self.before = self.hooks.before(state)
@@ -300,8 +250,9 @@ class _Loop:
         try:
             with self.bar:
                 for number in range(start, config.steps):
-                    if number != done:
-                        self.evaluate(state, number)
+                    self.save_if_due(state, number, flag)
+                    self.evaluate(state, number)
+                    if flag.signum:  # it came meanwhile
                         self.save_if_due(state, number, flag)
                     batch = put(self.next_batch(number))
                     state, metrics = train_step(state, frozen, batch, key)
@@ -310,9 +261,9 @@ class _Loop:
                         self.hooks.on_step(number + 1)
                 self.flush(config.steps)
                 if config.steps > start:
-                    if config.eval_every and self.guard.config.understanding_fall:
-                        self.answer(state, config.steps, {})  # before a checkpoint that would count as good
                     self.save(state, config.steps)
+                if not self.judged(config.steps):
+                    self.answer(state, config.steps, {})
         except Tripped as tripped:
             self.stop(tripped.trip)
             return None  # there is no room for two states of a large model
@@ -344,7 +295,7 @@ class _Loop:
             with self.clock.paused():
                 after = self.hooks.after(state)
         times = round(self.clock.seconds, 3), round(self.clock.wall_seconds, 3)
-        return StageResult(self.name, state, steps, *times, self.before, after, guard)
+        return StageResult(self.name, state, steps, *times, self.before, after, guard, self.scoring)
 
     def stop(self, trip: Trip) -> None:
         """Puts the trip on disk: from here on the stage is one that tripped, whatever happens to this process."""
@@ -367,9 +318,20 @@ class _Loop:
                 flush=True,
             )
 
+    def evaluation_due(self, number: int) -> bool:
+        """Whether scores follow step `number`; after the last step these are the answers that the guard judges."""
+        every, last = self.config.eval_every, number == self.config.steps
+        return bool(every) and (
+            bool(self.guard.config.understanding_fall) if last else number > 0 and number % every == 0
+        )
+
+    def judged(self, number: int) -> bool:
+        """Whether nothing is open about step `number`: its scores are known, or none are due."""
+        return number == self.scored or not self.evaluation_due(number)
+
     def evaluate(self, state: TrainState, number: int) -> None:
-        every = self.config.eval_every
-        if not every or not number or number % every:
+        """Scores after step `number`, if they are due and not known. A restart repeats those that a kill ended."""
+        if self.judged(number):
             return
         self.flush(number)
         scores: Mapping[str, float] = {}
@@ -390,8 +352,24 @@ class _Loop:
         trip = self.guard.observe_answers(number, answers) if answers and self.guard.config.on else None
         if trip is not None:
             raise Tripped(trip)
+        self.scored = number
+        if number == self.saved:
+            self.mark_good(number)
+
+    def mark_good(self, number: int) -> None:
+        """Takes the checkpoint of a step for the last good one, if the guard has judged it and finds it well.
+
+        One written because the run was asked to stop does not count: an uninterrupted run has none there.
+        """
+        every = self.config.save_every
+        if self.judged(number) and (number == 0 or (every and number % every == 0 and self.guard.fine)):
+            self.good = number
 
     def save_if_due(self, state: TrainState, number: int, flag: StopFlag) -> None:
+        """A checkpoint after step `number` if it is time for one, or if the run was asked to stop."""
+        if number == self.saved:
+            self.leave_if_asked(number, flag)
+            return
         every = self.config.save_every
         preempted = jax.process_count() > 1 and self.checkpoints.reached_preemption(number)
         if flag.signum or preempted or (every and number and number % every == 0):
@@ -402,20 +380,22 @@ class _Loop:
         self.leave_if_asked(number, flag)
 
     def save(self, state: TrainState, number: int) -> None:
+        """A checkpoint, before the scores of its step: these may take long, and a kill must not cost the steps."""
+        self.saved = number
         meta = {
             "stage": self.name,
             "identity": self.identity,
             "seconds": round(self.clock.seconds, 3),
             "wall_seconds": round(self.clock.wall_seconds, 3),
             "before": self.before,
+            "scoring": self.scoring["before"],
+            "judged": self.judged(number),
             "guard": None,
         }
         if self.guard.config.on:
-            # one written because the run was asked to stop does not count: an uninterrupted run has none there
-            every = self.config.save_every
-            if number == 0 or (every and number % every == 0 and self.guard.fine):
-                self.good = number
+            self.mark_good(number)
             meta["guard"] = {"statistics": self.guard.statistics(), "good": self.good}
+        self.writer.flush()  # a checkpoint must not be newer than the metrics
         self.checkpoints.save(number, state, self.data.get_state(), meta, good=self.good)
 
     def leave_if_asked(self, number: int, flag: StopFlag) -> None:

@@ -2,9 +2,10 @@
 
 import contextlib
 import json
+import math
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import jax
 import numpy as np
 
 from uae_jax.files.json_files import read_records, write_json_lines
+from uae_jax.files.whole import named
+
+FLUSH_SECONDS = 5.0
 
 
 class Clock:
@@ -53,6 +57,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 class MetricWriter:
     """Writes `metrics.jsonl`, `tensorboard/<stage>/` and, with a project name, W&B. Only process 0 writes.
 
+    What is written reaches the disk within `FLUSH_SECONDS`, before every checkpoint, and when a stage ends or fails.
+
     Args:
       workdir: the training folder.
       tensorboard: write event files, one TensorBoard run per stage.
@@ -72,26 +78,56 @@ class MetricWriter:
         self._tensorboard = tensorboard
         self._board: Any = None
         self._wandb: Any = None
+        self._lines: list[str] = []  # not on disk yet
+        self._flushed = -math.inf
+        self._offset = 0  # steps of the stages before, so that W&B's steps only grow
         if self.active and wandb_project:
             self._wandb = _start_wandb(self.workdir, wandb_project, config)
 
-    def begin(self, stage: str, step: int) -> None:
-        """Starts a stage, or continues a stage after `step` steps: lines of later steps, written before a kill, are
-        dropped, and so are lines of the guard.
+    def begin(self, stage: str, step: int, *, scored: bool = True) -> None:
+        """Starts a stage, or continues a stage after `step` steps.
+
+        Lines of later steps, written before a kill, are dropped, and so are lines of the guard.
+
+        Args:
+          stage: its name.
+          step: steps that are done.
+          scored: whether the scores after step `step` stay too; False if they are computed again.
         """
         if not self.active:
             return
-        lines = read_lines(self.path)
-        kept = [line for line in lines if line["stage"] != stage or (line["step"] <= step and "guard" not in line)]
+        self.flush()
+
+        def stays(line: Mapping[str, Any]) -> bool:
+            again = not scored and line["step"] == step and any(name.startswith("eval/") for name in line)
+            return line["step"] <= step and "guard" not in line and not again
+
+        kept = [line for line in read_lines(self.path) if line["stage"] != stage or stays(line)]
         write_json_lines(self.path, kept)
+        before = {line["stage"]: line["step"] for line in kept if line["stage"] != stage}
+        self._offset = sum(before.values())
         if self._tensorboard:
             self._close_board()
-            folder = self.workdir / "tensorboard" / stage
-            # purged events stay in their file, which the suffix protects from a restart in the same second
-            purge = step + 1 if folder.exists() else None
-            import tensorboardX  # imports torch if installed, which takes seconds
+            self._board = self._begin_board(stage, [line for line in kept if line["stage"] == stage])
 
-            self._board = tensorboardX.SummaryWriter(str(folder), purge_step=purge, filename_suffix=f".{step}")
+    def _begin_board(self, stage: str, kept: Sequence[Mapping[str, Any]]) -> Any:
+        """A TensorBoard run with the lines that stay, in a file of its own.
+
+        TensorBoard sorts event files by the clock in their names, so that one written after the clock went back would
+        not hide the points of an older one. The older ones are deleted.
+        """
+        folder = self.workdir / "tensorboard" / stage
+        for path in folder.glob("events.*"):
+            path.unlink()
+        import tensorboardX  # imports torch if installed, which takes seconds
+
+        board = tensorboardX.SummaryWriter(str(folder))
+        for line in kept:
+            for name, value in line.items():
+                if name not in ("stage", "step", "seconds"):
+                    board.add_scalar(name, math.nan if value is None else value, line["step"])
+        board.flush()
+        return board
 
     def write(self, stage: str, step: int, seconds: float, numbers: Mapping[str, float]) -> None:
         """Writes one logged step; non-finite numbers become null in JSON."""
@@ -100,38 +136,55 @@ class MetricWriter:
         values = {name: float(value) for name, value in numbers.items()}
         line = {"stage": stage, "step": step, "seconds": round(seconds, 3)}
         line |= {name: value if np.isfinite(value) else None for name, value in values.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._lines.append(json.dumps(line) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+        self._log_wandb(stage, step, values)
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self.flush()
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """What was written in the block is on disk after it, also where it fails; its own error comes first."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.flush()
+            raise
+        self.flush()
+
+    def flush(self) -> None:
+        """Puts on disk what was written so far. A file on a bucket is written anew with each call."""
+        if self._lines:
+            with named(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(self._lines))
+            self._lines = []
+        if self._board is not None:
             self._board.flush()
-        if self._wandb is not None:
-            self._wandb.log({f"{stage}/step": step} | {f"{stage}/{name}": value for name, value in values.items()})
+        self._flushed = time.monotonic()
 
     def event(self, stage: str, step: int, seconds: float, record: Mapping[str, Any]) -> None:
         """Writes the guard's action after a step, JSON-able with finite numbers, as the field `guard` of a new line."""
         if not self.active:
             return
         line = {"stage": stage, "step": step, "seconds": round(seconds, 3), "guard": dict(record)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self.text("guard", step, json.dumps(record))
+        self._lines.append(json.dumps(line) + "\n")
+        if self._board is not None:
+            self._board.add_text("guard", json.dumps(record), step)
+        self.flush()
+        self._log_wandb(stage, step, {"guard": json.dumps(record)})
+
+    def _log_wandb(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Sends values to W&B, which ignores steps that it has; a restart repeats steps with equal values."""
         if self._wandb is not None:
-            self._wandb.log({f"{stage}/step": step, f"{stage}/guard": json.dumps(record)})
-
-    def image(self, name: str, step: int, pixels: np.ndarray) -> None:
-        """Writes an image to TensorBoard: uint8 [H, W, 3]."""
-        if self._board is not None:
-            self._board.add_image(name, np.asarray(pixels), step, dataformats="HWC")
-
-    def text(self, name: str, step: int, text: str) -> None:
-        """Writes a text to TensorBoard."""
-        if self._board is not None:
-            self._board.add_text(name, text, step)
+            named = {f"{stage}/step": step} | {f"{stage}/{name}": value for name, value in values.items()}
+            self._wandb.log(named, step=self._offset + step)
 
     def close(self) -> None:
         """Flushes and closes everything."""
+        self.flush()
         self._close_board()
         if self._wandb is not None:
             self._wandb.finish()

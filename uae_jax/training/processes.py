@@ -110,6 +110,13 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def all_agree(value: bool) -> bool:
+    """Whether a condition holds in all processes, which get the same answer."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.process_allgather(np.array(value)).all())
+
+
 def alone() -> bool:
     """Whether this process is the only one of its run."""
     return not jax.distributed.is_initialized()

@@ -12,7 +12,7 @@ import jinja2
 
 from uae_jax.training import guard
 from uae_jax.training.curves import curves_figure
-from uae_jax.training.findings import direction, findings
+from uae_jax.training.findings import direction, findings, scoring_changes, scorings
 from uae_jax.training.metrics import read_lines
 from uae_jax.training.summary import read_summary
 
@@ -116,18 +116,20 @@ def score_rows(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the score table: name, meaning, and a cell for each of `score_columns`.
 
     A cell is None or {"score", "change", "direction"}. The change is against the column before; the direction is 1, -1,
-    or 0 if the two intervals touch.
+    or 0 if the two intervals touch. Scores of different settings are not compared.
     """
     points = [stages[0]["before"]] if stages and stages[0]["before"] else []
     points += [stage["after"] for stage in stages]
+    others = scoring_changes(stages)
+    alike = [moment not in others for moment, _ in scorings(stages)]
     rows = []
     for name in [*MEANINGS, *sorted(set().union(*points) - MEANINGS.keys())]:
         cells, previous = [], {}
-        for point in points:
-            score, old = point.get(name), previous.get(name)
+        for point, comparable in zip(points, alike, strict=True):
+            score, old = point.get(name), previous.get(name) if comparable else None
             change = score["value"] - old["value"] if isinstance(score, dict) and isinstance(old, dict) else None
             cells.append(
-                {"score": score, "change": change, "direction": direction(previous, point, name)}
+                {"score": score, "change": change, "direction": direction(previous, point, name) if comparable else 0}
                 if isinstance(score, dict)
                 else None
             )

@@ -3,13 +3,14 @@
 import dataclasses
 import pathlib
 import re
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from uae_jax import trees
-from uae_jax.files.json_files import read_json
+from uae_jax.files.json_files import json_digest, read_json
 from uae_jax.hf.adapters import FACTOR, LEAVES
 from uae_jax.hf.formats import other_format
 from uae_jax.hf.hub import local_folder
@@ -64,6 +65,7 @@ _CLASSES = {
     "AutoencoderKL": "SD3/vae",
     "FlowMatchEulerDiscreteScheduler": "SD3/scheduler",
 }
+_SAMPLE = 1 << 16  # bytes of each end of a weight file in a digest
 PROJECTOR = "uae_projector"  # model_type of the projector's folder, unknown to transformers
 
 
@@ -323,3 +325,19 @@ def with_dtype(content: dict[str, Any], dtype: str) -> dict[str, Any]:
         if isinstance(inner, dict):
             changed[name] = inner | {key: dtype for key in ("dtype", "torch_dtype") if key in inner}
     return changed
+
+
+def weights_digest(folder: pathlib.Path) -> str:
+    """A digest of a model folder's contents, the same wherever the folder lies; 16 hexadecimal digits.
+
+    Weight files count by name, size, and their first and last bytes, so that no folder is read as a whole.
+    """
+    found = {}
+    for part in find_parts(folder).parts:
+        for path in sorted(part.folder.glob("*.safetensors")) if part.folder.is_dir() else [part.folder]:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                first = file.read(_SAMPLE)
+                file.seek(max(size - _SAMPLE, 0))
+                found[f"{part.name}/{path.name}"] = [size, zlib.crc32(first), zlib.crc32(file.read(_SAMPLE))]
+    return json_digest(found)
