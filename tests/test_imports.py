@@ -30,7 +30,7 @@ WORDS = {
     "planning": "files settings trees nn hf data sharding models rewards training methods stages",
     "api": "stages settings data trees models",
     "model_flags": "api stages",
-    "main": "command_line config_file settings stages training dry_run",
+    "main": "command_line config_file settings stages training planning dry_run",
     "dry_run": "stages planning data settings sharding trees",
     "plan": "command_line config_file settings planning",
     "infer": "command_line api data files model_flags",

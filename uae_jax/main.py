@@ -81,9 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from uae_jax.stages.checks import checked_config
 
         settings = checked_config(config, workdir, mistakes)
+        from uae_jax.planning.utilisation import seconds_at_peak
         from uae_jax.stages.run import run  # after the checks: imports alone take seconds
 
-        run(settings, workdir)
+        run(settings, workdir, seconds_at_peak)
         print(f"done; open {workdir / 'report.html'}")
     except StopTraining as stop:
         print(stop, file=sys.stderr)

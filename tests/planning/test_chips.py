@@ -29,7 +29,21 @@ def test_a_topology_is_a_kind_of_chip_and_a_number_of_devices(name, kind, chip, 
 
 
 @pytest.mark.parametrize(
-    "name", ["v6e", "v9:8x8", "v6e:64", "gpu:8xV100", "gpu:0xH100", "gpu:H200", "cpu:0", "cpu:x", "H200:2x2", ""]
+    "name",
+    [
+        "v6e",
+        "v9:8x8",
+        "v6e:64",
+        "v6e:0x8",
+        "v5p:4x0x4",
+        "gpu:8xV100",
+        "gpu:0xH100",
+        "gpu:H200",
+        "cpu:0",
+        "cpu:x",
+        "H200:2x2",
+        "",
+    ],
 )
 def test_other_names_are_refused_with_what_may_be_given(name):
     with pytest.raises(ValueError, match="v6e:8x8|known are H100, H200"):

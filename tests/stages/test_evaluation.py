@@ -6,7 +6,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from stage_pieces import changed, make_run
 
+from uae_jax import sharding
 from uae_jax.data.scene_checker import caption_score
 from uae_jax.methods.stage_settings import denoising
 from uae_jax.stages.batching import in_batches
@@ -115,3 +117,32 @@ def test_scores_during_a_stage_are_those_of_the_first_pictures(scored):
     ):
         assert found[name] == pytest.approx(np.mean([sample["scores"][key] for sample in first]), abs=1e-4)
     assert found.keys() < scores.keys()
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 11])
+def test_batches_are_sharded_over_the_devices_that_share_them(count):
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
+    seen = []
+
+    def double(rows):
+        seen.append((rows.shape, len({str(shard.index) for shard in rows.addressable_shards})))
+        return rows * 2
+
+    rows = np.arange(count * 3.0).reshape(count, 3)
+    np.testing.assert_array_equal(in_batches(double, 3, rows, mesh=mesh), rows * 2)
+    assert set(seen) == {((4, 3), 4)}, "three rows are rounded up to four, one for each share of the mesh"
+
+
+@pytest.mark.slow
+def test_scores_do_not_depend_on_the_devices(config, tmp_path):
+    mixed = changed(config, evaluation=dict(images=5, questions="builtin"), mesh=dict(data=2, fsdp=2, tensor=2))
+    (tmp_path / "one").mkdir(), (tmp_path / "eight").mkdir()
+    one = make_run(changed(mixed, mesh=dict(data=1, fsdp=1, tensor=1)), tmp_path / "one")
+    eight = make_run(mixed, tmp_path / "eight", devices=8)
+    with sharding.in_use(eight.mesh):
+        sharded = eight.scores(eight.parts, tmp_path / "eight")
+    with sharding.in_use(one.mesh):
+        alone = one.scores(one.parts, tmp_path / "one")
+    assert sharded.keys() == alone.keys()
+    for name, score in alone.items():
+        assert sharded[name]["value"] == pytest.approx(score["value"], abs=2e-3), name

@@ -268,7 +268,7 @@ def _written(workdir):
         file for folder in ("export", "samples") for file in sorted((workdir / folder).rglob("*")) if file.is_file()
     ]
     metrics = [
-        {name: value for name, value in line.items() if name != "seconds"}
+        {name: value for name, value in line.items() if name != "seconds" and not name.startswith("perf/")}
         for line in read_lines(workdir / "metrics.jsonl")
     ]
     return {str(file.relative_to(workdir)): file.read_bytes() for file in files}, metrics

@@ -211,7 +211,7 @@ GUARD = dataclasses.replace(OFF, window=3, reward_fall=0.12)
 
 def lines(workdir):
     return [
-        {name: value for name, value in line.items() if name != "seconds"}
+        {name: value for name, value in line.items() if name != "seconds" and not name.startswith("perf/")}
         for line in read_lines(workdir / "metrics.jsonl")
     ]
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,11 @@ def train(workdir, *, steps=10, data=None, hooks=None, scoring=None, **config):
 
 
 def lines(workdir):
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_lines(workdir / "metrics.jsonl")]
+    """Metrics without times."""
+    return [
+        {name: value for name, value in line.items() if name != "seconds" and not name.startswith("perf/")}
+        for line in read_lines(workdir / "metrics.jsonl")
+    ]
 
 
 def equal(a, b):
@@ -159,12 +164,13 @@ def test_a_kill_while_scores_are_computed_costs_no_step_and_the_scores_are_repea
     assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
 
 
-def test_a_stop_while_scores_are_computed_leaves_before_the_next_step(tmp_path):
+def test_a_stop_while_scores_are_computed_ends_them_and_saves(tmp_path):
     steps = []
 
     def asked(state, step):
         os.kill(os.getpid(), signal.SIGTERM)
-        return {"norm": 1.0}
+        time.sleep(0)
+        pytest.fail("the scores went on")
 
     with pytest.raises(StopTraining, match="at toy step 3"):
         train(tmp_path, hooks=Hooks(evaluate=asked, on_step=steps.append), eval_every=3, save_every=0)
@@ -172,6 +178,37 @@ def test_a_stop_while_scores_are_computed_leaves_before_the_next_step(tmp_path):
     train(tmp_path, hooks=Hooks(evaluate=lambda state, step: {"norm": 1.0}), eval_every=3, save_every=0)
     scores = [line["step"] for line in lines(tmp_path) if "eval/norm" in line]
     assert scores == [3, 6, 9]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_stop_while_scores_around_the_steps_are_computed(tmp_path, when):
+    def asked(state):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)
+        pytest.fail("the scores went on")
+
+    with pytest.raises(StopTraining, match="at toy step 0" if when == "before" else "at toy step 10"):
+        train(tmp_path, hooks=Hooks(**{when: asked}))
+    result, _ = train(tmp_path, hooks=Hooks(**{when: lambda state: {"reward": 1.0}}))
+    assert result.steps == 10 and result.record()[when] == {"reward": 1.0}
+
+
+def test_a_checkpoint_is_written_by_time(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("uae_jax.training.pace.time.monotonic", lambda: now[0])
+
+    def slow(step):
+        now[0] += 40.0
+
+    def killed(step):
+        slow(step)
+        if step == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, hooks=Hooks(on_step=killed), save_every=0, save_every_minutes=2, keep=9)
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints" / "toy").iterdir() if path.name.isdigit())
+    assert steps == [3, 6]  # 120 seconds are three steps
 
 
 def test_other_settings_of_scores_are_told_and_kept_with_them(tmp_path, capsys):

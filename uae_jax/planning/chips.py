@@ -102,7 +102,7 @@ def parse_topology(name: str) -> Topology:
         if hosts > 1:
             chip = dataclasses.replace(chip, link_bandwidth=min(chip.link_bandwidth, NETWORK))
         return Topology(name, "gpu", chip, hosts * int(found[2]), hosts)
-    if kind in CHIPS and kind not in TARGETS and re.fullmatch(r"\d+(x\d+){1,2}", rest):
+    if kind in CHIPS and kind not in TARGETS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", rest):
         cores = 2 if kind == "7x" else 1
         return Topology(name, "tpu", CHIPS[kind], cores * math.prod(map(int, rest.split("x"))))
     raise ValueError(

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from PIL import Image
 
 from uae_jax import trees
@@ -78,6 +79,8 @@ class Evaluator:
       rows: turns examples into inputs.
       max_new_tokens: longest caption.
       seed: of noise and captions.
+      mesh: over which batches are sharded; None for one device.
+      gather_weights: gather a sharded language model once a batch instead of once a token.
     """
 
     def __init__(
@@ -89,9 +92,11 @@ class Evaluator:
         rows: RowBuilder,
         max_new_tokens: int,
         seed: int,
+        mesh: Mesh | None = None,
+        gather_weights: bool = False,
     ):
         self.system, self.config, self.examples, self.rows = system, config, list(examples), rows
-        self.denoising, self.key, self.width = denoising, jax.random.key(seed), max_new_tokens
+        self.denoising, self.key, self.width, self.mesh = denoising, jax.random.key(seed), max_new_tokens, mesh
         names = {name for name in (*config.encoders, config.heldout_encoder) if name in system.encoders}
         self.encoders = {name: system.encoders[name] for name in sorted(names)}
         sampling = SamplingConfig(config.temperature)
@@ -105,6 +110,7 @@ class Evaluator:
                 max_new_tokens=max_new_tokens,
                 stops=system.stops,
                 sampling=sampling,
+                gather_weights=gather_weights,
             )
             repeats, sequences = repeated_sequences(said.tokens, said.mask)
             return {
@@ -143,7 +149,7 @@ class Evaluator:
 
     def _generated(self, parts: Mapping, *inputs: np.ndarray) -> np.ndarray:
         """Images `[n, H, W, 3]` in [-1, 1] from tokens `[n, T]`, lengths `[n]` and sample numbers `[n]`."""
-        return in_batches(lambda *batch: self._picture(self.denoising, parts, *batch), self.config.batch_size, *inputs)
+        return self._batches(lambda *batch: self._picture(self.denoising, parts, *batch), *inputs)
 
     def _rebuilt(self, how: Denoising, parts: Mapping, batch: Mapping, said: Mapping) -> np.ndarray:
         """Reconstructions `[n, H, W, 3]` in [-1, 1] of images from their captions, as the condition says."""
@@ -152,12 +158,15 @@ class Evaluator:
         else:
             call, inputs = functools.partial(self._picture, how, parts), (said["tokens"], said["lengths"])
             inputs = (*inputs, batch["sample_id"])
-        return in_batches(call, self.config.batch_size, *inputs)
+        return self._batches(call, *inputs)
 
     def _cosines(self, parts: Mapping, originals: np.ndarray, generated: np.ndarray) -> dict[str, np.ndarray]:
         """Cosines `[n]` between images `[n, H, W, 3]` in [-1, 1], by encoder."""
-        size = self.config.batch_size
-        return in_batches(lambda *batch: self._compare(parts["encoders"], *batch), size, originals, generated)
+        return self._batches(lambda *batch: self._compare(parts["encoders"], *batch), originals, generated)
+
+    def _batches(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Applies a program of one batch to any number of rows, see `in_batches`."""
+        return in_batches(function, self.config.batch_size, *inputs, mesh=self.mesh)
 
     def __call__(self, parts: Mapping, folder: pathlib.Path | None = None) -> dict[str, dict]:
         """Held-out scores with 95 % intervals: {score: {"value", "n", "low", "high"}}.
@@ -184,7 +193,7 @@ class Evaluator:
         fields = [self.rows.image_fields(example.image) for example in examples]
         batch = {name: np.stack([row[name] for row in fields]) for name in fields[0]}
         batch["sample_id"] = np.arange(len(fields), dtype=np.int32)
-        said = in_batches(lambda rows: self._write(parts, rows), self.config.batch_size, batch)
+        said = self._batches(lambda rows: self._write(parts, rows), batch)
         captions = [decode_caption(self.system.tokenizer, row[:n]) for row, n in zip(said["tokens"], said["lengths"])]
         drawn = self._rebuilt(self.denoising, parts, batch, said)
         cosines = self._cosines(parts, batch["pixels"], drawn)

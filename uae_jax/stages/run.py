@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -41,14 +41,20 @@ from uae_jax.training.records import StageResult, finished_record
 from uae_jax.training.report import write_report
 from uae_jax.training.step import TrainState
 from uae_jax.training.summary import intervals, write_summary
+from uae_jax.training.watch import Watch
+
+SecondsAtPeak = Callable[[RunConfig, str], float | None]
 
 
-def run(config: Mapping[str, Any] | RunConfig, workdir: pathlib.Path) -> dict[str, Any]:
+def run(
+    config: Mapping[str, Any] | RunConfig, workdir: pathlib.Path, seconds_at_peak: SecondsAtPeak = lambda *_: None
+) -> dict[str, Any]:
     """Runs all stages of a configuration and returns the contents of `summary.json`.
 
     Args:
       config: of a file in `configs/`, or settings that `checks.checked_config` made of it.
       workdir: made if absent; continued if it holds the same configuration.
+      seconds_at_peak: of a step of a stage, for the metric `perf/mfu` (`planning.utilisation`); None where unknown.
 
     Raises:
       ValueError, FileNotFoundError: something in config, model, data or workdir does not fit, one line each; nothing
@@ -56,7 +62,7 @@ def run(config: Mapping[str, Any] | RunConfig, workdir: pathlib.Path) -> dict[st
       StopTraining: asked to stop; the same call continues.
     """
     settings = config if isinstance(config, RunConfig) else checked_config(config, workdir)
-    whole = Run(settings, workdir)
+    whole = Run(settings, workdir, seconds_at_peak)
     workdir.mkdir(exist_ok=True)
     processes.check_shared(workdir)
     results: list[StageResult] = []
@@ -87,10 +93,11 @@ class Run:
     Args:
       config: the frozen configuration, checked.
       workdir: where everything is written; its parent exists.
+      seconds_at_peak: see `run`.
     """
 
-    def __init__(self, config: RunConfig, workdir: pathlib.Path):
-        self.config, self.workdir = config, workdir
+    def __init__(self, config: RunConfig, workdir: pathlib.Path, seconds_at_peak: SecondsAtPeak = lambda *_: None):
+        self.config, self.workdir, self.seconds_at_peak = config, workdir, seconds_at_peak
         self.mesh = sharding.make_mesh(config.mesh)
         self.key = jax.random.key(config.seed)
         self.data = open_data(config.data, config.seed, config.evaluation.images)
@@ -118,9 +125,17 @@ class Run:
         scores = config.evaluation
         how = denoising(config.sampler, scores.sampler_steps, scores.guidance_scale, condition=config.condition())
         self.evaluator = Evaluator(
-            self.system, scores, how, self.data.heldout, self.rows, config.data.max_caption, config.seed
+            self.system,
+            scores,
+            how,
+            self.data.heldout,
+            self.rows,
+            config.data.max_caption,
+            config.seed,
+            mesh=self.mesh,
+            gather_weights=config.stage("gen_for_und").gather_weights,
         )
-        self.understanding = open_understanding(scores, config.data, self.source, self.system)
+        self.understanding = open_understanding(scores, config.data, self.source, self.system, self.mesh)
 
     def train_stage(self, name: str, stage: str, writer: MetricWriter, previous: StageResult | None) -> StageResult:
         """Runs one stage to its end and takes over what it trained.
@@ -158,6 +173,13 @@ class Run:
             identity=stage_identity(self.config, name),
             free=self.config.free(name),
             scoring=self.config.evaluation.scoring(),
+            watch=Watch(
+                self.workdir,
+                name,
+                profile=self.config.loop.profile,
+                hang_minutes=self.config.loop.hang_minutes,
+                seconds_at_peak=self.seconds_at_peak(self.config, stage),
+            ),
         )
         self.parts = self.trained(result.state)
         return result
@@ -189,6 +211,7 @@ class Run:
             log_every=loop.log_every,
             save_every=loop.save_every,
             keep=loop.keep,
+            save_every_minutes=loop.save_every_minutes,
             eval_every=loop.eval_every if rl else 0,
         )
 

@@ -15,6 +15,7 @@ from uae_jax.stages.evaluation import EvaluationConfig
 from uae_jax.stages.inference_config import deciding_condition
 from uae_jax.stages.weights import ModelConfig
 from uae_jax.training.guard import GuardConfig
+from uae_jax.training.watch import traced_steps
 
 # of the official demo.py
 CAPTION_PROMPT = (
@@ -98,13 +99,28 @@ def _part(entry: str) -> tuple[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings(Settings):
-    """How often things are written."""
+    """How often things are written, and how a run is watched."""
 
     log_every: int = setting(1, "steps between lines of metrics", unit="steps", low=1)
     save_every: int = setting(100, "steps between checkpoints; 0 for the end alone", unit="steps", low=0)
     eval_every: int = setting(100, "steps between held-out scores of the RL stages; 0 for never", unit="steps", low=0)
+    save_every_minutes: float = setting(
+        30.0, "a checkpoint also so long after the last one; 0 for never", unit="minutes", low=0
+    )
     keep: int = setting(2, "newest checkpoints that are kept", low=1)
+    hang_minutes: float = setting(
+        30.0, "all stacks are written after so long without a step or score; 0 for never", unit="minutes", low=0
+    )
+    profile: str = setting("", "FIRST:LAST, the steps of each stage that are traced for a profiler; empty for none")
     wandb_project: str = setting("", "Weights & Biases project; empty for none")
+
+    def problems(self) -> Iterator[str]:
+        """The mistakes of ranges, and steps of a trace that are none."""
+        yield from super().problems()
+        try:
+            traced_steps(self.profile)
+        except ValueError as error:
+            yield str(error)
 
 
 def _stage_sections() -> dict[str, type]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from uae_jax.data.questions import Question, Statement, placed_images, question_inputs, read_questions
 from uae_jax.data.qwen_inputs import Fields, pad_to, prompt_fields
@@ -19,7 +20,7 @@ from uae_jax.data.scene_questions import scene_questions
 from uae_jax.data.sources import SceneSource, Source
 from uae_jax.data.tokenizer import IMAGE_PAD, encode_caption, token_id
 from uae_jax.rollouts.answering import NO_OPTION, chosen_option, option_scores
-from uae_jax.stages.batching import in_batches
+from uae_jax.stages.batching import in_batches, on_mesh, whole_batch
 from uae_jax.stages.evaluation import EvaluationConfig
 from uae_jax.stages.run_config import DataConfig
 from uae_jax.stages.weights import System
@@ -51,13 +52,13 @@ def open_questions(config: EvaluationConfig, data: DataConfig, source: Source | 
 
 
 def open_understanding(
-    config: EvaluationConfig, data: DataConfig, source: Source, system: System
+    config: EvaluationConfig, data: DataConfig, source: Source, system: System, mesh: Mesh | None = None
 ) -> "Understanding | None":
     """Reads the questions of a run; None for none. Arguments and errors are those of the two it calls."""
     questions = open_questions(config, data, source)
     if not questions:
         return None
-    return Understanding(system, questions, config.questions_by, data.caption_prompt, config.batch_size)
+    return Understanding(system, questions, config.questions_by, data.caption_prompt, config.batch_size, mesh)
 
 
 class Understanding:
@@ -70,14 +71,23 @@ class Understanding:
         texts of the options, or the captions that state them (`Question.statements`).
       caption_prompt: asks for the captions that state options.
       batch_size: questions in one call.
+      mesh: over which they are sharded; None for one device.
 
     Raises:
       ValueError: a question's images cannot be read, or the tokenizer cannot tell its options apart.
     """
 
-    def __init__(self, system: System, questions: Sequence[Question], by: str, caption_prompt: str, batch_size: int):
+    def __init__(
+        self,
+        system: System,
+        questions: Sequence[Question],
+        by: str,
+        caption_prompt: str,
+        batch_size: int,
+        mesh: Mesh | None = None,
+    ):
         self.system, self.questions, self.by, self.prompt = system, list(questions), by, caption_prompt
-        self.size = min(batch_size, len(self.questions))
+        self.mesh, self.size = mesh, whole_batch(min(batch_size, len(self.questions)), mesh)
         self.texts = [self._option_texts(question) for question in self.questions]
         self.options = max(len(question.options) for question in self.questions)
         self.rows = max(len(texts) for texts in self.texts)
@@ -111,7 +121,7 @@ class Understanding:
         def batch(places: np.ndarray) -> tuple[Array, Array]:
             rows = [self._fields(int(place)) for place in places]
             fields, texts = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-            return self._answer(parts, fields, texts)
+            return self._answer(parts, *on_mesh((fields, texts), self.mesh))
 
         return in_batches(batch, self.size, np.arange(len(self.questions)))
 

@@ -4,12 +4,13 @@ blocks.
 A guard (`training.guard`) may end the steps early; the stage then ends with the parameters of its last good checkpoint.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import signal
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +22,11 @@ from uae_jax.settings import differences
 from uae_jax.training.checkpoint import Checkpoints, Restored, abstract
 from uae_jax.training.guard import OFF, WATCHED, Guard, GuardConfig, Trip, Tripped, reason
 from uae_jax.training.metrics import Clock, MetricWriter
+from uae_jax.training.pace import Pace
 from uae_jax.training.records import Scores, StageResult, check_identity, check_steps, finished_record
-from uae_jax.training.signals import StopFlag, StopTraining, interrupt_as_terminate, stop_on_signals
+from uae_jax.training.signals import Interrupted, StopFlag, StopTraining, interrupt_as_terminate, stop_on_signals
 from uae_jax.training.step import TrainState
+from uae_jax.training.watch import Watch
 
 PyTree = Any
 
@@ -50,6 +53,7 @@ class LoopConfig:
       steps: length of the stage.
       log_every: a metrics line each so many steps, and after the first and the last.
       save_every: a checkpoint each so many steps; 0 = only at the end and when stopped.
+      save_every_minutes: a checkpoint also so long after the last one; 0 = never.
       eval_every: `evaluate` each so many steps; 0 = never.
       keep: newest checkpoints to keep; the last good one is kept beside them when a guard is on.
       headline: the metric beside the progress bar; `loss` where the stage has no such metric.
@@ -60,6 +64,7 @@ class LoopConfig:
     save_every: int = 50
     eval_every: int = 0
     keep: int = 2
+    save_every_minutes: float = 0.0
     headline: str = "reward"
 
     def __post_init__(self) -> None:
@@ -103,12 +108,13 @@ def run_stage(
     identity: Mapping[str, Any] | None = None,
     free: Collection[str] = (),
     scoring: Mapping[str, Any] | None = None,
+    watch: Watch | None = None,
 ) -> StageResult:
     """Runs a stage to its end, from its newest checkpoint when there is one; returns at once when it is finished.
 
     A stage that is finished continues when it got more steps, unless the guard ended it.
 
-    Interrupting and repeating the call gives bit-equal parameters and the same metrics lines (but for `seconds`). When
+    Interrupting and repeating the call gives bit-equal parameters and the same metrics lines (but for times). When
     the guard trips, the stage ends with its last good checkpoint: the newest at a multiple of `save_every` (or at step
     0) whose statistics were well inside their bounds when it was written.
 
@@ -128,6 +134,7 @@ def run_stage(
       identity: the settings that change the numbers; a checkpoint of other settings is refused. None is not checked.
       free: fields of the identity that may differ; those that do are printed.
       scoring: the settings that change the scores before and after; JSON-able. A restart that changes them says so.
+      watch: looks at seconds, hangs and traces; None for seconds alone.
 
     Raises:
       StopTraining: SIGINT, SIGTERM or a preemption; the checkpoint is on disk.
@@ -153,16 +160,17 @@ def run_stage(
                 file=sys.stderr,
             )
         loop = _Loop(name, config, checkpoints, writer, hooks or Hooks(), data, identity, guard or OFF, scoring)
+        loop.watch = watch or Watch(workdir, name)
         if restored is not None:
             state = restored.state
             loop.resume(restored, trip)
         done, target = restored.step if restored else None, abstract(state)
         # several processes must stop at one step: jax listens for SIGTERM, and tells all of them (reached_preemption)
         stops = stop_on_signals() if jax.process_count() == 1 else interrupt_as_terminate()
-        with stops as flag, writer.kept():
+        with stops as flag, writer.kept(), loop.watch.steps():
             trained = None
             if loop.trip is None:
-                loop.begin(state, done)
+                loop.begin(state, done, flag)
                 trained = loop.train(state, done, step, frozen, key, put, flag)
             result = loop.finish(trained, target, flag)
         if jax.process_index() == 0:
@@ -189,7 +197,8 @@ class _Loop:
     ) -> None:
         self.name, self.config, self.checkpoints, self.writer = name, config, checkpoints, writer
         self.hooks, self.data, self.identity = hooks, data, identity
-        self.clock = Clock()
+        self.clock, self.pace = Clock(), Pace(config.save_every_minutes)
+        self.watch = Watch(checkpoints.folder, name)
         self.before: Scores = {}
         self.scoring = {"before": dict(scoring or {}), "after": dict(scoring or {})}
         self.guard = Guard(guard)
@@ -221,11 +230,11 @@ class _Loop:
             self.guard = Guard(self.guard.config, meta["guard"] and meta["guard"]["statistics"])
             self.good = meta["guard"]["good"] if meta["guard"] else restored.step
 
-    def begin(self, state: TrainState, done: int | None) -> None:
+    def begin(self, state: TrainState, done: int | None, flag: StopFlag) -> None:
         """Before the first step: scores, and the checkpoint of step 0 that a guard needs; `done` as in `train`."""
         self.writer.begin(self.name, done or 0, scored=self.judged(done or 0))
         if done is None and self.hooks.before is not None:
-            with self.clock.paused():
+            with self.unless_asked(0, flag):
                 self.before = self.hooks.before(state)
             values = {name: score["value"] for name, score in self.before.items() if isinstance(score, Mapping)}
             self.guard.begin(values)
@@ -249,21 +258,26 @@ class _Loop:
         )
         try:
             with self.bar:
+                self.watch.started(start)
                 for number in range(start, config.steps):
                     self.save_if_due(state, number, flag)
-                    self.evaluate(state, number)
+                    with contextlib.suppress(Interrupted):
+                        self.evaluate(state, number, flag)
                     if flag.signum:  # it came meanwhile
                         self.save_if_due(state, number, flag)
-                    batch = put(self.next_batch(number))
+                    with self.watch.waiting():
+                        batch = put(self.next_batch(number))
                     state, metrics = train_step(state, frozen, batch, key)
                     self.log(number + 1, metrics)
+                    self.watch.started(number + 1)
                     if self.hooks.on_step is not None:
                         self.hooks.on_step(number + 1)
                 self.flush(config.steps)
                 if config.steps > start:
                     self.save(state, config.steps)
                 if not self.judged(config.steps):
-                    self.answer(state, config.steps, {})
+                    with contextlib.suppress(Interrupted):  # `finish` leaves
+                        self.answer(state, config.steps, {}, flag)
         except Tripped as tripped:
             self.stop(tripped.trip)
             return None  # there is no room for two states of a large model
@@ -292,10 +306,20 @@ class _Loop:
         self.leave_if_asked(self.trip["step"] if self.trip else steps, flag)
         after: Scores = {}
         if self.hooks.after is not None:
-            with self.clock.paused():
+            with self.unless_asked(steps, flag):
                 after = self.hooks.after(state)
         times = round(self.clock.seconds, 3), round(self.clock.wall_seconds, 3)
         return StageResult(self.name, state, steps, *times, self.before, after, guard, self.scoring)
+
+    @contextlib.contextmanager
+    def unless_asked(self, number: int, flag: StopFlag) -> Iterator[None]:
+        """Scores around the steps: their time is no training, and a stop ends them at once."""
+        self.watch.alive()
+        try:
+            with self.clock.paused(), flag.at_once():
+                yield
+        except Interrupted:
+            self.leave_if_asked(number, flag)
 
     def stop(self, trip: Trip) -> None:
         """Puts the trip on disk: from here on the stage is one that tripped, whatever happens to this process."""
@@ -329,22 +353,23 @@ class _Loop:
         """Whether nothing is open about step `number`: its scores are known, or none are due."""
         return number == self.scored or not self.evaluation_due(number)
 
-    def evaluate(self, state: TrainState, number: int) -> None:
+    def evaluate(self, state: TrainState, number: int, flag: StopFlag) -> None:
         """Scores after step `number`, if they are due and not known. A restart repeats those that a kill ended."""
         if self.judged(number):
             return
         self.flush(number)
+        self.watch.pause()
         scores: Mapping[str, float] = {}
         if self.hooks.evaluate is not None:
-            with self.clock.paused():
+            with self.clock.paused(), flag.at_once():
                 scores = self.hooks.evaluate(state, number)
-        self.answer(state, number, scores)
+        self.answer(state, number, scores, flag)
 
-    def answer(self, state: TrainState, number: int, scores: Mapping[str, float]) -> None:
+    def answer(self, state: TrainState, number: int, scores: Mapping[str, float], flag: StopFlag) -> None:
         """Writes scores after a step with those of the questions. Raises `Tripped` if these fell too far."""
         answers: Mapping[str, float] = {}
         if self.hooks.answers is not None:
-            with self.clock.paused():
+            with self.clock.paused(), flag.at_once():
                 answers = self.hooks.answers(state, number)
         values = {f"eval/{name}": value for name, value in {**scores, **answers}.items()}
         if values:
@@ -372,7 +397,8 @@ class _Loop:
             return
         every = self.config.save_every
         preempted = jax.process_count() > 1 and self.checkpoints.reached_preemption(number)
-        if flag.signum or preempted or (every and number and number % every == 0):
+        due = (every and number and number % every == 0) or self.pace.due(number)
+        if flag.signum or preempted or due:
             self.flush(number)
             self.save(state, number)
         if preempted and not flag.signum:
@@ -396,6 +422,8 @@ class _Loop:
             self.mark_good(number)
             meta["guard"] = {"statistics": self.guard.statistics(), "good": self.good}
         self.writer.flush()  # a checkpoint must not be newer than the metrics
+        self.watch.pause()
+        self.pace.saved()
         self.checkpoints.save(number, state, self.data.get_state(), meta, good=self.good)
 
     def leave_if_asked(self, number: int, flag: StopFlag) -> None:
@@ -430,7 +458,8 @@ class _Loop:
         number, metrics = self.pending
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.writer.write(self.name, number, self.clock.seconds, values)
+        self.watch.done(number)
+        self.writer.write(self.name, number, self.clock.seconds, values | self.watch.metrics())
         self.look(number)
         shown = self.config.headline if self.config.headline in values else "loss"
         if self.bar.disable and jax.process_index() == 0:

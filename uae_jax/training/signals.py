@@ -18,10 +18,36 @@ class StopTraining(Exception):  # noqa: N818 - a normal exit, not an error
         self.stage, self.step, self.exit_code = stage, step, 128 + int(signum)
 
 
+class Interrupted(Exception):  # noqa: N818 - a normal exit, not an error
+    """A stop was asked for inside a block of `StopFlag.at_once`."""
+
+
 class StopFlag:
     """`signum` is the first signal received, 0 before that."""
 
     signum: int = 0
+    _at_once: bool = False
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A stop that is asked for in the block ends the block, by `Interrupted`; for work that may be repeated."""
+        self._at_once = True
+        try:
+            if self.signum:
+                raise Interrupted
+            yield
+        finally:
+            self._at_once = False
+
+    def receive(self, number: int) -> None:
+        """Takes in a signal.
+
+        Raises:
+          Interrupted: inside a block of `at_once`.
+        """
+        self.signum = number
+        if self._at_once:
+            raise Interrupted
 
 
 @contextlib.contextmanager
@@ -35,9 +61,9 @@ def stop_on_signals(signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, s
     previous = {number: signal.getsignal(number) for number in signals}
 
     def receive(number: int, frame: object) -> None:
-        flag.signum = number
         for each in signals:
             signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
+        flag.receive(number)
 
     for number in signals:
         signal.signal(number, receive)
