@@ -11,6 +11,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from stage_pieces import changed, make_run
 
 from uae_jax import sharding, trees
@@ -427,3 +428,21 @@ def test_wrong_settings_name_themselves_and_write_nothing(config, tmp_path, chan
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_module.run(changed(config, **change), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_programs_are_kept_in_the_workdir_but_not_those_of_a_cpu(tmp_path, monkeypatch):
+    name = run_module.CACHE
+    before = getattr(jax.config, name)
+    try:
+        run_module.keep_programs(tmp_path / "compiled")
+        assert getattr(jax.config, name) == before
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+        run_module.keep_programs(tmp_path / "compiled")
+        assert getattr(jax.config, name) == before, "a cache that was set stays"
+        jax.config.update(name, None)
+        run_module.keep_programs(tmp_path / "compiled")
+        jax.jit(lambda x: x @ x + 3)(np.eye(3)).block_until_ready()
+        assert any((tmp_path / "compiled").iterdir())
+    finally:
+        jax.config.update(name, before)
+        compilation_cache.reset_cache()

@@ -11,7 +11,7 @@ from test_guard import FINE, equal, lines, train
 
 from uae_jax.training.findings import findings
 from uae_jax.training.guard import OFF, Guard, GuardConfig
-from uae_jax.training.loop import Hooks
+from uae_jax.training.loop_config import Hooks
 from uae_jax.training.signals import StopTraining
 
 WATCH = dataclasses.replace(OFF, understanding_fall=0.25)

@@ -15,7 +15,8 @@ sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
 import jax, jax.numpy as jnp
 from test_loop import Batches, make_stage
 from uae_jax import main
-from uae_jax.training.loop import Hooks, LoopConfig, run_stage
+from uae_jax.training.loop import run_stage
+from uae_jax.training.loop_config import Hooks, LoopConfig
 from uae_jax.training.metrics import MetricWriter
 
 def fill(step):

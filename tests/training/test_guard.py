@@ -17,7 +17,8 @@ from learners import learner
 
 from uae_jax.methods.method import make_train_step
 from uae_jax.training.guard import OFF, Guard, GuardConfig, skip_outliers
-from uae_jax.training.loop import Hooks, LoopConfig, run_stage
+from uae_jax.training.loop import run_stage
+from uae_jax.training.loop_config import Hooks, LoopConfig
 from uae_jax.training.metrics import MetricWriter, read_lines
 from uae_jax.training.signals import StopTraining
 from uae_jax.training.step import init_state

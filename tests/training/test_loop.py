@@ -11,7 +11,8 @@ import pytest
 from learners import learner
 
 from uae_jax.methods.method import make_train_step
-from uae_jax.training.loop import Hooks, LoopConfig, run_stage
+from uae_jax.training.loop import run_stage
+from uae_jax.training.loop_config import Hooks, LoopConfig
 from uae_jax.training.metrics import MetricWriter, read_lines
 from uae_jax.training.optimizer import OptimizerConfig, make_optimizer
 from uae_jax.training.records import check_configuration
@@ -306,3 +307,35 @@ def test_another_configuration_is_refused_with_its_fields(tmp_path, identity, me
             writer=MetricWriter(tmp_path, tensorboard=False),
             identity=identity,
         )
+
+
+def test_a_continued_stage_holds_its_state_once(tmp_path):
+    train(tmp_path, steps=4)
+    step, _, state = make_stage()
+    fresh, deleted = jax.tree.leaves(state), []
+    run_stage(
+        "toy",
+        step,
+        state=state,
+        frozen=jnp.full((3, 2), 0.5),
+        data=Batches(),
+        key=jax.random.key(1),
+        workdir=tmp_path,
+        config=LoopConfig(steps=6),
+        writer=MetricWriter(tmp_path, tensorboard=False),
+        hooks=Hooks(on_step=lambda number: deleted.append(all(leaf.is_deleted() for leaf in fresh))),
+    )
+    assert deleted == [True, True]
+
+
+def test_a_stage_begins_again_where_no_checkpoint_can_be_read(tmp_path):
+    (tmp_path / "whole").mkdir(), (tmp_path / "parts").mkdir()
+    whole, _ = train(tmp_path / "whole")
+    train(tmp_path / "parts", steps=6)
+    for path in (tmp_path / "parts" / "checkpoints" / "toy").glob("*/state/**/*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(OSError, match="the same command begins the stage again"):
+        train(tmp_path / "parts")
+    again, _ = train(tmp_path / "parts")
+    equal(whole.state, again.state)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from uae_jax import sharding, trees
@@ -34,7 +35,8 @@ from uae_jax.stages.weights import load_system
 from uae_jax.training import processes
 from uae_jax.training.guard import skip_outliers
 from uae_jax.training.lock import workdir_lock
-from uae_jax.training.loop import Hooks, LoopConfig, run_stage
+from uae_jax.training.loop import run_stage
+from uae_jax.training.loop_config import Hooks, LoopConfig
 from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.records import StageResult, finished_record
@@ -43,6 +45,7 @@ from uae_jax.training.step import TrainState
 from uae_jax.training.summary import intervals, write_summary
 from uae_jax.training.watch import Watch
 
+CACHE = "jax_compilation_cache_dir"  # the setting of jax
 SecondsAtPeak = Callable[[RunConfig, str], float | None]
 
 
@@ -64,6 +67,7 @@ def run(
     settings = config if isinstance(config, RunConfig) else checked_config(config, workdir)
     whole = Run(settings, workdir, seconds_at_peak)
     workdir.mkdir(exist_ok=True)
+    keep_programs(workdir / "compiled")
     processes.check_shared(workdir)
     results: list[StageResult] = []
     summary = None
@@ -262,6 +266,17 @@ class Run:
         return self.evaluator.during(
             with_policy_as_transformer(self.trained(state)), self.workdir / "samples" / f"{name}_step{step}"
         )
+
+
+def keep_programs(folder: pathlib.Path) -> None:
+    """Keeps compiled programs in a folder, so that a restart compiles none again; not on CPUs.
+
+    A program for one CPU may stop another one, and nothing tells them apart. A cache that is set already stays.
+    """
+    if jax.default_backend() == "cpu" or getattr(jax.config, CACHE):
+        return
+    jax.config.update(CACHE, str(folder))
+    compilation_cache.reset_cache()  # what was compiled before may have found that there is none
 
 
 def tell(lines: Iterable[str], notes: Iterable[str]) -> None:

@@ -5,14 +5,13 @@ A guard (`training.guard`) may end the steps early; the stage then ends with the
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import tqdm
@@ -21,6 +20,7 @@ from uae_jax.files.json_files import write_json
 from uae_jax.settings import differences
 from uae_jax.training.checkpoint import Checkpoints, Restored, abstract
 from uae_jax.training.guard import OFF, WATCHED, Guard, GuardConfig, Trip, Tripped, reason
+from uae_jax.training.loop_config import DataIterator, Hooks, LoopConfig
 from uae_jax.training.metrics import Clock, MetricWriter
 from uae_jax.training.pace import Pace
 from uae_jax.training.records import Scores, StageResult, check_identity, check_steps, finished_record
@@ -29,66 +29,6 @@ from uae_jax.training.step import TrainState
 from uae_jax.training.watch import Watch
 
 PyTree = Any
-
-
-class DataIterator(Protocol):
-    """A Grain iterator, or anything with its three methods. The state is JSON-able and names the next batch."""
-
-    def __next__(self) -> PyTree: ...
-
-    def get_state(self) -> dict[str, Any]:
-        """The position, JSON-able."""
-        ...
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continues at a position of `get_state`."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopConfig:
-    """Durations in train steps.
-
-    Attributes:
-      steps: length of the stage.
-      log_every: a metrics line each so many steps, and after the first and the last.
-      save_every: a checkpoint each so many steps; 0 = only at the end and when stopped.
-      save_every_minutes: a checkpoint also so long after the last one; 0 = never.
-      eval_every: `evaluate` each so many steps; 0 = never.
-      keep: newest checkpoints to keep; the last good one is kept beside them when a guard is on.
-      headline: the metric beside the progress bar; `loss` where the stage has no such metric.
-    """
-
-    steps: int
-    log_every: int = 1
-    save_every: int = 50
-    eval_every: int = 0
-    keep: int = 2
-    save_every_minutes: float = 0.0
-    headline: str = "reward"
-
-    def __post_init__(self) -> None:
-        if self.steps < 0 or self.log_every < 1 or self.save_every < 0 or self.eval_every < 0:
-            raise ValueError("loop: steps, save_every and eval_every must be 0 or more, log_every 1 or more")
-
-
-@dataclasses.dataclass(frozen=True)
-class Hooks:
-    """What a stage does around its steps; each may be None. None of them is timed as training.
-
-    Attributes:
-      before: `(state) -> scores`, before the first step; not repeated after a restart from a checkpoint.
-      after: `(state) -> scores`, after the last step.
-      evaluate: `(state, step) -> {name: number}`, logged as `eval/name`.
-      answers: the same for accuracies on questions, which the guard judges; also after the last step if it does.
-      on_step: `(step)`, after step number `step` (1, 2, ...) was started.
-    """
-
-    before: Callable[[TrainState], Scores] | None = None
-    after: Callable[[TrainState], Scores] | None = None
-    evaluate: Callable[[TrainState, int], Mapping[str, float]] | None = None
-    answers: Callable[[TrainState, int], Mapping[str, float]] | None = None
-    on_step: Callable[[int], None] | None = None
 
 
 def run_stage(
@@ -147,7 +87,13 @@ def run_stage(
     with Checkpoints(folder, keep=config.keep) as checkpoints:
         finished, tripped = folder / "finished.json", folder / "tripped.json"
         trip = json.loads(tripped.read_text(encoding="utf-8")) if tripped.exists() else None
-        restored = checkpoints.restore(state, trip["restored_step"] if trip else None)
+        target = abstract(state)
+        stored = checkpoints.latest_step() is not None
+        if stored:  # there may be no room for the state at step 0 beside the one that is read
+            jax.tree.map(lambda leaf: leaf.delete() if isinstance(leaf, jax.Array) else None, state)
+        restored = checkpoints.restore(target, trip["restored_step"] if trip else None)
+        if stored and restored is None:
+            raise OSError(f"no checkpoint in {folder} can be read; the same command begins the stage again")
         if restored is not None:
             check_identity(folder, restored.meta, identity, free, tell=True)
             check_steps(folder, restored.step, config.steps)
@@ -164,7 +110,7 @@ def run_stage(
         if restored is not None:
             state = restored.state
             loop.resume(restored, trip)
-        done, target = restored.step if restored else None, abstract(state)
+        done = restored.step if restored else None
         # several processes must stop at one step: jax listens for SIGTERM, and tells all of them (reached_preemption)
         stops = stop_on_signals() if jax.process_count() == 1 else interrupt_as_terminate()
         with stops as flag, writer.kept(), loop.watch.steps():

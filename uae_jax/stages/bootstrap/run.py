@@ -52,7 +52,8 @@ from uae_jax.stages.bootstrap import caption_scorer, captioner, decoder, encoder
 from uae_jax.stages.bootstrap.scene_stream import World, open_world
 from uae_jax.stages.bootstrap.settings import BootstrapConfig
 from uae_jax.stages.weights import model_folder
-from uae_jax.training.loop import LoopConfig, run_stage
+from uae_jax.training.loop import run_stage
+from uae_jax.training.loop_config import LoopConfig
 from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.records import check_configuration
