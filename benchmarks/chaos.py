@@ -1,0 +1,206 @@
+"""Ends a run of all stages at random times, in every way that machines know, and continues it by the same command.
+
+    python -m benchmarks.chaos --out=chaos --kills=40 --seed=0
+
+First comes a run of the built-in model that nothing disturbs, of few steps and small scores. Then the same run is ended
+so many times, each time by one of `WAYS` at a random time, and continued to its end. The exports have to be equal byte
+for byte, no run may need a hand, and no complete checkpoint may be lost.
+A row for each kill goes to `chaos.jsonl`; the same command continues where it stopped. The exit code is 1 if an export
+differs, a checkpoint is lost, or a run needs a hand.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+from uae_jax.command_line import CommandParser, in_range
+
+STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
+SMALL = (
+    *(f"{stage}.steps=6" for stage in STAGES),
+    *("loop.save_every=2", "loop.eval_every=3"),
+    *("evaluation.images=2", "evaluation.images_during=2", "evaluation.samples=2", "evaluation.sampler_steps=2"),
+    *("evaluation.geneval_per_tag=0", "evaluation.also_guidance_scale=0", "evaluation.questions="),
+    *("pretrain.batch_size=4", "cold_start.batch_size=2", "cold_start.sampler_steps=2"),
+    *("gen_for_und.batch_size=2", "gen_for_und.group_size=2", "gen_for_und.max_new_tokens=8"),
+    *("gen_for_und.sampler_steps=2", "und_for_gen.batch_size=2", "und_for_gen.group_size=2"),
+    *("und_for_gen.max_new_tokens=8", "guard.reward_fall=0", "guard.kl=0", "guard.truncated=0"),
+    "guard.understanding_fall=0",
+)
+SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "SIGHUP": signal.SIGHUP}
+WAYS = (*SIGNALS, "full disk", "read-only workdir", "half a rename", "a flipped bit", "a hang")
+READ_ONLY = "mount --bind '{0}' '{0}' && mount -o remount,ro,bind '{0}' && exec \"$@\""
+HUNG_SECONDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """How a run ended: exit code, what it said, and the steps with which its stages began and ended."""
+
+    code: int
+    said: str
+    seconds: float
+
+
+def command(workdir: pathlib.Path) -> list[str]:
+    """The command that is given again and again."""
+    settings = [f"--config.{setting}" for setting in SMALL]
+    return [sys.executable, "-m", "uae_jax.main", "--config=unified_grpo", f"--workdir={workdir}", *settings]
+
+
+def digest(workdir: pathlib.Path) -> str:
+    """A digest of all tensors and settings of an export."""
+    found = hashlib.sha256()
+    for path in sorted((workdir / "export").rglob("*")):
+        if path.is_file():
+            found.update(path.relative_to(workdir).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def steps_on_disk(workdir: pathlib.Path) -> dict[str, int]:
+    """The newest complete checkpoint of each stage."""
+    found = {}
+    for stage in STAGES:
+        folder = workdir / "checkpoints" / stage
+        steps = [int(path.parent.name) for path in folder.glob("*/commit_success.txt") if path.parent.name.isdigit()]
+        found |= {stage: max(steps)} if steps else {}
+    return found
+
+
+def run(workdir: pathlib.Path, log: pathlib.Path, way: str = "", after: float = 0.0) -> Attempt:
+    """One run, ended in a way so many seconds after its first sign of life; without a way it goes to its end."""
+    arguments, prepare = command(workdir), None
+    if way == "full disk":
+        prepare = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))  # noqa: E731
+    if way == "read-only workdir":
+        arguments = ["unshare", "-m", "sh", "-c", READ_ONLY.format(workdir), "sh", *arguments]
+    begin = time.monotonic()
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, preexec_fn=prepare) as process,
+    ):
+        end = begin + (after if way in SIGNALS or way == "a hang" else float("inf"))
+        while process.poll() is None and time.monotonic() < end:
+            time.sleep(0.2)
+        if process.poll() is None:
+            if way == "a hang":
+                process.send_signal(signal.SIGSTOP)
+                time.sleep(HUNG_SECONDS)
+            process.send_signal(SIGNALS.get(way, signal.SIGKILL))
+        code = process.wait()
+    return Attempt(code, log.read_text(encoding="utf-8", errors="replace"), time.monotonic() - begin)
+
+
+def newest(workdir: pathlib.Path) -> pathlib.Path | None:
+    """The folder of the newest checkpoint of all, if an older one of its stage is there too."""
+    paths = [path.parent for path in (workdir / "checkpoints").glob("*/*/commit_success.txt")]
+    paths = [path for path in paths if path.name.isdigit()]
+    return max(paths, key=lambda path: (path.parent.stat().st_mtime, int(path.name)), default=None)
+
+
+def damage(workdir: pathlib.Path, way: str, rng: random.Random) -> int:
+    """What a bucket's rename that stopped half-way, or a bad disk, does to the newest checkpoint; how many it costs."""
+    folder = newest(workdir)
+    if folder is None:
+        return 0
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    if way == "half a rename":
+        shutil.move(folder, folder.with_name(f"{folder.name}.orbax-checkpoint-tmp"))
+        for path in files[::2]:
+            if path.name != "commit_success.txt":
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(folder.with_name(f"{folder.name}.orbax-checkpoint-tmp") / path.relative_to(folder), path)
+        return 1
+    path = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+    return 1
+
+
+def kill(workdir: pathlib.Path, number: int, rng: random.Random, seconds: float, out: pathlib.Path) -> dict:
+    """One run that is ended, and the row that tells of it."""
+    way = WAYS[number % len(WAYS)]
+    before = steps_on_disk(workdir)
+    if way in ("half a rename", "a flipped bit"):
+        damaged = damage(workdir, way, rng)
+        attempt = run(workdir, out / f"kill_{number:03d}.log", "SIGKILL", rng.uniform(0.2, 1.0) * seconds)
+    else:
+        damaged = 0
+        attempt = run(workdir, out / f"kill_{number:03d}.log", way, rng.uniform(0.05, 1.0) * seconds)
+    after = steps_on_disk(workdir)
+    lost = {stage: step for stage, step in before.items() if after.get(stage, 0) < step} if not damaged else {}
+    traceback = "Traceback (most recent call last)" in attempt.said
+    row = {"kill": number, "way": way, "code": attempt.code, "seconds": round(attempt.seconds, 1)}
+    return row | {"before": before, "after": after, "lost": lost, "traceback": traceback}
+
+
+def finish(workdir: pathlib.Path, log: pathlib.Path) -> float:
+    """Continues a run to its end, and returns its seconds.
+
+    Raises:
+      RuntimeError: the command does not get there by itself.
+    """
+    attempt = run(workdir, log)
+    if attempt.code:
+        attempt = run(workdir, log)  # a stage none of whose checkpoints can be read begins again with the next command
+    if attempt.code:
+        raise RuntimeError(f"{workdir} needs a hand: see {log}")
+    return attempt.seconds
+
+
+def chaos(options: argparse.Namespace) -> None:
+    """Runs, ends and compares; a run that was whole before is not made again."""
+    out = pathlib.Path(options.out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    # compiled once: a restart is to be killed in its steps, not in its compilation
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(out / "compiled"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    rows_path, whole = out / "chaos.jsonl", out / "whole"
+    if not (whole / "report.html").exists():
+        finish(whole, out / "whole.log")
+        shutil.rmtree(out / "warm", ignore_errors=True)
+    warm = finish(out / "warm", out / "warm.log") if not (out / "warm.json").exists() else None
+    if warm is not None:
+        (out / "warm.json").write_text(json.dumps({"seconds": warm}))
+    seconds = json.loads((out / "warm.json").read_text())["seconds"]
+    wanted = digest(whole)
+    rows = [json.loads(line) for line in rows_path.read_text().splitlines()] if rows_path.exists() else []
+    wrong = [row for row in rows if row.get("export") is False or row["lost"]]
+    for number in range(len(rows), options.kills):
+        rng = random.Random(f"{options.seed}/{number}")
+        # a new run after each round of ways, so that all stages are met
+        workdir = out / f"run_{options.seed}_{number // len(WAYS)}"
+        row = kill(workdir, number, rng, seconds, out)
+        if number % len(WAYS) == len(WAYS) - 1 or number == options.kills - 1:
+            finish(workdir, out / f"end_{number:03d}.log")
+            row["export"] = digest(workdir) == wanted
+        wrong += [row] if row.get("export") is False or row["lost"] else []
+        with rows_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+    print(f"{options.kills} kills of seed {options.seed}: {len(wrong)} wrong")
+    sys.exit(1 if wrong else 0)
+
+
+def main() -> None:
+    """The command."""
+    parser = CommandParser(prog="python -m benchmarks.chaos", description=__doc__)
+    parser.add_argument("--out", required=True, help="folder of runs, logs and rows")
+    parser.add_argument("--kills", help="how often a run is ended", default=40, **in_range(int, low=1))
+    parser.add_argument("--seed", help="of ways and times", default=0, **in_range(int, low=0))
+    chaos(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
