@@ -56,7 +56,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 @printable_output()
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line; every expected error is a line and exit code 1, a stop by signal 130 or 143."""
+    """Runs the command line; every expected error is a line and exit code 1, a stop by signal 130 or 143.
+
+    A failure of machines, networks or file systems is a line and exit code 75: the same command may succeed later.
+    """
     overrides, others = split_overrides(sys.argv[1:] if arguments is None else arguments)
     options = make_parser().parse_args(underscored(others))
     quiet(options.verbose)
@@ -172,9 +175,9 @@ def leave_with(error: Exception) -> None:
     if processes.lost_process(error):
         reason = str(error).splitlines()[0]
         gone = f"error: another process of this run is gone ({reason}); see what it said last. {CONTINUE}"
-        processes.leave(gone, 1, wait=False)
+        processes.leave(gone, processes.START_AGAIN, wait=False)
     if isinstance(error, EXPECTED):
-        processes.leave(error_line(error), 1)
+        processes.leave(error_line(error), processes.START_AGAIN if processes.infrastructure(error) else 1)
     if processes.alone():
         raise error
     processes.leave(f"{traceback.format_exc()}the other processes end too. {CONTINUE}", 1)

@@ -1,10 +1,12 @@
-"""When a process joins others, and what it says when it cannot; runs with several processes are in tests/stages."""
+"""When a process joins others, what it says when it cannot, and its exit codes. Several processes run in tests/stages."""
 
+import errno
 import os
 import signal
 
 import pytest
 
+from uae_jax import main
 from uae_jax.training import processes
 from uae_jax.training.signals import interrupt_as_terminate
 
@@ -76,6 +78,50 @@ def test_a_message_and_a_code_end_one_process(capsys):
     with pytest.raises(SystemExit) as left:
         processes.leave("error: this", 3)
     assert left.value.code == 3 and capsys.readouterr().err == "error: this\n"
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (ConnectionError("the processes of this run do not find each other"), 75),
+        (ConnectionResetError("reset by peer"), 75),
+        (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), 75),
+        (OSError(errno.ESTALE, "Stale file handle"), 75),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+        (FileNotFoundError(errno.ENOENT, "No such file"), 1),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1),
+        (ValueError("gloo is no setting"), 1),
+        (FloatingPointError("the loss is nan"), 1),
+    ],
+)
+def test_the_exit_code_tells_infrastructure_from_the_users_errors(capsys, error, code):
+    with pytest.raises(SystemExit) as left:
+        main.leave_with(error)
+    assert left.value.code == code and capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (RuntimeError("Gloo: connection closed by peer"), 75, "error: another process of this run is gone (Gloo"),
+        (ValueError("DEADLINE_EXCEEDED: barrier timed out"), 75, "error: another process of this run is gone"),
+        (ValueError("the image is damaged"), 1, "error: the image is damaged"),
+        (KeyError("a bug"), 1, "the other processes end too"),
+    ],
+)
+def test_one_of_several_processes_leaves_with_the_same_codes(monkeypatch, capsys, error, code, said):
+    left = []
+    monkeypatch.setattr(processes, "alone", lambda: False)
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 0)
+
+    def leave(code):
+        left.append(code)
+        raise SystemExit
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit):
+        main.leave_with(error)
+    assert left == [code] and said in capsys.readouterr().err
 
 
 def test_ctrl_c_in_one_of_several_processes_becomes_a_signal_for_all():

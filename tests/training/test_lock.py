@@ -57,6 +57,21 @@ def test_a_lock_of_another_host_is_believed(tmp_path):
     assert (tmp_path / NAME).exists()
 
 
+@pytest.mark.parametrize("own, taken", [("slice-1", True), ("slice-2", False), (None, False)])
+def test_a_lock_of_another_host_is_taken_over_by_the_same_run(tmp_path, monkeypatch, own, taken):
+    """A launcher starts a preempted run again on other hosts."""
+    write(tmp_path, host="elsewhere", process=7, run="slice-1" if own else None)
+    monkeypatch.delenv("UAE_RUN", raising=False)
+    if own:
+        monkeypatch.setenv("UAE_RUN", own)
+    if not taken:
+        with pytest.raises(ValueError, match="in use by process 7 on elsewhere"), workdir_lock(tmp_path):
+            pass
+        return
+    with workdir_lock(tmp_path):
+        assert json.loads((tmp_path / NAME).read_text())["run"] == own
+
+
 def test_a_damaged_lock_is_taken_over(tmp_path):
     (tmp_path / NAME).write_text('{"host": ')
     with workdir_lock(tmp_path):

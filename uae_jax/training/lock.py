@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import jax
 
 NAME = "run.lock"
+RUN = "UAE_RUN"  # set by launchers that start a run again only after all of its processes have ended
 
 
 @contextlib.contextmanager
@@ -19,7 +20,8 @@ def workdir_lock(workdir: pathlib.Path) -> Iterator[None]:
     """Holds the workdir of a run; of several processes the first one does.
 
     The lock is a file with host, process and start time. A lock of this host whose process is gone is taken over. The
-    state of another host's process cannot be seen from here: its lock has to be deleted by hand.
+    state of another host's process cannot be seen from here: its lock has to be deleted by hand. The exception is a run
+    that a launcher starts again elsewhere: it has the name of the first start in the environment.
 
     Args:
       workdir: exists.
@@ -45,6 +47,7 @@ def _acquire(path: pathlib.Path) -> None:
         "process": os.getpid(),
         "born": _born(os.getpid()),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "run": os.environ.get(RUN),
     }
     while True:
         try:
@@ -76,7 +79,7 @@ def _gone(owner: dict) -> bool:
     if not isinstance(process, int):
         return True
     if owner.get("host") != socket.gethostname():
-        return False
+        return bool(owner.get("run")) and owner.get("run") == os.environ.get(RUN)
     if process == os.getpid():
         return False
     born = _born(process)

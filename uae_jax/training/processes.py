@@ -1,5 +1,6 @@
 """Several processes as one program: start, agreement, and exit after the loss of a process."""
 
+import errno
 import os
 import re
 import sys
@@ -16,6 +17,12 @@ from jax.experimental import multihost_utils
 # a process that is silent for so long counts as lost, and the others exit
 HEARTBEAT_SECONDS = 40
 GRACE_SECONDS = 2
+# the exit code that asks for another start, EX_TEMPFAIL of sysexits.h; launch/supervise.sh acts on it
+START_AGAIN = 75
+# a file system over a network is gone, or a disk fails; a full disk is the user's to mend
+LOST_FILES = frozenset(
+    (errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH)
+)
 # in errors of collectives and of the coordination service after the loss of a process
 LOST = r"(?i)gloo|nccl|connection (closed|reset|refused)|heartbeat|coordination|UNAVAILABLE|DEADLINE_EXCEEDED|preempt"
 
@@ -125,6 +132,15 @@ def alone() -> bool:
 def lost_process(error: Exception) -> bool:
     """Whether an error of JAX means the loss of another process."""
     return not alone() and re.search(LOST, str(error)) is not None
+
+
+def infrastructure(error: Exception) -> bool:
+    """Whether an error is one of machines, networks or file systems, so that the same command may succeed later."""
+    if lost_process(error):
+        return True
+    if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):  # the reader of the output has left
+        return False
+    return isinstance(error, ConnectionError) or error.errno in LOST_FILES
 
 
 def leave(message: str, code: int, *, wait: bool = True) -> NoReturn:
