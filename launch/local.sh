@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on this machine, in one process or several, and starts again after a preemption until the run is finished.
+# Trains on this machine, in one process or several, and starts again after failures of the machine until the run is finished.
 set -euo pipefail
 
 usage() {
@@ -12,11 +12,13 @@ Usage: launch/local.sh [options] CONFIG WORKDIR [--config.x.y=value ...]
 
 Makes .venv with the jax build of this machine (CUDA where nvidia-smi works) on the first run. One process uses all devices;
 several are for tests of multi-process runs, and for hosts where one process a GPU is faster. The same command continues a run.
+A run that was killed or preempted is started again; one that ends with an error of its user, or by Ctrl-C, is not.
 On GPUs the host is checked first (driver, cards, shared memory), and flags of XLA and NCCL are set; those of the environment win.
 
 Options:
   --processes N   so many processes over jax.distributed, each with its own GPU where there are GPUs (default 1)
   --port PORT     where process 0 listens for the others (default 12355)
+  --retries N     how often in a row it is started again without progress (default 5)
   --python PATH   an interpreter that has uae_jax, instead of .venv
   --dry-run       print the commands and do nothing
   --help          this text
@@ -28,7 +30,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/options.sh
 # shellcheck source=launch/gpu.sh
 . launch/gpu.sh
-read_options "processes port python" "" 2 "$@"
+# shellcheck source=launch/supervise.sh
+. launch/supervise.sh
+read_options "processes port python retries" "" 2 "$@"
+retries=${option[retries]:-$retries}
 processes=${option[processes]:-1} port=${option[port]:-12355} python=${option[python]:-.venv/bin/python}
 if ! [[ $processes =~ ^[1-9][0-9]*$ ]]; then fail "--processes is $processes; it must be a positive number"; fi
 if ! [[ $port =~ ^[0-9]+$ ]]; then fail "--port is $port; it must be a number"; fi
@@ -50,14 +55,6 @@ if [ -z "${option[python]:-}" ] && [ ! -x .venv/bin/python ]; then
   do_it .venv/bin/pip install -q "$extra"
 fi
 
-running=()
-stopped=false
-stop() {
-  stopped=true
-  if [ ${#running[@]} -gt 0 ]; then kill -TERM "${running[@]}" 2>/dev/null || true; fi
-}
-trap stop TERM INT
-
 # Runs all processes to their end; the code is that of the first that failed.
 run_all() {
   local index code=0 first=0 pid died
@@ -73,10 +70,16 @@ run_all() {
     fi
   done
   while [ ${#running[@]} -gt 0 ]; do
-    code=0
-    died=
-    wait -n -p died "${running[@]}" || code=$?
-    if [ -z "${died:-}" ]; then continue; fi # a signal arrived; the processes are saving
+    code=0 died=""
+    wait -n -p died "${running[@]}" 2>/dev/null || code=$?
+    # none is named where a signal arrived, and where bash has told the end of a killed process already
+    for pid in "${running[@]}"; do
+      if [ -z "${died:-}" ] && ! kill -0 "$pid" 2>/dev/null; then
+        died=$pid code=0
+        wait "$pid" || code=$?
+      fi
+    done
+    if [ -z "${died:-}" ]; then continue; fi
     local left=()
     for index in "${!running[@]}"; do
       pid=${running[$index]}
@@ -93,22 +96,10 @@ run_all() {
   return "$first"
 }
 
-while true; do
-  code=0
-  if [ "$processes" -eq 1 ] && $dry_run; then
-    do_it "${main[@]}"
-  elif [ "$processes" -eq 1 ]; then
-    "${main[@]}" &
-    running=("$!")
-    wait "${running[0]}" || code=$?
-    while kill -0 "${running[0]}" 2>/dev/null; do
-      code=0
-      wait "${running[0]}" || code=$?
-    done
-  else
-    run_all || code=$?
-  fi
-  # 143 is a SIGTERM that was obeyed with a checkpoint: a preemption, after which the machine may go on
-  if [ "$code" -ne 143 ] || $stopped; then exit "$code"; fi
-  sleep 10
-done
+if $dry_run; then
+  if [ "$processes" -eq 1 ]; then do_it "${main[@]}"; else run_all; fi
+  exit
+fi
+catch_signals
+if [ "$processes" -eq 1 ]; then start=(run_one "${main[@]}"); else start=(run_all); fi
+supervise "${positional[1]}" "" "" "${start[@]}"

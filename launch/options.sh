@@ -65,3 +65,8 @@ as_mounted() {
 buckets_in() {
   printf '%s\n' "$@" | grep -o 'gs://[^/]*' | sed 's|gs://||' | sort -u || true
 }
+
+# A number that tells one command from another.
+command_id() {
+  printf '%q ' "$@" | cksum | cut -d ' ' -f 1
+}

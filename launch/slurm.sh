@@ -20,12 +20,14 @@ Usage: sbatch [--nodes=N ...] launch/slurm.sh [options] CONFIG WORKDIR [--config
 
 Expects .venv with `pip install '.[cuda]'` in the folder where sbatch is called, and WORKDIR on a file system that all nodes share.
 Every node is checked first (driver, cards, shared memory), and flags of XLA and NCCL are set; those of the environment win.
-Two minutes before the time limit, or at a preemption, the run saves and the job is queued again; it then goes on.
+Two minutes before the time limit, or at a preemption, the run saves and the job is queued again; it then goes on. So it is after
+failures of nodes and network. An error of the run's user ends the job.
 
 Options:
   --task-per gpu|node   one task a GPU (default), or one a node that uses all of its GPUs
   --python PATH         an interpreter that has uae_jax, instead of .venv
   --max-restarts N      how often the job may queue itself again (default 100)
+  --retries N           how often in a row without progress (default 5)
   --dry-run             print the commands and do nothing; works without sbatch
   --help                this text
 TEXT
@@ -36,7 +38,10 @@ folder=${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}
 cd "$folder"
 # shellcheck source=launch/options.sh
 . launch/options.sh
-read_options "task-per python max-restarts" "" 2 "$@"
+# shellcheck source=launch/supervise.sh
+. launch/supervise.sh
+read_options "task-per python max-restarts retries" "" 2 "$@"
+retries=${option[retries]:-$retries}
 per=${option[task-per]:-gpu} python=${option[python]:-.venv/bin/python}
 
 tasks=()
@@ -54,12 +59,50 @@ step=(srun --kill-on-bad-exit=1)
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then step+=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi
 if [ "$per" = node ]; then step+=(--ntasks-per-node=1 --ntasks="${SLURM_NNODES:-1}"); fi
 
-code=0
-do_it "${step[@]}" "${tasks[@]}" bash launch/on_cards.sh "$python" -m uae_jax.main --config="${positional[0]}" \
-  --workdir="${positional[1]}" "${positional[@]:2}" || code=$?
-# 143: all tasks saved after SIGTERM
-if [ "$code" -eq 143 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${option[max-restarts]:-100}" ]; then
-  do_it scontrol requeue "$SLURM_JOB_ID"
-  exit 0
+step+=("${tasks[@]}" bash launch/on_cards.sh "$python" -m uae_jax.main --config="${positional[0]}"
+  --workdir="${positional[1]}" "${positional[@]:2}")
+if $dry_run; then
+  do_it "${step[@]}"
+  exit
 fi
+
+# first_failure FILE CODE: the code of the task that srun names first. It ends the others for that one, and answers with the
+# highest code of all, which may be that of a task that it has ended.
+first_failure() {
+  local line
+  line=$(grep -m 1 -E '^srun: error: [^ ]+: tasks? [0-9,-]+: ' "$1" || true)
+  case $line in
+    *'Exited with exit code '*) echo "${line##* }" ;;
+    *': Killed'* | *': Out Of Memory'*) echo 137 ;;
+    *': Terminated'*) echo 143 ;;
+    *': Segmentation fault'*) echo 139 ;;
+    *': Bus error'*) echo 135 ;;
+    *': Aborted'*) echo 134 ;;
+    *) echo "$2" ;;
+  esac
+}
+
+workdir=${positional[1]} job=${SLURM_JOB_ID:-0}
+counts=slurm-$job.restarts # beside the log of the job, over its starts
+export UAE_RUN=slurm-$job
+said=$(mktemp) code=0
+trap 'rm -f "$said"' EXIT
+begin "$workdir" "$counts"
+run_logged "$said" "${step[@]}" || code=$?
+code=$(first_failure "$said" "$code")
+if [ "$(verdict "$code" "$said")" != again ]; then
+  rm -f "$counts"
+  exit "$code"
+fi
+if [ "${SLURM_RESTART_COUNT:-0}" -ge "${option[max-restarts]:-100}" ]; then
+  say "the job has been queued again ${SLURM_RESTART_COUNT:-0} times; the same sbatch continues the run (--max-restarts)"
+  exit "$code"
+fi
+may_start_again "$workdir" "$counts" || exit "$GIVEN_UP"
+say "the run ended ($(meaning "$code")); the job is queued again, and goes on from the newest checkpoint"
+for turn in 1 2 3; do
+  if scontrol requeue "$job"; then exit 0; fi
+  nap "$first_wait"
+done
+say "scontrol requeue $job failed $turn times; the same sbatch continues the run"
 exit "$code"

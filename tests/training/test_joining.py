@@ -1,4 +1,4 @@
-"""When a process joins others, what it says when it cannot, and its exit codes. Several processes run in tests/stages."""
+"""When a process joins others, what it says when it cannot, and its exit codes. Several of them are in tests/stages."""
 
 import errno
 import os
