@@ -6,7 +6,7 @@ usage() {
   cat <<'TEXT'
 Usage: launch/tpu_host.sh prepare
        launch/tpu_host.sh start STAMP RUN RETRIES BUCKETS WORKDIR MAIN_ARGUMENT ...
-       launch/tpu_host.sh status | follow | stop | resume
+       launch/tpu_host.sh alive | status | follow | stop | resume
 
 launch/tpu_vm.sh calls it over ssh. `start` returns at once; the run goes on without a connection, and a supervisor starts it
 again after failures of machines and networks. It keeps these in ~/uae_run:
@@ -106,7 +106,8 @@ end_child() {
 }
 
 start() {
-  if alive; then return; fi # gcloud repeats a command whose connection failed
+  # gcloud repeats a command whose connection failed; the run may have ended since
+  if alive || { [ -e "$place/ended" ] && [[ $(cat "$place/command") == "$1 "* ]]; }; then return; fi
   mkdir -p "$place"
   end_child
   rm -f "$place"/{ended,stop,restarts,child,starts}
@@ -222,6 +223,6 @@ stop() {
 
 case ${1:-} in
   -h | --help) usage ;;
-  prepare | start | resume | run | status | follow | stop) "$@" ;;
-  *) fail "it needs one of prepare, start, status, follow, stop and resume" ;;
+  prepare | start | alive | resume | run | status | follow | stop) "$@" ;;
+  *) fail "it needs one of prepare, start, alive, status, follow, stop and resume" ;;
 esac

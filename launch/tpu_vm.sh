@@ -110,27 +110,29 @@ on_hosts() {
   must tpu-vm ssh "$name" "${where[@]}" --worker="$1" --command "cd uae_jax && bash launch/tpu_host.sh $2"
 }
 
-# The state that a command of gcloud describes; "none" where there is no such thing, "unknown" where gcloud does not answer.
+# The state that a command of gcloud describes; "none" where there is no such thing, "unknown" where gcloud does not answer, and
+# "refused" where it never will.
 described() {
-  local kind=$1 field=$2
-  if cloud "$kind" describe "$name" "${where[@]}" --format="value($field)"; then
+  local kind=$1 field=$2 code=0
+  cloud "$kind" describe "$name" "${where[@]}" --format="value($field)" || code=$?
+  if [ "$code" -eq 0 ]; then
     echo "${answer:-unknown}"
   elif grep -qiE 'NOT_FOUND|not found' "$scratch/said"; then
     echo none
   else
     tail -n 1 "$scratch/said" >&2
-    echo unknown
+    if [ "$code" -eq "$START_AGAIN" ]; then echo unknown; else echo refused; fi
   fi
 }
 
-# ready, coming, gone, none or unknown
+# ready, coming, gone, failed, stopped, none, refused or unknown
 slice_state() {
   local now
   if [ -n "$type" ]; then
     now=$(described queued-resources state.state)
     case $now in
       ACTIVE) ;;
-      none | unknown) echo "$now" && return ;;
+      none | unknown | refused) echo "$now" && return ;;
       FAILED) echo failed && return ;;
       SUSPENDED | SUSPENDING) echo gone && return ;;
       *) echo coming && return ;;
@@ -140,8 +142,9 @@ slice_state() {
   case $now in
     READY) echo ready ;;
     none) if [ -n "$type" ]; then echo gone; else echo none; fi ;;
-    PREEMPTED | TERMINATED | STOPPED | STOPPING | DELETING | HIDING | HIDDEN) echo gone ;;
-    unknown) echo unknown ;;
+    PREEMPTED | TERMINATED | DELETING | HIDING | HIDDEN) echo gone ;;
+    STOPPED | STOPPING) echo stopped ;; # by a person, whose disks are still there
+    unknown | refused) echo "$now" ;;
     *) echo coming ;; # CREATING, STARTING, RESTARTING, REPAIRING
   esac
 }
@@ -194,6 +197,11 @@ need_slice() {
         remove_slice || return "$START_AGAIN"
         continue
         ;;
+      stopped)
+        say "the slice $name is stopped; gcloud compute tpus tpu-vm start $name --zone $zone brings it back"
+        return 1
+        ;;
+      refused) return 1 ;;
       *) if [ "$now" != "$before" ]; then say "waiting for the slice $name (${now/unknown/gcloud does not answer})"; fi ;;
     esac
     before=$now
@@ -239,7 +247,8 @@ start_run() {
   buckets=$(buckets_in "${positional[@]}" | paste -sd, -)
   do_it git archive --format=tar.gz --prefix=uae_jax/ -o "$archive" HEAD || return 1
   must tpu-vm scp "$archive" "$name":uae_jax.tar.gz "${where[@]}" --worker=all || return "$?"
-  must tpu-vm ssh "$name" "${where[@]}" --worker=all --command "tar xzf uae_jax.tar.gz && bash uae_jax/launch/tpu_host.sh prepare" || return "$?"
+  must tpu-vm ssh "$name" "${where[@]}" --worker=all \
+    --command "bash uae_jax/launch/tpu_host.sh alive 2>/dev/null || (tar xzf uae_jax.tar.gz && bash uae_jax/launch/tpu_host.sh prepare)" || return "$?"
   on_hosts all "start $stamp tpu-$name.$zone ${option[retries]:-5} $(printf '%q' "$buckets")$(printf ' %q' "${words[@]}")"
 }
 
@@ -266,7 +275,7 @@ watch_run() {
     else
       state=$(slice_state)
       case $state in
-        gone | none | failed) code=$START_AGAIN && return ;;
+        gone | none | failed | stopped) code=$START_AGAIN && return ;;
         coming) ;; # its machines are repaired; the run goes on by itself
         *) turn=$((turn + 1)) ;;
       esac
@@ -324,7 +333,7 @@ while true; do
     fi
     stamp=$(in_state running | awk 'NR == 1 { print $5 }')
   fi
-  if [ "$(wc -l <<<"$hosts")" -ne "$(in_state running | wc -l)" ] || [ -z "$hosts" ]; then
+  if [ -z "$(in_state running)" ] || [ -n "$(in_state absent)$(in_state lost)" ]; then
     start_run "$stamp" || code=$?
     if [ "$code" -ne 0 ]; then
       if [ "$(slice_state)" = ready ]; then exit "$code"; fi

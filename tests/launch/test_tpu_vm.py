@@ -37,7 +37,8 @@ def test_a_slice_is_asked_for_installed_and_started_on_all_hosts():
     remote = [words[-1] for words in found if "ssh" in words]
     assert all("--worker=all" in words for words in found if "ssh" in words or "scp" in words)
     assert remote == [
-        "tar xzf uae_jax.tar.gz && bash uae_jax/launch/tpu_host.sh prepare",
+        "bash uae_jax/launch/tpu_host.sh alive 2>/dev/null || "
+        "(tar xzf uae_jax.tar.gz && bash uae_jax/launch/tpu_host.sh prepare)",
         "cd uae_jax && bash launch/tpu_host.sh start STAMP tpu-slice.us-east5-b 5 bucket\\,weights /mnt/bucket/runs/a "
         f"--config={CONFIG[0]} --workdir=/mnt/bucket/runs/a --config.model.folder=/mnt/weights/UAE",
     ]
@@ -217,11 +218,17 @@ def test_a_connection_that_fails_after_the_start_starts_nothing_twice(tpu):
     again = '(cd $S/host0 \\&\\& HOME=$PWD HOSTNAME=host0 bash -c "${!#}"); exit 255'.replace("\\", "")
     tpu.faults(f"tpu_host.sh start|{again}", f"follow|{GO}")
     assert tpu.launch().returncode == 0 and [tpu.starts(0), tpu.starts(1)] == [1, 1]
+    tpu.on_host(0, "start", (tpu.folder / "host0" / "uae_run" / "command").read_text().split()[0], "and", "more")
+    assert tpu.starts(0) == 1  # nor after its end
 
 
 @pytest.mark.parametrize(
     "part, said",
-    [("prepare", "No space left on device"), ("tpu-vm scp", "PERMISSION_DENIED: no access")],
+    [
+        ("prepare", "No space left on device"),
+        ("tpu-vm scp", "PERMISSION_DENIED: no access"),
+        ("tpu-vm describe", "Reauthentication failed"),
+    ],
 )
 def test_a_failure_of_gcloud_that_stays_ends_the_launcher(tpu, part, said):
     tpu.faults(f"{part}|echo 'ERROR: {said}' >&2; exit 1")
@@ -266,6 +273,14 @@ def test_a_slice_that_does_not_exist_is_told(tpu):
     (tpu.folder / "node").unlink()
     done = tpu.launch()
     assert done.returncode == 1 and "there is no slice slice in z; --create TYPE makes it" in done.stderr
+
+
+def test_a_slice_that_a_person_stopped_is_not_made_anew(tpu):
+    tpu.state("queued", "ACTIVE")
+    tpu.state("node", "STOPPED")
+    done = tpu.launch("--create=v6e-8")
+    assert done.returncode == 1 and "tpu-vm start slice --zone z brings it back" in done.stderr
+    assert tpu.calls("delete") == 0
 
 
 def test_a_slice_that_fails_again_and_again_is_told(tpu):
