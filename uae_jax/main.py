@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; every expected error is a line and exit code 1, a stop by signal 130 or 143.
 
-    A failure of machines, networks or file systems is a line and exit code 75: the same command may succeed later.
+    A failure of machines, networks, file systems or devices is exit code 75: the same command may succeed later.
     """
     overrides, others = split_overrides(sys.argv[1:] if arguments is None else arguments)
     options = make_parser().parse_args(underscored(others))
@@ -178,6 +178,8 @@ def leave_with(error: Exception) -> None:
         processes.leave(gone, processes.START_AGAIN, wait=False)
     if isinstance(error, EXPECTED):
         processes.leave(error_line(error), processes.START_AGAIN if processes.infrastructure(error) else 1)
+    if processes.infrastructure(error):
+        processes.leave(f"{traceback.format_exc()}error: a device failed. {CONTINUE}", processes.START_AGAIN)
     if processes.alone():
         raise error
     processes.leave(f"{traceback.format_exc()}the other processes end too. {CONTINUE}", 1)

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 
+import jax
 import pytest
 
 from uae_jax import main
@@ -92,12 +93,20 @@ def test_a_message_and_a_code_end_one_process(capsys):
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1),
         (ValueError("gloo is no setting"), 1),
         (FloatingPointError("the loss is nan"), 1),
+        (jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ECC_UNCORRECTABLE: uncorrectable ECC error"), 75),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: TPU device error"), 75),
     ],
 )
 def test_the_exit_code_tells_infrastructure_from_the_users_errors(capsys, error, code):
     with pytest.raises(SystemExit) as left:
         main.leave_with(error)
-    assert left.value.code == code and capsys.readouterr().err.startswith("error: ")
+    assert left.value.code == code and "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")])
+def test_a_bug_and_too_little_memory_keep_their_traceback(error):
+    with pytest.raises(type(error)):
+        main.leave_with(error)
 
 
 @pytest.mark.parametrize(

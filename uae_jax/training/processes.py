@@ -19,6 +19,8 @@ HEARTBEAT_SECONDS = 40
 GRACE_SECONDS = 2
 # the exit code that asks for another start, EX_TEMPFAIL of sysexits.h; launch/supervise.sh acts on it
 START_AGAIN = 75
+# a device that fails, by what XLA says of it; a wrong address or too little memory is the program's
+BROKEN = r"UNAVAILABLE|DATA_LOSS|uncorrectable|fallen off the bus|CUDA_ERROR_(ECC|NVLINK|HARDWARE|DEVICE_UNAVAILABLE)"
 # a file system over a network is gone, or a disk fails; a full disk is the user's to mend
 LOST_FILES = frozenset(
     (errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH)
@@ -136,7 +138,7 @@ def lost_process(error: Exception) -> bool:
 
 def infrastructure(error: Exception) -> bool:
     """Whether an error is one of machines, networks or file systems, so that the same command may succeed later."""
-    if lost_process(error):
+    if lost_process(error) or (isinstance(error, jax.errors.JaxRuntimeError) and re.search(BROKEN, str(error))):
         return True
     if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):  # the reader of the output has left
         return False
