@@ -76,7 +76,7 @@ run_all() {
     for pid in "${running[@]}"; do
       if [ -z "${died:-}" ] && ! kill -0 "$pid" 2>/dev/null; then
         died=$pid code=0
-        wait "$pid" || code=$?
+        wait_for "$pid" || code=$?
       fi
     done
     if [ -z "${died:-}" ]; then continue; fi

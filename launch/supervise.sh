@@ -61,22 +61,25 @@ caught() {
   if $forward && [ ${#running[@]} -gt 0 ]; then kill -TERM "${running[@]}" 2>/dev/null || true; fi
 }
 
-# Sleeps so many seconds, or until a signal.
-nap() {
-  sleep "$1" &
-  napping=$!
-  if ! $stopped; then wait_for "$napping" || true; fi
-  napping=
-}
-
 # Waits for a process, over signals that arrive meanwhile, and returns its code.
 wait_for() {
   local code
   while true; do
     code=0 interrupted=false
     wait "$1" || code=$?
-    if ! $interrupted; then return "$code"; fi
+    if ! $interrupted; then break; fi
   done
+  # bash loses the code of a process that ends just as a signal arrives, and answers -1 for it
+  if [ "$code" -lt 0 ]; then code=143; fi
+  return "$code"
+}
+
+# Sleeps so many seconds, or until a signal.
+nap() {
+  sleep "$1" &
+  napping=$!
+  if ! $stopped; then wait_for "$napping" || true; fi
+  napping=
 }
 
 # Runs a command to its end.

@@ -175,10 +175,13 @@ run() {
   supervise "$workdir" "$place/restarts" "$place/said" one_start .venv/bin/python -m uae_jax.main "${words[@]:5}" || code=$?
   if $stopped && [ ! -e "$place/stop" ]; then return; fi # the host goes down, and `resume` goes on
   if [ -z "$why" ]; then
-    why=$(meaning "$code")
+    case $code in
+      0) why="done" ;;
+      1) why=$(grep -E '^(error: |[A-Za-z_.]*(Error|Exception)\b)' "$place/said" | tail -n 1 || true) ;;
+      "$GIVEN_UP") why="given up after starts without progress" ;;
+      *) why=$(meaning "$code") ;;
+    esac
     if [ -e "$place/stop" ]; then why="told to stop ($why)"; fi
-    if [ "$code" -eq "$GIVEN_UP" ]; then why="given up after starts without progress"; fi
-    if [ "$code" -eq 1 ]; then why="$why: $(grep -E '^error: ' "$place/said" | tail -n 1 || true)"; fi
     if [ -d "$workdir" ]; then
       find "$workdir" -maxdepth 1 -name '.ended-*' ! -name ".ended-$stamp" -delete 2>/dev/null || true
       echo "$code on ${HOSTNAME:-a host}: $why" 2>/dev/null >"$workdir/.ended-$stamp" || true

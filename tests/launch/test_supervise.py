@@ -151,6 +151,18 @@ def test_a_signal_reaches_the_run_and_ends_the_starts(tmp_path):
     assert done.returncode == 143 and (tmp_path / "saved").exists() and starts(tmp_path) == 1
 
 
+def test_the_code_of_a_run_that_ends_as_a_signal_arrives_is_known(tmp_path):
+    """Bash answers -1 then, one time in ten."""
+    run = script(tmp_path / "run", "#!/bin/bash\ntrap 'sleep .01; exit 143' TERM; for ((;;)); do sleep .01; done\n")
+    program = f"""catch_signals; forward=false
+for turn in {{1..15}}; do
+  {run} & child=$!
+  (sleep .1; kill -TERM $child; sleep .012; kill -TERM $$) &
+  code=0; wait_for $child || code=$?; echo $code; wait $! 2>/dev/null || true
+done"""
+    assert set(policy(program).stdout.split()) == {"143"}
+
+
 def test_a_signal_in_the_wait_ends_it(tmp_path):
     body = "p=$PPID; (sleep .2; kill -TERM $p) >/dev/null 2>&1 & exit 75"
     done = supervised(tmp_path, body, UAE_WAIT="50")

@@ -72,7 +72,7 @@ def test_the_hosts_start_a_run_again_by_themselves(tpu):
     tpu.main("if [ $n = 1 ]; then kill -KILL $$; fi; if [ $n = 2 ]; then exit 75; fi; if [ $n = 3 ]; then exit 143; fi")
     done = tpu.launch()
     assert done.returncode == 0 and tpu.starts(0) == 4 and tpu.calls("tpu_host.sh start") == 1
-    assert "host0: ended with code 0, started 4 times" in done.stderr
+    assert "host0: ended with code 0, started 4 times, done" in done.stderr
 
 
 def test_the_death_of_another_process_is_no_error_of_the_user(tpu):
@@ -88,8 +88,8 @@ def test_an_error_of_the_user_ends_the_run_on_all_hosts(tpu):
     )
     done = tpu.launch("--create=v6e-8")
     assert done.returncode == 1 and [tpu.starts(0), tpu.starts(1)] == [1, 1]
-    assert "host1: ended with code 1, code 1: error: /data/a.jpg is damaged" in done.stderr
-    assert "host0: ended with code 1, on host1: code 1: error: /data/a.jpg is damaged" in done.stderr
+    assert "host1: ended with code 1, error: /data/a.jpg is damaged" in done.stderr
+    assert "host0: ended with code 1, on host1: error: /data/a.jpg is damaged" in done.stderr
     assert tpu.calls("delete") == 0
     tpu.main("exit 0")
     assert tpu.launch().returncode == 0  # the same command, after the mend
