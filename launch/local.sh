@@ -102,4 +102,5 @@ if $dry_run; then
 fi
 catch_signals
 if [ "$processes" -eq 1 ]; then start=(run_one "${main[@]}"); else start=(run_all); fi
-supervise "${positional[1]}" "" "" "${start[@]}"
+# on one line, which bash has read before the run: the file may change meanwhile
+supervise "${positional[1]}" "" "" "${start[@]}"; exit

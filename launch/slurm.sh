@@ -86,7 +86,9 @@ workdir=${positional[1]} job=${SLURM_JOB_ID:-0}
 counts=slurm-$job.restarts # beside the log of the job, over its starts
 export UAE_RUN=slurm-$job
 said=$(mktemp) code=0
-trap 'rm -f "$said"' EXIT
+# nothing of a job outlives it: the lock that a killed task has left must not stop the next job
+lock=$workdir/run.lock
+trap 'rm -f "$said"; if grep -q "\"run\": \"$UAE_RUN\"" "$lock" 2>/dev/null; then rm -f "$lock"; fi' EXIT
 begin "$workdir" "$counts"
 run_logged "$said" "${step[@]}" || code=$?
 code=$(first_failure "$said" "$code")

@@ -12,8 +12,8 @@ from launchers import ROOT, environment_of, script
 
 SMALL = (
     "evaluation.images=2 evaluation.images_during=2 evaluation.batch_size=2 evaluation.geneval_per_tag=0 "
-    "evaluation.sampler_steps=1 evaluation.samples=1 loop.eval_every=0 loop.save_every=3 pretrain.steps=12 "
-    "pretrain.batch_size=8 mesh.data=2"
+    "evaluation.sampler_steps=1 evaluation.samples=1 loop.eval_every=0 loop.save_every=3 pretrain.steps=9 "
+    "pretrain.batch_size=4 mesh.data=2"
 ).split()
 
 
@@ -50,4 +50,4 @@ def test_a_run_whose_process_was_killed_is_finished_by_its_launcher(tmp_path):
     assert code == 0, said[-3000:]
     assert said.count("it is started again in 0 s, from its newest checkpoint") == 1
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == sorted(set(steps)) and steps[-1] == 12
+    assert steps == sorted(set(steps)) and steps[-1] == 9

@@ -1,5 +1,7 @@
 """A SLURM cluster, by stubs of srun and scontrol."""
 
+import json
+
 import pytest
 from cards import H100, refused
 from launchers import CONFIG, ROOT, before, calls, commands, fake, launch
@@ -131,6 +133,15 @@ def test_a_controller_that_does_not_answer_is_asked_again(tmp_path):
     assert done.returncode == 0 and calls(tmp_path / "bin", "scontrol requeue") == 3
     done, _ = job(tmp_path, "exit 143", scontrol="exit 1")
     assert done.returncode == 143 and "the same sbatch continues the run" in done.stderr
+
+
+@pytest.mark.parametrize("owner, left", [("slurm-77", False), ("slurm-78", True)])
+def test_a_job_takes_the_lock_of_a_killed_task_with_it(tmp_path, owner, left):
+    lock = tmp_path / "run" / "run.lock"
+    lock.parent.mkdir()
+    lock.write_text(json.dumps({"host": "n1", "process": 7, "run": owner}))
+    job(tmp_path, "exit 137", "--retries=0")
+    assert lock.exists() == left
 
 
 def test_every_start_of_a_job_has_one_name(tmp_path):
