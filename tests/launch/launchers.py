@@ -29,7 +29,7 @@ def launch(script: str, *arguments: str, **environment: str) -> subprocess.Compl
         capture_output=True,
         text=True,
         env=environment_of(environment),
-        timeout=30,
+        timeout=60,
     )
 
 

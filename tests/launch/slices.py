@@ -101,7 +101,7 @@ class Slice:
             capture_output=True,
             text=True,
             env=environment_of({"HOME": str(home), "HOSTNAME": f"host{index}", **before(self.bin)}),
-            timeout=30,
+            timeout=60,
         )
 
     def starts(self, index: int) -> int:
@@ -126,9 +126,9 @@ class Slice:
         return all((self.folder / f"host{index}" / "uae_run" / "child").exists() for index in range(2))
 
     def until(self, condition) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while not condition():
-            assert time.monotonic() < end, "nothing happened for 20 seconds"
+            assert time.monotonic() < end, "nothing happened for a minute"
             time.sleep(0.02)
 
     def end(self) -> None:

@@ -19,7 +19,7 @@ def policy(program: str, **environment: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         env=environment_of(environment),
-        timeout=30,
+        timeout=60,
     )
 
 

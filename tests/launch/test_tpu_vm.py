@@ -144,7 +144,7 @@ def test_ctrl_c_ends_the_view_and_not_the_run(tpu):
     )
     tpu.until(lambda: tpu.calls("follow") and tpu.running())
     os.killpg(launcher.pid, signal.SIGINT)
-    assert launcher.wait(20) == 130 and "the run goes on; launch/tpu_vm.sh --follow slice z" in launcher.stderr.read()
+    assert launcher.wait(60) == 130 and "the run goes on; launch/tpu_vm.sh --follow slice z" in launcher.stderr.read()
     assert tpu.ask("--status").stdout == "host0: running\nhost1: running\n"
 
 
@@ -351,7 +351,7 @@ def test_another_run_on_the_slice_is_refused(tpu):
         capture_output=True,
         text=True,
         env=environment_of(before(tpu.bin)),
-        timeout=30,
+        timeout=60,
     )
     assert refused.returncode == 2 and "another run is going on at slice" in refused.stderr
     assert "--stop" in refused.stderr
