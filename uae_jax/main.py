@@ -174,15 +174,20 @@ def leave_with(error: Exception) -> None:
     # first: a lost connection may come as a ValueError of the array that was read
     if processes.lost_process(error):
         reason = str(error).splitlines()[0]
-        gone = f"error: another process of this run is gone ({reason}); see what it said last. {CONTINUE}"
-        processes.leave(gone, processes.START_AGAIN, wait=False)
+        # the words are those of a lost process, and a fault of a device may use them too: both are said
+        gone = f"error: another process of this run is gone ({reason}), or a device failed; see what is said last."
+        processes.leave(f"{_traceback(error)}{gone} {CONTINUE}", processes.START_AGAIN, wait=False)
     if isinstance(error, EXPECTED):
         processes.leave(error_line(error), processes.START_AGAIN if processes.infrastructure(error) else 1)
     if processes.infrastructure(error):
-        processes.leave(f"{traceback.format_exc()}error: a device failed. {CONTINUE}", processes.START_AGAIN)
+        processes.leave(f"{_traceback(error)}error: a device failed. {CONTINUE}", processes.START_AGAIN)
     if processes.alone():
         raise error
-    processes.leave(f"{traceback.format_exc()}the other processes end too. {CONTINUE}", 1)
+    processes.leave(f"{_traceback(error)}the other processes end too. {CONTINUE}", 1)
+
+
+def _traceback(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))
 
 
 if __name__ == "__main__":

@@ -195,10 +195,12 @@ class Checkpoints:
         except Exception as error:
             if processes.lost_process(error):
                 raise
-            raise OSError(
+            failed = OSError(
                 f"a checkpoint could not be written to {self.folder} ({_reason(error)}); make room there or name "
                 "another --workdir; older checkpoints are whole"
-            ) from error
+            )
+            failed.errno = _code(error)
+            raise failed from error
 
     def _read_or_none(self, step: int, wanted: PyTree) -> Restored | None:
         """The checkpoint of a step; None, after it was renamed, where one of the processes cannot read it."""
@@ -283,7 +285,13 @@ class Checkpoints:
 
 def _reason(error: Exception) -> str:
     """The first line of an error, or its kind; of a failed call of the system the system's own words."""
-    text = str(error).strip()
-    if code := re.search(r"os_error_code='(\d+)'", text):
-        return os.strerror(int(code[1]))
+    text, code = str(error).strip(), _code(error)
+    if code is not None:
+        return os.strerror(code)
     return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def _code(error: Exception) -> int | None:
+    """The system's number of a failed call; None for other errors."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else getattr(error, "errno", None)

@@ -5,6 +5,7 @@ A guard (`training.guard`) may end the steps early; the stage then ends with the
 """
 
 import contextlib
+import errno
 import json
 import math
 import signal
@@ -93,7 +94,8 @@ def run_stage(
             jax.tree.map(lambda leaf: leaf.delete() if isinstance(leaf, jax.Array) else None, state)
         restored = checkpoints.restore(target, trip["restored_step"] if trip else None)
         if stored and restored is None:
-            raise OSError(f"no checkpoint in {folder} can be read; the same command begins the stage again")
+            why = "no checkpoint can be read; the same command begins the stage again"
+            raise OSError(errno.EIO, why, str(folder))
         if restored is not None:
             check_identity(folder, restored.meta, identity, free, tell=True)
             check_steps(folder, restored.step, config.steps)
