@@ -17,7 +17,11 @@ kill_host() { # the processes of a host, with no chance to save
 }
 lose_host() { kill_host $1; rm -rf $S/host$1; mkdir -p $S/host$1; }
 lose_all() { for i in $(cat $S/hosts); do lose_host $i; done; }
-started() { for i in $(cat $S/hosts); do until [ -e $S/host$i/uae_run/child ]; do sleep .02; done; done; }
+started() { # waits until the run is there on all hosts
+  for i in $(cat $S/hosts); do
+    until [ -e $S/host$i/uae_run/child ] && [ -e $S/starts-host$i ]; do sleep .02; done
+  done
+}
 preempt() { lose_all; echo SUSPENDED > $S/queued; echo PREEMPTED > $S/node; }
 not_found() { echo "ERROR: (gcloud) NOT_FOUND: Resource not found." >&2; exit 1; }
 if [ -s $S/faults ]; then
@@ -123,7 +127,9 @@ class Slice:
 
     def running(self) -> bool:
         """Whether the run goes on on all hosts."""
-        return all((self.folder / f"host{index}" / "uae_run" / "child").exists() for index in range(2))
+        return all(
+            (self.folder / f"host{index}" / "uae_run" / "child").exists() and self.starts(index) for index in range(2)
+        )
 
     def until(self, condition) -> None:
         end = time.monotonic() + 60

@@ -46,7 +46,7 @@ def test_a_run_whose_process_was_killed_is_finished_by_its_launcher(tmp_path):
     while launcher.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < 5):
         time.sleep(0.2)
     os.kill(int((tmp_path / "1").read_text()), signal.SIGKILL)
-    code, said = launcher.wait(400), (tmp_path / "log").read_text()
+    code, said = launcher.wait(900), (tmp_path / "log").read_text()
     assert code == 0, said[-3000:]
     assert said.count("it is started again in 0 s, from its newest checkpoint") == 1
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
