@@ -411,10 +411,10 @@ class _Loop:
         self.look(number)
         shown = self.config.headline if self.config.headline in values else "loss"
         if self.bar.disable and jax.process_index() == 0:
-            line = (
-                f"{self.name} step {number}/{self.config.steps} {shown} {values[shown]:.4f} loss {values['loss']:.4f}"
-            )
-            print(f"{line} {self.clock.seconds:.1f} s", file=sys.stderr, flush=True)
+            named = dict.fromkeys((shown, "loss"))
+            numbers = " ".join(f"{name} {values[name]:.4f}" for name in named)
+            line = f"{self.name} step {number}/{self.config.steps} {numbers} {self.clock.seconds:.1f} s"
+            print(line, file=sys.stderr, flush=True)
         elif not self.bar.disable:
             self.bar.set_postfix_str(f"{shown} {values[shown]:.4f}")
 
