@@ -18,7 +18,7 @@ from benchmarks.step_settings import PREFILL, STAGES, Inputs, Settings
 from configs import presets
 from uae_jax import sharding, trees
 from uae_jax.data import tokenizer as tokens
-from uae_jax.data.loader import RowBuilder, batch_spec
+from uae_jax.data.loader import RowBuilder, batch_spec, to_signed
 from uae_jax.data.sources import SceneSource
 from uae_jax.diffusion.sampler import Trajectory, sample, sample_window
 from uae_jax.methods import STAGES as KNOWN
@@ -76,7 +76,8 @@ def picture_rows(system: System, image_size: int, count: int, max_caption: int) 
         SceneSource("train", 0, image_size, "full"),
     )
     fields = [rows(index, source[index]) for index in range(count)]
-    return {name: np.stack([row[name] for row in fields]) for name in fields[0]}
+    batch = {name: np.stack([row[name] for row in fields]) for name in fields[0]}
+    return batch | {"pixels": to_signed(batch["pixels"])}  # both sides begin with floats
 
 
 def make_inputs(folder: pathlib.Path, settings: Settings, seed: int = 0) -> Inputs:

@@ -36,7 +36,7 @@ def time_stage(whole: Run, stage: str, repeats: int) -> dict:
     start = trainable(whole.parts, whole.config.trains(stage), getattr(config, "lora_rank", 1), whole.key)
     state = sharding.shard_tree(init_state(start, optimizer, ema=bool(config.ema_decay)), whole.mesh)
     frozen_parts = {name: part for name, part in whole.parts.items() if name not in start}
-    data = make_loader(whole.source, whole.rows, config.batch_size, 0)
+    data = make_loader(whole.source, whole.rows.only(whole.config.reads(stage)), config.batch_size, 0)
     key = trees.name_key(whole.key, stage)
     method = make_method(stage, config, whole.config.sampler, whole.system)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(whole.mesh, PartitionSpec())

@@ -14,7 +14,6 @@ from jax import Array
 from configs import presets
 from uae_jax import trees
 from uae_jax.data import tokenizer as tokens
-from uae_jax.data.loader import to_signed
 from uae_jax.data.qwen_inputs import prompt_fields
 from uae_jax.diffusion.schedule import ScheduleConfig
 from uae_jax.methods.trained import stored
@@ -147,7 +146,7 @@ def _row(system: AbstractSystem, rng: np.random.Generator) -> dict[str, np.ndarr
     caption = rng.choice(plain_ids(system), spec.max_caption)
     caption[-1] = system.stops[0]
     return {
-        "pixels": to_signed(picture),
+        "pixels": picture,
         "caption_ids": caption,
         "caption_mask": np.ones(spec.max_caption, bool),
         "caption_truncated": np.bool_(False),

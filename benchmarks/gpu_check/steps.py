@@ -99,7 +99,8 @@ def run(size: str, stage: str, until: float, report: Callable[[dict], None]) -> 
         report(figures)
         begin = time.perf_counter()
         state, held_parts = random_arguments(program, system)
-        batch = sharding.shard_batch(random_batch(system, program.config.batch_size), mesh)
+        whole = random_batch(system, program.config.batch_size)
+        batch = sharding.shard_batch({name: whole[name] for name in program.batch}, mesh)
         jax.block_until_ready((state, held_parts, batch))
         figures |= {"weights_seconds": time.perf_counter() - begin, "peak_before_steps": peak_bytes()}
         take_steps(compiled, (state, held_parts, batch), mesh, figures, until, report)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -32,6 +33,11 @@ def many(drawn, count=200, split="train"):
 def test_the_folder_holds_the_emoji_with_short_names(drawn):
     assert list(drawn.names) == emoji_pieces.TAKEN  # "top hat" and "hot dog" are not short names
     assert len(set(drawn.words)) == len(drawn.words) and {"apple", "top", "describe", "pink"} <= set(drawn.words)
+
+
+def test_another_process_has_the_same_emoji(drawn):
+    other = pickle.loads(pickle.dumps(drawn))
+    np.testing.assert_array_equal(other.draw(many(drawn, 1)[0]), drawn.draw(many(drawn, 1)[0]))
 
 
 def test_the_emoji_that_look_alike_are_dropped():

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from photographs import noise
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from skimage import data
 
 from uae_jax.data import images
 
@@ -94,6 +96,81 @@ def test_whatever_pillow_reads_is_found_and_read(tmp_path, end):
     Image.fromarray(noise(16, 16)).save(tmp_path / f"a.{end}")
     assert images.find_images(tmp_path) == [tmp_path / f"a.{end}"]
     assert images.load_image(tmp_path / f"a.{end}").shape == (16, 16, 3)
+
+
+def smooth(height, width):
+    """A photograph's many levels without noise: uint8 [height, width, 3], a corner of each side marked."""
+    image = data.astronaut()
+    image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)).copy()
+    image[: height // 4, : width // 4] = (250, 10, 10)
+    return image
+
+
+def jpeg(image, **how):
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=92, **how)
+    return content.getvalue()
+
+
+def both(content, side):
+    """The square of a file decoded in full, and decoded at a fraction, as int."""
+    return (images.decode_square(content, "a", side, scaled=scaled).astype(int) for scaled in (False, True))
+
+
+@pytest.mark.parametrize("height, width", [(512, 512), (511, 700), (1030, 515), (1100, 257), (255, 255), (100, 130)])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_a_large_jpeg_is_decoded_small_with_nearly_the_same_pixels(height, width, subsampling):
+    content = jpeg(Image.fromarray(smooth(height, width)), subsampling=subsampling)
+    whole, scaled = both(content, 128)
+    np.testing.assert_array_equal(whole, images.square_image(images.decode_image(content, "a"), 128))
+    gap = scaled - whole
+    assert np.abs(gap).mean() < 2.5 and np.abs(gap.mean((0, 1))).max() < 0.5  # levels; no shift of colours
+    assert (min(height, width) < 256) == (np.abs(gap).max() <= 1)  # decoded in full, and cropped first
+
+
+@pytest.mark.parametrize(
+    "length, scale", [(63, 1), (127, 1), (128, 2), (255, 2), (256, 4), (511, 4), (512, 8), (2000, 8)]
+)
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_is_enough(monkeypatch, length, scale):
+    sizes, load = [], JpegImageFile.load
+    monkeypatch.setattr(JpegImageFile, "load", lambda self: sizes.append(self.size) or load(self))
+    content = jpeg(Image.new("RGB", (length + 90, length)))
+    assert images.decode_square(content, "a", 64, scaled=True).shape == (64, 64, 3)
+    assert sizes[0] == (-(-(length + 90) // scale), -(-length // scale))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_jpeg_that_is_decoded_small_is_upright(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = jpeg(Image.fromarray(smooth(400, 600)), exif=exif)
+    whole, scaled = both(content, 64)
+    assert np.abs(scaled - whole).mean() < 4
+    assert images.measure_image(content, "a") == ((400, 600) if orientation < 5 else (600, 400))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_printed_jpegs_keep_their_colours(mode):
+    whole, scaled = both(jpeg(Image.fromarray(smooth(512, 512)).convert(mode)), 128)
+    assert np.abs(scaled - whole).mean() < 3
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_other_formats_are_decoded_in_full(kind):
+    content = io.BytesIO()
+    Image.fromarray(smooth(100, 90)).save(content, kind)
+    whole, scaled = both(content.getvalue(), 16)
+    np.testing.assert_array_equal(scaled, whole)
+    assert images.measure_image(content.getvalue(), "a") == (100, 90)
+
+
+def test_a_jpeg_that_is_cut_short_is_bad_at_any_scale():
+    content = jpeg(Image.fromarray(noise(256, 256)))
+    square = lambda *of: images.decode_square(*of, 32, scaled=True)
+    for cut in (len(content) // 3, len(content) - 300):
+        for read in (images.measure_image, images.decode_image, square):
+            with pytest.raises(ValueError, match="a is not a readable image"):
+                read(content[:cut], "a")
 
 
 def test_documents_and_films_are_no_images():

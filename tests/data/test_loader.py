@@ -1,11 +1,16 @@
 import json
+import threading
 
+import jax
 import numpy as np
+import photographs
 import pytest
 
 from uae_jax.data import loader as ld
 from uae_jax.data import qwen_inputs, scene_captions, scene_checker, sources
 from uae_jax.data import tokenizer as tok
+from uae_jax.data.folder import open_folder
+from uae_jax.nn.images import signed
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,7 @@ def test_fields_agree_with_the_source(parts):
     assert (batch["prompt_mask"].sum(1) == 24).all() and not batch["prompt_ids"][:, 24:].any()
     for i in range(6):
         example = source[i]
-        assert scene_checker.read_picture(ld.from_signed(batch["pixels"][i])) == example.scene
+        assert scene_checker.read_picture(batch["pixels"][i]) == example.scene
         np.testing.assert_array_equal(batch["patches"][i], processor(example.image)[0])
         ids = batch["caption_ids"][i][batch["caption_mask"][i]]
         assert tok.decode_caption(tokenizer, ids) == example.caption
@@ -93,10 +98,81 @@ def test_resume_is_exact_and_the_state_is_json(parts, consumed):
     take(first, consumed)
     state = json.loads(json.dumps(first.get_state()))
     expected = take(first, 4)
-    second = ld.make_loader(source, rows, 3, seed=2, threads=4, prefetch=8)
+    second = ld.make_loader(source, rows, 3, seed=2, reading=ld.Reading(threads=4))
     second.set_state(state)
     for ours, theirs in zip(take(second, 4), expected):
         assert_equal(ours, theirs)
+    first.set_state(state)  # also one that has read ahead
+    for ours, theirs in zip(take(first, 4), expected):
+        assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["captions", "parquet", "webdataset", "array_record"])
+def test_worker_processes_give_the_same_batches_from_any_position(parts, tmp_path, name):
+    photographs.WRITERS[name][1](tmp_path, photographs.photographs())
+    source = open_folder(tmp_path).source
+    arguments = dict(batch_size=4, seed=2, process_index=1, process_count=2)
+    expected = take(ld.make_loader(source, parts[-1], **arguments), 6)
+    for workers in (1, 3) if name == "captions" else (2,):
+        loader = ld.make_loader(source, parts[-1], **arguments, reading=ld.Reading(1, workers))
+        loader.set_state({"next_index": 1})
+        for ours, theirs in zip(take(loader, 3), expected[1:]):
+            assert_equal(ours, theirs)
+        assert loader.get_state() == {"next_index": 4}
+        loader.close()
+        assert_equal(next(loader), expected[4])
+        loader.close()
+
+
+def test_an_error_of_a_row_is_raised_and_names_the_example(parts, tmp_path):
+    photographs.write_images(tmp_path, photographs.photographs(4))
+    source = open_folder(tmp_path).source
+    (tmp_path / "camera.jpg").write_bytes(b"gone bad after the check")
+    loader = ld.make_loader(source, parts[-1], 4, shuffle=False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="camera.jpg is not a readable image"):
+            next(loader)
+    photographs.write_images(tmp_path, photographs.photographs(4))
+    assert next(loader)["sample_id"].tolist() == [0, 1, 2, 3]
+
+
+def test_the_threads_are_those_of_the_setting_or_share_the_cores(monkeypatch):
+    monkeypatch.setattr(ld, "cores", lambda: 12)
+    assert [ld.Reading(0, workers).own_threads for workers in (0, 4, 5, 50)] == [12, 3, 2, 1]
+    assert ld.Reading(7, 4).own_threads == 7
+    monkeypatch.setattr(ld, "cores", lambda: 200)
+    assert ld.Reading().own_threads == ld.MOST_THREADS
+
+
+def test_so_many_rows_are_read_at_once_as_there_are_threads(parts):
+    together = threading.Barrier(3, timeout=60)
+
+    class Slow(sources.SceneSource):
+        def __getitem__(self, index):
+            together.wait()  # goes on when three rows are being read
+            return super().__getitem__(index)
+
+    loader = ld.make_loader(Slow(length=6), parts[-1], 3, shuffle=False, reading=ld.Reading(threads=3))
+    assert next(loader)["sample_id"].tolist() == [0, 1, 2]
+    assert loader.waited > 0
+    together.abort()
+
+
+def test_only_the_fields_that_are_read_are_built(parts, monkeypatch):
+    rows = parts[-1]
+    whole = next(ld.make_loader(sources.SceneSource(), rows, 4))
+    monkeypatch.setattr(qwen_inputs.ImageProcessor, "__call__", None)
+    some = ("pixels", "caption_ids", "prompt_next")
+    batch = next(ld.make_loader(sources.SceneSource(), rows.only(some), 4))
+    assert batch.keys() == {"sample_id", *some}
+    assert_equal(batch, {name: whole[name] for name in batch})
+
+
+def test_pixels_are_bytes_that_the_device_turns_into_the_numbers_of_the_host():
+    values = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(jax.jit(signed)(values), ld.to_signed(values))
+    floats = ld.to_signed(values)
+    assert signed(floats) is floats
 
 
 def test_every_epoch_holds_every_example_in_another_order(parts):

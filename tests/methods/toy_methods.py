@@ -48,6 +48,11 @@ class Brightness:
         """No: it looks at images alone."""
         return False
 
+    @staticmethod
+    def reads(settings):
+        """Images."""
+        return ("pixels",)
+
     def rollout(self, params, frozen, batch, key):
         """The images, and nothing that is sampled."""
         brightness = (batch["pixels"].mean((1, 2, 3)) + 1) / 2

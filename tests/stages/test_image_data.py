@@ -6,6 +6,7 @@ import json
 import math
 import sys
 
+import numpy as np
 import photographs
 import pytest
 from photographs import WRITERS, noise
@@ -14,6 +15,7 @@ from stage_pieces import exit_of
 
 from configs import presets
 from uae_jax import main
+from uae_jax.data.images import load_image, square_image
 from uae_jax.data.mixture import Mixture
 from uae_jax.settings import Mistakes, frozen
 from uae_jax.stages import checks
@@ -23,6 +25,7 @@ from uae_jax.stages.run_config import RunConfig
 from uae_jax.training.metrics import read_lines
 
 pytestmark = pytest.mark.usefixtures("one_device")
+JPEGS = ("scaled", "full")
 ALL = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
 
 
@@ -150,6 +153,24 @@ def test_the_only_image_is_not_held_out_in_silence(tmp_path):
     (tmp_path / "two.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="has a single image that can be used"):
         open_data(config.data, 0, 2)
+
+
+def test_images_are_read_as_squares_and_large_jpegs_small(tmp_path):
+    large = noise(400, 300)
+    Image.fromarray(large).save(tmp_path / "large.jpg", quality=95)
+    Image.fromarray(noise(40, 40)).save(tmp_path / "little.png")
+    scaled, full = (open_data(settings_of(data=dict(folder=str(tmp_path), jpeg=jpeg)).data, 0, 1) for jpeg in JPEGS)
+    (of_scaled, of_full) = (data.train[0].image for data in (scaled, full))
+    assert of_scaled.shape == of_full.shape == (32, 32, 3) and (of_scaled != of_full).any()
+    np.testing.assert_array_equal(of_full, square_image(load_image(tmp_path / "large.jpg"), 32))
+    np.testing.assert_array_equal(scaled.heldout[0].image, square_image(noise(40, 40), 32))
+
+
+def test_threads_and_workers_may_change_when_a_run_continues():
+    def identity(**data):
+        return settings_of(("pretrain",), data).identity("pretrain")
+
+    assert identity() == identity(threads=3, workers=2) != identity(jpeg="full")
 
 
 def test_fewer_images_than_a_batch_are_told(folder):

@@ -3,6 +3,9 @@
 import errno
 import os
 import signal
+import socket
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -45,6 +48,61 @@ def test_the_environment_says_whether_there_are_several(environment, expected):
 )
 def test_variables_give_what_jax_does_not_find_by_itself(environment, expected):
     assert processes._from_environment(environment) == expected
+
+
+ALONE = """
+import pathlib, sys, time
+from uae_jax.training import processes
+
+processes.join(sys.argv[1], 2, int(sys.argv[2]))
+folder = pathlib.Path(sys.argv[3])
+
+
+def check():
+    if sys.argv[2] == "0":
+        time.sleep(1)
+        (folder / "found").write_text("all")
+        if (folder / "bad").exists():
+            raise ValueError("bad images")
+    return (folder / "found").read_text()
+
+
+for turn in range(1 if (folder / "bad").exists() else 2):
+    print(processes.first_alone(check, "checked"), flush=True)
+"""
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_the_others_find_what_process_0_has_done(tmp_path, bad):
+    """Also where it fails: the others then go on, and fail for themselves or do not."""
+    if bad:
+        (tmp_path / "bad").touch()
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        address = f"localhost:{listener.getsockname()[1]}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", ALONE, address]
+    started = [
+        subprocess.Popen(
+            [*command, str(index), str(tmp_path)],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for index in range(2)
+    ]
+    try:
+        (out, error), (other, _) = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert other.startswith("all")
+    assert ("ValueError: bad images" in error) if bad else (out == other == "all\nall\n")
+
+
+def test_a_single_process_waits_for_nobody():
+    assert processes.first_alone(lambda: 7, "checked") == 7
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,10 @@ class EmojiSet:
         self.sprite = functools.lru_cache(maxsize=None)(self._sprite)
         self.templates = functools.lru_cache(maxsize=2)(self._templates)
 
+    def __reduce__(self) -> tuple[type["EmojiSet"], tuple[pathlib.Path]]:
+        """Another process that reads opens the folder for itself."""
+        return EmojiSet, (self.folder,)
+
     def _index(self) -> list[dict[str, Any]]:
         path = self.folder / INDEX_FILE
         if not path.is_file():

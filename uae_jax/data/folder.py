@@ -1,23 +1,19 @@
-"""A folder of images in any format as a source: every image checked once when it is opened, the bad ones counted.
+"""A folder of images in any format as a source: every image checked once (`verdicts`), the bad ones counted and told.
 
 The check reads as training reads, so that nothing which passes it can end a run later.
 """
 
-import concurrent.futures
 import dataclasses
 import hashlib
-import itertools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from tqdm import tqdm
 
 from uae_jax.data.formats import ImageRecords, ReadOptions, open_records
 from uae_jax.data.sources import Example
+from uae_jax.data.verdicts import Verdict, verdicts_on
 
 NAMES_TOLD = 3
-CHECKED_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +123,7 @@ class OpenedFolder:
     Attributes:
       source: its examples.
       inspection: what the check found; None where nothing was checked.
-      lines: for the reader: the format that was found, and what was left out.
+      lines: for the reader: the format that was found, and what was left out or could not be kept.
     """
 
     source: FolderSource
@@ -150,7 +146,7 @@ def open_folder(
       options: how records are read.
       limits: which images are used.
       name: of the format; empty to find it out.
-      check: read and decode every image once.
+      check: read and decode every image that was not checked before, and keep what was found.
 
     Raises:
       FileNotFoundError, ValueError: see `formats.open_records`; bad images where `limits` refuses them; none that can
@@ -162,29 +158,39 @@ def open_folder(
     line = f"data: {folder} is {records.title} ({count})"
     if not check:
         return OpenedFolder(FolderSource(records, range(len(records))), None, (line,))
-    source, inspection = inspect(records, str(folder), limits)
-    if not inspection.left_out:
-        return OpenedFolder(source, inspection, (line,))
-    told = f"{inspection.left_out:,} of {count}"
-    if limits.bad_images == "refuse" or not len(source):
-        problem = next(found[0] for found in inspection.bad.values() if found)[1]
-        remedy = "remove them, or set config.data.bad_images to skip" if len(source) else "give a folder with others"
-        raise ValueError(f"{folder}: {told} cannot be used: {inspection.told(limits)}; the first: {problem}; {remedy}")
-    return OpenedFolder(source, inspection, (line, f"data: {told} are left out: {inspection.told(limits)}"))
+    verdicts, unkept = verdicts_on(records)
+    source, inspection = inspect(records, str(folder), limits, verdicts)
+    lines = (line,)
+    if inspection.left_out:
+        told = f"{inspection.left_out:,} of {count}"
+        if limits.bad_images == "refuse" or not len(source):
+            problem = next(found[0] for found in inspection.bad.values() if found)[1]
+            remedy = (
+                "remove them, or set config.data.bad_images to skip" if len(source) else "give a folder with others"
+            )
+            why = f"{inspection.told(limits)}; the first: {problem}; {remedy}"
+            raise ValueError(f"{folder}: {told} cannot be used: {why}")
+        lines = (*lines, f"data: {told} are left out: {inspection.told(limits)}")
+    if unkept:
+        lines = (*lines, f"data: the check of {folder} is done again at every start, for it cannot be kept ({unkept})")
+    return OpenedFolder(source, inspection, lines)
 
 
-def inspect(records: ImageRecords, folder: str, limits: Limits) -> tuple[FolderSource, Inspection]:
-    """Reads every record as training reads it: the good ones, and what is wrong with the others.
+def inspect(
+    records: ImageRecords, folder: str, limits: Limits, verdicts: Sequence[Verdict]
+) -> tuple[FolderSource, Inspection]:
+    """The records that are good by their verdicts, and what is wrong with the others.
 
     Two rows that name one file are no copies; of copies the first is used, with the captions of all.
     """
     bad: dict[str, list[tuple[str, str]]] = {"broken": [], "small": [], "thin": [], "duplicate": []}
-    seen: dict[bytes, int] = {}
+    seen: dict[str, int] = {}
     kept: list[int] = []
     more: dict[int, tuple[str, ...]] = {}
-    for index, digest, kind, problem in _looked_at(records, limits):
+    for index, verdict in enumerate(verdicts):
         name = records.name_of(index)
-        first = seen.setdefault(digest, index) if not kind else index
+        kind, problem = judged(verdict, name, limits)
+        first = seen.setdefault(verdict.digest, index) if not kind else index
         if kind:
             bad[kind].append((name, problem))
         elif first != index and records.name_of(first) != name:
@@ -197,30 +203,14 @@ def inspect(records: ImageRecords, folder: str, limits: Limits) -> tuple[FolderS
     return FolderSource(records, kept, {index: texts for index, texts in more.items() if texts}), inspection
 
 
-def _looked_at(records: ImageRecords, limits: Limits) -> Iterator[tuple[int, bytes, str, str]]:
-    """(number, digest of the content, kind of what is wrong or nothing, message) of every record, in order."""
-
-    def look(index: int) -> tuple[int, bytes, str, str]:
-        try:
-            records.captions(index)
-            content = records.encoded(index)
-            height, width, _ = records.decoded(index, content).shape
-        except (ValueError, OSError) as error:
-            return index, b"", "broken", " ".join(str(error).split())
-        name, short, long = records.name_of(index), min(height, width), max(height, width)
-        size = f"{name} is {width} x {height} pixels"
-        if short < limits.min_side:
-            return index, b"", "small", f"{size}, and config.data.min_side is {limits.min_side}"
-        if long > limits.max_aspect * short:
-            return index, b"", "thin", f"{size}, and config.data.max_aspect is {limits.max_aspect:g}"
-        return index, hashlib.blake2b(content, digest_size=16).digest(), "", ""
-
-    numbers = iter(range(len(records)))
-    with (
-        concurrent.futures.ThreadPoolExecutor() as pool,
-        tqdm(total=len(records), desc="data: checking", disable=None, leave=False) as bar,
-    ):
-        while some := list(itertools.islice(numbers, CHECKED_AT_ONCE)):
-            for result in pool.map(look, some):
-                bar.update(1)
-                yield result
+def judged(verdict: Verdict, name: str, limits: Limits) -> tuple[str, str]:
+    """(kind of what is wrong or nothing, message) of an image of this name."""
+    if verdict.problem:
+        return "broken", verdict.problem
+    height, width = verdict.height, verdict.width
+    size = f"{name} is {width} x {height} pixels"
+    if min(height, width) < limits.min_side:
+        return "small", f"{size}, and config.data.min_side is {limits.min_side}"
+    if max(height, width) > limits.max_aspect * min(height, width):
+        return "thin", f"{size}, and config.data.max_aspect is {limits.max_aspect:g}"
+    return "", ""

@@ -10,15 +10,17 @@ import glob
 import io
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # formats that Pillow knows by name and cannot decode by itself
 UNDECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # images that Pillow cannot decode without a plug-in: they are listed too, so that reading them names them
 OTHERS = (".heic", ".heif", ".jxl", ".avif", ".webp", ".cr2", ".nef", ".arw", ".dng")
+# values of EXIF's orientation that exchange width and height
+LYING = (5, 6, 7, 8)
 # a wider image is cropped before it is resized
 ORDINARY_ASPECT = 4
 
@@ -95,12 +97,17 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def opened(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Iterator[Image.Image]:
+def opened(
+    source: str | os.PathLike[str] | bytes,
+    name: str | None = None,
+    prepare: Callable[[Image.Image], object] = lambda image: None,
+) -> Iterator[Image.Image]:
     """An image of a file or of bytes, decoded; what is done with it inside of the context is guarded too.
 
     Args:
       source: path or content of the file.
       name: for messages; None for the path.
+      prepare: called with the image before it is decoded.
 
     Raises:
       FileNotFoundError: no such file, or a link to none.
@@ -111,6 +118,7 @@ def opened(source: str | os.PathLike[str] | bytes, name: str | None = None) -> I
     name = name or str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            prepare(image)
             image.load()
             yield image
     except Exception as error:  # decoders raise struct.error, TypeError, RuntimeError and more on damaged bytes
@@ -148,26 +156,85 @@ def decode_image(content: bytes, name: str) -> np.ndarray:
         return np.array(to_rgb(image))
 
 
+def decode_square(content: bytes, name: str, side: int, *, scaled: bool) -> np.ndarray:
+    """Decodes the content of an image file as `square_image` makes it, uint8 [side, side, 3]; errors of `opened`.
+
+    Args:
+      content, name: of the file.
+      side: in pixels.
+      scaled: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, where its shorter side keeps `side` pixels, and cropped
+        before it is resized. Its pixels differ by a few levels from those of the full size.
+    """
+    sizes: list[tuple[float, float]] = []
+
+    def prepare(image: Image.Image) -> None:
+        draft = image.draft(None, (side, side)) if scaled else None
+        if draft and min(image.size) >= side:
+            sizes.append(draft[1][2:])  # not whole: the last column may stand for a part of the others' width
+
+    with opened(content, name, prepare) as image:
+        if sizes:
+            image = _cut(image, *sizes[0], side)
+        return square_image(image, side)
+
+
+def _cut(image: Image.Image, width: float, height: float, side: int) -> Image.Image:
+    """The centre square of the first `width` by `height` pixels, resized to `side`, still as its EXIF turns it."""
+    box = _centre(width, height, side)
+    left, top, right, bottom = (round(edge) for edge in box)
+    if box == (left, top, right, bottom) and right - left == side:
+        return image.crop((left, top, right, bottom))
+    return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+
+
+def _centre(width: float, height: float, side: int) -> tuple[float, float, float, float]:
+    """Edges of the square that a crop would keep after the shorter side was resized to `side`."""
+    scale = side / min(width, height)
+    wide, high = max(round(width * scale), side), max(round(height * scale), side)
+    left, top = (wide - side) // 2, (high - side) // 2
+    across, down = width / wide, height / high
+    right, bottom = min((left + side) * across, width), min((top + side) * down, height)
+    return left * across, top * down, right, bottom
+
+
+def measure_image(content: bytes, name: str) -> tuple[int, int]:
+    """(height, width) of an upright image, all of whose content is decoded once; errors of `opened`.
+
+    A JPEG is decoded at an eighth of its size: every byte is read and few pixels are computed.
+    """
+    sizes: list[tuple[int, int]] = []
+
+    def prepare(image: Image.Image) -> None:
+        sizes.append(image.size)
+        image.draft(None, (1, 1))
+
+    with opened(content, name, prepare) as image:
+        lying = image.getexif().get(ExifTags.Base.Orientation, 1) in LYING
+        to_rgb(image)
+    width, height = sizes[0]
+    return (width, height) if lying else (height, width)
+
+
 def square_image(image: Image.Image | np.ndarray, side: int) -> np.ndarray:
     """Resizes the shorter side to `side` (PIL bicubic) and crops the centre: uint8 [side, side, 3].
 
     Raises:
       ValueError: an image without content, see `to_rgb`.
     """
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (side, side, 3):
+        return image
     image = to_rgb(image)
     width, height = image.size
     if (width, height) == (side, side):
         return np.array(image)
-    scale = side / min(width, height)
-    wide, high = max(round(width * scale), side), max(round(height * scale), side)
-    left, top = (wide - side) // 2, (high - side) // 2
     if max(width, height) <= ORDINARY_ASPECT * min(width, height):
         # not by `box`: its rounding differs by one in two of three photographs, and runs would not continue exactly
+        scale = side / min(width, height)
+        wide, high = max(round(width * scale), side), max(round(height * scale), side)
+        left, top = (wide - side) // 2, (high - side) // 2
         image = image.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
     else:  # all of 3000 x 1 pixels, resized, would be 2.4 GB
-        across, down = width / wide, height / high
-        box = (left * across, top * down, (left + side) * across, (top + side) * down)
-        image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+        image = image.resize((side, side), Image.Resampling.BICUBIC, box=_centre(width, height, side))
     return np.array(image)
 
 

@@ -2,10 +2,16 @@
 
 The stream of samples is global and does not depend on the number of processes. Global batch s holds samples s * B to
 (s + 1) * B - 1; process p of n gets the p-th of n equal slices. So a run can continue with another number of processes,
-with the same random keys, which are folded from `sample_id`.
+with the same random keys, which are folded from `sample_id`. Threads and worker processes change the speed alone.
 """
 
+import copy
 import dataclasses
+import functools
+import os
+import time
+from collections.abc import Collection, Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -15,6 +21,10 @@ from uae_jax.data import tokenizer as tokenizers
 from uae_jax.data.images import square_image
 from uae_jax.data.qwen_inputs import Fields, ImageProcessor, pad_to, prompt_fields
 from uae_jax.data.sources import Example, Source
+
+MOST_THREADS = 32  # more of them wait for each other
+ROWS_AHEAD = 4  # of each thread, and of each worker process
+BATCHES_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +75,7 @@ def batch_shapes(
     patches, prompt, side = spec.max_patches, spec.max_prompt, spec.image_size
     rows = {
         "sample_id": ((), np.int32),
-        "pixels": ((side, side, 3), np.float32),
+        "pixels": ((side, side, 3), np.uint8),
         "patches": ((patches, processor.patch_width), np.float32),
         "patch_positions": ((patches, 2), np.int32),
         "patch_windows": ((patches,), np.int32),
@@ -92,10 +102,11 @@ def from_signed(pixels: np.ndarray) -> np.ndarray:
 
 
 class RowBuilder:
-    """Turns an example into the fields of one row (see `batch_shapes`).
+    """Turns an example into the fields of one row (see `batch_shapes`), all of them or those of `only`.
 
-    Captioner, VAE and reward get the same square crop. A caption longer than `max_caption` is truncated before its end
-    token, and marked in "caption_truncated".
+    Captioner, VAE and reward get the same square crop; "pixels" are 0..255, and become floats on the device
+    (`nn.images.signed`). A caption longer than `max_caption` is truncated before its end token, and marked in
+    "caption_truncated".
 
     Args:
       tokenizer: of `tokenizer.load_tokenizer`.
@@ -116,12 +127,22 @@ class RowBuilder:
         check_max_prompt(spec.max_prompt, len(ids), spec.image_size)
         # every image is a square of one size, so all fields except the patches are the same in every row
         self.constant = prompt_fields(ids, [image], processor, image_pad, spec.max_patches, spec.max_prompt)
+        self.wanted = frozenset(batch_shapes(spec, 1, processor))
+
+    def only(self, names: Collection[str]) -> "RowBuilder":
+        """One that builds these fields alone, and the sample's number."""
+        other = copy.copy(self)
+        other.wanted = frozenset(names)
+        other.constant = {name: value for name, value in self.constant.items() if name in other.wanted}
+        return other
 
     def image_fields(self, image: Image.Image | np.ndarray) -> Fields:
         """Pixels, patches and prompt of one image, without a caption."""
         square = square_image(image, self.spec.image_size)
-        patches, _ = self.processor(square)
-        return {"pixels": to_signed(square), **self.constant, "patches": pad_to(patches, self.spec.max_patches)}
+        found = {"pixels": square, **self.constant} if "pixels" in self.wanted else dict(self.constant)
+        if "patches" in self.wanted:
+            found["patches"] = pad_to(self.processor(square)[0], self.spec.max_patches)
+        return found
 
     def caption_fields(self, text: str) -> Fields:
         """A caption's ids [Tc] with <|im_end|> at the end, mask [Tc], and whether the caption was truncated.
@@ -139,13 +160,106 @@ class RowBuilder:
     def __call__(self, sample_id: int, example: Example) -> Fields:
         """All fields of one row; the error of a bad example has the example's name."""
         try:
+            caption = self.caption_fields(example.caption or "")
             return {
                 "sample_id": np.int32(sample_id % 2**31),
                 **self.image_fields(example.image),
-                **self.caption_fields(example.caption or ""),
+                **{name: value for name, value in caption.items() if name in self.wanted},
             }
         except ValueError as error:
             raise ValueError(f"example {example.id}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How rows are read in parallel; the batches are the same for any number.
+
+    Attributes:
+      threads: in each process that reads; 0 shares the cores among these processes.
+      workers: processes that read beside this one; 0 reads in this process alone.
+    """
+
+    threads: int = 0
+    workers: int = 0
+
+    @property
+    def own_threads(self) -> int:
+        """Threads of each process that reads, at least one."""
+        return self.threads or max(1, min(cores(), MOST_THREADS) // max(1, self.workers))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """The batches of one process in order; the position is {"next_index": number of the next batch}.
+
+    Args:
+      samples: rows by number, the same on every process.
+      batch_size: rows of the global batch.
+      reading: threads and worker processes.
+      slice_: (i, n) for the i-th of n equal slices of each global batch.
+
+    Attributes:
+      waited: seconds that the callers of `next` have waited, in all.
+    """
+
+    def __init__(self, samples: grain.MapDataset, batch_size: int, reading: Reading, slice_: tuple[int, int] = (0, 1)):
+        self.samples, self.reading = samples, reading
+        self.batch_size, self.slice = batch_size, slice_
+        self.position, self.waited = 0, 0.0
+        self.reader: grain.DatasetIterator | None = None
+
+    def _open(self) -> grain.DatasetIterator:
+        """Rows from the position on, read ahead in parallel, and stacked ahead in a thread."""
+        index, count = self.slice
+        size = self.batch_size // count
+        place = functools.partial(_sample_of, self.samples, size, count, index)
+        rows = grain.MapDataset.range(self.position * size, len(self.samples) // self.batch_size * size).map(place)
+        threads = self.reading.own_threads
+        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * ROWS_AHEAD)
+        workers = grain.MultiprocessingOptions(num_workers=self.reading.workers, per_worker_buffer_size=ROWS_AHEAD)
+        batches = rows.to_iter_dataset(ahead).mp_prefetch(workers).batch(size, drop_remainder=True)
+        return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=BATCHES_AHEAD))
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        begin = time.perf_counter()
+        if self.reader is None:
+            self.reader = self._open()
+        try:
+            batch = next(self.reader)
+        except BaseException:  # what was read ahead is not at the position any more
+            self.close()
+            raise
+        self.position += 1
+        self.waited += time.perf_counter() - begin
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """The position; batches that are read ahead do not count."""
+        return {"next_index": self.position}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Continues at a position of `get_state`."""
+        self.close()
+        self.position = int(state["next_index"])
+
+    def close(self) -> None:
+        """Ends threads and worker processes; the next batch starts them anew."""
+        if self.reader is not None:
+            self.reader.close()
+            self.reader = None
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _sample_of(samples: Any, size: int, count: int, index: int, row: int) -> Fields:
+    """Row number `row` of a process: the i-th of n equal slices of each global batch of n * size samples."""
+    batch, place = divmod(row, size)
+    return samples[(batch * count + index) * size + place]
 
 
 def make_loader(
@@ -158,13 +272,12 @@ def make_loader(
     process_count: int = 1,
     shuffle: bool = True,
     repeat: bool = True,
-    threads: int = 2,
-    prefetch: int = 4,
-) -> grain.DatasetIterator:
+    reading: Reading | None = None,
+) -> Batches:
     """An iterator over this process's slices of the global batches, as dicts of numpy arrays.
 
-    `get_state()` returns the position, a dict for JSON (or Orbax, by `grain.checkpoint.CheckpointSave`); `set_state()`
-    continues exactly there. Prefetched batches do not count.
+    `get_state()` returns the position, a dict for JSON; `set_state()` continues exactly there. Prefetched batches do
+    not count.
 
     Args:
       source: see `sources`.
@@ -173,7 +286,7 @@ def make_loader(
       seed: of the shuffle, which differs between epochs.
       process_index, process_count: of this process.
       shuffle, repeat: both False reads a source once, in order, without the last incomplete batch.
-      threads, prefetch: reader threads, and batches read ahead.
+      reading: threads and worker processes.
 
     Raises:
       ValueError: an empty source, a batch that does not divide among the processes, or a batch larger than a source
@@ -193,9 +306,4 @@ def make_loader(
         data = data.shuffle(seed=seed)
     if repeat:
         data = data.repeat()
-    else:
-        # every process has to get the same number of batches
-        data = data[: len(source) // batch_size * batch_size]
-    data = data.map_with_index(rows).batch(batch_size // process_count, drop_remainder=True)
-    data = data[process_index::process_count]
-    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))
+    return Batches(data.map_with_index(rows), batch_size, reading or Reading(), (process_index, process_count))

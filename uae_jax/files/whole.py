@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import uuid
 from collections.abc import Iterator
 
 PARTIAL = ".*.part"
@@ -20,14 +21,24 @@ def named(path: pathlib.Path) -> Iterator[None]:
 
 
 def write_bytes(path: str | pathlib.Path, data: bytes) -> None:
-    """Writes a file so that a kill leaves the old file or the new one; creates the folder if absent."""
+    """Writes a file so that a kill leaves the old file or the new one; creates the folder if absent.
+
+    Several processes may write the same file at once: the last one to finish wins.
+
+    Raises:
+      OSError: the file cannot be written; nothing is left of it.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # the hidden name begins with a dot, because GenEval's pattern \d+\.png is not anchored at its end
-    partial = path.with_name(f".{path.name}.part")
-    with named(path):
-        partial.write_bytes(data)
-        os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        with named(path):
+            partial.write_bytes(data)
+            os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def remove_partial(folder: pathlib.Path) -> int:

@@ -22,6 +22,7 @@ from uae_jax.methods.method import Described, Loss
 from uae_jax.methods.stage_settings import SamplerConfig, SupervisedSettings, denoising
 from uae_jax.models import uae
 from uae_jax.rewards.similarity import CLAMPS, RewardConfig, chosen_encoders, mixed_reward
+from uae_jax.rollouts.captioning import CAPTION_FIELDS, IMAGE_FIELDS, PROMPT_FIELDS
 from uae_jax.rollouts.reconstruction import Denoising, caption_context, decode, predictor, sample_keys
 from uae_jax.settings import changed, setting
 from uae_jax.training.optimizer import OptimizerConfig
@@ -76,6 +77,12 @@ class ColdStart:
     def needs_captions(settings: ColdStartConfig) -> bool:
         """Yes: they are what images are rebuilt from."""
         return True
+
+    @staticmethod
+    def reads(settings: ColdStartConfig) -> tuple[str, ...]:
+        """Images and captions, and what the captioner sees where its states after the image are the condition."""
+        seen = (*IMAGE_FIELDS, *PROMPT_FIELDS) if settings.condition == "caption_states" else ()
+        return ("pixels", *CAPTION_FIELDS, *seen)
 
     @property
     def denoising(self) -> Denoising:

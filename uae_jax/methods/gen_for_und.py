@@ -35,12 +35,17 @@ from uae_jax.rewards import caption_similarity
 from uae_jax.rewards.similarity import chosen_encoders, mixed_reward, term_metrics
 from uae_jax.rl.advantages import SCALES
 from uae_jax.rl.losses import AGGREGATIONS, KL_ESTIMATORS, gap_metrics, token_grpo_loss
-from uae_jax.rollouts.captioning import caption_metrics, encode_batch_images, sample_captions
+from uae_jax.rollouts.captioning import (
+    CAPTION_FIELDS,
+    IMAGE_FIELDS,
+    PROMPT_FIELDS,
+    caption_metrics,
+    encode_batch_images,
+    sample_captions,
+)
 from uae_jax.rollouts.reconstruction import caption_context, draw_from, initial_noise
 from uae_jax.settings import changed, setting
 from uae_jax.training.optimizer import OptimizerConfig
-
-PROMPT_FIELDS = ("prompt_ids", "prompt_mask", "prompt_positions", "prompt_next")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +111,12 @@ class GenForUnd:
     def needs_captions(settings: GenForUndConfig) -> bool:
         """Only the supervised control: in GRPO the captioner writes them, and rewards compare images with these."""
         return settings.objective == "supervised"
+
+    @staticmethod
+    def reads(settings: GenForUndConfig) -> tuple[str, ...]:
+        """What the captioner sees, and images for the rewards; the supervised control captions instead of these."""
+        seen = (*IMAGE_FIELDS, *PROMPT_FIELDS)
+        return (*seen, *CAPTION_FIELDS) if settings.objective == "supervised" else (*seen, "pixels")
 
     @property
     def replay(self) -> bool:

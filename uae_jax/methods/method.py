@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from uae_jax import trees
 from uae_jax.methods.stage_settings import SamplerConfig, StageSettings, SupervisedSettings
 from uae_jax.models.uae import UAE
+from uae_jax.nn.images import signed
 from uae_jax.rewards.caption_similarity import CaptionScorer
 from uae_jax.rewards.similarity import Encoder
 from uae_jax.rl.advantages import group_advantages
@@ -113,6 +114,13 @@ class Method(Learner, Protocol):
     @staticmethod
     def needs_captions(settings: Any) -> bool:
         """Whether it reads the captions of the data set; without, it also trains on images that have none."""
+        ...
+
+    @staticmethod
+    def reads(settings: Any) -> tuple[str, ...]:
+        """Names of the fields of a batch that it reads (`data.loader`); others are not built. It always has
+        `sample_id`.
+        """
         ...
 
 
@@ -236,7 +244,7 @@ def make_rollout(method: Learner, params: PyTree, frozen: PyTree, batch: PyTree,
     count = method.settings.rollout_parts
 
     def part(rows: PyTree) -> dict[str, PyTree]:
-        found = {"shared": {}, "metrics": {}, **method.rollout(params, frozen, rows, key)}
+        found = {"shared": {}, "metrics": {}, **method.rollout(params, frozen, with_floats(rows), key)}
         return found | {"metrics": as_pairs(found["metrics"])}
 
     if count == 1:
@@ -249,6 +257,13 @@ def make_rollout(method: Learner, params: PyTree, frozen: PyTree, batch: PyTree,
         joined = functools.partial(trees.joined, rows=rows)
         rollout = {name: jax.tree.map(how.get(name, joined), leaves) for name, leaves in found.items()}
     return jax.lax.stop_gradient(with_images(with_advantages(rollout, method.settings)))
+
+
+def with_floats(batch: PyTree) -> PyTree:
+    """The batch with its `pixels` in [-1, 1]; they are bytes until here, a quarter of what would go to the device."""
+    if not isinstance(batch, Mapping) or "pixels" not in batch:
+        return batch
+    return {**batch, "pixels": signed(batch["pixels"])}
 
 
 def with_images(rollout: dict[str, PyTree]) -> dict[str, PyTree]:

@@ -22,6 +22,7 @@ from uae_jax.methods.stage_settings import SamplerConfig, SupervisedSettings
 from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.sd3 import vae
+from uae_jax.rollouts.captioning import CAPTION_FIELDS
 from uae_jax.rollouts.reconstruction import sample_keys
 from uae_jax.settings import changed, setting
 from uae_jax.training.optimizer import OptimizerConfig
@@ -66,6 +67,11 @@ class Pretrain:
     def needs_captions(settings: PretrainConfig) -> bool:
         """Yes: they are what images are generated from."""
         return True
+
+    @staticmethod
+    def reads(settings: PretrainConfig) -> tuple[str, ...]:
+        """Images and captions; the captioner sees texts alone."""
+        return ("pixels", *CAPTION_FIELDS)
 
     def rollout(self, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
         """Latents of the images and hidden states of the captions; the frozen encoders run here, without gradients."""

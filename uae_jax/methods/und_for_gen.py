@@ -24,7 +24,14 @@ from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn.constrain import constrain_rows, ways
 from uae_jax.rewards.similarity import chosen_encoders, mixed_reward, term_metrics
 from uae_jax.rl.losses import Metrics
-from uae_jax.rollouts.captioning import caption_metrics, drawn_captions, sample_captions
+from uae_jax.rollouts.captioning import (
+    CAPTION_FIELDS,
+    IMAGE_FIELDS,
+    PROMPT_FIELDS,
+    caption_metrics,
+    drawn_captions,
+    sample_captions,
+)
 from uae_jax.rollouts.reconstruction import Context, Denoising, caption_context, decode
 from uae_jax.settings import changed, sections, setting
 from uae_jax.training.optimizer import OptimizerConfig
@@ -129,6 +136,11 @@ class DecoderMethod:
     def needs_captions(settings: UndForGenConfig) -> bool:
         """Only where a share of the captions is the data set's own."""
         return settings.data_captions > 0
+
+    @staticmethod
+    def reads(settings: UndForGenConfig) -> tuple[str, ...]:
+        """What the captioner sees, images for the rewards, and captions where a share of them is the data set's own."""
+        return (*IMAGE_FIELDS, *PROMPT_FIELDS, "pixels", *(CAPTION_FIELDS if settings.data_captions else ()))
 
     @property
     def own(self) -> Any:

@@ -13,6 +13,11 @@ from uae_jax.nn.cpu import images as cpu
 from uae_jax.nn.device import on_one_cpu
 
 
+def signed(pixels: Array) -> Array:
+    """uint8 0..255 as float32 in [-1, 1], the VAE's input; floats, which are in that range already, as they are."""
+    return pixels.astype(jnp.float32) / 127.5 - 1 if pixels.dtype == jnp.uint8 else pixels
+
+
 def over_images(
     model: Callable[[Array], Array], x: Float[Array, "b height width c"]
 ) -> Float[Array, "b rows columns features"]:

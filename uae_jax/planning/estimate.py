@@ -72,10 +72,15 @@ def _shapes(config: RunConfig, program: Program, sizes: MeshSizes, system: Descr
         context_width=decoder.joint_attention_dim,
         pixels=model.image_size**2,
         vae_width=model.vae.block_out_channels[0],
-        prompt=program.batch["prompt_ids"].shape[1],
+        prompt=_length(program, "prompt_ids"),
         encoder=encoder,
         whole_layers=config.model.remat == "none",
     )
+
+
+def _length(program: Program, name: str) -> int:
+    """Tokens of a field of the batch; 0 where the stage does not read it."""
+    return program.batch[name].shape[1] if name in program.batch else 0
 
 
 def _encoder_logits(config: Any) -> int:
@@ -198,7 +203,7 @@ def estimate_memory(program: Program, config: RunConfig, sizes: MeshSizes, syste
       system: without weights.
     """
     settings, state = program.config, program.state
-    length = getattr(settings, "max_new_tokens", 0) or program.batch["caption_ids"].shape[1]
+    length = getattr(settings, "max_new_tokens", 0) or _length(program, "caption_ids")
     shapes = _shapes(config, program, sizes, system, length)
     batch = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.batch)) / sizes.batch
     trained = _share(state.params, sizes)

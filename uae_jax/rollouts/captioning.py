@@ -22,7 +22,10 @@ from uae_jax.sharding import gather_over_fsdp
 from uae_jax.trees import Tree
 
 REPEATED = 4  # tokens of the sequences whose repetition is counted
+# fields of a batch (`data.loader`): of images for the captioner, of its prompt, and of the data set's captions
 IMAGE_FIELDS = ("patches", "patch_positions", "patch_windows", "patch_images")
+PROMPT_FIELDS = ("prompt_ids", "prompt_mask", "prompt_positions", "prompt_next")
+CAPTION_FIELDS = ("caption_ids", "caption_mask")
 
 
 def encode_batch_images(model: uae.UAE, parts: Mapping[str, Tree], batch: Mapping[str, Array]) -> Float[Array, "b e d"]:

@@ -19,6 +19,7 @@ from uae_jax.data.qwen_inputs import ImageProcessor
 from uae_jax.data.sources import Example, SceneSource, Source, TfdsSource
 from uae_jax.files.json_files import write_json
 from uae_jax.stages.run_config import DataConfig, RunConfig
+from uae_jax.training import processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,20 +86,26 @@ def _open_folders(config: DataConfig, heldout: int, check: bool) -> OpenedData:
     parts = config.mixture_parts() or [(config.folder, 1.0)]
     if not parts[0][0]:
         raise ValueError("config.data.folder is empty; give a folder of images (docs/data.md), or data.source='scenes'")
-    options = ReadOptions(config.image_key, config.caption_key, config.caption_choice, config.split)
+    keys, choice = (config.image_key, config.caption_key), config.caption_choice
+    options = ReadOptions(*keys, choice, config.split, config.image_size, config.jpeg == "scaled")
     limits = Limits(config.min_side, config.max_aspect, config.bad_images)
     opening = functools.partial(open_folder, options=options, limits=limits, name=config.format, check=check)
-    folders, weights = [opening(folder) for folder, _ in parts], [weight for _, weight in parts]
+    names = [folder for folder, _ in parts] + ([config.heldout_folder] if config.heldout_folder else [])
+
+    def open_all() -> list[OpenedFolder]:
+        return [opening(folder) for folder in names]
+
+    opened = processes.first_alone(open_all, "folders checked") if check else open_all()
+    folders, weights = opened[: len(parts)], [weight for _, weight in parts]
     sources, last = [folder.source for folder in folders], []
     if config.heldout_folder:
-        test = opening(config.heldout_folder)
+        test = opened[-1]
         last = [test.source.parted(max(len(test.source) - heldout, 0))[0]]
-        folders = [*folders, test]
     else:
-        sources, last = _held_out(sources, weights, heldout, [folder for folder, _ in parts])
+        sources, last = _held_out(sources, weights, heldout, names)
     train = sources[0] if len(sources) == 1 else Mixture(sources, weights)
     examples = [source[index] for source in last for index in range(len(source))][:heldout] if check else []
-    return OpenedData(train, examples, tuple(folders), len(parts))
+    return OpenedData(train, examples, tuple(opened), len(parts))
 
 
 def _held_out(

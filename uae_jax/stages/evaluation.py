@@ -192,14 +192,15 @@ class Evaluator:
         """Scores `[n]` of captions and reconstructions; complete ones also at `also_guidance_scale`."""
         fields = [self.rows.image_fields(example.image) for example in examples]
         batch = {name: np.stack([row[name] for row in fields]) for name in fields[0]}
+        originals = to_signed(batch.pop("pixels"))
         batch["sample_id"] = np.arange(len(fields), dtype=np.int32)
         said = self._batches(lambda rows: self._write(parts, rows), batch)
         captions = [decode_caption(self.system.tokenizer, row[:n]) for row, n in zip(said["tokens"], said["lengths"])]
         drawn = self._rebuilt(self.denoising, parts, batch, said)
-        cosines = self._cosines(parts, batch["pixels"], drawn)
+        cosines = self._cosines(parts, originals, drawn)
         facts = self._facts(examples, captions, drawn)
         if folder is not None and jax.process_index() == 0:
-            write_samples(folder, batch["pixels"], captions, drawn, cosines | facts, self.config.samples)
+            write_samples(folder, originals, captions, drawn, cosines | facts, self.config.samples)
         words = {
             "caption_tokens": said["lengths"].astype(np.float64),
             "truncated": said["truncated"],
@@ -210,7 +211,7 @@ class Evaluator:
         if not (complete and other):
             return scores
         how = dataclasses.replace(self.denoising, guidance_scale=other)
-        again = self._similarity(self._cosines(parts, batch["pixels"], self._rebuilt(how, parts, batch, said)))
+        again = self._similarity(self._cosines(parts, originals, self._rebuilt(how, parts, batch, said)))
         return scores | {f"{name}_guidance_{other:g}": values for name, values in again.items()}
 
     def _similarity(self, cosines: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -242,8 +243,9 @@ class Evaluator:
         if len(captions) < len(self.examples):
             return {}
         pixels = np.stack([self.rows.image_fields(example.image)["pixels"] for example in self.examples])
+        originals = to_signed(pixels)
         drawn = self.draw_texts(parts, captions)
-        scores = {"true_caption_reward": self._cosines(parts, pixels, to_signed(drawn))[self.config.encoders[0]]}
+        scores = {"true_caption_reward": self._cosines(parts, originals, to_signed(drawn))[self.config.encoders[0]]}
         scenes = known_scenes(self.examples)
         return scores | {"true_caption_scene_accuracy": picture_scores(scenes, drawn)} if scenes else scores
 

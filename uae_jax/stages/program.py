@@ -66,7 +66,9 @@ def make_program(
     state = jax.eval_shape(lambda parts: start_of(parts, optimizer, settings), start)
     frozen = {name: part for name, part in parts.items() if name not in start}
     frozen = jax.eval_shape(lambda parts: stored(parts, config.trained_from(stage), config.model.frozen_dtype), frozen)
-    inputs, key, shardings = batch(settings.batch_size), jax.eval_shape(lambda: jax.random.key(0)), None
+    reads = config.reads(stage)
+    inputs = {name: leaf for name, leaf in batch(settings.batch_size).items() if name in reads}
+    key, shardings = jax.eval_shape(lambda: jax.random.key(0)), None
     if mesh is not None:
         rows, replicated = NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), NamedSharding(mesh, PartitionSpec())
         state, frozen = (_placed(tree, sharding.tree_shardings(tree, mesh)) for tree in (state, frozen))

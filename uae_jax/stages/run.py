@@ -4,6 +4,7 @@ Every stage starts from what the stages before it left. The same workdir continu
 read back, and the stage that was interrupted continues from its newest checkpoint.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import shutil
@@ -17,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from uae_jax import sharding, trees
-from uae_jax.data.loader import make_loader
+from uae_jax.data.loader import Batches, make_loader
 from uae_jax.data.sources import SceneSource, Source
 from uae_jax.files.json_files import write_json
 from uae_jax.methods.method import build_step, make_method, start_of
@@ -156,35 +157,36 @@ class Run:
         key = trees.name_key(self.key, name)
         state = self.start_state(stage, optimizer, key)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(self.mesh, PartitionSpec())
-        result = run_stage(
-            name,
-            build_step(method, optimizer, shardings),
-            state=state,
-            frozen=self.parts,
-            data=self.batches(stage, config.batch_size),
-            key=sharding.replicate_key(key, self.mesh),
-            workdir=self.workdir,
-            config=self.loop_config(config.steps, rl),
-            writer=writer,
-            put=lambda batch: sharding.shard_batch(batch, self.mesh),
-            hooks=Hooks(
-                before=lambda state: self.score_before(state, name, previous),
-                after=lambda state: self.score(state, name, "after"),
-                evaluate=lambda state, step: self.score_during(state, name, step),
-                answers=lambda state, step: self.answers(state),
-            ),
-            guard=guard,
-            identity=stage_identity(self.config, name),
-            free=self.config.free(name),
-            scoring=self.config.evaluation.scoring(),
-            watch=Watch(
-                self.workdir,
+        with contextlib.closing(self.batches(stage, config.batch_size)) as data:
+            result = run_stage(
                 name,
-                profile=self.config.loop.profile,
-                hang_minutes=self.config.loop.hang_minutes,
-                seconds_at_peak=self.seconds_at_peak(self.config, stage),
-            ),
-        )
+                build_step(method, optimizer, shardings),
+                state=state,
+                frozen=self.parts,
+                data=data,
+                key=sharding.replicate_key(key, self.mesh),
+                workdir=self.workdir,
+                config=self.loop_config(config.steps, rl),
+                writer=writer,
+                put=lambda batch: sharding.shard_batch(batch, self.mesh),
+                hooks=Hooks(
+                    before=lambda state: self.score_before(state, name, previous),
+                    after=lambda state: self.score(state, name, "after"),
+                    evaluate=lambda state, step: self.score_during(state, name, step),
+                    answers=lambda state, step: self.answers(state),
+                ),
+                guard=guard,
+                identity=stage_identity(self.config, name),
+                free=self.config.free(name),
+                scoring=self.config.evaluation.scoring(),
+                watch=Watch(
+                    self.workdir,
+                    name,
+                    profile=self.config.loop.profile,
+                    hang_minutes=self.config.loop.hang_minutes,
+                    seconds_at_peak=self.seconds_at_peak(self.config, stage),
+                ),
+            )
         self.parts = self.trained(result.state)
         return result
 
@@ -219,11 +221,18 @@ class Run:
             eval_every=loop.eval_every if rl else 0,
         )
 
-    def batches(self, stage: str, batch_size: int) -> Any:
-        """The loader of a stage's batches, from their beginning."""
+    def batches(self, stage: str, batch_size: int) -> Batches:
+        """The loader of a stage's batches, from their beginning, with the fields that the stage reads."""
         index, count = sharding.batch_slice(self.mesh)
-        source = self.source_of(stage)
-        return make_loader(source, self.rows, batch_size, self.config.seed, process_index=index, process_count=count)
+        return make_loader(
+            self.source_of(stage),
+            self.rows.only(self.config.reads(stage)),
+            batch_size,
+            self.config.seed,
+            process_index=index,
+            process_count=count,
+            reading=self.config.data.reading,
+        )
 
     def source_of(self, stage: str) -> Source:
         """The training images with the captions that a stage sees."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from uae_jax.data.formats import CAPTION_CHOICES, FORMATS
+from uae_jax.data.loader import Reading
 from uae_jax.methods import STAGES
 from uae_jax.methods.stage_settings import SamplerConfig, StageSettings
 from uae_jax.methods.trained import COPY, LORA, STORABLE, copied_parts
@@ -25,6 +26,7 @@ CAPTION_PROMPT = (
 )
 NEGATIVE_PROMPT = "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."
 DETAILS = ("full", "detail", "mixed", "short")
+SPEED_ALONE = ("threads", "workers")  # settings of the data that change no number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,22 @@ class DataConfig(Settings):
     control_tokens: bool = setting(
         False, "names such as <|im_end|> in texts are control tokens, as in the release, and not plain text"
     )
+    jpeg: str = setting(
+        "scaled",
+        "JPEGs of a folder that are more than twice as large as needed are decoded at 1/2, 1/4 or 1/8, or in full",
+        choices=("scaled", "full"),
+    )
+    threads: int = setting(
+        0, "that read and decode images, in each process that does; 0 shares the cores among them; speed alone", low=0
+    )
+    workers: int = setting(
+        0, "processes that read and decode beside each process of a run, 0 for none; speed alone", low=0, high=256
+    )
+
+    @property
+    def reading(self) -> Reading:
+        """Threads and worker processes."""
+        return Reading(self.threads, self.workers)
 
     def problems(self) -> Iterator[str]:
         """The mistakes of ranges, and a mixture that is not one."""
@@ -180,6 +198,11 @@ class RunConfig(Settings):
         settings: StageSettings = self.stage_settings[stage]
         return STAGES[stage].method(settings).needs_captions(settings)
 
+    def reads(self, stage: str) -> frozenset[str]:
+        """Names of the fields of a batch that a stage reads, see `methods.method.Method.reads`."""
+        settings: StageSettings = self.stage_settings[stage]
+        return frozenset(("sample_id", *STAGES[stage].method(settings).reads(settings)))
+
     def trained_from(self, stage: str) -> set[str]:
         """Parts that a stage or a later one trains as they are, and parts that a later one copies to fine-tune them.
 
@@ -220,6 +243,7 @@ class RunConfig(Settings):
         order = self.order()
         upto = order[: [run_name for run_name, _ in order].index(name) + 1]
         values: dict[str, Any] = {part: as_dict(getattr(self, part)) for part in ("model", "data", "sampler", "guard")}
+        values["data"] = {name: value for name, value in values["data"].items() if name not in SPEED_ALONE}
         if self.data.source == "folder" and not self.data.heldout_folder:
             values["evaluation"] = {"images": self.evaluation.images}  # these are taken from the training set
         if self.evaluation.questions and self.guard.understanding_fall:  # the answers may end a stage

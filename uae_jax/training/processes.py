@@ -1,14 +1,15 @@
 """Several processes as one program: start, agreement, and exit after the loss of a process."""
 
 import errno
+import itertools
 import os
 import re
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -25,8 +26,13 @@ BROKEN = r"UNAVAILABLE|DATA_LOSS|uncorrectable|fallen off the bus|CUDA_ERROR_(EC
 LOST_FILES = frozenset(
     (errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH)
 )
+# the others wait so long for what process 0 does alone, such as the check of all images
+ALONE_SECONDS = 24 * 3600
 # in errors of collectives and of the coordination service after the loss of a process
 LOST = r"(?i)gloo|nccl|connection (closed|reset|refused)|heartbeat|coordination|UNAVAILABLE|DEADLINE_EXCEEDED|preempt"
+
+Result = TypeVar("Result")
+_barriers = itertools.count()
 
 
 def several(environment: Mapping[str, str] = os.environ) -> bool:
@@ -124,6 +130,29 @@ def all_agree(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.process_allgather(np.array(value)).all())
+
+
+def first_alone(action: Callable[[], Result], name: str) -> Result:
+    """The action's result on every process; the others begin when process 0 has done it, and find what it left on disk.
+
+    Raises:
+      Exception: what the action raises, on every process for itself.
+    """
+    if jax.process_count() == 1:
+        return action()
+    from orbax.checkpoint import multihost  # checkpointing takes a second to import
+
+    # no collective of the devices: those give up after seconds
+    barrier = multihost.get_barrier_sync_fn()
+    assert barrier is not None
+    key = f"{name} {next(_barriers)}"
+    if jax.process_index():
+        barrier(key=key, timeout_ms=ALONE_SECONDS * 1000)
+        return action()
+    try:
+        return action()
+    finally:
+        barrier(key=key, timeout_ms=ALONE_SECONDS * 1000)
 
 
 def alone() -> bool:

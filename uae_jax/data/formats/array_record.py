@@ -1,5 +1,6 @@
 """array_record files of tf.train.Example messages with image bytes and captions, read without TensorFlow."""
 
+import bisect
 import pathlib
 from typing import Any
 
@@ -31,6 +32,7 @@ class ArrayRecord(ImageRecords):
         self.files = self.of_split(record_files(listing))
         if not self.files:
             raise FileNotFoundError(f"{listing.folder} has no array_record files")
+        self.names = [listing.below(file) for file in self.files]
         self.starts = [0]
         for file in self.files:  # one by one: the error of all together names none of them
             try:
@@ -60,8 +62,16 @@ class ArrayRecord(ImageRecords):
 
     def name_of(self, index: int) -> str:
         """File and record, counted from 0 in the file."""
-        number = max(i for i, start in enumerate(self.starts[:-1]) if start <= index)
-        return f"{self.files[number].relative_to(self.folder).as_posix()} record {index - self.starts[number]}"
+        number = self._number(index)
+        return f"{self.names[number]} record {index - self.starts[number]}"
+
+    def _number(self, index: int) -> int:
+        """The number of the file that holds a record."""
+        return bisect.bisect_right(self.starts, index) - 1
+
+    def file_of(self, index: int) -> str:
+        """The file with the record."""
+        return self.names[self._number(index)]
 
     def _features(self, index: int) -> dict[str, list[bytes]]:
         where = self.folder / self.name_of(index)

@@ -36,6 +36,8 @@ class Parquet(ImageRecords):
         if not self.files:
             raise FileNotFoundError(f"{listing.folder} has no parquet files")
         self.image, self.texts = "", ()
+        self.names = [listing.below(file) for file in self.files]
+        self.whole: list[bool] = []
         groups = []
         for number, file in enumerate(self.files):
             with _opened(file) as content:
@@ -45,6 +47,7 @@ class Parquet(ImageRecords):
                 self.image, self.texts = image, texts
                 sizes = [content.metadata.row_group(group).num_rows for group in range(content.num_row_groups)]
                 groups += [(number, group, size) for group, size in enumerate(sizes)]
+                self.whole.append(_has_all_bytes(content, image))
         self.groups = [(number, group) for number, group, _ in groups]
         self.starts = np.concatenate([[0], np.cumsum([size for *_, size in groups], dtype=np.int64)])
         firsts = {number: self.starts[at] for at, (number, _) in reversed([*enumerate(self.groups)])}
@@ -64,13 +67,25 @@ class Parquet(ImageRecords):
 
     def name_of(self, index: int) -> str:
         """File and row, counted from 0 in the file."""
-        file, row = self._place(index)
-        return f"{file.relative_to(self.folder).as_posix()} row {row}"
+        number = self._number(index)
+        return f"{self.names[number]} row {index - self.first_rows[number]}"
 
-    def _place(self, index: int) -> tuple[pathlib.Path, int]:
-        at = int(np.searchsorted(self.starts, index, "right")) - 1
-        number = self.groups[at][0]
-        return self.files[number], int(index - self.first_rows[number])
+    def _number(self, index: int) -> int:
+        """The number of the file that holds a row."""
+        return self.groups[int(np.searchsorted(self.starts, index, "right")) - 1][0]
+
+    def file_of(self, index: int) -> str:
+        """The file with the row; empty where some of its rows name an image elsewhere."""
+        number = self._number(index)
+        return self.names[number] if self.whole[number] else ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that reads: it has row groups and a lock of its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("_kept", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._kept, self._lock = collections.OrderedDict(), threading.Lock()
 
     def _row(self, index: int, *, image: bool) -> dict[str, Any]:
         """The image, or the captions, of a row. One thread at a time reads a row group; the last few are kept."""
@@ -101,7 +116,7 @@ class Parquet(ImageRecords):
         if isinstance(value, dict):
             path = value.get("path")
             if value.get("bytes") is None and path:
-                return read_content(self._place(index)[0].parent / path)
+                return read_content(self.files[self._number(index)].parent / path)
             value = value.get("bytes")
         if not isinstance(value, bytes):
             raise ValueError(f"{self.folder / self.name_of(index)} has no image in {self.image!r}: remove the row")
@@ -133,6 +148,19 @@ def _opened(file: pathlib.Path) -> Any:
     except Exception as error:  # pyarrow's errors have no common base
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} is not a whole parquet file ({reason}): copy it again") from error
+
+
+def _has_all_bytes(content: Any, image: str) -> bool:
+    """Whether every row has the bytes of its image, by the counts in the file's footer."""
+    for group in range(content.num_row_groups):
+        columns = content.metadata.row_group(group)
+        for number in range(columns.num_columns):
+            column = columns.column(number)
+            if column.path_in_schema == f"{image}.bytes":
+                known = column.statistics
+                if known is None or not known.has_null_count or known.null_count:
+                    return False
+    return True
 
 
 def _columns(file: pathlib.Path, schema: Any, options: ReadOptions) -> tuple[str, tuple[str, ...]]:

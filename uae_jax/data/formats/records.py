@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from uae_jax.data.images import decode_image, read_content
+from uae_jax.data.images import decode_image, decode_square, measure_image, read_content
 from uae_jax.data.sources import Example
 
 # words of file names that say which part of a data set a file is of
@@ -28,12 +28,16 @@ class ReadOptions:
         lack the usual name ("image", "caption"), the format looks for another.
       caption_choice: which of several captions: "each" (example i gets number i modulo n), "longest" or "shortest".
       split: of several splits in one folder, such as `train-00000-of-00002.parquet`; not of loose images.
+      side: images are read as squares of so many pixels (`images.decode_square`); 0 for whole ones of their own size.
+      scaled: whether JPEGs are decoded at a fraction of their size, where that is enough.
     """
 
     image_key: str = "image"
     caption_key: str = "caption"
     caption_choice: str = "each"
     split: str = "train"
+    side: int = 0
+    scaled: bool = True
 
     @property
     def caption_fields(self) -> tuple[str, ...]:
@@ -86,6 +90,18 @@ class ImageRecords(abc.ABC):
         """The record's name below the folder: a file, or a file with a row or key."""
 
     @abc.abstractmethod
+    def file_of(self, index: int) -> str:
+        """The file below the folder that holds image and captions: while it is the same, the record is.
+
+        Empty where a part of the record lies elsewhere.
+        """
+
+    @property
+    def scope(self) -> str:
+        """What the verdict on a record depends on beside its file."""
+        return f"{self.name} {self.options.image_key} {self.options.caption_key}"
+
+    @abc.abstractmethod
     def encoded(self, index: int) -> bytes:
         """The content of the image's file.
 
@@ -108,7 +124,12 @@ class ImageRecords(abc.ABC):
 
     def decoded(self, index: int, content: bytes) -> np.ndarray:
         """The image of a record's content, uint8 [H, W, 3]; errors of `images.decode_image`."""
-        return decode_image(content, str(self.folder / self.name_of(index)))
+        where, side = str(self.folder / self.name_of(index)), self.options.side
+        return decode_square(content, where, side, scaled=self.options.scaled) if side else decode_image(content, where)
+
+    def measured(self, index: int, content: bytes) -> tuple[int, int]:
+        """(height, width) of a record's content, which is decoded; errors of `images.measure_image`."""
+        return measure_image(content, str(self.folder / self.name_of(index)))
 
     def __getitem__(self, index: int) -> Example:
         index = int(index)
@@ -130,6 +151,15 @@ class FileRecords(ImageRecords):
     def name_of(self, index: int) -> str:
         """The path of the image below the folder."""
         return self.rows[index][0]
+
+    def file_of(self, index: int) -> str:
+        """The image itself."""
+        return self.rows[index][0]
+
+    @property
+    def scope(self) -> str:
+        """All formats share the verdicts: captions were read when the folder was opened."""
+        return "files"
 
     def encoded(self, index: int) -> bytes:
         """The content of the file."""

@@ -10,10 +10,14 @@ from typing import Any
 from uae_jax.data.formats.listing import Listing
 from uae_jax.data.formats.records import CAPTION_FIELDS, ImageRecords, ReadOptions, caption_texts, field_captions
 from uae_jax.data.images import is_image_name
+from uae_jax.data.kept import keep, read_kept, stamps
 
 TEXTS = ("txt", "caption", "captions", "text")
 # where a member's content lies: shard, offset and size in bytes
 Place = tuple[int, int, int]
+# key and {ending: (offset, size)} of a sample in its shard
+Keys = tuple[str, dict[str, tuple[int, int]]]
+INDEX, INDEX_VERSION = "index", "1"
 
 
 class Webdataset(ImageRecords):
@@ -36,15 +40,16 @@ class Webdataset(ImageRecords):
         self.shards = self.of_split(shard_files(listing))
         if not self.shards:
             raise FileNotFoundError(f"{listing.folder} has no tar shards")
+        self.names = [listing.below(shard) for shard in self.shards]
         self.samples: list[tuple[str, Place, list[tuple[str, Place]]]] = []
-        for number, shard in enumerate(self.shards):
-            for key, members in _keys(shard):
+        for number, (shard, keys) in enumerate(zip(self.shards, _indexed(listing.folder, self.names))):
+            for key, members in keys:
                 images = [end for end in members if "." not in end and is_image_name(f"a.{end}")]
                 if len(images) != 1:
                     what = f"the images {', '.join(images)}" if images else f"no image, only {', '.join(members)}"
                     raise ValueError(f"{shard} key {key} has {what}: a sample has one image; write the shard again")
-                places = {end: (number, *place) for end, place in members.items()}
-                name = f"{listing.below(shard)} key {key}"
+                places: dict[str, Place] = {end: (number, *place) for end, place in members.items()}
+                name = f"{self.names[number]} key {key}"
                 texts = [(end, place) for end, place in places.items() if end in (*TEXTS, "json")]
                 self.samples.append((name, places[images[0]], texts))
         if not self.samples:
@@ -61,6 +66,10 @@ class Webdataset(ImageRecords):
     def name_of(self, index: int) -> str:
         """Shard and key."""
         return self.samples[index][0]
+
+    def file_of(self, index: int) -> str:
+        """The shard with the sample."""
+        return self.names[self.samples[index][1][0]]
 
     def _content(self, place: Place) -> bytes:
         number, offset, size = place
@@ -102,7 +111,22 @@ def _json_object(content: bytes, where: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _keys(shard: pathlib.Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+def _indexed(folder: pathlib.Path, shards: list[str]) -> list[list[Keys]]:
+    """The keys of each shard: those that are kept beside the data where the shard is the same, else as `_keys`."""
+    contents = read_kept(folder, INDEX, INDEX_VERSION)
+    now = stamps(folder, dict.fromkeys([*shards, *(shard for content in contents for shard in content)]))
+    known = {}
+    for content in contents:
+        known |= {shard: entry for shard, entry in content.items() if now.get(shard) == tuple(entry[:2])}
+    new = [shard for shard in shards if shard not in known]
+    # a shard that is gone since it was listed is named by the error of opening it
+    known |= {shard: [*now.get(shard, (0, 0)), [*_keys(folder / shard)]] for shard in new}
+    if new:
+        keep(folder, INDEX, INDEX_VERSION, known)
+    return [known[shard][2] for shard in shards]
+
+
+def _keys(shard: pathlib.Path) -> Iterator[Keys]:
     """(key, {ending: (offset, size)}) of the consecutive members of each key."""
     key, members = "", {}
     for name, place in _members(shard):
