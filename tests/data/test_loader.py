@@ -107,21 +107,30 @@ def test_resume_is_exact_and_the_state_is_json(parts, consumed):
         assert_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["captions", "parquet", "webdataset", "array_record"])
-def test_worker_processes_give_the_same_batches_from_any_position(parts, tmp_path, name):
+@pytest.mark.parametrize(
+    "name, workers",
+    [
+        ("parquet", 2),
+        *(
+            pytest.param(name, workers, marks=pytest.mark.slow)  # seconds for every process
+            for name, workers in (("captions", 1), ("captions", 3), ("webdataset", 2), ("array_record", 2))
+        ),
+    ],
+)
+def test_worker_processes_give_the_same_batches_from_any_position(parts, tmp_path, name, workers):
     photographs.WRITERS[name][1](tmp_path, photographs.photographs())
     source = open_folder(tmp_path).source
     arguments = dict(batch_size=4, seed=2, process_index=1, process_count=2)
     expected = take(ld.make_loader(source, parts[-1], **arguments), 6)
-    for workers in (1, 3) if name == "captions" else (2,):
-        loader = ld.make_loader(source, parts[-1], **arguments, reading=ld.Reading(1, workers))
-        loader.set_state({"next_index": 1})
-        for ours, theirs in zip(take(loader, 3), expected[1:]):
-            assert_equal(ours, theirs)
-        assert loader.get_state() == {"next_index": 4}
-        loader.close()
+    loader = ld.make_loader(source, parts[-1], **arguments, reading=ld.Reading(1, workers))
+    loader.set_state({"next_index": 1})
+    for ours, theirs in zip(take(loader, 3), expected[1:]):
+        assert_equal(ours, theirs)
+    assert loader.get_state() == {"next_index": 4}
+    if workers == 3:
+        loader.close()  # new processes go on where these were
         assert_equal(next(loader), expected[4])
-        loader.close()
+    loader.close()
 
 
 def test_an_error_of_a_row_is_raised_and_names_the_example(parts, tmp_path):
@@ -170,7 +179,9 @@ def test_only_the_fields_that_are_read_are_built(parts, monkeypatch):
 
 def test_pixels_are_bytes_that_the_device_turns_into_the_numbers_of_the_host():
     values = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(jax.jit(signed)(values), ld.to_signed(values))
+    found = np.asarray(jax.jit(signed)(values))
+    np.testing.assert_allclose(found, ld.to_signed(values), rtol=0, atol=2**-23)  # half of the rounding at 1
+    assert found.dtype == np.float32 and found[[0, -1]].tolist() == [-1, 1]
     floats = ld.to_signed(values)
     assert signed(floats) is floats
 

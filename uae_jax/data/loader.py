@@ -5,6 +5,8 @@ The stream of samples is global and does not depend on the number of processes. 
 with the same random keys, which are folded from `sample_id`. Threads and worker processes change the speed alone.
 """
 
+import collections
+import concurrent.futures
 import copy
 import dataclasses
 import functools
@@ -15,6 +17,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from PIL import Image
 
 from uae_jax.data import tokenizer as tokenizers
@@ -211,25 +214,29 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         self.batch_size, self.slice = batch_size, slice_
         self.position, self.waited = 0, 0.0
         self.reader: grain.DatasetIterator | None = None
+        self.ahead: collections.deque[concurrent.futures.Future] = collections.deque()
 
     def _open(self) -> grain.DatasetIterator:
-        """Rows from the position on, read ahead in parallel, and stacked ahead in a thread."""
+        """Batches from the position on, whose rows are read ahead in parallel."""
         index, count = self.slice
         size = self.batch_size // count
         place = functools.partial(_sample_of, self.samples, size, count, index)
         rows = grain.MapDataset.range(self.position * size, len(self.samples) // self.batch_size * size).map(place)
+        if not flags.FLAGS.is_parsed():  # Grain's worker processes look at its own
+            flags.FLAGS.mark_as_parsed()
         threads = self.reading.own_threads
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * ROWS_AHEAD)
         workers = grain.MultiprocessingOptions(num_workers=self.reading.workers, per_worker_buffer_size=ROWS_AHEAD)
-        batches = rows.to_iter_dataset(ahead).mp_prefetch(workers).batch(size, drop_remainder=True)
-        return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=BATCHES_AHEAD))
+        return iter(rows.to_iter_dataset(ahead).mp_prefetch(workers).batch(size, drop_remainder=True))
 
     def __next__(self) -> dict[str, np.ndarray]:
         begin = time.perf_counter()
         if self.reader is None:
-            self.reader = self._open()
+            self.reader, self.stacking = self._open(), concurrent.futures.ThreadPoolExecutor(1)
         try:
-            batch = next(self.reader)
+            while len(self.ahead) <= BATCHES_AHEAD:
+                self.ahead.append(self.stacking.submit(next, self.reader))
+            batch = self.ahead.popleft().result()
         except BaseException:  # what was read ahead is not at the position any more
             self.close()
             raise
@@ -249,11 +256,10 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     def close(self) -> None:
         """Ends threads and worker processes; the next batch starts them anew."""
         if self.reader is not None:
+            self.stacking.shutdown(wait=False, cancel_futures=True)
             self.reader.close()
             self.reader = None
-
-    def __del__(self) -> None:
-        self.close()
+            self.ahead.clear()
 
 
 def _sample_of(samples: Any, size: int, count: int, index: int, row: int) -> Fields:
