@@ -101,4 +101,5 @@ class ArrayRecord(ImageRecords):
 
 def record_files(listing: Listing) -> list[pathlib.Path]:
     """The files of a folder with array_record in their suffix, such as `a.array_record-00000-of-00002`."""
-    return [file for file in listing.files if any(end.startswith(".array") for end in file.suffixes)]
+    files = (file for file in listing.files if ".array" in file.name)
+    return [file for file in files if any(end.startswith(".array") for end in file.suffixes)]

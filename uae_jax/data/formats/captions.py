@@ -1,6 +1,6 @@
 """A folder of images with captions.jsonl; each line is {"file_name" or "image": ..., "caption": text or texts}."""
 
-import pathlib
+import os
 from collections.abc import Collection
 
 from uae_jax.data.formats.listing import Listing
@@ -26,7 +26,7 @@ class Captions(FileRecords):
         self.file = listing.folder / CAPTION_FILE
         if not self.file.is_file():
             raise FileNotFoundError(f"{self.file} does not exist: a data folder needs it beside its images")
-        self.rows, present = [], {*listing.files}
+        self.rows, top = [], os.fspath(listing.folder)
         for where, row in json_objects(self.file.read_bytes().split(b"\n"), self.file):
             name = row.get("file_name", row.get("image"))
             if not isinstance(name, str) or not name:
@@ -34,7 +34,7 @@ class Captions(FileRecords):
             captions = field_captions(row, options.caption_fields, where)
             if not captions:
                 raise ValueError(f'{where} has no caption: give "caption" a text, or a list of texts')
-            check_present(self.folder / name, where, present)
+            check_present(os.path.join(top, name), where, listing.names)
             self.rows.append((name, captions))
         if not self.rows:
             raise ValueError(f"{self.file} holds no captions: write one JSON object a line")
@@ -42,12 +42,12 @@ class Captions(FileRecords):
     @staticmethod
     def found(listing: Listing) -> list[str]:
         """What in the folder is of this format: the file of captions."""
-        return [CAPTION_FILE] if listing.folder / CAPTION_FILE in listing.files else []
+        return [CAPTION_FILE] if os.fspath(listing.folder / CAPTION_FILE) in listing.names else []
 
 
-def check_present(file: pathlib.Path, where: str, present: Collection[pathlib.Path] = ()) -> None:
+def check_present(file: str | os.PathLike[str], where: str, present: Collection[str]) -> None:
     """Raises FileNotFoundError for an image that a row names and that does not exist; `present` are known to exist."""
-    if file not in present and not file.is_file():
+    if os.fspath(file) not in present and not os.path.isfile(file):
         raise FileNotFoundError(
             f"image {file} does not exist, but {where} has a caption for it: add the image, or remove the row"
         )

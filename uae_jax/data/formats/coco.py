@@ -1,6 +1,7 @@
 """COCO captions: a JSON file with `images` and `annotations`, and a folder with the images."""
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -35,10 +36,9 @@ class Coco(FileRecords):
         images, captions = _read(self.file)
         folder = _image_folder(listing, self.file, next(iter(images.values()), ""))
         super().__init__(folder, options)
-        present = {*listing.files}
         self.rows = [(name, tuple(captions.get(number, ()))) for number, name in images.items()]
         for number, name in images.items():
-            check_present(folder / name, f"{self.file} (image {number})", present)
+            check_present(os.path.join(folder, name), f"{self.file} (image {number})", listing.names)
         if not self.rows:
             raise ValueError(f"{self.file} lists no images")
 
@@ -55,6 +55,8 @@ class Coco(FileRecords):
 def caption_jsons(listing: Listing) -> list[pathlib.Path]:
     """The JSON files that hold images and captions, by a look at their bytes; one beside an image is about it alone."""
     needed = (b'"images"', b'"annotations"', b'"caption"', b'"image_id"')
+    if not listing.with_suffix(".json"):
+        return []
     about = {image.with_suffix("") for image in listing.images}
     files = [file for file in listing.with_suffix(".json") if file.with_suffix("") not in about and file.is_file()]
     contents = ((file, file.read_bytes()) for file in files)

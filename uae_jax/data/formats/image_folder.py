@@ -30,7 +30,7 @@ class ImageFolder(FileRecords):
         files = self.of_split([file for file in listing.files if file.name in METADATA])
         if not files:
             raise FileNotFoundError(f"{listing.folder} has no {', '.join(METADATA)}")
-        self.rows, self.places, seen, present = [], [], {}, {*listing.files}
+        self.rows, self.places, seen = [], [], {}
         for file in files:
             if file.parent in seen:
                 raise ValueError(f"{file.parent} has both {seen[file.parent]} and {file.name}: keep one of them")
@@ -40,7 +40,7 @@ class ImageFolder(FileRecords):
                 if not isinstance(name, str) or not name:
                     raise ValueError(f"{where} has no file_name: it has {', '.join(map(str, row)) or 'no fields'}")
                 image = file.parent / name
-                check_present(image, where, present)
+                check_present(image, where, listing.names)
                 captions = field_captions(row, options.caption_fields, where)
                 self.rows.append((image.relative_to(listing.folder).as_posix(), captions))
                 self.places.append(where)

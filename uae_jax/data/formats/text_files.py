@@ -43,8 +43,9 @@ class TextFiles(FileRecords):
     @staticmethod
     def found(listing: Listing) -> list[str]:
         """What in the folder is of this format: a text file that has an image beside it."""
-        images = {image.with_suffix("") for image in listing.images}
-        return [listing.below(text) for text in caption_files(listing) if text.with_suffix("") in images][:1]
+        texts = caption_files(listing)
+        images = {image.with_suffix("") for image in listing.images} if texts else set()
+        return [listing.below(text) for text in texts if text.with_suffix("") in images][:1]
 
     def remedy(self, index: int) -> str:
         """The text file that is absent or empty."""
