@@ -45,7 +45,7 @@ HUNG_SECONDS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """How a run ended: exit code, what it said, and the steps with which its stages began and ended."""
+    """How a run ended: its exit code, what it said, and its seconds."""
 
     code: int
     said: str
@@ -77,21 +77,26 @@ def steps_on_disk(workdir: pathlib.Path) -> dict[str, int]:
     return found
 
 
-def run(workdir: pathlib.Path, log: pathlib.Path, way: str = "", after: float = 0.0) -> Attempt:
-    """One run, ended in a way so many seconds after its first sign of life; without a way it goes to its end."""
+def run(workdir: pathlib.Path, log: pathlib.Path, way: str = "", steps: int = 0, delay: float = 0.0) -> Attempt:
+    """One run, ended in a way so many steps and seconds after its start; without a way it goes to its end."""
     arguments, prepare = command(workdir), None
     if way == "full disk":
         prepare = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))  # noqa: E731
     if way == "read-only workdir":
         arguments = ["unshare", "-m", "sh", "-c", READ_ONLY.format(workdir), "sh", *arguments]
-    begin = time.monotonic()
+    begin, seen = time.monotonic(), None
     with (
         log.open("w", encoding="utf-8") as file,
         subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, preexec_fn=prepare) as process,
     ):
-        end = begin + (after if way in SIGNALS or way == "a hang" else float("inf"))
-        while process.poll() is None and time.monotonic() < end:
-            time.sleep(0.2)
+        while process.poll() is None and (way in SIGNALS or way == "a hang"):
+            if seen is None and log.read_text(encoding="utf-8", errors="replace").count(" step ") >= steps:
+                seen = time.monotonic()
+            if seen is not None and time.monotonic() >= seen + delay:
+                break
+            time.sleep(0.1)
+        if way in ("", "full disk", "read-only workdir"):
+            process.wait()
         if process.poll() is None:
             if way == "a hang":
                 process.send_signal(signal.SIGSTOP)
@@ -109,7 +114,11 @@ def newest(workdir: pathlib.Path) -> pathlib.Path | None:
 
 
 def damage(workdir: pathlib.Path, way: str, rng: random.Random) -> int:
-    """What a bucket's rename that stopped half-way, or a bad disk, does to the newest checkpoint; how many it costs."""
+    """Does to the newest checkpoint what a bucket's rename that stopped half-way does, or a bad disk.
+
+    Returns:
+      The number of checkpoints that it costs.
+    """
     folder = newest(workdir)
     if folder is None:
         return 0
@@ -128,21 +137,19 @@ def damage(workdir: pathlib.Path, way: str, rng: random.Random) -> int:
     return 1
 
 
-def kill(workdir: pathlib.Path, number: int, rng: random.Random, seconds: float, out: pathlib.Path) -> dict:
+def kill(workdir: pathlib.Path, number: int, rng: random.Random, out: pathlib.Path) -> dict:
     """One run that is ended, and the row that tells of it."""
-    way = WAYS[number % len(WAYS)]
-    before = steps_on_disk(workdir)
+    way, before, damaged = WAYS[number % len(WAYS)], steps_on_disk(workdir), 0
+    ended = way
     if way in ("half a rename", "a flipped bit"):
-        damaged = damage(workdir, way, rng)
-        attempt = run(workdir, out / f"kill_{number:03d}.log", "SIGKILL", rng.uniform(0.2, 1.0) * seconds)
-    else:
-        damaged = 0
-        attempt = run(workdir, out / f"kill_{number:03d}.log", way, rng.uniform(0.05, 1.0) * seconds)
+        damaged, ended = damage(workdir, way, rng), "SIGKILL"
+    steps = rng.randrange(5)
+    delay = rng.uniform(0.0, 3.0) if steps else rng.uniform(0.0, 30.0)  # also in imports, reading and compilation
+    attempt = run(workdir, out / f"kill_{number:03d}.log", ended, steps, delay)
     after = steps_on_disk(workdir)
     lost = {stage: step for stage, step in before.items() if after.get(stage, 0) < step} if not damaged else {}
-    traceback = "Traceback (most recent call last)" in attempt.said
     row = {"kill": number, "way": way, "code": attempt.code, "seconds": round(attempt.seconds, 1)}
-    return row | {"before": before, "after": after, "lost": lost, "traceback": traceback}
+    return row | {"before": before, "after": after, "lost": lost, "traceback": "Traceback" in attempt.said}
 
 
 def finish(workdir: pathlib.Path, log: pathlib.Path) -> float:
@@ -160,7 +167,7 @@ def finish(workdir: pathlib.Path, log: pathlib.Path) -> float:
 
 
 def chaos(options: argparse.Namespace) -> None:
-    """Runs, ends and compares; a run that was whole before is not made again."""
+    """Runs, ends and compares; what was done before is not done again."""
     out = pathlib.Path(options.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     # compiled once: a restart is to be killed in its steps, not in its compilation
@@ -169,26 +176,21 @@ def chaos(options: argparse.Namespace) -> None:
     rows_path, whole = out / "chaos.jsonl", out / "whole"
     if not (whole / "report.html").exists():
         finish(whole, out / "whole.log")
-        shutil.rmtree(out / "warm", ignore_errors=True)
-    warm = finish(out / "warm", out / "warm.log") if not (out / "warm.json").exists() else None
-    if warm is not None:
-        (out / "warm.json").write_text(json.dumps({"seconds": warm}))
-    seconds = json.loads((out / "warm.json").read_text())["seconds"]
     wanted = digest(whole)
     rows = [json.loads(line) for line in rows_path.read_text().splitlines()] if rows_path.exists() else []
-    wrong = [row for row in rows if row.get("export") is False or row["lost"]]
     for number in range(len(rows), options.kills):
-        rng = random.Random(f"{options.seed}/{number}")
-        # a new run after each round of ways, so that all stages are met
-        workdir = out / f"run_{options.seed}_{number // len(WAYS)}"
-        row = kill(workdir, number, rng, seconds, out)
-        if number % len(WAYS) == len(WAYS) - 1 or number == options.kills - 1:
+        runs = sum("export" in row for row in rows)  # each is whole at its end, and the next one begins
+        workdir = out / f"run_{options.seed}_{runs}"
+        row = kill(workdir, number, random.Random(f"{options.seed}/{number}"), out)
+        if row["code"] == 0 or number == options.kills - 1:
             finish(workdir, out / f"end_{number:03d}.log")
             row["export"] = digest(workdir) == wanted
-        wrong += [row] if row.get("export") is False or row["lost"] else []
+            shutil.rmtree(workdir)
+        rows.append(row)
         with rows_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
+    wrong = [row for row in rows if row.get("export") is False or row["lost"]]
     print(f"{options.kills} kills of seed {options.seed}: {len(wrong)} wrong")
     sys.exit(1 if wrong else 0)
 

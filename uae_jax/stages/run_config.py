@@ -26,7 +26,6 @@ CAPTION_PROMPT = (
 )
 NEGATIVE_PROMPT = "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."
 DETAILS = ("full", "detail", "mixed", "short")
-SPEED_ALONE = ("threads", "workers")  # settings of the data that change no number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +79,17 @@ class DataConfig(Settings):
         choices=("scaled", "full"),
     )
     threads: int = setting(
-        0, "that read and decode images, in each process that does; 0 shares the cores among them; speed alone", low=0
+        0,
+        "that read and decode images, in each process that does; 0 shares the cores among them; speed alone",
+        low=0,
+        free=True,
     )
     workers: int = setting(
-        0, "processes that read and decode beside each process of a run, 0 for none; speed alone", low=0, high=256
+        0,
+        "processes that read and decode beside each process of a run, 0 for none; speed alone",
+        low=0,
+        high=256,
+        free=True,
     )
 
     @property
@@ -243,7 +249,6 @@ class RunConfig(Settings):
         order = self.order()
         upto = order[: [run_name for run_name, _ in order].index(name) + 1]
         values: dict[str, Any] = {part: as_dict(getattr(self, part)) for part in ("model", "data", "sampler", "guard")}
-        values["data"] = {name: value for name, value in values["data"].items() if name not in SPEED_ALONE}
         if self.data.source == "folder" and not self.data.heldout_folder:
             values["evaluation"] = {"images": self.evaluation.images}  # these are taken from the training set
         if self.evaluation.questions and self.guard.understanding_fall:  # the answers may end a stage
