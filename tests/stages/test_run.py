@@ -161,6 +161,7 @@ def test_workdir_holds_what_the_readme_says(finished):
         "report.html",
         "summary.json",
         "checkpoints",
+        "trained",
         "tensorboard",
         "export/llm",
         "export/dit_lora",
@@ -225,6 +226,23 @@ def test_a_stage_that_trains_a_whole_copy_makes_it_of_what_earlier_stages_traine
     )
     pretrain, und_for_gen = run_module.run(values, tmp_path / "run")["stages"]
     assert pretrain["before"] != pretrain["after"] == und_for_gen["after"]
+
+
+def test_finished_stages_leave_what_they_trained_and_the_last_one_can_be_made_longer(finished, config):
+    _, workdir = finished
+    for stage in STAGES[:-1]:
+        assert (workdir / "trained" / stage / "2" / "commit_success.txt").exists()
+        assert [path.name for path in (workdir / "checkpoints" / stage).iterdir()] == ["finished.json"]
+    assert (workdir / "checkpoints" / STAGES[-1] / "2").is_dir() and not (workdir / "trained" / STAGES[-1]).exists()
+    stored = json.loads((workdir / "trained" / "pretrain" / "2" / "state" / "_METADATA").read_text())
+    assert {
+        json.loads(name.replace("'", '"').replace("(", "[").replace(")", "]"))[0] for name in stored["tree_metadata"]
+    } == {
+        "projector",
+        "transformer",
+    }, "no moments"
+    with pytest.raises(ValueError, match="pretrain.steps was 2 and is 3"):
+        run_module.run(changed(config, pretrain=dict(steps=3)), workdir)
 
 
 def test_supervised_training_goes_on_from_a_whole_copy():

@@ -40,7 +40,7 @@ from uae_jax.training.loop import run_stage
 from uae_jax.training.loop_config import Hooks, LoopConfig
 from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import make_optimizer
-from uae_jax.training.records import StageResult, finished_record
+from uae_jax.training.records import StageResult, drop_checkpoints, finished_record, keep_trained, read_trained
 from uae_jax.training.report import write_report
 from uae_jax.training.step import TrainState
 from uae_jax.training.summary import intervals, write_summary
@@ -81,7 +81,10 @@ def run(
             write_json(workdir / "config.json", as_dict(settings))
         writer = MetricWriter(workdir, wandb_project=settings.loop.wandb_project, config=as_dict(settings))
         for name, stage in settings.order():
-            results.append(whole.train_stage(name, stage, writer, results[-1] if results else None))
+            result = whole.train_stage(name, stage, writer, results[-1] if results else None)
+            results.append(dataclasses.replace(result, state=None))  # the moments of its optimizer may go
+            if len(results) > 1:
+                drop_checkpoints(workdir, results[-2].name)
             if name not in finished:  # else the outputs may be those of a later stage
                 summary = _write_outputs(whole, results)
         if not results:
@@ -151,10 +154,13 @@ class Run:
           previous: the stage before; its scores after are this one's before.
         """
         config, rl = self.config.stage(stage), is_rl(stage, self.config)
+        key = trees.name_key(self.key, name)
+        record = finished_record(self.workdir, name, config.steps)
+        if record and self.read_back(name, stage, key):
+            return StageResult(state=None, **record)
         method = make_method(stage, config, self.config.sampler, self.system)
         guard = dataclasses.replace(self.config.guard, kl=getattr(self.config.guard, method.kl_bound))
         optimizer = skip_outliers(make_optimizer(config.optimizer, config.total_updates), guard)
-        key = trees.name_key(self.key, name)
         state = self.start_state(stage, optimizer, key)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(self.mesh, PartitionSpec())
         with contextlib.closing(self.batches(stage, config.batch_size)) as data:
@@ -187,8 +193,26 @@ class Run:
                     seconds_at_peak=self.seconds_at_peak(self.config, stage),
                 ),
             )
+        trained = result.state.params if result.state.ema is None else result.state.ema
+        if self.config.order()[-1][0] != name:  # nothing reads back what the last stage has trained
+            keep_trained(self.workdir, result, trained, stage_identity(self.config, name))
         self.parts = self.trained(result.state)
         return result
+
+    def read_back(self, name: str, stage: str, key: jax.Array) -> bool:
+        """Takes over what a finished stage has trained, without its optimizer; False where that is not on disk."""
+        if not is_rl(stage, self.config):
+            self.parts = with_policy_as_transformer(self.parts)
+        rank = getattr(self.config.stage(stage), "lora_rank", 1)
+        shapes = jax.eval_shape(lambda parts: trainable(parts, self.config.trains(stage), rank, key), self.parts)
+        places = sharding.tree_shardings(shapes, self.mesh)
+        target = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+        )
+        found = read_trained(self.workdir, name, target)
+        if found is not None:
+            self.parts = {**self.parts, **found}
+        return found is not None
 
     def start_state(self, stage: str, optimizer: Any, key: jax.Array) -> TrainState:
         """The state of a stage at step 0. What it trains leaves `self.parts`, and the rest is stored as it asks.

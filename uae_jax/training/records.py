@@ -1,7 +1,12 @@
-"""What a stage leaves on disk beside its checkpoints, and whether a run may continue it."""
+"""What a stage leaves on disk beside its checkpoints, and whether a run may continue it.
+
+`checkpoints/<stage>/finished.json` is the record of a finished stage. `trained/<stage>/` has what it trained, without
+the moments of its optimizer; its checkpoints are deleted when the next stage has finished too.
+"""
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -10,8 +15,10 @@ from typing import Any
 import jax
 
 from uae_jax.settings import differences
+from uae_jax.training import processes
 from uae_jax.training.checkpoint import Checkpoints
 
+PyTree = Any
 Scores = dict[str, Any]
 ADDED = ("contents of model.folder",)  # of an identity; workdirs of earlier versions lack them
 
@@ -57,9 +64,56 @@ def finished_record(workdir: Path, name: str, steps: int = 0) -> dict[str, Any] 
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         whole = record["steps"] >= steps or record["guard"] is not None
-        return record if whole and (folder / str(record["steps"])).is_dir() else None
+        there = any((place / str(record["steps"])).is_dir() for place in (folder, _trained(workdir, name)))
+        return record if whole and there else None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, and the stage continues") from error
+
+
+def _trained(workdir: Path, name: str) -> Path:
+    return Path(workdir) / "trained" / name
+
+
+def keep_trained(workdir: Path, result: StageResult, trained: PyTree, identity: Mapping[str, Any]) -> None:
+    """Writes what a finished stage has trained, unless it is there.
+
+    Args:
+      workdir: the training folder.
+      result: of the stage.
+      trained: its parameters as the following stages read them.
+      identity: of the stage.
+    """
+    with Checkpoints(_trained(workdir, result.name), keep=1) as checkpoints:
+        checkpoints.save(result.steps, trained, {}, {"identity": identity})
+
+
+def read_trained(workdir: Path, name: str, target: PyTree) -> PyTree | None:
+    """What a finished stage has trained; None where that is not on disk, or cannot be read.
+
+    Args:
+      workdir: the training folder.
+      name: stage name.
+      target: its parameters, as arrays or shapes with shardings.
+
+    Raises:
+      ValueError: the arrays on disk differ from the target.
+    """
+    folder = _trained(workdir, name)
+    if not folder.is_dir():
+        return None
+    with Checkpoints(folder, keep=1) as checkpoints:
+        found = checkpoints.restore(target)
+    return None if found is None else found.state
+
+
+def drop_checkpoints(workdir: Path, name: str) -> None:
+    """Deletes the checkpoints of a finished stage whose trained parameters are on disk."""
+    kept = _trained(workdir, name)
+    if jax.process_index() == 0 and any(kept.glob("*/commit_success.txt")):
+        for path in (Path(workdir) / "checkpoints" / name).iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+    processes.wait_for_all(f"checkpoints of {name} dropped")
 
 
 def check_configuration(
@@ -85,6 +139,14 @@ def check_configuration(
     if meta is not None:
         check_identity(folder, meta, identity, free)
         check_steps(folder, done or 0, steps)
+        return
+    kept = _trained(workdir, name)
+    if not kept.is_dir():
+        return
+    with Checkpoints(kept, clean=False) as checkpoints:
+        meta = checkpoints.meta()
+    if meta is not None:  # without its optimizer's moments the stage cannot be made longer
+        check_identity(folder, meta, identity, [field for field in free if not field.endswith(".steps")])
 
 
 def check_steps(folder: Path, done: int, steps: int | None) -> None:

@@ -5,6 +5,8 @@ import os
 import signal
 from collections.abc import Iterator
 
+ANSWER = b"\nstopping: the step under way is finished and saved; a second signal aborts\n"
+
 
 class StopTraining(Exception):  # noqa: N818 - a normal exit, not an error
     """Training was asked to stop, and has saved everything to continue.
@@ -63,6 +65,7 @@ def stop_on_signals(signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, s
     def receive(number: int, frame: object) -> None:
         for each in signals:
             signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
+        os.write(2, ANSWER)  # a signal may arrive inside of a print, which must not be entered twice
         flag.receive(number)
 
     for number in signals:
