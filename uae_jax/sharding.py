@@ -7,6 +7,7 @@ their activations (`nn.constrain`).
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -236,6 +237,40 @@ def host_values(tree: trees.Tree) -> trees.Tree:
         return np.asarray(leaf)
 
     return jax.tree.map(fetch, tree)
+
+
+_row = jax.jit(lambda leaf, row: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False))
+
+
+@functools.cache
+def _gather(mesh: Any, one: bool) -> Callable:
+    """A compiled function that gives every device a whole leaf, or one row of it."""
+    return jax.jit(_row if one else lambda leaf, row: leaf, out_shardings=replicated(mesh))
+
+
+def first_process_value(leaf: Any, row: int | None = None) -> np.ndarray | None:
+    """One leaf, or one row of its first axis, on the host of process 0; None in the others. All call it together.
+
+    Neither host nor devices keep a copy: jax would keep one of `np.asarray(leaf)` as long as the leaf lives.
+    """
+    if not isinstance(leaf, jax.Array):
+        return (np.asarray(leaf) if row is None else np.asarray(leaf[row])) if jax.process_index() == 0 else None
+    placed = leaf.sharding
+    if not (leaf.is_fully_addressable or leaf.is_fully_replicated) and isinstance(placed, NamedSharding):
+        gathered = _gather(placed.mesh, row is not None)(leaf, row or 0)
+        jax.block_until_ready(gathered)  # a process that writes nothing would ask for all leaves at once
+        return np.asarray(gathered.addressable_data(0)) if jax.process_index() == 0 else None
+    if jax.process_index():
+        return None
+    if leaf.is_fully_replicated:
+        leaf = leaf.addressable_data(0)
+    devices = leaf.devices()
+    if len(devices) == 1 and next(iter(devices)).platform == "cpu":  # the host's own memory
+        return np.asarray(leaf if row is None else np.asarray(leaf)[row])
+    if row is not None:
+        return np.asarray(_row(leaf, row))
+    shards = [shard.data for shard in leaf.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards))
 
 
 def batch_slice(mesh: Mesh, process: int | None = None) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import weakref
 
 import jax
 import large_folder
@@ -88,14 +89,30 @@ def test_a_device_that_is_not_this_process_s_own_is_not_read_for(folder, monkeyp
     copied, copy = [], rules._copy
     monkeypatch.setattr(rules, "_copy", lambda source, target: (copied.append(target.size), copy(source, target)))
 
-    def only_first(shape, sharding, callback, dtype):
-        first = next(iter(sharding.devices_indices_map(shape).values()))
-        return callback(first)
-
-    monkeypatch.setattr(jax, "make_array_from_callback", only_first)
+    shards = rules.local_shards
+    monkeypatch.setattr(rules, "local_shards", lambda sharding, shape: shards(sharding, shape)[:1])
+    monkeypatch.setattr(jax, "make_array_from_single_device_arrays", lambda shape, sharding, placed: placed[0])
     block = load_params(folder, RULES, ABSTRACT, placement=placement(SPECS[0]))["layers"]["kernel"]
     np.testing.assert_array_equal(block, PARAMS["layers"]["kernel"][:2, :, :64])
     assert copied[:2] == [256 * 64, 256 * 64]
+
+
+def test_the_host_holds_one_shard_at_a_time(folder, monkeypatch):
+    alive, most, block, put = set(), 0, rules._Stored._block, jax.device_put
+
+    def counted(self, index, dtype):
+        nonlocal most
+        made = block(self, index, dtype)
+        alive.add(id(made))
+        weakref.finalize(made, alive.discard, id(made))
+        most = max(most, len(alive))
+        return made
+
+    monkeypatch.setattr(rules._Stored, "_block", counted)
+    # as another device does, and the CPU does not always
+    monkeypatch.setattr(jax, "device_put", lambda value, device: put(value.copy(), device))
+    load_params(folder, RULES, ABSTRACT, placement=placement(SPECS[0]))
+    assert most <= 2 and not alive  # the one that is made, and the name of the one before
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -1,15 +1,18 @@
 """A model folder goes straight to its mesh; cut over several devices it says and draws the same."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stage_pieces import changed, make_run
+from stage_pieces import changed, make_run, nudged
 
 from uae_jax import sharding, trees
 from uae_jax.data import scenes
-from uae_jax.methods.trained import STORABLE, stored
+from uae_jax.methods.trained import STORABLE, store, stored
 from uae_jax.sharding import MeshConfig, make_mesh
+from uae_jax.stages.export import export_system
 from uae_jax.stages.inference import Inference, InferenceConfig, Row
 from uae_jax.stages.weights import ModelConfig, load_system
 
@@ -67,10 +70,41 @@ def test_a_run_reads_what_nothing_trains_in_the_precision_in_which_it_is_held(co
         jax.tree.map(np.testing.assert_array_equal, run.parts[name], rounded)
 
 
-def test_adapters_are_merged_into_weights_in_float32(config, tmp_path):
-    values = changed(config, model=dict(frozen_dtype="bfloat16", merge_adapters=True), stages=("gen_for_und",))
-    run = make_run(values, tmp_path)
-    assert {leaf.dtype.name for name in STORABLE for leaf in jax.tree.leaves(run.parts[name])} == {"float32"}
+@pytest.mark.parametrize("devices", [0, 1])
+def test_adapters_are_merged_in_float32_and_the_sum_is_rounded_once(whole, tmp_path, devices):
+    adapters = {name: nudged(whole.parts[name]) for name in ("language_lora", "transformer_lora")}
+    export_system(whole.system, dict(whole.parts) | adapters, tmp_path)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:devices]) if devices else None
+    settings = dict(folder=str(tmp_path), merge_adapters=True, frozen_dtype="bfloat16")
+    exact = load_system(ModelConfig(**settings), image_size=16, mesh=mesh).parts
+    found = load_system(ModelConfig(**settings), image_size=16, mesh=mesh, frozen=set(STORABLE) - {"projector"}).parts
+    for name in STORABLE:
+        dtype = "float32" if name == "projector" else "bfloat16"
+        for leaf, value in trees.flatten(found[name]).items():
+            assert value.dtype == dtype, leaf
+            np.testing.assert_array_equal(value, np.asarray(trees.flatten(exact[name])[leaf]).astype(dtype))
+
+
+def test_a_part_that_a_stage_freezes_is_never_twice_in_memory(monkeypatch):
+    leaves = {f"layer{number}": jnp.full(1000, number, jnp.float32) for number in range(8)}
+    alive = [weakref.ref(leaf) for leaf in leaves.values()]
+    parts, most = {"language": leaves, "vae": {"kernel": jnp.zeros(3)}, "vision": {"kernel": jnp.zeros(2)}}, 0
+    del leaves
+    astype = type(parts["vae"]["kernel"]).astype
+
+    def counted(leaf, dtype):
+        nonlocal most
+        rounded = astype(leaf, dtype)
+        halved.append(weakref.ref(rounded))
+        most = max(most, sum(ref() is not None for ref in (*alive, *halved)))
+        return rounded
+
+    halved: list = []
+    monkeypatch.setattr(type(parts["vae"]["kernel"]), "astype", counted)
+    store(parts, {"vision"}, "bfloat16")
+    assert most == len(alive) + 1
+    kinds = {name: {leaf.dtype.name for leaf in jax.tree.leaves(part)} for name, part in parts.items()}
+    assert kinds == {"language": {"bfloat16"}, "vae": {"float32"}, "vision": {"float32"}}
 
 
 def test_inference_over_several_devices_says_and_draws_the_same(model_folder, monkeypatch):

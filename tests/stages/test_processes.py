@@ -17,6 +17,8 @@ import pytest
 from programs import compiler_flags
 from stage_pieces import STAGES, changed, check_same_step, linear, make_run, one_step
 
+from uae_jax.stages.export import export_system
+
 HERE = pathlib.Path(__file__).parent
 CONFIG_FILE = """import json, pathlib, ml_collections
 def get_config(argument=None):
@@ -71,9 +73,24 @@ def finish(started: list[subprocess.Popen], folder: pathlib.Path, seconds: float
 
 
 @pytest.fixture(scope="module")
-def alone(config, tmp_path_factory):
-    run = make_run(linear(config), tmp_path_factory.mktemp("alone"))
-    return functools.cache(lambda stage: one_step(run, stage))
+def run_alone(config, tmp_path_factory):
+    return make_run(linear(config), tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module")
+def alone(run_alone):
+    return functools.cache(lambda stage: one_step(run_alone, stage))
+
+
+@pytest.fixture(scope="module")
+def exported(run_alone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "export"
+    export_system(run_alone.system, run_alone.parts, folder)
+    return contents(folder)
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +102,7 @@ def alone(config, tmp_path_factory):
         (2, 1, dict(data=1, fsdp=1, tensor=2), ("pretrain",)),
     ],
 )
-def test_processes_do_not_change_a_step(config, alone, tmp_path, count, devices, mesh, stages):
+def test_processes_do_not_change_a_step_or_an_export(config, alone, exported, tmp_path, count, devices, mesh, stages):
     (tmp_path / "config.json").write_text(json.dumps(changed(linear(config), mesh=mesh)))
     started = start(
         count,
@@ -107,6 +124,7 @@ def test_processes_do_not_change_a_step(config, alone, tmp_path, count, devices,
     found = pickle.loads((tmp_path / "result").read_bytes())
     for stage in stages:
         check_same_step(alone(stage), found[stage])
+    assert contents(tmp_path / "export") == exported
 
 
 def steps_done(workdir: pathlib.Path) -> int:

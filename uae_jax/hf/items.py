@@ -1,16 +1,26 @@
 """Tensors read at the time of writing, so that a model larger than memory can go from file to file."""
 
 import dataclasses
+import json
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
+from uae_jax import trees
 from uae_jax.hf.finite import count_non_finite
-from uae_jax.hf.safetensors import Tensors, dtype_name, write_tensors
+from uae_jax.hf.rules import Rule
+from uae_jax.hf.safetensors import DTYPES, Tensors, dtype_name, shard_files
+
+# makes the numpy array of a leaf, or of one row of its first axis; None where another process has it
+Fetch = Callable[[Any, int | None], np.ndarray | None]
+STORED = {np.dtype(kind).name: name for name, kind in DTYPES.items()}
+# precisions in the order of safetensors' own writer, by which all tensors of a file are aligned
+ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +82,36 @@ def cast(items: Iterable[Item], dtype: DTypeLike | None) -> list[Item]:
     ]
 
 
+def _row(leaf: Any, row: int | None) -> np.ndarray:
+    return np.asarray(leaf if row is None else leaf[row])
+
+
+def published_items(params: trees.Tree, rules: Sequence[Rule], dtype: DTypeLike, fetch: Fetch = _row) -> list[Item]:
+    """The published tensors of a model's parameters as items, fetched one at a time; see `rules.published_tensors`.
+
+    Args:
+      params: nested dictionaries of arrays.
+      rules: the model's table.
+      dtype: precision to cast to.
+      fetch: makes the numpy array of a leaf, or of one row of stacked layers.
+    """
+    leaves = trees.flatten(params)
+    return [
+        _published(leaves[rule.ours], rule, None if rule.layers is None else row, source, np.dtype(dtype), fetch)
+        for rule in rules
+        for row, source in enumerate(rule.sources())
+    ]
+
+
+def _published(leaf: Any, rule: Rule, row: int | None, source: str, dtype: np.dtype, fetch: Fetch) -> Item:
+    def read() -> np.ndarray:
+        tensor = fetch(leaf, row)
+        return np.empty(0, dtype) if tensor is None else rule.to_theirs(tensor.astype(dtype, copy=False))
+
+    shape = rule.to_theirs(np.broadcast_to(np.int8(0), leaf.shape if row is None else leaf.shape[1:])).shape
+    return Item(source, shape, dtype, read, f"parameter {source}")
+
+
 def write_items(
     folder: str | pathlib.Path,
     items: Sequence[Item],
@@ -80,8 +120,9 @@ def write_items(
     max_shard_bytes: float = 5e9,
     shards: int = 0,
     report: Callable[[int], None] = lambda count: None,
+    finite: bool = True,
 ) -> list[pathlib.Path]:
-    """Writes items by `hf.safetensors.write_tensors`, and reads each item just before.
+    """Writes items as `hf.safetensors.write_tensors` does arrays, byte for byte, with one of them in memory at a time.
 
     Args:
       folder: created if absent.
@@ -90,6 +131,7 @@ def write_items(
       max_shard_bytes: size limit of one file.
       shards: number of files of about equal size, in place of the size limit; 0 keeps the limit.
       report: called with the bytes of each tensor.
+      finite: refuse NaN and infinity.
 
     Returns:
       The files written.
@@ -98,20 +140,66 @@ def write_items(
       ValueError: a tensor holds NaN or infinity; the message has its file and name.
     """
 
-    def read() -> Iterator[tuple[str, np.ndarray]]:
-        for item in items:
-            tensor = item.read()
-            bad = count_non_finite(tensor)
-            if bad:
-                raise ValueError(
-                    f"{item.source} holds NaN or infinity ({bad:,} of {tensor.size:,} numbers); copy the file again "
-                    "or train from an older checkpoint"
-                )
-            yield item.name, tensor
-            report(item.nbytes)
+    def checked(item: Item) -> np.ndarray:
+        tensor = item.read()
+        bad = count_non_finite(tensor)
+        if bad:
+            raise ValueError(
+                f"{item.source} holds NaN or infinity ({bad:,} of {tensor.size:,} numbers); copy the file again "
+                "or train from an older checkpoint"
+            )
+        return tensor
 
-    limit, starts = (math.inf, _starts(items, shards)) if shards else (max_shard_bytes, ())
-    return write_tensors(folder, read(), stem=stem, max_shard_bytes=limit, starts=starts)
+    limit, starts = (math.inf, _starts(items, shards)) if shards else (max_shard_bytes, set())
+    with shard_files(folder, stem) as files:
+        for group in _groups(items, limit, starts):
+            file = files.new([item.name for item in group], sum(item.nbytes for item in group))
+            _write_file(file, group, checked if finite else _unchecked, report)
+        return files.publish()
+
+
+def _unchecked(item: Item) -> np.ndarray:
+    return item.read()
+
+
+def _groups(items: Sequence[Item], limit: float, starts: set[str]) -> list[list[Item]]:
+    """The items of each file, in order."""
+    groups: list[list[Item]] = [[]]
+    held = 0
+    for item in items:
+        if groups[-1] and (item.name in starts or held + item.nbytes > limit):
+            groups.append([])
+            held = 0
+        groups[-1].append(item)
+        held += item.nbytes
+    return groups
+
+
+def _write_file(
+    file: pathlib.Path, items: Sequence[Item], read: Callable[[Item], np.ndarray], report: Callable[[int], None]
+) -> None:
+    """One safetensors file, byte for byte that of safetensors' own writer; each tensor goes to its place at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for item in sorted(items, key=lambda item: (ORDER.index(STORED[item.dtype.name]), item.name)):
+        kind, starts[item.name] = STORED[item.dtype.name], end
+        end += item.nbytes
+        header[item.name] = {"dtype": kind, "shape": item.shape, "data_offsets": [starts[item.name], end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for item in items:
+            tensor = read(item)
+            if tensor.shape != item.shape or tensor.dtype != item.dtype:
+                raise ValueError(
+                    f"{item.source} is {tensor.dtype}{list(tensor.shape)} and was announced as "
+                    f"{item.dtype}{list(item.shape)}; write again while nothing changes the source"
+                )
+            stream.seek(8 + len(text) + starts[item.name])
+            stream.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+            del tensor
+            report(item.nbytes)
 
 
 def _starts(items: Sequence[Item], shards: int) -> set[str]:

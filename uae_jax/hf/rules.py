@@ -91,7 +91,7 @@ def load_params(
     """Reads every parameter of a model, after checking that names and shapes agree both ways.
 
     Parameters are read one after the other; of each, a process reads only what its devices hold. With a placement, host
-    memory holds at most one parameter and the pages of one of its tensors.
+    memory holds at most one shard of a parameter and the pages of one of its tensors.
 
     Args:
       folder: the tensors.
@@ -223,6 +223,16 @@ def _blank(shape: tuple[int, ...]) -> np.ndarray:
     return np.broadcast_to(np.zeros((), np.int8), shape)
 
 
+def local_shards(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> list[tuple[tuple[slice, ...], list[Any]]]:
+    """The different shards of this process, each with the devices that hold it."""
+    found: dict[tuple, tuple[tuple[slice, ...], list[Any]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        index = index or ()  # of a scalar
+        key = tuple(part.indices(size) for part, size in zip(index, shape))
+        found.setdefault(key, (index, []))[1].append(device)
+    return list(found.values())
+
+
 @dataclasses.dataclass(frozen=True)
 class _Stored:
     """One of our parameters in its folder.
@@ -242,19 +252,13 @@ class _Stored:
     dtype: DTypeLike | None
 
     def place(self, sharding: jax.sharding.Sharding) -> jax.Array:
-        """The parameter on its devices; a shard of several devices is read once."""
-        dtype, blocks = self._dtype(), {}
-
-        def block(index: tuple[slice, ...] | None) -> np.ndarray:
-            index = index or ()  # of a scalar
-            key = tuple(part.indices(size) for part, size in zip(index, self.shape))
-            if key not in blocks:
-                blocks[key] = self._block(index, dtype)
-            return blocks[key]
-
-        array = jax.make_array_from_callback(self.shape, sharding, block, dtype=dtype)
-        # the host's copy has to stay until the devices have theirs, and to go before the next parameter is read
-        return jax.block_until_ready(array)
+        """The parameter on its devices; a shard of several devices is read once, and gone before the next is read."""
+        dtype, placed = self._dtype(), []
+        for index, devices in local_shards(sharding, self.shape):
+            block = self._block(index, dtype)
+            # the host's copy has to stay until the devices have theirs
+            placed += jax.block_until_ready([jax.device_put(block, device) for device in devices])
+        return jax.make_array_from_single_device_arrays(self.shape, sharding, placed)
 
     def read(self) -> np.ndarray:
         """The complete parameter on the host."""

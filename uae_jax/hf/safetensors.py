@@ -1,5 +1,6 @@
 """Folders of safetensors files, single or sharded with an index, read tensor by tensor and written back."""
 
+import contextlib
 import json
 import pathlib
 import re
@@ -171,48 +172,70 @@ def write_tensors(
     Returns:
       The files written.
     """
-    folder = pathlib.Path(folder)
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = _ShardWriter(folder, stem)
-    try:
+    with shard_files(folder, stem) as files:
+        writer = _ShardWriter(files)
         for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
             if writer.shard and (name in starts or writer.shard_bytes + tensor.nbytes > max_shard_bytes):
                 writer.flush()
             writer.add(name, tensor)
         writer.flush()
-        return writer.publish()
-    except BaseException:
-        writer.discard()
-        if made:
-            folder.rmdir()
-        raise
+        return files.publish()
 
 
 class _ShardWriter:
-    """Shards under temporary names; a final name contains the number of shards, known only after the last one."""
+    """Collects the tensors of one shard."""
 
-    def __init__(self, folder: pathlib.Path, stem: str):
-        self.folder, self.stem = folder, stem
+    def __init__(self, files: "ShardFiles"):
+        self.files = files
         self.shard: dict[str, np.ndarray] = {}
-        self.shard_bytes = self.total_bytes = 0
-        self.written: list[tuple[pathlib.Path, list[str]]] = []
+        self.shard_bytes = 0
 
     def add(self, name: str, tensor: np.ndarray) -> None:
         self.shard[name] = np.asarray(tensor, order="C")  # keeps scalars scalar
         self.shard_bytes += tensor.nbytes
 
     def flush(self) -> None:
-        file = self.folder / f".{self.stem}-{len(self.written):05d}.tmp"
-        self.written.append((file, list(self.shard)))
+        file = self.files.new(list(self.shard), self.shard_bytes)
         file.touch()
         mode = file.stat().st_mode  # the default of new files; safetensors would write files for the owner alone
         save_file(self.shard, file, metadata={"format": "pt"})
         file.chmod(mode)
-        self.total_bytes += self.shard_bytes
         self.shard, self.shard_bytes = {}, 0
 
+
+@contextlib.contextmanager
+def shard_files(folder: str | pathlib.Path, stem: str) -> Iterator["ShardFiles"]:
+    """Files to write in a folder, which is made if absent; an error deletes them and leaves the older ones."""
+    folder = pathlib.Path(folder)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    files = ShardFiles(folder, stem)
+    try:
+        yield files
+    except BaseException:
+        files.discard()
+        if made:
+            folder.rmdir()
+        raise
+
+
+class ShardFiles:
+    """Shards under temporary names; a final name contains the number of shards, known only after the last one."""
+
+    def __init__(self, folder: pathlib.Path, stem: str):
+        self.folder, self.stem = folder, stem
+        self.total_bytes = 0
+        self.written: list[tuple[pathlib.Path, list[str]]] = []
+
+    def new(self, names: list[str], nbytes: int) -> pathlib.Path:
+        """The temporary path of the next shard, which holds these tensors of so many bytes."""
+        file = self.folder / f".{self.stem}-{len(self.written):05d}.tmp"
+        self.written.append((file, names))
+        self.total_bytes += nbytes
+        return file
+
     def publish(self) -> list[pathlib.Path]:
+        """Gives the shards their names, writes their index, and deletes older files of the same stem."""
         total = len(self.written)
         names = (
             [f"{self.stem}.safetensors"]
@@ -237,5 +260,6 @@ class _ShardWriter:
         return [self.folder / name for name in names]
 
     def discard(self) -> None:
+        """Deletes what has no final name yet."""
         for file, _ in self.written:
             file.unlink(missing_ok=True)

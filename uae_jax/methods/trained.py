@@ -93,6 +93,20 @@ def stored(parts: Mapping, needed: Collection[str], dtype: str) -> dict:
     }
 
 
+def store(parts: dict, needed: Collection[str], dtype: str) -> None:
+    """`stored` in place: a leaf in its old precision is gone before the next is cast, if nothing else holds it.
+
+    Args:
+      parts: the frozen parts, arrays; those that are cast get new dictionaries.
+      needed, dtype: of `stored`.
+    """
+    for name in [name for name in parts if name in STORABLE and name not in needed]:
+        leaves = trees.flatten(parts.pop(name))
+        for leaf in leaves:
+            leaves[leaf] = leaves[leaf].astype(dtype)
+        parts[name] = trees.unflatten(leaves)
+
+
 def with_policy_as_transformer(parts: Mapping) -> dict:
     """The parts with the fully fine-tuned transformer, if any, in place of its reference.
 

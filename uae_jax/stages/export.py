@@ -8,55 +8,78 @@ import jax
 import numpy as np
 from numpy.typing import DTypeLike
 
+from uae_jax import sharding
 from uae_jax.files.json_files import read_json, write_json
-from uae_jax.hf.rules import published_tensors
-from uae_jax.hf.safetensors import write_tensors
+from uae_jax.hf.items import Item, published_items, write_items
+from uae_jax.hf.rules import Rule
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import weights as sd3_weights
+from uae_jax.stages.folders.files import copy_again, step_back, take_place
 from uae_jax.stages.folders.parts import with_dtype
 from uae_jax.stages.weights import ENCODERS, REFERENCE, System, config_folder
+
+STEMS = {"dit": "diffusion_pytorch_model", "llm_lora": "adapter_model", "dit_lora": "adapter_model"}
 
 
 def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: DTypeLike = np.float32) -> None:
     """Writes a model in the official layout; frozen parts are copied from the system's folder.
 
+    All processes of a run call it together. Tensors are gathered one at a time, and process 0 alone keeps and writes
+    them: its host holds one tensor, and no device more than one besides the model.
+
     Args:
       system: the description, and the folder of the unchanged parts.
       parts: parameters to write.
-      folder: replaced completely, once everything is written.
+      folder: replaced completely, once everything is written; a kill before leaves the old one whole.
       dtype: stored precision of the trained parts.
     """
     dtype = np.dtype(dtype)
+    outputs = _outputs(system, parts, dtype)
+    if jax.process_index():
+        for items in outputs.values():
+            for item in items:
+                item.read()
+        return
+    step_back(folder)
     fresh = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    captioner, parts = system.model.captioner, jax.device_get(dict(parts))
+    for name, items in outputs.items():
+        write_items(fresh / name, items, stem=STEMS.get(name, "model"), finite=False)
+    for name in {"llm", REFERENCE} & set(outputs):
+        _write_captioner_config(system, fresh / name, dtype)
+    _write_other_configs(system, parts, fresh)
+    for name in ("llm_processor", "SD3", *ENCODERS):
+        if (system.folder / name).is_dir():
+            skip = shutil.ignore_patterns("transformer")
+            copy = copy_again(fresh, folder)
+            shutil.copytree(system.folder / name, fresh / name, ignore=skip, copy_function=copy)
+    take_place(fresh, folder)
+
+
+def _outputs(system: System, parts: Mapping, dtype: np.dtype) -> dict[str, list[Item]]:
+    """The tensors of each folder of weights, in the order of writing."""
+    captioner, transformer = system.model.captioner, system.model.transformer
+
+    def items(params: Mapping, rules: list[Rule]) -> list[Item]:
+        return published_items(params, rules, dtype, sharding.first_process_value)
+
     # the trained copy writes captions, and the reference encodes them for the decoder
     languages = {"llm": parts["language"]}
     if "language_policy" in parts:
         languages = {"llm": parts["language_policy"], REFERENCE: parts["language"]}
-    for name, language in languages.items():
-        whole = {"vision": parts["vision"], "language": language, "projector": parts["projector"]}
-        write_tensors(fresh / name, qwen_weights.tensors(captioner, whole, dtype))
-        _write_captioner_config(system, fresh / name, dtype)
-    if "language_lora" in parts:
-        write_tensors(
-            fresh / "llm_lora",
-            qwen_weights.adapter_tensors(captioner, parts["language_lora"], dtype=dtype),
-            stem="adapter_model",
-        )
-        write_json(
-            fresh / "llm_lora" / "adapter_config.json",
-            qwen_weights.adapter_config(captioner, parts["language_lora"]),
-            indent=1,
-        )
-    _export_transformer(system, parts, fresh, dtype)
-    for name in ("llm_processor", "SD3", *ENCODERS):
-        if (system.folder / name).is_dir():
-            skip = shutil.ignore_patterns("transformer")
-            shutil.copytree(system.folder / name, fresh / name, ignore=skip)
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    table = qwen_weights.rules(captioner, projector=True)
+    outputs = {
+        name: items({"vision": parts["vision"], "language": language, "projector": parts["projector"]}, table)
+        for name, language in languages.items()
+    }
+    if adapter := parts.get("language_lora"):
+        outputs["llm_lora"] = items(adapter, qwen_weights.rules_of_adapter(captioner, adapter))
+    weights = parts.get("transformer_policy", parts["transformer"])
+    outputs["dit"] = items(weights, sd3_weights.transformer_rules(transformer))
+    if adapter := parts.get("transformer_lora"):
+        outputs["dit_lora"] = items(adapter, sd3_weights.adapter_rules(transformer, adapter))
+    return outputs
 
 
 def _write_captioner_config(system: System, folder: pathlib.Path, dtype: np.dtype) -> None:
@@ -67,12 +90,13 @@ def _write_captioner_config(system: System, folder: pathlib.Path, dtype: np.dtyp
     write_json(folder / "config.json", with_dtype(read_json(source), dtype.name), indent=1)
 
 
-def _export_transformer(system: System, parts: Mapping, folder: pathlib.Path, dtype: np.dtype) -> None:
-    config, stem = system.model.transformer, "diffusion_pytorch_model"
-    weights = parts.get("transformer_policy", parts["transformer"])
-    write_tensors(folder / "dit", published_tensors(weights, sd3_weights.transformer_rules(config), dtype), stem=stem)
-    write_json(folder / "dit" / "config.json", config.published(), indent=1)
-    if "transformer_lora" in parts:
-        adapter = parts["transformer_lora"]
-        write_tensors(folder / "dit_lora", sd3_weights.adapter_tensors(config, adapter, dtype), stem="adapter_model")
-        write_json(folder / "dit_lora" / "adapter_config.json", sd3_weights.adapter_config(config, adapter), indent=1)
+def _write_other_configs(system: System, parts: Mapping, folder: pathlib.Path) -> None:
+    """The settings of the transformer and of the adapters."""
+    captioner, transformer = system.model.captioner, system.model.transformer
+    write_json(folder / "dit" / "config.json", transformer.published(), indent=1)
+    if adapter := parts.get("language_lora"):
+        content = qwen_weights.adapter_config(captioner, adapter)
+        write_json(folder / "llm_lora" / "adapter_config.json", content, indent=1)
+    if adapter := parts.get("transformer_lora"):
+        content = sd3_weights.adapter_config(transformer, adapter)
+        write_json(folder / "dit_lora" / "adapter_config.json", content, indent=1)

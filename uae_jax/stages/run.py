@@ -23,7 +23,7 @@ from uae_jax.data.sources import SceneSource, Source
 from uae_jax.files.json_files import write_json
 from uae_jax.methods.method import build_step, make_method, start_of
 from uae_jax.methods.stage_settings import denoising
-from uae_jax.methods.trained import stored, trainable, with_policy_as_transformer
+from uae_jax.methods.trained import store, trainable, with_policy_as_transformer
 from uae_jax.settings import as_dict
 from uae_jax.stages.checks import checked_config, missing_captions, stage_identity
 from uae_jax.stages.data import check_same_images, few_images, open_data, row_builder
@@ -82,7 +82,9 @@ def run(
         writer = MetricWriter(workdir, wandb_project=settings.loop.wandb_project, config=as_dict(settings))
         for name, stage in settings.order():
             result = whole.train_stage(name, stage, writer, results[-1] if results else None)
-            results.append(dataclasses.replace(result, state=None))  # the moments of its optimizer may go
+            # the next stage goes on from `whole.parts`; the optimizer's moments of this one would stay on the devices
+            results.append(dataclasses.replace(result, state=None))
+            del result
             if len(results) > 1:
                 drop_checkpoints(workdir, results[-2].name)
             if name not in finished:  # else the outputs may be those of a later stage
@@ -227,9 +229,7 @@ class Run:
         state = sharding.make_on(self.mesh, lambda parts: start_of(parts, optimizer, config), start)
         parts, self.parts = {name: part for name, part in self.parts.items() if name not in start}, {}
         del start
-        needed, dtype = self.config.trained_from(stage), self.config.model.frozen_dtype
-        for name in list(parts):  # one by one: a part is gone before the next is copied
-            parts |= stored({name: parts.pop(name)}, needed, dtype)
+        store(parts, self.config.trained_from(stage), self.config.model.frozen_dtype)
         self.parts = parts
         return state
 
@@ -322,9 +322,8 @@ def tell(lines: Iterable[str], notes: Iterable[str]) -> None:
 
 
 def _write_outputs(whole: Run, results: list[StageResult]) -> dict[str, Any]:
-    parts = sharding.host_values(whole.parts) if jax.process_count() > 1 and whole.config.stages else whole.parts
-    if jax.process_index() == 0 and whole.config.stages:
-        export_system(whole.system, parts, whole.workdir / "export", np.float32)
+    if whole.config.stages:
+        export_system(whole.system, whole.parts, whole.workdir / "export", whole.config.loop.export_dtype)
     summary = write_summary(
         whole.workdir,
         preset=whole.config.preset,

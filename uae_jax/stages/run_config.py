@@ -14,7 +14,7 @@ from uae_jax.settings import LAST_SEED, Settings, as_dict, free_fields, sections
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages.evaluation import EvaluationConfig
 from uae_jax.stages.inference_config import deciding_condition
-from uae_jax.stages.weights import ModelConfig
+from uae_jax.stages.weights import PRECISIONS, ModelConfig
 from uae_jax.training.guard import GuardConfig
 from uae_jax.training.watch import traced_steps
 
@@ -136,6 +136,7 @@ class LoopSettings(Settings):
         30.0, "all stacks are written after so long without a step or score; 0 for never", unit="minutes", low=0
     )
     profile: str = setting("", "FIRST:LAST, the steps of each stage that are traced for a profiler; empty for none")
+    export_dtype: str = setting("float32", "precision of the trained weights in export/", choices=PRECISIONS)
     wandb_project: str = setting("", "Weights & Biases project; empty for none")
 
     def problems(self) -> Iterator[str]:

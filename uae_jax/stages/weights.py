@@ -23,6 +23,7 @@ from uae_jax.diffusion.schedule import ScheduleConfig
 from uae_jax.hf.formats import other_format
 from uae_jax.hf.hub import local_folder
 from uae_jax.hf.rules import Placement
+from uae_jax.methods.trained import store
 from uae_jax.models import uae
 from uae_jax.models.condition import ConditionTemplate
 from uae_jax.models.encoders.weights import pooled_empty_prompt
@@ -199,18 +200,19 @@ def _load_models(
     # its two text towers are on the host only until the vector is known, so they come before all that stays
     pooled = pooled_empty_prompt([folder / "SD3" / name for name in ("text_encoder", "text_encoder_2")])
     overrides = dict(dtype=config.dtype, remat=config.remat, lora_alpha=config.lora_alpha)
-    # an adapter is added to weights in float32
-    frozen = () if config.merge_adapters else frozen
-    precision = {
-        name: np.dtype(config.frozen_dtype if name in frozen else np.float32) for name in (*CAPTIONER, "transformer")
-    }
-    stored = precision | {"language": np.dtype(np.float32)} if trained_whole else precision
+    held, precision = _precisions(folder, config, frozen)
+    stored = precision | {"language": np.dtype(np.float32)} if trained_whole and config.adapters else precision
     captioner, parts = _load_captioner(folder, overrides, _placement(mesh), stored)
     if trained_whole:
-        parts |= {"language_policy": parts["language"]} if config.adapters else {}
+        language = parts.pop("language")
+        parts |= {"language_policy": language} if config.adapters else {}
+        del language
         parts["language"] = qwen_weights.load_language(
             folder / REFERENCE, captioner, precision["language"], _placement(mesh)
         )
+    if config.adapters and (folder / "llm_lora").is_dir():
+        captioner = _add_language_adapter(folder / "llm_lora", captioner, parts, config.merge_adapters, mesh)
+        store(parts, held, config.frozen_dtype)
     transformer_folder = folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer"
     transformer, parts["transformer"] = sd3_weights.load_transformer(
         transformer_folder,
@@ -221,11 +223,25 @@ def _load_models(
     vae, parts["vae"] = sd3_weights.load_vae(folder / "SD3" / "vae", placement=_placement(mesh, "vae"))
     parts["pooled"] = _placed("pooled", pooled, mesh)
     _check_widths(folder, transformer_folder, parts, transformer, vae)
-    if config.adapters and (folder / "llm_lora").is_dir():
-        captioner = _add_language_adapter(folder / "llm_lora", captioner, parts, config.merge_adapters, mesh)
     if config.adapters and (folder / "dit_lora").is_dir():
         transformer = _add_transformer_adapter(folder / "dit_lora", transformer, parts, config.merge_adapters, mesh)
+        store(parts, held, config.frozen_dtype)
     return captioner, transformer, vae, parts
+
+
+def _precisions(
+    folder: pathlib.Path, config: ModelConfig, frozen: Collection[str]
+) -> tuple[set[str], dict[str, np.dtype]]:
+    """The parts that stay float32, and the precision in which each part is read.
+
+    An adapter is added to weights in float32, and the sum is then rounded once.
+    """
+    names = (*CAPTIONER, "transformer")
+    held, merged = {str(name) for name in names if name not in frozen}, set()
+    if config.merge_adapters and config.adapters:
+        merged |= {"vision", "language"} if (folder / "llm_lora").is_dir() else set()
+        merged |= {"transformer"} if (folder / "dit_lora").is_dir() else set()
+    return held, {name: np.dtype(np.float32 if name in held | merged else config.frozen_dtype) for name in names}
 
 
 def _placement(mesh: Mesh | None, part: str = "") -> Placement | None:

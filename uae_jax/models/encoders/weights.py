@@ -301,4 +301,5 @@ def pooled_empty_prompt(folders: Sequence[str | pathlib.Path]) -> Float[np.ndarr
         text = config.text if isinstance(config, CLIPConfig) else config
         with jax.default_matmul_precision("highest"):
             parts.append(_text_features(config, params, empty_prompt_ids(text))[0])
+        del params  # before the next tower is read
     return np.concatenate([np.asarray(part, np.float32) for part in parts])

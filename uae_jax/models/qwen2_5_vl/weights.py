@@ -338,9 +338,14 @@ def adapter_tensors(
     config: Qwen2_5VLConfig, adapter: Mapping, prefix: str = ADAPTER_PREFIX, dtype: DTypeLike | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Names and arrays of an adapter as peft saves it; the inverse of `load_adapter`."""
+    return published_tensors(adapter, rules_of_adapter(config, adapter, prefix), numpy_dtype(dtype))
+
+
+def rules_of_adapter(config: Qwen2_5VLConfig, adapter: Mapping, prefix: str = ADAPTER_PREFIX) -> list[Rule]:
+    """The table of the modules that an adapter has."""
     leaves = trees.flatten(adapter)
     modules = tuple(ours for ours in MODULES if f"layers/{ours}/a" in leaves)
-    return published_tensors(adapter, adapter_rules(config.text.layers, modules, prefix), numpy_dtype(dtype))
+    return adapter_rules(config.text.layers, modules, prefix)
 
 
 def adapter_config(config: Qwen2_5VLConfig, adapter: Mapping) -> dict:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from uae_jax.hf.file_sets import index_of
 from uae_jax.stages.folders.parts import Part, find_parts, part_tensors
@@ -64,6 +64,24 @@ def copy_file(source: pathlib.Path, folder: pathlib.Path, *, link: bool = False)
     shutil.copy2(source, target)
 
 
+def copy_again(fresh: pathlib.Path, older: pathlib.Path) -> Callable[[str, str], None]:
+    """A copy function for `shutil.copytree` into `fresh`, which is to replace `older`.
+
+    A file that `older` has from the same source, by size and time, gets a second name instead of a second copy.
+    """
+
+    def copy(source: str, target: str) -> None:
+        again = older / pathlib.Path(target).relative_to(fresh)
+        with contextlib.suppress(OSError):  # absent, or a disk without hard links
+            here, there = pathlib.Path(source).stat(), again.lstat()
+            if (here.st_size, here.st_mtime_ns) == (there.st_size, there.st_mtime_ns) and again.is_file():
+                os.link(again, target)
+                return
+        shutil.copy2(source, target)
+
+    return copy
+
+
 @contextlib.contextmanager
 def replaced(out: str | pathlib.Path, *, overwrite: bool, sources: list[pathlib.Path]) -> Iterator[pathlib.Path]:
     """A temporary sibling folder that replaces `out` at the end, or is deleted after an error.
@@ -78,17 +96,39 @@ def replaced(out: str | pathlib.Path, *, overwrite: bool, sources: list[pathlib.
       ValueError: `out` is not empty, not a model folder, or holds a source.
     """
     out = pathlib.Path(out).absolute()
+    step_back(out)
     check_target(out, overwrite=overwrite, sources=sources)
     fresh = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
         yield fresh
-        if out.exists():
-            shutil.rmtree(out)
-        fresh.rename(out)
+        take_place(fresh, out)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def take_place(fresh: pathlib.Path, out: pathlib.Path) -> None:
+    """Renames a complete folder to `out`; the older one steps aside first and is deleted last.
+
+    After a kill between the two renames `step_back` brings the older folder back.
+    """
+    old = _aside(out)
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    fresh.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def step_back(out: pathlib.Path) -> None:
+    """Gives a folder its name again that `take_place` put aside and did not replace."""
+    if not out.exists() and _aside(out).is_dir():
+        _aside(out).rename(out)
+
+
+def _aside(out: pathlib.Path) -> pathlib.Path:
+    return out.with_name(f".{out.name}.old")
 
 
 def check_target(out: pathlib.Path, *, overwrite: bool, sources: list[pathlib.Path]) -> None:
