@@ -4,17 +4,29 @@
 
 `mini` has about 75 million parameters, 58 of them the token table: large enough to time on two cores, small enough for
 eager PyTorch. `full` has the sizes of Qwen2.5-VL-3B, SD3.5-medium with its auto-encoder, and CLIP-L, in bfloat16: 13
-GB, made on a GPU if there is one.
+GB on disk. Tensors are made and written one at a time, which takes about 2 GB of memory.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401  (numpy then knows bfloat16 by name)
+import numpy as np
 
 from uae_jax.data.tokenizer import SPECIAL_TOKENS, write_scene_tokenizer
+from uae_jax.hf.items import Item, write_items
+from uae_jax.models.sd3.config import TransformerConfig
+from uae_jax.models.sd3.transformer import position_table
 
 VOCABULARY = 151936
+PIECE = 2**22  # numbers of noise at a time
 PATCH = 14
 
 
@@ -246,7 +258,7 @@ def _modules(size: Size) -> dict:
 
 
 def write_checkpoint(folder: pathlib.Path, size: Size = Size(), seed: int = 0) -> None:
-    """Writes a model folder of random weights that both sides open.
+    """Writes a model folder of random weights that both sides open; memory holds one tensor at a time.
 
     Args:
       folder: made if absent.
@@ -255,18 +267,60 @@ def write_checkpoint(folder: pathlib.Path, size: Size = Size(), seed: int = 0) -
     """
     import torch
 
-    torch.manual_seed(seed)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device("meta"):
         modules = _modules(size)
-    with torch.no_grad():
-        for module in modules.values():
-            for parameter in module.to(getattr(torch, size.dtype)).parameters():  # no bias or scale stays at 0 or 1
-                parameter.add_(0.02 * torch.randn_like(parameter))
-        for parameter in modules["llm"].model.language_model.layers.parameters():
-            parameter.mul_(6.0 if parameter.ndim == 2 else 1.0)  # or tied embeddings would echo the last token
     for name, module in modules.items():
-        module.save_pretrained(folder / name)
+        _save_config(module, folder / name, size.dtype)
+        items = [
+            Item(
+                key,
+                tuple(value.shape),
+                np.dtype(size.dtype),
+                _maker(folder / name, name, key, value.shape, size, seed),
+                key,
+            )
+            for key, value in module.state_dict().items()
+            if key != "lm_head.weight"  # tied to the token table
+        ]
+        stem = "model" if hasattr(module.config, "save_pretrained") else "diffusion_pytorch_model"
+        write_items(folder / name, items, stem=stem)
     _write_other_files(folder, size)
+
+
+def _save_config(module: Any, folder: pathlib.Path, dtype: str | None = None) -> None:
+    if hasattr(module, "save_config"):  # of diffusers
+        module.save_config(folder)
+        return
+    if dtype is not None:
+        module.config.dtype = dtype
+    module.config.save_pretrained(folder)
+
+
+def _maker(
+    folder: pathlib.Path, part: str, key: str, shape: Sequence[int], size: Size, seed: int
+) -> Callable[[], np.ndarray]:
+    """What makes a tensor: noise about 1 for scales and about 0 for others; no bias or scale stays at 0 or 1."""
+    if key == "pos_embed.pos_embed":
+        config = TransformerConfig.from_folder(folder)
+        # compiled, so that the pieces of the table are never in memory
+        return lambda: np.asarray(jax.jit(lambda: position_table(config).astype(size.dtype))())
+    inputs = math.prod(shape[1:])
+    drawn = inputs**-0.5 / 3**0.5 if part in ("dit", "SD3/vae") and len(shape) > 1 else 0.02  # as the libraries begin
+    width = math.hypot(0.02, drawn if len(shape) > 1 else 0.0)
+    if part == "llm" and "language_model.layers" in key and len(shape) > 1:
+        width *= 6  # or tied embeddings would echo the last token
+    mean = 2.66 if key == "logit_scale" else 1.0 if len(shape) == 1 and key.endswith("weight") else 0.0
+    return lambda: _noise(tuple(shape), mean, width, size.dtype, [seed, zlib.crc32(f"{part}/{key}".encode())])
+
+
+def _noise(shape: tuple[int, ...], mean: float, width: float, dtype: str, seed: Sequence[int]) -> np.ndarray:
+    """Normal noise, made in pieces so that no second copy in float32 is in memory."""
+    tensor, rng = np.empty(shape, dtype), np.random.default_rng(seed)
+    flat = tensor.reshape(-1)
+    for start in range(0, flat.size, PIECE):
+        piece = flat[start : start + PIECE]
+        piece[...] = mean + width * rng.standard_normal(piece.size, np.float32)
+    return tensor
 
 
 def write_configs(folder: pathlib.Path, size: Size = Size()) -> None:
@@ -281,8 +335,7 @@ def write_configs(folder: pathlib.Path, size: Size = Size()) -> None:
     with torch.device("meta"):
         modules = _modules(size)
     for name, module in modules.items():
-        config = getattr(module, "save_config", None) or module.config.save_pretrained  # of diffusers, of transformers
-        config(folder / name)
+        _save_config(module, folder / name)
     _write_other_files(folder, size)
 
 
