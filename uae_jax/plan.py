@@ -60,7 +60,7 @@ def plan(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> i
     """Prints the plan of parsed flags; the exit code is 3 where a stage does not fit."""
     prepare_environment(options.topology)
     from uae_jax.planning.compile import gib
-    from uae_jax.planning.plan import make_plan
+    from uae_jax.planning.plan import loading_of, make_plan
     from uae_jax.planning.table import as_json, text_table
     from uae_jax.settings import Mistakes
 
@@ -81,9 +81,10 @@ def plan(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> i
         lambda plan: print(f"{plan.stage}: {gib(plan.memory.peak):.2f} GiB a device", file=sys.stderr, flush=True),
         texts,
     )
-    print(text_table(plans, topology, sizes, config["preset"]))
+    loading = loading_of(config, topology, sizes)
+    print(text_table(plans, topology, sizes, config["preset"], loading))
     if options.json:
-        pathlib.Path(options.json).write_text(as_json(plans, topology, sizes, config["preset"]))
+        pathlib.Path(options.json).write_text(as_json(plans, topology, sizes, config["preset"], loading))
     return 0 if all(plan.fits(topology) for plan in plans) else 3
 
 

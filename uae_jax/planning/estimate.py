@@ -183,7 +183,7 @@ def _stage_activations(
     return window + max(gathered + _captioning(s, some, some, length, bool(gathered)), generation, gradient)
 
 
-def _share(tree: Any, sizes: MeshSizes) -> float:
+def share(tree: Any, sizes: MeshSizes) -> float:
     """Bytes of one device's share of a tree by the sharding rules."""
     total = 0.0
     for name, leaf in trees.flatten(tree).items():
@@ -206,8 +206,8 @@ def estimate_memory(program: Program, config: RunConfig, sizes: MeshSizes, syste
     length = getattr(settings, "max_new_tokens", 0) or _length(program, "caption_ids")
     shapes = _shapes(config, program, sizes, system, length)
     batch = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.batch)) / sizes.batch
-    trained = _share(state.params, sizes)
-    resident = _share(state, sizes) + _share(program.frozen, sizes) + batch
+    trained = share(state.params, sizes)
+    resident = share(state, sizes) + share(program.frozen, sizes) + batch
     # the sum of gradients and the gradients of a micro-batch; loops over denoising steps read a copy of the weights in
     # the precision of activations
     gradients = 2 * trained + (

@@ -14,6 +14,7 @@ from uae_jax.planning.chips import Topology, parse_topology
 from uae_jax.planning.compile import compile_program, plan_mesh
 from uae_jax.planning.estimate import estimate_memory
 from uae_jax.planning.flops import Count, count_work
+from uae_jax.planning.loading import Loading, plan_loading
 from uae_jax.planning.roofline import MeshSizes, roofline
 from uae_jax.planning.system import abstract_system
 from uae_jax.planning.table import StagePlan
@@ -146,3 +147,9 @@ def make_plan(
         plans.append(plan_stage(settings, system, stage, chips, mesh, sizes, texts))
         report(plans[-1])
     return plans, chips, sizes
+
+
+def loading_of(config: Mapping[str, Any], topology: Topology, sizes: MeshSizes) -> Loading:
+    """What reading the weights of a configuration needs, see `loading.plan_loading`."""
+    settings = frozen(RunConfig, config)
+    return plan_loading(settings, abstract_system(settings), topology, sizes)

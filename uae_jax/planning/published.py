@@ -8,7 +8,7 @@ import dataclasses
 
 from uae_jax.data.qwen_inputs import ImageProcessor
 from uae_jax.models.condition import ConditionTemplate
-from uae_jax.models.encoders.config import CLIPVisionConfig, Dinov2Config
+from uae_jax.models.encoders.config import CLIPTextConfig, CLIPVisionConfig, Dinov2Config
 from uae_jax.models.encoders.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
@@ -55,6 +55,15 @@ ENCODERS = {
         Preprocess(size=(256,), mean=IMAGENET_MEAN, std=IMAGENET_STD),
     ),
 }
+# stabilityai/stable-diffusion-3.5-large, text_encoder/config.json (OpenAI's CLIP-L) and text_encoder_2 (OpenCLIP bigG)
+TEXT_ENCODERS = (
+    CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
+    ),
+    CLIPTextConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
+    ),
+)
 # the release's demo.py lowers the image processor's max_pixels to 65536
 PROCESSOR = ImageProcessor(max_pixels=65536)
 # the chat template around a turn of role `generate`: system turn and header before, answer header after

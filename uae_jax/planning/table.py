@@ -7,6 +7,7 @@ from typing import Any
 
 from uae_jax.planning.chips import GIB, USABLE, Topology
 from uae_jax.planning.compile import Memory
+from uae_jax.planning.loading import Loading
 from uae_jax.planning.roofline import MeshSizes, Roofline
 
 COLUMNS = (
@@ -89,8 +90,12 @@ def _row(plan: StagePlan, topology: Topology) -> list[str]:
     ]
 
 
-def text_table(plans: list[StagePlan], topology: Topology, sizes: MeshSizes, title: str) -> str:
-    """The table in Markdown: GiB per device, FLOPs and seconds of a step, then the largest temporaries."""
+def text_table(
+    plans: list[StagePlan], topology: Topology, sizes: MeshSizes, title: str, loading: Loading | None = None
+) -> str:
+    """The table in Markdown: GiB per device, FLOPs and seconds of a step, then what reading the weights needs, and the
+    largest temporaries.
+    """
     chip = topology.chip
     room = f"{chip.memory / GIB:.0f} GiB each" if math.isfinite(chip.memory) else "no limit"
     end = ", estimated." if plans and plans[0].memory.estimated else "."
@@ -105,6 +110,7 @@ def text_table(plans: list[StagePlan], topology: Topology, sizes: MeshSizes, tit
         lines.append("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
         if number == 0:
             lines.append("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    lines += [] if loading is None else ["", loading.line()]
     for plan in plans:
         if plan.memory.largest:
             named = "; ".join(f"{_size(size)} GiB {shape} ({name})" for size, shape, name in plan.memory.largest)
@@ -120,7 +126,9 @@ def text_table(plans: list[StagePlan], topology: Topology, sizes: MeshSizes, tit
     return "\n".join(lines)
 
 
-def as_json(plans: list[StagePlan], topology: Topology, sizes: MeshSizes, preset: str) -> str:
+def as_json(
+    plans: list[StagePlan], topology: Topology, sizes: MeshSizes, preset: str, loading: Loading | None = None
+) -> str:
     """The content of the table as JSON, with bytes and seconds unrounded."""
 
     def clean(value: Any) -> Any:
@@ -137,6 +145,7 @@ def as_json(plans: list[StagePlan], topology: Topology, sizes: MeshSizes, preset
         "devices": topology.devices,
         "chip": dataclasses.asdict(topology.chip),
         "mesh": dataclasses.asdict(sizes),
+        "loading": None if loading is None else dataclasses.asdict(loading),
         "stages": stages,
     }
     return json.dumps(clean(content), indent=1) + "\n"

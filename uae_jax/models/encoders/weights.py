@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 from safetensors.numpy import save_file
@@ -283,6 +284,8 @@ _text_features = jax.jit(clip.text_features, static_argnums=0)
 def pooled_empty_prompt(folders: Sequence[str | pathlib.Path]) -> Float[np.ndarray, " d_pooled"]:
     """The transformer's pooled condition: features of the empty prompt, concatenated (arXiv 2403.03206, section 4).
 
+    The towers are on this process's first device, one after the other.
+
     Args:
       folders: `text_encoder` and `text_encoder_2` of a diffusers folder, in this order.
 
@@ -294,8 +297,9 @@ def pooled_empty_prompt(folders: Sequence[str | pathlib.Path]) -> Float[np.ndarr
       ValueError: a folder does not hold a CLIP text tower, or its tensors do not fit.
     """
     parts = []
+    device = SingleDeviceSharding(jax.local_devices()[0])  # one parameter at a time, so that no host holds a tower
     for folder in folders:
-        config, params = load_clip(folder)
+        config, params = load_clip(folder, placement=lambda tree: jax.tree.map(lambda leaf: device, tree))
         if isinstance(config, CLIPVisionConfig):
             raise ValueError(f"{folder} holds an image tower; the pooled condition needs CLIP text towers")
         text = config.text if isinstance(config, CLIPConfig) else config
