@@ -1,12 +1,14 @@
 """Seconds and memory of reading a model folder: here, and by `from_pretrained` of transformers and diffusers.
 
-    python -m benchmarks.loading --checkpoint=DIR [--json=FILE]
-    python -m benchmarks.loading --make-gb=1 [--json=FILE]
+    python -m benchmarks.loading --checkpoint=DIR [--dtype=bfloat16] [--json=FILE]
+    python -m benchmarks.loading --make-gb=1 [--dtype=bfloat16] [--json=FILE]
 
 The second makes a folder of random weights in the real layout, of that many GB, in a temporary folder. Each part, and
-all parts one after the other, is read by each side in a process of its own, as float32, from files that were read
-before (so from the page cache). Memory is how far the process grew at most while reading, libraries not counted;
-seconds are of the clock and of the processor. One table; with --json one object a row.
+all parts one after the other, is read by each side in a process of its own, in one precision, from files that were read
+before (so from the page cache). The row `load_system` is what a run reads, with tokenizer, adapters and the vector of
+the empty prompt, beside all parts of the other side; captioner and transformer are in the precision, the rest in
+float32. Memory is how far the process grew at most while reading, libraries not counted; seconds are of the clock and
+of the processor. One table; with --json one object a row.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import numpy as np
 from uae_jax import sharding, trees
 from uae_jax.hf.rules import Rule
 from uae_jax.hf.safetensors import write_tensors
+from uae_jax.methods.trained import STORABLE
 from uae_jax.models.encoders import clip
 from uae_jax.models.encoders import weights as encoder_weights
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
@@ -35,6 +38,7 @@ from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import transformer, vae
 from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
+from uae_jax.stages.weights import PRECISIONS, ModelConfig, load_system
 
 # part of the folder: its class in diffusers or transformers
 PARTS = {
@@ -48,6 +52,7 @@ PARTS = {
     "dinov3": "transformers.DINOv3ViTModel",
 }
 SIDES = ("uae_jax", "from_pretrained")
+SYSTEM = "load_system"
 
 
 def memory(field: str) -> int:
@@ -55,34 +60,38 @@ def memory(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text()).group(1))
 
 
-def read_here(folder: pathlib.Path, part: str) -> Any:
-    """One part onto the devices."""
+def read_here(folder: pathlib.Path, part: str, dtype: str) -> Any:
+    """One part onto the devices, or all that a run reads."""
     mesh = sharding.make_mesh(sharding.MeshConfig())
     placement = dict(placement=lambda tree: sharding.tree_shardings(tree, mesh))
+    if part == SYSTEM:
+        config = ModelConfig(folder=str(folder), frozen_dtype=dtype)
+        return load_system(config, image_size=256, mesh=mesh, frozen=STORABLE)
     if part == "llm":
-        return qwen_weights.load(folder / part, dtype=np.float32, **placement)
+        return qwen_weights.load(folder / part, dtype=dtype, **placement)
     if part == "dit":
-        return sd3_weights.load_transformer(folder / part, params_dtype=np.float32, **placement)
+        return sd3_weights.load_transformer(folder / part, params_dtype=dtype, **placement)
     if part == "SD3/vae":
         return sd3_weights.load_vae(folder / part, **placement)
     load = encoder_weights.load_dino if part.startswith("dino") else encoder_weights.load_clip
-    return load(folder / part, **placement)
+    return load(folder / part, dtype=dtype, **placement)
 
 
-def read_there(folder: pathlib.Path, part: str) -> Any:
+def read_there(folder: pathlib.Path, part: str, dtype: str) -> Any:
     """One part by `from_pretrained`, until each of its numbers has been read (files may stay mapped until then)."""
     import importlib
 
     import torch
 
     library, name = PARTS[part].split(".")
-    model = getattr(importlib.import_module(library), name).from_pretrained(folder / part, torch_dtype=torch.float32)
+    kind = getattr(importlib.import_module(library), name)
+    model = kind.from_pretrained(folder / part, torch_dtype=getattr(torch, dtype))
     for parameter in model.parameters():
         parameter.sum()
     return model
 
 
-def measure(folder: pathlib.Path, side: str, parts: Sequence[str]) -> dict:
+def measure(folder: pathlib.Path, side: str, parts: Sequence[str], dtype: str) -> dict:
     """Reads parts in this process.
 
     Returns:
@@ -91,7 +100,7 @@ def measure(folder: pathlib.Path, side: str, parts: Sequence[str]) -> dict:
     read = read_here if side == "uae_jax" else read_there
     jax.block_until_ready(jax.device_put(np.zeros(8))) if side == "uae_jax" else _import_libraries(parts)
     before, begin, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
-    models = [read(folder, part) for part in parts]
+    models = [read(folder, part, dtype) for part in parts]
     result = {
         "seconds": time.perf_counter() - begin,
         "cpu_seconds": time.process_time() - cpu,
@@ -112,13 +121,14 @@ def _import_libraries(parts: Sequence[str]) -> None:
         getattr(libraries[library], name)
 
 
-def in_new_process(folder: pathlib.Path, side: str, parts: Sequence[str]) -> dict:
+def in_new_process(folder: pathlib.Path, side: str, parts: Sequence[str], dtype: str) -> dict:
     """`measure` in a process of its own."""
     command = [
         sys.executable,
         "-m",
         "benchmarks.loading",
         f"--checkpoint={folder}",
+        f"--dtype={dtype}",
         f"--measure={side}:{','.join(parts)}",
     ]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -199,17 +209,28 @@ def make_folder(folder: pathlib.Path, gigabytes: float) -> None:
         (folder / part / "config.json").write_text(json.dumps(config))
 
 
-def compare(folder: pathlib.Path, show: Callable[[dict], None]) -> None:
-    """All parts that the folder has, by both sides, and their total."""
+def compare(folder: pathlib.Path, dtype: str, show: Callable[[dict], None]) -> None:
+    """All parts that the folder has, by both sides, their total, and what a run reads where the folder is complete."""
     parts = [part for part in PARTS if (folder / part / "config.json").exists()]
     if not parts:
         raise SystemExit(f"error: {folder} holds none of {', '.join(PARTS)}; give an official UAE folder")
-    for name, members in [*((part, [part]) for part in parts), ("all", parts)]:
-        files = [file for part in members for file in (folder / part).glob("*.safetensors")]
-        for file in files:
-            file.read_bytes()
-        stored = sum(file.stat().st_size for file in files)
-        show({"part": name, "file_bytes": stored} | {side: in_new_process(folder, side, members) for side in SIDES})
+    rows = [*((part, [part], [part]) for part in parts), ("all", parts, parts)]
+    if (folder / "llm_processor").is_dir():
+        rows.append((SYSTEM, [SYSTEM], parts))
+    for name, ours, theirs in rows:
+        files = [file for part in theirs for file in (folder / part).glob("*.safetensors")]
+        stored = sum(_touch(file) for file in files)
+        members = dict(zip(SIDES, (ours, theirs)))
+        sides = {side: in_new_process(folder, side, members[side], dtype) for side in SIDES}
+        show({"part": name, "dtype": dtype, "file_bytes": stored} | sides)
+
+
+def _touch(file: pathlib.Path) -> int:
+    """Reads a file into the page cache, a piece at a time; its bytes."""
+    with file.open("rb") as stream:
+        while stream.read(2**24):
+            pass
+        return stream.tell()
 
 
 def print_row(row: dict) -> None:
@@ -227,12 +248,13 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=pathlib.Path, help="folder in the official layout")
     source.add_argument("--make-gb", type=float, help="size of a folder of random weights to make")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="float32", help="precision into which both sides read")
     parser.add_argument("--json", type=pathlib.Path, help="file for one JSON object a row")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         side, _, parts = options.measure.partition(":")
-        print(json.dumps(measure(options.checkpoint, side, parts.split(","))))
+        print(json.dumps(measure(options.checkpoint, side, parts.split(","), options.dtype)))
         return
     rows: list[dict] = []
     print(f"{'part':20s} {'file MB':>8s}   {'':9s}{SIDES[0]:>17s}   {'':9s}{SIDES[1]:>17s}")
@@ -240,7 +262,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         if options.make_gb:
             make_folder(pathlib.Path(made), options.make_gb)
-        compare(options.checkpoint or pathlib.Path(made), lambda row: (rows.append(row), print_row(row)))
+        folder = options.checkpoint or pathlib.Path(made)
+        compare(folder, options.dtype, lambda row: (rows.append(row), print_row(row)))
     if options.json:
         options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
