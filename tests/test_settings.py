@@ -8,6 +8,7 @@ import ml_collections
 import pytest
 
 from uae_jax.settings import (
+    Meaning,
     Mistakes,
     Settings,
     as_dict,
@@ -256,3 +257,10 @@ def test_a_run_tells_mistakes_of_all_sections_at_once():
         "config.stages",
     ]
     assert made == RunConfig()
+
+
+def test_counts_fit_the_integers_of_devices():
+    meaning = Meaning("steps", low=1)
+    assert meaning.problem(2**31 - 1) is None
+    assert meaning.problem(10**20) == "it must be at most 2147483647"
+    assert Meaning("seed", low=0, high=2**32 - 1).problem(2**32 - 1) is None

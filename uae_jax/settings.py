@@ -23,6 +23,7 @@ T = TypeVar("T")
 MISSING = object()
 # jax.random.key uses 32 bits: of a greater seed it takes the lower ones, so that two seeds would be one stream
 LAST_SEED = 2**32 - 1
+LAST_NUMBER = 2**31 - 1  # of counts, which become int32 on devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,9 @@ class Meaning:
             return f"choose one of {', '.join(str(choice) for choice in self.choices)}{hint}"
         if not isinstance(value, int | float) or isinstance(value, bool):
             return None
+        most = LAST_NUMBER if isinstance(value, int) and self.high is None else None
+        if most is not None and value > most:
+            return f"it must be at most {most}"
         inside = (
             (isinstance(value, int) or math.isfinite(value))
             and (self.low is None or value >= self.low)

@@ -243,6 +243,16 @@ def test_metadata_files_of_two_kinds_are_refused_and_those_of_subfolders_read(ph
         open_folder(tmp_path)
 
 
+def test_coco_with_one_id_for_two_images_is_refused(photos, tmp_path):
+    photographs.write_coco(tmp_path, photos)
+    file = tmp_path / "annotations" / "captions_train2017.json"
+    content = json.loads(file.read_text())
+    content["images"][1]["id"] = content["images"][0]["id"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="captions_train2017.json has the id 0 twice, for astronaut.jpg and brick.jpg"):
+        open_folder(tmp_path)
+
+
 def test_coco_names_what_is_absent(photos, tmp_path):
     photographs.write_coco(tmp_path, photos)
     file = tmp_path / "annotations" / "captions_train2017.json"

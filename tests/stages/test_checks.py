@@ -194,6 +194,12 @@ def test_describe_prints_a_section_and_refuses_one_that_is_not_there(capsys):
     assert capsys.readouterr().err == "error: config.seed is -1; it must be at least 0, at most 4294967295\n"
 
 
+def test_a_workdir_that_is_a_file_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert command("--config=unified_grpo", f"--workdir={tmp_path / 'file'}") == 1
+    assert f"error: {tmp_path / 'file'} is a file; name a folder as --workdir" in capsys.readouterr().err
+
+
 def test_the_workdir_must_be_named(capsys):
     assert command("--config=unified_grpo") == 1
     assert capsys.readouterr().err.startswith("error: --workdir is not given; ")

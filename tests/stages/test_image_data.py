@@ -251,12 +251,18 @@ def test_a_run_is_not_continued_on_other_images(photos, folder, tmp_path):
         check_same_images(tmp_path / "run", opened())
     scenes = open_data(frozen(RunConfig, presets.preset("tiny", ()).to_dict()).data, 0, 1)
     check_same_images(tmp_path / "scenes", scenes)  # nothing to note, and nothing written
-    assert json.loads((tmp_path / "run" / "data.json").read_text())[0]["images"] == 12
+    note = tmp_path / "run" / "data.json"
+    assert json.loads(note.read_text())[0]["images"] == 12
+    for content in ("", "[3]", '{"images": 1}'):
+        note.write_text(content)
+        with pytest.raises(ValueError, match="data.json is damaged .*; delete it"):
+            check_same_images(tmp_path / "run", before)
 
 
 def test_names_that_a_terminal_cannot_print_end_nothing(capsys, monkeypatch):
     with io.TextIOWrapper(io.BytesIO(), "latin-1") as out:
         monkeypatch.setattr(sys, "stdout", out)
         run_module.tell(["data: caf\udce9.jpg", "data: \u732b.png"], ["mind this"])
-        assert out.buffer.getvalue() == b"data: caf\\udce9.jpg\ndata: \\u732b.png\n"
+        run_module.tell(["data: new\nline\x1b[31m.jpg"], [])
+        assert out.buffer.getvalue() == (b"data: caf\\udce9.jpg\ndata: \\u732b.png\ndata: new\\nline\\x1b[31m.jpg\n")
     assert capsys.readouterr().err == "note: mind this\n"

@@ -339,3 +339,30 @@ def test_a_stage_begins_again_where_no_checkpoint_can_be_read(tmp_path):
         train(tmp_path / "parts")
     again, _ = train(tmp_path / "parts")
     equal(whole.state, again.state)
+
+
+def test_data_that_cannot_be_read_cost_no_step(tmp_path, capsys):
+    (tmp_path / "whole").mkdir(), (tmp_path / "parts").mkdir()
+    whole, _ = train(tmp_path / "whole")
+
+    class Torn(Batches):
+        def __next__(self):
+            if self.index == 7:
+                raise FileNotFoundError("image a.jpg does not exist")
+            return super().__next__()
+
+    with pytest.raises(FileNotFoundError, match="a.jpg"):
+        train(tmp_path / "parts", data=Torn())
+    assert "note: toy: step 7 is saved; the same command continues there" in capsys.readouterr().err
+    steps = []
+    resumed, _ = train(tmp_path / "parts", hooks=Hooks(on_step=steps.append))
+    assert steps == [8, 9, 10]
+    equal(whole.state, resumed.state)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"restored_step": 4}'])
+def test_a_damaged_record_of_a_trip_is_named(tmp_path, content):
+    train(tmp_path, steps=4)
+    (tmp_path / "checkpoints" / "toy" / "tripped.json").write_text(content)
+    with pytest.raises(ValueError, match="tripped.json is damaged .*; delete it"):
+        train(tmp_path, steps=6)

@@ -107,6 +107,12 @@ def test_broken_line_in_the_middle_is_named(tmp_path):
         read_lines(tmp_path / "metrics.jsonl")
 
 
+def test_an_object_of_something_else_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "s", "step": 1}\n{"a": 1}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl object 2 has no stage and step; delete that line"):
+        read_lines(tmp_path / "metrics.jsonl")
+
+
 def test_missing_wandb_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ImportError, match=r"pip install 'uae_jax\[wandb\]'"):

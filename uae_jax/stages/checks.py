@@ -256,6 +256,9 @@ def _check_workdir(config: RunConfig, workdir: pathlib.Path) -> Iterator[str]:
     if not workdir.parent.is_dir():
         yield f"the folder {workdir.parent} that --workdir needs does not exist; make it first"
         return
+    if workdir.exists() and not workdir.is_dir():
+        yield f"{workdir} is a file; name a folder as --workdir"
+        return
     place = workdir if workdir.exists() else workdir.parent
     if not os.access(place, os.W_OK):
         yield f"{place} cannot be written; choose another --workdir"

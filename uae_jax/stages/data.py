@@ -142,9 +142,14 @@ def check_same_images(workdir: pathlib.Path, data: OpenedData) -> None:
         if jax.process_index() == 0:
             write_json(path, now)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if before != now:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
         counts = [sum(folder["images"] for folder in folders) for folders in (before, now)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); delete it, if the images are those with which the run began"
+        ) from error
+    if before != now:
         raise ValueError(
             f"the images are not those with which the run in {workdir} began ({counts[0]} then, {counts[1]} now, or "
             "other names): it cannot continue at the same image; restore them, or use a new --workdir"

@@ -314,11 +314,16 @@ def keep_programs(folder: pathlib.Path) -> None:
 
 def tell(lines: Iterable[str], notes: Iterable[str]) -> None:
     """Prints what was found of the data, and on stderr what to mind of it; letters that cannot be printed as codes."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+
+    def printable(line: str) -> str:
+        shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+        return shown.encode(encoding, "backslashreplace").decode(encoding)
+
     for line in lines:
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        print(printable(line), flush=True)
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
 
 
 def _write_outputs(whole: Run, results: list[StageResult]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ A guard (`training.guard`) may end the steps early; the stage then ends with the
 
 import contextlib
 import errno
-import json
 import math
 import signal
 import sys
@@ -24,7 +23,7 @@ from uae_jax.training.guard import OFF, WATCHED, Guard, GuardConfig, Trip, Tripp
 from uae_jax.training.loop_config import DataIterator, Hooks, LoopConfig
 from uae_jax.training.metrics import Clock, MetricWriter
 from uae_jax.training.pace import Pace
-from uae_jax.training.records import Scores, StageResult, check_identity, check_steps, finished_record
+from uae_jax.training.records import Scores, StageResult, check_identity, check_steps, finished_record, tripped_record
 from uae_jax.training.signals import Interrupted, StopFlag, StopTraining, interrupt_as_terminate, stop_on_signals
 from uae_jax.training.step import TrainState
 from uae_jax.training.watch import Watch
@@ -87,7 +86,7 @@ def run_stage(
     folder = Path(workdir) / "checkpoints" / name
     with Checkpoints(folder, keep=config.keep) as checkpoints:
         finished, tripped = folder / "finished.json", folder / "tripped.json"
-        trip = json.loads(tripped.read_text(encoding="utf-8")) if tripped.exists() else None
+        trip = tripped_record(tripped)
         target = abstract(state)
         stored = checkpoints.latest_step() is not None
         if stored:  # there may be no room for the state at step 0 beside the one that is read
@@ -213,7 +212,7 @@ class _Loop:
                         self.evaluate(state, number, flag)
                     if flag.signum:  # it came meanwhile
                         self.save_if_due(state, number, flag)
-                    with self.watch.waiting():
+                    with self.watch.waiting(), self.saved_if_unread(state, number):
                         batch = put(self.next_batch(number))
                     state, metrics = train_step(state, frozen, batch, key)
                     self.log(number + 1, metrics)
@@ -378,6 +377,23 @@ class _Loop:
         if flag.signum:
             self.checkpoints.wait()
             raise StopTraining(self.name, number, flag.signum)
+
+    @contextlib.contextmanager
+    def saved_if_unread(self, state: TrainState, number: int) -> Iterator[None]:
+        """Data that cannot be read cost no step: a checkpoint is written before the error goes on."""
+        try:
+            yield
+        except (ValueError, OSError):
+            if jax.process_count() == 1 and number != self.saved:
+                self.flush(number)
+                self.save(state, number)
+                self.checkpoints.wait()
+                print(
+                    f"note: {self.name}: step {number} is saved; the same command continues there when the data can "
+                    "be read again",
+                    file=sys.stderr,
+                )
+            raise
 
     def next_batch(self, number: int) -> PyTree:
         try:

@@ -49,9 +49,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file without a last line truncated by a kill; [] without a file.
 
     Raises:
-      ValueError: another line is not a JSON object; the message has its number.
+      ValueError: another line is not a JSON object, or has no stage and step; the message has its number.
     """
-    return read_records(path) if Path(path).exists() else []
+    found = read_records(path) if Path(path).exists() else []
+    for number, line in enumerate(found, 1):
+        if not (isinstance(line.get("stage"), str) and isinstance(line.get("step"), int)):
+            raise ValueError(f"{path} object {number} has no stage and step; delete that line")
+    return found
 
 
 class MetricWriter:

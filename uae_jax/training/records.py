@@ -70,6 +70,22 @@ def finished_record(workdir: Path, name: str, steps: int = 0) -> dict[str, Any] 
         raise ValueError(f"{path} is damaged ({error}); delete it, and the stage continues") from error
 
 
+def tripped_record(path: Path) -> dict[str, Any] | None:
+    """What the guard left on disk when it ended a stage; None where there is no such file.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        trip = json.loads(path.read_text(encoding="utf-8"))
+        _ = trip["restored_step"], trip["step"], trip["seconds"], trip["wall_seconds"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); delete it, and the stage goes on") from error
+    return trip
+
+
 def _trained(workdir: Path, name: str) -> Path:
     return Path(workdir) / "trained" / name
 

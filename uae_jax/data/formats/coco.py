@@ -67,10 +67,14 @@ def _read(file: pathlib.Path) -> tuple[dict[Any, str], dict[Any, list[str]]]:
     """{image: file name} and {image: captions}."""
     try:
         content = json.loads(file.read_bytes().decode("utf-8-sig"))
-        images = {image["id"]: str(image["file_name"]) for image in content["images"]}
+        listed = [(image["id"], str(image["file_name"])) for image in content["images"]]
+        images = dict(listed)
         annotations = list(content["annotations"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is not a file of COCO captions ({error!r}): copy it again") from error
+    for number, name in listed:
+        if images[number] != name:
+            raise ValueError(f"{file} has the id {number!r} twice, for {name} and {images[number]}: give each its own")
     captions: dict[Any, list[str]] = {}
     for number, annotation in enumerate(annotations, 1):
         where = f"{file} annotation {number}"
