@@ -152,14 +152,17 @@ def _opened(file: pathlib.Path) -> Any:
 
 def _has_all_bytes(content: Any, image: str) -> bool:
     """Whether every row has the bytes of its image, by the counts in the file's footer."""
+    leaves = [content.schema.column(number).path for number in range(len(content.schema))]
+    if f"{image}.bytes" not in leaves:
+        return True
+    number = leaves.index(f"{image}.bytes")
     for group in range(content.num_row_groups):
         columns = content.metadata.row_group(group)
-        for number in range(columns.num_columns):
-            column = columns.column(number)
-            if column.path_in_schema == f"{image}.bytes":
-                known = column.statistics
-                if known is None or not known.has_null_count or known.null_count:
-                    return False
+        if columns.num_columns != len(leaves):  # a damaged footer: pyarrow would read beyond its end
+            return False
+        known = columns.column(number).statistics
+        if known is None or not known.has_null_count or known.null_count:
+            return False
     return True
 
 
