@@ -62,8 +62,13 @@ def make_stage():
     return step, traces, init_state({"kernel": jnp.ones((3, 2))}, optimizer, ema=True)
 
 
-def train(workdir, *, steps=10, data=None, hooks=None, scoring=None, **config):
-    step, traces, state = make_stage()
+IDENTITY = {"rate": 0.01, "names": ("a",)}
+
+
+def train(workdir, *, steps=10, data=None, hooks=None, stage=None, identity=None, **config):
+    """A stage, by default a new one, to its end; `free` and `scoring` go to the loop, other settings are durations."""
+    step, traces, state = stage or make_stage()
+    more = {name: config.pop(name) for name in ("free", "scoring") if name in config}
     writer = MetricWriter(workdir, tensorboard=False)
     config = LoopConfig(steps=steps, **({"save_every": 4, "log_every": 3} | config))
     result = run_stage(
@@ -77,8 +82,8 @@ def train(workdir, *, steps=10, data=None, hooks=None, scoring=None, **config):
         config=config,
         writer=writer,
         hooks=hooks,
-        identity={"rate": 0.01, "names": ("a",)},
-        scoring=scoring,
+        identity=identity or IDENTITY,
+        **more,
     )
     assert step._cache_size() <= 1  # compiled once at most, on a restored state too
     return result, traces
@@ -235,20 +240,7 @@ def test_free_fields_may_change_and_are_told(tmp_path, capsys):
     more = {"rate": 0.01, "names": ("a",), "model": {"remat": "full"}}
     with pytest.raises(ValueError, match="model was absent"):
         check_configuration(tmp_path, "toy", more)
-    step, _, state = make_stage()
-    run_stage(
-        "toy",
-        step,
-        state=state,
-        frozen=jnp.ones((3, 2)),
-        data=Batches(),
-        key=jax.random.key(1),
-        workdir=tmp_path,
-        config=LoopConfig(steps=4),
-        writer=MetricWriter(tmp_path, tensorboard=False),
-        identity={"rate": 0.02, "names": ("a",)},
-        free={"rate", "model.remat"},
-    )
+    train(tmp_path, steps=4, identity={"rate": 0.02, "names": ("a",)}, free={"rate", "model.remat"})
     assert "note: toy continues with other settings: rate was 0.01 and is 0.02" in capsys.readouterr().err
 
 
@@ -290,41 +282,19 @@ def test_data_that_end_early(tmp_path):
 )
 def test_another_configuration_is_refused_with_its_fields(tmp_path, identity, message):
     train(tmp_path, steps=1)
-    step, _, state = make_stage()
     check_configuration(tmp_path, "toy", {"names": ["a"], "rate": 0.01})
     with pytest.raises(ValueError, match=message):
         check_configuration(tmp_path, "toy", identity)
     with pytest.raises(ValueError, match=message):
-        run_stage(
-            "toy",
-            step,
-            state=state,
-            frozen=jnp.ones((3, 2)),
-            data=Batches(),
-            key=jax.random.key(1),
-            workdir=tmp_path,
-            config=LoopConfig(steps=1),
-            writer=MetricWriter(tmp_path, tensorboard=False),
-            identity=identity,
-        )
+        train(tmp_path, steps=1, identity=identity)
 
 
 def test_a_continued_stage_holds_its_state_once(tmp_path):
     train(tmp_path, steps=4)
-    step, _, state = make_stage()
-    fresh, deleted = jax.tree.leaves(state), []
-    run_stage(
-        "toy",
-        step,
-        state=state,
-        frozen=jnp.full((3, 2), 0.5),
-        data=Batches(),
-        key=jax.random.key(1),
-        workdir=tmp_path,
-        config=LoopConfig(steps=6),
-        writer=MetricWriter(tmp_path, tensorboard=False),
-        hooks=Hooks(on_step=lambda number: deleted.append(all(leaf.is_deleted() for leaf in fresh))),
-    )
+    stage, deleted = make_stage(), []
+    fresh = jax.tree.leaves(stage[2])
+    hooks = Hooks(on_step=lambda number: deleted.append(all(leaf.is_deleted() for leaf in fresh)))
+    train(tmp_path, steps=6, stage=stage, hooks=hooks)
     assert deleted == [True, True]
 
 
