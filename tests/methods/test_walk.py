@@ -55,7 +55,7 @@ class Reached(Exception):
 class NoScores:
     """In place of the evaluation, which is not on the walk."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, **options):
         pass
 
     def __call__(self, parts, folder):
