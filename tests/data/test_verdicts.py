@@ -81,7 +81,9 @@ def test_every_format_is_checked_once(tmp_path, looks, name):
     first = open_folder(tmp_path / "set")
     assert len(looks) == 12 and first.inspection.left_out == 1
     second, read = again(tmp_path / "set", looks)
-    assert not read and second.lines == first.lines and second.inspection == first.inspection
+    # rows of a parquet file may name images elsewhere, so that its own size and time say too little
+    assert (len(read) == 12 if name == "parquet" else not read) and second.lines == first.lines
+    assert second.inspection == first.inspection
     assert second.source.more_captions == first.source.more_captions
 
 
