@@ -107,7 +107,7 @@ def run(workdir: pathlib.Path, log: pathlib.Path, way: str = "", steps: int = 0,
 
 
 def newest(workdir: pathlib.Path) -> pathlib.Path | None:
-    """The folder of the newest checkpoint of all, if an older one of its stage is there too."""
+    """The folder of the newest checkpoint of all; None without one."""
     paths = [path.parent for path in (workdir / "checkpoints").glob("*/*/commit_success.txt")]
     paths = [path for path in paths if path.name.isdigit()]
     return max(paths, key=lambda path: (path.parent.stat().st_mtime, int(path.name)), default=None)

@@ -164,6 +164,7 @@ class Run:
         guard = dataclasses.replace(self.config.guard, kl=getattr(self.config.guard, method.kl_bound))
         optimizer = skip_outliers(make_optimizer(config.optimizer, config.total_updates), guard)
         state = self.start_state(stage, optimizer, key)
+        identity = stage_identity(self.config, name)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(self.mesh, PartitionSpec())
         with contextlib.closing(self.batches(stage, config.batch_size)) as data:
             result = run_stage(
@@ -184,7 +185,7 @@ class Run:
                     answers=lambda state, step: self.answers(state),
                 ),
                 guard=guard,
-                identity=stage_identity(self.config, name),
+                identity=identity,
                 free=self.config.free(name),
                 scoring=self.config.evaluation.scoring(),
                 watch=Watch(
@@ -195,9 +196,8 @@ class Run:
                     seconds_at_peak=self.seconds_at_peak(self.config, stage),
                 ),
             )
-        trained = result.state.params if result.state.ema is None else result.state.ema
         if self.config.order()[-1][0] != name:  # nothing reads back what the last stage has trained
-            keep_trained(self.workdir, result, trained, stage_identity(self.config, name))
+            keep_trained(self.workdir, result, trained_by(result.state), identity)
         self.parts = self.trained(result.state)
         return result
 
@@ -278,7 +278,7 @@ class Run:
 
     def trained(self, state: TrainState) -> dict:
         """All parts with those of a stage in place, its moving average where it keeps one."""
-        return {**self.parts, **(state.params if state.ema is None else state.ema)}
+        return {**self.parts, **trained_by(state)}
 
     def score(self, state: TrainState, name: str, when: str) -> dict:
         """Scores of a stage's state; samples go to `samples/<name>_<when>`."""
@@ -299,6 +299,11 @@ class Run:
         return self.evaluator.during(
             with_policy_as_transformer(self.trained(state)), self.workdir / "samples" / f"{name}_step{step}"
         )
+
+
+def trained_by(state: TrainState) -> dict:
+    """What a stage has trained: its moving average where it keeps one."""
+    return state.params if state.ema is None else state.ema
 
 
 def keep_programs(folder: pathlib.Path) -> None:

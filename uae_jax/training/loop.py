@@ -106,8 +106,8 @@ def run_stage(
                 f"{restored.step if restored else 0}",
                 file=sys.stderr,
             )
-        loop = _Loop(name, config, checkpoints, writer, hooks or Hooks(), data, identity, guard or OFF, scoring)
-        loop.watch = watch or Watch(workdir, name)
+        looks = watch or Watch(workdir, name)
+        loop = _Loop(name, config, checkpoints, writer, hooks or Hooks(), data, identity, guard or OFF, scoring, looks)
         if restored is not None:
             state = restored.state
             loop.resume(restored, trip)
@@ -140,12 +140,13 @@ class _Loop:
         data: DataIterator,
         identity: Mapping[str, Any] | None,
         guard: GuardConfig,
-        scoring: Mapping[str, Any] | None = None,
+        scoring: Mapping[str, Any] | None,
+        watch: Watch,
     ) -> None:
         self.name, self.config, self.checkpoints, self.writer = name, config, checkpoints, writer
         self.hooks, self.data, self.identity = hooks, data, identity
         self.clock, self.pace = Clock(), Pace(config.save_every_minutes)
-        self.watch = Watch(checkpoints.folder, name)
+        self.watch = watch
         self.before: Scores = {}
         self.scoring = {"before": dict(scoring or {}), "after": dict(scoring or {})}
         self.guard = Guard(guard)

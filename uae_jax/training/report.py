@@ -108,8 +108,7 @@ def described(stage: Mapping[str, Any]) -> dict[str, Any]:
 
 def score_columns(stages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Headings of the score table: the start, and the end of each stage."""
-    start = ["start"] if stages and stages[0]["before"] else []
-    return start + [f"after {stage['name']}" for stage in stages]
+    return [moment for moment, _ in scorings(stages)]
 
 
 def score_rows(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
