@@ -38,9 +38,26 @@ SMALL = (
     "guard.understanding_fall=0",
 )
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "SIGHUP": signal.SIGHUP}
-WAYS = (*SIGNALS, "full disk", "read-only workdir", "half a rename", "a flipped bit", "a hang")
+WAYS = (*SIGNALS, "full disk", "read-only workdir", "half a rename", "a flipped bit", "a hang", "a hung source")
 READ_ONLY = "mount --bind '{0}' '{0}' && mount -o remount,ro,bind '{0}' && exec \"$@\""
 HUNG_SECONDS = 5
+# a data source that does not answer any more after so many images, and a scheduler that then asks the run to stop
+HUNG_SOURCE = """
+import os, signal, threading
+from uae_jax import main
+from uae_jax.data import sources
+read, count = sources.SceneSource.__getitem__, [0]
+def hung(source, index):
+    count[0] += 1
+    if count[0] == {images}:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    if count[0] >= {images}:
+        threading.Event().wait()
+    return read(source, index)
+sources.SceneSource.__getitem__ = hung
+main.GRACE_SECONDS = 2.0
+main.program()
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +97,8 @@ def steps_on_disk(workdir: pathlib.Path) -> dict[str, int]:
 def run(workdir: pathlib.Path, log: pathlib.Path, way: str = "", steps: int = 0, delay: float = 0.0) -> Attempt:
     """One run, ended in a way so many steps and seconds after its start; without a way it goes to its end."""
     arguments, prepare = command(workdir), None
+    if way == "a hung source":
+        arguments[1:3] = ["-c", HUNG_SOURCE.format(images=8 + 10 * steps)]
     if way == "full disk":
         prepare = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))  # noqa: E731
     if way == "read-only workdir":
@@ -95,7 +114,7 @@ def run(workdir: pathlib.Path, log: pathlib.Path, way: str = "", steps: int = 0,
             if seen is not None and time.monotonic() >= seen + delay:
                 break
             time.sleep(0.1)
-        if way in ("", "full disk", "read-only workdir"):
+        if way in ("", "full disk", "read-only workdir", "a hung source"):
             process.wait()
         if process.poll() is None:
             if way == "a hang":

@@ -17,7 +17,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from uae_jax.data.images import load_image, square_image, to_rgb
 from uae_jax.data.qwen_inputs import Fields
+from uae_jax.data.tokenizer import unknown_note
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.settings import frozen
 from uae_jax.stages.inference import Inference, InferenceConfig, Row, builtin_settings
@@ -221,6 +222,10 @@ class Model:
         return _in_order(
             self.each_reconstruction(images, sample_ids=sample_ids), len(_listed(images)), "reconstruct", progress
         )
+
+    def unknown(self, texts: Iterable[str]) -> str:
+        """A line that names words of texts that the model does not know, or nothing."""
+        return unknown_note(self.engine.rows.tokenizer, texts)
 
     def each_caption(
         self, images: Sequence[ImageLike], *, sample_ids: Sequence[int] | None = None, failed: Failed | None = None

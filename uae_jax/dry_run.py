@@ -14,7 +14,7 @@ from uae_jax.planning.roofline import MeshSizes
 from uae_jax.settings import one_line
 from uae_jax.stages.abstract import AbstractSystem
 from uae_jax.stages.checks import check_run
-from uae_jax.stages.data import few_images, open_data, row_builder
+from uae_jax.stages.data import few_images, open_data, row_builder, unknown_captions
 from uae_jax.stages.program import Program, make_program
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import model_folder, processor_folder
@@ -100,4 +100,5 @@ def _rows(config: RunConfig, system: AbstractSystem) -> list[str]:
         caption = decode_caption(tokenizer, np.asarray(row["caption_ids"])[:tokens].tolist())
         cut = ", cut at the longest length" if row["caption_truncated"] else ""
         lines.append(f"  {example.id}: {side} x {side} pixels, {tokens} tokens{cut}: {caption}")
-    return [*lines, *(f"note: {note}" for note in few_images(config, source))]
+    notes = [*few_images(config, source), *unknown_captions(config, data, tokenizer)]
+    return [*lines, *(f"note: {note}" for note in notes)]

@@ -31,6 +31,7 @@ from uae_jax.command_line import (
 from uae_jax.config_file import apply_overrides, load_config, split_overrides
 
 EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)
+GRACE_SECONDS = 10.0  # for threads that still read when a run has ended
 CONTINUE = "The same command continues from the newest checkpoint."
 
 
@@ -60,13 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     A failure of machines, networks, file systems or devices is exit code 75: the same command may succeed later.
     """
-    overrides, others = split_overrides(sys.argv[1:] if arguments is None else arguments)
-    options = make_parser().parse_args(underscored(others))
-    quiet(options.verbose)
-    from uae_jax.training import processes
-    from uae_jax.training.signals import StopTraining
-
     try:
+        overrides, others = split_overrides(sys.argv[1:] if arguments is None else arguments)
+        options = make_parser().parse_args(underscored(others))
+        quiet(options.verbose)
         config, mistakes = read_command(options, overrides)
         if options.describe is not None:
             show_settings(config, options.describe, mistakes)
@@ -77,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             dry_run(config, workdir, mistakes)
             return
+        from uae_jax.training import processes
+
         processes.join(options.coordinator, options.processes, options.process_id)
         if "phases" in config:
             make_builtin_model(config, workdir, mistakes)
@@ -89,14 +89,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         run(settings, workdir, seconds_at_peak)
         print(f"done; open {workdir / 'report.html'}")
-    except StopTraining as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.exit_code)
-    except KeyboardInterrupt:  # outside of the steps, or a second one inside
+    except KeyboardInterrupt:  # during imports, outside of the steps, or a second one inside
         print(f"stopped by Ctrl-C; what is saved stays. {CONTINUE}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         leave_with(error)
+
+
+def program() -> None:
+    """`main` as a process of its own, which ends though a data source never answers."""
+    code = 1
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+        raise
+    finally:
+        from uae_jax.training.signals import end_within
+
+        sys.stdout.flush()
+        end_within(GRACE_SECONDS, code)
 
 
 def read_command(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], list[str]]:
@@ -168,9 +181,13 @@ def _without_late_callbacks(found: Any) -> None:
 
 
 def leave_with(error: Exception) -> None:
-    """Ends the process with what an error says; other processes of the run end too."""
+    """Ends the process with what an error says, or as a stop by a signal; other processes of the run end too."""
     from uae_jax.training import processes
+    from uae_jax.training.signals import StopTraining
 
+    if isinstance(error, StopTraining):
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
     # first: a lost connection may come as a ValueError of the array that was read
     if processes.lost_process(error):
         reason = str(error).splitlines()[0]
@@ -191,4 +208,4 @@ def _traceback(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    program()

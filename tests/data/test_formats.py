@@ -211,6 +211,18 @@ def test_text_files_without_an_image_or_with_two_are_named(folder):
     Image.fromarray(noise(9, 9)).save(folder / "a.bmp")
     with pytest.raises(ValueError, match="a.txt lies beside two images, a.bmp and a.png"):
         open_folder(folder)
+    (folder / "a.TXT").write_text("another")
+    with pytest.raises(ValueError, match="a.txt and a.TXT are captions of one image: keep one of them"):
+        open_folder(folder)
+
+
+def test_captions_in_a_folder_below_are_not_passed_over(folder):
+    (folder / "part").mkdir()
+    for file in [path for path in folder.iterdir() if path.is_file()]:
+        shutil.move(file, folder / "part" / file.name)
+    with pytest.raises(ValueError, match="has no captions.jsonl, but .*part has one: give that folder, or several as"):
+        open_folder(folder)
+    assert len(open_folder(folder, name="images").source) == 3
 
 
 @pytest.mark.parametrize(
@@ -220,6 +232,7 @@ def test_text_files_without_an_image_or_with_two_are_named(folder):
         ("metadata.csv", "file,text\na.png,one\n", "metadata.csv line 2 has no file_name: it has file, text"),
         ("metadata.csv", "file_name,text\na.png\n", "metadata.csv line 2 does not have the 2 fields"),
         ("metadata.csv", 'file_name,text\na.png,"one\n', "metadata.csv is not a CSV file"),
+        ("metadata.csv", "file_name,text,text\na.png,one,two\n", "metadata.csv has two columns 'text': keep one"),
         ("metadata.jsonl", '{"file_name": "a.png"}\n{"text": "b"}', "metadata.jsonl line 2 has no file_name"),
         ("metadata.parquet", "PAR1 cut", "metadata.parquet is not a readable parquet file"),
     ],
@@ -292,7 +305,9 @@ def test_parquet_columns_are_found_or_named(photos, tmp_path):
     (name, content), *_ = photos.items()
     table = {"jpg": [content], "thumb": [b"x"], "title": ["short"], "story": ["a long one"]}
     parquet.write_table(pa.table(table), tmp_path / "a.parquet")
-    assert open_folder(tmp_path).source[0].caption is None
+    with pytest.raises(ValueError, match="a.parquet has several columns that may hold images, jpg, thumb: name one"):
+        open_folder(tmp_path)
+    assert open_folder(tmp_path, ReadOptions("jpg")).source[0].caption is None
     for choice, text in (("shortest", "short"), ("longest", "a long one")):
         options = ReadOptions("jpg", "title,story", choice)
         assert open_folder(tmp_path, options).source[0].caption == text
@@ -300,6 +315,10 @@ def test_parquet_columns_are_found_or_named(photos, tmp_path):
         open_folder(tmp_path, ReadOptions("title"))
     left = open_folder(tmp_path, ReadOptions("jpg")).source
     assert "config.data.caption_key" in left.records.remedy(0)
+    twice = pa.Table.from_arrays([pa.array([content]), pa.array(["a"]), pa.array(["b"])], ["image", "text", "text"])
+    parquet.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet has two columns 'text': write it with one of them"):
+        open_folder(tmp_path)
 
 
 def test_a_parquet_row_without_an_image_is_counted_and_files_of_other_splits_are_left(photos, tmp_path):
@@ -351,6 +370,7 @@ def test_samples_of_a_shard_need_one_image_and_whole_json(photos, tmp_path):
     cases = [
         ({"x.txt": b"a"}, "a.tar key x has no image, only txt"),
         ({"x.jpg": content, "x.png": content}, "a.tar key x has the images jpg, png: a sample has one"),
+        ({"x.jpg": content, "x.txt": b"a", "x.TXT": b"b"}, "a.tar key x has two members that end in txt"),
     ]
     for members, message in cases:
         with tarfile.open(tmp_path / "a.tar", "w") as tar:

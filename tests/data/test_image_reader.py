@@ -204,6 +204,10 @@ def test_images_are_found_by_file_folder_and_pattern(tmp_path):
     assert [p.name for p in images.find_images(tmp_path)] == ["a.png", "b.jpg", "c.webp"]
     assert [p.name for p in images.find_images([tmp_path / "c.webp", str(tmp_path / "*.png")])] == ["c.webp", "a.png"]
     (tmp_path / "empty").mkdir()
+    found = images.find_images([tmp_path / "no.png", tmp_path / "a.png"])
+    assert [p.name for p in found] == ["no.png", "a.png"]  # the others are done, and reading names the absent one
+    with pytest.raises(FileNotFoundError, match="image .*no.png does not exist"):
+        images.load_image(found[0])
     for missing in (tmp_path / "no.png", str(tmp_path / "*.gif"), tmp_path / "empty"):
         with pytest.raises(FileNotFoundError):
             images.find_images([missing])

@@ -163,7 +163,6 @@ def test_so_many_rows_are_read_at_once_as_there_are_threads(parts):
 
     loader = ld.make_loader(Slow(length=6), parts[-1], 3, shuffle=False, reading=ld.Reading(threads=3))
     assert next(loader)["sample_id"].tolist() == [0, 1, 2]
-    assert loader.waited > 0
     together.abort()
 
 

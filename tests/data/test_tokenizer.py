@@ -59,6 +59,15 @@ def test_scene_captions_round_trip(scene_tokenizer):
     assert tok.encode_caption(scene_tokenizer, "red zebra")[1] == unknown
 
 
+def test_words_that_a_model_does_not_know_are_named(scene_tokenizer, bpe_tokenizer):
+    texts = ["Red circle, square", "a red Zebra !", "zebra and Zebra"]
+    assert tok.unknown_words(scene_tokenizer, texts) == ["a", "Zebra", "!", "zebra"]
+    assert tok.unknown_note(scene_tokenizer, ["red zebra"]) == "the model does not know 1 word: 'zebra'"
+    six = tok.unknown_note(scene_tokenizer, ["uno due tre quattro cinque sei"])
+    assert six == "the model does not know 6 words: 'uno', 'due', 'tre', 'quattro', 'cinque', ..."
+    assert not tok.unknown_note(scene_tokenizer, ["red circle"]) and not tok.unknown_note(bpe_tokenizer, texts)
+
+
 def test_scene_templates_are_a_handful_of_tokens(scene_tokenizer):
     prefix, suffix = tok.condition_template(scene_tokenizer)
     assert scene_tokenizer.convert_ids_to_tokens(prefix) == ["<|im_start|>", "generate"]

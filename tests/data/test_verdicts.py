@@ -1,8 +1,10 @@
 """A folder is checked once: what was found lies beside the data, holds for unchanged files, and tells the same."""
 
+import io
 import json
 import os
 import shutil
+import tarfile
 import threading
 
 import photographs
@@ -238,6 +240,29 @@ def test_the_index_of_shards_is_made_once(tmp_path, monkeypatch):
     third = open_folder(tmp_path, check=False).source
     assert indexed == ["00000.tar", "00002.tar"] and len(third) == 5 + 5 + 7
     assert third.captions(0) == second.captions(7)
+
+
+@pytest.mark.parametrize("name", ["é", "a" * 120, "d/a"])
+def test_a_shard_written_again_with_equal_size_and_time_is_indexed_again(tmp_path, name):
+    def write(texts):
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            for number, text in enumerate(texts):
+                photographs.add_member(tar, f"{name}{number}.txt", text)
+                photographs.add_member(tar, f"{name}{number}.png", content.getvalue())
+        os.utime(tmp_path / "a.tar", ns=(10**18, 10**18))
+
+    content = io.BytesIO()
+    Image.fromarray(noise(9, 9)).save(content, "PNG")
+    write([b"a" * 900, b"b", b"c"])
+    size, before = (tmp_path / "a.tar").stat().st_size, open_folder(tmp_path, check=False).source
+    assert before.captions(1) == ("b",)
+    write([b"a", b"b", b"c" * 900])
+    assert (tmp_path / "a.tar").stat().st_size == size
+    with pytest.raises(ValueError, match="a.tar is another file than when it was indexed.*delete .*uae_jax_index"):
+        before.captions(0)  # of an opened one
+    after = open_folder(tmp_path, check=False).source
+    assert [after.captions(index)[0][:1] for index in range(3)] == ["a", "b", "c"]
+    assert [len(after.captions(index)[0]) for index in range(3)] == [1, 1, 900]
 
 
 def test_several_writers_leave_a_whole_file(tmp_path):

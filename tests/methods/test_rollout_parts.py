@@ -20,9 +20,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", ["gen_for_und", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flow_grpo", "nft"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_parts_change_neither_samples_nor_gradient(whole, case):
     name, settings = CASES[case]
     stage = stage_of(whole, name, **settings)

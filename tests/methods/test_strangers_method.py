@@ -103,6 +103,7 @@ def test_a_stage_from_outside_is_described_checked_and_trained(tmp_path, capsys)
     )
 
 
+@pytest.mark.slow
 def test_a_method_from_outside_trains_the_decoder(tmp_path, capsys):
     config = tmp_path / "mine.py"
     config.write_text(METHOD)

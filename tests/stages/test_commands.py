@@ -154,7 +154,9 @@ def test_generate_draws_each_text_with_its_own_noise(model_folder, tmp_path, cap
     assert first.info["caption"] == "red circle" and first.tobytes() != second.tobytes()
     infer.main(["generate", "red circle", "--checkpoint", str(model_folder), "--out", str(tmp_path / "again"), *FAST])
     assert Image.open(tmp_path / "again" / "0000.png").tobytes() == first.tobytes()
-    capsys.readouterr()
+    assert "note:" not in capsys.readouterr().err
+    infer.main(["generate", "red zebra", "--checkpoint", str(model_folder), "--out", str(tmp_path / "other"), *FAST])
+    assert "note: the model does not know 1 word: 'zebra'" in capsys.readouterr().err
 
 
 def test_a_bad_picture_among_many_leaves_the_others_done_and_a_code(model_folder, pictures, tmp_path, capsys):
@@ -176,6 +178,14 @@ def test_a_bad_picture_among_many_leaves_the_others_done_and_a_code(model_folder
     assert sorted(path.name for path in out.iterdir()) == sorted(
         f"scene_{n}{end}.png" for n in range(3) for end in ("", "_strip")
     )
+
+
+def test_an_absent_file_among_others_is_named_and_they_are_done(model_folder, pictures, capsys):
+    there, absent = pictures / "scene_0.png", pictures / "gone.png"
+    with pytest.raises(SystemExit, match="error: 1 of 2 inputs could not be done: image .*gone.png does not exist"):
+        infer.main(["caption", str(absent), str(there), "--checkpoint", str(model_folder), "--json", *FAST])
+    records = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    assert {record["image"]: "caption" in record for record in records} == {str(there): True, str(absent): False}
 
 
 def test_a_long_text_among_others_is_reported(model_folder, tmp_path, capsys):
@@ -248,9 +258,12 @@ def test_ctrl_c_before_the_steps_is_one_line(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("uae_jax.stages.checks.checked_config", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        main.main(["--config=unified_grpo", f"--workdir={tmp_path / 'run'}"])
-    assert stop.value.code == 130
-    err = capsys.readouterr().err
-    assert err.startswith("stopped by Ctrl-C; what is saved stays.") and err.count("\n") == 1
+    # during imports, and in the checks
+    for place in ("uae_jax.main.quiet", "uae_jax.stages.checks.checked_config"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, interrupted)
+            with pytest.raises(SystemExit) as stop:
+                main.main(["--config=unified_grpo", f"--workdir={tmp_path / 'run'}"])
+        assert stop.value.code == 130
+        err = capsys.readouterr().err
+        assert err.startswith("stopped by Ctrl-C; what is saved stays.") and err.count("\n") == 1

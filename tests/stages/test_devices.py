@@ -15,7 +15,13 @@ MESHES = {
     "fsdp8": dict(data=1, fsdp=8, tensor=1),
     "mixed": dict(data=2, fsdp=2, tensor=2),
 }
-LONGER = (("pretrain", "mixed"), ("pretrain", "fsdp8"), ("gen_for_und", "fsdp8"), ("und_for_gen", "data8"))
+LONGER = (
+    ("pretrain", "mixed"),
+    ("cold_start", "mixed"),
+    ("pretrain", "fsdp8"),
+    ("gen_for_und", "fsdp8"),
+    ("und_for_gen", "data8"),
+)
 PAIRS = [(stage, "mixed") for stage in STAGES if (stage, "mixed") not in LONGER] + [
     pytest.param(*pair, marks=pytest.mark.slow) for pair in LONGER
 ]

@@ -236,7 +236,7 @@ def test_the_dry_run_goes_on_after_a_bad_image(folder, tmp_path, capsys):
     assert "brick.jpg: 32 x 32 pixels, no caption" in out
 
 
-def test_a_run_is_not_continued_on_other_images(photos, folder, tmp_path):
+def test_a_run_is_not_continued_on_other_images(photos, folder, tmp_path, capsys):
     def opened():
         return open_data(settings_of(data=dict(folder=str(folder))).data, 0, 1)
 
@@ -249,6 +249,13 @@ def test_a_run_is_not_continued_on_other_images(photos, folder, tmp_path):
     (folder / "zebra.jpg").write_bytes(photographs.photographs(1, 60)["astronaut.jpg"])
     with pytest.raises(ValueError, match=r"began \(12 then, 13 now, or other names\): it cannot continue at the same"):
         check_same_images(tmp_path / "run", opened())
+    (folder / "zebra.jpg").unlink()
+    assert "other contents" not in capsys.readouterr().err
+    (folder / "astronaut.jpg").write_bytes(photographs.photographs(1, 60)["astronaut.jpg"])
+    check_same_images(tmp_path / "run", opened())
+    assert "have the names of those with which the run began, and other contents" in capsys.readouterr().err
+    check_same_images(tmp_path / "run", opened())
+    assert not capsys.readouterr().err  # said once
     scenes = open_data(frozen(RunConfig, presets.preset("tiny", ()).to_dict()).data, 0, 1)
     check_same_images(tmp_path / "scenes", scenes)  # nothing to note, and nothing written
     note = tmp_path / "run" / "data.json"

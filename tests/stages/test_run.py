@@ -20,6 +20,7 @@ from uae_jax.methods.trained import with_policy_as_transformer
 from uae_jax.settings import frozen
 from uae_jax.stages import run as run_module
 from uae_jax.stages.checks import stage_identity
+from uae_jax.stages.folders.parts import weights_digest
 from uae_jax.stages.program import with_adapters
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import ModelConfig, load_system, model_folder
@@ -396,16 +397,17 @@ def test_settings_that_do_not_change_the_method_are_free(config):
 
 def test_a_moved_model_is_the_same_and_other_weights_are_not(config, tmp_path):
     settings = frozen(RunConfig, config)
-    shutil.copytree(model_folder(settings.model.folder), tmp_path / "moved")
+    folder = model_folder(settings.model.folder)
+    shutil.copytree(folder, tmp_path / "moved")
     moved = dataclasses.replace(settings, model=dataclasses.replace(settings.model, folder=str(tmp_path / "moved")))
-    key, name = "contents of model.folder", settings.order()[0][0]
-    before = stage_identity(settings, name)[key]
-    assert stage_identity(moved, name)[key] == before
+    name, before = settings.order()[0][0], weights_digest(folder)
+    identity = stage_identity(settings, name, before)
+    assert stage_identity(moved, name, weights_digest(tmp_path / "moved")) == identity
     file = next((tmp_path / "moved" / "llm").glob("*.safetensors"))
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
-    assert stage_identity(moved, name)[key] != before
+    assert stage_identity(moved, name, weights_digest(tmp_path / "moved")) != identity
 
 
 def test_scores_are_drawn_through_the_captioner_where_training_does(config, whole, tmp_path):

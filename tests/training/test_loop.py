@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 
 import jax
@@ -328,6 +331,45 @@ def test_data_that_cannot_be_read_cost_no_step(tmp_path, capsys):
     resumed, _ = train(tmp_path / "parts", hooks=Hooks(on_step=steps.append))
     assert steps == [8, 9, 10]
     equal(whole.state, resumed.state)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_stop_does_not_wait_for_data_that_never_come(tmp_path, late):
+    """The signal comes while the batch is waited for, or when it has just been counted."""
+    (tmp_path / "whole").mkdir(), (tmp_path / "parts").mkdir()
+    whole, _ = train(tmp_path / "whole")
+
+    class Hung(Batches):
+        def __next__(self):
+            if self.index != 7:
+                return super().__next__()
+            if late:
+                super().__next__()
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            threading.Event().wait(60)
+            raise AssertionError("the signal was not heard")
+
+    with pytest.raises(StopTraining, match="stopped at toy step 7; the same command continues"):
+        train(tmp_path / "parts", data=Hung())
+    steps = []
+    resumed, _ = train(tmp_path / "parts", hooks=Hooks(on_step=steps.append))
+    assert steps == [8, 9, 10]
+    equal(whole.state, resumed.state)
+
+
+def test_threads_that_never_end_do_not_keep_the_process():
+    script = """
+import concurrent.futures, threading
+from uae_jax import main
+def hung():
+    concurrent.futures.ThreadPoolExecutor(1).submit(threading.Event().wait)
+    raise SystemExit(143)
+main.main, main.GRACE_SECONDS = hung, 0.5
+main.program()
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 143
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"restored_step": 4}'])

@@ -11,7 +11,7 @@ from uae_jax.training.curves import curves_figure
 from uae_jax.training.findings import findings
 from uae_jax.training.metrics import MetricWriter, read_lines
 from uae_jax.training.report import histories, score_columns, score_rows, write_report
-from uae_jax.training.summary import interval, intervals, write_summary
+from uae_jax.training.summary import begun, goodput, interval, intervals, write_summary
 
 
 def make_samples(folder, caption):
@@ -65,6 +65,18 @@ def make_run(workdir):
     return write_summary(workdir, preset="tiny", seed=3, stages=stages)
 
 
+def test_goodput_is_the_share_of_steps_that_count(tmp_path):
+    stages = [{"seconds": 30.0, "wall_seconds": 40.0}, {"seconds": 20.0, "wall_seconds": 30.0}]
+    assert goodput(stages, 200.0) == 0.25
+    assert goodput(stages, -5.0) == round(50 / 70, 4), "the clock went back"
+    assert goodput([], 0.0) == 0.0
+    first = begun(tmp_path)
+    assert begun(tmp_path) == pytest.approx(first, abs=0.01) and begun(tmp_path) == begun(tmp_path)
+    (tmp_path / "begun.json").write_text('{"unix_seconds": null}')
+    with pytest.raises(ValueError, match="begun.json is damaged .*; delete it"):
+        begun(tmp_path)
+
+
 def test_interval_is_deterministic_and_covers():
     values = np.random.default_rng(0).normal(1.0, 1.0, 200)
     found = interval(values)
@@ -82,7 +94,7 @@ def test_summary_has_the_fields_of_the_contract(tmp_path):
     summary = make_run(tmp_path)
     stored = json.loads((tmp_path / "summary.json").read_text())
     assert stored == summary
-    assert list(stored) == ["preset", "seed", "device", "versions", "seconds", "stages"]
+    assert list(stored) == ["preset", "seed", "device", "versions", "seconds", "stages", "goodput"]
     assert stored["seconds"] == 160.0 and stored["versions"]["jax"]
     assert {"name", "steps", "seconds", "before", "after"} <= set(stored["stages"][0])
     assert set(stored["stages"][0]["after"]["reward"]) == {"value", "n", "low", "high"}

@@ -124,11 +124,13 @@ class OpenedFolder:
       source: its examples.
       inspection: what the check found; None where nothing was checked.
       lines: for the reader: the format that was found, and what was left out or could not be kept.
+      contents: digest of the bytes of all images that are used; empty where nothing was checked.
     """
 
     source: FolderSource
     inspection: Inspection | None
     lines: tuple[str, ...]
+    contents: str = ""
 
 
 def open_folder(
@@ -173,7 +175,8 @@ def open_folder(
         lines = (*lines, f"data: {told} are left out: {inspection.told(limits)}")
     if unkept:
         lines = (*lines, f"data: the check of {folder} is done again at every start, for it cannot be kept ({unkept})")
-    return OpenedFolder(source, inspection, lines)
+    contents = hashlib.blake2b("\n".join(verdicts[index].digest for index in source.indices).encode(), digest_size=8)
+    return OpenedFolder(source, inspection, lines, contents.hexdigest())
 
 
 def inspect(

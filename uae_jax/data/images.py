@@ -259,16 +259,17 @@ def walk_files(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
 
 
 def find_images(paths: str | pathlib.Path | Iterable[str | pathlib.Path]) -> list[pathlib.Path]:
-    """Image files in the given order; a broken link is among them, so that reading it names it.
+    """Image files in the given order; absent files and broken links are among them, so that reading names them.
 
     Args:
       paths: files, folders (their images by path, those of subfolders too) or glob patterns.
 
     Raises:
-      FileNotFoundError: a missing path, a folder without images, a pattern without matches.
+      FileNotFoundError: a folder without images, a pattern without matches, or none of the paths exists.
       ValueError: no paths.
     """
     found: list[pathlib.Path] = []
+    absent: list[pathlib.Path] = []
     for entry in [paths] if isinstance(paths, (str, pathlib.Path)) else paths:
         path = pathlib.Path(entry)
         if path.is_dir():
@@ -278,11 +279,16 @@ def find_images(paths: str | pathlib.Path | Iterable[str | pathlib.Path]) -> lis
             found += inside
         elif path.is_file() or path.is_symlink():
             found.append(path)
-        else:
+        elif glob.has_magic(str(entry)):
             matches = sorted(pathlib.Path(p) for p in glob.glob(str(entry)))
             if not matches:
-                raise FileNotFoundError(_absence(path))
+                raise FileNotFoundError(f"no image matches {entry}")
             found += [p for p in matches if p.is_file() or p.is_symlink()]
+        else:
+            absent.append(path)
+            found.append(path)
     if not found:
         raise ValueError("no image given: name files, folders or patterns")
+    if len(absent) == len(found):
+        raise FileNotFoundError(_absence(absent[0]))
     return found

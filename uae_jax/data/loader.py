@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import functools
 import os
-import time
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -204,15 +203,12 @@ class Batches(Iterator[dict[str, np.ndarray]]):
       batch_size: rows of the global batch.
       reading: threads and worker processes.
       slice_: (i, n) for the i-th of n equal slices of each global batch.
-
-    Attributes:
-      waited: seconds that the callers of `next` have waited, in all.
     """
 
     def __init__(self, samples: grain.MapDataset, batch_size: int, reading: Reading, slice_: tuple[int, int] = (0, 1)):
         self.samples, self.reading = samples, reading
         self.batch_size, self.slice = batch_size, slice_
-        self.position, self.waited = 0, 0.0
+        self.position = 0
         self.reader: grain.DatasetIterator | None = None
         self.ahead: collections.deque[concurrent.futures.Future] = collections.deque()
 
@@ -230,7 +226,6 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         return iter(rows.to_iter_dataset(ahead).mp_prefetch(workers).batch(size, drop_remainder=True))
 
     def __next__(self) -> dict[str, np.ndarray]:
-        begin = time.perf_counter()
         if self.reader is None:
             self.reader, self.stacking = self._open(), concurrent.futures.ThreadPoolExecutor(1)
         try:
@@ -241,7 +236,6 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             self.close()
             raise
         self.position += 1
-        self.waited += time.perf_counter() - begin
         return batch
 
     def get_state(self) -> dict[str, int]:

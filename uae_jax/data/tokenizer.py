@@ -8,7 +8,7 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from uae_jax.files.json_files import read_json, write_json
@@ -199,6 +199,28 @@ def condition_template(tokenizer) -> tuple[list[int], list[int]]:
 def encode_caption(tokenizer, text: str) -> list[int]:
     """A caption as the captioner should write it: the stripped caption's ids, then <|im_end|>; [T]."""
     return [*_encode(tokenizer, text.strip()), token_id(tokenizer, END_OF_TURN)]
+
+
+def unknown_words(tokenizer, texts: Iterable[str]) -> list[str]:
+    """Words of texts that a vocabulary of words lacks, in order, each once; none of a vocabulary of bytes (Qwen's)."""
+    found: dict[str, None] = {}
+    if tokenizer.unk_token_id is None:
+        return []
+    for text in texts:
+        for word in re.findall(r"\w+|[^\w\s]+", text):
+            if word not in found and tokenizer.unk_token_id in _encode(tokenizer, word):
+                found[word] = None
+    return list(found)
+
+
+def unknown_note(tokenizer, texts: Iterable[str]) -> str:
+    """A line that names the first words that a model does not know, or nothing."""
+    words = unknown_words(tokenizer, texts)
+    if not words:
+        return ""
+    named = ", ".join(map(repr, words[:5])) + (", ..." if len(words) > 5 else "")
+    count = "1 word" if len(words) == 1 else f"{len(words)} words"
+    return f"the model does not know {count}: {named}"
 
 
 def decode_caption(tokenizer, ids: Sequence[int]) -> str:

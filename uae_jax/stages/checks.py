@@ -275,12 +275,13 @@ def _check_workdir(config: RunConfig, workdir: pathlib.Path) -> Iterator[str]:
         return
     from uae_jax.training.records import check_configuration  # checkpointing takes a second to import
 
+    weights = weights_digest(model_folder(config.model.folder))
     for name, stage in config.order():
-        identity, free = stage_identity(config, name), config.free(name)
+        identity, free = stage_identity(config, name, weights), config.free(name)
         check_configuration(workdir, name, identity, free=free, steps=config.stage(stage).steps)
 
 
-def stage_identity(config: RunConfig, name: str) -> dict[str, Any]:
+def stage_identity(config: RunConfig, name: str, weights: str) -> dict[str, Any]:
     """Everything that changes the numbers of a stage, the weights that the run begins with included.
 
     The weights count by their contents, so that a folder may be moved.
@@ -288,5 +289,6 @@ def stage_identity(config: RunConfig, name: str) -> dict[str, Any]:
     Args:
       config: of the run.
       name: of the run's `order`.
+      weights: `folders.parts.weights_digest` of its model folder.
     """
-    return config.identity(name) | {"contents of model.folder": weights_digest(model_folder(config.model.folder))}
+    return config.identity(name) | {"contents of model.folder": weights}

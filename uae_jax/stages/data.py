@@ -1,10 +1,12 @@
 """The images of a run: the training source, those held out for scores, and the rows of a batch."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +19,12 @@ from uae_jax.data.loader import BatchSpec, RowBuilder, batch_spec, check_max_pro
 from uae_jax.data.mixture import Mixture
 from uae_jax.data.qwen_inputs import ImageProcessor
 from uae_jax.data.sources import Example, SceneSource, Source, TfdsSource
+from uae_jax.data.tokenizer import unknown_note
 from uae_jax.files.json_files import write_json
 from uae_jax.stages.run_config import DataConfig, RunConfig
 from uae_jax.training import processes
+
+CAPTIONS_LOOKED_UP = 256  # for words that the model does not know
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,30 +135,46 @@ def _held_out(
 def check_same_images(workdir: pathlib.Path, data: OpenedData) -> None:
     """Notes the images of a run on folders in `data.json`, or compares with those with which it began.
 
+    Images of other contents under the old names are told: the run continues on them.
+
     Raises:
       ValueError: they are others: the position in the data, which a checkpoint keeps, would mean another image.
     """
-    sources = [folder.source for folder in data.folders[: data.trained_folders]]
-    if not sources:
+    folders = data.folders[: data.trained_folders]
+    if not folders:
         return
     path = workdir / "data.json"
-    now = [{"images": len(source), "digest": source.digest()} for source in sources]
-    if not path.exists():
-        if jax.process_index() == 0:
-            write_json(path, now)
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        counts = [sum(folder["images"] for folder in folders) for folders in (before, now)]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); delete it, if the images are those with which the run began"
-        ) from error
-    if before != now:
-        raise ValueError(
-            f"the images are not those with which the run in {workdir} began ({counts[0]} then, {counts[1]} now, or "
-            "other names): it cannot continue at the same image; restore them, or use a new --workdir"
-        )
+    now = [
+        {"images": len(folder.source), "digest": folder.source.digest(), "contents": folder.contents}
+        for folder in folders
+    ]
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            counts = [sum(folder["images"] for folder in part) for part in (before, now)]
+            named = [[(folder["images"], folder["digest"]) for folder in part] for part in (before, now)]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); delete it, if the images are those with which the run began"
+            ) from error
+        if named[0] != named[1]:
+            raise ValueError(
+                f"the images are not those with which the run in {workdir} began ({counts[0]} then, {counts[1]} now, "
+                "or other names): it cannot continue at the same image; restore them, or use a new --workdir"
+            )
+        others = [
+            folder.source.records.folder
+            for folder, old in zip(folders, before)
+            if old.get("contents", folder.contents) != folder.contents
+        ]
+        if others and jax.process_index() == 0:
+            print(
+                f"note: images in {', '.join(map(str, others))} have the names of those with which the run began, and "
+                "other contents; the run continues on the new ones",
+                file=sys.stderr,
+            )
+    if jax.process_index() == 0:
+        write_json(path, now)
 
 
 def few_images(config: RunConfig, train: Source) -> Iterator[str]:
@@ -165,6 +186,19 @@ def few_images(config: RunConfig, train: Source) -> Iterator[str]:
                 f"{stage}: there are {len(train)} training images, fewer than a batch of {size}, which then holds an "
                 f"image more than once; set config.{stage}.batch_size to {len(train)} or less, or add images"
             )
+
+
+def unknown_captions(config: RunConfig, data: OpenedData, tokenizer: Any) -> Iterator[str]:
+    """A line for each training folder whose first captions have words that the model's vocabulary lacks."""
+    if not any(config.needs_captions(stage) for stage in config.distinct_stages()):
+        return
+    for folder in data.folders[: data.trained_folders]:
+        source, texts = folder.source, []
+        for record in source.indices[:CAPTIONS_LOOKED_UP]:
+            with contextlib.suppress(ValueError, OSError):  # of a folder that was not checked yet
+                texts += source.captions(record)
+        if note := unknown_note(tokenizer, texts):
+            yield f"{source.records.folder}, captions of the first {CAPTIONS_LOOKED_UP} images: {note}"
 
 
 def spec_of(config: DataConfig, tokenizer: Any, processor: ImageProcessor) -> BatchSpec:

@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,13 +27,14 @@ from uae_jax.methods.stage_settings import denoising
 from uae_jax.methods.trained import store, trainable, with_policy_as_transformer
 from uae_jax.settings import as_dict
 from uae_jax.stages.checks import checked_config, missing_captions, stage_identity
-from uae_jax.stages.data import check_same_images, few_images, open_data, row_builder
+from uae_jax.stages.data import check_same_images, few_images, open_data, row_builder, unknown_captions
 from uae_jax.stages.evaluation import Evaluator
 from uae_jax.stages.export import export_system
+from uae_jax.stages.folders.parts import weights_digest
 from uae_jax.stages.program import with_adapters
 from uae_jax.stages.run_config import RunConfig, is_rl
 from uae_jax.stages.understanding import open_understanding
-from uae_jax.stages.weights import load_system
+from uae_jax.stages.weights import load_system, model_folder
 from uae_jax.training import processes
 from uae_jax.training.guard import skip_outliers
 from uae_jax.training.lock import workdir_lock
@@ -43,7 +45,7 @@ from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.records import StageResult, drop_checkpoints, finished_record, keep_trained, read_trained
 from uae_jax.training.report import write_report
 from uae_jax.training.step import TrainState
-from uae_jax.training.summary import intervals, write_summary
+from uae_jax.training.summary import begun, intervals, write_summary
 from uae_jax.training.watch import Watch
 
 CACHE = "jax_compilation_cache_dir"  # the setting of jax
@@ -73,6 +75,7 @@ def run(
     results: list[StageResult] = []
     summary = None
     with workdir_lock(workdir), sharding.in_use(whole.mesh):
+        begun(workdir)
         check_same_images(workdir, whole.data)
         finished = {
             name for name, stage in settings.order() if finished_record(workdir, name, settings.stage(stage).steps)
@@ -110,6 +113,7 @@ class Run:
         self.config, self.workdir, self.seconds_at_peak = config, workdir, seconds_at_peak
         self.mesh = sharding.make_mesh(config.mesh)
         self.key = jax.random.key(config.seed)
+        self.weights = weights_digest(model_folder(config.model.folder))
         self.data = open_data(config.data, config.seed, config.evaluation.images)
         self.source = self.data.train
         if found := list(missing_captions(config, self.data)):
@@ -127,6 +131,8 @@ class Run:
         )
         # the stages replace and donate parameters: no second name may keep the first ones alive
         self.system = dataclasses.replace(system, parts={})
+        if jax.process_index() == 0:
+            tell((), unknown_captions(config, self.data, self.system.tokenizer))
         self.rows = row_builder(config.data, self.system.tokenizer, self.system.processor)
         parts = with_adapters(config, system.parts, self.key)
         sharding.check_rules(parts, self.mesh)
@@ -164,7 +170,7 @@ class Run:
         guard = dataclasses.replace(self.config.guard, kl=getattr(self.config.guard, method.kl_bound))
         optimizer = skip_outliers(make_optimizer(config.optimizer, config.total_updates), guard)
         state = self.start_state(stage, optimizer, key)
-        identity = stage_identity(self.config, name)
+        identity = stage_identity(self.config, name, self.weights)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(self.mesh, PartitionSpec())
         with contextlib.closing(self.batches(stage, config.batch_size)) as data:
             result = run_stage(
@@ -340,6 +346,7 @@ def _write_outputs(whole: Run, results: list[StageResult]) -> dict[str, Any]:
         seed=whole.config.seed,
         stages=[result.record() for result in results],
         data=whole.data.records(),
+        elapsed=time.time() - begun(whole.workdir),
     )
     if jax.process_index() == 0:
         write_report(whole.workdir)

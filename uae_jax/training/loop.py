@@ -214,7 +214,7 @@ class _Loop:
                     if flag.signum:  # it came meanwhile
                         self.save_if_due(state, number, flag)
                     with self.watch.waiting(), self.saved_if_unread(state, number):
-                        batch = put(self.next_batch(number))
+                        batch = put(self.next_batch(state, number, flag))
                     state, metrics = train_step(state, frozen, batch, key)
                     self.log(number + 1, metrics)
                     self.watch.started(number + 1)
@@ -391,14 +391,21 @@ class _Loop:
                 self.checkpoints.wait()
                 print(
                     f"note: {self.name}: step {number} is saved; the same command continues there when the data can "
-                    "be read again",
+                    "be read again: put a readable file in its place, since without it the data would be others",
                     file=sys.stderr,
                 )
             raise
 
-    def next_batch(self, number: int) -> PyTree:
+    def next_batch(self, state: TrainState, number: int, flag: StopFlag) -> PyTree:
+        """The batch of the step after `number`. A stop does not wait for it: a source may never answer."""
+        position = self.data.get_state()
         try:
-            return next(self.data)
+            with flag.at_once():
+                return next(self.data)
+        except Interrupted:
+            self.data.set_state(position)  # the signal may have come just after the batch
+            self.save_if_due(state, number, flag)
+            raise
         except StopIteration as error:
             raise RuntimeError(
                 f"{self.name}: the data ended at step {number} of {self.config.steps}; let the data set repeat"

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,37 @@ def device_name() -> str:
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
+def begun(workdir: Path) -> float:
+    """When the run in a workdir began, in seconds of Unix time: noted in `begun.json` at its first start.
+
+    Raises:
+      ValueError: the note is damaged.
+    """
+    path = Path(workdir) / "begun.json"
+    if not path.exists():
+        if jax.process_index() == 0:
+            write_json(path, {"unix_seconds": round(time.time(), 3)})
+        return time.time()
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["unix_seconds"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and goodput counts from now") from error
+
+
+def goodput(stages: Sequence[Mapping[str, Any]], elapsed: float) -> float:
+    """The share of a run's time that went into steps which count.
+
+    The rest are imports, reading, scores, saves, exports, steps that were lost and done again, and the time in which
+    the run stood still.
+
+    Args:
+      stages: as in `write_summary`.
+      elapsed: seconds since the run began; at least those that the stages took, if the clock went back.
+    """
+    whole = max(elapsed, sum(stage["wall_seconds"] for stage in stages))
+    return round(sum(stage["seconds"] for stage in stages) / whole, 4) if whole else 0.0
+
+
 def write_summary(
     workdir: Path,
     *,
@@ -69,6 +101,7 @@ def write_summary(
     seed: int,
     stages: Sequence[Mapping[str, Any]],
     data: Sequence[Mapping[str, Any]] = (),
+    elapsed: float = 0.0,
 ) -> dict[str, Any]:
     """Writes `workdir/summary.json` and returns its content; `seconds` is the sum over stages, with evaluation.
 
@@ -79,6 +112,7 @@ def write_summary(
       stages: one mapping per finished stage, in order, from `StageResult.record()`: name, steps, seconds (training
         only), wall_seconds (with evaluation), before and after ({score: `interval`}).
       data: one mapping for each folder of images that was checked, with the counts of what was left out.
+      elapsed: seconds since the run began, for `goodput`.
     """
     summary = {
         "preset": preset,
@@ -87,6 +121,7 @@ def write_summary(
         "versions": versions(),
         "seconds": round(sum(stage["wall_seconds"] for stage in stages), 3),
         "stages": [dict(stage) for stage in stages],
+        "goodput": goodput(stages, elapsed),
     }
     if data:
         summary["data"] = [dict(folder) for folder in data]

@@ -5,10 +5,11 @@ import faulthandler
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 
@@ -57,31 +58,42 @@ class Watch:
         self.recent: list[float] = []  # seconds of the last steps
         self._waited = self._since = 0.0
         self._done: tuple[int, float] | None = None  # a step that is done, and when it was
-        self._file: TextIO | None = None
+        self._since_alive = 0.0
 
     @contextlib.contextmanager
     def steps(self) -> Iterator["Watch"]:
         """The block of the steps: a hang is noticed in it, and SIGUSR1 asks for a trace."""
         previous = signal.getsignal(signal.SIGUSR1)
         signal.signal(signal.SIGUSR1, self._ask)
+        ended = threading.Event()
+        looker = threading.Thread(target=self._look, args=(ended,), daemon=True)
+        self.alive()
         try:
             if self.hang_seconds:
-                self._file = self.hang_path.open("a", encoding="utf-8")
-                self.alive()
+                looker.start()
             yield self
         finally:
             signal.signal(signal.SIGUSR1, previous)
             self._stop_trace()
-            if self._file is not None:
-                faulthandler.cancel_dump_traceback_later()
-                self._file.close()
-                if not self.hang_path.stat().st_size:
-                    self.hang_path.unlink()
+            ended.set()
+            if self.hang_seconds:
+                looker.join()
 
     def alive(self) -> None:
         """Begins the wait for a hang anew."""
-        if self._file is not None:
-            faulthandler.dump_traceback_later(self.hang_seconds, repeat=True, file=self._file)
+        self._since_alive = time.monotonic()
+
+    def _look(self, ended: threading.Event) -> None:
+        """Writes all stacks whenever nothing was done for so long.
+
+        This thread holds the interpreter's lock while it looks: frames that change under the eye would end the process.
+        """
+        written = 0.0
+        while not ended.wait(max(self._since_alive, written) + self.hang_seconds - time.monotonic()):
+            if time.monotonic() - max(self._since_alive, written) >= self.hang_seconds:
+                written = time.monotonic()
+                with self.hang_path.open("a", encoding="utf-8") as file:
+                    faulthandler.dump_traceback(file)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ A format is a class of `records.ImageRecords` in a file of its own, with `found`
 import pathlib
 
 from uae_jax.data.formats.array_record import ArrayRecord
-from uae_jax.data.formats.captions import Captions
+from uae_jax.data.formats.captions import CAPTION_FILE, Captions
 from uae_jax.data.formats.coco import Coco
 from uae_jax.data.formats.image_folder import ImageFolder
 from uae_jax.data.formats.images import Images
@@ -28,7 +28,7 @@ def detect(listing: Listing) -> str:
     """The name of the format that a folder has.
 
     Raises:
-      ValueError: none, or two at once.
+      ValueError: none, two at once, or captions in a folder below.
     """
     marks = {name: kind.found(listing) for name, kind in FORMATS.items()}
     found = [name for name, files in marks.items() if files]
@@ -38,6 +38,12 @@ def detect(listing: Listing) -> str:
         raise ValueError(
             f"{listing.folder} holds no images in any of the formats {', '.join(FORMATS)}; docs/data.md shows what "
             "each looks like"
+        )
+    deeper = [file for file in listing.with_suffix(".jsonl") if file.name == CAPTION_FILE]
+    if found == ["images"] and deeper:
+        raise ValueError(
+            f"{listing.folder} has no {CAPTION_FILE}, but {deeper[0].parent} has one: give that folder, or several as "
+            "config.data.mixture; config.data.format=images reads the images without captions"
         )
     if len(found) > 1:
         first, second = found[:2]

@@ -81,10 +81,14 @@ def metadata_rows(file: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _csv_rows(file: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         reader = csv.DictReader(io.StringIO(file.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
+        names = reader.fieldnames or ()
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{file} has two columns {twice!r}: keep one of them")
         for row in reader:
             where = f"{file} line {reader.line_num}"
             if None in row or None in row.values():
-                raise ValueError(f"{where} does not have the {len(reader.fieldnames or ())} fields of the first line")
+                raise ValueError(f"{where} does not have the {len(names)} fields of the first line")
             yield where, row
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file} is not a CSV file in UTF-8 ({error}): correct it") from error

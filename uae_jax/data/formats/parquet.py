@@ -171,6 +171,13 @@ def _columns(file: pathlib.Path, schema: Any, options: ReadOptions) -> tuple[str
         return types.is_binary(kind) or types.is_large_binary(kind)
 
     images = [field.name for field in schema if holds_images(field.type)]
+    twice = next((name for name in schema.names if schema.names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{file} has two columns {twice!r}: write it with one of them")
+    if options.image_key == "image" not in images and len(images) > 1:
+        raise ValueError(
+            f"{file} has several columns that may hold images, {', '.join(images)}: name one in config.data.image_key"
+        )
     image = options.image_key if options.image_key in images else next(iter(images), "")
     if not image or options.image_key not in (image, "image"):
         raise ValueError(

@@ -15,7 +15,8 @@ class TextFiles(FileRecords):
     Every line of a text file is a caption of its own.
 
     Raises:
-      ValueError: no images, text that is not UTF-8, a text without an image, or two images that share one.
+      ValueError: no images, text that is not UTF-8, a text without an image, or two images that share one, or two texts
+        of one image.
     """
 
     name = "text_files"
@@ -23,7 +24,10 @@ class TextFiles(FileRecords):
 
     def __init__(self, listing: Listing, options: ReadOptions):
         super().__init__(listing.folder, options)
-        texts = {file.with_suffix(""): file for file in caption_files(listing)}
+        texts: dict[pathlib.Path, pathlib.Path] = {}
+        for file in caption_files(listing):
+            if (other := texts.setdefault(file.with_suffix(""), file)) != file:
+                raise ValueError(f"{file} and {other.name} are captions of one image: keep one of them")
         self.rows, used = [], {}
         for image in listing.images:
             text = texts.get(image.with_suffix(""))

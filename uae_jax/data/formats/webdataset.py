@@ -10,7 +10,7 @@ from typing import Any
 from uae_jax.data.formats.listing import Listing
 from uae_jax.data.formats.records import CAPTION_FIELDS, ImageRecords, ReadOptions, caption_texts, field_captions
 from uae_jax.data.images import is_image_name
-from uae_jax.data.kept import keep, read_kept, stamps
+from uae_jax.data.kept import keep, places, read_kept, stamps
 
 TEXTS = ("txt", "caption", "captions", "text")
 # where a member's content lies: shard, offset and size in bytes
@@ -18,6 +18,7 @@ Place = tuple[int, int, int]
 # key and {ending: (offset, size)} of a sample in its shard
 Keys = tuple[str, dict[str, tuple[int, int]]]
 INDEX, INDEX_VERSION = "index", "1"
+HEADER, NAME_LIMIT = 512, 100  # bytes of a tar header before each content, and of the name in it
 
 
 class Webdataset(ImageRecords):
@@ -48,10 +49,10 @@ class Webdataset(ImageRecords):
                 if len(images) != 1:
                     what = f"the images {', '.join(images)}" if images else f"no image, only {', '.join(members)}"
                     raise ValueError(f"{shard} key {key} has {what}: a sample has one image; write the shard again")
-                places: dict[str, Place] = {end: (number, *place) for end, place in members.items()}
+                found: dict[str, Place] = {end: (number, *place) for end, place in members.items()}
                 name = f"{self.names[number]} key {key}"
-                texts = [(end, place) for end, place in places.items() if end in (*TEXTS, "json")]
-                self.samples.append((name, places[images[0]], texts))
+                texts = [(end, place) for end, place in found.items() if end in (*TEXTS, "json")]
+                self.samples.append((name, found[images[0]], texts))
         if not self.samples:
             raise ValueError(f"{self.shards[0]} holds no samples")
 
@@ -71,21 +72,28 @@ class Webdataset(ImageRecords):
         """The shard with the sample."""
         return self.names[self.samples[index][1][0]]
 
-    def _content(self, place: Place) -> bytes:
+    def _content(self, index: int, place: Place) -> bytes:
         number, offset, size = place
         with self.shards[number].open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+            file.seek(offset - HEADER)
+            head, content = file.read(HEADER), file.read(size)
+        key = self.samples[index][0].removeprefix(f"{self.names[number]} key ")
+        if len(content) < size or not _is_head_of(head, key, size):
+            raise ValueError(
+                f"{self.shards[number]} is another file than when it was indexed, of the same size and time, or it "
+                f"changes while it is read: delete {', '.join(map(str, places(self.folder, INDEX)))}, and start again"
+            )
+        return content
 
     def encoded(self, index: int) -> bytes:
         """The content of the image member."""
-        return self._content(self.samples[index][1])
+        return self._content(index, self.samples[index][1])
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The text members, then the fields of the JSON member."""
         found, where = [], str(self.folder / self.name_of(index))
         for end, place in self.samples[index][2]:
-            content = self._content(place)
+            content = self._content(index, place)
             if end == "json":
                 found += field_captions(_json_object(content, where), self.options.caption_fields, where)
             else:
@@ -118,6 +126,7 @@ def _indexed(folder: pathlib.Path, shards: list[str]) -> list[list[Keys]]:
     known = {}
     for content in contents:
         known |= {shard: entry for shard, entry in content.items() if now.get(shard) == tuple(entry[:2])}
+    known = {shard: entry for shard, entry in known.items() if _holds(folder / shard, entry[2])}
     new = [shard for shard in shards if shard not in known]
     # a shard that is gone since it was listed is named by the error of opening it
     known |= {shard: [*now.get(shard, (0, 0)), [*_keys(folder / shard)]] for shard in new}
@@ -126,17 +135,58 @@ def _indexed(folder: pathlib.Path, shards: list[str]) -> list[list[Keys]]:
     return [known[shard][2] for shard in shards]
 
 
+def _holds(shard: pathlib.Path, keys: list[Keys]) -> bool:
+    """Whether the first and the last member of an index lie in the shard where it says.
+
+    A shard may be written again with equal size and time: by `rsync --times`, or from an archive.
+    """
+    if not keys:
+        return False
+    ends = [(keys[at][0], *list(keys[at][1].values())[at]) for at in (0, -1)]
+    try:
+        with shard.open("rb") as file:
+            for key, offset, size in ends:
+                file.seek(offset - HEADER)
+                if not _is_head_of(file.read(HEADER), key, size):
+                    return False
+    except OSError:
+        return False
+    return True
+
+
+def _is_head_of(head: bytes, key: str, size: int) -> bool:
+    """Whether a tar header belongs to a member of this key and size."""
+    try:
+        member = tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        return False
+    # a long name, or one beyond ASCII, stands in a record before the header
+    elsewhere = len(os.fsencode(member.name)) >= NAME_LIMIT or not key.isascii()
+    return member.size == size and (elsewhere or _key_of(member.name.removeprefix("./"))[0] == key)
+
+
+def _key_of(name: str) -> tuple[str, str]:
+    """Key and ending of a member: its path up to the first point of its name, and the rest."""
+    folder, _, file = name.rpartition("/")
+    stem, _, end = file.partition(".")
+    return f"{folder}/{stem}" if folder else stem, end
+
+
 def _keys(shard: pathlib.Path) -> Iterator[Keys]:
-    """(key, {ending: (offset, size)}) of the consecutive members of each key."""
+    """(key, {ending: (offset, size)}) of the consecutive members of each key.
+
+    Raises:
+      ValueError: two members of one name, of which one would be lost.
+    """
     key, members = "", {}
     for name, place in _members(shard):
-        folder, _, file = name.rpartition("/")
-        stem, _, end = file.partition(".")
-        own = f"{folder}/{stem}" if folder else stem
+        own, end = _key_of(name)
         if own != key and members:
             yield key, members
             members = {}
         key = own
+        if end.lower() in members:
+            raise ValueError(f"{shard} key {key} has two members that end in {end.lower()}: write the shard again")
         members[end.lower()] = place
     if members:
         yield key, members
