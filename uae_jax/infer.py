@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
 
     inputs = options.inputs if options.command == "generate" else find_images(options.inputs)
     model = load_model(options, len(inputs))
-    if options.command == "generate" and (note := model.unknown(inputs)):
+    if options.command == "generate" and (note := model.unknown(options.inputs)):
         print(f"note: {note}", file=sys.stderr)
     problems: list[str] = []
     with tqdm(total=len(inputs), desc=options.command, disable=None) as bar:
