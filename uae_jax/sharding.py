@@ -181,7 +181,7 @@ def tree_shardings(tree: trees.Tree, mesh: Mesh) -> trees.Tree:
 
 
 def gather_over_fsdp(tree: trees.Tree, dtype: Any) -> trees.Tree:
-    """Inside a compiled function: matrices in the precision of their use, sharded over `tensor` alone.
+    """Inside a compiled function: matrices in the precision of their use, sharded over `tensor` alone; 8 bits stay.
 
     A loop that reads its weights in every pass, such as caption sampling, then gathers the weights once, for the memory
     of one copy. Without a mesh in use (`in_use`) the tree is unchanged.
@@ -194,7 +194,8 @@ def gather_over_fsdp(tree: trees.Tree, dtype: Any) -> trees.Tree:
         if leaf.ndim < 2:
             return leaf
         spec = [axis if axis == "tensor" else None for axis in parameter_spec(name, leaf.shape, mesh)]
-        return jax.lax.with_sharding_constraint(leaf.astype(dtype), PartitionSpec(*spec))
+        read = leaf if leaf.dtype == np.int8 else leaf.astype(dtype)
+        return jax.lax.with_sharding_constraint(read, PartitionSpec(*spec))
 
     return trees.map_with_name(whole, tree)
 

@@ -38,6 +38,15 @@ def test_first_ratio_is_exactly_one_and_kl_exactly_zero(captioner):
     assert again["kl"] > 0  # the rollout of the second step is scored against a reference that did not move
 
 
+def test_rollouts_of_8_bits_are_scored_by_the_model_itself(whole, captioner):
+    stage = stage_of(whole, "gen_for_und", rollout_weights="int8")
+    state = stage.state()
+    _, metrics = stage.step(state)(state, stage.frozen, stage.batch, stage.key)
+    exact = captioner[3]
+    assert float(metrics["ratio_deviation_max"]) == 0.0 and float(metrics["kl"]) == 0.0
+    assert exact["log_prob_gap_max"] < 1e-4 < 1e-3 < float(metrics["log_prob_gap"]) < 0.5
+
+
 def test_only_the_adapter_is_trained_and_it_moves(captioner):
     stage, _, moved, *_ = captioner
     assert set(stage.trained) == set(moved) == {"language_lora"}

@@ -218,6 +218,7 @@ class GenForUnd:
             sampling=SamplingConfig(settings.temperature),
             group=settings.group_size,
             gather_weights=settings.gather_weights,
+            weights=settings.rollout_weights,
         )
 
     def reconstruct(

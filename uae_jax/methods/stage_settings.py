@@ -93,6 +93,12 @@ class RolloutSettings(StageSettings):
         "gather a sharded language model once a rollout instead of once a token; costs a copy on every device",
         free=True,
     )
+    rollout_weights: str = setting(
+        "model",
+        "the captioner's kernels while it samples: as the model has them, or rounded to 8 bits, half the bytes that a "
+        "token reads; captions are scored by the model itself, and log_prob_gap says how far the two are apart",
+        choices=("model", "int8"),
+    )
     train: str = setting("lora", "what is trained: an adapter, or a full fine-tuned copy", choices=("lora", "full"))
     lora_rank: int = setting(32, "rank of a new adapter", low=1, source="released UAE code")
     reward: RewardConfig = RewardConfig()

@@ -178,6 +178,7 @@ class DecoderMethod:
             stops=self.system.stops,
             sampling=SamplingConfig(settings.temperature),
             gather_weights=settings.gather_weights,
+            weights=settings.rollout_weights,
         )
         tokens, lengths = drawn_captions(settings.data_captions, completion, batch, key)
         ended = completion.finished if not settings.data_captions else jnp.ones_like(completion.finished)

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 from jax import lax
 
+from uae_jax.nn import int8
 from uae_jax.nn.remat import remat
 
 Carry = TypeVar("Carry")
@@ -34,7 +35,7 @@ def scan_layers(layer: type[Layer], length: int, policy: str = "none", in_axes: 
     """
     return nn.scan(
         remat(layer, policy),
-        variable_axes={"params": 0, "lora": 0},
+        variable_axes={"params": 0, "lora": 0, int8.SCALES: 0},
         split_rngs={"params": True},
         in_axes=in_axes,
         length=length,

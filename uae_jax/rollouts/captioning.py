@@ -14,6 +14,7 @@ from uae_jax.models import condition, uae
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.generate import Completion, generate
 from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.nn import int8
 from uae_jax.nn.constrain import ways
 from uae_jax.nn.device import platform
 from uae_jax.rl.losses import Metrics
@@ -45,6 +46,7 @@ def sample_captions(
     sampling: SamplingConfig,
     group: int = 1,
     gather_weights: bool = False,
+    weights: str = "model",
 ) -> Completion:
     """Captions by the policy, n = b * group rows, those of a group together.
 
@@ -61,10 +63,15 @@ def sample_captions(
       group: captions per image.
       gather_weights: gather the language model once, before the loop over tokens (`sharding.gather_over_fsdp`). GPUs
         take the form of `qwen2_5_vl.decoding`, unless heads are sharded over devices.
+      weights: "int8" rounds the kernels of the layers to 8 bits before they are gathered; see `nn.int8`. They are not
+        packed for GPUs then.
     """
     params, adapter = uae.captioner_weights(parts, policy=True)
     images = encode_batch_images(model, parts, batch) if image_embeds is None else image_embeds
-    packed = gather_weights and platform() == "gpu" and ways("heads") == 1
+    packed = gather_weights and platform() == "gpu" and ways("heads") == 1 and weights == "model"
+    if weights == "int8":
+        layers, scales = int8.quantised(params["language"]["layers"])
+        params = params | {"language": params["language"] | {"layers": layers}, int8.SCALES: {"layers": scales}}
     if gather_weights:
         language, dtype = params["language"], model.captioner.text.dtype
         # packing gathers the layers one by one; gathered here, all of them would be in memory twice

@@ -14,6 +14,7 @@ from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
 from uae_jax.models.qwen2_5_vl.frozen_head import frozen_head_scores
 from uae_jax.models.qwen2_5_vl.text import KV, LanguageModel, Memory
 from uae_jax.models.qwen2_5_vl.vision import VisionTower
+from uae_jax.nn import int8
 from uae_jax.nn.attention import preferred_length
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
@@ -79,6 +80,8 @@ def _apply(
     return_kv: bool = False,
 ) -> Any:
     variables = {"params": params["language"]}
+    if int8.SCALES in params:
+        variables[int8.SCALES] = params[int8.SCALES]
     if adapter is not None:
         variables["lora"] = adapter
     return LanguageModel(config.text, return_kv).apply(variables, *args, method=method)
