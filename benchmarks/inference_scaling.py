@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.jax_side import open_system, picture_rows
 from benchmarks.measure import time_call
 from benchmarks.mini_checkpoint import write_checkpoint
-from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.rollouts.captioning import sample_captions
 from uae_jax.rollouts.reconstruction import Denoising, draw
 from uae_jax.stages.weights import System

@@ -27,7 +27,7 @@ from uae_jax.methods.gen_for_und import PROMPT_FIELDS, GenForUnd
 from uae_jax.methods.method import build_step, make_method
 from uae_jax.methods.stage_settings import SamplerConfig, rollout_denoising
 from uae_jax.methods.trained import stored, trainable
-from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.planning.flops import count_work
 from uae_jax.rewards.similarity import chosen_encoders, mixed_reward
 from uae_jax.rl.advantages import group_advantages

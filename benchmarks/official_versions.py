@@ -225,6 +225,7 @@ def our_captioner(path: pathlib.Path, arrays: dict, suffix: str) -> dict[str, np
     import jax.numpy as jnp
 
     from uae_jax.data.qwen_inputs import ImageProcessor, prompt_fields
+    from uae_jax.models.language import model as lm
     from uae_jax.models.qwen2_5_vl import config as configs
     from uae_jax.models.qwen2_5_vl import model, weights
 
@@ -241,9 +242,9 @@ def our_captioner(path: pathlib.Path, arrays: dict, suffix: str) -> dict[str, np
     batch = {name: jnp.asarray(value)[None] for name, value in row.items()}
     last = model.prompt_prefix(config, params, adapter, batch).last_hidden
     text = jnp.asarray(arrays["text_ids"])
-    states = model.text_hidden_states(config, params, adapter, text, jnp.ones(text.shape, bool))
+    states = lm.text_hidden_states(config, params, adapter, text, jnp.ones(text.shape, bool))
     return {
-        f"logits{suffix}": model.logits(config, params, last),
+        f"logits{suffix}": lm.logits(config, params, last),
         f"prompt_embeds{suffix}": model.project(params["projector"], states),
     }
 

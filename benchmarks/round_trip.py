@@ -40,9 +40,10 @@ from uae_jax.data.qwen_inputs import prompt_fields
 from uae_jax.diffusion.sampler import sample
 from uae_jax.models import uae
 from uae_jax.models.encoders import clip, dino
+from uae_jax.models.language import model as lm
+from uae_jax.models.language.generate import generate
+from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.models.qwen2_5_vl import model as qwen
-from uae_jax.models.qwen2_5_vl.generate import generate
-from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.models.sd3 import vae
 from uae_jax.rollouts.reconstruction import Denoising, decode, encode_condition, predictor
 from uae_jax.stages.weights import ModelConfig, System, load_system
@@ -140,7 +141,7 @@ def check_captions(table: Table, system: System, parts: dict, ref: dict) -> None
             stop_ids=(),
             sampling=SamplingConfig(0.0),
         )
-        return qwen.logits(config, params, prefix.last_hidden), greedy.tokens
+        return lm.logits(config, params, prefix.last_hidden), greedy.tokens
 
     logits, caption_ids = caption(base, {name: value[None] for name, value in row.items()})
     table.near("caption", "caption_logits", logits, ref["caption_logits"])
@@ -159,7 +160,7 @@ def check_conditions(table: Table, system: System, parts: dict, ref: dict) -> No
         ("prompt_embeds_lora", text, True),
     ):
         params, adapter = uae.captioner_weights(parts, policy=policy)
-        states = qwen.text_hidden_states(config, params, adapter, jnp.asarray([ids]), jnp.ones((1, len(ids)), bool))
+        states = lm.text_hidden_states(config, params, adapter, jnp.asarray([ids]), jnp.ones((1, len(ids)), bool))
         table.near("condition", name, qwen.project(parts["projector"], states), ref[name])
     table.near("condition", "pooled_prompt_embeds", parts["pooled"][None], ref["pooled_prompt_embeds"])
 

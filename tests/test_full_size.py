@@ -30,6 +30,8 @@ from uae_jax.models.encoders.config import (
     Dinov3Config,
     LongCLIPTextConfig,
 )
+from uae_jax.models.language import model as lm
+from uae_jax.models.language import weights as lm_weights
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
@@ -307,7 +309,7 @@ def test_the_release_of_the_captioner(captioner):
         lambda: get_peft_model(inner, LoraConfig(r=RANK, lora_alpha=64, target_modules=modules))
     )
     wrapped = shapes_of(model, *QWEN_FILE_NAMES) | projected
-    adapter = jax.eval_shape(lambda: init_lora(jax.random.key(0), params["language"], qwen.ADAPTER_PATTERN, RANK))
+    adapter = jax.eval_shape(lambda: init_lora(jax.random.key(0), params["language"], lm.ADAPTER_PATTERN, RANK))
     written = list(wrapped_tensors(config, blank(params), blank(adapter)))
     assert len(written) == len(wrapped) == 828 + 1 + 36 * 7 * 2
     assert {name: tensor.shape for name, tensor in written} == wrapped
@@ -320,7 +322,7 @@ def test_the_release_of_the_captioner(captioner):
         for name, shape in wrapped.items()
         if ".lora_" in name
     }
-    check_both_ways(qwen_weights.adapter_rules(36), adapter, saved)
+    check_both_ways(lm_weights.adapter_rules(36), adapter, saved)
     assert trees.parameter_count(adapter) == 59_867_136
 
 

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from uae_jax import sharding, trees
 from uae_jax.models.encoders import clip, dino
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config
+from uae_jax.models.language import model as lm
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig
 from uae_jax.models.sd3 import transformer, vae
@@ -53,7 +54,7 @@ def whole_model(config: TransformerConfig) -> dict:
         "dinov2": dino.abstract_params(Dinov2Config(**layers)),
     }
     parts["language_lora"] = jax.eval_shape(
-        lambda: init_lora(jax.random.key(0), parts["language"], qwen.ADAPTER_PATTERN, 32)
+        lambda: init_lora(jax.random.key(0), parts["language"], lm.ADAPTER_PATTERN, 32)
     )
     parts["transformer_lora"] = jax.eval_shape(
         lambda: init_lora(jax.random.key(0), parts["transformer"], ATTENTION_ADAPTER, 32)

@@ -15,9 +15,10 @@ from benchmarks.gpu_check.random_model import plain_ids, random_batch, random_pa
 from benchmarks.gpu_check.steps import check_config
 from uae_jax.methods.trained import stored
 from uae_jax.models import condition, uae
+from uae_jax.models.language import model as lm
+from uae_jax.models.language.generate import generate
+from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.models.qwen2_5_vl import model as qwen
-from uae_jax.models.qwen2_5_vl.generate import generate
-from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn.attention import use_attention
 from uae_jax.planning.system import AbstractSystem, abstract_system
 from uae_jax.rollouts.reconstruction import sample_keys
@@ -55,7 +56,7 @@ class Results(NamedTuple):
     hidden: Array
     velocity: Array
     gradient: Array
-    prefix: qwen.Prefix
+    prefix: lm.Prefix
 
 
 def forms() -> tuple[str, ...]:
@@ -84,7 +85,7 @@ def compute(model: uae.UAE, parts: Mapping, inputs: Inputs) -> Results:
     """Captioner and denoiser, with the form of attention that is in use."""
     captioner, mask = model.captioner, jnp.arange(inputs.tokens.shape[1])[None] < inputs.lengths[:, None]
     prefix = qwen.prompt_prefix(captioner, parts, None, inputs.batch)
-    hidden = qwen.completion_hidden_states(captioner, parts, None, prefix, inputs.tokens, mask)
+    hidden = lm.completion_hidden_states(captioner, parts, None, prefix, inputs.tokens, mask)
     context = condition.encode_captions(captioner, parts, None, model.template, inputs.tokens, inputs.lengths)
 
     def weighted(latents: Array) -> tuple[Array, Array]:
@@ -95,7 +96,7 @@ def compute(model: uae.UAE, parts: Mapping, inputs: Inputs) -> Results:
     return Results(jnp.where(mask[..., None], hidden, 0).astype(jnp.float32), velocity, gradient, prefix)
 
 
-def write(model: uae.UAE, tokens: int, parts: Mapping, prefix: qwen.Prefix, ids: Array) -> Array:
+def write(model: uae.UAE, tokens: int, parts: Mapping, prefix: lm.Prefix, ids: Array) -> Array:
     """Greedy captions `[B, T]`. One query attends by the plain formula on every device, as `choose` has it."""
     keys, sampling = sample_keys(jax.random.key(0), ids), SamplingConfig(temperature=0.0)
     with use_attention("plain"):

@@ -10,7 +10,7 @@ from stage_pieces import largest_gap, nudged, stage_of, varied
 
 from uae_jax.methods.method import gradients_of, make_rollout
 from uae_jax.methods.stage_settings import rollout_denoising
-from uae_jax.models.qwen2_5_vl.generate import Completion
+from uae_jax.models.language.generate import Completion
 from uae_jax.rollouts import captioning
 from uae_jax.rollouts.reconstruction import encode_condition
 

@@ -7,7 +7,7 @@ import pytest
 from stage_pieces import changed, largest_gap, make_run, nudged, stage_of, varied
 
 from uae_jax.methods.gen_for_und import PROMPT_FIELDS
-from uae_jax.models.qwen2_5_vl.generate import Completion
+from uae_jax.models.language.generate import Completion
 from uae_jax.rollouts.captioning import encode_batch_images
 
 

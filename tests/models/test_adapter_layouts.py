@@ -18,7 +18,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from uae_jax import trees
 from uae_jax.hf.safetensors import TensorFolder, write_tensors
-from uae_jax.models.qwen2_5_vl import model, weights
+from uae_jax.models.language import model as lm
+from uae_jax.models.language import weights as lm_weights
+from uae_jax.models.qwen2_5_vl import weights
 from uae_jax.nn.lora import merge_adapter
 
 IDS = torch.arange(5, 16)[None]
@@ -138,9 +140,7 @@ def test_every_name_and_precision_gives_one_tree(request, tmp_path, names, dtype
 @functools.partial(jax.jit, static_argnums=0)
 def logits(config, params, adapter=None):
     ids = jnp.asarray(IDS.numpy())
-    return model.logits(
-        config, params, model.text_hidden_states(config, params, adapter, ids, jnp.ones(ids.shape, bool))
-    )
+    return lm.logits(config, params, lm.text_hidden_states(config, params, adapter, ids, jnp.ones(ids.shape, bool)))
 
 
 def torch_logits(llm) -> np.ndarray:
@@ -200,8 +200,8 @@ def test_what_was_read_is_written_for_peft(saved, llm, tmp_path):
     wrapped = wrap(llm, "text", settings(target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 2}))
     wrapped.save_pretrained(tmp_path / "theirs")
     adapted, adapter = weights.load_adapter(tmp_path / "theirs", config)
-    write_tensors(tmp_path / "ours", weights.adapter_tensors(adapted, adapter), stem="adapter_model")
-    (tmp_path / "ours" / "adapter_config.json").write_text(json.dumps(weights.adapter_config(adapted, adapter)))
+    write_tensors(tmp_path / "ours", lm_weights.adapter_tensors(adapted, adapter), stem="adapter_model")
+    (tmp_path / "ours" / "adapter_config.json").write_text(json.dumps(lm_weights.adapter_config(adapted, adapter)))
     again = build(True)
     again.model.language_model = PeftModel.from_pretrained(again.model.language_model, tmp_path / "ours").eval()
     assert difference(torch_logits(again), torch_logits(llm)) < 1e-6

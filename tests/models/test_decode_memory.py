@@ -5,9 +5,9 @@ alone.
 import jax
 import jax.numpy as jnp
 
+from uae_jax.models.language.generate import generate
 from uae_jax.models.qwen2_5_vl import model
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig
-from uae_jax.models.qwen2_5_vl.generate import generate
 
 TEXT = TextConfig(vocab_size=64, width=64, layers=2, heads=4, key_heads=2, mlp_width=64, mrope_section=(4, 2, 2))
 CONFIG = Qwen2_5VLConfig(

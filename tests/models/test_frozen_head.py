@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from uae_jax.models.qwen2_5_vl.frozen_head import frozen_head_scores
+from uae_jax.models.language.frozen_head import frozen_head_scores
 
 ROWS, WIDTH, VOCABULARY = 8, 16, 37  # 37 has no divisor: every number of blocks but one needs padding
 

@@ -8,9 +8,10 @@ from programs import equations
 from uae_jax.diffusion.sampler import guided_velocity, sample
 from uae_jax.models.encoders import clip, dino
 from uae_jax.models.encoders.config import CLIPVisionConfig, Dinov2Config, Dinov3Config
+from uae_jax.models.language import model as lm
+from uae_jax.models.language.generate import generate
 from uae_jax.models.qwen2_5_vl import model
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig
-from uae_jax.models.qwen2_5_vl.generate import generate
 from uae_jax.models.sd3 import transformer, vae
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 
@@ -64,7 +65,7 @@ def prompt():
 def scores():
     def run(params, batch, tokens, mask):
         prefix = model.prompt_prefix(CAPTIONER, params, None, batch)
-        return model.completion_log_probs(CAPTIONER, params, None, prefix, tokens, mask, with_entropy=True)
+        return lm.completion_log_probs(CAPTIONER, params, None, prefix, tokens, mask, with_entropy=True)
 
     arguments = prompt(), zeros(4, 6, dtype=jnp.int32), zeros(4, 6, dtype=bool)
     return run, model.abstract_params(CAPTIONER), arguments, jnp.float32

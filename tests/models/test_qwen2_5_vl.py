@@ -9,10 +9,11 @@ import pytest
 from scipy import stats
 
 from uae_jax import trees
+from uae_jax.models.language import model as lm
+from uae_jax.models.language.generate import generate
+from uae_jax.models.language.sampling import SamplingConfig, sample_tokens, truncate
 from uae_jax.models.qwen2_5_vl import model
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig
-from uae_jax.models.qwen2_5_vl.generate import generate
-from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig, sample_tokens, truncate
 from uae_jax.nn.attention.entry import MULTIPLES
 from uae_jax.nn.lora import init_lora, merge_adapter
 
@@ -45,7 +46,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def adapter(params):
-    zero = init_lora(jax.random.key(1), params["language"], model.ADAPTER_PATTERN, rank=2)
+    zero = init_lora(jax.random.key(1), params["language"], lm.ADAPTER_PATTERN, rank=2)
     return trees.map_with_name(
         lambda name, leaf: leaf + 0.01 * jax.random.normal(trees.name_key(jax.random.key(2), name), leaf.shape), zero
     )
@@ -93,7 +94,7 @@ def sample(
 @functools.partial(jax.jit, static_argnames=("config", "chunk", "entropy"))
 def score(params, adapter, batch, tokens, mask, config=CONFIG, chunk=3, entropy=False):
     prefix = model.prompt_prefix(config, params, adapter, batch)
-    return model.completion_log_probs(
+    return lm.completion_log_probs(
         config, params, adapter, prefix, tokens, mask, temperature=TEMPERATURE, chunk=chunk, with_entropy=entropy
     )
 
@@ -175,9 +176,9 @@ def test_padding_of_the_prompt_changes_neither_scores_nor_gradient(params, adapt
 
 def test_the_length_that_a_device_prefers_changes_no_state_of_a_text(params, adapter, monkeypatch):
     ids, mask = jnp.arange(14).reshape(2, 7) + 12, jnp.arange(7) < jnp.array([[7], [4]])
-    exact = model.text_hidden_states(CONFIG, params, adapter, ids, mask)
+    exact = lm.text_hidden_states(CONFIG, params, adapter, ids, mask)
     monkeypatch.setitem(MULTIPLES, "cpu", 16)
-    found = model.text_hidden_states(CONFIG, params, adapter, ids, mask)
+    found = lm.text_hidden_states(CONFIG, params, adapter, ids, mask)
     assert found.shape == exact.shape == (2, 7, 32)
     np.testing.assert_allclose(found[mask], exact[mask], atol=1e-5)
 
@@ -204,13 +205,13 @@ def test_scores_and_gradient_through_the_prefix_equal_one_plain_forward_pass(par
         "prompt_ids": ids[:, :4],
         "prompt_mask": jnp.ones((1, 4), bool),
         "prompt_next": jnp.asarray([4]),
-        "prompt_positions": model.text_positions(jnp.zeros(1, jnp.int32), 4),
+        "prompt_positions": lm.text_positions(jnp.zeros(1, jnp.int32), 4),
     }
 
     def plain(language):
         whole = {**params, "language": language}
-        hidden = model.text_hidden_states(CONFIG, whole, adapter, ids, jnp.ones((1, 10), bool))[:, 3:9]
-        log_probs = jax.nn.log_softmax(model.logits(CONFIG, whole, hidden) / TEMPERATURE)
+        hidden = lm.text_hidden_states(CONFIG, whole, adapter, ids, jnp.ones((1, 10), bool))[:, 3:9]
+        log_probs = jax.nn.log_softmax(lm.logits(CONFIG, whole, hidden) / TEMPERATURE)
         return jnp.take_along_axis(log_probs, ids[:, 4:, None], -1).sum()
 
     def split(language):
@@ -240,7 +241,7 @@ def test_rows_do_not_depend_on_when_the_loop_ends(params, adapter, rollout):
 
 def test_zero_adapter_is_the_base_bit_for_bit_and_merging_changes_nothing(params, adapter, rollout):
     arguments = (prompts(), rollout.tokens, rollout.mask)
-    zero = init_lora(jax.random.key(1), params["language"], model.ADAPTER_PATTERN, rank=2)
+    zero = init_lora(jax.random.key(1), params["language"], lm.ADAPTER_PATTERN, rank=2)
     assert len(trees.flatten(zero)) == 14
     base = score(params, None, *arguments).log_probs
     np.testing.assert_array_equal(score(params, zero, *arguments).log_probs, base)
@@ -261,7 +262,7 @@ def test_entropy_is_that_of_the_distribution(params, adapter, rollout):
     batch = prompts()
     entropy = score(params, adapter, batch, rollout.tokens, rollout.mask, entropy=True).entropy
     hidden = model.prompt_prefix(CONFIG, params, adapter, batch).last_hidden
-    probabilities = np.asarray(jax.nn.softmax(model.logits(CONFIG, params, hidden) / TEMPERATURE), np.float64)
+    probabilities = np.asarray(jax.nn.softmax(lm.logits(CONFIG, params, hidden) / TEMPERATURE), np.float64)
     np.testing.assert_allclose(entropy[::GROUP, 0], stats.entropy(probabilities, axis=-1), rtol=1e-4)
     assert (entropy[~rollout.mask] == 0).all()
 
@@ -312,7 +313,7 @@ def test_a_frozen_head_has_the_same_scores_and_gradient_by_the_adapter(params, a
     def scores_and_gradient_by_adapter(frozen_head):
         def total(adapter):
             prefix = model.prompt_prefix(CONFIG, params, adapter, prompts())
-            scores = model.completion_log_probs(
+            scores = lm.completion_log_probs(
                 CONFIG,
                 params,
                 adapter,
@@ -345,7 +346,7 @@ def test_scores_are_float32_over_a_large_vocabulary_with_bfloat16_activations():
     config = Qwen2_5VLConfig(text=text, vision=VisionConfig(out_width=width))
     params = {"language": {"embedding": {"table": jnp.asarray(table)}}}
     tokens = jnp.asarray([[3, 100_000, 151_935, 7]])
-    scores = model.score_tokens(config, params, hidden, tokens, chunk=2)
+    scores = lm.score_tokens(config, params, hidden, tokens, chunk=2)
     exact_table = np.asarray(jnp.asarray(table, jnp.bfloat16), np.float64)
     exact = np.asarray(hidden[0], np.float64) @ exact_table.T
     exact -= np.log(np.exp(exact - exact.max(-1, keepdims=True)).sum(-1, keepdims=True)) + exact.max(-1, keepdims=True)
@@ -407,7 +408,5 @@ def test_the_form_that_gpus_decode_with_samples_the_same_captions(params, adapte
     scanned, packed = captions(False), captions(True)
     np.testing.assert_array_equal(packed.tokens, scanned.tokens)
     np.testing.assert_allclose(packed.log_probs, scanned.log_probs, atol=2e-5)
-    scores = model.completion_log_probs(
-        CONFIG, params, lora, prefix, packed.tokens, packed.mask, temperature=TEMPERATURE
-    )
+    scores = lm.completion_log_probs(CONFIG, params, lora, prefix, packed.tokens, packed.mask, temperature=TEMPERATURE)
     np.testing.assert_allclose(packed.log_probs, scores.log_probs, atol=2e-5)

@@ -17,10 +17,12 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 from wrapped_layout import wrapped_tensors
 
 from uae_jax.hf.safetensors import TensorFolder, write_tensors
+from uae_jax.models.language import model as lm
+from uae_jax.models.language import weights as lm_weights
+from uae_jax.models.language.generate import generate
+from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.models.qwen2_5_vl import config as configs
 from uae_jax.models.qwen2_5_vl import model, weights
-from uae_jax.models.qwen2_5_vl.generate import generate
-from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 
 IMAGE, START, END, VIDEO, PAD = 290, 286, 287, 291, 283
 GRIDS = ((1, 8, 6), (1, 4, 10))  # neither side is a whole number of windows in both
@@ -174,9 +176,9 @@ def test_hidden_states_and_logits_equal_transformers(saved, batch):
     embeds = model.encode_images(
         config, params, ours["patches"], ours["patch_positions"], ours["patch_windows"], ours["patch_images"]
     )
-    embeds = model.embed_prompt(config, params, ours["prompt_ids"], ours["prompt_mask"], embeds)
-    hidden = model.hidden_states(config, params, None, embeds, ours["prompt_positions"], ours["prompt_mask"])
-    last = model.logits(config, params, model.prompt_prefix(config, params, None, ours).last_hidden)
+    embeds = lm.embed_prompt(config, params, ours["prompt_ids"], ours["prompt_mask"], embeds)
+    hidden = lm.hidden_states(config, params, None, embeds, ours["prompt_positions"], ours["prompt_mask"])
+    last = lm.logits(config, params, model.prompt_prefix(config, params, None, ours).last_hidden)
     for index, example in enumerate(theirs):
         with torch.no_grad():
             out = llm(**example, output_hidden_states=True)
@@ -216,7 +218,7 @@ def test_text_hidden_states_and_projector_equal_transformers(saved):
     ids = torch.randint(0, 280, (2, 17), generator=torch.Generator().manual_seed(5))
     lengths = (17, 9)
     mask = jnp.arange(17)[None] < jnp.asarray(lengths)[:, None]
-    hidden = model.text_hidden_states(config, params, None, jnp.asarray(ids.numpy()), mask)
+    hidden = lm.text_hidden_states(config, params, None, jnp.asarray(ids.numpy()), mask)
     context = model.project(params["projector"], hidden)
     for index, length in enumerate(lengths):
         with torch.no_grad():
@@ -233,11 +235,11 @@ def test_an_untied_head_is_read(tmp_path):
     llm.save_pretrained(tmp_path)
     config, params = weights.load(tmp_path)
     ids = torch.arange(5, 14)[None]
-    hidden = model.text_hidden_states(config, params, None, jnp.asarray(ids.numpy()), jnp.ones((1, 9), bool))
+    hidden = lm.text_hidden_states(config, params, None, jnp.asarray(ids.numpy()), jnp.ones((1, 9), bool))
     with torch.no_grad():
         expected = llm(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     assert not config.text.tied
-    assert relative(model.logits(config, params, hidden), expected) < 1e-4
+    assert relative(lm.logits(config, params, hidden), expected) < 1e-4
 
 
 def test_both_generations_of_names_and_a_tied_copy_give_the_same_parameters(saved, tmp_path):
@@ -305,14 +307,14 @@ def test_the_wrapped_release_layout_and_a_peft_folder_give_the_adapter(saved, tm
     ids = torch.arange(5, 14)[None]
     with torch.no_grad():
         expected = wrapped(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-    hidden = model.text_hidden_states(scaled, params, adapter, jnp.asarray(ids.numpy()), jnp.ones((1, 9), bool))
+    hidden = lm.text_hidden_states(scaled, params, adapter, jnp.asarray(ids.numpy()), jnp.ones((1, 9), bool))
     assert relative(hidden, expected) < 1e-4
     written = dict(wrapped_tensors(scaled, base, adapter))
     assert written.keys() == state.keys()
     for name, value in state.items():
         np.testing.assert_array_equal(written[name], value.numpy())
     peft_names = TensorFolder(tmp_path / "peft").names()
-    assert {name for name, _ in weights.adapter_tensors(scaled, adapter)} == peft_names
+    assert {name for name, _ in lm_weights.adapter_tensors(scaled, adapter)} == peft_names
     with pytest.raises(ValueError, match="no adapter"):
         weights.load_adapter(folder, config)
 

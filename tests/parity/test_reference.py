@@ -13,8 +13,9 @@ from uae_jax.data.qwen_inputs import prompt_fields
 from uae_jax.diffusion.sampler import sample
 from uae_jax.models import condition, uae
 from uae_jax.models.encoders import clip, dino
+from uae_jax.models.language import model as lm
+from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.models.qwen2_5_vl import model as qwen
-from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.models.sd3 import vae
 from uae_jax.rollouts.captioning import sample_captions
 from uae_jax.rollouts.reconstruction import Denoising, decode, encode_condition, predictor
@@ -147,7 +148,7 @@ def test_caption_prompt_ids(theirs, prompts, row):
 def test_caption_logits(system, base, theirs, batch):
     config = system.model.captioner
     ours = jax.jit(
-        lambda parts, batch: qwen.logits(config, parts, qwen.prompt_prefix(config, parts, None, batch).last_hidden)
+        lambda parts, batch: lm.logits(config, parts, qwen.prompt_prefix(config, parts, None, batch).last_hidden)
     )({name: base[name] for name in ("vision", "language")}, batch)
     for row in range(3):
         assert_equal(ours[row], theirs[f"caption_logits_{row}"])

@@ -7,6 +7,7 @@ import pytest
 from stage_pieces import nudged
 
 from uae_jax.models import uae
+from uae_jax.models.language import model as lm
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.rollouts.answering import NO_OPTION, chosen_option, option_scores
 from uae_jax.rollouts.captioning import encode_batch_images
@@ -37,9 +38,9 @@ def stepwise(model, parts, batch, tokens):
         rest = batch["prompt_next"][b] + jnp.arange(tokens.shape[2])
         positions = jnp.concatenate([batch["prompt_positions"][b, :length], jnp.stack([rest] * 3, -1)])[None]
         mask = jnp.ones(ids.shape, bool)
-        embeds = qwen.embed_prompt(config, params, ids, mask, images[b : b + 1])
-        hidden = qwen.hidden_states(config, params, adapter, embeds, positions, mask)
-        said = jax.nn.log_softmax(qwen.logits(config, params, hidden[0, length - 1 : -1]))
+        embeds = lm.embed_prompt(config, params, ids, mask, images[b : b + 1])
+        hidden = lm.hidden_states(config, params, adapter, embeds, positions, mask)
+        said = jax.nn.log_softmax(lm.logits(config, params, hidden[0, length - 1 : -1]))
         found[b, s] = np.take_along_axis(np.asarray(said), tokens[b, s][:, None], 1)[:, 0]
     return found
 
@@ -67,7 +68,7 @@ def test_a_letter_is_scored_from_the_prompt_alone(whole, asked):
     found = np.asarray(score(batch))
     params, adapter = uae.captioner_weights(whole.parts, policy=True)
     prefix = qwen.prompt_prefix(whole.system.model.captioner, params, adapter, batch)
-    said = jax.nn.log_softmax(qwen.logits(whole.system.model.captioner, params, prefix.last_hidden))
+    said = jax.nn.log_softmax(lm.logits(whole.system.model.captioner, params, prefix.last_hidden))
     np.testing.assert_allclose(found[:, :3], np.asarray(said)[:, 20:23], atol=1e-5)
     assert (found[:, 3] == -np.inf).all() and (np.asarray(chosen_option(found)) < 3).all()
 

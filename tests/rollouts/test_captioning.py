@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uae_jax.models.qwen2_5_vl.generate import Completion
+from uae_jax.models.language.generate import Completion
 from uae_jax.rollouts.captioning import caption_metrics, repeated_sequences
 
 STOP, PAD = 1, 0

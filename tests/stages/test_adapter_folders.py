@@ -11,8 +11,9 @@ from wrapped_layout import wrapped_tensors
 
 from uae_jax import api, trees
 from uae_jax.hf.safetensors import write_tensors
+from uae_jax.models.language import weights as lm_weights
+from uae_jax.models.language.model import ADAPTER_PATTERN
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
-from uae_jax.models.qwen2_5_vl.model import ADAPTER_PATTERN
 from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.models.sd3.transformer import ATTENTION_ADAPTER
 from uae_jax.nn.lora import init_lora, merge_adapter
@@ -115,10 +116,10 @@ def adapted(builtin, folder, wrapped):
     """The folder with peft folders of both adapters, which say their alpha."""
     captioner, transformer = builtin.model.captioner.using(lora_alpha=6), builtin.model.transformer
     language, image = wrapped[2], random_adapter(builtin.parts["transformer"], ATTENTION_ADAPTER)
-    write_tensors(folder / "llm_lora", qwen_weights.adapter_tensors(captioner, language), stem="adapter_model")
+    write_tensors(folder / "llm_lora", lm_weights.adapter_tensors(captioner, language), stem="adapter_model")
     write_tensors(folder / "dit_lora", sd3_weights.adapter_tensors(transformer, image), stem="adapter_model")
     for name, config in (
-        ("llm_lora", qwen_weights.adapter_config(captioner, language)),
+        ("llm_lora", lm_weights.adapter_config(captioner, language)),
         ("dit_lora", sd3_weights.adapter_config(transformer, image) | dict(lora_alpha=7)),
     ):
         (folder / name / "adapter_config.json").write_text(json.dumps(config))

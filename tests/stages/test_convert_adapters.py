@@ -12,8 +12,8 @@ from wrapped_layout import wrapped_tensors
 
 from uae_jax import convert, trees
 from uae_jax.hf.safetensors import TensorFolder, write_tensors
-from uae_jax.models.qwen2_5_vl import weights as qwen_weights
-from uae_jax.models.qwen2_5_vl.model import ADAPTER_PATTERN
+from uae_jax.models.language import weights as lm_weights
+from uae_jax.models.language.model import ADAPTER_PATTERN
 from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.models.sd3.transformer import ATTENTION_ADAPTER
 from uae_jax.nn.lora import init_lora
@@ -45,7 +45,7 @@ def folder(model_folder, tmp_path):
 
 def language(system):
     return dict(
-        qwen_weights.adapter_tensors(system.model.captioner, random_adapter(system.parts["language"], ADAPTER_PATTERN))
+        lm_weights.adapter_tensors(system.model.captioner, random_adapter(system.parts["language"], ADAPTER_PATTERN))
     )
 
 
@@ -71,7 +71,7 @@ def ranks_by_pattern(system, folder):
     adapters = random_adapter(params, ADAPTER_PATTERN), random_adapter(params, r"layers/mlp/up", 3)
     adapter = trees.unflatten({name: leaf for tree in adapters for name, leaf in trees.flatten(tree).items()})
     write_tensors(
-        folder / "llm_lora", qwen_weights.adapter_tensors(system.model.captioner, adapter), stem="adapter_model"
+        folder / "llm_lora", lm_weights.adapter_tensors(system.model.captioner, adapter), stem="adapter_model"
     )
     (folder / "llm_lora" / CONFIG).write_text(
         json.dumps(settings(rank_pattern={"up_proj": 3}, target_modules=["up_proj", "q_proj"]))

@@ -13,6 +13,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from uae_jax import sharding, trees
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import TensorFolder, write_tensors
+from uae_jax.models.language import weights as lm_weights
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.stages import export
@@ -51,7 +52,7 @@ def test_all_weights_are_those_of_a_writer_that_holds_the_whole_model(whole, mod
     captioner, transformer, host = whole.system.model.captioner, whole.system.model.transformer, jax.device_get(model)
     tensors = {
         "llm/model": qwen_weights.tensors(captioner, host),
-        "llm_lora/adapter_model": qwen_weights.adapter_tensors(captioner, host["language_lora"]),
+        "llm_lora/adapter_model": lm_weights.adapter_tensors(captioner, host["language_lora"]),
         "dit/diffusion_pytorch_model": published_tensors(
             host["transformer"], sd3_weights.transformer_rules(transformer)
         ),

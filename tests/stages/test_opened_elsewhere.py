@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, CLIPModel, Dinov2Model, Qwen2_5_VLForCon
 from uae_jax import convert
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.models import uae
+from uae_jax.models.language import model as lm
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.sd3 import vae
 from uae_jax.stages.export import export_system
@@ -60,7 +61,7 @@ def stored(folder) -> dict[str, np.ndarray]:
 def our_logits(system, row, *, policy):
     params, adapter = uae.captioner_weights(system.parts, policy=policy)
     prefix = qwen.prompt_prefix(system.model.captioner, params, adapter, row)
-    return qwen.logits(system.model.captioner, params, prefix.last_hidden)[0]
+    return lm.logits(system.model.captioner, params, prefix.last_hidden)[0]
 
 
 def their_logits(llm, row):

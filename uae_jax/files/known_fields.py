@@ -78,6 +78,27 @@ def without_none(section: Any, what: str) -> dict[str, Any]:
     return {name: value for name, value in section.items() if value is not None}
 
 
+def needed(section: Mapping[str, Any], field: str) -> Any:
+    """A field without a default.
+
+    Raises:
+      ValueError: it is absent.
+    """
+    if section.get(field) is None:
+        raise ValueError(f"{field} is missing")
+    return section[field]
+
+
+def only(section: Mapping[str, Any], field: str, supported: tuple) -> None:
+    """Checks a field that has one supported value, written in one of several ways; absent means the first.
+
+    Raises:
+      ValueError: another value.
+    """
+    if section.get(field, supported[0]) not in supported:
+        raise ValueError(f"{field} is {section[field]!r}; only {supported[0]!r} is supported")
+
+
 def check_kinds(
     stored: Mapping[str, Any], kinds: Mapping[str, Any], what: str = "", zero: Collection[str] = ()
 ) -> None:

@@ -27,9 +27,10 @@ from uae_jax import trees
 from uae_jax.methods.method import Described, Loss
 from uae_jax.methods.stage_settings import RolloutSettings, SamplerConfig, UpdateSettings, rollout_denoising
 from uae_jax.models import condition, uae
+from uae_jax.models.language import model as lm
+from uae_jax.models.language.generate import Completion
+from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.models.qwen2_5_vl import model as qwen
-from uae_jax.models.qwen2_5_vl.generate import Completion
-from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rewards import caption_similarity
 from uae_jax.rewards.similarity import chosen_encoders, mixed_reward, term_metrics
@@ -66,7 +67,7 @@ class GenForUndConfig(UpdateSettings, RolloutSettings):
     kl_estimator: str = setting("k3", "estimator of that KL", choices=KL_ESTIMATORS, source="arXiv 2402.03300")
     advantage_scale: str = setting("group", "what advantages are divided by", choices=SCALES, source="arXiv 2402.03300")
     score_chunk: int = setting(
-        qwen.SCORE_CHUNK, "caption positions whose logits exist at once; memory, not results", low=1, free=True
+        lm.SCORE_CHUNK, "caption positions whose logits exist at once; memory, not results", low=1, free=True
     )
     objective: str = setting(
         "grpo", "grpo, or the control: cross-entropy of the data set's captions", choices=("grpo", "supervised")
@@ -197,7 +198,7 @@ class GenForUnd:
         weights, adapter = uae.captioner_weights(parts, policy=True)
         prefix = qwen.prompt_prefix(model.captioner, weights, adapter, batch, images)
         tokens, mask = batch["caption_ids"], batch["caption_mask"]
-        said = qwen.completion_log_probs(
+        said = lm.completion_log_probs(
             model.captioner, weights, adapter, prefix, tokens, mask, chunk=self.settings.score_chunk
         )
         return -jnp.sum(said.log_probs), jnp.sum(mask, dtype=jnp.float32), {}
@@ -256,12 +257,12 @@ class GenForUnd:
             ~completion.finished.reshape(-1, settings.group_size),
         )
 
-    def score_captions(self, parts: Mapping, samples: Mapping, *, trained: bool) -> qwen.TokenScores:
+    def score_captions(self, parts: Mapping, samples: Mapping, *, trained: bool) -> lm.TokenScores:
         """Log-probabilities `[B, G, T]` of a rollout's captions under the policy or the reference."""
         captioner = self.system.model.captioner
         params, adapter = uae.captioner_weights(parts, policy=trained)
         prefix = qwen.prompt_prefix(captioner, params, adapter, samples, samples["image_embeds"])
-        return qwen.completion_log_probs(
+        return lm.completion_log_probs(
             captioner,
             params,
             adapter,

@@ -20,6 +20,7 @@ from uae_jax.diffusion import flow
 from uae_jax.methods.method import Described, Loss, split_samples
 from uae_jax.methods.stage_settings import SamplerConfig, SupervisedSettings
 from uae_jax.models import condition, uae
+from uae_jax.models.language import model as lm
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.sd3 import vae
 from uae_jax.rollouts.captioning import CAPTION_FIELDS
@@ -84,7 +85,7 @@ class Pretrain:
 
         def encode(inputs: Mapping) -> dict:
             ids, mask = condition.place_in_template(model.template, inputs["tokens"], inputs["lengths"])
-            hidden = qwen.text_hidden_states(model.captioner, captioner, None, ids, mask)
+            hidden = lm.text_hidden_states(model.captioner, captioner, None, ids, mask)
             mean, log_variance = vae.encode(model.vae, parts["vae"], inputs["pixels"])
             drawn = jax.vmap(lambda k, m, v: vae.sample_latents(trees.name_key(k, "latents"), m, v))(
                 inputs["keys"], mean, log_variance

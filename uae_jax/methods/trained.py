@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from uae_jax import trees
-from uae_jax.models.qwen2_5_vl.model import ADAPTER_PATTERN
+from uae_jax.models.language.model import ADAPTER_PATTERN
 from uae_jax.models.sd3.transformer import ATTENTION_ADAPTER
 from uae_jax.nn.lora import init_lora
 

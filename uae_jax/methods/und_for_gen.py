@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from uae_jax.methods.method import STAGES, Described
 from uae_jax.methods.stage_settings import RolloutSettings, SamplerConfig, UpdateSettings, rollout_denoising
-from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.nn.constrain import constrain_rows, ways
 from uae_jax.rewards.similarity import chosen_encoders, mixed_reward, term_metrics
 from uae_jax.rl.losses import Metrics

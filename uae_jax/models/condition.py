@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from uae_jax.models.language import model as lm
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
 
@@ -65,8 +66,8 @@ def place_in_template(
 
 def encode_ids(
     config: Qwen2_5VLConfig,
-    params: qwen.Params,
-    adapter: qwen.Params | None,
+    params: lm.Params,
+    adapter: lm.Params | None,
     ids: Int[Array, "n s"],
     mask: Bool[Array, "n s"],
 ) -> Float[Array, "n s d_context"]:
@@ -78,13 +79,13 @@ def encode_ids(
       adapter: None for the reference model (the default condition), the policy's adapter for parity with the release.
       ids, mask: of `place_in_template`.
     """
-    return qwen.project(params["projector"], qwen.text_hidden_states(config, params, adapter, ids, mask))
+    return qwen.project(params["projector"], lm.text_hidden_states(config, params, adapter, ids, mask))
 
 
 def encode_captions(
     config: Qwen2_5VLConfig,
-    params: qwen.Params,
-    adapter: qwen.Params | None,
+    params: lm.Params,
+    adapter: lm.Params | None,
     template: ConditionTemplate,
     tokens: Int[Array, "n t"],
     lengths: Int[Array, " n"],
@@ -96,8 +97,8 @@ def encode_captions(
 
 def encode_negative(
     config: Qwen2_5VLConfig,
-    params: qwen.Params,
-    adapter: qwen.Params | None,
+    params: lm.Params,
+    adapter: lm.Params | None,
     template: ConditionTemplate,
     caption_tokens: int,
 ) -> tuple[Float[Array, "1 s d_context"], Bool[Array, "1 s"]]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int
 
 from uae_jax.models import uae
+from uae_jax.models.language import model as lm
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.rollouts.captioning import encode_batch_images
 from uae_jax.trees import Tree
@@ -45,7 +46,7 @@ def option_scores(
     """
     params, adapter = uae.captioner_weights(parts, policy=True)
     prefix = qwen.prompt_prefix(model.captioner, params, adapter, batch, encode_batch_images(model, parts, batch))
-    said = qwen.completion_log_probs(model.captioner, params, adapter, prefix, tokens, mask)
+    said = lm.completion_log_probs(model.captioner, params, adapter, prefix, tokens, mask)
     texts = jnp.sum(jnp.where(counted, said.log_probs, 0.0), -1)
     of_option = option[:, None] == jnp.arange(options)[:, None]
     return jax.nn.logsumexp(jnp.where(of_option, texts[:, None], -jnp.inf), axis=-1)

@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from uae_jax import trees
 from uae_jax.models import condition, uae
+from uae_jax.models.language.generate import Completion, generate
+from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.models.qwen2_5_vl import model as qwen
-from uae_jax.models.qwen2_5_vl.generate import Completion, generate
-from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn import int8
 from uae_jax.nn.constrain import ways
 from uae_jax.nn.device import platform
@@ -62,7 +62,7 @@ def sample_captions(
       sampling: temperature and truncation.
       group: captions per image.
       gather_weights: gather the language model once, before the loop over tokens (`sharding.gather_over_fsdp`). GPUs
-        take the form of `qwen2_5_vl.decoding`, unless heads are sharded over devices.
+        take the form of `language.decoding`, unless heads are sharded over devices.
       weights: "int8" rounds the kernels of the layers to 8 bits before they are gathered; see `nn.int8`. They are not
         packed for GPUs then.
     """

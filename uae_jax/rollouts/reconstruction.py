@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from uae_jax.diffusion.sampler import guided_velocity, sample
 from uae_jax.models import condition, uae
+from uae_jax.models.language import model as lm
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.sd3 import vae
 from uae_jax.trees import Tree
@@ -82,7 +83,7 @@ def caption_states(
     """
     params, adapter = uae.captioner_weights(parts, policy=policy)
     prefix = qwen.prompt_prefix(model.captioner, params, adapter, batch, image_embeds)
-    hidden = qwen.own_hidden_states(model.captioner, params, adapter, prefix, tokens, mask)
+    hidden = lm.own_hidden_states(model.captioner, params, adapter, prefix, tokens, mask)
     room = ((0, 0), (0, model.template.length(tokens.shape[1]) - tokens.shape[1]))
     positive = jnp.pad(qwen.project(parts["projector"], hidden), (*room, (0, 0))), jnp.pad(mask, room)
     return positive, _negative(model, how, params, adapter, tokens.shape[1])

@@ -22,7 +22,7 @@ from uae_jax.data.sources import Example
 from uae_jax.data.tokenizer import decode_caption
 from uae_jax.files.json_files import write_json
 from uae_jax.models import condition, uae
-from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.rewards.similarity import cosine_reward
 from uae_jax.rollouts.captioning import repeated_sequences, sample_captions
 from uae_jax.rollouts.reconstruction import Denoising, caption_states, draw, draw_from, sample_keys

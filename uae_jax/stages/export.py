@@ -12,6 +12,7 @@ from uae_jax import sharding
 from uae_jax.files.json_files import read_json, write_json
 from uae_jax.hf.items import Item, published_items, write_items
 from uae_jax.hf.rules import Rule
+from uae_jax.models.language import weights as lm_weights
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.stages.folders.files import copy_again, step_back, take_place
@@ -74,7 +75,7 @@ def _outputs(system: System, parts: Mapping, dtype: np.dtype) -> dict[str, list[
         for name, language in languages.items()
     }
     if adapter := parts.get("language_lora"):
-        outputs["llm_lora"] = items(adapter, qwen_weights.rules_of_adapter(captioner, adapter))
+        outputs["llm_lora"] = items(adapter, lm_weights.rules_of_adapter(captioner, adapter))
     weights = parts.get("transformer_policy", parts["transformer"])
     outputs["dit"] = items(weights, sd3_weights.transformer_rules(transformer))
     if adapter := parts.get("transformer_lora"):
@@ -95,7 +96,7 @@ def _write_other_configs(system: System, parts: Mapping, folder: pathlib.Path) -
     captioner, transformer = system.model.captioner, system.model.transformer
     write_json(folder / "dit" / "config.json", transformer.published(), indent=1)
     if adapter := parts.get("language_lora"):
-        content = qwen_weights.adapter_config(captioner, adapter)
+        content = lm_weights.adapter_config(captioner, adapter)
         write_json(folder / "llm_lora" / "adapter_config.json", content, indent=1)
     if adapter := parts.get("transformer_lora"):
         content = sd3_weights.adapter_config(transformer, adapter)

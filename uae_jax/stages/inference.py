@@ -21,8 +21,8 @@ from uae_jax.data.qwen_inputs import Fields, prompt_fields
 from uae_jax.data.tokenizer import decode_caption
 from uae_jax.diffusion.schedule import sigma_schedule
 from uae_jax.models import condition, uae
-from uae_jax.models.qwen2_5_vl.generate import Completion
-from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
+from uae_jax.models.language.generate import Completion
+from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.rollouts.captioning import sample_captions
 from uae_jax.rollouts.reconstruction import Denoising, caption_states, draw, draw_from, sample_keys
 from uae_jax.sharding import MeshConfig

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from uae_jax.files.json_files import read_json
-from uae_jax.files.known_fields import WITHOUT_EFFECT, check_kinds, refuse_unknown, without_none
-from uae_jax.nn.remat import POLICIES
+from uae_jax.files.known_fields import WITHOUT_EFFECT, check_kinds, needed, only, refuse_unknown, without_none
+from uae_jax.models.language.config import TEXT_KINDS, TextConfig, check_choices, text_sizes
 
-DTYPES = ("float32", "bfloat16")
 _OUTER = frozenset(
     """
     vision_config text_config image_token_id video_token_id vision_start_token_id vision_end_token_id vision_token_id
@@ -31,12 +30,6 @@ _IDS = dict.fromkeys(
     """.split(),
     int,
 ) | {"eos_token_id": int | tuple[int, ...]}
-_TEXT_KINDS = dict.fromkeys(
-    """
-    vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size
-    """.split(),
-    int,
-) | {"rope_theta": float, "rms_norm_eps": float, "layer_types": tuple[str, ...], "tie_word_embeddings": bool}
 _VISION_KINDS = dict.fromkeys(
     """
     depth hidden_size num_heads intermediate_size out_hidden_size patch_size temporal_patch_size in_channels in_chans
@@ -94,46 +87,6 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """The language model.
-
-    Attributes:
-      vocab_size: rows of the embedding table.
-      width: width of the residual stream.
-      layers: number of decoder layers.
-      heads: query heads.
-      key_heads: key and value heads; divides `heads`.
-      mlp_width: inner width of the gated MLP.
-      rope_theta: base of the rotary frequencies.
-      mrope_section: rotary frequencies that turn with time, row and column; sums to half the head width.
-      norm_epsilon: epsilon of the RMS norms.
-      tied: whether the head is the transposed embedding table.
-      lora_alpha: numerator of the adapters' scale.
-      dtype: precision of activations, `float32` or `bfloat16`.
-      remat: what the backward pass recomputes, one of `nn.remat.POLICIES`.
-    """
-
-    vocab_size: int = 151936
-    width: int = 2048
-    layers: int = 36
-    heads: int = 16
-    key_heads: int = 2
-    mlp_width: int = 11008
-    rope_theta: float = 1e6
-    mrope_section: tuple[int, int, int] = (16, 24, 24)
-    norm_epsilon: float = 1e-6
-    tied: bool = True
-    lora_alpha: float = 64.0
-    dtype: str = "float32"
-    remat: str = "none"
-
-    @property
-    def head_width(self) -> int:
-        """Width of one attention head."""
-        return self.width // self.heads
-
-
-@dataclasses.dataclass(frozen=True)
 class Qwen2_5VLConfig:
     """The complete model; the defaults are the published 3B size.
 
@@ -158,24 +111,12 @@ class Qwen2_5VLConfig:
     def __post_init__(self):
         """Raises ValueError when sizes do not fit each other."""
         text, vision = self.text, self.vision
-        if text.width % text.heads or text.heads % text.key_heads:
-            raise ValueError("hidden_size must be a multiple of num_attention_heads, and that of num_key_value_heads")
-        if sum(text.mrope_section) * 2 != text.head_width:
-            raise ValueError(
-                f"mrope_section {text.mrope_section} must sum to half the head width, {text.head_width // 2}"
-            )
+        text.check()
         if vision.width % (4 * vision.heads):
             raise ValueError("vision_config.hidden_size must be a multiple of 4 * num_heads")
         if vision.out_width != text.width:
             raise ValueError(f"vision_config.out_hidden_size is {vision.out_width}, hidden_size is {text.width}")
-        for name, value, known in (
-            ("remat", text.remat, POLICIES),
-            ("remat", vision.remat, POLICIES),
-            ("dtype", text.dtype, DTYPES),
-            ("dtype", vision.dtype, DTYPES),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; use one of {', '.join(known)}")
+        check_choices(vision.dtype, vision.remat)
 
     def using(
         self, *, dtype: str | None = None, remat: str | None = None, lora_alpha: float | None = None
@@ -186,10 +127,8 @@ class Qwen2_5VLConfig:
           ValueError: unknown `dtype` or `remat`.
         """
         both = {name: value for name, value in (("dtype", dtype), ("remat", remat)) if value is not None}
-        scale = {} if lora_alpha is None else {"lora_alpha": float(lora_alpha)}
-        return dataclasses.replace(
-            self, vision=dataclasses.replace(self.vision, **both), text=dataclasses.replace(self.text, **both, **scale)
-        )
+        text = self.text.using(dtype=dtype, remat=remat, lora_alpha=lora_alpha)
+        return dataclasses.replace(self, vision=dataclasses.replace(self.vision, **both), text=text)
 
 
 def from_folder(
@@ -247,7 +186,7 @@ def from_json(data: Mapping[str, Any], stop_token_ids: Any = None) -> Qwen2_5VLC
         check_kinds(part, _IDS, zero=_IDS)
     pad = text.get("pad_token_id", data.get("pad_token_id"))
     return Qwen2_5VLConfig(
-        vision=_vision(without_none(_need(data, "vision_config"), "vision_config")),
+        vision=_vision(without_none(needed(data, "vision_config"), "vision_config")),
         text=_text(text, _tied(data, text)),
         image_token_id=data.get("image_token_id", 151655),
         video_token_id=data.get("video_token_id", 151656),
@@ -264,31 +203,20 @@ def _tied(data: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
     return bool(text.get("tie_word_embeddings") if outer is None else outer)
 
 
-def _need(data: Mapping[str, Any], field: str) -> Any:
-    if data.get(field) is None:
-        raise ValueError(f"{field} is missing")
-    return data[field]
-
-
-def _only(data: Mapping[str, Any], field: str, supported: tuple) -> None:
-    if data.get(field, supported[0]) not in supported:
-        raise ValueError(f"{field} is {data[field]!r}; only {supported[0]!r} is supported")
-
-
 def _vision(data: Mapping[str, Any]) -> VisionConfig:
     refuse_unknown(data, WITHOUT_EFFECT | _IN_VISION, what="vision_config.")
     check_kinds(data, _VISION_KINDS, "vision_config.")
-    _only(data, "hidden_act", ("silu",))
+    only(data, "hidden_act", ("silu",))
     rope = without_none(data.get("rope_parameters") or {}, "vision_config.rope_parameters")
     refuse_unknown(rope, _IN_ROPE, {"partial_rotary_factor": 1.0}, "vision_config.rope_parameters.")
-    _only(rope, "rope_type", ("axial", "default"))
-    _only(rope, "rope_theta", (10000.0,))
+    only(rope, "rope_type", ("axial", "default"))
+    only(rope, "rope_theta", (10000.0,))
     return VisionConfig(
-        depth=_need(data, "depth"),
-        width=_need(data, "hidden_size"),
-        heads=_need(data, "num_heads"),
-        mlp_width=_need(data, "intermediate_size"),
-        out_width=_need(data, "out_hidden_size"),
+        depth=needed(data, "depth"),
+        width=needed(data, "hidden_size"),
+        heads=needed(data, "num_heads"),
+        mlp_width=needed(data, "intermediate_size"),
+        out_width=needed(data, "out_hidden_size"),
         patch_size=data.get("patch_size", 14),
         temporal_patch_size=data.get("temporal_patch_size", 2),
         channels=data.get("in_channels", data.get("in_chans", 3)),
@@ -300,7 +228,7 @@ def _vision(data: Mapping[str, Any]) -> VisionConfig:
 
 def _text(data: Mapping[str, Any], tied: bool) -> TextConfig:
     rope = without_none(data.get("rope_parameters") or data.get("rope_scaling") or {}, "rope_scaling")
-    check_kinds(data, _TEXT_KINDS)
+    check_kinds(data, TEXT_KINDS)
     check_kinds(rope, {"rope_theta": float, "mrope_section": tuple[int, int, int]}, "rope_scaling.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
@@ -308,20 +236,14 @@ def _text(data: Mapping[str, Any], tied: bool) -> TextConfig:
     refuse_unknown(rope, _IN_ROPE, {"partial_rotary_factor": 1.0}, "rope_scaling.")
     usual = _NEVER_CHANGED | {"head_dim": data.get("hidden_size", 0) // (data.get("num_attention_heads") or 1)}
     refuse_unknown(data, WITHOUT_EFFECT | _OUTER | _IN_TEXT, usual)
-    _only(data, "hidden_act", ("silu",))
-    _only(data, "use_sliding_window", (False, None))
+    only(data, "hidden_act", ("silu",))
+    only(data, "use_sliding_window", (False, None))
     if set(data.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError("layer_types has other than 'full_attention', which alone is supported")
-    heads = _need(data, "num_attention_heads")
     return TextConfig(
-        vocab_size=_need(data, "vocab_size"),
-        width=_need(data, "hidden_size"),
-        layers=_need(data, "num_hidden_layers"),
-        heads=heads,
-        key_heads=data.get("num_key_value_heads") or heads,
-        mlp_width=_need(data, "intermediate_size"),
+        **text_sizes(data),
         rope_theta=float(rope.get("rope_theta", data.get("rope_theta", 1e6))),
-        mrope_section=tuple(_need(rope, "mrope_section")),
+        mrope_section=tuple(needed(rope, "mrope_section")),
         norm_epsilon=float(data.get("rms_norm_eps", 1e-5)),
         tied=tied,
     )

@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from uae_jax.models.qwen2_5_vl.config import VisionConfig
-from uae_jax.models.qwen2_5_vl.text import GatedMLP
 from uae_jax.nn.attention import Mask, attention
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.loops import scan_layers
+from uae_jax.nn.mlp import GatedMLP
 from uae_jax.nn.norms import RMSNorm
 from uae_jax.nn.rope import apply_rope
 

@@ -13,51 +13,22 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from uae_jax import trees
-from uae_jax.hf.adapters import ALPHA, Adapter, AdapterFiles, peft_settings, read_adapter, survey_adapter
+from uae_jax.hf.adapters import Adapter, AdapterFiles, read_adapter, survey_adapter
 from uae_jax.hf.rules import Placement, Rule, canonical, check_params, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder, Tensors
+from uae_jax.models.language import weights
+from uae_jax.models.language.weights import ADAPTER_TENSOR, PEFT_ALIASES, language_rules, of_language_alone
 from uae_jax.models.precision import numpy_dtype
 from uae_jax.models.qwen2_5_vl import model
-from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig, from_folder
+from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, VisionConfig, from_folder
 
-MODULES = {
-    "attention/query": "self_attn.q_proj",
-    "attention/key": "self_attn.k_proj",
-    "attention/value": "self_attn.v_proj",
-    "attention/output": "self_attn.o_proj",
-    "mlp/gate": "mlp.gate_proj",
-    "mlp/up": "mlp.up_proj",
-    "mlp/down": "mlp.down_proj",
-}
-WITH_BIAS = ("attention/query", "attention/key", "attention/value")
+PREFIX = "model."  # of the language model's tensors
 ALIASES = (
-    (r"(?<![^.])base_model\.model\.", ""),
-    (r"\.base_layer\.", "."),
-    (r"^(model\.)?(language_model\.)?(?=(layers|embed_tokens|norm)\.)", "model."),
+    *PEFT_ALIASES,
+    (r"^(model\.)?(language_model\.)?(?=(layers|embed_tokens|norm)\.)", PREFIX),
     (r"^model\.visual\.", "visual."),
 )
 BUFFERS = r".*\.(rotary_emb|rotary_pos_emb)\..*inv_freq"
-ADAPTER_TENSOR = rf".*\.lora_[AB](\.[^.]+)?\.weight|{ALPHA}"
-ADAPTER_PREFIX = "base_model.model."  # peft around the text model alone, as in the release
-
-
-def language_rules(config: TextConfig) -> list[Rule]:
-    """The table of the language model; names of ours start with `language/`."""
-    layers = tuple(range(config.layers))
-    table = [
-        Rule("language/embedding/table", "model.embed_tokens.weight"),
-        Rule("language/final_norm/scale", "model.norm.weight"),
-        Rule("language/layers/attention_norm/scale", "model.layers.{}.input_layernorm.weight", layers=layers),
-        Rule("language/layers/mlp_norm/scale", "model.layers.{}.post_attention_layernorm.weight", layers=layers),
-    ]
-    for ours, theirs in MODULES.items():
-        table.append(Rule(f"language/layers/{ours}/kernel", f"model.layers.{{}}.{theirs}.weight", "dense", layers))
-        if ours in WITH_BIAS:
-            table.append(Rule(f"language/layers/{ours}/bias", f"model.layers.{{}}.{theirs}.bias", layers=layers))
-    if not config.tied:
-        table.append(Rule("language/head/kernel", "lm_head.weight", "dense"))
-    return table
 
 
 def vision_rules(config: VisionConfig) -> list[Rule]:
@@ -100,7 +71,7 @@ def _affine(ours: str, theirs: str) -> list[Rule]:
 
 def rules(config: Qwen2_5VLConfig, projector: bool) -> list[Rule]:
     """The complete table, with or without the projector."""
-    return vision_rules(config.vision) + language_rules(config.text) + (projector_rules() if projector else [])
+    return vision_rules(config.vision) + language_rules(config.text, PREFIX) + (projector_rules() if projector else [])
 
 
 def load(
@@ -160,27 +131,8 @@ def contents(folder: TensorFolder, config: Qwen2_5VLConfig) -> tuple[list[Rule],
 
 
 def check_head(folder: Tensors, config: Qwen2_5VLConfig) -> None:
-    """Refuses a stored head that differs from the embedding table although the config ties the two.
-
-    PyTorch's files and the release's hold a copy of the table as the head, which is passed over.
-
-    Raises:
-      ValueError: such a head; using the table in its place would be another model.
-    """
-    stored = {canonical(name, ALIASES): name for name in folder.names()}
-    head, table = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
-    if not config.text.tied or head is None or table is None:
-        return
-    same = folder.shape(head) == folder.shape(table)
-    if same:
-        ours, theirs = folder.read(head), folder.read(table)
-        rows = range(0, len(ours), 4096)  # a part at a time: tables of the published models have a gigabyte
-        same = all(np.array_equal(ours[at : at + 4096], theirs[at : at + 4096], equal_nan=False) for at in rows)
-    if not same:
-        raise ValueError(
-            f"{folder.file(head)} holds {head} with other numbers than {table}, but tie_word_embeddings is true; set "
-            "it to false in config.json (also in text_config) if the head is its own, or delete the tensor"
-        )
+    """See `language.weights.check_head`."""
+    weights.check_head(folder, config, ALIASES, PREFIX)
 
 
 def abstract_projector(folder: TensorFolder, config: Qwen2_5VLConfig) -> dict | None:
@@ -237,7 +189,7 @@ def load_language(
     others = (re.escape(name) for rule in table if not rule.ours.startswith("language/") for name in rule.sources())
     return load_params(
         folder,
-        language_rules(config.text),
+        language_rules(config.text, PREFIX),
         {"language": abstract["language"]},
         aliases=ALIASES,
         ignore="|".join((ignore, *others)),
@@ -259,23 +211,6 @@ def tensors(
     """Published names and arrays of `{"vision", "language"}`, and `"projector"` if there; the inverse of `load`."""
     parts = {name: params[name] for name in ("vision", "language", "projector") if name in params}
     return published_tensors(parts, rules(config, "projector" in parts), numpy_dtype(dtype))
-
-
-def adapter_rules(layers: int, modules: tuple[str, ...] = tuple(MODULES), prefix: str = ADAPTER_PREFIX) -> list[Rule]:
-    """The table of an adapter in peft's names: `lora_A` is `a` transposed, `lora_B` is `b` transposed.
-
-    Args:
-      layers: number of layers.
-      modules: adapted modules, keys of `MODULES`.
-      prefix: what stands before `layers.N`: `base_model.model.model.language_model.` for peft around the complete
-        model.
-    """
-    numbers = tuple(range(layers))
-    return [
-        Rule(f"layers/{ours}/{leaf}", f"{prefix}layers.{{}}.{MODULES[ours]}.{theirs}.weight", "dense", numbers)
-        for ours in modules
-        for leaf, theirs in (("a", "lora_A"), ("b", "lora_B"))
-    ]
 
 
 def read_adapters(path: str | pathlib.Path, config: Qwen2_5VLConfig, dtype: DTypeLike | None = None) -> Adapter:
@@ -306,7 +241,7 @@ def survey_adapters(path: str | pathlib.Path, config: Qwen2_5VLConfig | None) ->
     table, abstract = (
         (None, {})
         if config is None
-        else (vision_rules(config.vision) + language_rules(config.text), model.abstract_params(config))
+        else (vision_rules(config.vision) + language_rules(config.text, PREFIX), model.abstract_params(config))
     )
     return survey_adapter(
         TensorFolder(path), table, abstract, aliases=ALIASES, parts=("vision", "language"), others=r"(?!.*\.lora_).*"
@@ -326,34 +261,4 @@ def load_adapter(
       ValueError: see `hf.adapters.read_adapter`; also an adapter of the image encoder or the head.
     """
     adapter = read_adapters(path, config, dtype)
-    if set(adapter.tree) != {"language"} or "head" in adapter.tree["language"]:
-        raise ValueError(
-            f"{path} adapts more than the text model's layers; merge it into the base (model.merge_adapters=True, or "
-            "`convert export --merge-adapters`)"
-        )
-    return config.using(lora_alpha=adapter.alpha), adapter.tree["language"]
-
-
-def adapter_tensors(
-    config: Qwen2_5VLConfig, adapter: Mapping, prefix: str = ADAPTER_PREFIX, dtype: DTypeLike | None = None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and arrays of an adapter as peft saves it; the inverse of `load_adapter`."""
-    return published_tensors(adapter, rules_of_adapter(config, adapter, prefix), numpy_dtype(dtype))
-
-
-def rules_of_adapter(config: Qwen2_5VLConfig, adapter: Mapping, prefix: str = ADAPTER_PREFIX) -> list[Rule]:
-    """The table of the modules that an adapter has."""
-    leaves = trees.flatten(adapter)
-    modules = tuple(ours for ours in MODULES if f"layers/{ours}/a" in leaves)
-    return adapter_rules(config.text.layers, modules, prefix)
-
-
-def adapter_config(config: Qwen2_5VLConfig, adapter: Mapping) -> dict:
-    """The contents of peft's `adapter_config.json` for an adapter."""
-    leaves = trees.flatten(adapter)
-    ranks = {
-        theirs.split(".")[-1]: int(leaves[f"layers/{ours}/a"].shape[-1])
-        for ours, theirs in MODULES.items()
-        if f"layers/{ours}/a" in leaves
-    }
-    return peft_settings(ranks, config.text.lora_alpha)
+    return config.using(lora_alpha=adapter.alpha), of_language_alone(adapter, path)

@@ -27,6 +27,7 @@ from uae_jax.data.tokenizer import IMAGE_PAD, caption_prompt_ids, encode_caption
 from uae_jax.files.json_files import write_json
 from uae_jax.methods.method import Supervised
 from uae_jax.models.condition import ConditionTemplate, place_in_template
+from uae_jax.models.language import model as lm
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, to_json
 from uae_jax.rollouts.captioning import IMAGE_FIELDS
@@ -86,7 +87,7 @@ def algorithm(world: World, config: Qwen2_5VLConfig, template: ConditionTemplate
         batch = rollout["samples"]
         images = qwen.encode_images(config, params, *(batch[name] for name in IMAGE_FIELDS))
         prefix = qwen.prompt_prefix(config, params, None, batch, images)
-        said = qwen.completion_log_probs(
+        said = lm.completion_log_probs(
             config, params, None, prefix, batch["caption_ids"], batch["caption_mask"]
         ).log_probs
         count = jnp.sum(batch["caption_mask"], dtype=jnp.float32)
@@ -114,8 +115,8 @@ def _text_losses(
     """
     lengths = jnp.sum(mask, -1, dtype=jnp.int32) - 1
     templated, valid = place_in_template(template, ids, lengths)
-    hidden = qwen.text_hidden_states(config, params, None, templated, valid)
-    scores = qwen.score_tokens(config, params, hidden[:, :-1], templated[:, 1:]).log_probs
+    hidden = lm.text_hidden_states(config, params, None, templated, valid)
+    scores = lm.score_tokens(config, params, hidden[:, :-1], templated[:, 1:]).log_probs
     position = jnp.arange(1, templated.shape[1])[None]
     before = len(template.prefix)
     inside = (position >= before) & (position < before + lengths[:, None])

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from uae_jax.models.qwen2_5_vl.config import TextConfig
-from uae_jax.models.qwen2_5_vl.text import Memory, mrope_angles
+from uae_jax.models.language.config import TextConfig
+from uae_jax.models.language.text import Memory, mrope_angles
 from uae_jax.nn.attention.mask import MASKED
 from uae_jax.nn.constrain import constrain, ways
 from uae_jax.nn.norms import RMSNorm

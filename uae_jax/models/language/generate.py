@@ -1,4 +1,4 @@
-"""Caption sampling as one loop inside the compiled step: key-value cache as loop state, early end, per-row keys."""
+"""Token sampling as one loop inside the compiled step: key-value cache as loop state, early end, per-row keys."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from uae_jax.models.qwen2_5_vl import decoding, model
-from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
-from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig, sample_tokens, truncate
-from uae_jax.models.qwen2_5_vl.text import KV, Memory
+from uae_jax.models.language import decoding, model
+from uae_jax.models.language.config import CaptionerConfig
+from uae_jax.models.language.sampling import SamplingConfig, sample_tokens, truncate
+from uae_jax.models.language.text import KV, Memory
 from uae_jax.nn.constrain import constrain
 
 
@@ -39,12 +39,22 @@ class _State(NamedTuple):
     hidden: Array
 
 
-# `advance(cache, tokens [N], step) -> (hidden states [N, D], cache)`, and the cache before the first token
-Decoder = tuple[Callable[[Any, Array, Array], tuple[Array, Any]], Any]
+class Decoder(NamedTuple):
+    """A language model that reads one token of R rows after the other.
+
+    Attributes:
+      advance: `(cache, embeddings [R, D], step) -> (hidden states [R, D], cache)`.
+      cache: before the first token.
+      hidden: the states that score the first token.
+    """
+
+    advance: Callable[[Any, Array, Array], tuple[Array, Any]]
+    cache: Any
+    hidden: Float[Array, "r d"]
 
 
 def generate(
-    config: Qwen2_5VLConfig,
+    config: CaptionerConfig,
     params: model.Params,
     adapter: model.Params | None,
     prefix: model.Prefix,
@@ -76,53 +86,110 @@ def generate(
     rows = prefix.next_position.shape[0] * group
     if keys.shape != (rows,):
         raise ValueError(f"{rows} completions need as many random keys, not {keys.shape}")
-    advance, cache = (_packed if packed else _scanned)(config, params, adapter, prefix, max_new_tokens, group)
+    return sample_sequences(
+        start_decoder(config, params, adapter, prefix, max_new_tokens, group=group, packed=packed),
+        keys,
+        length=max_new_tokens,
+        logits=lambda hidden: model.logits(config, params, hidden),
+        embed=lambda tokens: model.embed_tokens(config, params, tokens),
+        sampling=sampling,
+        pad=config.pad_token_id,
+        stop_ids=stop_ids,
+    )
+
+
+def sample_sequences(
+    decoder: Decoder,
+    keys: Key[Array, " n"],
+    *,
+    length: int,
+    logits: Callable[[Float[Array, "r d"]], Float[Array, "n v"]],
+    embed: Callable[[Int[Array, " n"]], Float[Array, "r d"]],
+    sampling: SamplingConfig,
+    pad: int = 0,
+    stop_ids: tuple[int, ...] = (),
+) -> Completion:
+    """Samples N sequences of any vocabulary from the R rows of a decoder, in one loop.
+
+    Args:
+      decoder: of `start_decoder`, with room for `length` tokens.
+      keys: typed random keys; step t folds in t.
+      length: T.
+      logits: float32, from states of the rows to sequences.
+      embed: what the rows read after a token of each sequence.
+      sampling: temperature and truncation.
+      pad: written after the end of a sequence.
+      stop_ids: tokens that end a sequence; empty samples T tokens for each.
+    """
+    rows = len(keys)
 
     def body(state: _State) -> _State:
         step, done = state.step, state.completion.finished
-        token, log_prob = _sample(config, params, state.hidden, keys, step, sampling)
-        token = jnp.where(done, config.pad_token_id, token)
+        token, log_prob = _sample(logits(state.hidden), keys, step, sampling)
+        token = jnp.where(done, pad, token)
         completion = Completion(
             tokens=state.completion.tokens.at[:, step].set(token),
             mask=state.completion.mask.at[:, step].set(~done),
             log_probs=state.completion.log_probs.at[:, step].set(jnp.where(done, 0.0, log_prob)),
             finished=done | _is_stop(token, stop_ids),
         )
-        hidden, cache = advance(state.cache, token, step)
+        hidden, cache = decoder.advance(state.cache, embed(token), step)
         return _State(step + 1, completion, cache, hidden)
 
     def unfinished(state: _State) -> Array:
-        return (state.step < max_new_tokens) & ~jnp.all(state.completion.finished)
+        return (state.step < length) & ~jnp.all(state.completion.finished)
 
     empty = Completion(
-        tokens=jnp.full((rows, max_new_tokens), config.pad_token_id, jnp.int32),
-        mask=jnp.zeros((rows, max_new_tokens), bool),
-        log_probs=jnp.zeros((rows, max_new_tokens), jnp.float32),
+        tokens=jnp.full((rows, length), pad, jnp.int32),
+        mask=jnp.zeros((rows, length), bool),
+        log_probs=jnp.zeros((rows, length), jnp.float32),
         finished=jnp.zeros(rows, bool),
     )
-    hidden = constrain(jnp.repeat(prefix.last_hidden, group, axis=0), "batch")
-    return lax.while_loop(unfinished, body, _State(jnp.zeros((), jnp.int32), empty, cache, hidden)).completion
+    start = _State(jnp.zeros((), jnp.int32), empty, decoder.cache, decoder.hidden)
+    return lax.while_loop(unfinished, body, start).completion
+
+
+def start_decoder(
+    config: CaptionerConfig,
+    params: model.Params,
+    adapter: model.Params | None,
+    prefix: model.Prefix,
+    length: int,
+    *,
+    group: int = 1,
+    packed: bool = False,
+) -> Decoder:
+    """The decoder of `group` sequences of each prompt, before their first token.
+
+    Args:
+      config, params, adapter, prefix: see `generate`.
+      length: tokens that the cache has room for.
+      group: sequences of each prompt, R = B * group.
+      packed: copy the layers into the form of `decoding` first.
+    """
+    advance, cache = (_packed if packed else _scanned)(config, params, adapter, prefix, length, group)
+    return Decoder(advance, cache, constrain(jnp.repeat(prefix.last_hidden, group, axis=0), "batch"))
 
 
 def _scanned(
-    config: Qwen2_5VLConfig,
+    config: CaptionerConfig,
     params: model.Params,
     adapter: model.Params | None,
     prefix: model.Prefix,
     length: int,
     group: int,
-) -> Decoder:
+) -> tuple[Callable[[Any, Array, Array], tuple[Array, Any]], Any]:
     """The model's own forward pass over stacked layers; a group shares the keys and values of its prompt."""
     rows = prefix.next_position.shape[0] * group
     start = jnp.repeat(prefix.next_position, group)
 
-    def advance(cache: KV, token: Array, step: Array) -> tuple[Array, KV]:
+    def advance(cache: KV, embeds: Array, step: Array) -> tuple[Array, KV]:
         earlier = jnp.broadcast_to(jnp.arange(length) < step, (rows, length))
         hidden, kv = model.hidden_states_and_kv(
             config,
             params,
             adapter,
-            model.embed_tokens(config, params, token[:, None]),
+            embeds[:, None],
             model.text_positions(start + step, 1),
             jnp.ones((rows, 1), bool),
             (prefix.memory, Memory(cache, earlier)),
@@ -141,13 +208,13 @@ def _scanned(
 
 
 def _packed(
-    config: Qwen2_5VLConfig,
+    config: CaptionerConfig,
     params: model.Params,
     adapter: model.Params | None,
     prefix: model.Prefix,
     length: int,
     group: int,
-) -> Decoder:
+) -> tuple[Callable[[Any, Array, Array], tuple[Array, Any]], Any]:
     """The form of `decoding`."""
     layers = decoding.pack(config.text, params["language"], adapter)
     start, prompt = (
@@ -155,27 +222,24 @@ def _packed(
     )
     size = prompt.shape[1]
 
-    def advance(caches: Any, token: Array, step: Array) -> tuple[Array, Any]:
+    def advance(caches: Any, embeds: Array, step: Array) -> tuple[Array, Any]:
         written = jnp.broadcast_to(jnp.arange(length) <= step, (len(start), length))
         hidden, caches = decoding.decode_token(
             config.text,
             layers,
             params["language"]["final_norm"]["scale"],
             caches,
-            model.embed_tokens(config, params, decoding.whole_tiles(token)),
+            decoding.whole_tiles(embeds),
             start + step,
             size + step,
             jnp.concatenate([prompt, written], axis=1),
         )
-        return hidden[: len(token)], caches
+        return hidden[: len(embeds)], caches
 
     return advance, decoding.start_caches(config.text, prefix.memory, group, length)
 
 
-def _sample(
-    config: Qwen2_5VLConfig, params: model.Params, hidden: Array, keys: Array, step: Array, sampling: SamplingConfig
-) -> tuple[Array, Array]:
-    logits = model.logits(config, params, hidden)
+def _sample(logits: Array, keys: Array, step: Array, sampling: SamplingConfig) -> tuple[Array, Array]:
     uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
     token = sample_tokens(truncate(logits, sampling), uniforms, sampling.temperature)
     return token, model.token_log_probs(logits / (sampling.temperature or 1.0), token)[0]

@@ -1,5 +1,5 @@
-"""The language model of Qwen2.5-VL (arXiv 2502.13923; 2407.10671 for the decoder): scanned layers, M-RoPE, grouped
-queries.
+"""The language model of Qwen2.5-VL (arXiv 2502.13923; 2407.10671 for the decoder) and of Llama (arXiv 2302.13971):
+scanned layers, M-RoPE, grouped queries.
 
 One forward pass serves every use. `Memory` holds keys and values that were computed earlier. Groups of consecutive rows
 share a memory with fewer rows than the batch: the completions of one image read one copy of its prompt.
@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from uae_jax.models.qwen2_5_vl.config import TextConfig
+from uae_jax.models.language.config import TextConfig
 from uae_jax.nn.attention import Mask, SharedKeys, attention
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.loops import scan_layers
+from uae_jax.nn.mlp import GatedMLP
 from uae_jax.nn.norms import RMSNorm
 from uae_jax.nn.rope import apply_rope
 
@@ -51,7 +52,7 @@ def mrope_angles(config: TextConfig, positions: Int[Array, "n t 3"]) -> Float[Ar
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries and biases on query, key and value."""
+    """Causal self-attention with grouped queries; biases, where there are any, are on query, key and value."""
 
     config: TextConfig
 
@@ -68,7 +69,7 @@ class Attention(nn.Module):
         rows, length, _ = x.shape
 
         def project(name: str, heads: int) -> Array:
-            y = Dense(heads * c.head_width, lora_alpha=c.lora_alpha, name=name)(x)
+            y = Dense(heads * c.head_width, use_bias=c.qkv_bias, lora_alpha=c.lora_alpha, name=name)(x)
             return constrain(y.reshape(rows, length, heads, c.head_width), "batch", None, "heads", None)
 
         query = apply_rope(project("query", c.heads), angles)
@@ -76,25 +77,6 @@ class Attention(nn.Module):
         value = project("value", c.key_heads)
         mixed = attention(query, key, value, mask, memories).reshape(rows, length, -1)
         return Dense(c.width, use_bias=False, lora_alpha=c.lora_alpha, name="output")(mixed), KV(key, value)
-
-
-class GatedMLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
-
-    inner: int
-    use_bias: bool = False
-    lora_alpha: float = 64.0
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
-        """Each token by itself."""
-
-        def dense(name: str, features: int) -> Dense:
-            return Dense(features, use_bias=self.use_bias, lora_alpha=self.lora_alpha, name=name)
-
-        gated = nn.silu(dense("gate", self.inner)(x)) * dense("up", self.inner)(x)
-        gated = constrain(gated, "batch", *[None] * (x.ndim - 2), "hidden")
-        return dense("down", x.shape[-1])(gated)
 
 
 class Layer(nn.Module):
