@@ -21,6 +21,7 @@ from wrapped_layout import wrapped_tensors
 
 from uae_jax import trees
 from uae_jax.hf.rules import Rule, published_tensors
+from uae_jax.hf.split_tensors import SplitTensors
 from uae_jax.models.encoders import clip, dino, openai, tables
 from uae_jax.models.encoders.config import (
     CLIPConfig,
@@ -505,7 +506,7 @@ class Tensors:
 def test_longclip_l():
     state = longclip_l()
     whole = {name: np.broadcast_to(np.float16(0), shape) for name, shape in state.items()}
-    seen = openai.SplitTensors(Tensors(whole))
+    seen = SplitTensors(Tensors(whole), openai.FUSED)
     config = openai.config_of(seen)
     text = {**CLIP_TEXT, "max_position_embeddings": 248, "bos_token_id": 49406}
     assert config == CLIPConfig(CLIPVisionConfig(**CLIP_VISION), LongCLIPTextConfig(**text))

@@ -59,7 +59,7 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
         weight_map = json.loads(index.read_bytes().decode("utf-8-sig"))["weight_map"]
         return {str(name): str(shard) for name, shard in weight_map.items()}
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is not an index of safetensors (JSON with a weight_map); copy it again") from None
+        raise ValueError(f"{index} is not an index of weights (JSON with a weight_map); copy it again") from None
 
 
 def shards(index: pathlib.Path, path: pathlib.Path) -> list[pathlib.Path]:

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from uae_jax.hf.file_sets import check_index, shards
 from uae_jax.hf.safetensors import TensorFolder
 
 SUFFIXES = (".pt", ".pth", ".bin")
@@ -16,26 +17,39 @@ DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 REMEDY = "save the model's state_dict() alone, or as safetensors"
 
 
+INDEX = "pytorch_model.bin.index.json"
+
+
 class TorchFile:
-    """The tensors of one state dictionary in a PyTorch file, memory-mapped; a `hf.safetensors.Tensors`.
+    """The tensors of one state dictionary in PyTorch files, memory-mapped; a `hf.safetensors.Tensors`.
 
     Attributes:
-      path: the file.
+      path: the file, or the folder of an index and its shards.
       files: tensor name to file.
     """
 
     def __init__(self, path: str | pathlib.Path):
-        """Opens the file.
+        """Opens a file, or the shards of a folder's `INDEX`.
 
         Raises:
-          FileNotFoundError: no such file.
-          ValueError: PyTorch is not installed, the file is not complete, or holds anything but tensors by name.
+          FileNotFoundError: no such file, or a shard of the index is missing.
+          ValueError: PyTorch is not installed, a file is not complete or holds anything but tensors by name, or index
+            and shards disagree.
         """
         self.path = pathlib.Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"weights not found: {self.path} does not exist")
-        self._tensors = _load(self.path)
-        self.files = dict.fromkeys(self._tensors, self.path)
+        index = self.path / INDEX if self.path.is_dir() else None
+        if not (index or self.path).is_file():
+            raise FileNotFoundError(f"weights not found: {index or self.path} does not exist")
+        self._tensors: dict[str, Any] = {}
+        self.files: dict[str, pathlib.Path] = {}
+        for file in [self.path] if index is None else shards(index, self.path):
+            tensors = _load(file)
+            if again := sorted(set(tensors) & set(self.files)):
+                raise ValueError(f"{self.files[again[0]]} and {file} both hold {again[0]}; keep the right file")
+            self._tensors |= tensors
+            self.files |= dict.fromkeys(tensors, file)
+        if index is not None:
+            check_index(index, self.files, self.path)
 
     def names(self) -> set[str]:
         """All tensor names."""
@@ -63,14 +77,16 @@ class TorchFile:
 
 
 def open_tensors(path: str | pathlib.Path) -> TensorFolder | TorchFile:
-    """The tensors of a file, or of a folder: its safetensors or, without safetensors, its PyTorch file.
+    """The tensors of a file, or of a folder: its safetensors or, without safetensors, its PyTorch file or files.
 
     Raises:
       FileNotFoundError: no such file or folder, or no weights in the folder.
-      ValueError: several PyTorch files (and none named `pytorch_model.bin`), or an unreadable file.
+      ValueError: several PyTorch files without `INDEX` (and none named `pytorch_model.bin`), or an unreadable file.
     """
     path = pathlib.Path(path)
     if path.is_dir() and not any(not file.name.startswith(".") for file in path.glob("*.safetensors*")):
+        if (path / INDEX).is_file():
+            return TorchFile(path)
         visible = (file for file in path.iterdir() if not file.name.startswith("."))
         files = sorted(file for file in visible if file.suffix in SUFFIXES)
         files = [file for file in files if file.name == "pytorch_model.bin"] or files

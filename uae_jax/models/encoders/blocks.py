@@ -1,7 +1,8 @@
-"""What the encoders' layers share: patches, activations, self-attention."""
+"""What the encoders' layers share: patches, activations, self-attention, the block of plain transformers."""
 
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float
 from uae_jax.nn.attention import Mask, attention
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
+from uae_jax.nn.norms import LayerNorm
 from uae_jax.nn.rope import apply_rope
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -74,3 +76,38 @@ class SelfAttention(nn.Module):
             query, key = apply_rope(query, angles), apply_rope(key, angles)
         mixed = attention(query, key, value, mask).reshape(batch, length, width)
         return Dense(width, use_bias=self.biases[3], name="out")(mixed)
+
+
+class BlockSizes(Protocol):
+    """Sizes of a `TransformerBlock`, with transformers' names."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def hidden_act(self) -> str: ...
+
+    @property
+    def layer_norm_eps(self) -> float: ...
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward with residuals."""
+
+    config: BlockSizes
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], mask: Mask) -> tuple[Float[Array, "b t d"], None]:
+        """The tokens, and None (what a scan collects)."""
+        config = self.config
+        y = LayerNorm(config.layer_norm_eps, name="norm1")(x)
+        x = x + SelfAttention(config.num_attention_heads, name="attention")(y, mask)
+        y = LayerNorm(config.layer_norm_eps, name="norm2")(x)
+        y = activation(config.hidden_act)(Dense(config.intermediate_size, name="fc1")(y))
+        return x + Dense(config.hidden_size, name="fc2")(y), None

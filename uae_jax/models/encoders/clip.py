@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from uae_jax import trees
-from uae_jax.models.encoders.blocks import SelfAttention, activation, image_patches
+from uae_jax.models.encoders.blocks import TransformerBlock, image_patches
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, LongCLIPTextConfig
 from uae_jax.nn.attention import Mask
 from uae_jax.nn.linear import Dense
@@ -21,22 +21,6 @@ from uae_jax.nn.norms import LayerNorm
 LEGACY_EOS = 2  # published configs with this wrong id mean "pool where the id is largest"
 
 AnyCLIPConfig = CLIPConfig | CLIPVisionConfig | CLIPTextConfig
-
-
-class Block(nn.Module):
-    """Pre-norm attention and feed-forward with residuals."""
-
-    config: CLIPVisionConfig | CLIPTextConfig
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b t d"], mask: Mask) -> tuple[Float[Array, "b t d"], None]:
-        """The tokens, and None (what a scan collects)."""
-        config = self.config
-        y = LayerNorm(config.layer_norm_eps, name="norm1")(x)
-        x = x + SelfAttention(config.num_attention_heads, name="attention")(y, mask)
-        y = LayerNorm(config.layer_norm_eps, name="norm2")(x)
-        y = activation(config.hidden_act)(Dense(config.intermediate_size, name="fc1")(y))
-        return x + Dense(config.hidden_size, name="fc2")(y), None
 
 
 class VisionTower(nn.Module):
@@ -62,9 +46,9 @@ class VisionTower(nn.Module):
         first = jnp.broadcast_to(first.astype(patches.dtype), (len(patches), 1, width))
         x = jnp.concatenate([first, patches], axis=1) + table.astype(patches.dtype)
         x = LayerNorm(config.layer_norm_eps, name="pre_norm")(x)
-        x, _ = scan_layers(Block, config.num_hidden_layers, "full" if self.remat else "none")(config, name="layers")(
-            x, Mask()
-        )
+        x, _ = scan_layers(TransformerBlock, config.num_hidden_layers, "full" if self.remat else "none")(
+            config, name="layers"
+        )(x, Mask())
         x = LayerNorm(config.layer_norm_eps, name="post_norm")(x[:, 0])
         return Dense(config.projection_dim, use_bias=False, name="projection")(x)
 
@@ -96,7 +80,7 @@ class TextTower(nn.Module):
                 config, table, self.param("position_embedding_res", normal, table.shape, jnp.float32)
             )
         x = (tokens[ids] + table[:length]).astype(jnp.float32)
-        x, _ = scan_layers(Block, config.num_hidden_layers)(config, name="layers")(x, Mask(causal=True))
+        x, _ = scan_layers(TransformerBlock, config.num_hidden_layers)(config, name="layers")(x, Mask(causal=True))
         x = LayerNorm(config.layer_norm_eps, name="final_norm")(x)
         pooled = x[jnp.arange(len(x)), pooling_position(config, ids)]
         return Dense(config.projection_dim, use_bias=False, name="projection")(pooled)

@@ -1,69 +1,24 @@
 """CLIP states with OpenAI's tensor names: the original CLIP (arXiv 2103.00020) and Long-CLIP (arXiv 2403.15378).
 
 They have no config: sizes are read off the shapes, and the rest is that of the official code. Query, key and value are
-one fused tensor, which `SplitTensors` shows as three, so that each parameter has one source.
+one fused tensor, which `hf.split_tensors` shows as three, so that each parameter has one source.
 """
 
-import pathlib
-
-import numpy as np
-
 from uae_jax.hf.rules import Rule
-from uae_jax.hf.safetensors import TensorFolder
-from uae_jax.hf.torch_file import TorchFile
+from uae_jax.hf.safetensors import Tensors
+from uae_jax.hf.split_tensors import PARTS
 from uae_jax.models.encoders.clip import LEGACY_EOS
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, LongCLIPTextConfig
+from uae_jax.models.encoders.tables import norm
 
 HEAD_WIDTH = 64  # of all published models with these names, which do not store it
 IGNORED = r"input_resolution|context_length|vocab_size"  # sizes that the original states hold as tensors
-PARTS = ("query", "key", "value")
+FUSED = r".*\.attn\.in_proj_(weight|bias)"  # query, key and value as one tensor
 VISION, TEXT = "visual.transformer.resblocks.", "transformer.resblocks."
 MARKS = ("visual.class_embedding", "visual.conv1.weight", "visual.proj")  # tensors that tell these states from others
 
 
-class SplitTensors:
-    """A state whose fused `...attn.in_proj_weight` appears as `...attn.in_proj_weight[query]`, `[key]` and `[value]`.
-
-    Attributes:
-      path: of the state.
-      files: tensor name to file.
-    """
-
-    def __init__(self, source: TensorFolder | TorchFile):
-        self.path = source.path
-        self._source = source
-        self._stored: dict[str, tuple[str, int | None]] = {}
-        for name in source.names():
-            pieces = {f"{name}[{part}]": (name, index) for index, part in enumerate(PARTS)}
-            self._stored |= pieces if ".attn.in_proj_" in name else {name: (name, None)}
-        self.files = {name: source.file(stored) for name, (stored, _) in self._stored.items()}
-
-    def names(self) -> set[str]:
-        """All tensor names, those of the pieces in place of the fused ones."""
-        return set(self._stored)
-
-    def file(self, name: str) -> pathlib.Path:
-        """The file that holds a tensor."""
-        return self.files[name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, or of the fused tensor where that does not divide by three."""
-        stored, index = self._stored[name]
-        shape = self._source.shape(stored)
-        return shape if index is None or shape[0] % 3 else (shape[0] // 3, *shape[1:])
-
-    def dtype(self, name: str) -> str:
-        """The stored precision in safetensors' words."""
-        return self._source.dtype(self._stored[name][0])
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored precision."""
-        stored, index = self._stored[name]
-        tensor = self._source.read(stored)
-        return tensor if index is None else np.split(tensor, 3)[index]
-
-
-def config_of(tensors: TensorFolder | TorchFile | SplitTensors) -> CLIPConfig:
+def config_of(tensors: Tensors) -> CLIPConfig:
     """The config that the shapes of a state imply; Long-CLIP's where there is a second table of text positions.
 
     Raises:
@@ -116,13 +71,13 @@ def rules(config: CLIPConfig) -> list[Rule]:
         Rule("vision/class_embedding", "visual.class_embedding"),
         Rule("vision/patch_embedding/kernel", "visual.conv1.weight", "patch", torch_shape=shape),
         Rule("vision/position_embedding", "visual.positional_embedding"),
-        *_norm("vision/pre_norm", "visual.ln_pre"),
-        *_norm("vision/post_norm", "visual.ln_post"),
+        *norm("vision/pre_norm", "visual.ln_pre"),
+        *norm("vision/post_norm", "visual.ln_post"),
         Rule("vision/projection/kernel", "visual.proj"),
         *_blocks("vision", VISION, vision.num_hidden_layers),
         Rule("text/token_embedding", "token_embedding.weight"),
         Rule("text/position_embedding", "positional_embedding"),
-        *_norm("text/final_norm", "ln_final"),
+        *norm("text/final_norm", "ln_final"),
         Rule("text/projection/kernel", "text_projection"),
         *_blocks("text", TEXT, text.num_hidden_layers),
         Rule("logit_scale", "logit_scale"),
@@ -130,13 +85,6 @@ def rules(config: CLIPConfig) -> list[Rule]:
     if isinstance(text, LongCLIPTextConfig):
         table.append(Rule("text/position_embedding_res", "positional_embedding_res"))
     return table
-
-
-def _norm(ours: str, theirs: str, layers: tuple[int, ...] | None = None) -> list[Rule]:
-    return [
-        Rule(f"{ours}/scale", f"{theirs}.weight", layers=layers),
-        Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers),
-    ]
 
 
 def _blocks(tower: str, prefix: str, count: int) -> list[Rule]:
@@ -152,5 +100,5 @@ def _blocks(tower: str, prefix: str, count: int) -> list[Rule]:
         table.append(Rule(f"{tower}/layers/{ours}/kernel", weight, "dense", layers))
         table.append(Rule(f"{tower}/layers/{ours}/bias", bias, layers=layers))
     for number in (1, 2):
-        table += _norm(f"{tower}/layers/norm{number}", f"{block}ln_{number}", layers)
+        table += norm(f"{tower}/layers/norm{number}", f"{block}ln_{number}", layers)
     return table

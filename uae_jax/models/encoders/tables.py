@@ -16,28 +16,38 @@ DINOV2_ALIASES = (
 DINOV3_ALIASES = ((r"^model\.layer\.", "layer."),)
 
 
-def _norm(ours: str, theirs: str, layers: tuple[int, ...] | None = None) -> list[Rule]:
+def norm(ours: str, theirs: str, layers: tuple[int, ...] | None = None) -> list[Rule]:
+    """Scale and bias of a layer norm."""
     return [
         Rule(f"{ours}/scale", f"{theirs}.weight", layers=layers),
         Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers),
     ]
 
 
-def _dense(ours: str, theirs: str, layers: tuple[int, ...] | None = None, bias: bool = True) -> list[Rule]:
+def dense(ours: str, theirs: str, layers: tuple[int, ...] | None = None, bias: bool = True) -> list[Rule]:
+    """Kernel of a linear map, and bias if it has one."""
     rules = [Rule(f"{ours}/kernel", f"{theirs}.weight", "dense", layers)]
     return rules + ([Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers)] if bias else [])
 
 
-def _clip_blocks(tower: str, prefix: str, count: int) -> list[Rule]:
+def tower_blocks(tower: str, prefix: str, count: int, output: str = "out_proj") -> list[Rule]:
+    """The table of a stack of `blocks.TransformerBlock`, in the names of CLIP's and SigLIP's towers.
+
+    Args:
+      tower: what stands before `layers` in our names.
+      prefix: what stands before `encoder.layers.N` in the published names.
+      count: number of blocks.
+      output: published name of the map after attention.
+    """
     layers = tuple(range(count))
-    names = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("out", "out_proj"))
+    names = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("out", output))
     rules = []
     for ours, theirs in names:
-        rules += _dense(f"{tower}/layers/attention/{ours}", f"{prefix}.encoder.layers.{{}}.self_attn.{theirs}", layers)
+        rules += dense(f"{tower}/layers/attention/{ours}", f"{prefix}.encoder.layers.{{}}.self_attn.{theirs}", layers)
     for name in ("fc1", "fc2"):
-        rules += _dense(f"{tower}/layers/{name}", f"{prefix}.encoder.layers.{{}}.mlp.{name}", layers)
+        rules += dense(f"{tower}/layers/{name}", f"{prefix}.encoder.layers.{{}}.mlp.{name}", layers)
     for number in (1, 2):
-        rules += _norm(f"{tower}/layers/norm{number}", f"{prefix}.encoder.layers.{{}}.layer_norm{number}", layers)
+        rules += norm(f"{tower}/layers/norm{number}", f"{prefix}.encoder.layers.{{}}.layer_norm{number}", layers)
     return rules
 
 
@@ -51,10 +61,10 @@ def clip_vision_rules(config: CLIPVisionConfig) -> list[Rule]:
             "vision/patch_embedding/kernel", f"{prefix}.embeddings.patch_embedding.weight", "patch", torch_shape=shape
         ),
         Rule("vision/position_embedding", f"{prefix}.embeddings.position_embedding.weight"),
-        *_norm("vision/pre_norm", f"{prefix}.pre_layrnorm"),
-        *_clip_blocks("vision", prefix, config.num_hidden_layers),
-        *_norm("vision/post_norm", f"{prefix}.post_layernorm"),
-        *_dense("vision/projection", "visual_projection", bias=False),
+        *norm("vision/pre_norm", f"{prefix}.pre_layrnorm"),
+        *tower_blocks("vision", prefix, config.num_hidden_layers),
+        *norm("vision/post_norm", f"{prefix}.post_layernorm"),
+        *dense("vision/projection", "visual_projection", bias=False),
     ]
 
 
@@ -64,9 +74,9 @@ def clip_text_rules(config: CLIPTextConfig) -> list[Rule]:
     return [
         Rule("text/token_embedding", f"{prefix}.embeddings.token_embedding.weight"),
         Rule("text/position_embedding", f"{prefix}.embeddings.position_embedding.weight"),
-        *_clip_blocks("text", prefix, config.num_hidden_layers),
-        *_norm("text/final_norm", f"{prefix}.final_layer_norm"),
-        *_dense("text/projection", "text_projection", bias=False),
+        *tower_blocks("text", prefix, config.num_hidden_layers),
+        *norm("text/final_norm", f"{prefix}.final_layer_norm"),
+        *dense("text/projection", "text_projection", bias=False),
     ]
 
 
@@ -88,15 +98,15 @@ def dinov2_rules(config: Dinov2Config) -> list[Rule]:
         Rule("position_embedding", "embeddings.position_embeddings"),
         Rule("patch_embedding/kernel", "embeddings.patch_embeddings.projection.weight", "patch", torch_shape=shape),
         Rule("patch_embedding/bias", "embeddings.patch_embeddings.projection.bias"),
-        *_norm("norm", "layernorm"),
+        *norm("norm", "layernorm"),
     ]
     if config.use_mask_token:
         rules.append(Rule("mask_token", "embeddings.mask_token"))
     for name in ("query", "key", "value"):
-        rules += _dense(f"layers/attention/{name}", f"{block}.attention.attention.{name}", layers, config.qkv_bias)
-    rules += _dense("layers/attention/out", f"{block}.attention.output.dense", layers)
+        rules += dense(f"layers/attention/{name}", f"{block}.attention.attention.{name}", layers, config.qkv_bias)
+    rules += dense("layers/attention/out", f"{block}.attention.output.dense", layers)
     for name in ("weights_in", "weights_out") if config.use_swiglu_ffn else ("fc1", "fc2"):
-        rules += _dense(f"layers/{name}", f"{block}.mlp.{name}", layers)
+        rules += dense(f"layers/{name}", f"{block}.mlp.{name}", layers)
     return rules + _residual_rules(block, layers)
 
 
@@ -110,20 +120,20 @@ def dinov3_rules(config: Dinov3Config) -> list[Rule]:
         Rule("register_tokens", "embeddings.register_tokens"),
         Rule("patch_embedding/kernel", "embeddings.patch_embeddings.weight", "patch", torch_shape=shape),
         Rule("patch_embedding/bias", "embeddings.patch_embeddings.bias"),
-        *_norm("norm", "norm"),
+        *norm("norm", "norm"),
     ]
     biases = (config.query_bias, config.key_bias, config.value_bias, config.proj_bias)
     names = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("out", "o_proj"))
     for (ours, theirs), bias in zip(names, biases):
-        rules += _dense(f"layers/attention/{ours}", f"{block}.attention.{theirs}", layers, bias)
+        rules += dense(f"layers/attention/{ours}", f"{block}.attention.{theirs}", layers, bias)
     for name in ("up", "gate", "down") if config.use_gated_mlp else ("up", "down"):
-        rules += _dense(f"layers/{name}", f"{block}.mlp.{name}_proj", layers, config.mlp_bias)
+        rules += dense(f"layers/{name}", f"{block}.mlp.{name}_proj", layers, config.mlp_bias)
     return rules + _residual_rules(block, layers)
 
 
 def _residual_rules(block: str, layers: tuple[int, ...]) -> list[Rule]:
     rules = []
     for number in (1, 2):
-        rules += _norm(f"layers/norm{number}", f"{block}.norm{number}", layers)
+        rules += norm(f"layers/norm{number}", f"{block}.norm{number}", layers)
         rules.append(Rule(f"layers/scale{number}", f"{block}.layer_scale{number}.lambda1", layers=layers))
     return rules

@@ -17,6 +17,7 @@ from uae_jax import trees
 from uae_jax.files.json_files import read_json, write_json
 from uae_jax.hf.rules import Placement, Rule, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.hf.split_tensors import SplitTensors
 from uae_jax.hf.torch_file import TorchFile, open_tensors
 from uae_jax.models.encoders import clip, dino, openai
 from uae_jax.models.encoders.config import (
@@ -63,7 +64,7 @@ class EncoderFolder:
     path: pathlib.Path
     kind: str
     config: clip.AnyCLIPConfig | dino.AnyDinoConfig
-    tensors: TensorFolder | TorchFile | openai.SplitTensors
+    tensors: TensorFolder | TorchFile | SplitTensors
     rules: Sequence[Rule]
     aliases: Sequence[tuple[str, str]] = ()
     ignore: str = ""
@@ -121,7 +122,7 @@ class EncoderFolder:
           FileNotFoundError: a folder saved by transformers has no `preprocessor_config.json`.
           ValueError: a setting or the variant is not supported.
         """
-        if isinstance(self.tensors, openai.SplitTensors):
+        if isinstance(self.tensors, SplitTensors):
             # OpenAI's names are those of both towers or, after `image_tower`, of the image tower alone
             vision = self.config.vision if isinstance(self.config, CLIPConfig) else cast(CLIPVisionConfig, self.config)
             return Preprocess.longclip(vision.image_size).as_variant(variant)
@@ -158,7 +159,7 @@ def _open_openai(path: pathlib.Path) -> EncoderFolder:
         raise _another_model(path)
     remedy = "give the folder of a CLIP, DINOv2 or DINOv3 model with its config.json, or a Long-CLIP file"
     try:
-        tensors = openai.SplitTensors(open_tensors(path))
+        tensors = SplitTensors(open_tensors(path), openai.FUSED)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} holds neither config.json nor weights; {remedy}") from None
     if not any(mark in tensors.names() for mark in openai.MARKS):

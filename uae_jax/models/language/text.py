@@ -125,16 +125,20 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """The untied output matrix `[D, V]`."""
+    """An output matrix `[D, V]` of its own."""
 
     vocab_size: int
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
         """Float32 logits of hidden states."""
         shape = (hidden.shape[-1], self.vocab_size)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
-        return jnp.einsum("...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        scores = jnp.einsum("...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        if not self.use_bias:
+            return scores
+        return scores + self.param("bias", nn.initializers.zeros, (self.vocab_size,), jnp.float32).astype(jnp.float32)
 
 
 class LanguageModel(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 
 from uae_jax.files.json_files import read_json
 from uae_jax.files.known_fields import check_kinds, refuse_unknown
+from uae_jax.models.autoencoder.blocks import Sizes
 from uae_jax.nn.remat import POLICIES
 
 
@@ -71,7 +72,20 @@ class VAEConfig:
     @property
     def downsampling(self) -> int:
         """Image side divided by latent side."""
-        return 2 ** (len(self.block_out_channels) - 1)
+        return self.sizes.downsampling
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of encoder and decoder; the encoder makes mean and log-variance of each latent channel."""
+        return Sizes(
+            self.block_out_channels,
+            self.layers_per_block,
+            self.norm_num_groups,
+            2 * self.latent_channels,
+            self.latent_channels,
+            channels=self.out_channels,
+            middle_attention=self.mid_block_add_attention,
+        )
 
     @classmethod
     def from_folder(cls, path: str | pathlib.Path) -> "VAEConfig":

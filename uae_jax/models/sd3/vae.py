@@ -6,105 +6,13 @@ Channels are last everywhere; all arithmetic is float32.
 import functools
 from typing import Any, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from uae_jax import trees
+from uae_jax.models.autoencoder.blocks import Decoder, Encoder, decode_in_chunks
 from uae_jax.models.sd3.config import VAEConfig
-from uae_jax.nn.attention import attention
-from uae_jax.nn.conv import Conv, DoublingConv
-from uae_jax.nn.images import over_images, to_images, to_tokens
-from uae_jax.nn.linear import Dense
-from uae_jax.nn.norms import GroupNorm
-
-
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions after group norm and SiLU, with a 1x1 shortcut where the width changes."""
-
-    features: int
-    groups: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b height width features"]:
-        """Images of C channels to images of `features` channels."""
-        y = Conv(self.features, name="conv1")(nn.silu(GroupNorm(self.groups, name="norm1")(x)))
-        y = Conv(self.features, name="conv2")(nn.silu(GroupNorm(self.groups, name="norm2")(y)))
-        if x.shape[-1] != y.shape[-1]:
-            x = Conv(self.features, kernel_size=1, padding=((0, 0), (0, 0)), name="conv_shortcut")(x)
-        return x + y
-
-
-class SpatialAttention(nn.Module):
-    """Single-head self-attention over all positions, with a residual connection."""
-
-    groups: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b rows columns c"]) -> Float[Array, "b rows columns c"]:
-        """Mixes the positions of each image."""
-        y = to_tokens(GroupNorm(self.groups, name="group_norm")(x))
-        width = y.shape[-1]
-        query, key, value = (Dense(width, name=name)(y)[:, :, None] for name in ("query", "key", "value"))
-        y = Dense(width, name="output")(attention(query, key, value)[:, :, 0])
-        return x + to_images(y, *x.shape[1:3])
-
-
-class MiddleBlock(nn.Module):
-    """Residual block, attention, residual block, at the lowest resolution."""
-
-    config: VAEConfig
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b rows columns c"]) -> Float[Array, "b rows columns c"]:
-        """C is the width of the lowest resolution."""
-        width, groups = self.config.block_out_channels[-1], self.config.norm_num_groups
-        x = ResidualBlock(width, groups, name="resnets_0")(x)
-        if self.config.mid_block_add_attention:
-            x = SpatialAttention(groups, name="attention")(x)
-        return ResidualBlock(width, groups, name="resnets_1")(x)
-
-
-class Encoder(nn.Module):
-    """Images to the mean and log-variance of their latents, joined along channels."""
-
-    config: VAEConfig
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b height width rgb"]) -> Float[Array, "b rows columns moments"]:
-        """`[B, H, W, 3]` to `[B, h, w, 2 C]`."""
-        config = self.config
-        x = Conv(config.block_out_channels[0], name="conv_in")(x)
-        for level, features in enumerate(config.block_out_channels):
-            for layer in range(config.layers_per_block):
-                x = ResidualBlock(features, config.norm_num_groups, name=f"down_blocks_{level}_resnets_{layer}")(x)
-            if level < len(config.block_out_channels) - 1:
-                # the published weights expect padding at the bottom and right only
-                x = Conv(features, stride=2, padding=((0, 1), (0, 1)), name=f"down_blocks_{level}_downsampler")(x)
-        x = MiddleBlock(config, name="mid_block")(x)
-        x = nn.silu(GroupNorm(config.norm_num_groups, name="conv_norm_out")(x))
-        return Conv(2 * config.latent_channels, name="conv_out")(x)
-
-
-class Decoder(nn.Module):
-    """Latents to images."""
-
-    config: VAEConfig
-
-    @nn.compact
-    def __call__(self, z: Float[Array, "b rows columns c"]) -> Float[Array, "b height width rgb"]:
-        """`[B, h, w, C]` to `[B, H, W, 3]`."""
-        config = self.config
-        x = Conv(config.block_out_channels[-1], name="conv_in")(z)
-        x = MiddleBlock(config, name="mid_block")(x)
-        for level, features in enumerate(reversed(config.block_out_channels)):
-            for layer in range(config.layers_per_block + 1):
-                x = ResidualBlock(features, config.norm_num_groups, name=f"up_blocks_{level}_resnets_{layer}")(x)
-            if level < len(config.block_out_channels) - 1:
-                x = DoublingConv(features, name=f"up_blocks_{level}_upsampler")(x)
-        x = nn.silu(GroupNorm(config.norm_num_groups, name="conv_norm_out")(x))
-        return Conv(config.out_channels, name="conv_out")(x)
 
 
 def encode(
@@ -130,7 +38,7 @@ def encode(
             f"{config.downsampling}"
         )
     with jax.named_scope("autoencoder"):
-        moments = cast(Array, Encoder(config).apply({"params": params["encoder"]}, pixels.astype(jnp.float32)))
+        moments = cast(Array, Encoder(config.sizes).apply({"params": params["encoder"]}, pixels.astype(jnp.float32)))
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean, jnp.clip(log_variance, -30.0, 20.0)
 
@@ -168,7 +76,7 @@ def decode(
       Pixels in float32, about [-1, 1], not clipped.
     """
     with jax.named_scope("autoencoder"):
-        return cast(Array, Decoder(config).apply({"params": params["decoder"]}, latents.astype(jnp.float32)))
+        return cast(Array, Decoder(config.sizes).apply({"params": params["decoder"]}, latents.astype(jnp.float32)))
 
 
 def decode_latents(
@@ -176,14 +84,11 @@ def decode_latents(
 ) -> Float[Array, "b height width rgb"]:
     """Images of the diffusion model's latents, some at a time when memory is short.
 
-    Each chunk takes every (B / chunk)-th row: a batch that is sharded over devices then stays where it is when their
-    number divides `chunk`. The backward pass recomputes the activations of a chunk.
-
     Args:
       config: sizes.
       params: parameters of the auto-encoder.
       model_latents: in the scale of the diffusion model.
-      chunk: images decoded at once; None, or B and more, decodes all at once.
+      chunk: images decoded at once, see `autoencoder.blocks.decode_in_chunks`.
 
     Returns:
       Pixels in float32, about [-1, 1], not clipped.
@@ -192,19 +97,7 @@ def decode_latents(
       ValueError: `chunk` does not divide B.
     """
     latents = from_model_latents(config, model_latents.astype(jnp.float32))
-    batch = latents.shape[0]
-    chunk = batch if chunk is None else min(chunk, batch)
-    if chunk < 1 or batch % chunk:
-        raise ValueError(
-            f"a batch of {batch} latents cannot be decoded in chunks of {chunk}; take a divisor of {batch}"
-        )
-
-    def decode_part(part: Array) -> Array:
-        return over_images(functools.partial(decode, config, params), part)
-
-    if chunk == batch:
-        return decode_part(latents)
-    return trees.map_parts(jax.checkpoint(decode_part), trees.cut(latents, batch // chunk))
+    return decode_in_chunks(functools.partial(decode, config, params), latents, chunk)
 
 
 def init_params(config: VAEConfig, key: Key[Array, ""]) -> dict[str, Any]:
@@ -214,8 +107,8 @@ def init_params(config: VAEConfig, key: Key[Array, ""]) -> dict[str, Any]:
     pixels = jnp.zeros((1, side, side, config.in_channels), jnp.float32)
     latents = jnp.zeros((1, 1, 1, config.latent_channels), jnp.float32)
     return {
-        "encoder": Encoder(config).init(encoder_key, pixels)["params"],
-        "decoder": Decoder(config).init(decoder_key, latents)["params"],
+        "encoder": Encoder(config.sizes).init(encoder_key, pixels)["params"],
+        "decoder": Decoder(config.sizes).init(decoder_key, latents)["params"],
     }
 
 

@@ -14,65 +14,16 @@ from uae_jax import trees
 from uae_jax.hf.adapters import AdapterFiles, by_ending, peft_settings, read_adapter, survey_adapter
 from uae_jax.hf.rules import Placement, Rule, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.models.autoencoder.tables import affine, autoencoder_rules
 from uae_jax.models.precision import numpy_dtype
 from uae_jax.models.sd3 import vae
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.models.sd3.transformer import ATTENTION_ADAPTER, abstract_params
 
 
-def _affine(ours: str, theirs: str, layout: str, layers: tuple[int, ...] | None = None) -> list[Rule]:
-    """Kernel and bias of a linear map or convolution."""
-    return [
-        Rule(f"{ours}/kernel", f"{theirs}.weight", layout, layers),
-        Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers),
-    ]
-
-
-def _group_norm(ours: str, theirs: str) -> list[Rule]:
-    return [Rule(f"{ours}/scale", f"{theirs}.weight"), Rule(f"{ours}/bias", f"{theirs}.bias")]
-
-
-def _residual_block(ours: str, theirs: str, shortcut: bool) -> list[Rule]:
-    rules = []
-    for part in ("1", "2"):
-        rules += _group_norm(f"{ours}/norm{part}", f"{theirs}.norm{part}")
-        rules += _affine(f"{ours}/conv{part}", f"{theirs}.conv{part}", "conv")
-    return rules + (_affine(f"{ours}/conv_shortcut", f"{theirs}.conv_shortcut", "conv") if shortcut else [])
-
-
-def _ends(part: str, config: VAEConfig) -> list[Rule]:
-    """What encoder and decoder have in common: first and last convolution, middle block."""
-    rules = _affine(f"{part}/conv_in", f"{part}.conv_in", "conv")
-    for number in (0, 1):
-        rules += _residual_block(f"{part}/mid_block/resnets_{number}", f"{part}.mid_block.resnets.{number}", False)
-    if config.mid_block_add_attention:
-        ours, theirs = f"{part}/mid_block/attention", f"{part}.mid_block.attentions.0"
-        rules += _group_norm(f"{ours}/group_norm", f"{theirs}.group_norm")
-        for name, published in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("output", "to_out.0")):
-            rules += _affine(f"{ours}/{name}", f"{theirs}.{published}", "dense")
-    rules += _group_norm(f"{part}/conv_norm_out", f"{part}.conv_norm_out")
-    return rules + _affine(f"{part}/conv_out", f"{part}.conv_out", "conv")
-
-
 def vae_rules(config: VAEConfig) -> list[Rule]:
     """The table of the auto-encoder, for `hf.rules.load_params` and `published_tensors`."""
-    rules = _ends("encoder", config) + _ends("decoder", config)
-    last = len(config.block_out_channels) - 1
-    for part, block, sample, widths, layers in (
-        ("encoder", "down_blocks", "downsampler", config.block_out_channels, config.layers_per_block),
-        ("decoder", "up_blocks", "upsampler", config.block_out_channels[::-1], config.layers_per_block + 1),
-    ):
-        before = widths[0]
-        for level, width in enumerate(widths):
-            for layer in range(layers):
-                ours = f"{part}/{block}_{level}_resnets_{layer}"
-                rules += _residual_block(
-                    ours, f"{part}.{block}.{level}.resnets.{layer}", layer == 0 and before != width
-                )
-            if level < last:
-                rules += _affine(f"{part}/{block}_{level}_{sample}", f"{part}.{block}.{level}.{sample}s.0.conv", "conv")
-            before = width
-    return rules
+    return autoencoder_rules(config.sizes)
 
 
 # Names of older files: diffusers before 0.15 wrote the middle attention with these.
@@ -133,7 +84,7 @@ def _block(
         norms |= {f"image_attention/{name}": f"attn2.{_JOINT_NORMS[name]}" for name in ("query_norm", "key_norm")}
     rules = []
     for name, published in maps.items():
-        rules += _affine(f"{ours}/{name}", f"{theirs}.{published}", "dense", layers)
+        rules += affine(f"{ours}/{name}", f"{theirs}.{published}", "dense", layers)
     if config.qk_norm is not None:
         rules += [
             Rule(f"{ours}/{name}/scale", f"{theirs}.{published}.weight", layers=layers)
@@ -152,11 +103,11 @@ def transformer_rules(config: TransformerConfig) -> list[Rule]:
     ]
     for ours, theirs in (("timestep_embedder", "timestep_embedder"), ("pooled_embedder", "text_embedder")):
         for part in ("linear_1", "linear_2"):
-            rules += _affine(f"{ours}/{part}", f"time_text_embed.{theirs}.{part}", "dense")
-    rules += _affine("context_embedder", "context_embedder", "dense")
+            rules += affine(f"{ours}/{part}", f"time_text_embed.{theirs}.{part}", "dense")
+    rules += affine("context_embedder", "context_embedder", "dense")
     for group in _groups(config):
         rules += _block(config, *group)
-    return rules + _affine("norm_out/linear", "norm_out.linear", "dense") + _affine("proj_out", "proj_out", "dense")
+    return rules + affine("norm_out/linear", "norm_out.linear", "dense") + affine("proj_out", "proj_out", "dense")
 
 
 # peft's prefix, and that of diffusers' own adapter files

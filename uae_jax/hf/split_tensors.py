@@ -1,0 +1,53 @@
+"""Fused tensors of query, key and value, shown as three, so that each parameter has one source."""
+
+import pathlib
+import re
+
+import numpy as np
+
+from uae_jax.hf.safetensors import Tensors
+
+PARTS = ("query", "key", "value")
+
+
+class SplitTensors:
+    """A state whose fused tensor `NAME` appears as `NAME[query]`, `NAME[key]` and `NAME[value]`: thirds of its rows.
+
+    Attributes:
+      path: of the state.
+      files: tensor name to file.
+    """
+
+    def __init__(self, source: Tensors, fused: str):
+        """Shows the tensors of `source`; `fused` is a regular expression of the names of fused ones."""
+        self.path = source.path
+        self._source = source
+        self._stored: dict[str, tuple[str, int | None]] = {}
+        for name in source.names():
+            pieces = {f"{name}[{part}]": (name, index) for index, part in enumerate(PARTS)}
+            self._stored |= pieces if re.fullmatch(fused, name) else {name: (name, None)}
+        self.files = {name: source.file(stored) for name, (stored, _) in self._stored.items()}
+
+    def names(self) -> set[str]:
+        """All tensor names, those of the pieces in place of the fused ones."""
+        return set(self._stored)
+
+    def file(self, name: str) -> pathlib.Path:
+        """The file that holds a tensor."""
+        return self.files[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, or of the fused tensor where that does not divide by three."""
+        stored, index = self._stored[name]
+        shape = self._source.shape(stored)
+        return shape if index is None or shape[0] % 3 else (shape[0] // 3, *shape[1:])
+
+    def dtype(self, name: str) -> str:
+        """The stored precision in safetensors' words."""
+        return self._source.dtype(self._stored[name][0])
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in its stored precision."""
+        stored, index = self._stored[name]
+        tensor = self._source.read(stored)
+        return tensor if index is None else np.split(tensor, 3)[index]
