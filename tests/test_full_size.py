@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import diffusers
+import janus_pieces
 import jax
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from torch import nn
 from wrapped_layout import wrapped_tensors
 
 from uae_jax import trees
-from uae_jax.hf.rules import Rule, published_tensors
+from uae_jax.hf.rules import Rule, canonical, published_tensors
 from uae_jax.hf.split_tensors import SplitTensors
 from uae_jax.models.encoders import clip, dino, openai, tables
 from uae_jax.models.encoders.config import (
@@ -31,6 +32,9 @@ from uae_jax.models.encoders.config import (
     Dinov3Config,
     LongCLIPTextConfig,
 )
+from uae_jax.models.janus import config as janus_config
+from uae_jax.models.janus import model as janus
+from uae_jax.models.janus import weights as janus_weights
 from uae_jax.models.language import model as lm
 from uae_jax.models.language import weights as lm_weights
 from uae_jax.models.qwen2_5_vl import config as qwen_config
@@ -434,6 +438,51 @@ def test_dino(name):
     abstract = dino.abstract_params(config)
     assert len(published) == tensors and millions(abstract) == size
     check_both_ways(rules(config), abstract, published)
+
+
+JANUS = {
+    "janus_pro_1b": (dict(width=2048, inner=5632, layers=24, heads=16), 2_076_636_811, 964, 882),
+    "janus_pro_7b": (dict(width=4096, inner=11008, layers=30, heads=32), 7_407_773_323, 1018, 936),
+}
+
+
+def janus_of_transformers(width: int, inner: int, layers: int, heads: int) -> nn.Module:
+    """From the published sizes, without our config."""
+    text = transformers.LlamaConfig(
+        vocab_size=102400,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=16384,
+    )
+    vision = transformers.JanusVisionConfig(projection_dim=width)
+    vq = transformers.JanusVQVAEConfig(projection_dim=width, image_token_embed_dim=width)
+    config = transformers.JanusConfig(text_config=text, vision_config=vision, vq_config=vq, tie_word_embeddings=False)
+    return on_meta(lambda: transformers.JanusForConditionalGeneration(config))
+
+
+@pytest.mark.parametrize("size", JANUS)
+def test_janus_pro(size):
+    sizes, parameters, tensors, official_tensors = JANUS[size]
+    config, model = janus_config.SIZES[size], janus_of_transformers(**sizes)
+    abstract, published = janus.abstract_params(config), shapes_of(model)
+    assert len(published) == tensors
+    assert trees.parameter_count(abstract) == sum(parameter.numel() for parameter in model.parameters()) == parameters
+    check_both_ways(janus_weights.rules(config), abstract, published)
+
+    # the official pickle, seen through the same table
+    official = janus_pieces.official_state(model.state_dict())
+    assert len(official) == official_tensors
+    whole = Tensors({name: np.broadcast_to(np.float16(0), tensor.shape) for name, tensor in official.items()})
+    seen = SplitTensors(whole, janus_weights.FUSED, janus_weights.BATCHED)
+    names = {name: canonical(name, janus_weights.ALIASES) for name in seen.names()}
+    used = {
+        known: seen.shape(name)
+        for name, known in names.items()
+        if not re.fullmatch(janus_weights.ignored(config), known)
+    }
+    assert used == published and len(names) == len(set(names.values()))
 
 
 def longclip_l() -> Shapes:

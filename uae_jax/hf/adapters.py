@@ -119,6 +119,27 @@ def by_ending(ranks: Mapping[str, int], modules: Iterable[str]) -> dict[str, int
     return short if meant == ranks else dict(sorted(ranks.items()))
 
 
+def settings_of(
+    adapter: trees.Tree, factors: Sequence[Rule], model: Sequence[Rule], alpha: float, prefix: str = "base_model.model."
+) -> dict[str, Any]:
+    """The contents of peft's `adapter_config.json` for the modules that an adapter has, and no others of the model.
+
+    Args:
+      adapter: the tree of factors.
+      factors: its table.
+      model: the table of the model that peft wraps.
+      alpha: numerator of the scale.
+      prefix: what stands before the model's names in those of the factors.
+    """
+    leaves, ranks = trees.flatten(adapter), {}
+    for rule in factors:
+        if rule.ours.endswith("/a"):
+            names = (source.removeprefix(prefix).removesuffix(".lora_A.weight") for source in rule.sources())
+            ranks |= {name: int(leaves[rule.ours].shape[-1]) for name in names}
+    modules = (source.removesuffix(".weight") for rule in model if rule.layout == "dense" for source in rule.sources())
+    return peft_settings(by_ending(ranks, modules), alpha)
+
+
 def survey_adapter(
     folder: Tensors,
     rules: Sequence[Rule] | None,

@@ -28,8 +28,7 @@ class Rule:
       ours: leaf name, such as `layers/attention/query/kernel`.
       theirs: published name; `{}` stands for the layer number when `layers` is given.
       layout: `same`; `dense` (torch `[out, in]` to `[in, out]`); `conv` (`OIHW` to `HWIO`); `patch` (`[O, ...]`
-        flattened and transposed to `[prod(...), O]`, a convolution whose stride is its window); `matrix` (as `same`,
-        without axes of length 1 that stand before a matrix).
+        flattened and transposed to `[prod(...), O]`, a convolution whose stride is its window).
       layers: layer numbers stacked along our first axis, or None for one tensor.
       torch_shape: the published shape, needed to write back shapes that our layout flattens, as `patch` does.
     """
@@ -52,8 +51,6 @@ class Rule:
             return tensor.transpose(2, 3, 1, 0)
         if self.layout == "patch":
             return tensor.reshape(tensor.shape[0], -1).T
-        if self.layout == "matrix":
-            return tensor.reshape(tensor.shape[-2:])
         return tensor
 
     def our_shape(self, stored: tuple[int, ...]) -> tuple[int, ...] | None:

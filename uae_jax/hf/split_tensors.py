@@ -1,4 +1,4 @@
-"""Fused tensors of query, key and value, shown as three, so that each parameter has one source."""
+"""Tensors in another form than parameters have, shown in that form, so that each parameter has one source."""
 
 import pathlib
 import re
@@ -18,10 +18,17 @@ class SplitTensors:
       files: tensor name to file.
     """
 
-    def __init__(self, source: Tensors, fused: str):
-        """Shows the tensors of `source`; `fused` is a regular expression of the names of fused ones."""
+    def __init__(self, source: Tensors, fused: str, batched: str = ""):
+        """Shows the tensors of `source`.
+
+        Args:
+          source: the state.
+          fused: regular expression of the names of fused tensors.
+          batched: of those with a first axis of length 1, which is not shown.
+        """
         self.path = source.path
         self._source = source
+        self._batched = batched
         self._stored: dict[str, tuple[str, int | None]] = {}
         for name in source.names():
             pieces = {f"{name}[{part}]": (name, index) for index, part in enumerate(PARTS)}
@@ -37,10 +44,15 @@ class SplitTensors:
         return self.files[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, or of the fused tensor where that does not divide by three."""
+        """The shape of a tensor as it is shown; that of the file where it does not allow that."""
         stored, index = self._stored[name]
         shape = self._source.shape(stored)
-        return shape if index is None or shape[0] % 3 else (shape[0] // 3, *shape[1:])
+        if index is not None and shape and shape[0] % 3 == 0:
+            return (shape[0] // 3, *shape[1:])
+        return shape[1:] if self._is_batched(stored) else shape
+
+    def _is_batched(self, stored: str) -> bool:
+        return bool(re.fullmatch(self._batched, stored)) and self._source.shape(stored)[:1] == (1,)
 
     def dtype(self, name: str) -> str:
         """The stored precision in safetensors' words."""
@@ -50,4 +62,6 @@ class SplitTensors:
         """One tensor in its stored precision."""
         stored, index = self._stored[name]
         tensor = self._source.read(stored)
-        return tensor if index is None else np.split(tensor, 3)[index]
+        if index is not None:
+            return np.split(tensor, 3)[index]
+        return tensor[0] if self._is_batched(stored) else tensor

@@ -111,15 +111,14 @@ def prompt_prefix(
     batch: Mapping[str, Array],
     image_embeds: Float[Array, "b p d"] | None = None,
 ) -> Prefix:
-    """Runs the caption prompts once, for sampling and scoring any number of completions.
+    """Runs caption prompts once; samples and scores of all their completions start here.
 
     Args:
-      config: sizes.
-      params: parameters.
-      adapter: adapter of the language model, or None for the reference model.
+      config, params: of the model.
+      adapter: of the language model; None is the reference model.
       batch: `prompt_ids` `[B, T]`, right-padded, and `prompt_mask`; also `pixels` of `encode_images`, unless
         `image_embeds` is given or the prompt is text alone.
-      image_embeds: result of `encode_images`, to share it between policy and reference.
+      image_embeds: of `encode_images`, where policy and reference share them.
 
     Returns:
       The prefix of the B prompts; gradients flow through it.

@@ -23,12 +23,12 @@ class VisionTower(nn.Module):
         """Features of the patches in reading order, in the precision of the pixels.
 
         Raises:
-          ValueError: the images have another size than the config's `image_size`.
+          ValueError: images of another shape than the config's.
         """
         config, width = self.config, self.config.hidden_size
-        size = (config.image_size, config.image_size, config.num_channels)
-        if pixels.shape[1:] != size:
-            raise ValueError(f"Janus reads images of shape {size}, not {pixels.shape[1:]}; preprocess them first")
+        wanted = (config.image_size, config.image_size, config.num_channels)
+        if pixels.shape[1:] != wanted:
+            raise ValueError(f"Janus reads images of shape {wanted}, not {pixels.shape[1:]}; preprocess them first")
         x = Dense(width, name="patch_embedding")(image_patches(pixels, config.patch_size))
         table = self.param("position_embedding", nn.initializers.normal(0.02), (config.tokens, width), jnp.float32)
         x = constrain(x + table.astype(x.dtype), "batch")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jax.typing import DTypeLike
 
-from uae_jax.hf.adapters import Adapter, AdapterFiles, read_adapter, survey_adapter
+from uae_jax.hf.adapters import Adapter, AdapterFiles, read_adapter, settings_of, survey_adapter
 from uae_jax.hf.rules import Placement, Rule, canonical, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder, Tensors
 from uae_jax.hf.split_tensors import SplitTensors
@@ -41,8 +41,9 @@ _VQ_NAMES = (
     (r"\.conv_norm_out\.", ".norm_out."),
     (r"\.conv_shortcut\.", ".nin_shortcut."),
 )
-# official names; query, key and value are one tensor there
+# official names; query, key and value are one tensor there, and positions have an axis for the batch
 FUSED = r"vision_model\.vision_tower\.blocks\.\d+\.attn\.qkv\.(weight|bias)"
+BATCHED = r"vision_model\.vision_tower\.pos_embed"
 _OFFICIAL_TOWER = r"^vision_model\.vision_tower\."
 _OFFICIAL_VQ = r"^gen_vision_model\."
 _OFFICIAL = (
@@ -89,7 +90,7 @@ def vision_rules(config: VisionConfig) -> list[Rule]:
     return [
         Rule("vision/patch_embedding/kernel", f"{embeddings}.patch_embedding.weight", "patch", torch_shape=shape),
         Rule("vision/patch_embedding/bias", f"{embeddings}.patch_embedding.bias"),
-        Rule("vision/position_embedding", f"{embeddings}.position_embedding.weight", "matrix"),
+        Rule("vision/position_embedding", f"{embeddings}.position_embedding.weight"),
         *tower_blocks("vision", _TOWER, config.num_hidden_layers, output="projection_layer"),
         *norm("vision/post_norm", f"{_TOWER}.post_layernorm"),
     ]
@@ -140,13 +141,13 @@ def rules(config: JanusConfig) -> list[Rule]:
 
 
 def open_weights(path: str | pathlib.Path) -> Tensors:
-    """The tensors of a folder in either layout: safetensors, or the official pickle with fused tensors in thirds.
+    """The tensors of a folder in either layout: safetensors, or the official pickle, in transformers' form.
 
     Raises:
       FileNotFoundError: no such folder or weights.
       ValueError: a file is not complete, or holds more than tensors by name.
     """
-    return SplitTensors(open_tensors(path), FUSED)
+    return SplitTensors(open_tensors(path), FUSED, BATCHED)
 
 
 def ignored(config: JanusConfig) -> str:
@@ -171,14 +172,14 @@ def load(
       path: folder with weights, and `config.json` unless `config` is given.
       config: sizes, when known.
       dtype: precision to store the parameters in, or one by part; None keeps that of the files.
-      placement: where the parameters go, see `hf.rules.load_params`.
+      placement: see `hf.rules.load_params`.
 
     Returns:
       The config, and the parts of `janus.model`.
 
     Raises:
       FileNotFoundError: no such folder, config or weights.
-      ValueError: config and tensors do not fit, both ways; all are named.
+      ValueError: what the config asks for and what the files hold differ; both lists are in the message.
     """
     config = from_folder(path) if config is None else config
     folder = open_weights(path)
@@ -200,11 +201,10 @@ def tensors(config: JanusConfig, params: Mapping, dtype: DTypeLike | None = None
 
 
 def survey_adapters(path: str | pathlib.Path, config: JanusConfig | None) -> AdapterFiles:
-    """What `read_adapters` would read, understood but not read; None stands for a base model that is not known.
+    """The files of an adapter for `read_adapters`; a config of None stands for an unknown base model.
 
     Raises:
-      FileNotFoundError: no such folder or weights.
-      ValueError: see `hf.adapters.survey_adapter`.
+      FileNotFoundError, ValueError: see `hf.adapters.survey_adapter`.
     """
     table, abstract = (None, {}) if config is None else (rules(config), model.abstract_params(config))
     parts = ("vision", "aligner", "language", "generation", "vq")
@@ -240,3 +240,16 @@ def load_adapter(
     """
     adapter = read_adapters(path, config, dtype)
     return config.using(lora_alpha=adapter.alpha), of_language_alone(adapter, path)
+
+
+def adapter_tensors(
+    config: JanusConfig, adapter: Mapping, dtype: DTypeLike | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and arrays of an adapter as peft saves it around the complete model; the inverse of `load_adapter`."""
+    return language_weights.adapter_tensors(config, adapter, ADAPTER_PREFIX, dtype)
+
+
+def adapter_config(config: JanusConfig, adapter: Mapping) -> dict:
+    """The contents of peft's `adapter_config.json`; the image tower has modules of the same endings, which stay."""
+    factors = language_weights.rules_of_adapter(config, adapter, ADAPTER_PREFIX)
+    return settings_of(adapter, factors, rules(config), config.text.lora_alpha)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from uae_jax import trees
-from uae_jax.hf.adapters import AdapterFiles, by_ending, peft_settings, read_adapter, survey_adapter
+from uae_jax.hf.adapters import AdapterFiles, read_adapter, settings_of, survey_adapter
 from uae_jax.hf.rules import Placement, Rule, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.models.autoencoder.tables import affine, autoencoder_rules
@@ -138,20 +138,7 @@ def adapter_tensors(
 
 def adapter_config(config: TransformerConfig, adapter: trees.Tree) -> dict:
     """The contents of peft's `adapter_config.json` for an adapter, whatever its modules."""
-    leaves, ranks = trees.flatten(adapter), {}
-    for rule in adapter_rules(config, adapter):
-        if rule.ours.endswith("/a"):
-            names = (
-                source.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for source in rule.sources()
-            )
-            ranks |= {name: int(leaves[rule.ours].shape[-1]) for name in names}
-    modules = (
-        source.removesuffix(".weight")
-        for rule in transformer_rules(config)
-        if rule.layout == "dense"
-        for source in rule.sources()
-    )
-    return peft_settings(by_ending(ranks, modules), config.lora_alpha)
+    return settings_of(adapter, adapter_rules(config, adapter), transformer_rules(config), config.lora_alpha)
 
 
 def load_vae(path: str | pathlib.Path, *, placement: Placement | None = None) -> tuple[VAEConfig, dict]:
