@@ -6,8 +6,9 @@
         --clip clip-vit-large-patch14 UAE_new
 
 check reads every tensor of an official UAE folder, a training workdir, a diffusers SD3 pipeline, or the folder of one
-model (Qwen2.5-VL, SD3 transformer, VAE, CLIP, DINO, peft adapter); its exit code is 1 when a part is not complete.
-export writes the official layout, or folders that transformers, diffusers and peft open (`--layout hub`).
+model (Qwen2.5-VL, Janus-Pro, SD3 transformer, VAE, CLIP, DINO, peft adapter); its exit code is 1 when a part is not
+complete. export writes the official layout, or folders that transformers, diffusers and peft open (`--layout hub`); one
+model alone is written as its library opens it, Janus-Pro's official pickle as safetensors for transformers.
 import builds the official folder that `uae_jax.main` and `uae_jax.infer` take.
 Nothing is written unless all parts that are read are complete.
 """
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--json", action="store_true", help="print one JSON object")
     check.set_defaults(run=_check)
     export = commands.add_parser("export", help="write a model in another layout or precision")
-    export.add_argument("source", metavar="SOURCE", help="official UAE folder or training workdir")
+    export.add_argument("source", metavar="SOURCE", help="official UAE folder, training workdir, or one model")
     export.add_argument("out", metavar="OUT", help="a new folder")
     export.add_argument("--layout", choices=("official", "hub"), default="official", help="layout of the new folder")
     export.add_argument(
@@ -127,7 +128,8 @@ def _export(options: argparse.Namespace) -> None:
         if output.items:
             dtypes = ", ".join(sorted({item.dtype.name for item in output.items}))
             note = f"  {output.note}" if output.note else ""
-            print(f"{output.name:<20} {len(output.items):>5} tensors  {readable(output.nbytes):>8}B  {dtypes}{note}")
+            name = output.name or "."
+            print(f"{name:<20} {len(output.items):>5} tensors  {readable(output.nbytes):>8}B  {dtypes}{note}")
         elif output.note:
             print(f"{output.name:<20} {output.note}")
     print(f"written to {options.out}")

@@ -18,7 +18,6 @@ from uae_jax.hf.finite import count_non_finite
 from uae_jax.hf.inventory import Fit, compare, cut_short
 from uae_jax.hf.rules import listed
 from uae_jax.hf.safetensors import TensorFolder, Tensors, dtype_name
-from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.settings import one_line
 from uae_jax.stages.folders.adapters import in_text_model, survey
 from uae_jax.stages.folders.parts import (
@@ -26,6 +25,7 @@ from uae_jax.stages.folders.parts import (
     ENCODERS,
     Folder,
     Part,
+    check_head,
     part_config,
     part_encoder,
     part_table,
@@ -146,8 +146,8 @@ def _check_weights(row: Row, part: Part, folder: Folder, fast: bool, progress: C
     row.files = len(set(stored.files.values()))
     if others := unread_weights(part.folder):
         row.notes.append(f"not read, because safetensors are there: {listed(others, _LISTED)}")
-    if part.kind == "captioner" and not fast:
-        qwen_weights.check_head(stored, row.config)
+    if not fast:
+        check_head(part, stored, row.config)
     if part.name in ADAPTERS:
         fit = _compare_adapter(row, part, folder)
         row.problems += _misshapen(part, fit)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from uae_jax.files.json_files import read_json, write_json
+from uae_jax.files.json_files import write_json
 from uae_jax.hf.adapters import AdapterFiles
 from uae_jax.hf.inventory import compare
 from uae_jax.hf.items import Item, cast, stored_items, write_items
@@ -20,6 +20,7 @@ from uae_jax.stages.folders import adapters
 from uae_jax.stages.folders.check import check_folder
 from uae_jax.stages.folders.files import check_target, copy_file, replaced, small_files
 from uae_jax.stages.folders.parts import (
+    ADAPTERS,
     KINDS,
     PROJECTOR,
     Folder,
@@ -30,6 +31,7 @@ from uae_jax.stages.folders.parts import (
     part_table,
     part_tensors,
     projector_sizes,
+    published_settings,
     with_dtype,
 )
 
@@ -129,7 +131,7 @@ def export_folder(
     """Writes a model in another layout or precision; the new folder appears only when it is complete.
 
     Args:
-      source: official folder, or training workdir with an `export/`.
+      source: official folder, training workdir with an `export/`, or the folder of one model.
       out: a new or empty folder.
       config: settings.
       overwrite: replace a model folder at `out`.
@@ -143,8 +145,10 @@ def export_folder(
         written.
     """
     folder = find_parts(source)
-    if folder.layout != "official":
+    if folder.layout == "pipeline":
         raise ValueError(f"{source} is no official UAE folder or training workdir; build one with `convert import`")
+    if folder.layout == "part" and any(part.name in ADAPTERS or part.folder.is_file() for part in folder.parts):
+        raise ValueError(f"{source} is no model; of an adapter, give the official UAE folder that it is in")
     check_target(pathlib.Path(out).absolute(), overwrite=overwrite, sources=[folder.path])
     chosen = [row for row in check_folder(folder, fast=True) if not config.parts or _chosen(row.part, config.parts)]
     problems = [problem for row in chosen for problem in row.problems]
@@ -176,8 +180,13 @@ def _write(output: Output, folder: pathlib.Path, limit: float, report: Callable[
 
 
 def plan(folder: Folder, config: ExportConfig) -> list[Output]:
-    """Every folder that an export writes, in the order of `KINDS`; tensors are read at the time of writing."""
+    """Every folder that an export writes, in the order of `KINDS`; tensors are read at the time of writing.
+
+    One model alone is written with its published names, as its library opens it.
+    """
     dtype = None if config.dtype == "keep" else np.dtype(config.dtype)
+    if folder.layout == "part":
+        return [_plain(part, "", dtype) for part in folder.parts if part.kind != "processor"]
     legal = [file for file in small_files(folder.path) if file.name.lower().startswith(("licen", "notice", "readme"))]
     return [
         Output("", copies=tuple(legal)),
@@ -209,7 +218,7 @@ def _plain(part: Part, name: str, dtype: np.dtype | None, items: Iterable[Item] 
 
 def stored_config(part: Part, items: Iterable[Item]) -> dict[str, Any]:
     """A part's config.json, with the precision of its tensors if that is one and the format has a field for it."""
-    content, dtypes = read_json(part.config_folder), {item.dtype.name for item in items}
+    content, dtypes = published_settings(part), {item.dtype.name for item in items}
     if len(dtypes) != 1 or part.kind in ("transformer", "vae"):
         return content
     return with_dtype(content, *dtypes)

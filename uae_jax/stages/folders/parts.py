@@ -22,6 +22,9 @@ from uae_jax.models.encoders.config import CLIPTextConfig
 from uae_jax.models.encoders.openai import MARKS
 from uae_jax.models.encoders.tables import POSITION_BUFFERS, clip_rules
 from uae_jax.models.encoders.weights import EncoderFolder, open_encoder
+from uae_jax.models.janus import config as janus_config
+from uae_jax.models.janus import model as janus
+from uae_jax.models.janus import weights as janus_weights
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
@@ -47,6 +50,7 @@ KINDS = {
     "longclip": "image encoder",
     "dinov2": "image encoder",
     "dinov3": "image encoder",
+    "janus": "unified model",
 }
 ADAPTERS = ("llm_lora", "dit_lora")
 ENCODERS = ("clip", "longclip", "dinov2", "dinov3")
@@ -59,6 +63,8 @@ _MODEL_TYPES = {
     "clip_text_model": "SD3/text_encoder",
     "dinov2": "dinov2",
     "dinov3_vit": "dinov3",
+    janus_config.HF: "janus",
+    janus_config.OFFICIAL: "janus",
 }
 _CLASSES = {
     "SD3Transformer2DModel": "dit",
@@ -251,7 +257,20 @@ def part_config(part: Part) -> Any:
         return CLIPTextConfig.from_folder(part.folder)
     if part.kind == "image encoder":
         return part_encoder(part).config
+    if part.kind == "unified model":
+        return janus_config.from_folder(part.folder)
     return None
+
+
+def published_settings(part: Part) -> dict[str, Any]:
+    """The config.json that belongs to a part's published names: the stored one, or that of transformers for Janus's
+    official folder.
+
+    Raises:
+      FileNotFoundError, ValueError: see `part_config`.
+    """
+    stored = read_json(part.config_folder)
+    return janus_config.to_json(part_config(part)) if stored.get("model_type") == janus_config.OFFICIAL else stored
 
 
 def part_encoder(part: Part) -> EncoderFolder:
@@ -275,7 +294,21 @@ def has_openai_names(part: Part) -> bool:
 
 def part_tensors(part: Part) -> Tensors:
     """The tensors of a part with weights."""
+    if part.kind == "unified model":
+        return janus_weights.open_weights(part.folder)
     return part_encoder(part).tensors if part.kind == "image encoder" else TensorFolder(part.folder)
+
+
+def check_head(part: Part, folder: Tensors, config: Any) -> None:
+    """Refuses a text head that the settings of a captioner would leave unread (`language.weights.check_head`).
+
+    Raises:
+      ValueError: such a head.
+    """
+    if part.kind == "captioner":
+        qwen_weights.check_head(folder, config)
+    if part.kind == "unified model":
+        janus_weights.check_head(folder, config)
 
 
 def part_table(part: Part, config: Any, folder: Tensors) -> Table:
@@ -303,6 +336,9 @@ def part_table(part: Part, config: Any, folder: Tensors) -> Table:
         return Table(sd3_weights.transformer_rules(config), transformer.abstract_params(config))
     if part.kind == "vae":
         return Table(sd3_weights.vae_rules(config), vae.abstract_params(config), sd3_weights.VAE_ALIASES)
+    if part.kind == "unified model":
+        ignore = janus_weights.ignored(config)
+        return Table(janus_weights.rules(config), janus.abstract_params(config), janus_weights.ALIASES, ignore)
     if part.kind == "image encoder":
         encoder = part_encoder(part)
         return Table(encoder.rules, encoder.abstract(), encoder.aliases, encoder.ignore)
