@@ -105,12 +105,21 @@ def stop_ids(tokenizer) -> tuple[int, ...]:
 def _encode(tokenizer, text: str, template: bool = False) -> list[int]:
     """Ids of a person's text, or of a template, whose control tokens are meant."""
     split = tokenizer.split_special_tokens and not template
+    refuse_half_characters(text)
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"])
+
+
+def refuse_half_characters(text: str) -> None:
+    """Refuses what no tokenizer can read.
+
+    Raises:
+      ValueError: a lone surrogate; the message has the text.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         shown = text if len(text) <= 60 else f"{text[:57]}..."
         raise ValueError(f"the text {ascii(shown)} holds half of a character (a lone surrogate); correct it") from None
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"])
 
 
 def _names_control(tokenizer, text: str) -> bool:

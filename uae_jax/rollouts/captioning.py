@@ -3,7 +3,7 @@
 Shape letters: b images, n captions, t caption tokens, p image patches, e image embeddings, d their width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from uae_jax import trees
 from uae_jax.models import condition, uae
+from uae_jax.models.language.config import CaptionerConfig
 from uae_jax.models.language.generate import Completion, generate
+from uae_jax.models.language.model import Prefix
 from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.nn import int8
@@ -61,30 +63,55 @@ def sample_captions(
       stops: ids that end a caption.
       sampling: temperature and truncation.
       group: captions per image.
-      gather_weights: gather the language model once, before the loop over tokens (`sharding.gather_over_fsdp`). GPUs
-        take the form of `language.decoding`, unless heads are sharded over devices.
-      weights: "int8" rounds the kernels of the layers to 8 bits before they are gathered; see `nn.int8`. They are not
-        packed for GPUs then.
+      gather_weights, weights: see `for_decoding`.
     """
     params, adapter = uae.captioner_weights(parts, policy=True)
     images = encode_batch_images(model, parts, batch) if image_embeds is None else image_embeds
-    packed = gather_weights and platform() == "gpu" and ways("heads") == 1 and weights == "model"
-    if weights == "int8":
-        layers, scales = int8.quantised(params["language"]["layers"])
-        params = params | {"language": params["language"] | {"layers": layers}, int8.SCALES: {"layers": scales}}
-    if gather_weights:
-        language, dtype = params["language"], model.captioner.text.dtype
-        # packing gathers the layers one by one; gathered here, all of them would be in memory twice
-        read = {name: part for name, part in language.items() if not (packed and name == "layers")}
-        params = params | {"language": language | gather_over_fsdp(read, dtype)}
-        adapter = adapter if packed or adapter is None else gather_over_fsdp(adapter, dtype)
-    prefix = qwen.prompt_prefix(model.captioner, params, adapter, batch, images)
-    keys = sample_keys(trees.name_key(key, "caption"), batch["sample_id"], group)
-    return generate(
+    return complete_prompts(
         model.captioner,
         params,
         adapter,
-        prefix,
+        lambda *weights: qwen.prompt_prefix(model.captioner, *weights, batch, images),
+        sample_keys(trees.name_key(key, "caption"), batch["sample_id"], group),
+        max_new_tokens=max_new_tokens,
+        stops=stops,
+        sampling=sampling,
+        group=group,
+        gather_weights=gather_weights,
+        weights=weights,
+    )
+
+
+def complete_prompts(
+    config: CaptionerConfig,
+    params: dict[str, Tree],
+    adapter: Tree | None,
+    prefix_of: Callable[[Tree, Tree | None], Prefix],
+    keys: Key[Array, " n"],
+    *,
+    max_new_tokens: int,
+    stops: tuple[int, ...],
+    sampling: SamplingConfig,
+    group: int,
+    gather_weights: bool,
+    weights: str = "model",
+) -> Completion:
+    """Completions of the prompts of any captioner.
+
+    Args:
+      config: of the captioner.
+      params: with `language`.
+      adapter: of the language model, or None.
+      prefix_of: `(params, adapter) -> Prefix`, called with the weights of `for_decoding`.
+      keys: one for each completion.
+      max_new_tokens, stops, sampling, group, gather_weights, weights: see `sample_captions`.
+    """
+    params, adapter, packed = for_decoding(config, params, adapter, gather_weights, weights)
+    return generate(
+        config,
+        params,
+        adapter,
+        prefix_of(params, adapter),
         keys,
         max_new_tokens=max_new_tokens,
         stop_ids=stops,
@@ -92,6 +119,37 @@ def sample_captions(
         group=group,
         packed=packed,
     )
+
+
+def for_decoding(
+    config: CaptionerConfig,
+    params: dict[str, Tree],
+    adapter: Tree | None,
+    gather_weights: bool,
+    weights: str = "model",
+) -> tuple[dict[str, Tree], Tree | None, bool]:
+    """The weights that a loop over tokens reads, and whether it takes the form of `language.decoding`.
+
+    Args:
+      config: of the captioner.
+      params: with `language`.
+      adapter: of the language model, or None.
+      gather_weights: gather the language model once, before the loop (`sharding.gather_over_fsdp`). GPUs take the form
+        of `language.decoding`, unless heads are sharded over devices.
+      weights: "int8" rounds the kernels of the layers to 8 bits before they are gathered; see `nn.int8`. They are not
+        packed for GPUs then.
+    """
+    packed = gather_weights and platform() == "gpu" and ways("heads") == 1 and weights == "model"
+    if weights == "int8":
+        layers, scales = int8.quantised(params["language"]["layers"])
+        params = params | {"language": params["language"] | {"layers": layers}, int8.SCALES: {"layers": scales}}
+    if gather_weights:
+        language, dtype = params["language"], config.text.dtype
+        # packing gathers the layers one by one; gathered here, all of them would be in memory twice
+        read = {name: part for name, part in language.items() if not (packed and name == "layers")}
+        params = params | {"language": language | gather_over_fsdp(read, dtype)}
+        adapter = adapter if packed or adapter is None else gather_over_fsdp(adapter, dtype)
+    return params, adapter, packed
 
 
 def drawn_captions(
