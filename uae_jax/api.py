@@ -29,7 +29,8 @@ from uae_jax.data.qwen_inputs import Fields
 from uae_jax.data.tokenizer import unknown_note
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.settings import frozen
-from uae_jax.stages.inference import Inference, InferenceConfig, Row, builtin_settings
+from uae_jax.stages.engines import Engine, open_engine, single_engine
+from uae_jax.stages.inference import InferenceConfig, Row, builtin_settings
 from uae_jax.stages.inference_config import deciding_condition
 from uae_jax.stages.run_config import CAPTION_PROMPT, NEGATIVE_PROMPT
 from uae_jax.stages.weights import ModelConfig, model_folder
@@ -86,6 +87,8 @@ def default_settings(folder: str | os.PathLike[str] = "") -> dict[str, Any]:
     """
     if not str(folder):
         return builtin_settings()
+    if single := single_engine(str(folder)):
+        return single.settings(str(folder))
     model = model_folder(str(folder))
     run = _run_config(pathlib.Path(folder)) or _run_config(model.parent)
     if run is None:
@@ -143,7 +146,8 @@ def load(
     """A model for captions, image generation and reconstruction.
 
     Args:
-      folder: official UAE folder, training workdir, or "" for the built-in model of 32-pixel scenes.
+      folder: official UAE folder, training workdir, folder of a Janus model, or "" for the built-in model of 32-pixel
+        scenes.
       dtype: precision of activations, `float32` or `bfloat16`.
       adapters: False gives the model from before its training: without `llm_lora` and `dit_lora`, and with
         `llm_reference` in place of `llm`.
@@ -155,7 +159,7 @@ def load(
       FileNotFoundError, ValueError: the folder cannot be read, or a setting is unknown or invalid.
     """
     config = frozen(InferenceConfig, default_settings(folder) | settings, "settings")
-    return Model(Inference(ModelConfig(folder=str(folder), dtype=dtype, adapters=adapters), config, devices))
+    return Model(open_engine(ModelConfig(folder=str(folder), dtype=dtype, adapters=adapters), config, devices))
 
 
 class Model:
@@ -168,7 +172,7 @@ class Model:
       engine: the loaded model.
     """
 
-    def __init__(self, engine: Inference):
+    def __init__(self, engine: Engine):
         self.engine = engine
 
     @property

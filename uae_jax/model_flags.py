@@ -22,7 +22,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "temperature 0.7, top_p 1, seed 42.",
     )
     model.add_argument(
-        "--checkpoint", default="", help="official UAE folder or training workdir (default: the built-in model)"
+        "--checkpoint",
+        default="",
+        help="official UAE folder, training workdir or Janus folder (default: the built-in model)",
     )
     for name in GIVEN:
         meaning = FIELDS[name].metadata["meaning"]

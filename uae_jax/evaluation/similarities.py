@@ -25,17 +25,14 @@ class Similarities:
     """
 
     def __init__(self, model: Model, paths: Mapping[str, str | pathlib.Path] | None = None):
-        paths, system = paths or {}, model.engine.system
+        paths, engine = paths or {}, model.engine
         self.encoders: dict[str, tuple[BenchEncoder, trees.Tree]] = {}
         for name, path in paths.items():
             encoder = open_bench_encoder(name, path)
             self.encoders[name] = encoder, encoder.source.load()
-        for name in system.encoders:
+        for name, params in engine.encoders.items():
             if name not in paths:
-                self.encoders[name] = (
-                    open_bench_encoder(name, system.folder / name),
-                    model.engine.parts["encoders"][name],
-                )
+                self.encoders[name] = open_bench_encoder(name, engine.folder / name), params
 
     def __call__(self, original: Image.Image | np.ndarray, other: Image.Image | np.ndarray) -> dict[str, float]:
         """{encoder: cosine in [-1, 1]}; the images may have any sizes."""

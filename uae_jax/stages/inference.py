@@ -4,6 +4,7 @@ Images of many sizes share few compiled programs: each image is padded to one of
 batch has images of one length. Padding is masked, so that a caption does not depend on its batch.
 """
 
+import pathlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -117,6 +118,16 @@ class Inference:
         self.text_length = len(self._prompt_ids(0))
         self._write, self._picture, self._rebuild = _programs(self.system, config)
 
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where the model came from."""
+        return self.system.folder
+
+    @property
+    def encoders(self) -> Mapping[str, trees.Tree]:
+        """Parameters of the image encoders in that folder, by the names of their own folders."""
+        return self.parts["encoders"]
+
     def image_fields(self, image: np.ndarray | Image.Image) -> Fields:
         """The captioner's inputs for an image of any size, padded to its `image_room`.
 
@@ -174,14 +185,14 @@ class Inference:
     def captions(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
         """Captions of images (`image_fields`) or answers (`question_fields`), each batch as soon as it is done."""
         for group in batches(rows, self.config.batch_size, _shapes):
-            said, lengths = jax.device_get(self._write(self.parts, self._stacked(group)))
+            said, lengths = jax.device_get(self._write(self.parts, stacked(group, self.config.batch_size)))
             for row, ids, length in zip(group, said.tokens, lengths):
                 yield row, decode_caption(self.system.tokenizer, ids[:length])
 
     def drawings(self, rows: Iterable[Row]) -> Iterator[tuple[Row, np.ndarray]]:
         """Images generated from texts (`text_fields`), uint8 `[S, S, 3]`, each batch as soon as it is done."""
         for group in batches(rows, self.config.batch_size, lambda row: 0):
-            batch = self._stacked(group)
+            batch = stacked(group, self.config.batch_size)
             lengths = batch["caption_mask"].sum(-1, dtype=np.int32) - 1
             drawn = self._picture(self.parts, batch["caption_ids"], lengths, batch["sample_id"])
             yield from zip(group, from_signed(jax.device_get(drawn)))
@@ -207,17 +218,18 @@ class Inference:
     def _rebuilt(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str, np.ndarray]]:
         """`reconstructions` from the states of the captions' own tokens, of which the text alone has none."""
         for group in batches(rows, self.config.batch_size, _shapes):
-            batch = self._stacked(group)
+            batch = stacked(group, self.config.batch_size)
             said, lengths = self._write(self.parts, batch)
             drawn = from_signed(jax.device_get(self._rebuild(self.parts, batch, said.tokens, said.mask)))
             for row, ids, length, picture in zip(group, *jax.device_get((said.tokens, lengths)), drawn):
                 yield row, decode_caption(self.system.tokenizer, ids[:length]), picture
 
-    def _stacked(self, group: Sequence[Row]) -> dict[str, np.ndarray]:
-        """One batch of the compiled size, filled with the last row."""
-        full = [*group, *[group[-1]] * (self.config.batch_size - len(group))]
-        batch = {name: np.stack([row.fields[name] for row in full]) for name in full[0].fields}
-        return batch | {"sample_id": np.array([row.sample_id for row in full], np.int32)}
+
+def stacked(group: Sequence[Row], size: int) -> dict[str, np.ndarray]:
+    """One batch of the compiled size, filled with the last row."""
+    full = [*group, *[group[-1]] * (size - len(group))]
+    batch = {name: np.stack([row.fields[name] for row in full]) for name in full[0].fields}
+    return batch | {"sample_id": np.array([row.sample_id for row in full], np.int32)}
 
 
 def _shapes(row: Row) -> Hashable:

@@ -1,0 +1,171 @@
+"""The inference engine of a folder that holds one unified model, Janus: captions and drawings, a batch at a time."""
+
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from PIL import Image
+
+from uae_jax import sharding
+from uae_jax.data.images import to_rgb
+from uae_jax.data.janus_inputs import SYSTEM, JanusTokenizer, padded_ids, question_fields
+from uae_jax.data.loader import from_signed
+from uae_jax.data.qwen_inputs import Fields
+from uae_jax.files.json_files import read_json
+from uae_jax.hf.hub import local_folder
+from uae_jax.models.janus import config as configs
+from uae_jax.models.janus import weights
+from uae_jax.models.language.generate import Completion
+from uae_jax.models.language.sampling import SamplingConfig
+from uae_jax.rollouts.unified import DrawingConfig, pixels, sample_captions, sample_drawings
+from uae_jax.sharding import MeshConfig
+from uae_jax.stages.inference import Row, batches, stacked
+from uae_jax.stages.inference_config import InferenceConfig
+from uae_jax.stages.run_config import CAPTION_PROMPT
+from uae_jax.stages.weights import ModelConfig
+
+SHORTEST = 64  # padded length of short prompts in tokens; longer ones are padded to a power of two
+LONGEST = 8192  # half of the published context
+
+
+class UnifiedInference:
+    """`stages.inference.Inference` of one network; each function is compiled once for a shape.
+
+    Args:
+      model: the folder of the model, in transformers' layout or the official one.
+      config: settings; those of a diffusion sampler are not read.
+      devices: the parameters are sharded over these devices; None for the first device.
+
+    Raises:
+      FileNotFoundError, ValueError: the folder cannot be read, or the model draws no images of this size.
+    """
+
+    @staticmethod
+    def knows(folder: str) -> bool:
+        """Whether a folder holds such a model, by its `config.json`."""
+        place = pathlib.Path(folder)
+        return (
+            bool(folder)
+            and (place / "config.json").is_file()
+            and read_json(place).get("model_type") in (configs.HF, configs.OFFICIAL)
+        )
+
+    @staticmethod
+    def settings(folder: str) -> dict[str, Any]:
+        """The official settings, where they differ from those of `InferenceConfig`."""
+        config = configs.from_folder(folder)
+        return dict(size=config.vq.image_size, prompt=CAPTION_PROMPT, system_prompt=SYSTEM, temperature=0.0)
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: InferenceConfig,
+        devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] (an alias inside of jax)
+    ):
+        folder = local_folder(model.folder)
+        self.folder, self.config = folder, config
+        self.model = configs.from_folder(folder, dtype=model.dtype)
+        if config.size != self.model.vq.image_size:
+            raise ValueError(f"size is {config.size} pixels; this model draws {self.model.vq.image_size} pixels alone")
+        ids = configs.special_ids(folder)
+        self.tokenizer = JanusTokenizer(folder, ids, self.model.vision.tokens, config.control_tokens)
+        if len(self.tokenizer) > self.model.text.vocab_size:
+            raise ValueError(
+                f"{folder} has {len(self.tokenizer):,} tokens in tokenizer.json and {self.model.text.vocab_size:,} in "
+                "config.json; copy both from one model"
+            )
+        devices = jax.local_devices()[:1] if devices is None else list(devices)
+        mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=len(devices)), devices)
+        dtype = np.dtype(np.float32)
+        _, self.parts = weights.load(
+            folder, self.model, dtype, placement=lambda tree: sharding.tree_shardings(tree, mesh)
+        )
+        self._write, self._picture = _programs(self.model, config)
+
+    @property
+    def encoders(self) -> Mapping[str, Any]:
+        """None: a Janus folder holds no image encoders beside the model."""
+        return {}
+
+    def image_fields(self, image: np.ndarray | Image.Image) -> Fields:
+        """The captioner's inputs for an image of any size.
+
+        Raises:
+          ValueError: an image without content.
+        """
+        return self.question_fields(self.config.prompt, [image])
+
+    def question_fields(self, question: str, images: Sequence[np.ndarray | Image.Image]) -> Fields:
+        """The captioner's inputs for a question about one image; the caption is the answer.
+
+        Raises:
+          ValueError: another number of images, or an image without content.
+        """
+        if len(images) != 1:
+            raise ValueError(f"Janus answers questions about one image, not {len(images)}")
+        size, system = self.model.vision.image_size, self.config.system_prompt
+        room = _room(len(self.tokenizer.question_ids(question, system)))
+        return question_fields(self.tokenizer, to_rgb(images[0]), size, question, system, room)
+
+    def text_fields(self, text: str) -> Fields:
+        """The inputs for a drawing of a text.
+
+        Raises:
+          ValueError: a text longer than `LONGEST`.
+        """
+        ids = self.tokenizer.drawing_ids(text)
+        if len(ids) > LONGEST:
+            raise ValueError(f"the text {text[:40]!r}... has {len(ids):,} tokens of at most {LONGEST:,}; shorten it")
+        return padded_ids(ids, _room(len(ids)))
+
+    def captions(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
+        """Captions of images (`image_fields`) or answers, each batch as soon as it is done."""
+        for group in batches(rows, self.config.batch_size, _length):
+            said = jax.device_get(self._write(self.parts, stacked(group, self.config.batch_size)))
+            for row, ids, mask in zip(group, said.tokens, said.mask):
+                yield row, self.tokenizer.decode_caption(ids[mask])
+
+    def drawings(self, rows: Iterable[Row]) -> Iterator[tuple[Row, np.ndarray]]:
+        """Images drawn of texts (`text_fields`), uint8 `[S, S, 3]`, each batch as soon as it is done."""
+        for group in batches(rows, self.config.batch_size, _length):
+            drawn = self._picture(self.parts, stacked(group, self.config.batch_size))
+            yield from zip(group, from_signed(jax.device_get(drawn)))
+
+    def reconstructions(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str, np.ndarray]]:
+        """Caption of each image (`image_fields`), and the drawing of its caption."""
+        said: dict[int, str] = {}
+
+        def texts() -> Iterator[Row]:
+            for row, caption in self.captions(rows):
+                said[row.index] = caption
+                yield row._replace(fields=self.text_fields(caption))
+
+        for row, drawn in self.drawings(texts()):
+            yield row, said.pop(row.index), drawn
+
+
+def _room(length: int) -> int:
+    return max(SHORTEST, 1 << (length - 1).bit_length())
+
+
+def _length(row: Row) -> tuple[int, ...]:
+    """Rows of equal length go through one compiled program."""
+    return row.fields["prompt_ids"].shape
+
+
+def _programs(model: configs.JanusConfig, config: InferenceConfig) -> tuple[Any, Any]:
+    """The compiled functions: from images to captions, and from texts to images."""
+    key, how = jax.random.key(config.seed), DrawingConfig(config.guidance_scale)
+    sampling = SamplingConfig(config.temperature, 0, config.top_p)
+
+    def write(parts: Mapping, batch: Mapping) -> Completion:
+        return sample_captions(model, parts, batch, key, max_new_tokens=config.max_new_tokens, sampling=sampling)
+
+    def picture(parts: Mapping, batch: Mapping) -> Array:
+        drawn = sample_drawings(model, parts, how, batch["prompt_ids"], batch["prompt_mask"], batch["sample_id"], key)
+        return pixels(model, parts, how, drawn.tokens)
+
+    return jax.jit(write), jax.jit(picture)
