@@ -26,7 +26,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from uae_jax.data.images import load_image, square_image, to_rgb
 from uae_jax.data.qwen_inputs import Fields
-from uae_jax.data.tokenizer import unknown_note
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.settings import frozen
 from uae_jax.stages.engines import Engine, open_engine, single_engine
@@ -229,7 +228,7 @@ class Model:
 
     def unknown(self, texts: Iterable[str]) -> str:
         """A line that names words of texts that the model does not know, or nothing."""
-        return unknown_note(self.engine.rows.tokenizer, texts)
+        return self.engine.unknown(texts)
 
     def each_caption(
         self, images: Sequence[ImageLike], *, sample_ids: Sequence[int] | None = None, failed: Failed | None = None

@@ -22,7 +22,8 @@ from uae_jax.model_flags import add_model_flags, load_model
 from uae_jax.settings import one_line
 
 if TYPE_CHECKING:
-    from uae_jax.stages.inference import Inference, Row
+    from uae_jax.stages.engines import Engine
+    from uae_jax.stages.inference import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ def add_actions(
 
 
 def write_answers(
-    engine: "Inference",
+    engine: "Engine",
     items: Sequence[Line],
     prompts: Sequence[str],
     log: RecordLog,

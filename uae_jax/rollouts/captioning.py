@@ -71,7 +71,7 @@ def sample_captions(
         model.captioner,
         params,
         adapter,
-        lambda *weights: qwen.prompt_prefix(model.captioner, *weights, batch, images),
+        lambda params, adapter: qwen.prompt_prefix(model.captioner, params, adapter, batch, images),
         sample_keys(trees.name_key(key, "caption"), batch["sample_id"], group),
         max_new_tokens=max_new_tokens,
         stops=stops,

@@ -72,7 +72,7 @@ def sample_captions(
     return complete_prompts(
         config,
         *weights(parts, policy=True),
-        lambda *found: model.prompt_prefix(config, *found, batch, image_embeds),
+        lambda params, adapter: model.prompt_prefix(config, params, adapter, batch, image_embeds),
         sample_keys(trees.name_key(key, "caption"), batch["sample_id"], group),
         max_new_tokens=max_new_tokens,
         stops=config.stop_token_ids,

@@ -19,7 +19,7 @@ from uae_jax.data import tokenizer as tokens
 from uae_jax.data.loader import RowBuilder, batch_spec, from_signed
 from uae_jax.data.questions import placed_images, question_inputs
 from uae_jax.data.qwen_inputs import Fields, prompt_fields
-from uae_jax.data.tokenizer import decode_caption
+from uae_jax.data.tokenizer import decode_caption, unknown_note
 from uae_jax.diffusion.schedule import sigma_schedule
 from uae_jax.models import condition, uae
 from uae_jax.models.language.generate import Completion
@@ -181,6 +181,10 @@ class Inference:
                 "max_new_tokens"
             )
         return fields
+
+    def unknown(self, texts: Iterable[str]) -> str:
+        """A line that names words of texts that the model does not know, or nothing."""
+        return unknown_note(self.rows.tokenizer, texts)
 
     def captions(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
         """Captions of images (`image_fields`) or answers (`question_fields`), each batch as soon as it is done."""

@@ -121,6 +121,10 @@ class UnifiedInference:
             raise ValueError(f"the text {text[:40]!r}... has {len(ids):,} tokens of at most {LONGEST:,}; shorten it")
         return padded_ids(ids, _room(len(ids)))
 
+    def unknown(self, texts: Iterable[str]) -> str:
+        """Nothing: a vocabulary of bytes has every word."""
+        return ""
+
     def captions(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
         """Captions of images (`image_fields`) or answers, each batch as soon as it is done."""
         for group in batches(rows, self.config.batch_size, _length):

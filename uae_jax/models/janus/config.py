@@ -11,9 +11,10 @@ from typing import Any
 from uae_jax.files.json_files import read_json
 from uae_jax.files.known_fields import WITHOUT_EFFECT, check_kinds, only, refuse_unknown, without_none
 from uae_jax.models.autoencoder.blocks import Sizes
+from uae_jax.models.janus.official import HF, as_hf
 from uae_jax.models.language.config import TEXT_KINDS, TextConfig, text_sizes
 
-HF, OFFICIAL = "janus", "multi_modality"  # model_type of the two layouts
+OFFICIAL = "multi_modality"  # model_type of the official layout; that of transformers is `HF`
 # the special tokens by what they are for; their ids differ between releases
 TOKENS = {
     "bos": "<｜begin▁of▁sentence｜>",
@@ -299,7 +300,7 @@ def from_json(data: Mapping[str, Any], ids: Mapping[str, int] | None = None) -> 
     if found == OFFICIAL:
         if ids is None:
             raise ValueError("the ids of its special tokens are in tokenizer.json; copy that file beside it")
-        data = _as_hf(data)
+        data = as_hf(data)
     elif found != HF:
         raise ValueError(
             f"the folder holds a model of model_type {found!r}, expected {HF!r} or {OFFICIAL!r}; give the folder of a "
@@ -407,63 +408,6 @@ def _check_joints(config: JanusConfig, vision: Mapping[str, Any], vq: Mapping[st
     ):
         if value != wanted:
             raise ValueError(f"{name} is {value}, and the rest of the file asks for {wanted}")
-
-
-_MLP = ("MlpProjector", {"projector_type": "mlp_gelu", "depth": 2})
-# classes of the official file, and the values of their parameters that name sizes which the file does not hold
-_CLASSES = {
-    "vision_config": (
-        "CLIPVisionTower",
-        {"model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1, "image_size": 384},
-    ),
-    "aligner_config": _MLP,
-    "gen_aligner_config": _MLP,
-    "gen_head_config": ("vision_head", {}),
-    "gen_vision_config": ("VQ-16", {}),
-}
-
-
-def _as_hf(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The official `config.json` in transformers' layout."""
-    refuse_unknown(data, WITHOUT_EFFECT | {*_CLASSES, "language_config", "tie_word_embeddings"})
-    params = {name: _params(data, name, *known) for name, known in _CLASSES.items()}
-    kinds = dict.fromkeys(("input_dim", "n_embed", "image_token_embed", "image_token_size"), int)
-    for name, section in params.items():
-        check_kinds(section, kinds, f"{name}.params.")
-    aligner, draws = params["aligner_config"], params["gen_vision_config"]
-    head, draw_aligner = params["gen_head_config"], params["gen_aligner_config"]
-    for name, value, wanted in (
-        ("aligner_config.params.input_dim", aligner.get("input_dim"), _VISION["hidden_size"]),
-        ("gen_aligner_config.params.input_dim", draw_aligner.get("input_dim"), draws.get("n_embed")),
-        ("gen_head_config.params.image_token_size", head.get("image_token_size"), draws.get("image_token_size")),
-        ("gen_head_config.params.n_embed", head.get("n_embed"), head.get("image_token_embed")),
-    ):
-        if value != wanted:
-            raise ValueError(f"{name} is {value}, and the rest of the file asks for {wanted}")
-    return {
-        "model_type": HF,
-        "text_config": data.get("language_config") or {},
-        "vision_config": {"projection_dim": aligner.get("n_embed")},
-        "vq_config": {
-            "embed_dim": draws.get("n_embed"),
-            "num_embeddings": draws.get("image_token_size"),
-            "projection_dim": draw_aligner.get("n_embed"),
-            "image_token_embed_dim": head.get("image_token_embed"),
-        },
-        "tie_word_embeddings": data.get("tie_word_embeddings"),
-    }
-
-
-def _params(data: Mapping[str, Any], name: str, kind: str, fixed: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of one part of the official file, which names a class that is known."""
-    section = without_none(data.get(name) or {}, name)
-    only(section, "cls", (kind,))
-    params = without_none(section.get("params") or {}, f"{name}.params")
-    for field, value in fixed.items():
-        only(params, field, (value,))
-    known = {*fixed, "input_dim", "n_embed", "image_token_embed", "image_token_size"}
-    refuse_unknown(params, known, what=f"{name}.params.")
-    return params
 
 
 def to_json(config: JanusConfig) -> dict[str, Any]:
