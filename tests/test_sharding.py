@@ -1,5 +1,10 @@
 """Where parameters and batches lie on a mesh, by rule and by what each device holds."""
 
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 import types
 
 import jax
@@ -190,6 +195,8 @@ def on_processes(owners, data, fsdp, tensor):
         # the tensor axis spans processes, which then feed the same rows
         ((0, 1, 2, 3), (2, 1, 2), [(0, 2), (0, 2), (1, 2), (1, 2)]),
         ((0, 0, 1, 1), (1, 1, 4), [(0, 1), (0, 1)]),
+        # the rows of a process are not neighbours, as on a grid of TPUs
+        ((0, 1, 0, 1), (4, 1, 1), [(0, 2), (1, 2)]),
     ],
 )
 def test_each_process_feeds_the_rows_of_its_devices(owners, axes, slices):
@@ -197,9 +204,134 @@ def test_each_process_feeds_the_rows_of_its_devices(owners, axes, slices):
     assert found == slices
 
 
-def test_a_process_whose_rows_are_scattered_is_refused():
+def test_processes_that_share_some_rows_are_refused():
     with pytest.raises(ValueError, match="choose config.mesh.tensor"):
-        sharding.batch_slice(on_processes((0, 1, 0, 1), 4, 1, 1), 0)
+        sharding.batch_slice(on_processes((0, 0, 0, 1, 1, 1), 3, 1, 2), 0)
+
+
+def grid(kind, sides, host, slices=1):
+    """TPUs that are not there: `host` gives the chips of a process along each axis."""
+    found = []
+    for number in range(slices):
+        for at in np.ndindex(sides[::-1]):
+            place = (*at[::-1], 0, 0)[:3]
+            block = [side // own for side, own in zip(place, host)]
+            chip = types.SimpleNamespace(platform="tpu", device_kind=kind, coords=place, core_on_chip=0)
+            chip.process_index = int(np.ravel_multi_index((number, *block), (slices, 16, 16, 16)))
+            chip.slice_index, chip.id = number, len(found)
+            found.append(chip)
+    return found
+
+
+def near(one, other):
+    """Whether two chips are neighbours in a grid without rings."""
+    return one.slice_index == other.slice_index and sum(abs(a - b) for a, b in zip(one.coords, other.coords)) == 1
+
+
+def connected(chips):
+    """Whether chips reach each other over links among themselves."""
+    reached, rest = [chips[0]], list(chips[1:])
+    for chip in reached:
+        reached += [other for other in rest if near(chip, other)]
+        rest = [other for other in rest if other not in reached]
+    return not rest
+
+
+@pytest.mark.parametrize(
+    "kind, sides, sizes",
+    [
+        ("TPU v5 lite", (16, 16), (4, 64, 1)),
+        ("TPU v6 lite", (8, 8), (1, 16, 4)),
+        ("TPU v6 lite", (8, 8), (2, 8, 4)),
+        ("TPU v5", (4, 4, 4), (1, 64, 1)),
+        ("TPU v5", (4, 4, 8), (2, 32, 2)),
+    ],
+)
+def test_devices_along_the_innermost_axis_reach_each_other_over_their_own_links(kind, sides, sizes):
+    chips = grid(kind, sides, (2, 2, 1))
+    placed = sharding._placed(list(sizes), chips)
+    assert placed.shape == sizes and {chip.id for chip in placed.flat} == set(range(len(chips)))
+    # the innermost axis, over which most is moved; the others get what is left of the grid
+    axis = 2 if sizes[2] > 1 else 1
+    for group in np.moveaxis(placed, axis, -1).reshape(-1, sizes[axis]):
+        assert connected(list(group)), [chip.coords for chip in group]
+    # and every process has its own part of the rows
+    mesh = types.SimpleNamespace(devices=placed, shape=dict(zip(sharding.AXES, sizes)))
+    parts = {chip.process_index: sharding.batch_slice(mesh, chip.process_index) for chip in chips}
+    assert {index for index, _ in parts.values()} == set(range(next(iter(parts.values()))[1]))
+
+
+def test_slices_divide_data_or_else_fsdp():
+    chips = grid("TPU v5 lite", (4, 4), (2, 2, 1), slices=2)
+    over_data = sharding._placed([2, 16, 1], chips)
+    assert [{chip.slice_index for chip in row.flat} for row in over_data] == [{0}, {1}]
+    over_fsdp = sharding._placed([1, 32, 1], chips)
+    assert [chip.slice_index for chip in over_fsdp.flat] == [0] * 16 + [1] * 16
+    with pytest.raises(ValueError, match="over 2 slices; make config.mesh.data"):
+        sharding._placed([1, 1, 32], chips)
+
+
+def test_a_part_of_a_slice_and_other_devices_lie_in_the_order_of_processes():
+    some = [chip for chip in grid("TPU v5 lite", (4, 4), (2, 2, 1)) if chip.id in (0, 1, 5, 7)]
+    assert [chip.id for chip in sharding._placed([1, 4, 1], some).flat] == [0, 1, 5, 7]
+    placed = mesh().devices
+    assert placed.shape == (2, 2, 2) and [device.id for device in placed.flat] == list(range(8))
+    cards = [types.SimpleNamespace(platform="gpu", process_index=at // 2, id=7 - at) for at in range(8)]
+    assert [card.id for card in sharding._placed([1, 8, 1], cards).flat] == [6, 7, 4, 5, 2, 3, 0, 1]
+
+
+def test_rows_that_every_process_has_lie_in_their_order_on_any_mesh():
+    shuffled = jax.sharding.Mesh(np.array(jax.devices()[:8])[[3, 1, 4, 0, 5, 2, 6, 7]].reshape(2, 4, 1), sharding.AXES)
+    rows = {"x": np.arange(16.0).reshape(16, 1), "y": np.arange(8)}
+    placed = sharding.shard_rows(rows, shuffled)
+    jax.tree.map(np.testing.assert_array_equal, placed, rows)
+    assert {shard.data.shape for shard in placed["x"].addressable_shards} == {(2, 1)}
+
+
+SCATTERED = """
+import sys
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from uae_jax import sharding
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+mesh = Mesh(np.array(jax.devices())[[0, 2, 1, 3]].reshape(1, 4, 1), sharding.AXES)
+index, count = sharding.batch_slice(mesh)
+own = sharding.shard_batch({"x": 10 * index + np.arange(4)}, mesh)["x"]
+both = sharding.shard_rows({"x": np.arange(8)}, mesh)["x"]
+print(index, count, sharding.host_values(own).tolist(), sharding.host_values(both).tolist())
+"""
+
+
+def test_two_processes_with_scattered_rows_place_what_they_loaded(tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        coordinator = f"localhost:{listener.getsockname()[1]}"
+    root = str(pathlib.Path(__file__).parents[1])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))} | {
+        "PYTHONPATH": root,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCATTERED, coordinator, str(index)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for index, (output, errors) in enumerate(said):
+        # rows 0, 1 and 4, 5 lie on the first process: its part of four rows, in order
+        expected = f"{index} 2 [0, 1, 10, 11, 2, 3, 12, 13] [0, 1, 2, 3, 4, 5, 6, 7]\n"
+        assert output.endswith(expected), errors[-2000:]
 
 
 def test_activations_are_placed_by_name_where_a_mesh_is_in_use():

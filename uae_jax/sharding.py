@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from uae_jax import trees
@@ -71,10 +71,13 @@ class MeshConfig(Settings):
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of all devices. Devices of a process are neighbours, so that a process has neighbouring rows of a batch.
+    """The mesh of all devices, whose axes follow the links between them.
+
+    TPUs lie as `jax.experimental.mesh_utils` places them: neighbours of an axis are neighbours in their slice. Several
+    slices divide `data`, or `fsdp` where they cannot. Cards and simulated devices lie in the order of their processes.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or slices divide neither `data` nor `fsdp`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -87,10 +90,36 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {dict(zip(AXES, sizes))} needs {int(np.prod(sizes))} devices, there are {len(devices)}; change "
             "config.mesh"
         )
-    ordered = sorted(
-        devices, key=lambda device: (getattr(device, "slice_index", 0) or 0, device.process_index, device.id)
-    )
-    return Mesh(np.asarray(ordered).reshape(sizes), AXES)
+    return Mesh(_placed(sizes, devices), AXES)
+
+
+def _placed(sizes: list[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the form of the mesh."""
+
+    def slice_of(device: Any) -> int:
+        return getattr(device, "slice_index", 0) or 0
+
+    ordered = sorted(devices, key=lambda device: (slice_of(device), device.process_index, device.id))
+    slices = len({slice_of(device) for device in ordered})
+    if ordered[0].platform != "tpu" or not _is_box(ordered, slices):
+        return np.asarray(ordered).reshape(sizes)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, ordered, allow_split_physical_axes=True)
+    data, fsdp, tensor = sizes
+    if data % slices and fsdp % slices:
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes))} does not divide over {slices} slices; make config.mesh.data, or else "
+            f"config.mesh.fsdp, a multiple of {slices}"
+        )
+    outer = (1, slices, 1) if data % slices else (slices, 1, 1)
+    inner = [size // parts for size, parts in zip(sizes, outer)]
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, ordered, allow_split_physical_axes=True)
+
+
+def _is_box(devices: Sequence[Any], slices: int) -> bool:
+    """Whether TPUs fill a box of each slice's grid, which a part of a slice may not."""
+    places = np.array([(*device.coords, device.core_on_chip) for device in devices])
+    return int(np.prod(places.max(0) - places.min(0) + 1)) * slices == len(devices)
 
 
 def in_use(mesh: Mesh) -> contextlib.AbstractContextManager:
@@ -275,32 +304,42 @@ def first_process_value(leaf: Any, row: int | None = None) -> np.ndarray | None:
 
 
 def batch_slice(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
-    """The rows of the global batch that a process loads: the i-th of n equal slices, as (i, n).
+    """The part of the global batch that a process loads: the i-th of n parts of one size, as (i, n).
 
-    Processes that share rows, because the tensor axis spans them, get the same slice.
+    Processes that hold the same rows, because the tensor axis spans them, get the same part. A part's rows are placed
+    on the process's devices. On TPUs these need not be neighbours, so that rows may lie in another order than loaded.
 
     Args:
       mesh: its axes `data` and `fsdp` shard the batch.
       process: index of the process; None for this process.
 
     Raises:
-      ValueError: the rows of a process are no such slice.
+      ValueError: processes share some of their rows, or hold different numbers of them.
     """
     process = jax.process_index() if process is None else process
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    shards = np.flatnonzero((owners.reshape(ways, -1) == process).any(1))
-    first, size = int(shards[0]), len(shards)
-    if shards[-1] - first + 1 != size or first % size or ways % size:
+    rows = owners.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    held = {int(owner): frozenset(np.flatnonzero((rows == owner).any(1)).tolist()) for owner in np.unique(rows)}
+    parts = sorted(set(held.values()), key=min)
+    if len({len(part) for part in parts}) > 1 or sum(len(part) for part in parts) != len(rows):
         raise ValueError(
-            f"the devices of process {process} hold the shards {shards.tolist()} of {ways} of a batch; choose "
-            "config.mesh.tensor so that it divides, or is a multiple of, the devices of a process"
+            f"the devices of process {process} hold the shards {sorted(held[process])} of {len(rows)} of a batch, and "
+            "other processes some of them; choose config.mesh.tensor so that it divides, or is a multiple of, the "
+            "devices of a process"
         )
-    return first // size, ways // size
+    return parts.index(held[process]), len(parts)
+
+
+def shard_rows(rows: Any, mesh: Mesh) -> Any:
+    """Puts a batch that every process has whole (numpy leaves `[B, ...]`) on the mesh in its order, over `data` and
+    `fsdp`.
+    """
+    placed = NamedSharding(mesh, PartitionSpec(BATCH))
+    return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, placed, lambda at: leaf[at]), rows)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts this process's rows of a batch (numpy leaves, rows of `batch_slice`) on the mesh, over `data` and `fsdp`.
+    """Puts this process's rows of a batch (numpy leaves, part of `batch_slice`) on the mesh, over `data` and `fsdp`.
 
     Raises:
       ValueError: the batch does not divide over the devices.

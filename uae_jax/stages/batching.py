@@ -45,12 +45,7 @@ def on_mesh(rows: Any, mesh: Mesh | None) -> Any:
     """Trees of numpy arrays `[B, ...]`, the same in every process, sharded over the devices that share a batch."""
     if mesh is None or _ways(mesh) == 1:
         return rows
-    index, parts = sharding.batch_slice(mesh)
-
-    def own(leaf: np.ndarray) -> np.ndarray:
-        return leaf[index * len(leaf) // parts : (index + 1) * len(leaf) // parts]
-
-    return sharding.shard_batch(jax.tree.map(own, rows), mesh)
+    return sharding.shard_rows(rows, mesh)
 
 
 def _ways(mesh: Mesh | None) -> int:
