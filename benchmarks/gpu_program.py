@@ -16,7 +16,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from uae_jax.planning.chips import Chip, parse_topology
-from uae_jax.planning.hlo import COLLECTIVES, Module, Use
+from uae_jax.planning.hlo import Module, Use
+from uae_jax.planning.hlo_text import COLLECTIVES
 
 # the first pattern that the path of an instruction and of its loops holds
 PHASES = (

@@ -4,9 +4,9 @@
     python -m uae_jax.plan --config=unified_grpo --topology=cpu:8 --config.mesh.fsdp=8 --config.mesh.data=1
     python -m uae_jax.plan --config=unified_grpo:qwen2_5_vl_3b_sd3_5_medium --topology=gpu:8xH200 --stages=gen_for_und
 
-TPU slices are compiled for, ahead of time, by libtpu on this host (extra `tpu`). `cpu:N` compiles for N faked devices.
-`gpu:NxCARD` is compiled where the CUDA wheels are (extra `cuda`), and estimated elsewhere. The exit code is 3 when a
-stage does not fit, and 1 for an error. No weights are read.
+TPU slices are compiled for, ahead of time, by libtpu on this host (extra `tpu`); `2xv5e:16x16` are two of them. `cpu:N`
+compiles for N faked devices. `gpu:NxCARD` is compiled where the CUDA wheels are (extra `cuda`), and estimated
+elsewhere. The exit code is 3 when a stage does not fit, and 1 for an error. No weights are read.
 """
 
 import argparse
@@ -42,10 +42,18 @@ def add_arguments(parser: CommandParser, overrides: Sequence[tuple[str, str]]) -
     """The flags beside --config.FIELD=VALUE, whose values are the overrides."""
     parser.add_argument("--config", required=True, metavar="NAME[:PRESET]", help="configuration, by path or by name")
     parser.add_argument(
-        "--topology", required=True, help="v6e:8x8, v5p:4x4x4, gpu:8xH200, gpu:2x8xH100 (hosts x cards), or cpu:8"
+        "--topology",
+        required=True,
+        help="v6e:8x8, v5p:4x4x4, 2xv5e:16x16 (slices), gpu:8xH200, gpu:2x8xH100 (hosts x cards), or cpu:8",
     )
     parser.add_argument("--stages", default="", help="which stages, with commas; all of the configuration if not given")
     parser.add_argument("--hlo", help="folder for the text of each compiled stage, for benchmarks.gpu_program")
+    parser.add_argument(
+        "--effort",
+        choices=("quick", "default"),
+        default="quick",
+        help="default: compile for TPUs a second time, as a run does, and fit by the larger memory; takes long",
+    )
     parser.add_argument("--json", help="file for all figures, unrounded")
     parser.set_defaults(run=lambda options: plan(options, overrides))
 
@@ -60,7 +68,7 @@ def plan(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> i
     """Prints the plan of parsed flags; the exit code is 3 where a stage does not fit."""
     prepare_environment(options.topology)
     from uae_jax.planning.compile import gib
-    from uae_jax.planning.plan import loading_of, make_plan
+    from uae_jax.planning.plan import Compiling, loading_of, make_plan
     from uae_jax.planning.table import as_json, text_table
     from uae_jax.settings import Mistakes
 
@@ -79,7 +87,7 @@ def plan(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> i
         options.topology,
         tuple(name for name in options.stages.split(",") if name),
         lambda plan: print(f"{plan.stage}: {gib(plan.memory.peak):.2f} GiB a device", file=sys.stderr, flush=True),
-        texts,
+        Compiling(texts, options.effort == "default"),
     )
     loading = loading_of(config, topology, sizes)
     print(text_table(plans, topology, sizes, config["preset"], loading))

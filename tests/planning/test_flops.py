@@ -78,6 +78,38 @@ def test_a_sampling_loop_counts_every_token_and_reads_the_weights_for_each():
     assert count.decoding.other_bytes == 7 * 4 * 32 * 2
 
 
+def test_a_layer_is_gathered_once_for_all_reads_of_one_pass():
+    """The backward pass reads a layer again, for what it recomputes and for the gradient, and gathers it once."""
+    stack = 5 * 96 * 160 * 4
+    forward = count_work(scanned, shapes((64, 96), (5, 96, 160)), (1,)).rest
+    assert (forward.weight_bytes, forward.gathered_bytes) == (2 * stack, stack)
+    gradient = jax.grad(lambda x, weights: jnp.sum(scanned(x, weights) ** 2))
+    both = count_work(gradient, shapes((64, 96), (5, 96, 160)), (1,)).rest
+    assert both.gathered_bytes == 2 * stack and both.weight_bytes > 4 * stack
+
+
+def test_what_a_loop_only_passes_on_is_gathered_once_before_it():
+    def steps(weights, stack, x):
+        return jax.lax.scan(lambda x, _: (scanned(x @ weights, stack), None), x, length=7)[0]
+
+    count = count_work(steps, shapes((96, 96), (5, 96, 160), (64, 96)), (0, 1))
+    assert count.rest.gathered_bytes == 96 * 96 * 4 + 7 * 5 * 96 * 160 * 4
+
+    def sample(weights, stack, x):
+        return jax.lax.while_loop(lambda s: s[0] < 9, lambda s: (s[0] + 1, scanned(s[1] @ weights, stack)), (0, x))[1]
+
+    count = count_work(sample, shapes((96, 96), (5, 96, 160), (64, 96)), (0, 1), trips=9)
+    assert count.rest.gathered_bytes == 96 * 96 * 4
+    assert count.decoding.gathered_bytes == 9 * 5 * 96 * 160 * 4
+
+
+def test_a_weight_that_a_loop_changes_is_gathered_in_each_of_its_runs():
+    def updates(weights, x):
+        return jax.lax.scan(lambda w, _: (w - x.T @ (x @ w), None), weights, length=3)[0]
+
+    assert count_work(updates, shapes((32, 16), (8, 32)), (0,)).rest.gathered_bytes == 3 * 32 * 16 * 4
+
+
 def test_branches_count_as_the_dearest_of_them():
     def choose(which, x):
         return jax.lax.cond(which, lambda x: x @ x @ x, lambda x: x @ x, x)

@@ -20,11 +20,22 @@ from uae_jax.nn.attention import attention
 from uae_jax.planning import plan, published
 from uae_jax.planning.cards import TARGETS
 from uae_jax.planning.chips import GIB, USABLE, parse_topology
-from uae_jax.planning.compile import QUICK_GPU, Memory, _too_large, largest_results, plan_mesh, resident_bytes
+from uae_jax.planning.compile import (
+    QUICK,
+    QUICK_GPU,
+    RUN,
+    Memory,
+    _too_large,
+    largest_results,
+    plan_mesh,
+    resident_bytes,
+)
 from uae_jax.planning.estimate import estimate_memory
 from uae_jax.planning.flops import Count, Work
-from uae_jax.planning.plan import make_plan, mesh_sizes
-from uae_jax.planning.roofline import MeshSizes, roofline
+from uae_jax.planning.hlo_seconds import LATENCY
+from uae_jax.planning.links import Received
+from uae_jax.planning.plan import Compiling, make_plan, mesh_sizes
+from uae_jax.planning.roofline import MeshSizes, Updates, gradient_bytes, roofline
 from uae_jax.planning.system import abstract_system
 from uae_jax.planning.table import StagePlan, as_json, text_table
 from uae_jax.settings import frozen
@@ -288,9 +299,13 @@ def test_the_roofline_is_bound_by_the_slowest_of_its_terms():
     second = Count(rest=Work(flops=4 * chip.flops))  # one second of products on four chips
     found = roofline(second, 2 * chip.flops, topology, sizes)
     assert (found.seconds, found.utilisation, found.decoding) == (1.0, 0.5, 0.0)
-    decoding = Count(decoding=Work(weight_bytes=3 * chip.memory_bandwidth))  # read whole by every chip
+    size = 3 * chip.memory_bandwidth
+    decoding = Count(decoding=Work(weight_bytes=size, gathered_bytes=size))  # read whole by every chip
     found = roofline(decoding, 0.0, topology, sizes)
-    assert found.memory == 3.0 and found.links == pytest.approx(0.75 * 3 * chip.memory_bandwidth / chip.link_bandwidth)
+    # a chip of a square has two of four links
+    assert found.memory == 3.0 and found.links == pytest.approx(
+        0.75 * 3 * chip.memory_bandwidth / (chip.link_bandwidth / 2)
+    )
     assert found.seconds == max(found.memory, found.links)
     once = roofline(decoding, 0.0, topology, sizes, gathers=1 / 512)
     assert once.links == pytest.approx(found.links / 512) and once.seconds == once.memory == 3.0
@@ -300,6 +315,24 @@ def test_the_roofline_is_bound_by_the_slowest_of_its_terms():
     assert (
         roofline(decoding, 0.0, topology, MeshSizes(1, 1, 4)).seconds == 0.75
     )  # cut by tensor, read in quarters, never gathered
+
+
+def test_gradients_are_summed_over_fsdp_and_their_shards_over_data():
+    one, two = parse_topology("v5e:2x4"), parse_topology("2xv5e:2x2")
+    size = 8e9
+    for sums in (1, 4):
+        updates = Updates(size, sums)
+        # reduce-scatter alone: the optimizer updates shards
+        assert gradient_bytes(updates, one, MeshSizes(1, 8, 1)) == Received(sums * size * 7 / 8)
+        # all-reduce of whole gradients: twice
+        assert gradient_bytes(updates, one, MeshSizes(8, 1, 1)) == Received(sums * 2 * size * 7 / 8)
+        both = gradient_bytes(updates, one, MeshSizes(2, 4, 1))
+        assert both == Received(sums * (size * 3 / 4 + 2 * size / 4 / 2))
+        # over two slices the shards alone cross the network
+        assert gradient_bytes(updates, two, MeshSizes(2, 4, 1)) == Received(sums * size * 3 / 4, sums * size / 4)
+        assert gradient_bytes(updates, one, MeshSizes(1, 4, 2)) == Received(sums * size / 2 * 3 / 4)
+    bound = roofline(Count(), 0.0, two, MeshSizes(2, 4, 1), updates=Updates(size))
+    assert bound.seconds == pytest.approx(size / 4 / two.chip.network_bandwidth) and bound.gradients.links == 6e9
 
 
 HLO = """HloModule jit_step
@@ -322,16 +355,73 @@ def test_largest_results_are_those_in_memory():
     assert largest_results(HLO) == ((256 * 1024 * 2, "bf16[256,1024]", "jit(step)/block/mul"), (256, "f32[64]", "add"))
 
 
-def test_slices_are_libtpu_s_or_say_what_to_install():
-    config = frozen(RunConfig, settings("tiny", mesh=dict(data=1, fsdp=-1)))
-    for name in ("v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:2x4", "7x:2x2x1"):
-        topology = parse_topology(name)
-        if importlib.util.find_spec("libtpu") is None:
-            with pytest.raises(ImportError, match="extra `tpu`"):
-                plan_mesh(config, topology)
-        else:
-            mesh = plan_mesh(config, topology)
-            assert mesh.size == topology.devices and mesh.devices.flat[0].device_kind == topology.chip.device_kind
+@pytest.mark.parametrize(
+    "name, data",
+    [("v4:2x2x2", 1), ("v5e:2x4", 1), ("v5p:2x2x2", 1), ("v6e:8x8", 1), ("7x:2x2x1", 1), ("v5e:16x16", 4)]
+    + [("2xv5e:4x4", 2), ("2xv6e:8x8", 4)],
+)
+def test_slices_are_libtpu_s_or_say_what_to_install(name, data):
+    config = frozen(RunConfig, settings("tiny", mesh=dict(data=data, fsdp=-1)))
+    topology = parse_topology(name)
+    if importlib.util.find_spec("libtpu") is None:
+        with pytest.raises(ImportError, match="extra `tpu`"):
+            plan_mesh(config, topology)
+        return
+    mesh = plan_mesh(config, topology)
+    assert mesh.size == topology.devices and mesh.devices.flat[0].device_kind == topology.chip.device_kind
+    # a process has its own rows; a row of `data` lies in one slice, and its devices fill a box of the slice's grid
+    parts = [sharding.batch_slice(mesh, process) for process in {device.process_index for device in mesh.devices.flat}]
+    assert sorted(parts) == [(index, len(parts)) for index in range(len(parts))]
+    for row in mesh.devices[:, :, 0]:
+        assert len({getattr(device, "slice_index", 0) for device in row}) == 1
+        places = np.array([(*device.coords, device.core_on_chip) for device in row])
+        assert np.prod(np.ptp(places, axis=0) + 1) == len(row)
+
+
+def test_a_run_s_memory_is_that_of_its_own_effort(monkeypatch):
+    """Compiled twice, a stage fits by the larger of both."""
+    quick, run = Memory(1 * GIB, 6 * GIB, 7 * GIB, seconds=3.0), Memory(1 * GIB, 10.5 * GIB, 11.5 * GIB, seconds=90.0)
+    tried = []
+
+    def compiled(program, mesh, effort=QUICK):
+        tried.append(effort)
+        return (quick, "ENTRY %main () -> f32[] {\n}\n") if effort == QUICK else (run, "")
+
+    monkeypatch.setattr(plan, "compile_program", compiled)
+    monkeypatch.setattr(plan, "plan_mesh", lambda config, topology: sharding.make_mesh(config.mesh, jax.devices()[:4]))
+    values = settings("tiny", mesh=dict(data=1, fsdp=4))
+    (both,), topology, sizes = make_plan(values, "v5e:2x2", ("pretrain",), how=Compiling(run_effort=True))
+    assert tried == [QUICK, RUN] and both.memory.peak == 11.5 * GIB and both.memory.temporaries == 6 * GIB
+    assert both.memory.run_temporaries == 10.5 * GIB and both.memory.seconds == 93.0 and both.fits(topology)
+    assert "| 6.00        | 10.50    | 11.50 | 72 %" in text_table([both], topology, sizes, "tiny")
+    (one,), *_ = make_plan(values, "v5e:2x2", ("pretrain",))
+    assert one.memory.run_temporaries is None and one.memory.peak == 7 * GIB
+    assert "| 6.00        | -        | 7.00 | 44 %" in text_table([one], topology, sizes, "tiny")
+    with pytest.raises(ValueError, match="--effort is libtpu's"):
+        make_plan(values, "cpu:4", ("pretrain",), how=Compiling(run_effort=True))
+
+
+def test_counted_and_compiled_bytes_and_the_seconds_of_a_program_are_printed(monkeypatch):
+    text = """ENTRY %main (p: f32[512,4096]) -> f32[2048,4096] {
+  %p = f32[512,4096]{1,0:T(8,128)} parameter(0)
+  ROOT %g = f32[2048,4096]{1,0:T(8,128)} all-gather(%p), replica_groups=[1,4]<=[4], dimensions={0}, \
+metadata={op_name="jit(step)/up/dot_general"}
+}
+"""
+    monkeypatch.setattr(plan, "compile_program", lambda program, mesh: (Memory(1.0, 2.0, 3.0), text))
+    monkeypatch.setattr(plan, "plan_mesh", lambda config, topology: sharding.make_mesh(config.mesh, jax.devices()[:4]))
+    values = settings("tiny", mesh=dict(data=1, fsdp=4))
+    plans, topology, sizes = make_plan(values, "v5e:2x2", ("pretrain",))
+    printed, size = text_table(plans, topology, sizes, "tiny"), 0.75 * 2048 * 4096 * 4
+    assert re.search(r"pretrain, GB received by a device: counted weights [\d.]+, gradients [\d.]+;", printed)
+    assert (
+        "compiled all-gather 0.03" in printed and "| jit(step)/up/dot_general f32[2048,4096] | 1 | 0.000 |" in printed
+    )
+    stored = json.loads(as_json(plans, topology, sizes, "tiny"))["stages"][0]
+    assert stored["compiled"]["received"] == {"all-gather": {"links": size, "network": 0.0}}
+    seconds = stored["compiled"]["seconds"]
+    assert seconds["seconds"] == pytest.approx(size / topology.links + LATENCY) and seconds["kinds"]["links"] > 0
+    assert stored["time"]["gradients"]["links"] > 0 and stored["time"]["weights"]["links"] > 0
 
 
 REFUSALS = {

@@ -1,9 +1,9 @@
 """Accelerators: memory, peak and bandwidths of a chip or card from the vendors' pages, and names of topologies.
 
 Sources: docs.cloud.google.com/tpu/docs/{v4, v5e, v5p, v6e, tpu7x} (system architecture tables: memory, bandwidth of the
-memory and of the links between chips (half of the figure for both directions), bfloat16 peak per chip); NVIDIA's data
-sheets (dense bfloat16 with float32 sums; links: NVLink in one direction, or PCI Express x16); memory as reported by the
-cards, without the memory for error correction.
+memory and of the links between chips (half of the figure for both directions), bfloat16 peak per chip, data center
+network per chip or per pod of 256); NVIDIA's data sheets (dense bfloat16 with float32 sums; links: NVLink in one
+direction, or PCI Express x16); memory as reported by the cards, without the memory for error correction.
 """
 
 import dataclasses
@@ -14,7 +14,9 @@ from uae_jax.planning.cards import TARGETS
 
 GIB = 2**30
 # bytes per second of a card between hosts: a network of 400 Gbit/s per card, as in NVIDIA's DGX H100
-NETWORK = 50e9
+CARD_NETWORK = 50e9
+POD_SIDE = 16  # of the pods of v5e and v6e: a side of this length has links from its end to its beginning
+CUBE_SIDE = 4  # of the blocks that slices of the other chips are built of, whose outer links are switched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +28,10 @@ class Chip:
       memory: in bytes.
       flops: bfloat16 peak per second.
       memory_bandwidth: in bytes per second.
-      link_bandwidth: bytes per second received from neighbours over all links.
+      link_bandwidth: bytes per second received from neighbours over all links, if all are there.
       device_kind: libtpu's or CUDA's name.
+      network_bandwidth: bytes per second received from other slices or hosts.
+      axes: of the grid of links; 0 for cards, which all others of a host reach at once.
     """
 
     name: str
@@ -36,17 +40,21 @@ class Chip:
     memory_bandwidth: float
     link_bandwidth: float
     device_kind: str
+    network_bandwidth: float = CARD_NETWORK
+    axes: int = 0
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 32 * GIB, 275e12, 1228e9, 300e9, "TPU v4"),
-        Chip("v5e", 16 * GIB, 197e12, 819e9, 200e9, "TPU v5 lite"),
-        Chip("v5p", 95 * GIB, 459e12, 2765e9, 600e9, "TPU v5"),
-        Chip("v6e", 32 * GIB, 918e12, 1638e9, 400e9, "TPU v6 lite"),
-        # each of a chip's two chiplets is a device: half of 192 GiB, 2307 TFLOP/s, 7380 GB/s and 600 GB/s per direction
-        Chip("7x", 96 * GIB, 1153.5e12, 3690e9, 300e9, "TPU7x"),
+        # no page has the network of v4; 200 Gbit/s for the four chips of a host are assumed
+        Chip("v4", 32 * GIB, 275e12, 1228e9, 300e9, "TPU v4", 6.25e9, 3),
+        Chip("v5e", 16 * GIB, 197e12, 819e9, 200e9, "TPU v5 lite", 3.125e9, 2),
+        Chip("v5p", 95 * GIB, 459e12, 2765e9, 600e9, "TPU v5", 6.25e9, 3),
+        Chip("v6e", 32 * GIB, 918e12, 1638e9, 400e9, "TPU v6 lite", 12.5e9, 2),
+        # each of a chip's two chiplets is a device: half of 192 GiB, 2307 TFLOP/s, 7380 GB/s, 600 GB/s per direction,
+        # and 100 Gbit/s of the network
+        Chip("7x", 96 * GIB, 1153.5e12, 3690e9, 300e9, "TPU7x", 6.25e9, 3),
         Chip("H100", 84942979072, 989e12, 3352e9, 450e9, "NVIDIA H100 80GB HBM3"),
         Chip("H200", 150.1e9, 989e12, 4800e9, 450e9, "NVIDIA H200"),
         Chip("A100-40", 42298834944, 312e12, 1555e9, 300e9, "NVIDIA A100-SXM4-40GB"),
@@ -62,7 +70,7 @@ CHIPS = {
     )
 }
 # simulated host devices are no chip; a plan on them has bytes and operations, and always fits
-CPU = Chip("cpu", math.inf, math.nan, math.nan, math.nan, "cpu")
+CPU = Chip("cpu", math.inf, math.nan, math.nan, math.nan, "cpu", math.nan)
 USABLE = 0.92  # of a chip's memory; the rest is for the runtime and fragmentation
 
 
@@ -75,19 +83,41 @@ class Topology:
       kind: `tpu` or `gpu` (compiled ahead of time if the compiler is installed), or `cpu` (compiled for simulated
         devices).
       chip: one of the devices.
-      devices: number of devices.
-      hosts: of cards; 1 for slices of TPUs, whose links do not depend on hosts.
+      devices: number of devices, over all groups.
+      groups: slices of TPUs, or hosts of cards: the links are inside of a group, and the network is between groups.
+      sides: chips along each axis of one slice; empty for cards and simulated devices.
     """
 
     name: str
     kind: str
     chip: Chip
     devices: int
-    hosts: int = 1
+    groups: int = 1
+    sides: tuple[int, ...] = ()
+
+    @property
+    def slice_name(self) -> str:
+        """One slice, as libtpu names it."""
+        return "x".join(map(str, self.sides))
+
+    @property
+    def links(self) -> float:
+        """Bytes per second that the device with the fewest links receives from its group.
+
+        The corner of a grid has one link along each axis. Where an axis closes to a ring, every chip has two: on v5e
+        and v6e an axis of a whole pod, on the other chips all axes of a slice that is built of whole cubes.
+        """
+        sides = [side for side in self.sides if side > 1]
+        if not sides:
+            return self.chip.link_bandwidth
+        whole = all(side % CUBE_SIDE == 0 for side in self.sides) and len(self.sides) == self.chip.axes
+        rings = [side == POD_SIDE if self.chip.axes == 2 else whole for side in sides]
+        return self.chip.link_bandwidth * sum(2 if ring else 1 for ring in rings) / (2 * self.chip.axes)
 
 
 def parse_topology(name: str) -> Topology:
-    """A topology by name: `v6e:8x8`, `v5p:4x4x4`, `cpu:8`, `gpu:8xH200`, or `gpu:2x8xH200` for two hosts.
+    """A topology by name: `v6e:8x8`, `v5p:4x4x4`, `2xv5e:8x8` for two slices, `cpu:8`, `gpu:8xH200`, or `gpu:2x8xH200`
+    for two hosts.
 
     Raises:
       ValueError: another form of name, or an unknown chip.
@@ -98,14 +128,14 @@ def parse_topology(name: str) -> Topology:
     if kind == "gpu" and (found := re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)x([A-Za-z][\w-]*)", rest)):
         if found[3] not in TARGETS:
             raise ValueError(f"topology {name!r} names the card {found[3]!r}; known are {', '.join(TARGETS)}")
-        hosts, chip = int(found[1] or 1), CHIPS[found[3]]
-        if hosts > 1:
-            chip = dataclasses.replace(chip, link_bandwidth=min(chip.link_bandwidth, NETWORK))
-        return Topology(name, "gpu", chip, hosts * int(found[2]), hosts)
-    if kind in CHIPS and kind not in TARGETS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", rest):
-        cores = 2 if kind == "7x" else 1
-        return Topology(name, "tpu", CHIPS[kind], cores * math.prod(map(int, rest.split("x"))))
+        hosts = int(found[1] or 1)
+        return Topology(name, "gpu", CHIPS[found[3]], hosts * int(found[2]), hosts)
+    slices = re.fullmatch(rf"(?:([1-9]\d*)x)?({'|'.join(set(CHIPS) - set(TARGETS))})", kind)
+    if slices and re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", rest):
+        count, chip, sides = int(slices[1] or 1), CHIPS[slices[2]], tuple(map(int, rest.split("x")))
+        cores = 2 if chip.name == "7x" else 1
+        return Topology(name, "tpu", chip, count * cores * math.prod(sides), count, sides)
     raise ValueError(
-        f"topology is {name!r}; give a TPU slice such as v6e:8x8 or v5p:4x4x4, cards such as gpu:8xH200 or "
-        f"gpu:2x8xH100 (hosts x cards), or cpu:8 (chips: {', '.join(CHIPS)})"
+        f"topology is {name!r}; give a TPU slice such as v6e:8x8 or v5p:4x4x4, slices such as 2xv5e:16x16, cards such "
+        f"as gpu:8xH200 or gpu:2x8xH100 (hosts x cards), or cpu:8 (chips: {', '.join(CHIPS)})"
     )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import pathlib
 import re
 import time
 from typing import Any
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 from uae_jax import sharding
 from uae_jax.planning.cards import target_text
 from uae_jax.planning.chips import GIB, Topology
-from uae_jax.planning.hlo import WIDTHS
+from uae_jax.planning.hlo_text import WIDTHS, short_name
 from uae_jax.stages.program import Program
 from uae_jax.stages.run_config import RunConfig
 
@@ -45,8 +44,10 @@ TEMPORARIES = re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT])\)")
 LISTED = re.compile(r'Size: ([\d.]+)([KMGT])\s+Operator: op_name="([^"]*)"\s+Shape: (\S+)')
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # by default, libtpu schedules the instructions of one 3x3 convolution of the auto-encoder for 7 to 37 seconds, and with
-# the least effort for less than one second; temporaries are then not smaller, since fewer of them stay on the chip
+# the least effort for less than one second. Fusions, loops and collectives are the same. Temporaries are not: by
+# default more gathers are begun early, and their results wait in memory
 QUICK = -1.0
+RUN = 0.0  # the effort of a run
 # halves the time of XLA's GPU compiler; libraries then compute all matrix products
 QUICK_GPU = {"xla_gpu_enable_triton_gemm": False, "xla_llvm_disable_expensive_passes": True}
 
@@ -57,11 +58,12 @@ class Memory:
 
     Attributes:
       arguments: everything that stays on the device, also parts that this stage does not read.
-      temporaries: of the step.
-      peak: arguments, temporaries, and results that do not replace an argument.
+      temporaries: of the step; of TPUs as compiled with the least effort, which a run may exceed.
+      peak: arguments, the larger of both temporaries, and results that do not replace an argument.
       largest: (bytes, shape, operation) of the largest temporaries.
       seconds: of lowering and compiling; 0 for an estimate.
       estimated: whether the figures are estimated, without compiling.
+      run_temporaries: as compiled with a run's effort; None where that was not done.
     """
 
     arguments: float
@@ -70,6 +72,16 @@ class Memory:
     largest: tuple[tuple[float, str, str], ...] = ()
     seconds: float = 0.0
     estimated: bool = False
+    run_temporaries: float | None = None
+
+    def beside(self, run: "Memory") -> "Memory":
+        """These figures with those of the same step compiled with a run's effort."""
+        return dataclasses.replace(
+            self,
+            peak=max(self.peak, run.peak),
+            seconds=self.seconds + run.seconds,
+            run_temporaries=run.temporaries,
+        )
 
 
 def resident_bytes(program: Program) -> float:
@@ -100,8 +112,9 @@ def plan_mesh(config: RunConfig, topology: Topology) -> Mesh:
 
 def _slice(topology: Topology) -> list[Any]:
     # the two cores of a v4 chip are one device in slices, and two devices in libtpu's default
-    more = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
-    name = topology.name.replace("7x:", "tpu7x:")
+    more: dict[str, Any] = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    more |= {"num_slices": topology.groups} if topology.groups > 1 else {}
+    name = f"{topology.chip.name.replace('7x', 'tpu7x')}:{topology.slice_name}"
     try:
         return list(topologies.get_topology_desc(name, platform="tpu", **more).devices)
     except RuntimeError as error:
@@ -123,7 +136,7 @@ def _cards(topology: Topology) -> list[Any]:
             platform="cuda",
             topology_name="",
             target_config=text,
-            topology=f"1x{topology.hosts}x{topology.devices // topology.hosts}",
+            topology=f"1x{topology.groups}x{topology.devices // topology.groups}",
         )
     except NotImplementedError as error:  # JAX's error for a platform without plugin
         raise ImportError(
@@ -134,14 +147,15 @@ def _cards(topology: Topology) -> list[Any]:
     return list(found.devices)
 
 
-def compile_program(program: Program, mesh: Mesh, effort: float = QUICK, text: pathlib.Path | None = None) -> Memory:
-    """Compiles a step for the devices of a mesh; a program that does not fit gives its figures, not an error.
+def compile_program(program: Program, mesh: Mesh, effort: float = QUICK) -> tuple[Memory, str]:
+    """Compiles a step for the devices of a mesh: its memory, and the compiled program's text.
+
+    A program that does not fit gives libtpu's figures and no text, not an error.
 
     Args:
       program: with shardings on the mesh.
       mesh: of devices that may be absent.
-      effort: libtpu's, from -1 to 1; runs have 0.
-      text: file for the compiled program's text.
+      effort: libtpu's, from -1 to 1; runs have `RUN`.
     """
     options = {"tpu": {"exec_time_optimization_effort": effort}, "gpu": QUICK_GPU}.get(mesh.devices.flat[0].platform)
     begin, resident = time.monotonic(), resident_bytes(program)
@@ -150,11 +164,9 @@ def compile_program(program: Program, mesh: Mesh, effort: float = QUICK, text: p
         try:
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
-            return _too_large(str(error), resident, time.monotonic() - begin)
+            return _too_large(str(error), resident, time.monotonic() - begin), ""
     seconds, written = time.monotonic() - begin, compiled.as_text()
-    if text is not None:
-        text.write_text(written)
-    return memory_of(compiled, resident, largest_results(written), seconds)
+    return memory_of(compiled, resident, largest_results(written), seconds), written
 
 
 def memory_of(compiled: jax.stages.Compiled, resident: float, largest: tuple = (), seconds: float = 0.0) -> Memory:
@@ -222,12 +234,6 @@ def largest_results(text: str, count: int = 5) -> tuple[tuple[float, str, str], 
     for entry in ordered:
         kept.setdefault(entry[1], entry)
     return tuple(kept.values())[:count]
-
-
-def short_name(name: str) -> str:
-    """The end of an operation's path, without the transformations around it."""
-    parts = [part for part in name.split("/") if part not in ("while", "body", "closed_call", "checkpoint", "cond")]
-    return "/".join(parts[-4:])
 
 
 def gib(size: float) -> float:

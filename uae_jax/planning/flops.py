@@ -7,7 +7,7 @@ nor run.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,11 +43,14 @@ class Work:
       flops: of matrix products and convolutions, two for each multiplication and addition.
       weight_bytes: bytes of parameters that the products read, counted at each read.
       other_bytes: bytes of the other operands.
+      gathered_bytes: of the parameters, counted once in each run of the loop that selects them, such as that over
+        layers; of those that no loop selects, once.
     """
 
     flops: float = 0.0
     weight_bytes: float = 0.0
     other_bytes: float = 0.0
+    gathered_bytes: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
@@ -80,6 +83,15 @@ class Count:
         return self.decoding.flops + self.rest.flops
 
 
+class Weight:
+    """A parameter, or the part of it that a loop selects; the same object wherever the same part is read."""
+
+
+Marks = Sequence[Weight | None]
+# what was read of each parameter: the most bytes at once
+Reads = dict[Weight, float]
+
+
 def count_work(
     function: Callable[..., Any], arguments: Sequence[Any], weights: Sequence[int], *, trips: int = 1
 ) -> Count:
@@ -92,8 +104,13 @@ def count_work(
       trips: number of runs of the body of a `while`.
     """
     closed = jax.make_jaxpr(function)(*arguments)
-    marks = [index in weights for index, argument in enumerate(arguments) for _ in jax.tree.leaves(argument)]
-    return _walk(closed.jaxpr, marks, trips, [True] * len(closed.jaxpr.outvars))[0]
+    marks = [
+        Weight() if index in weights else None
+        for index, argument in enumerate(arguments)
+        for _ in jax.tree.leaves(argument)
+    ]
+    count, _, reads = _walk(closed.jaxpr, marks, trips, [True] * len(closed.jaxpr.outvars))
+    return count + Count(rest=Work(gathered_bytes=sum(reads.values())))
 
 
 def _needed(jaxpr: Any, wanted: Sequence[bool]) -> list[Any]:
@@ -109,51 +126,80 @@ def _needed(jaxpr: Any, wanted: Sequence[bool]) -> list[Any]:
     return kept[::-1]
 
 
-def _walk(jaxpr: Any, marks: Sequence[bool], trips: int, wanted: Sequence[bool]) -> tuple[Count, list[bool]]:
-    """Work of one jaxpr, and which of its results are still weights."""
+def _walk(jaxpr: Any, marks: Marks, trips: int, wanted: Sequence[bool]) -> tuple[Count, Marks, Reads]:
+    """Work of one jaxpr, which of its results are still weights, and what was read of each weight."""
     known = dict(zip(jaxpr.invars, marks, strict=True))
-    total = Count()
+    total, reads = Count(), Reads()
 
-    def is_weight(variable: Any) -> bool:
-        return not hasattr(variable, "val") and known.get(variable, False)
+    def weight_of(variable: Any) -> Weight | None:
+        return None if hasattr(variable, "val") else known.get(variable)
 
     for equation, used in _needed(jaxpr, wanted):
-        given = [is_weight(variable) for variable in equation.invars]
-        work, returned = _equation(equation, given, trips, used)
+        given = [weight_of(variable) for variable in equation.invars]
+        work, returned, read = _equation(equation, given, trips, used)
         total += work
+        _add(reads, read)
         known.update(zip(equation.outvars, returned))
-    return total, [is_weight(variable) for variable in jaxpr.outvars]
+    return total, [weight_of(variable) for variable in jaxpr.outvars], reads
 
 
-def _equation(equation: Any, given: list[bool], trips: int, used: list[bool]) -> tuple[Count, list[bool]]:
+def _add(reads: Reads, more: Mapping[Weight, float]) -> None:
+    """One gather serves all reads of a weight."""
+    for weight, size in more.items():
+        reads[weight] = max(size, reads.get(weight, 0.0))
+
+
+def _equation(equation: Any, given: Marks, trips: int, used: Sequence[bool]) -> tuple[Count, Marks, Reads]:
     name, parameters, results = equation.primitive.name, equation.params, len(equation.outvars)
-    nothing = [False] * results
+    nothing = [None] * results
     if name in ("dot_general", "conv_general_dilated"):
         flops = _product_flops(equation) if name == "dot_general" else _convolution_flops(equation)
         sizes = [_bytes(variable.aval) for variable in equation.invars]
+        reads = {weight: size for size, weight in zip(sizes, given) if weight}
         weights = sum(size for size, weight in zip(sizes, given) if weight)
-        return Count(rest=Work(flops, weights, sum(sizes) - weights)), nothing
+        return Count(rest=Work(flops, weights, sum(sizes) - weights)), nothing, reads
     if name == "scan":
-        body = getattr(parameters["jaxpr"], "jaxpr", parameters["jaxpr"])  # jax 0.10 has closed ones here
-        # results without a loop axis are carried; a carried weight, as in the scan over updates, is still a weight
-        pairs = zip(body.outvars, equation.outvars)
-        carried = sum(inside.aval.shape == outside.aval.shape for inside, outside in pairs)
-        count, returned = _walk(body, given, trips, [True] * carried + used[carried:])
-        return count * parameters["length"], returned
+        return _scan(parameters, equation.outvars, given, trips, used)
     if name == "while":
-        body = getattr(parameters["body_jaxpr"], "jaxpr", parameters["body_jaxpr"])
-        inside, _ = _walk(body, given[parameters["cond_nconsts"] :], trips, [True] * results)
-        return Count(decoding=(inside.decoding + inside.rest) * trips), nothing
+        return _while(parameters, given, trips, results)
     if name == "cond":
         bodies = [getattr(branch, "jaxpr", branch) for branch in parameters["branches"]]
         branches = [_walk(body, given[1:], trips, used) for body in bodies]
-        return max((count for count, _ in branches), key=lambda count: count.flops), nothing
+        count, _, reads = max(branches, key=lambda branch: branch[0].flops)
+        return count, nothing, reads
     inner = next((parameters[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in parameters), None)
     if inner is not None:
         return _walk(getattr(inner, "jaxpr", inner), given, trips, used)
     if name in LAYOUT:
-        return Count(), (given if name == "optimization_barrier" else given[:1] + nothing[1:])
-    return Count(), nothing
+        return Count(), (given if name == "optimization_barrier" else [*given[:1], *nothing[1:]]), {}
+    return Count(), nothing, {}
+
+
+def _scan(
+    parameters: Mapping[str, Any], results: Sequence[Any], given: Marks, trips: int, used: Sequence[bool]
+) -> tuple[Count, Marks, Reads]:
+    body = getattr(parameters["jaxpr"], "jaxpr", parameters["jaxpr"])  # jax 0.10 has closed ones here
+    constants = parameters["num_consts"]
+    # results without a loop axis are carried; a carried weight, as in the scan over updates, is still a weight
+    carried = sum(inside.aval.shape == outside.aval.shape for inside, outside in zip(body.outvars, results))
+    own = [*given[:constants], *(weight and Weight() for weight in given[constants:])]
+    count, returned, reads = _walk(body, own, trips, [True] * carried + list(used[carried:]))
+    # a pass gathers what the loop selects or changes; what it only passes on is gathered once, before
+    outer = {weight: size for weight, size in reads.items() if weight in given}
+    gathered = sum(size for weight, size in reads.items() if weight not in given)
+    count = (count + Count(rest=Work(gathered_bytes=gathered))) * parameters["length"]
+    return count, returned, outer
+
+
+def _while(parameters: Mapping[str, Any], given: Marks, trips: int, results: int) -> tuple[Count, Marks, Reads]:
+    body = getattr(parameters["body_jaxpr"], "jaxpr", parameters["body_jaxpr"])
+    passed, constants = given[parameters["cond_nconsts"] :], parameters["body_nconsts"]
+    own = [*passed[:constants], *(weight and Weight() for weight in passed[constants:])]
+    inside, _, reads = _walk(body, own, trips, [True] * results)
+    outer = {weight: size for weight, size in reads.items() if weight in given}
+    gathered = sum(size for weight, size in reads.items() if weight not in given)
+    work = inside.decoding + inside.rest + Work(gathered_bytes=gathered)
+    return Count(decoding=work * trips), [None] * results, outer
 
 
 def _bytes(shaped: Any) -> float:
@@ -175,14 +221,31 @@ def _convolution_flops(equation: Any) -> float:
     for index, (at, kernel_at, result_at) in enumerate(
         zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:])
     ):
-        dilation = parameters["lhs_dilation"][index]
-        position = (
-            np.arange(result[result_at])[:, None] * parameters["window_strides"][index]
-            + np.arange(kernel[kernel_at])[None] * parameters["rhs_dilation"][index]
-            - parameters["padding"][index][0]
+        pairs *= window_pairs(
+            image[at],
+            kernel[kernel_at],
+            result[result_at],
+            stride=parameters["window_strides"][index],
+            low=parameters["padding"][index][0],
+            dilation=parameters["lhs_dilation"][index],
+            kernel_dilation=parameters["rhs_dilation"][index],
         )
-        last = (image[at] - 1) * dilation
-        pairs *= np.sum((position >= 0) & (position <= last) & (position % dilation == 0))
     channels = kernel[numbers.rhs_spec[1]]  # of one group
     batch = image[numbers.lhs_spec[0]] // parameters["batch_group_count"]
     return 2.0 * batch * kernel[numbers.rhs_spec[0]] * channels * pairs
+
+
+def window_pairs(
+    image: int, kernel: int, result: int, *, stride: int, low: int, dilation: int, kernel_dilation: int
+) -> int:
+    """How often a weight of a convolution meets an input along one axis.
+
+    Args:
+      image, kernel, result: lengths of the axis.
+      stride: of the window.
+      low: padding before the first input; may be negative.
+      dilation, kernel_dilation: distance of neighbouring inputs, and of neighbouring weights.
+    """
+    position = np.arange(result)[:, None] * stride + np.arange(kernel)[None] * kernel_dilation - low
+    last = (image - 1) * dilation
+    return int(np.sum((position >= 0) & (position <= last) & (position % dilation == 0)))

@@ -11,18 +11,34 @@ from uae_jax import sharding, trees
 from uae_jax.methods import STAGES
 from uae_jax.nn.attention import use_attention
 from uae_jax.planning.chips import Topology, parse_topology
-from uae_jax.planning.compile import compile_program, plan_mesh
+from uae_jax.planning.collectives import received_by_kind
+from uae_jax.planning.compile import RUN, Memory, compile_program, plan_mesh
 from uae_jax.planning.estimate import estimate_memory
 from uae_jax.planning.flops import Count, count_work
+from uae_jax.planning.hlo import Module
+from uae_jax.planning.hlo_seconds import program_seconds
 from uae_jax.planning.loading import Loading, plan_loading
-from uae_jax.planning.roofline import MeshSizes, roofline
+from uae_jax.planning.roofline import MeshSizes, Updates, roofline
 from uae_jax.planning.system import abstract_system
-from uae_jax.planning.table import StagePlan
+from uae_jax.planning.table import Compiled, StagePlan
 from uae_jax.settings import frozen
 from uae_jax.stages.abstract import AbstractSystem
 from uae_jax.stages.checks import check_batch
-from uae_jax.stages.program import make_program
+from uae_jax.stages.program import Program, make_program
 from uae_jax.stages.run_config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiling:
+    """What is compiled, and kept.
+
+    Attributes:
+      texts: folder for the text of each compiled stage; None for none.
+      run_effort: whether a stage is also compiled for TPUs with a run's effort, for its memory.
+    """
+
+    texts: pathlib.Path | None = None
+    run_effort: bool = False
 
 
 def mesh_sizes(config: RunConfig, devices: int) -> MeshSizes:
@@ -54,8 +70,16 @@ def step_work(config: RunConfig, system: AbstractSystem, stage: str) -> Count:
 
 
 def _gathers(settings: Any) -> float:
-    """How often a rollout gathers the weights that sampling reads, as a share of the tokens."""
-    return 1 / settings.max_new_tokens if getattr(settings, "gather_weights", False) else 1.0
+    """How often a token gathers the weights; with `gather_weights` the copy that reads the prompts serves all."""
+    return 0.0 if getattr(settings, "gather_weights", False) else 1.0
+
+
+def step_updates(config: RunConfig, program: Program) -> Updates:
+    """The gradients of one step, which XLA sums over devices in the precision of activations."""
+    settings = program.config
+    sums = getattr(settings, "micro_batches", 1) * getattr(settings, "updates_per_rollout", 1)
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    return Updates(float(width * trees.parameter_count(program.state.params)), sums)
 
 
 def without_recomputation(config: RunConfig) -> RunConfig:
@@ -64,20 +88,15 @@ def without_recomputation(config: RunConfig) -> RunConfig:
 
 
 def plan_stage(
-    config: RunConfig,
-    system: AbstractSystem,
-    stage: str,
-    topology: Topology,
-    mesh: Mesh | None,
-    sizes: MeshSizes,
-    texts: pathlib.Path | None = None,
+    config: RunConfig, system: AbstractSystem, stage: str, topology: Topology, mesh: Mesh | None, how: Compiling
 ) -> StagePlan:
     """Counts a stage and finds its memory: compiled for a mesh, estimated without one; see `make_plan`."""
+    sizes = mesh_sizes(config, topology.devices)
     program = make_program(config, system, system.parts, system.batch, stage, mesh)
     if mesh is None:
-        memory = estimate_memory(program, config, sizes, system)
+        memory, compiled = estimate_memory(program, config, sizes, system), None
     else:
-        memory = compile_program(program, mesh, text=texts and texts / f"{stage}.hlo")
+        memory, compiled = _compiled(program, mesh, topology, how)
     count = step_work(config, system, stage)
     plain = without_recomputation(config)
     model_flops = step_work(plain, abstract_system(plain), stage).flops
@@ -89,8 +108,23 @@ def plan_stage(
         memory,
         count.flops,
         model_flops,
-        roofline(count, model_flops, topology, sizes, _gathers(program.config)),
+        roofline(count, model_flops, topology, sizes, _gathers(program.config), step_updates(config, program)),
+        compiled,
     )
+
+
+def _compiled(program: Program, mesh: Mesh, topology: Topology, how: Compiling) -> tuple[Memory, Compiled | None]:
+    """Memory of a compiled stage, and what its text says; None for a program that does not fit."""
+    memory, text = compile_program(program, mesh)
+    if how.run_effort:
+        memory = memory.beside(compile_program(program, mesh, RUN)[0])
+    if not text:
+        return memory, None
+    if how.texts is not None:
+        (how.texts / f"{program.stage}.hlo").write_text(text)
+    module = Module(text, getattr(program.config, "max_new_tokens", 1))
+    seconds = program_seconds(module, topology) if topology.kind != "cpu" else None
+    return memory, Compiled(received_by_kind(module, topology), seconds)
 
 
 def _mesh(config: RunConfig, chips: Topology) -> Mesh | None:
@@ -108,7 +142,7 @@ def make_plan(
     topology: str,
     stages: tuple[str, ...] = (),
     report: Callable[[StagePlan], None] = lambda plan: None,
-    texts: pathlib.Path | None = None,
+    how: Compiling = Compiling(),
 ) -> tuple[list[StagePlan], Topology, MeshSizes]:
     """Plans the stages of a configuration.
 
@@ -117,7 +151,7 @@ def make_plan(
       topology: see `chips.parse_topology`.
       stages: which; empty for those of the configuration.
       report: called with each stage's plan as soon as it is there.
-      texts: folder for the text of each compiled stage.
+      how: what is compiled.
 
     Raises:
       ValueError: an unknown topology or stage, or a mesh or batch that does not divide.
@@ -136,7 +170,9 @@ def make_plan(
     for stage in wanted:
         check_batch(settings, stage, sizes.batch)
     mesh = _mesh(settings, chips)
-    if texts is not None and mesh is None:
+    if how.run_effort and chips.kind != "tpu":
+        raise ValueError(f"--effort is libtpu's, and {topology} is no slice of TPUs; leave it out")
+    if how.texts is not None and mesh is None:
         raise ValueError(
             "--hlo needs compiled stages, and the CUDA wheels are not installed; install the extra `cuda` (pip "
             "install 'uae_jax[cuda]')"
@@ -144,7 +180,7 @@ def make_plan(
     system = abstract_system(settings)
     sharding.check_rules(system.parts, sizes)
     for stage in wanted:
-        plans.append(plan_stage(settings, system, stage, chips, mesh, sizes, texts))
+        plans.append(plan_stage(settings, system, stage, chips, mesh, how))
         report(plans[-1])
     return plans, chips, sizes
 

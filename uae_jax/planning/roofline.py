@@ -1,9 +1,14 @@
-"""A lower bound for the time of a step from matrix products, reads of weights and gathers of weights."""
+"""A lower bound for the seconds of a step, and so an upper bound for its speed.
+
+Counted are matrix products, reads of weights, gathers of weights, and sums of gradients. A real step takes longer: it
+also reads and writes activations, and its kernels and collectives do not reach the peaks.
+"""
 
 import dataclasses
 
 from uae_jax.planning.chips import Topology
 from uae_jax.planning.flops import Count, Work
+from uae_jax.planning.links import Group, Received, gathered, summed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +29,39 @@ class MeshSizes:
         """The number of shards of a batch."""
         return self.data * self.fsdp
 
+    def groups(self, topology: Topology) -> tuple[Group, Group]:
+        """The devices along `data` and along `fsdp`; `sharding.make_mesh` has slices divide `data` where they can."""
+        over_data = topology.groups if self.data % topology.groups == 0 else 1
+        over_fsdp = topology.groups // over_data if self.fsdp % (topology.groups // over_data) == 0 else 1
+        return Group(self.data, over_data), Group(self.fsdp, over_fsdp)
+
+
+@dataclasses.dataclass(frozen=True)
+class Updates:
+    """The gradients of one step.
+
+    Attributes:
+      size: bytes of all of them, in the precision in which they are summed.
+      sums: how often they are summed over devices in one step: micro-batches times updates.
+    """
+
+    size: float = 0.0
+    sums: int = 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of a step: each term and the bound.
+    """Least seconds of a step: each term and the bound.
 
     Attributes:
       compute: products at the chip's peak.
       memory: reads of weights for every product, and of keys and values in sampling, at the memory's bandwidth.
-      links: receipt of the other chips' weight shards, at the links' bandwidth.
+      links: receipt of the other devices' weight shards, once for each run of the loop that selects them, and of
+        gradients.
       decoding: the part of the bound inside sampling loops.
       seconds: the bound: the largest of the three terms in sampling, plus the largest in the rest.
-      utilisation: model FLOPs (without recomputation) over the chips' peak FLOPs in that time.
+      utilisation: model FLOPs (without recomputation) over the chips' peak FLOPs in that time; at most so much.
+      weights, gradients: bytes that a device receives of either.
     """
 
     compute: float
@@ -44,17 +70,33 @@ class Roofline:
     decoding: float
     seconds: float
     utilisation: float
+    weights: Received = Received()
+    gradients: Received = Received()
 
 
-def _terms(work: Work, topology: Topology, sizes: MeshSizes, other: bool) -> tuple[float, float, float]:
-    chip = topology.chip
-    weights = work.weight_bytes / sizes.tensor
-    read = weights + (work.other_bytes / (sizes.batch * sizes.tensor) if other else 0.0)
-    gathered = weights * (sizes.fsdp - 1) / sizes.fsdp
-    return work.flops / topology.devices / chip.flops, read / chip.memory_bandwidth, gathered / chip.link_bandwidth
+def _terms(work: Work, topology: Topology, sizes: MeshSizes, other: bool) -> tuple[float, float, Received]:
+    chip, (_, fsdp) = topology.chip, sizes.groups(topology)
+    read = work.weight_bytes / sizes.tensor
+    read += work.other_bytes / (sizes.batch * sizes.tensor) if other else 0.0
+    received = gathered(work.gathered_bytes / sizes.tensor, fsdp)
+    return work.flops / topology.devices / chip.flops, read / chip.memory_bandwidth, received
 
 
-def roofline(count: Count, model_flops: float, topology: Topology, sizes: MeshSizes, gathers: float = 1.0) -> Roofline:
+def gradient_bytes(updates: Updates, topology: Topology, sizes: MeshSizes) -> Received:
+    """What a device receives of gradients: reduce-scattered over `fsdp`, then all-reduced over `data` in shards."""
+    data, fsdp = sizes.groups(topology)
+    size = updates.size / sizes.tensor
+    return (gathered(size, fsdp) + summed(size / sizes.fsdp, data)) * updates.sums
+
+
+def roofline(
+    count: Count,
+    model_flops: float,
+    topology: Topology,
+    sizes: MeshSizes,
+    gathers: float = 1.0,
+    updates: Updates = Updates(),
+) -> Roofline:
     """The bound of a step.
 
     Args:
@@ -62,13 +104,16 @@ def roofline(count: Count, model_flops: float, topology: Topology, sizes: MeshSi
       model_flops: of the step without recomputation.
       topology: the chips; a `cpu` topology has no peak, and the result is NaN.
       sizes: of the mesh.
-      gathers: gathers of the weights per sampled token: 1, or 1 / T for one gather per rollout.
+      gathers: gathers of the weights per sampled token: 1, or 0 where a copy of them stays for the rollout.
+      updates: the gradients.
     """
-    compute, memory, links = _terms(count.decoding, topology, sizes, other=True)
-    decoding = compute, memory, links * gathers
-    rest = _terms(count.rest, topology, sizes, other=False)
+    compute, memory, received = _terms(count.decoding, topology, sizes, other=True)
+    received = received * gathers
+    decoding = compute, memory, received.seconds(topology)
+    compute, memory, weights = _terms(count.rest, topology, sizes, other=False)
+    gradients = gradient_bytes(updates, topology, sizes)
+    rest = compute, memory, (weights + gradients).seconds(topology)
     seconds = max(decoding) + max(rest)
     compute, memory, links = (a + b for a, b in zip(decoding, rest))
-    return Roofline(
-        compute, memory, links, max(decoding), seconds, model_flops / (seconds * topology.devices * topology.chip.flops)
-    )
+    utilisation = model_flops / (seconds * topology.devices * topology.chip.flops)
+    return Roofline(compute, memory, links, max(decoding), seconds, utilisation, received + weights, gradients)

@@ -7,6 +7,8 @@ from typing import Any
 
 from uae_jax.planning.chips import GIB, USABLE, Topology
 from uae_jax.planning.compile import Memory
+from uae_jax.planning.hlo_seconds import KINDS, ProgramSeconds
+from uae_jax.planning.links import Received
 from uae_jax.planning.loading import Loading
 from uae_jax.planning.roofline import MeshSizes, Roofline
 
@@ -17,14 +19,29 @@ COLUMNS = (
     "frozen",
     "arguments",
     "temporaries",
+    "in a run",
     "peak",
     "of chip",
     "FLOPs",
-    "step s",
-    "decode s",
-    "MFU",
+    "bound s",
+    "sampling s",
+    "MFU at most",
+    "program s",
     "compile s",
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the text of a compiled stage says.
+
+    Attributes:
+      received: what a device receives in a step, by the kind of collective.
+      seconds: of the compiled instructions; None for simulated devices.
+    """
+
+    received: dict[str, Received]
+    seconds: ProgramSeconds | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +55,8 @@ class StagePlan:
       memory: of one chip.
       flops: of a step over all chips, with recomputation.
       model_flops: without recomputation.
-      time: the bound of a step's seconds.
+      time: the least seconds of a step.
+      compiled: what the compiled program's text says; None where there is none.
     """
 
     stage: str
@@ -49,6 +67,7 @@ class StagePlan:
     flops: float
     model_flops: float
     time: Roofline
+    compiled: Compiled | None = None
 
     def share(self, topology: Topology) -> float:
         """The peak as a share of a chip's memory."""
@@ -80,12 +99,14 @@ def _row(plan: StagePlan, topology: Topology) -> list[str]:
         _parameters(plan.frozen),
         _size(memory.arguments),
         _size(memory.temporaries),
+        "-" if memory.run_temporaries is None else _size(memory.run_temporaries),
         _size(memory.peak),
         f"{100 * plan.share(topology):.0f} %" if known else "-",
         f"{plan.flops:.2e}",
         _number(plan.time.seconds, "{:.2f}"),
         _number(plan.time.decoding, "{:.2f}"),
         _number(100 * plan.time.utilisation, "{:.0f} %"),
+        "-" if plan.compiled is None or plan.compiled.seconds is None else f"{plan.compiled.seconds.seconds:.2f}",
         "-" if memory.estimated else f"{memory.seconds:.0f}",
     ]
 
@@ -93,8 +114,8 @@ def _row(plan: StagePlan, topology: Topology) -> list[str]:
 def text_table(
     plans: list[StagePlan], topology: Topology, sizes: MeshSizes, title: str, loading: Loading | None = None
 ) -> str:
-    """The table in Markdown: GiB per device, FLOPs and seconds of a step, then what reading the weights needs, and the
-    largest temporaries.
+    """The table in Markdown: GiB per device, FLOPs and seconds of a step, then what reading the weights needs, the
+    largest temporaries, what devices receive, and the compiled program's seconds.
     """
     chip = topology.chip
     room = f"{chip.memory / GIB:.0f} GiB each" if math.isfinite(chip.memory) else "no limit"
@@ -116,6 +137,8 @@ def text_table(
             named = "; ".join(f"{_size(size)} GiB {shape} ({name})" for size, shape, name in plan.memory.largest)
             lines += ["", f"{plan.stage}, largest temporaries: {named}"]
     for plan in plans:
+        lines += _links(plan, topology) + _program(plan)
+    for plan in plans:
         if not plan.fits(topology):
             lines += [
                 "",
@@ -124,6 +147,52 @@ def text_table(
                 "vae_chunk need less",
             ]
     return "\n".join(lines)
+
+
+def _received(what: dict[str, Received]) -> str:
+    """GB by name, those of the network beside those of links."""
+    parts = [
+        f"{name} {found.links / 1e9:.2f}" + (f" and {found.network / 1e9:.2f} by the network" if found.network else "")
+        for name, found in what.items()
+        if found.links or found.network
+    ]
+    return ", ".join(parts) or "nothing"
+
+
+def _links(plan: StagePlan, topology: Topology) -> list[str]:
+    """One line: what a device receives in a step, as counted for the bound and as compiled."""
+    if topology.devices == 1:
+        return []
+    counted = {"weights": plan.time.weights, "gradients": plan.time.gradients}
+    line = f"{plan.stage}, GB received by a device: counted {_received(counted)}"
+    return ["", line + (f"; compiled {_received(plan.compiled.received)}" if plan.compiled else "")]
+
+
+def _program(plan: StagePlan) -> list[str]:
+    """The seconds of a compiled program by kind, by loop, and of its ten longest instructions."""
+    found = plan.compiled and plan.compiled.seconds
+    if not found:
+        return []
+    kinds = ", ".join(f"{name} {found.kinds[name]:.3f}" for name in KINDS)
+    lines = [
+        "",
+        f"{plan.stage}, seconds of the compiled instructions: {found.seconds:.3f} = {kinds} (waits; busy "
+        f"{found.links:.3f})",
+        "",
+        "| loop | runs | " + " | ".join(KINDS) + " |",
+        "|" + "---|" * (2 + len(KINDS)),
+    ]
+    for loop in found.loops[:8]:
+        cells = [loop.path or "outside of loops", f"{loop.runs:,.0f}"]
+        lines.append("| " + " | ".join(cells + [f"{loop.seconds.get(name, 0.0):.3f}" for name in KINDS]) + " |")
+    lines += ["", "| longest | runs | seconds | kind |", "|---|---|---|---|"]
+    lines += [
+        f"| {entry.path} {entry.shape} | {entry.runs:,.0f} | {entry.seconds:.3f} | {entry.kind} |"
+        for entry in found.largest
+    ]
+    if found.unknown:
+        lines += ["", f"Kernels that count with their bytes alone: {', '.join(found.unknown)}"]
+    return lines
 
 
 def as_json(
