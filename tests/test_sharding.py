@@ -267,8 +267,25 @@ def test_slices_divide_data_or_else_fsdp():
     assert [{chip.slice_index for chip in row.flat} for row in over_data] == [{0}, {1}]
     over_fsdp = sharding._placed([1, 32, 1], chips)
     assert [chip.slice_index for chip in over_fsdp.flat] == [0] * 16 + [1] * 16
+    both = sharding._placed([2, 32, 1], grid("TPU v5 lite", (4, 4), (2, 2, 1), slices=4))
+    assert [{chip.slice_index for chip in row.flat} for row in both] == [{0, 1}, {2, 3}]
     with pytest.raises(ValueError, match="over 2 slices; make config.mesh.data"):
         sharding._placed([1, 1, 32], chips)
+
+
+@pytest.mark.parametrize(
+    "data, fsdp, slices, expected",
+    [
+        (4, 64, 2, (2, 1)),
+        (2, 64, 4, (2, 2)),
+        (1, 64, 4, (1, 4)),
+        (4, 63, 6, None),
+        (4, 6, 6, None),  # rows of a slice would not be consecutive
+        (1, 1, 1, (1, 1)),
+    ],
+)
+def test_data_goes_over_slices_first(data, fsdp, slices, expected):
+    assert sharding.slices_of(data, fsdp, slices) == expected
 
 
 def test_a_part_of_a_slice_and_other_devices_lie_in_the_order_of_processes():

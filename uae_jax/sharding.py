@@ -8,6 +8,7 @@ their activations (`nn.constrain`).
 import contextlib
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -74,10 +75,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of all devices, whose axes follow the links between them.
 
     TPUs lie as `jax.experimental.mesh_utils` places them: neighbours of an axis are neighbours in their slice. Several
-    slices divide `data`, or `fsdp` where they cannot. Cards and simulated devices lie in the order of their processes.
+    slices divide `data`, and `fsdp` where `data` is too small. Cards and simulated devices lie in the order of their
+    processes.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or slices divide neither `data` nor `fsdp`.
+      ValueError: the sizes do not multiply to the number of devices, or do not divide over the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -105,15 +107,23 @@ def _placed(sizes: list[int], devices: Sequence[Any]) -> np.ndarray:
         return np.asarray(ordered).reshape(sizes)
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, ordered, allow_split_physical_axes=True)
-    data, fsdp, tensor = sizes
-    if data % slices and fsdp % slices:
+    outer = slices_of(sizes[0], sizes[1], slices)
+    if outer is None:
         raise ValueError(
-            f"mesh {dict(zip(AXES, sizes))} does not divide over {slices} slices; make config.mesh.data, or else "
-            f"config.mesh.fsdp, a multiple of {slices}"
+            f"mesh {dict(zip(AXES, sizes))} does not divide over {slices} slices; make config.mesh.data a multiple of "
+            f"{slices}"
         )
-    outer = (1, slices, 1) if data % slices else (slices, 1, 1)
-    inner = [size // parts for size, parts in zip(sizes, outer)]
-    return mesh_utils.create_hybrid_device_mesh(inner, outer, ordered, allow_split_physical_axes=True)
+    inner = [size // parts for size, parts in zip(sizes, (*outer, 1))]
+    return mesh_utils.create_hybrid_device_mesh(inner, (*outer, 1), ordered, allow_split_physical_axes=True)
+
+
+def slices_of(data: int, fsdp: int, slices: int) -> tuple[int, int] | None:
+    """Over how many slices the axes `data` and `fsdp` go, `data` first; None where they cannot be divided so."""
+    over_data = math.gcd(data, slices)
+    over_fsdp = slices // over_data
+    # an axis inside of slices has no axis over slices behind it, so that each slice has consecutive rows
+    possible = fsdp % over_fsdp == 0 and (over_fsdp == 1 or over_data == data)
+    return (over_data, over_fsdp) if possible else None
 
 
 def _is_box(devices: Sequence[Any], slices: int) -> bool:

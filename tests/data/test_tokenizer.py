@@ -65,6 +65,7 @@ def test_words_that_a_model_does_not_know_are_named(scene_tokenizer, bpe_tokeniz
     assert tok.unknown_note(scene_tokenizer, ["red zebra"]) == "the model does not know 1 word: 'zebra'"
     six = tok.unknown_note(scene_tokenizer, ["uno due tre quattro cinque sei"])
     assert six == "the model does not know 6 words: 'uno', 'due', 'tre', 'quattro', 'cinque', ..."
+    assert tok.unknown_words(scene_tokenizer, ["half \ud83d of red"]) == ["half"]
     assert not tok.unknown_note(scene_tokenizer, ["red circle"]) and not tok.unknown_note(bpe_tokenizer, texts)
 
 

@@ -10,9 +10,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from uae_jax import plan, sharding, trees
+from uae_jax.models.language.model import ADAPTER_PATTERN
+from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig
-from uae_jax.models.qwen2_5_vl.sampling import SamplingConfig
 from uae_jax.nn.lora import init_lora
 from uae_jax.planning.chips import parse_topology
 from uae_jax.planning.collectives import collectives_of
@@ -54,7 +55,7 @@ def sample(parts, batch, keys, images, gather):
 def received_for_tokens(mesh, gather: bool, options=None) -> list[tuple[int, ...]]:
     """Shapes of what collectives make inside of the loop over tokens, of weights and adapters that are all cut."""
     language = qwen.abstract_params(CONFIG)["language"]
-    adapter = jax.eval_shape(lambda: init_lora(jax.random.key(0), language, qwen.ADAPTER_PATTERN, 8))
+    adapter = jax.eval_shape(lambda: init_lora(jax.random.key(0), language, ADAPTER_PATTERN, 8))
     parts = {"language": language, "language_lora": adapter}
     placed = sharding.tree_shardings(parts, mesh)
     cut = [name for name, leaf in trees.flatten(placed).items() if "fsdp" in leaf.spec]

@@ -216,7 +216,8 @@ def unknown_words(tokenizer, texts: Iterable[str]) -> list[str]:
     if tokenizer.unk_token_id is None:
         return []
     for text in texts:
-        for word in re.findall(r"\w+|[^\w\s]+", text):
+        whole = text.encode("utf-8", "ignore").decode("utf-8")  # half a character is named where the text is used
+        for word in re.findall(r"\w+|[^\w\s]+", whole):
             if word not in found and tokenizer.unk_token_id in _encode(tokenizer, word):
                 found[word] = None
     return list(found)

@@ -9,6 +9,7 @@ import dataclasses
 from uae_jax.planning.chips import Topology
 from uae_jax.planning.flops import Count, Work
 from uae_jax.planning.links import Group, Received, gathered, summed
+from uae_jax.sharding import slices_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +31,8 @@ class MeshSizes:
         return self.data * self.fsdp
 
     def groups(self, topology: Topology) -> tuple[Group, Group]:
-        """The devices along `data` and along `fsdp`; `sharding.make_mesh` has slices divide `data` where they can."""
-        over_data = topology.groups if self.data % topology.groups == 0 else 1
-        over_fsdp = topology.groups // over_data if self.fsdp % (topology.groups // over_data) == 0 else 1
+        """The devices along `data` and along `fsdp`, with the slices or hosts that they go over."""
+        over_data, over_fsdp = slices_of(self.data, self.fsdp, topology.groups) or (1, 1)
         return Group(self.data, over_data), Group(self.fsdp, over_fsdp)
 
 
