@@ -1,6 +1,7 @@
 """Janus's prompts and images: ids as transformers' processor makes them, spaces that survive, one crop."""
 
 import io
+import json
 
 import janus_pieces as pieces
 import numpy as np
@@ -9,7 +10,15 @@ from PIL import Image
 from transformers import JanusImageProcessorPil, JanusProcessor, PreTrainedTokenizerFast
 
 from uae_jax.data.images import square_image
-from uae_jax.data.janus_inputs import SYSTEM, JanusTokenizer, padded_ids, padded_square, question_fields, signed
+from uae_jax.data.janus_inputs import (
+    SYSTEM,
+    JanusTokenizer,
+    check_image_settings,
+    padded_ids,
+    padded_square,
+    question_fields,
+    signed,
+)
 from uae_jax.models.janus.config import TOKENS, special_ids
 
 CELLS, QUESTION = 16, "What is in the picture?\nSay it  briefly."
@@ -119,6 +128,30 @@ def test_the_shorter_side_is_rounded_down_and_centred_on_grey():
     np.testing.assert_allclose(ours[~rows], 127 / 127.5 - 1, atol=1e-6)
     thin = padded_square(Image.new("RGB", (1000, 10), "white"), 32)
     assert (thin == 1).all((1, 2)).sum() == 14
+
+
+def test_settings_of_other_images_are_refused(processor, tmp_path):
+    check_image_settings(tmp_path, 32)
+    processor.image_processor.save_pretrained(tmp_path)
+    check_image_settings(tmp_path, 32)  # as transformers writes it
+    official = dict(
+        background_color=[127] * 3,
+        do_normalize=True,
+        image_mean=[0.5] * 3,
+        image_processor_type="VLMImageProcessor",
+        image_size=32,
+        image_std=[0.5] * 3,
+        min_size=14,
+        processor_class="VLChatProcessor",
+        rescale_factor=1 / 255,
+    )
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(official))
+    check_image_settings(tmp_path, 32)
+    for change in ({"image_size": 384}, {"image_mean": [0.48, 0.46, 0.41]}, {"do_normalize": False}, {"crop": 3}):
+        file.write_text(json.dumps(official | change))
+        with pytest.raises(ValueError, match=f"preprocessor_config.json: {next(iter(change))}="):
+            check_image_settings(tmp_path, 32)
 
 
 def test_a_square_crop_is_seen_as_it_is_drawn():

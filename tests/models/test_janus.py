@@ -109,9 +109,11 @@ def test_a_caption_with_a_cache_equals_replay_and_nothing_after_its_end_counts(p
         )
         wild = jnp.where(said.mask, said.tokens, 99)
         score = functools.partial(lm.completion_log_probs, CONFIG, params, adapter, prefix, temperature=TEMPERATURE)
-        return said, score(said.tokens, said.mask).log_probs, score(wild, said.mask).log_probs
+        frozen = score(said.tokens, said.mask, frozen_head=True).log_probs
+        return said, score(said.tokens, said.mask).log_probs, score(wild, said.mask).log_probs, frozen
 
-    said, replayed, after_the_end = run(params, adapter, batch)
+    said, replayed, after_the_end, frozen = run(params, adapter, batch)
+    assert_close(frozen, replayed)
     lengths = np.asarray(said.mask).sum(1)
     assert len(set(lengths.tolist())) > 3 and said.finished.any()
     assert_close(replayed, said.log_probs)

@@ -16,6 +16,8 @@ from PIL import Image
 from uae_jax.data.images import to_rgb
 from uae_jax.data.qwen_inputs import Fields
 from uae_jax.data.tokenizer import refuse_half_characters
+from uae_jax.files.json_files import image_processor_settings
+from uae_jax.files.known_fields import refuse_unknown
 
 # of the official processor; it stands before questions about images, and not before drawings
 SYSTEM = (
@@ -122,6 +124,36 @@ class JanusTokenizer:
         return not self.control_tokens and any(name in text for name in self._names)
 
 
+def check_image_settings(folder: str | pathlib.Path, side: int) -> None:
+    """Refuses a folder's `preprocessor_config.json` that asks for other images than `padded_square` makes.
+
+    Args:
+      folder: of the model; one without the file, of either library, passes.
+      side: of the images that the model reads, in pixels.
+
+    Raises:
+      ValueError: another setting; the message has its name and value.
+    """
+    place = pathlib.Path(folder)
+    if not any((place / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return
+    flags = "do_resize do_rescale do_normalize do_pad do_convert_rgb default_to_square"
+    steps = dict.fromkeys(flags.split(), True)
+    usual = steps | {
+        "image_size": side,
+        "size": {"height": side, "width": side},
+        "min_size": SMALLEST,
+        "background_color": [GREY] * 3,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "rescale_factor": 1 / 255,
+        "resample": 3,
+        "data_format": "channels_first",
+    }
+    kinds = {"image_processor_type", "processor_class"}
+    refuse_unknown(image_processor_settings(place), kinds, usual, "preprocessor_config.json: ")
+
+
 def padded_square(image: np.ndarray | Image.Image, side: int) -> Float[np.ndarray, "{side} {side} 3"]:
     """An image for captioning: its longer side at `side`, centred on grey, in [-1, 1].
 
@@ -133,8 +165,7 @@ def padded_square(image: np.ndarray | Image.Image, side: int) -> Float[np.ndarra
     image = to_rgb(image)
     longest = max(image.size)
     width, height = (max(int(length / longest * side), SMALLEST) for length in image.size)
-    whole = max(width, height)
-    canvas = Image.new("RGB", (whole, whole), (GREY, GREY, GREY))
+    canvas = Image.new("RGB", (side, side), (GREY, GREY, GREY))
     small = image.resize((width, height), Image.Resampling.BICUBIC)
     canvas.paste(small, ((canvas.width - width) // 2, (canvas.height - height) // 2))
     return signed(np.asarray(canvas))

@@ -17,6 +17,7 @@ from uae_jax.models.language.generate import Completion
 from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.rollouts.captioning import complete_prompts, for_decoding
 from uae_jax.rollouts.reconstruction import sample_keys
+from uae_jax.sharding import gather_over_fsdp
 from uae_jax.trees import Tree
 
 
@@ -107,6 +108,8 @@ def sample_drawings(
       gather_weights: see `captioning.for_decoding`.
     """
     params, adapter, packed = for_decoding(config, *weights(parts, policy=True), gather_weights)
+    if gather_weights:  # the loop reads the embedding, aligner and head of image tokens too
+        params |= {"generation": gather_over_fsdp(params["generation"], config.text.dtype)}
     prefix = drawing.drawing_prefix(config, params, adapter, ids, mask, guided=how.guidance_scale != 1)
     return drawing.draw(
         config,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from uae_jax import sharding
 from uae_jax.data.images import to_rgb
-from uae_jax.data.janus_inputs import SYSTEM, JanusTokenizer, padded_ids, question_fields
+from uae_jax.data.janus_inputs import SYSTEM, JanusTokenizer, check_image_settings, padded_ids, question_fields
 from uae_jax.data.loader import from_signed
 from uae_jax.data.qwen_inputs import Fields
 from uae_jax.files.json_files import read_json
@@ -70,6 +70,7 @@ class UnifiedInference:
         self.model = configs.from_folder(folder, dtype=model.dtype)
         if config.size != self.model.vq.image_size:
             raise ValueError(f"size is {config.size} pixels; this model draws {self.model.vq.image_size} pixels alone")
+        check_image_settings(folder, self.model.vision.image_size)
         ids = configs.special_ids(folder)
         self.tokenizer = JanusTokenizer(folder, ids, self.model.vision.tokens, config.control_tokens)
         if len(self.tokenizer) > self.model.text.vocab_size:
