@@ -19,7 +19,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from uae_jax import sharding, trees
 from uae_jax.config_file import apply_overrides, load_config, split_overrides
-from uae_jax.data.loader import make_loader
 from uae_jax.methods.method import build_step, make_method
 from uae_jax.methods.trained import trainable
 from uae_jax.settings import Mistakes, frozen
@@ -29,33 +28,51 @@ from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.step import init_state
 
 
+class TimedStage:
+    """One stage's compiled step, which is repeated on the run's own data.
+
+    Args:
+      whole: the run; its parameters stay.
+      stage: its name.
+    """
+
+    def __init__(self, whole: Run, stage: str):
+        config = whole.config.stage(stage)
+        optimizer = make_optimizer(config.optimizer, config.total_updates)
+        start = trainable(whole.parts, whole.config.trains(stage), getattr(config, "lora_rank", 1), whole.key)
+        self.state = sharding.shard_tree(init_state(start, optimizer, ema=bool(config.ema_decay)), whole.mesh)
+        self.frozen = {name: part for name, part in whole.frozen_of(stage).items() if name not in start}
+        self.mesh, self.key = whole.mesh, trees.name_key(whole.key, stage)
+        self.data = whole.batches(stage, config.batch_size)
+        method = make_method(stage, config, whole.config.sampler, whole.system)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state), NamedSharding(whole.mesh, PartitionSpec())
+        begin = time.perf_counter()
+        step = build_step(method, optimizer, shardings)
+        self.compiled = step.lower(self.state, self.frozen, self._batch(), self.key).compile()
+        self.compile_seconds = time.perf_counter() - begin
+
+    def _batch(self) -> dict:
+        return sharding.shard_batch(next(self.data), self.mesh)
+
+    def seconds(self) -> float:
+        """Seconds of one more step, without its batch."""
+        batch = self._batch()
+        begin = time.perf_counter()
+        self.state, metrics = self.compiled(self.state, self.frozen, batch, self.key)
+        jax.block_until_ready(metrics)
+        return time.perf_counter() - begin
+
+
 def time_stage(whole: Run, stage: str, repeats: int) -> dict:
     """Compiles and repeats one stage's step on the run's own data."""
-    config = whole.config.stage(stage)
-    optimizer = make_optimizer(config.optimizer, config.total_updates)
-    start = trainable(whole.parts, whole.config.trains(stage), getattr(config, "lora_rank", 1), whole.key)
-    state = sharding.shard_tree(init_state(start, optimizer, ema=bool(config.ema_decay)), whole.mesh)
-    frozen_parts = {name: part for name, part in whole.parts.items() if name not in start}
-    data = make_loader(whole.source, whole.rows.only(whole.config.reads(stage)), config.batch_size, 0)
-    key = trees.name_key(whole.key, stage)
-    method = make_method(stage, config, whole.config.sampler, whole.system)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(whole.mesh, PartitionSpec())
-    begin = time.perf_counter()
-    step = build_step(method, optimizer, shardings)
-    compiled = step.lower(state, frozen_parts, sharding.shard_batch(next(data), whole.mesh), key).compile()
-    compile_seconds = time.perf_counter() - begin
-    seconds = []
-    for _ in range(repeats + 1):
-        batch = sharding.shard_batch(next(data), whole.mesh)
-        begin = time.perf_counter()
-        state, metrics = compiled(state, frozen_parts, batch, key)
-        jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - begin)
-    memory = compiled.memory_analysis()
+    timed = TimedStage(whole, stage)
+    seconds = [timed.seconds() for _ in range(repeats + 1)]
+    timed.data.close()
+    memory = timed.compiled.memory_analysis()
     peak = int(memory.temp_size_in_bytes + memory.argument_size_in_bytes) if memory else None
     return {
         "stage": stage,
-        "compile_seconds": round(compile_seconds, 2),
+        "compile_seconds": round(timed.compile_seconds, 2),
         "step_seconds": round(float(np.median(seconds[1:])), 4),
         "peak_bytes": peak,
     }

@@ -33,6 +33,7 @@ WORDS = {
     "main": "command_line config_file settings stages training planning dry_run",
     "dry_run": "stages planning data settings sharding trees",
     "plan": "command_line config_file settings planning",
+    "precompute": "command_line config_file stages training",
     "infer": "command_line api data files model_flags",
     "convert": "command_line settings stages",
     "demo": "command_line api data evaluation model_flags",

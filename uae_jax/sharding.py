@@ -364,3 +364,9 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), (rows, *leaf.shape[1:]))
 
     return jax.tree.map(put, batch)
+
+
+def local_rows(leaf: jax.Array) -> np.ndarray:
+    """This process's rows of an array on the mesh, the first axis over `data` and `fsdp` as in `shard_batch`."""
+    shards = {shard.index[0].start or 0: shard.data for shard in leaf.addressable_shards}
+    return np.concatenate([np.asarray(shards[at]) for at in sorted(shards)])

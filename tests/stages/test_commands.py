@@ -11,7 +11,7 @@ import sys
 import pytest
 from PIL import Image
 
-from uae_jax import api, convert, demo, evaluate, fetch_emoji, infer, main
+from uae_jax import api, convert, demo, evaluate, fetch_emoji, infer, main, precompute
 from uae_jax.command_line import CommandParser, run_command
 from uae_jax.data import scenes
 
@@ -48,7 +48,7 @@ def parsers(parser):
 
 def every_parser():
     """The parsers of all commands and subcommands."""
-    for module in (infer, convert, demo, fetch_emoji):
+    for module in (infer, convert, demo, fetch_emoji, precompute):
         parser = CommandParser(prog=f"python -m {module.__name__}", description=module.__doc__)
         module.add_arguments(parser)
         yield from parsers(parser)

@@ -15,9 +15,11 @@ import time
 
 import pytest
 from programs import compiler_flags
-from stage_pieces import STAGES, changed, check_same_step, linear, make_run, one_step
+from stage_pieces import STAGES, changed, check_same_step, largest_gap, linear, make_run, one_step
 
+from uae_jax.data.precomputed import StoredExamples, read_manifest
 from uae_jax.stages.export import export_system
+from uae_jax.stages.precompute import Request, precompute
 
 HERE = pathlib.Path(__file__).parent
 CONFIG_FILE = """import json, pathlib, ml_collections
@@ -125,6 +127,43 @@ def test_processes_do_not_change_a_step_or_an_export(config, alone, exported, tm
     for stage in stages:
         check_same_step(alone(stage), found[stage])
     assert contents(tmp_path / "export") == exported
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=1, tensor=1), dict(data=1, fsdp=1, tensor=2)])
+def test_processes_precompute_shards_of_their_own(config, tmp_path, mesh):
+    """18 examples in four shards of five; where both processes have the same rows, the first of them writes."""
+    values = changed(config, stages=("pretrain",))
+    precompute(values, Request(tmp_path / "alone", examples=18, shard_examples=5, batch_size=4))
+    (tmp_path / "config.json").write_text(json.dumps(changed(values, mesh=mesh)))
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "small.py").write_text(CONFIG_FILE)
+
+    def command(coordinator: str, index: int) -> list:
+        return [
+            sys.executable,
+            "-m",
+            "uae_jax.precompute",
+            f"--config={tmp_path / 'configs' / 'small.py'}:{tmp_path / 'config.json'}",
+            f"--out={tmp_path / 'together'}",
+            "--examples=18",
+            "--shard_examples=5",
+            "--batch_size=4",
+            f"--coordinator={coordinator}",
+            "--processes=2",
+            f"--process_id={index}",
+        ]
+
+    codes, output = finish(start(2, 1, command, tmp_path / "logs"), tmp_path / "logs", 500)
+    assert codes == [0, 0], output[0][-2000:] + output[1][-2000:]
+    assert "done: " in output[0] and "done: " not in output[1]
+    manifests = [read_manifest(tmp_path / name) for name in ("alone", "together")]
+    assert manifests[0].made_of == manifests[1].made_of and [m.count for m in manifests] == [4, 4]
+    one, other = (StoredExamples(tmp_path / name, m) for name, m in zip(("alone", "together"), manifests))
+    for record in range(18):
+        assert (one[record]["caption_ids"] == other[record]["caption_ids"]).all()
+        assert largest_gap(one[record], other[record]) < 1e-5
 
 
 def steps_done(workdir: pathlib.Path) -> int:

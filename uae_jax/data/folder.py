@@ -69,6 +69,15 @@ class FolderSource:
             found.update(self.records.name_of(record).encode("utf-8", "surrogateescape") + b"\n")
         return found.hexdigest()
 
+    def captions_digest(self) -> str:
+        """A digest of all captions of these records; empty for a format whose captions lie in files with the images."""
+        if not self.records.captions_at_hand:
+            return ""
+        found = hashlib.blake2b(digest_size=8)
+        for record in self.indices:
+            found.update("\0".join((*self.captions(record), "\n")).encode("utf-8", "surrogateescape"))
+        return found.hexdigest()
+
     def without_caption(self, looked_at: int | None = None) -> int | None:
         """The first record without a caption, or None; of the first `looked_at` examples, None for all."""
         return next((record for record in self.indices[:looked_at] if not self.captions(record)), None)
@@ -82,12 +91,14 @@ class Inspection:
       folder, format: what was checked.
       images: records of the folder.
       bad: {"broken", "small", "thin" or "duplicate": (name, what is wrong) of each}.
+      contents: a digest of the bytes of all images that are used, in order.
     """
 
     folder: str
     format: str
     images: int
     bad: Mapping[str, tuple[tuple[str, str], ...]]
+    contents: str = ""
 
     @property
     def left_out(self) -> int:
@@ -202,7 +213,9 @@ def inspect(
             more[first] = more.get(first, ()) + tuple(text for text in records.captions(index) if text not in own)
         else:
             kept.append(index)
-    inspection = Inspection(folder, records.name, len(records), {kind: tuple(found) for kind, found in bad.items()})
+    told = {kind: tuple(found) for kind, found in bad.items()}
+    contents = hashlib.blake2b("".join(verdicts[index].digest for index in kept).encode("ascii"), digest_size=8)
+    inspection = Inspection(folder, records.name, len(records), told, contents.hexdigest())
     return FolderSource(records, kept, {index: texts for index, texts in more.items() if texts}), inspection
 
 

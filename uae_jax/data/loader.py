@@ -11,8 +11,8 @@ import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -22,7 +22,7 @@ from PIL import Image
 from uae_jax.data import tokenizer as tokenizers
 from uae_jax.data.images import square_image
 from uae_jax.data.qwen_inputs import Fields, ImageProcessor, pad_to, prompt_fields
-from uae_jax.data.sources import Example, Source
+from uae_jax.data.sources import Example
 
 MOST_THREADS = 32  # more of them wait for each other
 ROWS_AHEAD = 4  # of each thread, and of each worker process
@@ -262,9 +262,17 @@ def _sample_of(samples: Any, size: int, count: int, index: int, row: int) -> Fie
     return samples[(batch * count + index) * size + place]
 
 
+class Items(Protocol):
+    """What a loader reads: a `Source`, or another sequence whose items `rows` understands."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
 def make_loader(
-    source: Source,
-    rows: RowBuilder,
+    source: Items,
+    rows: Callable[[int, Any], Fields],
     batch_size: int,
     seed: int = 0,
     *,
@@ -280,8 +288,8 @@ def make_loader(
     not count.
 
     Args:
-      source: see `sources`.
-      rows: makes the rows.
+      source: see `sources`, or `precomputed.PrecomputedSource`.
+      rows: makes a row of a sample's number and an item, as `RowBuilder` does.
       batch_size: rows of the global batch B; each process gets B / process_count.
       seed: of the shuffle, which differs between epochs.
       process_index, process_count: of this process.

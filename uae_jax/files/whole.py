@@ -20,6 +20,21 @@ def named(path: pathlib.Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A hidden file beside `path` to write; it takes the name of `path` at the end, and is deleted on an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the hidden name begins with a dot, because GenEval's pattern \d+\.png is not anchored at its end
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        with named(path):
+            yield partial
+            os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def write_bytes(path: str | pathlib.Path, data: bytes) -> None:
     """Writes a file so that a kill leaves the old file or the new one; creates the folder if absent.
 
@@ -28,17 +43,8 @@ def write_bytes(path: str | pathlib.Path, data: bytes) -> None:
     Raises:
       OSError: the file cannot be written; nothing is left of it.
     """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # the hidden name begins with a dot, because GenEval's pattern \d+\.png is not anchored at its end
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        with named(path):
-            partial.write_bytes(data)
-            os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(pathlib.Path(path)) as partial:
+        partial.write_bytes(data)
 
 
 def remove_partial(folder: pathlib.Path) -> int:

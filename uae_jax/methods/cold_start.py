@@ -23,6 +23,7 @@ from uae_jax.methods.stage_settings import SamplerConfig, SupervisedSettings, de
 from uae_jax.models import uae
 from uae_jax.rewards.similarity import CLAMPS, RewardConfig, chosen_encoders, mixed_reward
 from uae_jax.rollouts.captioning import CAPTION_FIELDS, IMAGE_FIELDS, PROMPT_FIELDS
+from uae_jax.rollouts.frozen_inputs import STATE_FIELDS, stored_context
 from uae_jax.rollouts.reconstruction import Denoising, caption_context, decode, predictor, sample_keys
 from uae_jax.settings import changed, setting
 from uae_jax.training.optimizer import OptimizerConfig
@@ -84,6 +85,11 @@ class ColdStart:
         seen = (*IMAGE_FIELDS, *PROMPT_FIELDS) if settings.condition == "caption_states" else ()
         return ("pixels", *CAPTION_FIELDS, *seen)
 
+    @staticmethod
+    def precomputable(settings: ColdStartConfig) -> dict[str, tuple[str, ...]]:
+        """States, where the caption is encoded alone; the images themselves are compared with."""
+        return {"states": CAPTION_FIELDS} if settings.condition == "reference" else {}
+
     @property
     def denoising(self) -> Denoising:
         """The sampler that is differentiated."""
@@ -103,9 +109,12 @@ class ColdStart:
     def loss(self, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> Loss:
         """One minus the similarity of each image and its reconstruction."""
         parts, batch, model, how = {**frozen, **params}, rollout["samples"], self.system.model, self.denoising
-        tokens, mask = batch["caption_ids"], batch["caption_mask"]
-        lengths = jnp.sum(mask, -1, dtype=jnp.int32) - 1
-        positive, negative = caption_context(model, parts, how, batch, tokens, mask, lengths, policy=False)
+        if STATE_FIELDS[0] in batch:
+            positive, negative = stored_context(model, parts, batch, guided=how.guidance_scale != 1)
+        else:
+            tokens, mask = batch["caption_ids"], batch["caption_mask"]
+            lengths = jnp.sum(mask, -1, dtype=jnp.int32) - 1
+            positive, negative = caption_context(model, parts, how, batch, tokens, mask, lengths, policy=False)
         noise = uae.initial_noise(model, sample_keys(trees.name_key(key, "noise"), batch["sample_id"]))
         predict = predictor(model, parts, how, positive, negative, policy=False)
         steps = self.settings.gradient_steps or None

@@ -152,6 +152,14 @@ class Stage:
         """The method that the settings name."""
         return self.methods[getattr(settings, "method", "")]
 
+    def precomputable(self, settings: StageSettings) -> dict[str, tuple[str, ...]]:
+        """{part of `rollouts.frozen_inputs`: fields of a batch that the stage does not read where it has that part}.
+
+        A method that can read such parts says so by a static method of this name; others need not have it.
+        """
+        told = getattr(self.method(settings), "precomputable", None)
+        return told(settings) if told else {}
+
 
 STAGES: dict[str, Stage] = {}
 

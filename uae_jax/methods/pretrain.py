@@ -19,14 +19,16 @@ from uae_jax import trees
 from uae_jax.diffusion import flow
 from uae_jax.methods.method import Described, Loss, split_samples
 from uae_jax.methods.stage_settings import SamplerConfig, SupervisedSettings
-from uae_jax.models import condition, uae
-from uae_jax.models.language import model as lm
+from uae_jax.models import uae
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.sd3 import vae
 from uae_jax.rollouts.captioning import CAPTION_FIELDS
+from uae_jax.rollouts.frozen_inputs import LATENT_FIELDS, STATE_FIELDS, image_moments, text_states, with_dropped
 from uae_jax.rollouts.reconstruction import sample_keys
 from uae_jax.settings import changed, setting
 from uae_jax.training.optimizer import OptimizerConfig
+
+INPUTS = ("pixels", *CAPTION_FIELDS, *LATENT_FIELDS, *STATE_FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,25 +76,37 @@ class Pretrain:
         """Images and captions; the captioner sees texts alone."""
         return ("pixels", *CAPTION_FIELDS)
 
+    @staticmethod
+    def precomputable(settings: PretrainConfig) -> dict[str, tuple[str, ...]]:
+        """Latents and states: what it makes of images and captions is frozen."""
+        return {"latents": ("pixels",), "states": CAPTION_FIELDS}
+
     def rollout(self, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
-        """Latents of the images and hidden states of the captions; the frozen encoders run here, without gradients."""
+        """Latents of the images and hidden states of the captions; the frozen encoders run here, without gradients.
+
+        Where the batch has what these encoders make (`rollouts.frozen_inputs`), they do not run.
+        """
         parts, model, settings = {**frozen, **params}, self.system.model, self.settings
         keys = sample_keys(key, batch["sample_id"])
         dropped = jax.vmap(lambda k: jax.random.bernoulli(trees.name_key(k, "drop"), settings.condition_dropout))(keys)
-        lengths = jnp.sum(batch["caption_mask"], -1, dtype=jnp.int32) - 1
-        tokens, lengths = drop_captions(model, batch["caption_ids"], lengths, dropped)
-        captioner, _ = uae.captioner_weights(parts, policy=False)
 
         def encode(inputs: Mapping) -> dict:
-            ids, mask = condition.place_in_template(model.template, inputs["tokens"], inputs["lengths"])
-            hidden = lm.text_hidden_states(model.captioner, captioner, None, ids, mask)
-            mean, log_variance = vae.encode(model.vae, parts["vae"], inputs["pixels"])
+            if STATE_FIELDS[0] in inputs:
+                hidden, mask = with_dropped(model, parts, inputs, inputs["dropped"])
+            else:
+                lengths = jnp.sum(inputs["caption_mask"], -1, dtype=jnp.int32) - 1
+                kept = drop_captions(model, inputs["caption_ids"], lengths, inputs["dropped"])
+                hidden, mask = text_states(model, parts, *kept)
+            if LATENT_FIELDS[0] in inputs:
+                mean, log_variance = (inputs[name] for name in LATENT_FIELDS)
+            else:
+                mean, log_variance = image_moments(model, parts, inputs["pixels"])
             drawn = jax.vmap(lambda k, m, v: vae.sample_latents(trees.name_key(k, "latents"), m, v))(
                 inputs["keys"], mean, log_variance
             )
             return {"latents": vae.to_model_latents(model.vae, drawn), "hidden": hidden, "mask": mask}
 
-        inputs = {"tokens": tokens, "lengths": lengths, "pixels": batch["pixels"], "keys": keys}
+        inputs = {name: batch[name] for name in INPUTS if name in batch} | {"keys": keys, "dropped": dropped}
         # the images of a batch at full resolution do not fit where only a part of its gradient does
         encoded = trees.map_parts(encode, split_samples(inputs, settings.micro_batches * settings.updates_per_rollout))
         return {"samples": encoded | {"sample_id": batch["sample_id"]}}

@@ -103,12 +103,15 @@ def encode_negative(
     caption_tokens: int,
 ) -> tuple[Float[Array, "1 s d_context"], Bool[Array, "1 s"]]:
     """Context and mask of the negative prompt, of the length that captions of so many tokens have."""
+    return encode_captions(config, params, adapter, template, *negative_tokens(template, caption_tokens))
+
+
+def negative_tokens(template: ConditionTemplate, caption_tokens: int) -> tuple[Int[Array, "1 t"], Int[Array, " 1"]]:
+    """The negative prompt as one caption, of the length that captions of so many tokens have, and its own length."""
     width = max(caption_tokens, len(template.negative))
     tokens = np.full((1, width), template.pad, np.int32)
     tokens[0, : len(template.negative)] = template.negative
-    return encode_captions(
-        config, params, adapter, template, jnp.asarray(tokens), jnp.array([len(template.negative)], jnp.int32)
-    )
+    return jnp.asarray(tokens), jnp.array([len(template.negative)], jnp.int32)
 
 
 def caption_lengths(mask: Bool[Array, "n t"], finished: Bool[Array, " n"]) -> Int[Array, " n"]:

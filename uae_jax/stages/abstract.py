@@ -27,6 +27,7 @@ from uae_jax.models.uae import UAE
 from uae_jax.rewards.caption_similarity import PART as SCORER
 from uae_jax.rewards.caption_similarity import CaptionScorer
 from uae_jax.rewards.similarity import Encoder
+from uae_jax.rollouts.frozen_inputs import field_shapes
 from uae_jax.stages.data import spec_of
 from uae_jax.stages.program import with_adapters
 from uae_jax.stages.run_config import RunConfig
@@ -56,9 +57,10 @@ class AbstractSystem:
     scorer: CaptionScorer | None = None
 
     def batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """The shapes of a batch of so many rows."""
+        """The shapes of a batch of so many rows, with the fields that may be precomputed."""
         shapes = batch_shapes(self.spec, batch_size, self.processor)
-        return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        made = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        return made | field_shapes(self.model, batch_size, self.spec.max_caption)
 
 
 def abstract_folder(config: RunConfig) -> AbstractSystem:

@@ -3,6 +3,7 @@
 Every check is made, whatever the others find, so that all mistakes are told at once.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -15,6 +16,7 @@ import jax
 from uae_jax import sharding
 from uae_jax.methods import STAGES
 from uae_jax.settings import Mistakes, one_line, read
+from uae_jax.stages import precomputed
 from uae_jax.stages.abstract import AbstractSystem, abstract_folder, with_run_adapters
 from uae_jax.stages.data import OpenedData, open_data
 from uae_jax.stages.folders.check import check_folder
@@ -106,7 +108,7 @@ def find_mistakes(config: RunConfig, workdir: pathlib.Path | None) -> list[str]:
 
 
 def read_model(config: RunConfig) -> tuple[AbstractSystem | None, list[str]]:
-    """The shapes of the model folder, and its mistakes, one line each.
+    """The shapes of the model folder, and its mistakes with those of precomputed inputs, one line each.
 
     Configs are read, and the headers of all weight files against them. This takes seconds: every part is traced.
     """
@@ -114,9 +116,10 @@ def read_model(config: RunConfig) -> tuple[AbstractSystem | None, list[str]]:
         return None, []  # said by `_check_encoders`
     found = _all(config, [_check_files])
     try:
-        return with_run_adapters(config, abstract_folder(config)), found
+        system = with_run_adapters(config, abstract_folder(config))
     except EXPECTED as error:
         return None, list(dict.fromkeys([*found, one_line(error)]))
+    return system, found + _all(config, [lambda config: precomputed.mistakes(config, system.model)])
 
 
 def _all(config: RunConfig, checks: Sequence[Callable[[RunConfig], Iterator[str]]]) -> list[str]:
@@ -141,6 +144,8 @@ def notices(config: RunConfig) -> list[str]:
                 f"{stage}: the warm-up is shortened from {optimizer.warmup_steps} to {warmup} updates, since the stage "
                 f"has {total}"
             )
+    with contextlib.suppress(*EXPECTED):  # a folder that cannot be read is a mistake, and told as one
+        found += precomputed.notes(config)
     return found
 
 

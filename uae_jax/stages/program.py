@@ -10,6 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from uae_jax import sharding
 from uae_jax.methods.method import Described, build_step, make_method, start_of
 from uae_jax.methods.trained import COPY, LORA, check_start, stored, trainable, with_policy_as_transformer
+from uae_jax.rollouts.frozen_inputs import NEGATIVE, negative_shape
+from uae_jax.stages.precomputed import parts_read
 from uae_jax.stages.run_config import RunConfig, is_rl
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.step import TrainState
@@ -56,6 +58,9 @@ def make_program(
       batch: shapes of a batch of so many rows.
       stage: its name.
       mesh: where arguments lie; None leaves them without shardings.
+
+    Raises:
+      FileNotFoundError, ValueError: `data.precomputed` names a folder without a manifest.
     """
     settings = config.stage(stage)
     optimizer = make_optimizer(settings.optimizer, settings.total_updates)
@@ -66,7 +71,10 @@ def make_program(
     state = jax.eval_shape(lambda parts: start_of(parts, optimizer, settings), start)
     frozen = {name: part for name, part in parts.items() if name not in start}
     frozen = jax.eval_shape(lambda parts: stored(parts, config.trained_from(stage), config.model.frozen_dtype), frozen)
-    reads = config.reads(stage)
+    precomputed = parts_read(config, stage)
+    if "states" in precomputed:
+        frozen[NEGATIVE] = negative_shape(system.model, config.data.max_caption)
+    reads = config.reads(stage, precomputed)
     inputs = {name: leaf for name, leaf in batch(settings.batch_size).items() if name in reads}
     key, shardings = jax.eval_shape(lambda: jax.random.key(0)), None
     if mesh is not None:

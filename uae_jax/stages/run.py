@@ -25,12 +25,14 @@ from uae_jax.files.json_files import write_json
 from uae_jax.methods.method import build_step, make_method, start_of
 from uae_jax.methods.stage_settings import denoising
 from uae_jax.methods.trained import store, trainable, with_policy_as_transformer
+from uae_jax.rollouts.frozen_inputs import NEGATIVE, negative_states
 from uae_jax.settings import as_dict
 from uae_jax.stages.checks import checked_config, missing_captions, stage_identity
 from uae_jax.stages.data import check_same_images, few_images, open_data, row_builder, unknown_captions
 from uae_jax.stages.evaluation import Evaluator
 from uae_jax.stages.export import export_system
 from uae_jax.stages.folders.parts import weights_digest
+from uae_jax.stages.precomputed import check_images, compare, open_inputs, parts_read
 from uae_jax.stages.program import with_adapters
 from uae_jax.stages.run_config import RunConfig, is_rl
 from uae_jax.stages.understanding import open_understanding
@@ -118,6 +120,7 @@ class Run:
         self.source = self.data.train
         if found := list(missing_captions(config, self.data)):
             raise ValueError(found[0])
+        check_images(config, self.data)
         if jax.process_index() == 0:
             tell(self.data.lines, few_images(config, self.source))
         system = load_system(
@@ -134,10 +137,15 @@ class Run:
         if jax.process_index() == 0:
             tell((), unknown_captions(config, self.data, self.system.tokenizer))
         self.rows = row_builder(config.data, self.system.tokenizer, self.system.processor)
+        self.precomputed = open_inputs(config, self.system.model, self.data)
         parts = with_adapters(config, system.parts, self.key)
         sharding.check_rules(parts, self.mesh)
         self.parts = sharding.shard_tree(parts, self.mesh)
         del parts
+        if self.precomputed:
+            if jax.process_index() == 0:
+                tell([self.precomputed.line], ())
+            compare(self.precomputed, self.system.model, self.parts, self.source, self.rows, self.mesh)
         scores = config.evaluation
         how = denoising(config.sampler, scores.sampler_steps, scores.guidance_scale, condition=config.condition())
         self.evaluator = Evaluator(
@@ -177,7 +185,7 @@ class Run:
                 name,
                 build_step(method, optimizer, shardings),
                 state=state,
-                frozen=self.parts,
+                frozen=self.frozen_of(stage),
                 data=data,
                 key=sharding.replicate_key(key, self.mesh),
                 workdir=self.workdir,
@@ -251,12 +259,28 @@ class Run:
             eval_every=loop.eval_every if rl else 0,
         )
 
+    def frozen_of(self, stage: str) -> dict:
+        """What a step of a stage reads and does not change, when `start_state` has taken what it trains."""
+        if "states" not in parts_read(self.config, stage):
+            return self.parts
+        length, model = self.config.data.max_caption, self.system.model
+        make = jax.jit(
+            lambda parts: negative_states(model, parts, length), out_shardings=sharding.replicated(self.mesh)
+        )
+        with sharding.in_use(self.mesh):
+            return {**self.parts, NEGATIVE: make({"language": self.parts["language"]})}
+
     def batches(self, stage: str, batch_size: int) -> Batches:
         """The loader of a stage's batches, from their beginning, with the fields that the stage reads."""
         index, count = sharding.batch_slice(self.mesh)
+        precomputed = parts_read(self.config, stage)
+        reads = self.config.reads(stage, precomputed)
+        source, rows = self.source_of(stage), self.rows.only(reads)
+        if self.precomputed and precomputed:
+            source, rows = self.precomputed.loaded(source, self.rows, reads)
         return make_loader(
-            self.source_of(stage),
-            self.rows.only(self.config.reads(stage)),
+            source,
+            rows,
             batch_size,
             self.config.seed,
             process_index=index,

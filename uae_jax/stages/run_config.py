@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from uae_jax.data.formats import CAPTION_CHOICES, FORMATS
@@ -10,6 +10,7 @@ from uae_jax.data.loader import Reading
 from uae_jax.methods import STAGES
 from uae_jax.methods.stage_settings import SamplerConfig, StageSettings
 from uae_jax.methods.trained import COPY, LORA, STORABLE, copied_parts
+from uae_jax.rollouts.frozen_inputs import FIELDS
 from uae_jax.settings import LAST_SEED, Settings, as_dict, free_fields, sections, setting
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages.evaluation import EvaluationConfig
@@ -77,6 +78,12 @@ class DataConfig(Settings):
         "scaled",
         "JPEGs of a folder that are more than twice as large as needed are decoded at 1/2, 1/4 or 1/8, or in full",
         choices=("scaled", "full"),
+    )
+    precomputed: str = setting(
+        "",
+        "folder of python -m uae_jax.precompute, whose latents and states the supervised stages read; empty to compute "
+        "them in every step",
+        free=True,
     )
     threads: int = setting(
         0,
@@ -205,10 +212,21 @@ class RunConfig(Settings):
         settings: StageSettings = self.stage_settings[stage]
         return STAGES[stage].method(settings).needs_captions(settings)
 
-    def reads(self, stage: str) -> frozenset[str]:
-        """Names of the fields of a batch that a stage reads, see `methods.method.Method.reads`."""
+    def reads(self, stage: str, precomputed: Collection[str] = ()) -> frozenset[str]:
+        """Names of the fields of a batch that a stage reads, see `methods.method.Method.reads`.
+
+        Args:
+          stage: its name.
+          precomputed: parts that it reads instead of computing them (`precomputable`).
+        """
         settings: StageSettings = self.stage_settings[stage]
-        return frozenset(("sample_id", *STAGES[stage].method(settings).reads(settings)))
+        fields = {"sample_id", *STAGES[stage].method(settings).reads(settings)}
+        replaced = {field for part in precomputed for field in self.precomputable(stage)[part]}
+        return frozenset(fields - replaced).union(*(FIELDS[part] for part in precomputed))
+
+    def precomputable(self, stage: str) -> dict[str, tuple[str, ...]]:
+        """Parts that a stage can read instead of computing them, see `methods.method.Stage.precomputable`."""
+        return STAGES[stage].precomputable(self.stage_settings[stage])
 
     def trained_from(self, stage: str) -> set[str]:
         """Parts that a stage or a later one trains as they are, and parts that a later one copies to fine-tune them.
@@ -228,6 +246,10 @@ class RunConfig(Settings):
             return set()
         copied = set().union(*(copied_parts(self.trains(stage)) for _, stage in order))
         return set(STORABLE) - self.trained_from(order[0][1]) - copied
+
+    def language_precision(self, stage: str) -> str:
+        """Precision in which a stage holds the reference language model, which encodes captions for the decoder."""
+        return "float32" if "language" in self.trained_from(stage) else self.model.frozen_dtype
 
     def condition(self) -> str:
         """What the decoder reads of a caption when it is scored: what it reads in the RL stages of the run.

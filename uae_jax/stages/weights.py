@@ -196,23 +196,12 @@ def _load_models(
     folder: pathlib.Path, config: ModelConfig, mesh: Mesh | None, frozen: Collection[str]
 ) -> tuple[qwen_config.Qwen2_5VLConfig, TransformerConfig, VAEConfig, dict]:
     """Captioner, transformer and auto-encoder with their adapters: descriptions and the dictionary of parameters."""
-    trained_whole = _has_reference(folder, config)
+    _has_reference(folder, config)
     # its two text towers are on the host only until the vector is known, so they come before all that stays
     pooled = pooled_empty_prompt([folder / "SD3" / name for name in ("text_encoder", "text_encoder_2")])
     overrides = dict(dtype=config.dtype, remat=config.remat, lora_alpha=config.lora_alpha)
     held, precision = _precisions(folder, config, frozen)
-    stored = precision | {"language": np.dtype(np.float32)} if trained_whole and config.adapters else precision
-    captioner, parts = _load_captioner(folder, overrides, _placement(mesh), stored)
-    if trained_whole:
-        language = parts.pop("language")
-        parts |= {"language_policy": language} if config.adapters else {}
-        del language
-        parts["language"] = qwen_weights.load_language(
-            folder / REFERENCE, captioner, precision["language"], _placement(mesh)
-        )
-    if config.adapters and (folder / "llm_lora").is_dir():
-        captioner = _add_language_adapter(folder / "llm_lora", captioner, parts, config.merge_adapters, mesh)
-        store(parts, held, config.frozen_dtype)
+    captioner, parts = _load_captioner_with_reference(folder, config, mesh, frozen)
     transformer_folder = folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer"
     transformer, parts["transformer"] = sd3_weights.load_transformer(
         transformer_folder,
@@ -227,6 +216,57 @@ def _load_models(
         transformer = _add_transformer_adapter(folder / "dit_lora", transformer, parts, config.merge_adapters, mesh)
         store(parts, held, config.frozen_dtype)
     return captioner, transformer, vae, parts
+
+
+def _load_captioner_with_reference(
+    folder: pathlib.Path, config: ModelConfig, mesh: Mesh | None, frozen: Collection[str]
+) -> tuple[qwen_config.Qwen2_5VLConfig, dict]:
+    """The captioner with its adapter, or with its fully fine-tuned copy beside the reference."""
+    trained_whole = _has_reference(folder, config)
+    overrides = dict(dtype=config.dtype, remat=config.remat, lora_alpha=config.lora_alpha)
+    held, precision = _precisions(folder, config, frozen)
+    stored = precision | {"language": np.dtype(np.float32)} if trained_whole and config.adapters else precision
+    captioner, parts = _load_captioner(folder, overrides, _placement(mesh), stored)
+    if trained_whole:
+        language = parts.pop("language")
+        parts |= {"language_policy": language} if config.adapters else {}
+        del language
+        parts["language"] = qwen_weights.load_language(
+            folder / REFERENCE, captioner, precision["language"], _placement(mesh)
+        )
+    if config.adapters and (folder / "llm_lora").is_dir():
+        captioner = _add_language_adapter(folder / "llm_lora", captioner, parts, config.merge_adapters, mesh)
+        store(parts, held, config.frozen_dtype)
+    return captioner, parts
+
+
+def load_frozen(
+    config: ModelConfig, names: Collection[str], *, mesh: Mesh | None = None, frozen: Collection[str] = ()
+) -> dict:
+    """The auto-encoder (`vae`), the reference language model (`language`), or both, as `load_system` reads them.
+
+    Args:
+      config: which folder.
+      names: of the parts.
+      mesh, frozen: see `load_system`.
+
+    Raises:
+      FileNotFoundError, ValueError: see `load_system`.
+    """
+    folder, parts = model_folder(config.folder), {}
+    if "language" in names:
+        parts["language"] = _load_captioner_with_reference(folder, config, mesh, frozen)[1]["language"]
+    if "vae" in names:
+        parts["vae"] = sd3_weights.load_vae(folder / "SD3" / "vae", placement=_placement(mesh, "vae"))[1]
+    return parts
+
+
+def language_folders(folder: pathlib.Path, config: ModelConfig) -> tuple[str, ...]:
+    """Names of the folders in a model folder whose weights make the reference language model."""
+    if (folder / REFERENCE).is_dir():
+        return (REFERENCE,)
+    merged = config.adapters and config.merge_adapters and (folder / "llm_lora").is_dir()
+    return tuple(sorted({captioner_folder(folder).name, *(("llm_lora",) if merged else ())}))
 
 
 def _precisions(

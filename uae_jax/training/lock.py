@@ -16,7 +16,7 @@ RUN = "UAE_RUN"  # set by launchers that start a run again only after all of its
 
 
 @contextlib.contextmanager
-def workdir_lock(workdir: pathlib.Path) -> Iterator[None]:
+def workdir_lock(workdir: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
     """Holds the workdir of a run; of several processes the first one does.
 
     The lock is a file with host, process and start time. A lock of this host whose process is gone is taken over. The
@@ -25,6 +25,7 @@ def workdir_lock(workdir: pathlib.Path) -> Iterator[None]:
 
     Args:
       workdir: exists.
+      flag: of the command that named it.
 
     Raises:
       ValueError: another run holds it.
@@ -33,7 +34,7 @@ def workdir_lock(workdir: pathlib.Path) -> Iterator[None]:
         yield
         return
     path = workdir / NAME
-    _acquire(path)
+    _acquire(path, flag)
     try:
         yield
     finally:
@@ -41,7 +42,7 @@ def workdir_lock(workdir: pathlib.Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _acquire(path: pathlib.Path) -> None:
+def _acquire(path: pathlib.Path, flag: str) -> None:
     own = {
         "host": socket.gethostname(),
         "process": os.getpid(),
@@ -59,7 +60,7 @@ def _acquire(path: pathlib.Path) -> None:
             if not _gone(other):
                 raise ValueError(
                     f"{path.parent} is in use by process {other.get('process')} on {other.get('host')} since "
-                    f"{other.get('started')}; use another --workdir, stop that run, or delete {path} if it is gone"
+                    f"{other.get('started')}; use another {flag}, stop that run, or delete {path} if it is gone"
                 ) from None
             print(f"note: {path} was left by a run that is gone; it is taken over", file=sys.stderr)
             path.unlink(missing_ok=True)

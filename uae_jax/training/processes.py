@@ -96,8 +96,8 @@ def join(coordinator: str | None = None, processes: int | None = None, process_i
         ) from error
 
 
-def check_shared(folder: Path) -> None:
-    """Checks that all processes see the same folder.
+def check_shared(folder: Path, flag: str = "--workdir") -> None:
+    """Checks that all processes see the same folder, which a flag has named.
 
     Raises:
       ValueError: a process sees another folder.
@@ -114,7 +114,7 @@ def check_shared(folder: Path) -> None:
         mark.unlink()
     if not seen.all():
         raise ValueError(
-            f"process {int(np.argmin(seen))} does not see {folder} of process 0; put --workdir on a file system that "
+            f"process {int(np.argmin(seen))} does not see {folder} of process 0; put {flag} on a file system that "
             "all hosts share"
         )
 
@@ -130,6 +130,13 @@ def all_agree(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.process_allgather(np.array(value)).all())
+
+
+def of_first(value: np.ndarray) -> np.ndarray:
+    """The value that process 0 has of an array, on every process."""
+    if jax.process_count() == 1:
+        return value
+    return np.asarray(multihost_utils.broadcast_one_to_all(value))
 
 
 def first_alone(action: Callable[[], Result], name: str) -> Result:

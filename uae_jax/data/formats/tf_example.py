@@ -1,10 +1,10 @@
-"""Reads tf.train.Example messages without TensorFlow: the few field numbers of its protocol buffer.
+"""Reads and writes tf.train.Example messages without TensorFlow: the few field numbers of its protocol buffer.
 
 Example { Features features = 1 }   Features { map<string, Feature> feature = 1 }
 Feature { BytesList bytes_list = 1, FloatList float_list = 2, Int64List int64_list = 3 }
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
@@ -27,6 +27,29 @@ def bytes_features(message: bytes) -> dict[str, list[bytes]]:
     if not found:
         raise ValueError("it is not a tf.train.Example with features of bytes")
     return found
+
+
+def bytes_message(features: Mapping[str, bytes]) -> bytes:
+    """The message of features with one value of bytes each, in their order; `bytes_features` reads it."""
+    entries = []
+    for name, value in features.items():
+        feature = _field(1, _field(1, value))
+        entries.append(_field(1, _field(1, name.encode("utf-8")) + _field(2, feature)))
+    return _field(1, b"".join(entries))
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field that holds bytes: its number and kind, the size, the content."""
+    return bytes([number << 3 | BYTES]) + _varint_of(len(content)) + content
+
+
+def _varint_of(value: int) -> bytes:
+    """A number of at least 0 as seven bits a byte, the lowest first."""
+    digits = bytearray()
+    while value > 0x7F:
+        digits.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*digits, value])
 
 
 def _values(message: bytes, wanted: int) -> Iterator[bytes]:

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -363,13 +363,18 @@ def with_dtype(content: dict[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
-def weights_digest(folder: pathlib.Path) -> str:
+def weights_digest(folder: pathlib.Path, names: Collection[str] = ()) -> str:
     """A digest of a model folder's contents, the same wherever the folder lies; 16 hexadecimal digits.
 
     Weight files count by name, size, and their first and last bytes, so that no folder is read as a whole.
+
+    Args:
+      folder: of the model.
+      names: folders in it that count, such as `SD3/vae`; none for all parts.
     """
     found = {}
-    for part in find_parts(folder).parts:
+    parts = [Part(name, folder / name) for name in names] or find_parts(folder).parts
+    for part in parts:
         for path in sorted(part.folder.glob("*.safetensors")) if part.folder.is_dir() else [part.folder]:
             size = path.stat().st_size
             with path.open("rb") as file:
