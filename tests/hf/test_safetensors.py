@@ -63,9 +63,9 @@ def test_missing_folders_and_files(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{", "not an index of safetensors"),
-        ("[]", "not an index of safetensors"),
-        ('{"weight_map": 3}', "not an index of safetensors"),
+        ("{", "not an index of weights"),
+        ("[]", "not an index of weights"),
+        ('{"weight_map": 3}', "not an index of weights"),
     ],
 )
 def test_an_index_that_cannot_be_read_is_named(tmp_path, content, message):
