@@ -20,6 +20,7 @@ from uae_jax.methods.trained import stored
 from uae_jax.models.sd3.config import TransformerConfig
 from uae_jax.models.sd3.transformer import position_table
 from uae_jax.planning.system import AbstractSystem, abstract_system
+from uae_jax.rollouts import frozen_inputs
 from uae_jax.settings import frozen
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import System
@@ -129,7 +130,8 @@ def random_batch(system: AbstractSystem, rows: int, seed: int = 0) -> dict[str, 
     batch = {name: np.stack([fields[index % len(fields)][name] for index in range(rows)]) for name in fields[0]}
     batch["sample_id"] = np.arange(rows, dtype=np.int32)
     found = {name: (array.shape, array.dtype) for name, array in batch.items()}
-    wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in system.batch(rows).items()}
+    computed = {name for names in frozen_inputs.FIELDS.values() for name in names}  # by the step itself
+    wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in system.batch(rows).items() if name not in computed}
     if found != wanted:
         raise ValueError(f"a batch has the fields {wanted}, not {found}")
     return batch

@@ -136,13 +136,15 @@ def test_ctrl_c_ends_the_view_and_not_the_run(tpu):
     launcher = subprocess.Popen(
         ["bash", ROOT / "launch" / "tpu_vm.sh", *tpu.words()],
         env=environment_of(before(tpu.bin)),
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    tpu.until(lambda: tpu.calls("follow") and tpu.running())
+    # a shell that waits for a command other than the view goes on after Ctrl-C
+    assert any("start 1 of host0" in line for line in launcher.stdout)
+    tpu.until(tpu.running)
     os.killpg(launcher.pid, signal.SIGINT)
     assert launcher.wait(60) == 130 and "the run goes on; launch/tpu_vm.sh --follow slice z" in launcher.stderr.read()
     assert tpu.ask("--status").stdout == "host0: running\nhost1: running\n"
