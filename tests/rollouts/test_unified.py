@@ -96,7 +96,8 @@ def test_a_mesh_draws_as_one_device_does(parts, monkeypatch):
         batch = sharding.shard_batch(dict(ids=ids, mask=mask, numbers=numbers), mesh)
         found, seen = drawn(placed, batch["ids"], batch["mask"], batch["numbers"], gather=True)
     np.testing.assert_array_equal(found.tokens, one.tokens)
-    np.testing.assert_allclose(found.log_probs, one.log_probs, atol=1e-4)
+    # guidance multiplies the rounding of sums that devices take in another order
+    np.testing.assert_allclose(found.log_probs, one.log_probs, atol=1e-3)
     np.testing.assert_allclose(seen, images, atol=1e-3)
 
 
