@@ -4,13 +4,15 @@
 
 First comes a run of the built-in model that nothing disturbs, of few steps and small scores. Then the same run is ended
 so many times, each time by one of `WAYS` at a random time, and continued to its end. The exports have to be equal byte
-for byte, no run may need a hand, and no complete checkpoint may be lost.
+for byte, no run may need a hand, and no complete checkpoint may be lost. With `--processes=4` a run has four processes,
+and one of them is killed each time: the others have to end by themselves.
 A row for each kill goes to `chaos.jsonl`; the same command continues where it stopped. The exit code is 1 if an export
 differs, a checkpoint is lost, or a run needs a hand.
 """
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -19,6 +21,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,6 +44,7 @@ SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signa
 WAYS = (*SIGNALS, "full disk", "read-only workdir", "half a rename", "a flipped bit", "a hang", "a hung source")
 READ_ONLY = "mount --bind '{0}' '{0}' && mount -o remount,ro,bind '{0}' && exec \"$@\""
 HUNG_SECONDS = 5
+GONE_SECONDS = 300  # in which the other processes of a run have to notice that one is gone
 # a data source that does not answer any more after so many images, and a scheduler that then asks the run to stop
 HUNG_SOURCE = """
 import os, signal, threading
@@ -69,10 +73,17 @@ class Attempt:
     seconds: float
 
 
-def command(workdir: pathlib.Path) -> list[str]:
-    """The command that is given again and again."""
+def commands(workdir: pathlib.Path, processes: int) -> list[list[str]]:
+    """The command that is given again and again, one for each process of a run."""
     settings = [f"--config.{setting}" for setting in SMALL]
-    return [sys.executable, "-m", "uae_jax.main", "--config=unified_grpo", f"--workdir={workdir}", *settings]
+    base = [sys.executable, "-m", "uae_jax.main", "--config=unified_grpo", f"--workdir={workdir}", *settings]
+    if processes == 1:
+        return [base]
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        coordinator = f"--coordinator=localhost:{listener.getsockname()[1]}"
+    mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=2", f"--config.mesh.tensor={processes // 2}"]
+    return [[*base, *mesh, coordinator, f"--processes={processes}", f"--process_id={k}"] for k in range(processes)]
 
 
 def digest(workdir: pathlib.Path) -> str:
@@ -94,35 +105,78 @@ def steps_on_disk(workdir: pathlib.Path) -> dict[str, int]:
     return found
 
 
+def text_of(log: pathlib.Path) -> str:
+    """What a run has said so far."""
+    return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+
+
+def wait_until(process: subprocess.Popen, log: pathlib.Path, steps: int, delay: float) -> None:
+    """Waits until a run has said so many steps, and then some seconds, or has ended."""
+    while process.poll() is None and text_of(log).count(" step ") < steps:
+        time.sleep(0.1)
+    end = time.monotonic() + delay
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+
+
 def run(workdir: pathlib.Path, log: pathlib.Path, way: str = "", steps: int = 0, delay: float = 0.0) -> Attempt:
     """One run, ended in a way so many steps and seconds after its start; without a way it goes to its end."""
-    arguments, prepare = command(workdir), None
+    arguments, prepare = commands(workdir, 1)[0], None
     if way == "a hung source":
         arguments[1:3] = ["-c", HUNG_SOURCE.format(images=8 + 10 * steps)]
     if way == "full disk":
         prepare = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))  # noqa: E731
     if way == "read-only workdir":
         arguments = ["unshare", "-m", "sh", "-c", READ_ONLY.format(workdir), "sh", *arguments]
-    begin, seen = time.monotonic(), None
+    begin = time.monotonic()
     with (
         log.open("w", encoding="utf-8") as file,
         subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, preexec_fn=prepare) as process,
     ):
-        while process.poll() is None and (way in SIGNALS or way == "a hang"):
-            if seen is None and log.read_text(encoding="utf-8", errors="replace").count(" step ") >= steps:
-                seen = time.monotonic()
-            if seen is not None and time.monotonic() >= seen + delay:
-                break
-            time.sleep(0.1)
-        if way in ("", "full disk", "read-only workdir", "a hung source"):
-            process.wait()
-        if process.poll() is None:
+        if way in SIGNALS or way == "a hang":
+            wait_until(process, log, steps, delay)
             if way == "a hang":
                 process.send_signal(signal.SIGSTOP)
                 time.sleep(HUNG_SECONDS)
             process.send_signal(SIGNALS.get(way, signal.SIGKILL))
         code = process.wait()
-    return Attempt(code, log.read_text(encoding="utf-8", errors="replace"), time.monotonic() - begin)
+    return Attempt(code, text_of(log), time.monotonic() - begin)
+
+
+def run_together(
+    workdir: pathlib.Path,
+    log: pathlib.Path,
+    processes: int,
+    gone: int | None = None,
+    steps: int = 0,
+    delay: float = 0.0,
+) -> Attempt:
+    """One run of several processes; the one of number `gone` is killed so many steps and seconds after the start.
+
+    Raises:
+      RuntimeError: the others do not end by themselves within `GONE_SECONDS`.
+    """
+    # programs read from the cache do not agree on the order of their collectives on CPU
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
+    begin, logs = time.monotonic(), [log, *(log.with_suffix(f".{k}.log") for k in range(1, processes))]
+    started = []
+    for path, arguments in zip(logs, commands(workdir, processes), strict=True):
+        with path.open("w", encoding="utf-8") as file:
+            started.append(subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment))
+    try:
+        limit = None
+        if gone is not None:
+            wait_until(started[gone], log, steps, delay)
+            started[gone].kill()
+            limit = GONE_SECONDS
+        codes = [process.wait(limit) for process in started]
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{GONE_SECONDS} s after process {gone} was killed another goes on: see {log}") from error
+    finally:
+        for process in started:
+            process.kill()
+    said = "".join(map(text_of, logs))
+    return Attempt(max(codes, key=abs), said, time.monotonic() - begin)
 
 
 def newest(workdir: pathlib.Path) -> pathlib.Path | None:
@@ -156,30 +210,36 @@ def damage(workdir: pathlib.Path, way: str, rng: random.Random) -> int:
     return 1
 
 
-def kill(workdir: pathlib.Path, number: int, rng: random.Random, out: pathlib.Path) -> dict:
+def kill(workdir: pathlib.Path, number: int, rng: random.Random, out: pathlib.Path, processes: int) -> dict:
     """One run that is ended, and the row that tells of it."""
     way, before, damaged = WAYS[number % len(WAYS)], steps_on_disk(workdir), 0
-    ended = way
-    if way in ("half a rename", "a flipped bit"):
+    ended, log = way, out / f"kill_{number:03d}.log"
+    if processes == 1 and way in ("half a rename", "a flipped bit"):
         damaged, ended = damage(workdir, way, rng), "SIGKILL"
     steps = rng.randrange(5)
     delay = rng.uniform(0.0, 3.0) if steps else rng.uniform(0.0, 30.0)  # also in imports, reading and compilation
-    attempt = run(workdir, out / f"kill_{number:03d}.log", ended, steps, delay)
+    if processes == 1:
+        attempt = run(workdir, log, ended, steps, delay)
+    else:
+        gone = rng.randrange(processes)
+        way = f"process {gone} of {processes} gone"
+        attempt = run_together(workdir, log, processes, gone, steps, delay)
     after = steps_on_disk(workdir)
     lost = {stage: step for stage, step in before.items() if after.get(stage, 0) < step} if not damaged else {}
     row = {"kill": number, "way": way, "code": attempt.code, "seconds": round(attempt.seconds, 1)}
     return row | {"before": before, "after": after, "lost": lost, "traceback": "Traceback" in attempt.said}
 
 
-def finish(workdir: pathlib.Path, log: pathlib.Path) -> float:
+def finish(workdir: pathlib.Path, log: pathlib.Path, processes: int) -> float:
     """Continues a run to its end, and returns its seconds.
 
     Raises:
       RuntimeError: the command does not get there by itself.
     """
-    attempt = run(workdir, log)
+    again = run if processes == 1 else functools.partial(run_together, processes=processes)
+    attempt = again(workdir, log)
     if attempt.code:
-        attempt = run(workdir, log)  # a stage none of whose checkpoints can be read begins again with the next command
+        attempt = again(workdir, log)  # a stage without a readable checkpoint begins again with the next command
     if attempt.code:
         raise RuntimeError(f"{workdir} needs a hand: see {log}")
     return attempt.seconds
@@ -187,22 +247,22 @@ def finish(workdir: pathlib.Path, log: pathlib.Path) -> float:
 
 def chaos(options: argparse.Namespace) -> None:
     """Runs, ends and compares; what was done before is not done again."""
-    out = pathlib.Path(options.out).absolute()
+    out, processes = pathlib.Path(options.out).absolute(), options.processes
     out.mkdir(parents=True, exist_ok=True)
     # compiled once: a restart is to be killed in its steps, not in its compilation
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(out / "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     rows_path, whole = out / "chaos.jsonl", out / "whole"
     if not (whole / "report.html").exists():
-        finish(whole, out / "whole.log")
+        finish(whole, out / "whole.log", processes)
     wanted = digest(whole)
     rows = [json.loads(line) for line in rows_path.read_text().splitlines()] if rows_path.exists() else []
     for number in range(len(rows), options.kills):
         runs = sum("export" in row for row in rows)  # each is whole at its end, and the next one begins
         workdir = out / f"run_{options.seed}_{runs}"
-        row = kill(workdir, number, random.Random(f"{options.seed}/{number}"), out)
+        row = kill(workdir, number, random.Random(f"{options.seed}/{number}"), out, processes)
         if row["code"] == 0 or number == options.kills - 1:
-            finish(workdir, out / f"end_{number:03d}.log")
+            finish(workdir, out / f"end_{number:03d}.log", processes)
             row["export"] = digest(workdir) == wanted
             shutil.rmtree(workdir)
         rows.append(row)
@@ -220,7 +280,11 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder of runs, logs and rows")
     parser.add_argument("--kills", help="how often a run is ended", default=40, **in_range(int, low=1))
     parser.add_argument("--seed", help="of ways and times", default=0, **in_range(int, low=0))
-    chaos(parser.parse_args())
+    parser.add_argument("--processes", help="of each run: 1, or an even number", default=1, **in_range(int, low=1))
+    options = parser.parse_args()
+    if options.processes > 1 and options.processes % 2:
+        parser.error(f"--processes={options.processes} is odd; give 1, 2 or 4")
+    chaos(options)
 
 
 if __name__ == "__main__":
