@@ -8,6 +8,7 @@ their activations (`nn.constrain`).
 import contextlib
 import dataclasses
 import functools
+import gc
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -295,6 +296,7 @@ def first_process_value(leaf: Any, row: int | None = None) -> np.ndarray | None:
     """
     if not isinstance(leaf, jax.Array):
         return (np.asarray(leaf) if row is None else np.asarray(leaf[row])) if jax.process_index() == 0 else None
+    gc.collect(0)  # from jaxlib 0.12 on a host copy of an array that is gone stays until a collection
     placed = leaf.sharding
     if not (leaf.is_fully_addressable or leaf.is_fully_replicated) and isinstance(placed, NamedSharding):
         gathered = _gather(placed.mesh, row is not None)(leaf, row or 0)

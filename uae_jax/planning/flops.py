@@ -179,7 +179,7 @@ def _scan(
     parameters: Mapping[str, Any], results: Sequence[Any], given: Marks, trips: int, used: Sequence[bool]
 ) -> tuple[Count, Marks, Reads]:
     body = getattr(parameters["jaxpr"], "jaxpr", parameters["jaxpr"])  # jax 0.10 has closed ones here
-    constants = parameters["num_consts"]
+    constants = _constants_of_scan(parameters)
     # results without a loop axis are carried; a carried weight, as in the scan over updates, is still a weight
     carried = sum(inside.aval.shape == outside.aval.shape for inside, outside in zip(body.outvars, results))
     own = [*given[:constants], *(weight and Weight() for weight in given[constants:])]
@@ -189,6 +189,13 @@ def _scan(
     gathered = sum(size for weight, size in reads.items() if weight not in given)
     count = (count + Count(rest=Work(gathered_bytes=gathered))) * parameters["length"]
     return count, returned, outer
+
+
+def _constants_of_scan(parameters: Mapping[str, Any]) -> int:
+    """How many arguments of a scan its body only reads; jax 0.12 tells it by the groups of its arguments."""
+    if "num_consts" in parameters:
+        return parameters["num_consts"]
+    return len(parameters["ft_in"].unpack()[0])
 
 
 def _while(parameters: Mapping[str, Any], given: Marks, trips: int, results: int) -> tuple[Count, Marks, Reads]:
