@@ -184,15 +184,22 @@ def start_of(params: PyTree, optimizer: optax.GradientTransformation, settings: 
     return init_state(params, optimizer, ema=bool(settings.ema_decay), old=settings.old_policy is not None)
 
 
-def build_step(method: Learner, optimizer: optax.GradientTransformation, shardings: Any = None) -> Callable:
+def build_step(
+    method: Learner,
+    optimizer: optax.GradientTransformation,
+    shardings: Any = None,
+    compiler_options: dict[str, str] | None = None,
+) -> Callable:
     """The compiled `train_step(state, frozen, batch, key) -> (state, metrics)` of a method.
 
     Args:
       method: what is trained, and how.
       optimizer: of `training.optimizer`.
       shardings: of state and metrics, or None.
+      compiler_options: of `nn.cpu.compiler`.
     """
-    return jax.jit(make_train_step(method, optimizer), donate_argnames="state", out_shardings=shardings)
+    step = make_train_step(method, optimizer)
+    return jax.jit(step, donate_argnames="state", out_shardings=shardings, compiler_options=compiler_options)
 
 
 def make_train_step(method: Learner, optimizer: optax.GradientTransformation) -> Callable:

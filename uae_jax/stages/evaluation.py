@@ -23,6 +23,7 @@ from uae_jax.data.tokenizer import decode_caption
 from uae_jax.files.json_files import write_json
 from uae_jax.models import condition, uae
 from uae_jax.models.language.sampling import SamplingConfig
+from uae_jax.nn.cpu.compiler import compiler_options
 from uae_jax.rewards.similarity import cosine_reward
 from uae_jax.rollouts.captioning import repeated_sequences, sample_captions
 from uae_jax.rollouts.reconstruction import Denoising, caption_states, draw, draw_from, sample_keys
@@ -137,8 +138,11 @@ class Evaluator:
                 for name, encoder in self.encoders.items()
             }
 
-        self._write, self._compare = jax.jit(write), jax.jit(compare)
-        self._picture, self._rebuild = (jax.jit(program, static_argnums=0) for program in (picture, rebuild))
+        options = compiler_options(system.model.captioner.text.dtype)
+        self._write, self._compare = jax.jit(write, compiler_options=options), jax.jit(compare)
+        self._picture, self._rebuild = (
+            jax.jit(program, static_argnums=0, compiler_options=options) for program in (picture, rebuild)
+        )
 
     def draw_texts(self, parts: Mapping, texts: Sequence[str]) -> np.ndarray:
         """Images generated from texts (long ones truncated), uint8 `[n, H, W, 3]`; text i has the noise of image i."""

@@ -24,6 +24,7 @@ from uae_jax.diffusion.schedule import sigma_schedule
 from uae_jax.models import condition, uae
 from uae_jax.models.language.generate import Completion
 from uae_jax.models.language.sampling import SamplingConfig
+from uae_jax.nn.cpu.compiler import compiler_options
 from uae_jax.rollouts.captioning import sample_captions
 from uae_jax.rollouts.reconstruction import Denoising, caption_states, draw, draw_from, sample_keys
 from uae_jax.sharding import MeshConfig
@@ -266,7 +267,8 @@ def _programs(system: System, config: InferenceConfig) -> tuple[Callable[..., An
         contexts = caption_states(system.model, parts, denoising, batch, ids, mask)
         return jnp.clip(draw_from(system.model, parts, denoising, contexts, noise(batch["sample_id"])), -1, 1)
 
-    return jax.jit(write), jax.jit(picture), jax.jit(rebuild)
+    options = compiler_options(system.model.captioner.text.dtype)
+    return tuple(jax.jit(program, compiler_options=options) for program in (write, picture, rebuild))
 
 
 def _check_size(model: uae.UAE, size: int) -> None:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from uae_jax import sharding
 from uae_jax.methods.method import Described, build_step, make_method, start_of
 from uae_jax.methods.trained import COPY, LORA, check_start, stored, trainable, with_policy_as_transformer
+from uae_jax.nn.cpu.compiler import compiler_options
 from uae_jax.rollouts.frozen_inputs import NEGATIVE, negative_shape
 from uae_jax.stages.precomputed import parts_read
 from uae_jax.stages.run_config import RunConfig, is_rl
@@ -83,7 +84,8 @@ def make_program(
         inputs = _placed(inputs, jax.tree.map(lambda leaf: rows, inputs))
         key = _placed(key, replicated)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state), replicated
-    step = build_step(make_method(stage, settings, config.sampler, system), optimizer, shardings)
+    method = make_method(stage, settings, config.sampler, system)
+    step = build_step(method, optimizer, shardings, compiler_options(config.model.dtype))
     return Program(stage, settings, step, state, frozen, inputs, key)
 
 

@@ -25,6 +25,7 @@ from uae_jax.files.json_files import write_json
 from uae_jax.methods.method import build_step, make_method, start_of
 from uae_jax.methods.stage_settings import denoising
 from uae_jax.methods.trained import store, trainable, with_policy_as_transformer
+from uae_jax.nn.cpu.compiler import compiler_options
 from uae_jax.rollouts.frozen_inputs import NEGATIVE, negative_states
 from uae_jax.settings import as_dict
 from uae_jax.stages.checks import checked_config, missing_captions, stage_identity
@@ -183,7 +184,7 @@ class Run:
         with contextlib.closing(self.batches(stage, config.batch_size)) as data:
             result = run_stage(
                 name,
-                build_step(method, optimizer, shardings),
+                build_step(method, optimizer, shardings, compiler_options(self.config.model.dtype)),
                 state=state,
                 frozen=self.frozen_of(stage),
                 data=data,

@@ -19,6 +19,7 @@ from uae_jax.data.qwen_inputs import Fields, pad_to, prompt_fields
 from uae_jax.data.scene_questions import scene_questions
 from uae_jax.data.sources import SceneSource, Source
 from uae_jax.data.tokenizer import IMAGE_PAD, encode_caption, token_id
+from uae_jax.nn.cpu.compiler import compiler_options
 from uae_jax.rollouts.answering import NO_OPTION, chosen_option, option_scores
 from uae_jax.stages.batching import in_batches, on_mesh, whole_batch
 from uae_jax.stages.evaluation import EvaluationConfig
@@ -104,7 +105,7 @@ class Understanding:
             scores = option_scores(system.model, parts, batch, **texts, options=self.options)
             return chosen_option(scores), scores
 
-        self._answer = jax.jit(answer)
+        self._answer = jax.jit(answer, compiler_options=compiler_options(system.model.captioner.text.dtype))
 
     def __call__(self, parts: Mapping) -> dict[str, np.ndarray]:
         """1 for each right answer and 0 for each wrong one: `understanding` of all, `understanding_<category>`."""

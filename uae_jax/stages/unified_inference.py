@@ -20,6 +20,7 @@ from uae_jax.models.janus import config as configs
 from uae_jax.models.janus import weights
 from uae_jax.models.language.generate import Completion
 from uae_jax.models.language.sampling import SamplingConfig
+from uae_jax.nn.cpu.compiler import compiler_options
 from uae_jax.rollouts.unified import DrawingConfig, pixels, sample_captions, sample_drawings
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages.inference import Row, batches, stacked
@@ -173,4 +174,5 @@ def _programs(model: configs.JanusConfig, config: InferenceConfig) -> tuple[Any,
         drawn = sample_drawings(model, parts, how, batch["prompt_ids"], batch["prompt_mask"], batch["sample_id"], key)
         return pixels(model, parts, how, drawn.tokens)
 
-    return jax.jit(write), jax.jit(picture)
+    options = compiler_options(model.text.dtype)
+    return jax.jit(write, compiler_options=options), jax.jit(picture, compiler_options=options)
