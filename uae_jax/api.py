@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from uae_jax.data.images import load_image, square_image, to_rgb
 from uae_jax.data.qwen_inputs import Fields
+from uae_jax.files.paths import to_path
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.settings import frozen
 from uae_jax.stages.engines import Engine, open_engine, single_engine
@@ -89,7 +90,7 @@ def default_settings(folder: str | os.PathLike[str] = "") -> dict[str, Any]:
     if single := single_engine(str(folder)):
         return single.settings(str(folder))
     model = model_folder(str(folder))
-    run = _run_config(pathlib.Path(folder)) or _run_config(model.parent)
+    run = _run_config(to_path(folder)) or _run_config(model.parent)
     if run is None:
         wrapped = model / "llm_lora"
         return dict(

@@ -15,10 +15,10 @@ Nothing is written unless all parts that are read are complete.
 
 import argparse
 import os
-import pathlib
 from typing import Any
 
 from uae_jax.command_line import in_range, run_command, stay_offline
+from uae_jax.files.paths import to_path
 from uae_jax.settings import LAST_SEED
 
 stay_offline()
@@ -155,7 +155,7 @@ def _import(options: argparse.Namespace) -> None:
         print(note)
     print(
         f"written to {options.out}; use it as --checkpoint {options.out} or "
-        f"--config.model.folder={pathlib.Path(options.out).absolute()}"
+        f"--config.model.folder={to_path(options.out).absolute()}"
     )
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from uae_jax.command_line import run_command, stay_offline
+from uae_jax.files.paths import to_path
 from uae_jax.files.pictures import save_picture
 from uae_jax.model_flags import add_model_flags, load_model
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs", nargs="+", metavar="IMAGE|TEXT", help="image files, folders or patterns; texts for `generate`"
     )
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder of the written images")
+    parser.add_argument("--out", type=to_path, default=to_path("out"), help="folder of the written images")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_model_flags(parser)
     parser.set_defaults(run=run)

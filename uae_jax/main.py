@@ -29,6 +29,7 @@ from uae_jax.command_line import (
     underscored,
 )
 from uae_jax.config_file import apply_overrides, load_config, split_overrides
+from uae_jax.files.paths import is_url, to_path
 
 EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)
 GRACE_SECONDS = 10.0  # for threads that still read when a run has ended
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.describe is not None:
             show_settings(config, options.describe, mistakes)
             return
-        workdir = pathlib.Path(options.workdir).absolute()
+        workdir = to_path(options.workdir).absolute()
         if options.dry_run:
             from uae_jax.dry_run import dry_run
 
@@ -156,6 +157,10 @@ def make_builtin_model(config: dict[str, Any], workdir: pathlib.Path, mistakes: 
 
     if mistakes:
         raise Mistakes(mistakes)
+    if is_url(workdir):
+        raise ValueError(
+            f"configs/bootstrap.py writes to a local folder, and --workdir={workdir} is none; copy it later"
+        )
     if not workdir.parent.is_dir():
         raise FileNotFoundError(f"the folder {workdir.parent} that --workdir needs does not exist; make it first")
     if not processes.alone():

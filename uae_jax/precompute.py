@@ -10,12 +10,12 @@ captions in the language model. The same command goes on where it was ended. doc
 """
 
 import argparse
-import pathlib
 import sys
 from collections.abc import Sequence
 
 from uae_jax.command_line import CommandParser, error_line, in_range, run_command, stay_offline
 from uae_jax.config_file import apply_overrides, load_config, split_overrides
+from uae_jax.files.paths import to_path
 
 stay_offline()
 
@@ -23,7 +23,7 @@ stay_offline()
 def add_arguments(parser: CommandParser, overrides: Sequence[tuple[str, str]] = ()) -> None:
     """The flags beside --config.FIELD=VALUE, whose values are the overrides."""
     parser.add_argument("--config", required=True, metavar="NAME[:PRESET]", help="configuration, by path or by name")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="folder of the shards; its parent exists")
+    parser.add_argument("--out", required=True, type=to_path, help="folder of the shards; its parent exists")
     parser.add_argument(
         "--parts", default="", help="latents, states, or both with a comma; all that the stages can read if not given"
     )

@@ -23,6 +23,7 @@ from uae_jax.data import scene_captions, scene_checker, scenes
 from uae_jax.data.scene_checker import Grammar
 from uae_jax.data.scenes import SIZES, PlacedObject, Scene
 from uae_jax.data.sources import SceneSource
+from uae_jax.files.paths import to_path
 
 INDEX_FILE = "emoji.json"
 MAX_EMOJI = 3
@@ -93,7 +94,7 @@ class EmojiSet:
     """
 
     def __init__(self, folder: str | pathlib.Path):
-        self.folder = pathlib.Path(folder)
+        self.folder = to_path(folder)
         self.pictures = {row["name"]: self._picture(row) for row in self._index()}
         self.names = tuple(self.pictures)
         self.values = {"name": self.names, "size": SIZES}

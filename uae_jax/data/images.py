@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from uae_jax.files.paths import files_below, is_url, matching, to_path
+
 # formats that Pillow knows by name and cannot decode by itself
 UNDECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # images that Pillow cannot decode without a plug-in: they are listed too, so that reading them names them
@@ -113,9 +115,11 @@ def opened(
       FileNotFoundError: no such file, or a link to none.
       ValueError: not an image, or a damaged image, whatever the decoder raised.
     """
-    if not isinstance(source, bytes) and not os.path.isfile(source):
-        raise FileNotFoundError(_absence(pathlib.Path(source)))
     name = name or str(source)
+    if not isinstance(source, bytes) and is_url(source):
+        source = read_content(to_path(source))
+    if not isinstance(source, bytes) and not os.path.isfile(source):
+        raise FileNotFoundError(_absence(to_path(source)))
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             prepare(image)
@@ -139,6 +143,11 @@ def read_content(path: pathlib.Path) -> bytes:
     Raises:
       FileNotFoundError: no such file, or a link to none.
     """
+    if is_url(path):
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(_absence(path)) from None
     if not path.is_file():
         raise FileNotFoundError(_absence(path))
     return path.read_bytes()
@@ -243,6 +252,10 @@ def walk_files(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
 
     Broken links are listed, and linked folders followed once.
     """
+    if is_url(folder):
+        place = to_path(folder)
+        names = [name.split("/") for name in files_below(place)]
+        return [place / "/".join(parts) for parts in sorted(names) if not any(part.startswith(".") for part in parts)]
     found: list[str] = []
     seen = {os.path.realpath(folder)}
     for place, folders, files in os.walk(folder, followlinks=True):
@@ -271,7 +284,7 @@ def find_images(paths: str | pathlib.Path | Iterable[str | pathlib.Path]) -> lis
     found: list[pathlib.Path] = []
     absent: list[pathlib.Path] = []
     for entry in [paths] if isinstance(paths, (str, pathlib.Path)) else paths:
-        path = pathlib.Path(entry)
+        path = to_path(entry)
         if path.is_dir():
             inside = [file for file in walk_files(path) if is_image_name(file.name)]
             if not inside:
@@ -280,7 +293,7 @@ def find_images(paths: str | pathlib.Path | Iterable[str | pathlib.Path]) -> lis
         elif path.is_file() or path.is_symlink():
             found.append(path)
         elif glob.has_magic(str(entry)):
-            matches = sorted(pathlib.Path(p) for p in glob.glob(str(entry)))
+            matches = matching(str(entry))
             if not matches:
                 raise FileNotFoundError(f"no image matches {entry}")
             found += [p for p in matches if p.is_file() or p.is_symlink()]

@@ -18,6 +18,7 @@ from uae_jax.data.qwen_inputs import Fields
 from uae_jax.data.tokenizer import refuse_half_characters
 from uae_jax.files.json_files import image_processor_settings
 from uae_jax.files.known_fields import refuse_unknown
+from uae_jax.files.paths import to_path
 
 # of the official processor; it stands before questions about images, and not before drawings
 SYSTEM = (
@@ -51,11 +52,11 @@ class JanusTokenizer:
     ):
         from tokenizers import Tokenizer
 
-        path = pathlib.Path(folder) / "tokenizer.json"
+        path = to_path(folder) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; copy it from the source of the weights")
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = Tokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # of the library's own kind, which has no name
             raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())[:100]}); copy it again") from error
         self.ids, self.image_tokens, self.control_tokens = dict(ids), image_tokens, control_tokens
@@ -134,7 +135,7 @@ def check_image_settings(folder: str | pathlib.Path, side: int) -> None:
     Raises:
       ValueError: another setting; the message has its name and value.
     """
-    place = pathlib.Path(folder)
+    place = to_path(folder)
     if not any((place / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         return
     flags = "do_resize do_rescale do_normalize do_pad do_convert_rgb default_to_square"

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from uae_jax.files.paths import files_below, is_url, real
 from uae_jax.files.whole import write_bytes
 
 # size in bytes and time of the last change in nanoseconds: the same of both means the same content
@@ -23,7 +24,7 @@ LOOKED_AT_ONCE = 1024
 def places(folder: pathlib.Path, name: str) -> tuple[pathlib.Path, pathlib.Path]:
     """Where a file may be kept: in the folder, and in the user's cache."""
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path("~/.cache").expanduser())
-    own = hashlib.blake2b(os.fsencode(os.path.realpath(folder)), digest_size=8).hexdigest()
+    own = hashlib.blake2b(os.fsencode(real(folder)), digest_size=8).hexdigest()
     return folder / f".uae_jax_{name}", cache / "uae_jax" / f"{own}_{name}"
 
 
@@ -63,7 +64,13 @@ def _head(name: str, version: str, body: bytes) -> dict[str, str]:
 
 
 def stamps(folder: pathlib.Path, files: Iterable[str]) -> dict[str, Stamp]:
-    """The stamp of each file below a folder, without those that do not exist; links are followed."""
+    """The stamp of each file below a folder, without those that do not exist; links are followed.
+
+    In a bucket the store's own version of an object takes the place of the time.
+    """
+    if is_url(folder):  # one request for a thousand of them
+        known = files_below(folder)
+        return {file: (known[file].st_size, known[file].st_mtime_ns) for file in files if file in known}
     top = os.fspath(folder)
 
     def look(some: tuple[str, ...]) -> list[tuple[str, Stamp]]:

@@ -16,12 +16,14 @@ import grain
 import ml_dtypes  # noqa: F401  (numpy then knows bfloat16 by name)
 import numpy as np
 
+from uae_jax.data.formats.record_files import record_file
 from uae_jax.data.formats.tf_example import bytes_features, bytes_message
 from uae_jax.data.loader import RowBuilder
 from uae_jax.data.mixture import Mixture
 from uae_jax.data.qwen_inputs import Fields
 from uae_jax.data.sources import Example, Source
 from uae_jax.files.json_files import write_json
+from uae_jax.files.paths import to_path
 from uae_jax.files.whole import replacing
 
 FILE, VERSION = "precomputed.json", 1
@@ -115,7 +117,7 @@ def read_manifest(folder: str | pathlib.Path) -> Manifest:
       FileNotFoundError: there is none.
       ValueError: it is damaged, or of another version.
     """
-    path = pathlib.Path(folder) / FILE
+    path = to_path(folder) / FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} holds no precomputed inputs, for it has no {FILE}; make them by `{COMMAND} --config=... "
@@ -198,7 +200,7 @@ def records_in(path: pathlib.Path) -> int:
     from array_record.python.array_record_data_source import ArrayRecordDataSource  # slow, needed only here
 
     try:
-        return len(ArrayRecordDataSource(str(path)))
+        return len(ArrayRecordDataSource(record_file(path)))
     except Exception:  # the reader's C++ errors have no common base
         return 0
 
@@ -216,7 +218,7 @@ class StoredExamples:
 
         self.folder, self.manifest = folder, manifest
         # with the number of records in the name no file is opened until it is read from
-        names = [f"{folder / manifest.name(shard)}[0:{manifest.size(shard)}]" for shard in range(manifest.count)]
+        names = [f"{record_file(folder / manifest.name(at))}[0:{manifest.size(at)}]" for at in range(manifest.count)]
         self.data: Any = ArrayRecordDataSource(names)
 
     def __len__(self) -> int:

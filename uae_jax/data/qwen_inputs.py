@@ -17,6 +17,7 @@ from PIL import Image
 from uae_jax.data.images import to_rgb
 from uae_jax.files.json_files import image_processor_settings
 from uae_jax.files.known_fields import check_kinds, refuse_unknown, without_none
+from uae_jax.files.paths import to_path
 
 MAX_ASPECT = 200
 
@@ -125,7 +126,7 @@ def load_image_processor(folder: str | pathlib.Path, window_size: int) -> ImageP
       FileNotFoundError: no such file.
       ValueError: the file is not JSON, describes another processor, disables a step, or sets what is not known.
     """
-    older, newer = (pathlib.Path(folder) / name for name in ("preprocessor_config.json", "processor_config.json"))
+    older, newer = (to_path(folder) / name for name in ("preprocessor_config.json", "processor_config.json"))
     path, config = older if older.is_file() or not newer.is_file() else newer, image_processor_settings(folder)
     config = without_none(config, str(path))
     kind = str(config.get("image_processor_type", "Qwen2VLImageProcessor"))

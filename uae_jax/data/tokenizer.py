@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from uae_jax.files.json_files import read_json, write_json
+from uae_jax.files.paths import is_url, local_copies, to_path
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -50,9 +51,12 @@ def load_tokenizer(folder: str | pathlib.Path, control_tokens: bool = False):
       FileNotFoundError: no such folder, or a folder without tokenizer files.
       ValueError: the files hold no chat template, or cannot be read.
     """
-    folder = pathlib.Path(folder)
+    folder = to_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"tokenizer folder {folder} does not exist: give the folder that holds tokenizer.json")
+    if is_url(folder):
+        with local_copies(folder) as copy:
+            return load_tokenizer(copy, control_tokens)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise FileNotFoundError(f"no tokenizer in {folder}: expected one of {', '.join(_TOKENIZER_FILES)}")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers would advise to install PyTorch
@@ -256,7 +260,7 @@ def write_scene_tokenizer(
     """
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-    folder = pathlib.Path(folder)
+    folder = to_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = list(dict.fromkeys([*SPECIAL_TOKENS, *ROLES, *words]))
     model = models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<|unknown|>")

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32
 
 from uae_jax.files.json_files import read_json
 from uae_jax.files.known_fields import shown, unknown_fields
+from uae_jax.files.paths import to_path
 
 KINDS = ("diffusers", "single", "linspace_shift")
 
@@ -93,7 +94,7 @@ class ScheduleConfig:
           ValueError: the file is not JSON, names another scheduler, or sets an option that SD3 and SD3.5 do not use
             (dynamic shift, Karras sigmas, ...).
         """
-        folder = pathlib.Path(folder)
+        folder = to_path(folder)
         places = (folder / _CONFIG_NAME, folder / "scheduler" / _CONFIG_NAME)
         path = next((place for place in places if place.is_file()), None)
         if path is None:

@@ -17,6 +17,7 @@ from uae_jax.evaluation import run_settings
 from uae_jax.evaluation.benchmark_commands import add_summary, refuse
 from uae_jax.evaluation.records import RecordLog
 from uae_jax.files.json_files import read_records
+from uae_jax.files.paths import to_path
 from uae_jax.files.tables import Line, read_table, write_tsv, write_xlsx
 from uae_jax.model_flags import add_model_flags, load_model
 from uae_jax.settings import one_line
@@ -60,18 +61,18 @@ def add_actions(
     answer_flags = actions.add_parser("answer", help="answer the questions")
     answer_flags.set_defaults(run=lambda options: answer(benchmark, options))
     answer_flags.add_argument(
-        "--data", type=pathlib.Path, required=True, help=f"{benchmark.example}, or another TSV of this form"
+        "--data", type=to_path, required=True, help=f"{benchmark.example}, or another TSV of this form"
     )
-    answer_flags.add_argument("--out", type=pathlib.Path, required=True, help="folder of the tables")
+    answer_flags.add_argument("--out", type=to_path, required=True, help="folder of the tables")
     answer_flags.add_argument("--name", default="uae_jax", help="name of the model, the first part of the file names")
     answer_flags.add_argument(
-        "--image_root", type=pathlib.Path, help="base folder of relative image_path values (default: beside --data)"
+        "--image_root", type=to_path, help="base folder of relative image_path values (default: beside --data)"
     )
     add_model_flags(answer_flags)
     check_flags = actions.add_parser("check", help="check that every item is answered")
     check_flags.set_defaults(run=lambda options: check(benchmark, options))
-    check_flags.add_argument("table", type=pathlib.Path, help="a .tsv or .xlsx of `answer`")
-    check_flags.add_argument("--data", type=pathlib.Path, required=True, help="the benchmark's TSV")
+    check_flags.add_argument("table", type=to_path, help="a .tsv or .xlsx of `answer`")
+    check_flags.add_argument("--data", type=to_path, required=True, help="the benchmark's TSV")
     add_summary(
         actions, "print the accuracy", "table", "a table of `answer`, or VLMEvalKit's *_result.xlsx or .tsv", summary
     )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from uae_jax.files.json_files import write_json
+from uae_jax.files.paths import to_path
 
 
 def add_summary(actions: Any, what: str, argument: str, files: str, run: Callable[[argparse.Namespace], None]) -> None:
@@ -22,8 +23,8 @@ def add_summary(actions: Any, what: str, argument: str, files: str, run: Callabl
       run: the action.
     """
     summary = actions.add_parser("summary", help=what)
-    summary.add_argument(argument, type=pathlib.Path, help=files)
-    summary.add_argument("--output", type=pathlib.Path, help="JSON file for the scores")
+    summary.add_argument(argument, type=to_path, help=files)
+    summary.add_argument("--output", type=to_path, help="JSON file for the scores")
     summary.set_defaults(run=run)
 
 

@@ -12,7 +12,6 @@ similarity of caption and image. CLIP truncates captions to 77 tokens, --longcli
 """
 
 import argparse
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from uae_jax.command_line import in_range
 from uae_jax.files.json_files import write_json
+from uae_jax.files.paths import to_path
 from uae_jax.model_flags import add_model_flags, load_model
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scenes.add_argument("--scenes", default=0, metavar="N", help="number of held-out scenes", **in_range(int, low=0))
     scenes.add_argument(
         "--out",
-        type=pathlib.Path,
+        type=to_path,
         metavar="DIR",
         help="folder of the model's captions; an interrupted run continues",
     )
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pairs in one call of CLIP",
     )
-    parser.add_argument("--output", type=pathlib.Path, required=True, metavar="FILE", help="the result, JSON")
+    parser.add_argument("--output", type=to_path, required=True, metavar="FILE", help="the result, JSON")
     parser.set_defaults(run=run)
 
 
@@ -125,7 +125,7 @@ def _data_result(options: argparse.Namespace) -> dict[str, Any]:
     from uae_jax.evaluation.caption_scores import text_statistics
     from uae_jax.evaluation.pairs import read_captions
 
-    file = pathlib.Path(options.captions or pathlib.Path(options.data) / "captions.jsonl")
+    file = to_path(options.captions or to_path(options.data) / "captions.jsonl")
     captions = read_captions(file)
     result: dict[str, Any] = {
         "n": len(captions),

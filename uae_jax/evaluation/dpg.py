@@ -19,6 +19,7 @@ from uae_jax.evaluation import run_settings
 from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, grouped_scores, refuse, tell
 from uae_jax.evaluation.drawing import GRID_SIDE, Target, content_problems, draw_folder
 from uae_jax.files.json_files import read_text
+from uae_jax.files.paths import to_path
 from uae_jax.model_flags import add_model_flags
 
 SAMPLES = GRID_SIDE**2
@@ -34,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     write_flags = actions.add_parser("write", help="generate the images of the prompts")
     write_flags.set_defaults(run=write)
     write_flags.add_argument(
-        "--prompts", type=pathlib.Path, required=True, help="dpg_bench/prompts of the benchmark: a folder of .txt files"
+        "--prompts", type=to_path, required=True, help="dpg_bench/prompts of the benchmark: a folder of .txt files"
     )
-    write_flags.add_argument("--out", type=pathlib.Path, required=True, help="folder of the grids")
+    write_flags.add_argument("--out", type=to_path, required=True, help="folder of the grids")
     add_model_flags(write_flags)
     check_flags = actions.add_parser("check", help="check that the evaluator finds every grid")
     check_flags.set_defaults(run=check)
-    check_flags.add_argument("folder", type=pathlib.Path, help="the --out of `write`")
-    check_flags.add_argument("--prompts", type=pathlib.Path, required=True, help="dpg_bench/prompts of the benchmark")
+    check_flags.add_argument("folder", type=to_path, help="the --out of `write`")
+    check_flags.add_argument("--prompts", type=to_path, required=True, help="dpg_bench/prompts of the benchmark")
     check_flags.add_argument(
         "--size", help="side of a sample, the evaluator's RESOLUTION (default: as written)", **in_range(int, low=1)
     )

@@ -20,6 +20,7 @@ from PIL import Image
 
 from uae_jax import trees
 from uae_jax.evaluation.pairs import Pair, read_rgb
+from uae_jax.files.paths import to_path
 from uae_jax.models.encoders import clip, dino
 from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
 from uae_jax.models.encoders.preprocess import Preprocess
@@ -228,7 +229,7 @@ def open_text_scorer(folder: str | pathlib.Path, longclip: str | pathlib.Path | 
       FileNotFoundError: a file is missing.
       ValueError: the model is not CLIP with both towers, or a file cannot be read.
     """
-    folder = pathlib.Path(folder)
+    folder = to_path(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise FileNotFoundError(
             f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); give the complete folder of CLIP"

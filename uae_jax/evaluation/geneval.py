@@ -31,6 +31,7 @@ from uae_jax.evaluation import run_settings
 from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, grouped_scores, refuse, table, tell, uneven
 from uae_jax.evaluation.drawing import Target, content_problems, draw_folder, picture_problem
 from uae_jax.files.json_files import read_objects, read_text, write_json_lines
+from uae_jax.files.paths import to_path
 from uae_jax.files.whole import write_bytes
 from uae_jax.model_flags import add_model_flags
 
@@ -46,20 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     write_flags = actions.add_parser("write", help="generate the images of the prompts")
     write_flags.set_defaults(run=write)
     write_flags.add_argument("--prompts", required=True, help="evaluation_metadata.jsonl of the benchmark, or `scenes`")
-    write_flags.add_argument("--out", type=pathlib.Path, required=True, help="folder of the images")
+    write_flags.add_argument("--out", type=to_path, required=True, help="folder of the images")
     write_flags.add_argument("--images_per_prompt", default=4, help="the benchmark needs 4", **in_range(int, low=1))
     write_flags.add_argument("--per_tag", default=16, help="prompts of each tag, for `scenes`", **in_range(int, low=1))
     add_model_flags(write_flags)
     check_flags = actions.add_parser("check", help="check that the evaluator finds every image")
     check_flags.set_defaults(run=check)
-    check_flags.add_argument("folder", type=pathlib.Path, help="the --out of `write`")
+    check_flags.add_argument("folder", type=to_path, help="the --out of `write`")
     check_flags.add_argument("--prompts", help="compare with the prompts of this file, or `scenes`")
     check_flags.add_argument("--images_per_prompt", help="default: as written, else 4", **in_range(int, low=1))
     check_flags.add_argument("--per_tag", help="for `scenes` (default: as written)", **in_range(int, low=1))
     score_flags = actions.add_parser("score", help="score images of the built-in scenes by the exact checker")
     score_flags.set_defaults(run=score)
-    score_flags.add_argument("folder", type=pathlib.Path, help="the --out of `write`")
-    score_flags.add_argument("--output", type=pathlib.Path, help="default: FOLDER.results.jsonl beside the folder")
+    score_flags.add_argument("folder", type=to_path, help="the --out of `write`")
+    score_flags.add_argument("--output", type=to_path, help="default: FOLDER.results.jsonl beside the folder")
     add_summary(actions, "summarise the evaluator's results", "results", "results.jsonl", summary)
 
 
@@ -69,7 +70,7 @@ def read_entries(prompts: str, per_tag: int) -> list[dict[str, Any]]:
     Raises:
       FileNotFoundError, ValueError: no such file, or a line that is not a prompt (named by number).
     """
-    return scene_prompts(per_tag) if prompts == SCENES else read_objects(pathlib.Path(prompts), NEEDED)
+    return scene_prompts(per_tag) if prompts == SCENES else read_objects(to_path(prompts), NEEDED)
 
 
 def write(options: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from uae_jax.evaluation import run_settings
 from uae_jax.evaluation.benchmark_commands import add_summary, check_folder, grouped_scores, refuse, table, tell
 from uae_jax.evaluation.drawing import Target, content_problems, draw_folder
 from uae_jax.files.json_files import read_objects, read_text
+from uae_jax.files.paths import to_path
 from uae_jax.model_flags import add_model_flags
 
 
@@ -26,15 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers()
     write_flags = actions.add_parser("write", help="generate the images of the prompts")
     write_flags.set_defaults(run=write)
-    write_flags.add_argument("--prompts", type=pathlib.Path, required=True, help="Geneval++.jsonl, or Geneval++.txt")
-    write_flags.add_argument("--out", type=pathlib.Path, required=True, help="folder of the images")
+    write_flags.add_argument("--prompts", type=to_path, required=True, help="Geneval++.jsonl, or Geneval++.txt")
+    write_flags.add_argument("--out", type=to_path, required=True, help="folder of the images")
     add_model_flags(write_flags)
     check_flags = actions.add_parser("check", help="check that the judge's script finds every image")
     check_flags.set_defaults(run=check)
-    check_flags.add_argument("folder", type=pathlib.Path, help="the --out of `write`")
-    check_flags.add_argument(
-        "--prompts", type=pathlib.Path, help="expect the prompts of this file (default: as written)"
-    )
+    check_flags.add_argument("folder", type=to_path, help="the --out of `write`")
+    check_flags.add_argument("--prompts", type=to_path, help="expect the prompts of this file (default: as written)")
     add_summary(actions, "summarise the judge's answers", "results", "Output.json", summary)
 
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from uae_jax.command_line import in_range
 from uae_jax.files.json_files import read_objects, read_records, write_json, write_json_lines
+from uae_jax.files.paths import to_path
 from uae_jax.settings import LAST_SEED
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--criteria",
-        type=pathlib.Path,
+        type=to_path,
         metavar="FILE",
         help="JSON with the question and its criteria (default: the package's, of the protocol)",
     )
@@ -116,11 +117,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", default=0, help="random seed of the order of questions", **in_range(int, low=0, high=LAST_SEED)
     )
-    parser.add_argument("--answers", type=pathlib.Path, metavar="FILE", help="JSON lines of answers, appended or read")
-    parser.add_argument(
-        "--questions", type=pathlib.Path, metavar="FILE", help="write the questions as JSON lines and stop"
-    )
-    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="the result, JSON")
+    parser.add_argument("--answers", type=to_path, metavar="FILE", help="JSON lines of answers, appended or read")
+    parser.add_argument("--questions", type=to_path, metavar="FILE", help="write the questions as JSON lines and stop")
+    parser.add_argument("--output", type=to_path, metavar="FILE", help="the result, JSON")
     parser.set_defaults(run=run)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from uae_jax.data.formats.records import CAPTION_FIELDS, chosen_caption, field_captions
 from uae_jax.data.images import eight_bits, is_image_name, opened, walk_files
 from uae_jax.files.json_files import read_objects
+from uae_jax.files.paths import to_path
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tiff", ".webp")  # the official list
 PREFIX = "recon_"
@@ -37,13 +38,13 @@ def find_images(folder: str | pathlib.Path) -> list[pathlib.Path]:
     Raises:
       FileNotFoundError: no such folder, or no images.
     """
-    folder = pathlib.Path(folder)
+    folder = to_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist; give a folder of images")
     files = sorted(str(path) for path in walk_files(folder) if path.suffix.lower() in SUFFIXES)
     if not files:
         raise FileNotFoundError(f"folder {folder} holds no images ({', '.join(SUFFIXES)})")
-    return [pathlib.Path(file) for file in files]
+    return [to_path(file) for file in files]
 
 
 def unread_images(folder: str | pathlib.Path) -> list[pathlib.Path]:
@@ -122,7 +123,7 @@ def read_captions(path: str | pathlib.Path) -> dict[str, Captioned]:
       FileNotFoundError: no such file.
       ValueError: a line that is not JSON, without image or caption, a repeated image, or no lines.
     """
-    path = pathlib.Path(path)
+    path = to_path(path)
     found: dict[str, Captioned] = {}
     remedy = "give lines such as " + '{"image": "a.jpg", "caption": "a cat"}'
     for number, record in enumerate(read_objects(path, {}, remedy)):
@@ -168,7 +169,7 @@ def image_files(folder: str | pathlib.Path, captions: Mapping[str, Captioned]) -
       FileNotFoundError: no such folder, or an image without a file in it.
       ValueError: an image that several files may be, none of which is the given path.
     """
-    folder = pathlib.Path(folder)
+    folder = to_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist; give the folder of the images")
     names: dict[str, list[pathlib.Path]] = {}

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from uae_jax.files.json_files import json_line, read_records
+from uae_jax.files.paths import to_path
 
 
 class RecordLog:
@@ -23,7 +24,7 @@ class RecordLog:
     """
 
     def __init__(self, path: str | pathlib.Path):
-        self.path = pathlib.Path(path)
+        self.path = to_path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.records = read_records(self.path) if self.path.is_file() else []
         self._file = self.path.open("ab")

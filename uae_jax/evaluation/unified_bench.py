@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from uae_jax.command_line import in_range
 from uae_jax.files.json_files import read_records, write_json
+from uae_jax.files.paths import to_path
 from uae_jax.model_flags import add_model_flags, load_model
 
 FLAGS = (
@@ -46,16 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     first.add_argument("--images", metavar="DIR", help="the originals")
     first.add_argument(
         "--out",
-        type=pathlib.Path,
+        type=to_path,
         metavar="DIR",
         help="folder of captions.jsonl, reconstructions/, scores and page",
     )
     add_model_flags(parser)
     parser.add_argument(
-        "--output", type=pathlib.Path, metavar="FILE", help="the scores (default with --out: unified_bench.json in it)"
+        "--output", type=to_path, metavar="FILE", help="the scores (default with --out: unified_bench.json in it)"
     )
     parser.add_argument(
-        "--report", type=pathlib.Path, metavar="FILE", help="the page (default: report.html beside the scores)"
+        "--report", type=to_path, metavar="FILE", help="the page (default: report.html beside the scores)"
     )
     parser.add_argument("--report_pairs", default=200, metavar="N", help="pairs on the page", **in_range(int, low=0))
     parser.add_argument(

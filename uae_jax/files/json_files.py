@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from uae_jax.files.paths import to_path
 from uae_jax.files.whole import write_bytes
 
 
@@ -17,7 +18,7 @@ def read_json(folder: str | pathlib.Path, name: str = "config.json") -> dict[str
       FileNotFoundError: the folder has no such file.
       ValueError: the file is not a JSON object.
     """
-    path = pathlib.Path(folder) / name
+    path = to_path(folder) / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; copy it from the source of the weights")
     try:
@@ -36,7 +37,7 @@ def image_processor_settings(folder: str | pathlib.Path) -> dict[str, Any]:
       FileNotFoundError: the folder has neither file, or the second without `image_processor`.
       ValueError: the file is not a JSON object.
     """
-    place, older, newer = pathlib.Path(folder), "preprocessor_config.json", "processor_config.json"
+    place, older, newer = to_path(folder), "preprocessor_config.json", "processor_config.json"
     if not (place / older).is_file() and (place / newer).is_file():
         nested = read_json(place, newer).get("image_processor")
         if isinstance(nested, dict):
@@ -58,7 +59,7 @@ def read_text(path: str | pathlib.Path) -> str:
       FileNotFoundError: no such file.
       ValueError: another encoding.
     """
-    path = pathlib.Path(path)
+    path = to_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
@@ -94,7 +95,7 @@ def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
       FileNotFoundError: no such file.
       ValueError: another line is not a JSON object; the message has its number.
     """
-    path = pathlib.Path(path)
+    path = to_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it should hold one JSON object per line")
     *lines, last = path.read_bytes().split(b"\n")

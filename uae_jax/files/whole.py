@@ -1,10 +1,15 @@
-"""Files written completely or not at all: first under a hidden name in the same folder, then renamed."""
+"""Files written completely or not at all: first under a hidden name in the same folder, then renamed.
+
+An object of a bucket is whole by itself, and is written under its own name.
+"""
 
 import contextlib
 import os
 import pathlib
 import uuid
 from collections.abc import Iterator
+
+from uae_jax.files.paths import is_url, local_to_write, to_path
 
 PARTIAL = ".*.part"
 
@@ -22,7 +27,14 @@ def named(path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A hidden file beside `path` to write; it takes the name of `path` at the end, and is deleted on an error."""
+    """A hidden file beside `path` to write; it takes the name of `path` at the end, and is deleted on an error.
+
+    For a path of a bucket it is a local file, which is copied there at the end.
+    """
+    if is_url(path):
+        with local_to_write(path) as draft:
+            yield draft
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     # the hidden name begins with a dot, because GenEval's pattern \d+\.png is not anchored at its end
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
@@ -43,12 +55,18 @@ def write_bytes(path: str | pathlib.Path, data: bytes) -> None:
     Raises:
       OSError: the file cannot be written; nothing is left of it.
     """
-    with replacing(pathlib.Path(path)) as partial:
+    path = to_path(path)
+    if is_url(path):
+        path.write_bytes(data)
+        return
+    with replacing(path) as partial:
         partial.write_bytes(data)
 
 
 def remove_partial(folder: pathlib.Path) -> int:
     """Deletes partial files left by a kill, in all subfolders; returns their number."""
+    if is_url(folder):
+        return 0
     found = [path for path in folder.rglob(PARTIAL) if path.is_file()]
     for path in found:
         path.unlink()

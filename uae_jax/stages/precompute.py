@@ -35,6 +35,7 @@ from uae_jax.data.precomputed import (
 )
 from uae_jax.data.sources import SceneSource
 from uae_jax.data.tokenizer import load_tokenizer
+from uae_jax.files.paths import is_url, problem, to_path
 from uae_jax.files.whole import remove_partial
 from uae_jax.models.uae import UAE
 from uae_jax.rollouts.captioning import CAPTION_FIELDS
@@ -224,7 +225,9 @@ def check_folder(config: RunConfig, out: pathlib.Path) -> None:
     Raises:
       ValueError, FileNotFoundError: it cannot be used.
     """
-    if not out.absolute().parent.is_dir():
+    if found := problem(out, write=True):
+        raise OSError(found)
+    if not is_url(out) and not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"the folder {out.absolute().parent} that --out needs does not exist; make it first")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out={out} is a file; name a folder")
@@ -232,7 +235,7 @@ def check_folder(config: RunConfig, out: pathlib.Path) -> None:
     if others and FILE not in others:
         raise ValueError(f"--out={out} holds {others[0]} and no {FILE}; name a new folder")
     folders = [config.data.folder, *(folder for folder, _ in config.data.mixture_parts()), config.data.heldout_folder]
-    for folder in [pathlib.Path(folder).resolve() for folder in folders if folder]:
+    for folder in [to_path(folder).resolve() for folder in folders if folder]:
         if out.resolve().is_relative_to(folder):
             raise ValueError(f"--out={out} lies in the data folder {folder}, and would be read as data; name another")
 
@@ -381,11 +384,13 @@ def as_bytes(size: float) -> str:
 
 
 def check_room(out: pathlib.Path, needed: float) -> None:
-    """Checks that the disk has room.
+    """Checks that the disk has room; a bucket has.
 
     Raises:
       ValueError: it has not.
     """
+    if is_url(out):
+        return
     free = shutil.disk_usage(out if out.is_dir() else out.absolute().parent).free
     if needed > free:
         raise ValueError(

@@ -32,6 +32,7 @@ from uae_jax.data.precomputed import (
 )
 from uae_jax.data.sources import Source
 from uae_jax.files.json_files import json_digest
+from uae_jax.files.paths import to_path
 from uae_jax.models.uae import UAE
 from uae_jax.nn.device import platform
 from uae_jax.rollouts.captioning import CAPTION_FIELDS
@@ -197,7 +198,7 @@ def mistakes(config: RunConfig, model: UAE) -> Iterator[str]:
     """Why the precomputed inputs of a run cannot be used, one line each, from what is known before data is read."""
     if not config.data.precomputed:
         return
-    folder = pathlib.Path(config.data.precomputed)
+    folder = to_path(config.data.precomputed)
     manifest = read_manifest(folder)
     if problem := shard_problem(folder, manifest):
         yield problem
@@ -295,7 +296,7 @@ def open_inputs(config: RunConfig, model: UAE, data: OpenedData) -> PrecomputedI
     """
     if not config.data.precomputed or not readers(config):
         return None
-    folder = pathlib.Path(config.data.precomputed)
+    folder = to_path(config.data.precomputed)
     manifest = read_manifest(folder)
     for mistake in mistakes(config, model):
         raise ValueError(mistake)

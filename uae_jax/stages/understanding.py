@@ -5,7 +5,6 @@ are padded to one shape.
 """
 
 import dataclasses
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
@@ -20,6 +19,7 @@ from uae_jax.data.scene_questions import scene_questions
 from uae_jax.data.sources import SceneSource, Source
 from uae_jax.data.tokenizer import IMAGE_PAD, encode_caption, token_id
 from uae_jax.nn.cpu.compiler import compiler_options
+from uae_jax.files.paths import to_path
 from uae_jax.rollouts.answering import NO_OPTION, chosen_option, option_scores
 from uae_jax.stages.batching import in_batches, on_mesh, whole_batch
 from uae_jax.stages.evaluation import EvaluationConfig
@@ -45,7 +45,7 @@ def open_questions(config: EvaluationConfig, data: DataConfig, source: Source | 
     if not config.questions:
         return []
     if config.questions != BUILTIN:
-        return read_questions(pathlib.Path(config.questions), config.questions_during)
+        return read_questions(to_path(config.questions), config.questions_during)
     scenes = SceneSource("test", 0, data.image_size)
     if isinstance(source, SceneSource):
         scenes = dataclasses.replace(source, split="test", seed=0)

@@ -1,6 +1,5 @@
 """The inference engine of a folder that holds one unified model, Janus: captions and drawings, a batch at a time."""
 
-import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from uae_jax.data.janus_inputs import SYSTEM, JanusTokenizer, check_image_settin
 from uae_jax.data.loader import from_signed
 from uae_jax.data.qwen_inputs import Fields
 from uae_jax.files.json_files import read_json
+from uae_jax.files.paths import to_path
 from uae_jax.hf.hub import local_folder
 from uae_jax.models.janus import config as configs
 from uae_jax.models.janus import weights
@@ -47,7 +47,7 @@ class UnifiedInference:
     @staticmethod
     def knows(folder: str) -> bool:
         """Whether a folder holds such a model, by its `config.json`."""
-        place = pathlib.Path(folder)
+        place = to_path(folder)
         return (
             bool(folder)
             and (place / "config.json").is_file()

@@ -15,6 +15,7 @@ from uae_jax.data.formats.parquet import Parquet
 from uae_jax.data.formats.records import CAPTION_CHOICES, ImageRecords, ReadOptions
 from uae_jax.data.formats.text_files import TextFiles
 from uae_jax.data.formats.webdataset import Webdataset
+from uae_jax.files.paths import to_path
 
 KINDS = (Captions, ImageFolder, TextFiles, Coco, Parquet, Webdataset, ArrayRecord, Images)
 FORMATS = {kind.name: kind for kind in KINDS}
@@ -65,5 +66,5 @@ def open_records(folder: str | pathlib.Path, options: ReadOptions, name: str = "
     Raises:
       FileNotFoundError, ValueError: no such folder, no format or two, or what the format refuses.
     """
-    listing = list_folder(pathlib.Path(folder))
+    listing = list_folder(to_path(folder))
     return FORMATS[name or detect(listing)](listing, options)

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 from uae_jax.data.formats.listing import Listing
+from uae_jax.data.formats.record_files import record_file
 from uae_jax.data.formats.records import CAPTION_FIELDS, ImageRecords, ReadOptions, caption_texts
 from uae_jax.data.formats.tf_example import bytes_features
 
@@ -36,11 +37,11 @@ class ArrayRecord(ImageRecords):
         self.starts = [0]
         for file in self.files:  # one by one: the error of all together names none of them
             try:
-                self.starts.append(self.starts[-1] + len(ArrayRecordDataSource(str(file))))
+                self.starts.append(self.starts[-1] + len(ArrayRecordDataSource(record_file(file))))
             except Exception as error:  # the reader's C++ errors have no common base
                 reason = " ".join(str(error).split())
                 raise ValueError(f"{file} is not a whole array_record file ({reason}): copy it again") from error
-        self.data: Any = ArrayRecordDataSource([str(file) for file in self.files])
+        self.data: Any = ArrayRecordDataSource([record_file(file) for file in self.files])
         if not self.starts[-1]:
             raise ValueError(f"{self.files[0]} holds no records")
         first = self._features(0)

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from uae_jax.data.formats.listing import Listing
 from uae_jax.data.formats.records import FileRecords, ReadOptions, field_captions
 from uae_jax.files.json_files import json_objects
+from uae_jax.files.paths import to_path
 
 CAPTION_FILE = "captions.jsonl"
 
@@ -47,7 +48,7 @@ class Captions(FileRecords):
 
 def check_present(file: str | os.PathLike[str], where: str, present: Collection[str]) -> None:
     """Raises FileNotFoundError for an image that a row names and that does not exist; `present` are known to exist."""
-    if os.fspath(file) not in present and not os.path.isfile(file):
+    if os.fspath(file) not in present and not to_path(file).is_file():
         raise FileNotFoundError(
             f"image {file} does not exist, but {where} has a caption for it: add the image, or remove the row"
         )

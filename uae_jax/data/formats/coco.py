@@ -8,6 +8,7 @@ from typing import Any
 from uae_jax.data.formats.captions import check_present
 from uae_jax.data.formats.listing import Listing
 from uae_jax.data.formats.records import FileRecords, ReadOptions, caption_texts
+from uae_jax.files.paths import is_url
 
 
 class Coco(FileRecords):
@@ -87,7 +88,8 @@ def _read(file: pathlib.Path) -> tuple[dict[Any, str], dict[Any, list[str]]]:
 
 def _image_folder(listing: Listing, file: pathlib.Path, first: str) -> pathlib.Path:
     """The folder below which the first image has its name: that of the file, the whole, or a subfolder."""
-    tops = dict.fromkeys([file.parent, listing.folder, file.parent.parent])
+    above = file.parent if is_url(file) else file.parent.parent  # a bucket has no folder above it
+    tops = dict.fromkeys([file.parent, listing.folder, above])
     inside = [place for top in tops for place in sorted(top.iterdir()) if place.is_dir()]
     # captions_train2017.json belongs to train2017, also where val2017 has an image of the same name
     inside.sort(key=lambda place: place.name not in file.stem.split("_"))

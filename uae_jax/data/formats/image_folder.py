@@ -72,7 +72,7 @@ def metadata_rows(file: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         from pyarrow import parquet  # takes a while to import, needed only here
 
         try:
-            rows = parquet.read_table(file).to_pylist()
+            rows = parquet.read_table(io.BytesIO(file.read_bytes())).to_pylist()
         except Exception as error:  # pyarrow's errors have no common base
             raise ValueError(f"{file} is not a readable parquet file ({error}): write it again") from error
         yield from ((f"{file} row {number}", row) for number, row in enumerate(rows, 1))

@@ -11,6 +11,7 @@ from uae_jax.data.formats.image_folder import METADATA
 from uae_jax.data.formats.listing import Listing
 from uae_jax.data.formats.records import CAPTION_FIELDS, ImageRecords, ReadOptions, field_captions
 from uae_jax.data.images import read_content
+from uae_jax.files.paths import ranges
 
 KEPT = 2**30  # bytes of row groups in memory; those of the Hub hold 100 images each
 
@@ -144,7 +145,7 @@ def _opened(file: pathlib.Path) -> Any:
     from pyarrow import parquet  # takes a while to import, needed only here
 
     try:
-        return parquet.ParquetFile(file)
+        return parquet.ParquetFile(ranges(file))
     except Exception as error:  # pyarrow's errors have no common base
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} is not a whole parquet file ({reason}): copy it again") from error

@@ -11,6 +11,7 @@ from uae_jax.data.formats.listing import Listing
 from uae_jax.data.formats.records import CAPTION_FIELDS, ImageRecords, ReadOptions, caption_texts, field_captions
 from uae_jax.data.images import is_image_name
 from uae_jax.data.kept import keep, places, read_kept, stamps
+from uae_jax.files.paths import read_range
 
 TEXTS = ("txt", "caption", "captions", "text")
 # where a member's content lies: shard, offset and size in bytes
@@ -74,9 +75,8 @@ class Webdataset(ImageRecords):
 
     def _content(self, index: int, place: Place) -> bytes:
         number, offset, size = place
-        with self.shards[number].open("rb") as file:
-            file.seek(offset - HEADER)
-            head, content = file.read(HEADER), file.read(size)
+        found = read_range(self.shards[number], offset - HEADER, HEADER + size)
+        head, content = found[:HEADER], found[HEADER:]
         key = self.samples[index][0].removeprefix(f"{self.names[number]} key ")
         if len(content) < size or not _is_head_of(head, key, size):
             raise ValueError(
@@ -144,14 +144,9 @@ def _holds(shard: pathlib.Path, keys: list[Keys]) -> bool:
         return False
     ends = [(keys[at][0], *list(keys[at][1].values())[at]) for at in (0, -1)]
     try:
-        with shard.open("rb") as file:
-            for key, offset, size in ends:
-                file.seek(offset - HEADER)
-                if not _is_head_of(file.read(HEADER), key, size):
-                    return False
+        return all(_is_head_of(read_range(shard, offset - HEADER, HEADER), key, size) for key, offset, size in ends)
     except OSError:
         return False
-    return True
 
 
 def _is_head_of(head: bytes, key: str, size: int) -> bool:
@@ -202,17 +197,16 @@ def _members(shard: pathlib.Path) -> Iterator[tuple[str, tuple[int, int]]]:
         raise ValueError(f"{shard} is compressed, and cannot be read at random: unpack it with gunzip")
     last = "its beginning"
     try:
-        with tarfile.open(shard, "r:") as tar:
+        size = shard.stat().st_size
+        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if member.offset_data + member.size > os.path.getsize(shard):
+                if member.offset_data + member.size > size:
                     break
                 last = f"member {member.name}"
                 if member.isfile() and not pathlib.PurePosixPath(member.name).name.startswith("."):
                     yield member.name.removeprefix("./"), (member.offset_data, member.size)
             end = tar.offset
-        with shard.open("rb") as file:
-            file.seek(end)
-            whole = file.read(512) == bytes(512)
+        whole = read_range(shard, end, 512) == bytes(512)
     except tarfile.TarError:
         whole = False
     if not whole:

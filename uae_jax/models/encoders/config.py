@@ -7,6 +7,7 @@ from typing import Any
 
 from uae_jax.files.json_files import read_json
 from uae_jax.files.known_fields import WITHOUT_EFFECT, check_kinds, refuse_unknown, without_none
+from uae_jax.files.paths import to_path
 
 # beside what no model uses: which results transformers gives, and how DINOv3's positions vary in training
 _NO_EFFECT = frozenset(
@@ -39,7 +40,7 @@ def _expect_model_type(folder: str | pathlib.Path, raw: dict[str, Any], *expecte
     if raw.get("model_type") not in expected:
         found = raw.get("model_type", raw.get("_class_name"))
         raise ValueError(
-            f"{pathlib.Path(folder) / 'config.json'}: the folder holds a {found!r} model, expected "
+            f"{to_path(folder) / 'config.json'}: the folder holds a {found!r} model, expected "
             f"{' or '.join(map(repr, expected))}; give the folder of that model"
         )
 

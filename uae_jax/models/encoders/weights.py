@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from uae_jax import trees
 from uae_jax.files.json_files import read_json, write_json
+from uae_jax.files.paths import to_path
 from uae_jax.hf.rules import Placement, Rule, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.hf.split_tensors import SplitTensors
@@ -140,7 +141,7 @@ def open_encoder(path: str | pathlib.Path) -> EncoderFolder:
       FileNotFoundError: a file is missing.
       ValueError: it is another model, which is named, or a file cannot be read.
     """
-    path = pathlib.Path(path)
+    path = to_path(path)
     if not (path / "config.json").is_file():
         return _open_openai(path)
     kind = read_json(path).get("model_type")
@@ -253,7 +254,7 @@ def save_clip(folder: str | pathlib.Path, config: clip.AnyCLIPConfig, params: tr
         CLIPVisionConfig: "CLIPVisionModelWithProjection",
         CLIPTextConfig: "CLIPTextModelWithProjection",
     }
-    folder = pathlib.Path(folder)
+    folder = to_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # order="C" keeps the scalar logit scale a scalar, which np.ascontiguousarray does not
     tensors = {name: np.asarray(tensor, order="C") for name, tensor in published_tensors(params, clip_rules(config))}

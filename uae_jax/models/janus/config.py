@@ -10,6 +10,7 @@ from typing import Any
 
 from uae_jax.files.json_files import read_json
 from uae_jax.files.known_fields import WITHOUT_EFFECT, check_kinds, only, refuse_unknown, without_none
+from uae_jax.files.paths import to_path
 from uae_jax.models.autoencoder.blocks import Sizes
 from uae_jax.models.janus.official import HF, as_hf
 from uae_jax.models.language.config import TEXT_KINDS, TextConfig, text_sizes
@@ -257,11 +258,11 @@ def from_folder(
       ValueError: the file is not JSON, a setting is not supported, or a special token is missing; it is named.
     """
     data = read_json(path)
-    ids = special_ids(path) if (pathlib.Path(path) / "tokenizer.json").is_file() else None
+    ids = special_ids(path) if (to_path(path) / "tokenizer.json").is_file() else None
     try:
         return from_json(data, ids).using(dtype=dtype, remat=remat, lora_alpha=lora_alpha)
     except ValueError as error:
-        raise ValueError(f"{pathlib.Path(path) / 'config.json'}: {error}") from None
+        raise ValueError(f"{to_path(path) / 'config.json'}: {error}") from None
 
 
 def special_ids(path: str | pathlib.Path) -> dict[str, int]:
@@ -280,7 +281,7 @@ def special_ids(path: str | pathlib.Path) -> dict[str, int]:
     for token in TOKENS.values():
         if not isinstance(known.get(token), int):
             raise ValueError(
-                f"{pathlib.Path(path) / 'tokenizer.json'} has no token {token!r}; give the tokenizer of a Janus model"
+                f"{to_path(path) / 'tokenizer.json'} has no token {token!r}; give the tokenizer of a Janus model"
             )
     return {name: known[token] for name, token in TOKENS.items()}
 

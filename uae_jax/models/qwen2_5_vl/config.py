@@ -7,6 +7,7 @@ from typing import Any
 
 from uae_jax.files.json_files import read_json
 from uae_jax.files.known_fields import WITHOUT_EFFECT, check_kinds, needed, only, refuse_unknown, without_none
+from uae_jax.files.paths import to_path
 from uae_jax.models.language.config import TEXT_KINDS, TextConfig, check_choices, text_sizes
 
 _OUTER = frozenset(
@@ -146,7 +147,7 @@ def from_folder(
       FileNotFoundError: there is no `config.json`.
       ValueError: the file is not JSON, or a setting is not supported; the field is named.
     """
-    data, folder = read_json(path), pathlib.Path(path)
+    data, folder = read_json(path), to_path(path)
     stops = (
         read_json(folder, "generation_config.json").get("eos_token_id")
         if (folder / "generation_config.json").exists()

@@ -7,6 +7,7 @@ from typing import Any
 
 from uae_jax.files.json_files import read_json
 from uae_jax.files.known_fields import check_kinds, refuse_unknown
+from uae_jax.files.paths import to_path
 from uae_jax.models.autoencoder.blocks import Sizes
 from uae_jax.nn.remat import POLICIES
 
@@ -16,7 +17,7 @@ def _read(path: str | pathlib.Path, class_name: str) -> dict[str, Any]:
     found = stored.get("_class_name", stored.get("model_type", class_name))
     if found != class_name:
         raise ValueError(
-            f"{pathlib.Path(path) / 'config.json'}: the folder holds a {found!r} model, expected {class_name!r}; "
+            f"{to_path(path) / 'config.json'}: the folder holds a {found!r} model, expected {class_name!r}; "
             "give the folder of that model"
         )
     return stored
@@ -112,7 +113,7 @@ class VAEConfig:
             value = tuple(value) if isinstance(value, list) else value
             _require(value == supported, "VAE", field, value, repr(supported))
         names = {field.name for field in dataclasses.fields(cls)}
-        refuse_unknown(stored, {*names, *fixed, "force_upcast"}, what=f"{pathlib.Path(path) / 'config.json'}: ")
+        refuse_unknown(stored, {*names, *fixed, "force_upcast"}, what=f"{to_path(path) / 'config.json'}: ")
         absent = {
             "block_out_channels": (64,),
             "layers_per_block": 1,
@@ -126,7 +127,7 @@ class VAEConfig:
             for field in dataclasses.fields(cls)
         }
         values["shift_factor"] = values["shift_factor"] or 0.0
-        check_kinds(values, typing.get_type_hints(cls), f"{pathlib.Path(path) / 'config.json'}: ")
+        check_kinds(values, typing.get_type_hints(cls), f"{to_path(path) / 'config.json'}: ")
         values["block_out_channels"] = tuple(values["block_out_channels"])
         return cls(**values)
 
@@ -244,9 +245,9 @@ class TransformerConfig:
             for field in dataclasses.fields(cls)
             if field.name not in ours
         }
-        refuse_unknown(stored, {*values, "caption_projection_dim"}, what=f"{pathlib.Path(path) / 'config.json'}: ")
+        refuse_unknown(stored, {*values, "caption_projection_dim"}, what=f"{to_path(path) / 'config.json'}: ")
         values["out_channels"] = values["in_channels"] if values["out_channels"] is None else values["out_channels"]
-        check_kinds(values, typing.get_type_hints(cls), f"{pathlib.Path(path) / 'config.json'}: ")
+        check_kinds(values, typing.get_type_hints(cls), f"{to_path(path) / 'config.json'}: ")
         values["dual_attention_layers"] = tuple(values["dual_attention_layers"])
         config = cls(**{**values, **overrides})
         projection = stored.get("caption_projection_dim", 1152)
