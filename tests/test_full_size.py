@@ -548,6 +548,12 @@ class Tensors:
     def shape(self, name):
         return self.tensors[name].shape
 
+    def dtype(self, name):
+        return str(self.tensors[name].dtype)
+
+    def expect(self, names):
+        pass
+
     def read(self, name):
         return self.tensors[name]
 

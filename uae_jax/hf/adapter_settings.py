@@ -6,10 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from safetensors import safe_open
-
 from uae_jax.files.known_fields import shown, unknown_fields
-from uae_jax.hf.safetensors import Tensors
+from uae_jax.hf.safetensors import Tensors, metadata
 
 HEADER = "lora_adapter_metadata"  # key of diffusers' settings in the safetensors header
 DIFFUSERS_PREFIX = "transformer."
@@ -35,8 +33,7 @@ def read_settings(folder: Tensors) -> dict[str, Any]:
     text: bytes | str | None = file.read_bytes() if file.exists() else None
     if text is None:
         file = sorted(set(folder.files.values()))[0]
-        with safe_open(file, framework="numpy") as handle:
-            text = (handle.metadata() or {}).get(HEADER)
+        text = metadata(file).get(HEADER)
     try:
         stored = {} if text is None else json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except ValueError as error:

@@ -3,6 +3,8 @@
 import pathlib
 import re
 
+from uae_jax.files.paths import to_path
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CACHE_NAME = re.compile(r"models--(.+?)--(.+)")
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -13,7 +15,7 @@ def is_hub_id(path: str | pathlib.Path) -> bool:
 
     A path into an existing folder, such as `runs/smal`, is a slip of the pen and no id.
     """
-    place = pathlib.Path(path)
+    place = to_path(path)
     return bool(HUB_ID.fullmatch(str(path))) and not place.exists() and not place.parent.exists()
 
 
@@ -23,7 +25,7 @@ def snapshot_of(path: str | pathlib.Path) -> pathlib.Path:
     Raises:
       ValueError: there is no snapshot, or there are several and none is that of the branch `main`.
     """
-    place = pathlib.Path(path)
+    place = to_path(path)
     root = place.parent if place.name == "snapshots" else place
     if not CACHE_NAME.fullmatch(root.name) or not root.is_dir():
         return place
@@ -43,7 +45,7 @@ def snapshot_of(path: str | pathlib.Path) -> pathlib.Path:
 
 def other_format(path: str | pathlib.Path) -> str:
     """What a folder without safetensors holds, and what helps, for the end of a message; empty if nothing is known."""
-    place = pathlib.Path(path)
+    place = to_path(path)
     names = sorted(file.name for file in place.iterdir() if file.is_file()) if place.is_dir() else []
     gguf = [name for name in names if name.lower().endswith(".gguf")]
     torch = [name for name in names if name.endswith(TORCH_SUFFIXES)]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from uae_jax import trees
+from uae_jax.files.paths import read_range, to_path
 from uae_jax.hf.file_sets import without_variants
 from uae_jax.hf.rules import Rule, canonical
 from uae_jax.hf.safetensors import Tensors
@@ -81,12 +82,11 @@ def compare(
 
 def cut_short(path: str | pathlib.Path) -> str | None:
     """One sentence on the first truncated safetensors file of a folder, or on one file; None if all are complete."""
-    path = pathlib.Path(path)
+    path = to_path(path)
     for file in [path] if path.is_file() else without_variants(path.glob("*.safetensors")):
         size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            text = stream.read(length) if size >= 8 and length < size else b""
+        length = int.from_bytes(read_range(file, 0, 8), "little")
+        text = read_range(file, 8, length) if size >= 8 and length < size else b""
         try:
             header = json.loads(text)
             ends = {

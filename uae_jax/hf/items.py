@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from uae_jax import trees
+from uae_jax.files.paths import local_to_write
 from uae_jax.hf.finite import count_non_finite
 from uae_jax.hf.rules import Rule
 from uae_jax.hf.safetensors import DTYPES, Tensors, dtype_name, shard_files
@@ -187,7 +188,7 @@ def _write_file(
         header[item.name] = {"dtype": kind, "shape": item.shape, "data_offsets": [starts[item.name], end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
+    with local_to_write(file) as place, place.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for item in items:
             tensor = read(item)

@@ -5,7 +5,7 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from uae_jax import trees
+from uae_jax.files.paths import is_url
 from uae_jax.hf.finite import count_non_finite
-from uae_jax.hf.safetensors import Tensors
+from uae_jax.hf.safetensors import DTYPES, Tensors
 
 # from a tree of shapes to a tree of shardings
 Placement = Callable[[trees.Tree], trees.Tree]
@@ -113,6 +114,7 @@ def load_params(
     wanted, published = _checked_names(folder, rules, abstract, aliases, ignore)
     shardings = None if placement is None else trees.flatten(placement(abstract))
     leaves = {}
+    folder.expect([published[source] for rule in rules for source in rule.sources()])
     for rule in rules:
         own = dtype.get(rule.ours.partition("/")[0]) if isinstance(dtype, Mapping) else dtype
         sources = [published[source] for source in rule.sources()]
@@ -138,6 +140,7 @@ def check_params(
         has its name.
     """
     _, published = _checked_names(folder, rules, abstract, aliases, ignore)
+    folder.expect(sorted(published.values()))
     for name in sorted(published.values()):
         if count_non_finite(folder.read(name)):
             raise ValueError(f"{folder.file(name)}: {name} holds NaN or infinity; copy the file again")
@@ -254,8 +257,12 @@ class _Stored:
     def place(self, sharding: jax.sharding.Sharding) -> jax.Array:
         """The parameter on its devices; a shard of several devices is read once, and gone before the next is read."""
         dtype, placed = self._dtype(), []
-        for index, devices in local_shards(sharding, self.shape):
-            block = self._block(index, dtype)
+        shards = local_shards(sharding, self.shape)
+        indices = [index for index, _ in shards]
+        # a tensor of a bucket is read once, so that all shards take their parts of it at one time
+        remote = is_url(self.folder.path)
+        blocks = self._blocks(indices, dtype) if remote else (self._block(index, dtype) for index in indices)
+        for block, (_, devices) in zip(blocks, shards):
             # the host's copy has to stay until the devices have theirs
             placed += jax.block_until_ready([jax.device_put(block, device) for device in devices])
         return jax.make_array_from_single_device_arrays(self.shape, sharding, placed)
@@ -265,31 +272,53 @@ class _Stored:
         return self._block((slice(None),) * len(self.shape), self._dtype())
 
     def _dtype(self) -> np.dtype:
-        stored = {self.folder.read(source).dtype for source in self.sources}
+        known = {source: self._stored_dtype(source) for source in self.sources}
+        stored = set(known.values())
         for dtype in stored:
             if not jnp.issubdtype(dtype, np.floating):
-                source = next(name for name in self.sources if self.folder.read(name).dtype == dtype)
+                source = next(name for name in self.sources if known[name] == dtype)
                 raise ValueError(
                     f"{self.folder.file(source)} stores {source} as {dtype}, so the model is quantised; give weights "
                     "in float32, float16 or bfloat16"
                 )
         return np.dtype(functools.reduce(jnp.promote_types, stored)) if self.dtype is None else np.dtype(self.dtype)
 
-    def _block(self, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        block = np.empty([len(range(*part.indices(size))) for part, size in zip(index, self.shape)], dtype)
-        if self.rule.layers is None:
-            self._fill(block, self.sources[0], index)
-            return block
-        for row, layer in enumerate(range(*index[0].indices(self.shape[0]))):
-            self._fill(block[row, ...], self.sources[layer], index[1:])
-        return block
+    def _stored_dtype(self, source: str) -> np.dtype:
+        name = self.folder.dtype(source)
+        return np.dtype(DTYPES[name]) if name in DTYPES else self.folder.read(source).dtype
 
-    def _fill(self, block: np.ndarray, source: str, index: tuple[slice, ...]) -> None:
-        """Copies a part of one tensor to `block`, in our layout and precision."""
-        tensor = self.rule.to_ours(self.folder.read(source))[index]
-        _copy(tensor, block)
-        if not count_non_finite(block):
-            return
+    def _block(self, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        return self._blocks([index], dtype)[0]
+
+    def _blocks(self, indices: Sequence[tuple[slice, ...]], dtype: np.dtype) -> list[np.ndarray]:
+        """Parts of the parameter; each of its tensors is read once for all of them."""
+        blocks = [
+            np.empty([len(range(*part.indices(size))) for part, size in zip(index, self.shape)], dtype)
+            for index in indices
+        ]
+        if self.rule.layers is None:
+            self._fill([*zip(blocks, indices)], self.sources[0])
+            return blocks
+        rows = [range(*index[0].indices(self.shape[0])) for index in indices]
+        for layer, source in enumerate(self.sources):
+            wanted = [
+                (block[held.index(layer), ...], index[1:])
+                for block, index, held in zip(blocks, indices, rows)
+                if layer in held
+            ]
+            if wanted:
+                self._fill(wanted, source)
+        return blocks
+
+    def _fill(self, wanted: Sequence[tuple[np.ndarray, tuple[slice, ...]]], source: str) -> None:
+        """Copies parts of one tensor to their blocks, in our layout and precision."""
+        whole = self.rule.to_ours(self.folder.read(source))
+        for block, index in wanted:
+            _copy(whole[index], block)
+            if count_non_finite(block):
+                self._refuse(whole[index], block, source)
+
+    def _refuse(self, tensor: np.ndarray, block: np.ndarray, source: str) -> NoReturn:
         if not count_non_finite(tensor):
             raise ValueError(
                 f"{self.folder.file(source)}: {source} passes the range of {block.dtype}; read it as float32 or "

@@ -4,7 +4,7 @@ import contextlib
 import json
 import pathlib
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -12,7 +12,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from uae_jax.files.paths import is_url, local_to_write, read_range, to_path
 from uae_jax.hf.file_sets import check_index, check_single, index_of, shards, weight_files
+from uae_jax.hf.remote import Reads, check_filled, read_header
 
 # safetensors' names of the precisions of parameters and buffers
 DTYPES: dict[str, type] = {
@@ -58,9 +60,11 @@ class Tensors(Protocol):
 
     def read(self, name: str) -> np.ndarray: ...
 
+    def expect(self, names: Sequence[str]) -> None: ...
+
 
 class TensorFolder:
-    """The tensors of one folder, read lazily from the memory-mapped files.
+    """The tensors of one folder, read lazily from the memory-mapped files, or by ranges from those of a bucket.
 
     Attributes:
       path: the folder, or a single `.safetensors` file.
@@ -77,7 +81,7 @@ class TensorFolder:
           ValueError: a file is truncated or not safetensors, index and shards disagree, or weights stand beside an
             index that does not name them.
         """
-        self.path = pathlib.Path(path)
+        self.path = to_path(path)
         if not self.path.exists():
             raise FileNotFoundError(f"weights not found: {self.path} does not exist")
         self.files: dict[str, pathlib.Path] = {}
@@ -93,6 +97,12 @@ class TensorFolder:
             self._entries |= entries
         if index is not None:
             check_index(index, self.files, self.path)
+        self._reads = Reads({name: self._place(name) for name in self.files}) if is_url(self.path) else None
+
+    def _place(self, name: str) -> tuple[pathlib.Path, int, int]:
+        """File, first byte and size in bytes of a tensor."""
+        entry = self._entries[name]
+        return self.files[name], entry["start"], entry["size"]
 
     def names(self) -> set[str]:
         """All tensor names."""
@@ -112,7 +122,7 @@ class TensorFolder:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its stored precision: a read-only view of the file. The view's pages stay in memory only while
-        the view lives.
+        the view lives. Of a bucket the tensor is read whole.
 
         Raises:
           ValueError: an unknown precision.
@@ -124,29 +134,68 @@ class TensorFolder:
             )
         if 0 in shape:
             return np.empty(shape, dtype)
+        if self._reads is not None:
+            return np.frombuffer(self._reads.read(name), dtype).reshape(shape)
         # one mapping for each tensor: all pages of a mapping of the whole file would stay in memory
         return np.asarray(np.memmap(self.file(name), dtype, "r", self._entries[name]["start"], shape))
 
+    def expect(self, names: Sequence[str]) -> None:
+        """Says in which order tensors will be read: from a bucket they are asked for ahead."""
+        if self._reads is not None:
+            self._reads.expect(names)
+
 
 def _header(file: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and first byte of each tensor of a file, after a check of the file's layout."""
+    """Shape, dtype, first byte and size of each tensor of a file, after a check of the file's layout."""
+    if read_range(file, 0, len(LFS_POINTER)) == LFS_POINTER:
+        raise ValueError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its repository")
     try:
-        with file.open("rb") as stream:
-            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise ValueError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its repository")
-            with safe_open(file, framework="numpy"):
-                pass  # checks that the tensors fill the file
-            stream.seek(0)
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-    except (SafetensorError, OSError) as error:
+        length, header = _remote_header(file) if is_url(file) else _local_header(file)
+    except (SafetensorError, OSError, _Unfit) as error:
         reason = " ".join(str(error).split())  # the header's own words may be in it
         raise ValueError(f"{file} is not a complete safetensors file ({reason}); copy it again") from None
     return {
-        name: {"shape": entry["shape"], "dtype": entry["dtype"], "start": 8 + length + entry["data_offsets"][0]}
+        name: {
+            "shape": entry["shape"],
+            "dtype": entry["dtype"],
+            "start": 8 + length + entry["data_offsets"][0],
+            "size": entry["data_offsets"][1] - entry["data_offsets"][0],
+        }
         for name, entry in header.items()
         if name != "__metadata__"
     }
+
+
+class _Unfit(Exception):
+    """What is wrong with a header."""
+
+
+def metadata(file: pathlib.Path) -> dict[str, str]:
+    """What the writer of a file has noted in its header."""
+    if is_url(file):
+        return read_header(file)[1].get("__metadata__") or {}
+    with safe_open(file, framework="numpy") as handle:
+        return handle.metadata() or {}
+
+
+def _local_header(file: pathlib.Path) -> tuple[int, dict[str, Any]]:
+    with file.open("rb") as stream:
+        with safe_open(file, framework="numpy"):
+            pass  # checks that the tensors fill the file
+        length = int.from_bytes(stream.read(8), "little")
+        return length, json.loads(stream.read(length))
+
+
+def _remote_header(file: pathlib.Path) -> tuple[int, dict[str, Any]]:
+    try:
+        length, header, size = read_header(file)
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        check_filled(
+            tensors, size - 8 - length, lambda stored: np.dtype(DTYPES[stored]).itemsize if stored in DTYPES else None
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise _Unfit(str(error)) from None
+    return length, header
 
 
 def write_tensors(
@@ -195,18 +244,18 @@ class _ShardWriter:
         self.shard_bytes += tensor.nbytes
 
     def flush(self) -> None:
-        file = self.files.new(list(self.shard), self.shard_bytes)
-        file.touch()
-        mode = file.stat().st_mode  # the default of new files; safetensors would write files for the owner alone
-        save_file(self.shard, file, metadata={"format": "pt"})
-        file.chmod(mode)
+        with local_to_write(self.files.new(list(self.shard), self.shard_bytes)) as file:
+            file.touch()
+            mode = file.stat().st_mode  # the default of new files; safetensors would write files for the owner alone
+            save_file(self.shard, file, metadata={"format": "pt"})
+            file.chmod(mode)
         self.shard, self.shard_bytes = {}, 0
 
 
 @contextlib.contextmanager
 def shard_files(folder: str | pathlib.Path, stem: str) -> Iterator["ShardFiles"]:
     """Files to write in a folder, which is made if absent; an error deletes them and leaves the older ones."""
-    folder = pathlib.Path(folder)
+    folder = to_path(folder)
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     files = ShardFiles(folder, stem)

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -57,6 +58,10 @@ class SplitTensors:
     def dtype(self, name: str) -> str:
         """The stored precision in safetensors' words."""
         return self._source.dtype(self._stored[name][0])
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Says in which order tensors will be read."""
+        self._source.expect([self._stored[name][0] for name in names])
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its stored precision."""

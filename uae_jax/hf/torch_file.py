@@ -4,11 +4,13 @@ import pathlib
 import pickle
 import re
 import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from uae_jax.files.paths import is_url, local_to_read, to_path
 from uae_jax.hf.file_sets import check_index, shards
 from uae_jax.hf.safetensors import TensorFolder
 
@@ -36,7 +38,7 @@ class TorchFile:
           ValueError: PyTorch is not installed, a file is not complete or holds anything but tensors by name, or index
             and shards disagree.
         """
-        self.path = pathlib.Path(path)
+        self.path = to_path(path)
         index = self.path / INDEX if self.path.is_dir() else None
         if not (index or self.path).is_file():
             raise FileNotFoundError(f"weights not found: {index or self.path} does not exist")
@@ -75,6 +77,9 @@ class TorchFile:
             return tensor.contiguous().view(_torch().int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
 
+    def expect(self, names: Sequence[str]) -> None:
+        """The file is open as a whole."""
+
 
 def open_tensors(path: str | pathlib.Path) -> TensorFolder | TorchFile:
     """The tensors of a file, or of a folder: its safetensors or, without safetensors, its PyTorch file or files.
@@ -83,7 +88,7 @@ def open_tensors(path: str | pathlib.Path) -> TensorFolder | TorchFile:
       FileNotFoundError: no such file or folder, or no weights in the folder.
       ValueError: several PyTorch files without `INDEX` (and none named `pytorch_model.bin`), or an unreadable file.
     """
-    path = pathlib.Path(path)
+    path = to_path(path)
     if path.is_dir() and not any(not file.name.startswith(".") for file in path.glob("*.safetensors*")):
         if (path / INDEX).is_file():
             return TorchFile(path)
@@ -111,6 +116,12 @@ def _torch():
 
 
 def _load(path: pathlib.Path) -> dict[str, Any]:
+    if is_url(path):  # the file is read once; what is mapped of its copy stays after the copy's name is gone
+        with local_to_read(path) as copy:
+            try:
+                return _load(copy)
+            except ValueError as error:
+                raise ValueError(str(error).replace(str(copy), str(path))) from None
     torch = _torch()
     zipped = zipfile.is_zipfile(path)
     with path.open("rb") as file:

@@ -11,6 +11,7 @@ import jax
 
 from uae_jax import trees
 from uae_jax.files.json_files import json_digest, read_json
+from uae_jax.files.paths import read_range
 from uae_jax.hf.adapters import FACTOR, LEAVES
 from uae_jax.hf.formats import other_format
 from uae_jax.hf.hub import local_folder
@@ -377,8 +378,6 @@ def weights_digest(folder: pathlib.Path, names: Collection[str] = ()) -> str:
     for part in parts:
         for path in sorted(part.folder.glob("*.safetensors")) if part.folder.is_dir() else [part.folder]:
             size = path.stat().st_size
-            with path.open("rb") as file:
-                first = file.read(_SAMPLE)
-                file.seek(max(size - _SAMPLE, 0))
-                found[f"{part.name}/{path.name}"] = [size, zlib.crc32(first), zlib.crc32(file.read(_SAMPLE))]
+            first, last = (read_range(path, start, _SAMPLE) for start in (0, max(size - _SAMPLE, 0)))
+            found[f"{part.name}/{path.name}"] = [size, zlib.crc32(first), zlib.crc32(last)]
     return json_digest(found)
