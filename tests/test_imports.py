@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -86,3 +87,15 @@ def test_a_configuration_imports_settings_alone(path):
     modules = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
     own = {"uae_jax.settings", "uae_jax.stages.run_config", "uae_jax.stages.bootstrap.settings"}
     assert {name for name in modules if name.startswith("uae_jax")} <= own
+
+
+# what a person names becomes a path by `files.paths.to_path`; in these files are paths of plans and of local folders
+PLAIN_PATHS = {"files/paths.py", "config_file.py", "fetch_emoji.py", "plan.py", "hf/hub.py", "stages/folders/files.py"}
+# of the package, of a text, of nothing, and what `os` has listed
+PLAIN = r"(?<![\w.])(?:pathlib\.)?Path\((?!__file__|f?\"|\)|file\) for|path\).stem|record\[|os.environ)"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_names_become_paths_in_one_place(path):
+    if path.relative_to(PACKAGE).as_posix() not in PLAIN_PATHS and part(path) != "planning":
+        assert not re.findall(PLAIN, path.read_text()), "a URL would lose a slash: use files.paths.to_path"

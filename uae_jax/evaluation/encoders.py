@@ -20,7 +20,7 @@ from PIL import Image
 
 from uae_jax import trees
 from uae_jax.evaluation.pairs import Pair, read_rgb
-from uae_jax.files.paths import to_path
+from uae_jax.files.paths import local_copies, to_path
 from uae_jax.models.encoders import clip, dino
 from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
 from uae_jax.models.encoders.preprocess import Preprocess
@@ -243,7 +243,8 @@ def open_text_scorer(folder: str | pathlib.Path, longclip: str | pathlib.Path | 
     from transformers import AutoTokenizer  # a slow import
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with local_copies(folder) as place:
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
     except Exception as error:
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error}); copy its files again") from error
     name = "longclip" if longclip else "clip"

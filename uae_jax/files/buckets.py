@@ -385,12 +385,14 @@ def bucket_problem(path: Any, *, write: bool) -> str:
     while len(bucket.parts) > 3:
         bucket = bucket.parent
     try:
-        if not path.exists() and not bucket.exists():
-            return f"{path}: the bucket {bucket} does not exist, or this account does not see it; make it first"
-        if write:
+        if write:  # a role that may write need not be one that may look at the bucket itself
             probe = path / f".uae_jax_{os.getpid()}_{next(_probes)}"
             probe.write_bytes(b"written to learn whether it can be")
             probe.unlink()
+        elif not path.exists() and not bucket.exists():
+            raise FileNotFoundError
+    except FileNotFoundError:
+        return f"{path}: the bucket {bucket} does not exist, or this account does not see it; make it first"
     except ImportError as error:
         return f"{path}: {error}"
     except OSError as error:
@@ -402,8 +404,9 @@ _probes = itertools.count()
 
 
 def _is_refusal(error: Exception) -> bool:
-    code = str(getattr(error, "code", ""))
-    return isinstance(error, PermissionError) or code in ("401", "403") or str(error).startswith("Forbidden")
+    code, kind = str(getattr(error, "code", "")), type(error).__name__
+    refused = isinstance(error, PermissionError) or code in ("401", "403") or str(error).startswith("Forbidden")
+    return refused or "Credentials" in kind or kind == "RefreshError"
 
 
 def _reason(error: BaseException) -> str:

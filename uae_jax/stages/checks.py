@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from uae_jax import sharding
+from uae_jax.files.paths import is_url, problem, to_path
 from uae_jax.methods import STAGES
 from uae_jax.settings import Mistakes, one_line, read
 from uae_jax.stages import precomputed
@@ -80,7 +81,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
 
 def with_alignment(config: RunConfig) -> RunConfig:
     """The settings with the stage `align` before `pretrain`, where the model folder has a new projector."""
-    new = pathlib.Path(config.model.folder or ".") / "llm" / NEW_PROJECTOR
+    new = to_path(config.model.folder or ".") / "llm" / NEW_PROJECTOR
     if "pretrain" not in config.stages or "align" in config.stages:
         return config
     if not (config.model.folder and config.stage("align").after_import and new.is_file()):
@@ -258,14 +259,17 @@ def _check_questions(config: RunConfig) -> Iterator[str]:
 
 def _check_workdir(config: RunConfig, workdir: pathlib.Path) -> Iterator[str]:
     """A workdir whose parent is absent, that cannot be written, or in which another configuration has trained."""
-    if not workdir.parent.is_dir():
+    if found := problem(workdir, write=True) or _unsaved(workdir):
+        yield found
+        return
+    if not is_url(workdir) and not workdir.parent.is_dir():
         yield f"the folder {workdir.parent} that --workdir needs does not exist; make it first"
         return
     if workdir.exists() and not workdir.is_dir():
         yield f"{workdir} is a file; name a folder as --workdir"
         return
     place = workdir if workdir.exists() else workdir.parent
-    if not os.access(place, os.W_OK):
+    if not is_url(workdir) and not os.access(place, os.W_OK):
         yield f"{place} cannot be written; choose another --workdir"
     names = [name for name, _ in config.order()]
     folder = workdir / "checkpoints"
@@ -284,6 +288,16 @@ def _check_workdir(config: RunConfig, workdir: pathlib.Path) -> Iterator[str]:
     for name, stage in config.order():
         identity, free = stage_identity(config, name, weights), config.free(name)
         check_configuration(workdir, name, identity, free=free, steps=config.stage(stage).steps)
+
+
+def _unsaved(workdir: pathlib.Path) -> str:
+    """Why no checkpoint can be written into a workdir; empty where one can."""
+    if is_url(workdir) and not os.fspath(workdir).startswith("gs://"):
+        return (
+            f"--workdir={workdir}: Orbax writes no checkpoints to this kind of bucket; give a folder, a mount of the "
+            "bucket, or gs:// (data, weights and exports may lie there)"
+        )
+    return ""
 
 
 def stage_identity(config: RunConfig, name: str, weights: str) -> dict[str, Any]:

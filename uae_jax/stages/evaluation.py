@@ -21,6 +21,7 @@ from uae_jax.data.scenes import Scene, fact_kinds
 from uae_jax.data.sources import Example
 from uae_jax.data.tokenizer import decode_caption
 from uae_jax.files.json_files import write_json
+from uae_jax.files.paths import local_to_write
 from uae_jax.models import condition, uae
 from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.nn.cpu.compiler import compiler_options
@@ -275,7 +276,9 @@ def picture_png(pixels: np.ndarray, path: pathlib.Path) -> None:
     """Writes one image, uint8 `[H, W, 3]`; a small image is enlarged by nearest neighbours."""
     image = Image.fromarray(pixels)
     scale = max(1, -(-SAMPLE_SIDE // min(image.size)))
-    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    with local_to_write(path) as file:
+        image.save(file)
 
 
 def write_samples(

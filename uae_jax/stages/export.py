@@ -1,7 +1,6 @@
 """Writes a model in memory as a folder in the official layout, which `stages.weights` reads."""
 
 import pathlib
-import shutil
 from collections.abc import Mapping
 
 import jax
@@ -15,7 +14,7 @@ from uae_jax.hf.rules import Rule
 from uae_jax.models.language import weights as lm_weights
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import weights as sd3_weights
-from uae_jax.stages.folders.files import copy_again, step_back, take_place
+from uae_jax.stages.folders.files import begin, copy_file, copy_folder_again, take_place
 from uae_jax.stages.folders.parts import with_dtype
 from uae_jax.stages.weights import ENCODERS, REFERENCE, System, config_folder
 
@@ -41,10 +40,7 @@ def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: D
             for item in items:
                 item.read()
         return
-    step_back(folder)
-    fresh = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    fresh = begin(folder)
     for name, items in outputs.items():
         write_items(fresh / name, items, stem=STEMS.get(name, "model"), finite=False)
     for name in {"llm", REFERENCE} & set(outputs):
@@ -52,9 +48,7 @@ def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: D
     _write_other_configs(system, parts, fresh)
     for name in ("llm_processor", "SD3", *ENCODERS):
         if (system.folder / name).is_dir():
-            skip = shutil.ignore_patterns("transformer")
-            copy = copy_again(fresh, folder)
-            shutil.copytree(system.folder / name, fresh / name, ignore=skip, copy_function=copy)
+            copy_folder_again(system.folder / name, fresh / name, folder / name, skip="transformer")
     take_place(fresh, folder)
 
 
@@ -87,7 +81,7 @@ def _write_captioner_config(system: System, folder: pathlib.Path, dtype: np.dtyp
     """Writes the captioner's config.json with the stored precision, and copies its generation_config.json."""
     source = config_folder(system.folder)
     if (source / "generation_config.json").exists():
-        shutil.copy2(source / "generation_config.json", folder)
+        copy_file(source / "generation_config.json", folder)
     write_json(folder / "config.json", with_dtype(read_json(source), dtype.name), indent=1)
 
 

@@ -7,7 +7,6 @@ read back, and the stage that was interrupted continues from its newest checkpoi
 import contextlib
 import dataclasses
 import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +21,7 @@ from uae_jax import sharding, trees
 from uae_jax.data.loader import Batches, make_loader
 from uae_jax.data.sources import SceneSource, Source
 from uae_jax.files.json_files import write_json
+from uae_jax.files.paths import copy_folder
 from uae_jax.methods.method import build_step, make_method, start_of
 from uae_jax.methods.stage_settings import denoising
 from uae_jax.methods.trained import store, trainable, with_policy_as_transformer
@@ -304,7 +304,7 @@ class Run:
             return self.score(state, name, "before")
         samples = self.workdir / "samples"
         if jax.process_index() == 0:
-            shutil.copytree(samples / f"{previous.name}_after", samples / f"{name}_before", dirs_exist_ok=True)
+            copy_folder(samples / f"{previous.name}_after", samples / f"{name}_before")
         return dict(previous.after)
 
     def trained(self, state: TrainState) -> dict:

@@ -20,6 +20,7 @@ from uae_jax import sharding
 from uae_jax.data import tokenizer as tokens
 from uae_jax.data.qwen_inputs import ImageProcessor, load_image_processor
 from uae_jax.diffusion.schedule import ScheduleConfig
+from uae_jax.files.paths import problem
 from uae_jax.hf.formats import other_format
 from uae_jax.hf.hub import local_folder
 from uae_jax.hf.rules import Placement
@@ -114,7 +115,8 @@ def model_folder(path: str | pathlib.Path) -> pathlib.Path:
             return candidate
     if not folder.exists():
         raise FileNotFoundError(
-            f"model folder {folder} does not exist; give an official UAE folder or a training workdir"
+            problem(folder)
+            or f"model folder {folder} does not exist; give an official UAE folder or a training workdir"
         )
     remedy = other_format(folder)
     if remedy:

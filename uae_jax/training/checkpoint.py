@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from uae_jax import trees
+from uae_jax.files.paths import remove_folder, to_path
 from uae_jax.training import processes
 from uae_jax.training.checksums import array_checksums, describe, json_checksum, structure_checksum
 
@@ -72,7 +72,7 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int = 2, clean: bool = True) -> None:
         if keep < 1:
             raise ValueError(f"checkpoints to keep is {keep}; keep at least 1")
-        self.folder = Path(folder).absolute()
+        self.folder = to_path(folder).absolute()
         handlers = {"state": ocp.StandardCheckpointHandler()}
         handlers |= {name: ocp.JsonCheckpointHandler() for name in ("data", "meta", "checksums")}
         self._good = _KeepGood()
@@ -213,8 +213,7 @@ class Checkpoints:
             return read
         aside = self.folder / f"damaged_{step}"
         if jax.process_index() == 0:
-            if aside.exists():
-                shutil.rmtree(aside)
+            remove_folder(aside)
             (self.folder / str(step)).rename(aside)
             older = [other for other in self._manager.all_steps() if other < step]
             then = f"the stage continues from step {max(older)}" if older else "the stage begins again"

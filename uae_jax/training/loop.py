@@ -17,6 +17,7 @@ import jax
 import tqdm
 
 from uae_jax.files.json_files import write_json
+from uae_jax.files.paths import to_path
 from uae_jax.settings import differences
 from uae_jax.training.checkpoint import Checkpoints, Restored, abstract
 from uae_jax.training.guard import OFF, WATCHED, Guard, GuardConfig, Trip, Tripped, reason
@@ -83,7 +84,7 @@ def run_stage(
       ValueError: damaged or unfitting checkpoint.
       RuntimeError: the data ended early.
     """
-    folder = Path(workdir) / "checkpoints" / name
+    folder = to_path(workdir) / "checkpoints" / name
     with Checkpoints(folder, keep=config.keep) as checkpoints:
         finished, tripped = folder / "finished.json", folder / "tripped.json"
         trip = tripped_record(tripped)

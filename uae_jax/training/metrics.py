@@ -13,9 +13,12 @@ import jax
 import numpy as np
 
 from uae_jax.files.json_files import read_records, write_json_lines
+from uae_jax.files.paths import LocalCopies, is_url, to_path
 from uae_jax.files.whole import named
 
 FLUSH_SECONDS = 5.0
+BUCKET_SECONDS = 60.0  # there the whole file is written anew
+BUCKET_SHARE = 20.0  # at most one second of writing in so many
 
 
 class Clock:
@@ -51,7 +54,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: another line is not a JSON object, or has no stage and step; the message has its number.
     """
-    found = read_records(path) if Path(path).exists() else []
+    found = read_records(path) if to_path(path).exists() else []
     for number, line in enumerate(found, 1):
         if not (isinstance(line.get("stage"), str) and isinstance(line.get("step"), int)):
             raise ValueError(f"{path} object {number} has no stage and step; delete that line")
@@ -61,7 +64,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 class MetricWriter:
     """Writes `metrics.jsonl`, `tensorboard/<stage>/` and, with a project name, W&B. Only process 0 writes.
 
-    What is written reaches the disk within `FLUSH_SECONDS`, before every checkpoint, and when a stage ends or fails.
+    What is written reaches the disk within `FLUSH_SECONDS`, before every checkpoint, and when a stage ends or fails. A
+    file in a bucket cannot grow: it is written anew, so that this is done every `BUCKET_SECONDS` or more.
 
     Args:
       workdir: the training folder.
@@ -76,14 +80,16 @@ class MetricWriter:
     def __init__(
         self, workdir: Path, *, tensorboard: bool = True, wandb_project: str = "", config: Mapping | None = None
     ) -> None:
-        self.workdir = Path(workdir)
+        self.workdir = to_path(workdir)
         self.path = self.workdir / "metrics.jsonl"
         self.active = jax.process_index() == 0
         self._tensorboard = tensorboard
         self._board: Any = None
         self._wandb: Any = None
         self._lines: list[str] = []  # not on disk yet
-        self._flushed = -math.inf
+        self._whole = ""  # what is on disk, of a file in a bucket
+        self._flushed, self._period = -math.inf, FLUSH_SECONDS
+        self._events: LocalCopies | None = None
         self._offset = 0  # steps of the stages before, so that W&B's steps only grow
         if self.active and wandb_project:
             self._wandb = _start_wandb(self.workdir, wandb_project, config)
@@ -108,6 +114,8 @@ class MetricWriter:
 
         kept = [line for line in read_lines(self.path) if line["stage"] != stage or stays(line)]
         write_json_lines(self.path, kept)
+        if is_url(self.path):
+            self._whole = self.path.read_text(encoding="utf-8")
         before = {line["stage"]: line["step"] for line in kept if line["stage"] != stage}
         self._offset = sum(before.values())
         if self._tensorboard:
@@ -121,11 +129,12 @@ class MetricWriter:
         not hide the points of an older one. The older ones are deleted.
         """
         folder = self.workdir / "tensorboard" / stage
-        for path in folder.glob("events.*"):
+        for path in [*folder.glob("events.*")]:
             path.unlink()
+        self._events = LocalCopies(folder)
         import tensorboardX  # imports torch if installed, which takes seconds
 
-        board = tensorboardX.SummaryWriter(str(folder))
+        board = tensorboardX.SummaryWriter(str(self._events.local))
         for line in kept:
             for name, value in line.items():
                 if name not in ("stage", "step", "seconds"):
@@ -145,7 +154,7 @@ class MetricWriter:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
         self._log_wandb(stage, step, values)
-        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+        if time.monotonic() - self._flushed >= self._period:
             self.flush()
 
     @contextlib.contextmanager
@@ -160,14 +169,22 @@ class MetricWriter:
         self.flush()
 
     def flush(self) -> None:
-        """Puts on disk what was written so far. A file on a bucket is written anew with each call."""
-        if self._lines:
+        """Puts on disk what was written so far. A file in a bucket is written anew with each call."""
+        begin = time.monotonic()
+        if self._lines and is_url(self.path):
+            whole = self._whole + "".join(self._lines)
+            self.path.write_text(whole, encoding="utf-8")
+            self._whole, self._lines = whole, []
+        elif self._lines:
             with named(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(self._lines))
             self._lines = []
-        if self._board is not None:
+        if self._board is not None and self._events is not None:
             self._board.flush()
+            self._events.copy()
         self._flushed = time.monotonic()
+        if is_url(self.path):
+            self._period = max(BUCKET_SECONDS, BUCKET_SHARE * (self._flushed - begin))
 
     def event(self, stage: str, step: int, seconds: float, record: Mapping[str, Any]) -> None:
         """Writes the guard's action after a step, JSON-able with finite numbers, as the field `guard` of a new line."""
@@ -195,9 +212,10 @@ class MetricWriter:
             self._wandb = None
 
     def _close_board(self) -> None:
-        if self._board is not None:
+        if self._board is not None and self._events is not None:
             self._board.close()
-            self._board = None
+            self._events.close()
+            self._board = self._events = None
 
 
 def _start_wandb(workdir: Path, project: str, config: Mapping | None) -> Any:
@@ -214,6 +232,6 @@ def _start_wandb(workdir: Path, project: str, config: Mapping | None) -> Any:
         project=project,
         id=path.read_text(encoding="utf-8").strip(),
         resume="allow",
-        dir=str(workdir),
+        dir=None if is_url(workdir) else str(workdir),
         config=dict(config or {}),
     )

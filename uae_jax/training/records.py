@@ -6,7 +6,6 @@ the moments of its optimizer; its checkpoints are deleted when the next stage ha
 
 import dataclasses
 import json
-import shutil
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import jax
 
+from uae_jax.files.paths import remove_folder, to_path
 from uae_jax.settings import differences
 from uae_jax.training import processes
 from uae_jax.training.checkpoint import Checkpoints
@@ -57,7 +57,7 @@ def finished_record(workdir: Path, name: str, steps: int = 0) -> dict[str, Any] 
     Raises:
       ValueError: the record is not JSON.
     """
-    folder = Path(workdir) / "checkpoints" / name
+    folder = to_path(workdir) / "checkpoints" / name
     path = folder / "finished.json"
     if not path.exists():
         return None
@@ -87,7 +87,7 @@ def tripped_record(path: Path) -> dict[str, Any] | None:
 
 
 def _trained(workdir: Path, name: str) -> Path:
-    return Path(workdir) / "trained" / name
+    return to_path(workdir) / "trained" / name
 
 
 def keep_trained(workdir: Path, result: StageResult, trained: PyTree, identity: Mapping[str, Any]) -> None:
@@ -126,9 +126,9 @@ def drop_checkpoints(workdir: Path, name: str) -> None:
     """Deletes the checkpoints of a finished stage whose trained parameters are on disk."""
     kept = _trained(workdir, name)
     if jax.process_index() == 0 and any(kept.glob("*/commit_success.txt")):
-        for path in (Path(workdir) / "checkpoints" / name).iterdir():
+        for path in [*(to_path(workdir) / "checkpoints" / name).iterdir()]:
             if path.is_dir():
-                shutil.rmtree(path)
+                remove_folder(path)
     processes.wait_for_all(f"checkpoints of {name} dropped")
 
 
@@ -147,7 +147,7 @@ def check_configuration(
     Raises:
       ValueError: the stage's newest checkpoint has other settings, or more steps.
     """
-    folder = Path(workdir) / "checkpoints" / name
+    folder = to_path(workdir) / "checkpoints" / name
     if not folder.is_dir():
         return
     with Checkpoints(folder, clean=False) as checkpoints:

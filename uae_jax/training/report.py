@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from uae_jax.files.paths import to_path
 from uae_jax.training import guard
 from uae_jax.training.curves import curves_figure
 from uae_jax.training.findings import direction, findings, scoring_changes, scorings
@@ -70,7 +71,7 @@ def write_report(workdir: Path, *, max_samples: int = 8) -> Path:
       FileNotFoundError: no summary.json, or a sample's image is missing.
       ValueError: a damaged JSON file.
     """
-    workdir = Path(workdir)
+    workdir = to_path(workdir)
     summary, lines = read_summary(workdir), read_lines(workdir / "metrics.jsonl")
     stages, config = summary["stages"], read_config(workdir)
     moments = sample_moments(workdir / "samples", stages, max_samples)
@@ -176,7 +177,7 @@ def histories(moments: Sequence[Mapping[str, Any]], pictures: int = 3) -> list[d
 
 def read_config(workdir: Path) -> dict[str, Any]:
     """The run's configuration; empty without a config.json."""
-    path = Path(workdir) / "config.json"
+    path = to_path(workdir) / "config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 

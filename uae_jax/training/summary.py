@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from uae_jax.files.json_files import write_json
+from uae_jax.files.paths import to_path
 
 PACKAGES = ("uae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -69,7 +70,7 @@ def begun(workdir: Path) -> float:
     Raises:
       ValueError: the note is damaged.
     """
-    path = Path(workdir) / "begun.json"
+    path = to_path(workdir) / "begun.json"
     if not path.exists():
         if jax.process_index() == 0:
             write_json(path, {"unix_seconds": round(time.time(), 3)})
@@ -126,7 +127,7 @@ def write_summary(
     if data:
         summary["data"] = [dict(folder) for folder in data]
     if jax.process_index() == 0:
-        write_json(Path(workdir) / "summary.json", summary)
+        write_json(to_path(workdir) / "summary.json", summary)
     return summary
 
 
@@ -137,7 +138,7 @@ def read_summary(workdir: Path) -> dict[str, Any]:
       FileNotFoundError: no summary.
       ValueError: the summary is not JSON.
     """
-    path = Path(workdir) / "summary.json"
+    path = to_path(workdir) / "summary.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; train with --workdir={workdir} first")
     try:

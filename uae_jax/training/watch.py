@@ -5,6 +5,7 @@ import faulthandler
 import signal
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from uae_jax.files.paths import LocalCopies, is_url, to_path
 
 RECENT = 32  # steps of which seconds are kept
 TRACED = 3  # steps in a trace that SIGUSR1 asks for
@@ -51,9 +54,11 @@ class Watch:
         hang_minutes: float = 0.0,
         seconds_at_peak: float | None = None,
     ) -> None:
-        self.folder, self.stage = Path(workdir) / "profile" / stage, stage
+        self.folder, self.stage = to_path(workdir) / "profile" / stage, stage
         self.traced, self.asked, self.tracing = traced_steps(profile), False, False
-        self.hang_seconds, self.hang_path = 60 * hang_minutes, Path(workdir) / f"hang_{jax.process_index()}.txt"
+        self.hang_seconds, self.hang_path = 60 * hang_minutes, to_path(workdir) / f"hang_{jax.process_index()}.txt"
+        self.stacks = b""  # written so far, of a file in a bucket
+        self.trace: LocalCopies | None = None
         self.seconds_at_peak = seconds_at_peak
         self.recent: list[float] = []  # seconds of the last steps
         self._waited = self._since = 0.0
@@ -92,8 +97,18 @@ class Watch:
         while not ended.wait(max(self._since_alive, written) + self.hang_seconds - time.monotonic()):
             if time.monotonic() - max(self._since_alive, written) >= self.hang_seconds:
                 written = time.monotonic()
-                with self.hang_path.open("a", encoding="utf-8") as file:
-                    faulthandler.dump_traceback(file)
+                self._write_stacks()
+
+    def _write_stacks(self) -> None:
+        if not is_url(self.hang_path):
+            with self.hang_path.open("a", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file)
+            return
+        with tempfile.TemporaryFile() as file:  # faulthandler needs a file of the system
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            self.stacks += file.read()
+        self.hang_path.write_bytes(self.stacks)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -145,12 +160,14 @@ class Watch:
         self.asked = True
 
     def _start_trace(self) -> None:
-        jax.profiler.start_trace(str(self.folder))
+        self.trace = LocalCopies(self.folder)
+        jax.profiler.start_trace(str(self.trace.local))
         self.tracing = True
 
     def _stop_trace(self) -> None:
-        if self.tracing:
+        if self.tracing and self.trace:
             jax.profiler.stop_trace()
+            self.trace.close()
             self.tracing, self.traced = False, None
             if jax.process_index() == 0:
                 print(

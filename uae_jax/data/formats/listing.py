@@ -6,6 +6,7 @@ import os
 import pathlib
 
 from uae_jax.data.images import is_image_name, walk_files
+from uae_jax.files.paths import problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,5 +59,5 @@ def list_folder(folder: pathlib.Path) -> Listing:
     if folder.is_file():
         return Listing(folder.parent, (folder,))
     if not folder.is_dir():
-        raise FileNotFoundError(f"the data folder {folder} does not exist")
+        raise FileNotFoundError(problem(folder) or f"the data folder {folder} does not exist")
     return Listing(folder, tuple(walk_files(folder)))

@@ -10,6 +10,7 @@ import numpy as np
 
 from uae_jax.data.qwen_inputs import load_image_processor
 from uae_jax.files.json_files import read_json, write_json
+from uae_jax.files.paths import to_path
 from uae_jax.hf.hub import local_folder
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import TensorFolder, dtype_name, write_tensors
@@ -94,8 +95,8 @@ def import_folder(
       FileNotFoundError, ValueError: a part is absent, of another model, broken, or does not fit; nothing is written.
     """
     folder = gather(sources)
-    read = [pathlib.Path(path) for path in dataclasses.asdict(sources).values() if path]
-    check_target(pathlib.Path(out).absolute(), overwrite=overwrite, sources=read)
+    read = [to_path(path) for path in dataclasses.asdict(sources).values() if path]
+    check_target(to_path(out).absolute(), overwrite=overwrite, sources=read)
     rows = check_folder(folder, fast=fast, progress=progress)
     problems = [problem for row in rows for problem in row.problems]
     if problems:
@@ -143,7 +144,7 @@ def gather(sources: Sources) -> Folder:
             "processor with --llm_processor"
         )
     parts["llm_processor"] = Part("llm_processor", processor)
-    return Folder(pathlib.Path(sources.llm).parent, "sources", tuple(parts[name] for name in KINDS if name in parts))
+    return Folder(to_path(sources.llm).parent, "sources", tuple(parts[name] for name in KINDS if name in parts))
 
 
 def _expect(name: str, path: str) -> Part:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from uae_jax.files.json_files import write_json
+from uae_jax.files.paths import to_path
 from uae_jax.hf.adapters import AdapterFiles
 from uae_jax.hf.inventory import compare
 from uae_jax.hf.items import Item, cast, stored_items, write_items
@@ -149,7 +150,7 @@ def export_folder(
         raise ValueError(f"{source} is no official UAE folder or training workdir; build one with `convert import`")
     if folder.layout == "part" and any(part.name in ADAPTERS or part.folder.is_file() for part in folder.parts):
         raise ValueError(f"{source} is no model; of an adapter, give the official UAE folder that it is in")
-    check_target(pathlib.Path(out).absolute(), overwrite=overwrite, sources=[folder.path])
+    check_target(to_path(out).absolute(), overwrite=overwrite, sources=[folder.path])
     chosen = [row for row in check_folder(folder, fast=True) if not config.parts or _chosen(row.part, config.parts)]
     problems = [problem for row in chosen for problem in row.problems]
     if problems:

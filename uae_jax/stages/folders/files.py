@@ -6,9 +6,12 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 
+from uae_jax.files import paths
+from uae_jax.files.paths import files_in, is_url, problem, remove_folder, to_path
 from uae_jax.hf.file_sets import index_of
 from uae_jax.stages.folders.parts import Part, find_parts, part_tensors
 
+COMPLETE = ".complete"  # in a folder of a bucket that is written as a whole and not yet in its place
 _WEIGHTS = (
     ".safetensors",
     ".bin",
@@ -57,6 +60,9 @@ def copy_file(source: pathlib.Path, folder: pathlib.Path, *, link: bool = False)
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / source.name
+    if is_url(source) or is_url(target):
+        paths.copy_file(source, target)
+        return
     if link:
         with contextlib.suppress(OSError):  # another disk, or a disk without hard links
             os.link(source.resolve(), target)
@@ -95,24 +101,36 @@ def replaced(out: str | pathlib.Path, *, overwrite: bool, sources: list[pathlib.
       FileNotFoundError: the parent folder of `out` does not exist.
       ValueError: `out` is not empty, not a model folder, or holds a source.
     """
-    out = pathlib.Path(out).absolute()
+    out = to_path(out).absolute()
     step_back(out)
     check_target(out, overwrite=overwrite, sources=sources)
-    fresh = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
+    fresh = begin(out)
     try:
         yield fresh
         take_place(fresh, out)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        remove_folder(fresh)
+
+
+def begin(out: pathlib.Path) -> pathlib.Path:
+    """The folder beside `out`, empty, in which its successor is written."""
+    step_back(out)
+    fresh = _successor(out)
+    remove_folder(fresh)
+    fresh.mkdir(parents=True)
+    return fresh
 
 
 def take_place(fresh: pathlib.Path, out: pathlib.Path) -> None:
     """Renames a complete folder to `out`; the older one steps aside first and is deleted last.
 
-    After a kill between the two renames `step_back` brings the older folder back.
+    After a kill between the two renames `step_back` brings the older folder back. A bucket renames nothing: the store
+    copies every file, and after a kill in between `step_back` copies them again.
     """
+    if is_url(out):
+        (fresh / COMPLETE).write_bytes(b"")
+        _copied_over(fresh, out)
+        return
     old = _aside(out)
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
@@ -122,9 +140,46 @@ def take_place(fresh: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def step_back(out: pathlib.Path) -> None:
-    """Gives a folder its name again that `take_place` put aside and did not replace."""
+    """Gives a folder its name again that `take_place` put aside and did not replace; ends its copies in a bucket."""
+    if is_url(out):
+        if (_successor(out) / COMPLETE).is_file():
+            _copied_over(_successor(out), out)
+        return
     if not out.exists() and _aside(out).is_dir():
         _aside(out).rename(out)
+
+
+def _copied_over(fresh: pathlib.Path, out: pathlib.Path) -> None:
+    """Makes `out` a copy of a complete folder of its bucket, which is deleted then."""
+    names = [name for name in files_in(fresh) if name != COMPLETE]
+    for name in set(files_in(out)) - set(names):
+        (out / name).unlink()
+    for name in names:
+        paths.copy_file(fresh / name, out / name)
+    (fresh / COMPLETE).unlink()  # first: what is left of the folder must not be taken for a whole one
+    remove_folder(fresh)
+
+
+def _successor(out: pathlib.Path) -> pathlib.Path:
+    return out.with_name(f".{out.name}.tmp")
+
+
+def copy_folder_again(source: pathlib.Path, fresh: pathlib.Path, older: pathlib.Path, skip: str) -> None:
+    """Copies a folder into `fresh`, which is to replace `older`, without the folders of the name `skip`.
+
+    Args:
+      source: a folder of a model folder.
+      fresh: the target, which need not exist.
+      older: what the target will replace; files that it has already are not copied (`copy_again`).
+      skip: a name.
+    """
+    if not is_url(source) and not is_url(fresh):
+        copy = copy_again(fresh, older)
+        shutil.copytree(source, fresh, ignore=shutil.ignore_patterns(skip), copy_function=copy)
+        return
+    for name in files_in(source):
+        if skip not in name.split("/"):
+            paths.copy_file(source / name, fresh / name)
 
 
 def _aside(out: pathlib.Path) -> pathlib.Path:
@@ -133,7 +188,9 @@ def _aside(out: pathlib.Path) -> pathlib.Path:
 
 def check_target(out: pathlib.Path, *, overwrite: bool, sources: list[pathlib.Path]) -> None:
     """Raises the errors of `replaced`, before anything is read."""
-    if not out.parent.is_dir():
+    if found := problem(out, write=True):
+        raise OSError(found)
+    if not is_url(out) and not out.parent.is_dir():
         raise FileNotFoundError(f"the folder {out.parent} does not exist; make it first")
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return
