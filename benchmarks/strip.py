@@ -6,9 +6,10 @@ python -m benchmarks.strip runs/tiny docs/images/strip.png
 import argparse
 import json
 import pathlib
-import textwrap
 
 from PIL import Image, ImageDraw
+
+from uae_jax.files.strips import font, wrapped
 
 SIDE, GAP, TEXT = 96, 10, 190
 
@@ -20,8 +21,8 @@ def samples(folder: pathlib.Path) -> list[dict]:
 
 def paste(strip: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, sample: dict) -> None:
     """A caption and its drawing, side by side."""
-    lines = textwrap.wrap(sample["caption"], 30)[:6]
-    draw.multiline_text((left, top + SIDE // 2), "\n".join(lines), fill="black", spacing=3, anchor="lm")
+    text = "\n".join(wrapped(sample["caption"], font(11), TEXT - GAP, 6))
+    draw.multiline_text((left, top + SIDE // 2), text, fill="black", spacing=3, anchor="lm", font=font(11))
     picture = Image.open(sample["folder"] / sample["reconstruction"]).resize((SIDE, SIDE), Image.Resampling.NEAREST)
     strip.paste(picture, (left + TEXT, top))
 
@@ -41,7 +42,7 @@ def main() -> None:
     draw = ImageDraw.Draw(strip)
     columns = (GAP, 2 * GAP + SIDE, 4 * GAP + 2 * SIDE + TEXT)
     for left, title in zip(columns, ("picture", "caption and drawing before training", "after all four stages")):
-        draw.text((left, 6), title, fill="black")
+        draw.text((left, 6), title, fill="black", font=font(11))
     for row, (first, last) in enumerate(list(zip(before, after))[: options.rows]):
         top = header + GAP + row * (SIDE + GAP)
         original = Image.open(first["folder"] / first["original"]).resize((SIDE, SIDE), Image.Resampling.NEAREST)

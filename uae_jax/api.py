@@ -2,7 +2,7 @@
 
     import uae_jax
 
-    model = uae_jax.load("runs/tiny", steps=20)  # a training workdir, an official folder, or "" for the built-in model
+    model = uae_jax.load("runs/tiny", steps=20)  # a training workdir or official folder; the built-in model without
     captions = model.caption(["a.png", "b.jpg"])
     images = model.generate(["gray background , top left large red circle"])
     for result in model.reconstruct(["a.png"], progress=True):
@@ -22,18 +22,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from uae_jax.data.images import load_image, square_image, to_rgb
 from uae_jax.data.qwen_inputs import Fields
 from uae_jax.files.paths import to_path
+from uae_jax.files.strips import strip
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.settings import frozen
 from uae_jax.stages.engines import Engine, open_engine, single_engine
 from uae_jax.stages.inference import InferenceConfig, Row, builtin_settings
 from uae_jax.stages.inference_config import deciding_condition
 from uae_jax.stages.run_config import CAPTION_PROMPT, NEGATIVE_PROMPT
-from uae_jax.stages.weights import ModelConfig, model_folder
+from uae_jax.stages.weights import BUILTIN, DEFAULT, ModelConfig, builtin_folder, model_folder
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 Failed = Callable[[int, Exception], None]
@@ -49,31 +50,8 @@ class Reconstruction:
 
     def strip(self, side: int = 256) -> Image.Image:
         """Original (its centre square), caption and reconstruction side by side, each `side` pixels square."""
-        gap = side // 32
-        strip = Image.new("RGB", (3 * side + 4 * gap, side + 2 * gap), "white")
         original = Image.fromarray(square_image(self.original, min(self.original.size)))
-        for column, image in ((0, original), (2, self.image)):
-            filter_ = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
-            strip.paste(image.resize((side, side), filter_), (gap + column * (side + gap), gap))
-        size = max(10, side // 21)
-        font = ImageFont.load_default(size)
-        lines = _wrapped(self.caption, font, side)[: int(side / (size * 1.3))]
-        ImageDraw.Draw(strip).multiline_text(
-            (2 * gap + side, gap), "\n".join(lines), fill="black", font=font, spacing=size * 0.2
-        )
-        return strip
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines of words no wider than `width` pixels; a longer word gets its own line."""
-    lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
+        return strip(original, self.caption, self.image, side)
 
 
 def default_settings(folder: str | os.PathLike[str] = "") -> dict[str, Any]:
@@ -85,7 +63,7 @@ def default_settings(folder: str | os.PathLike[str] = "") -> dict[str, Any]:
       FileNotFoundError: no model.
       ValueError: a run's config.json is not JSON.
     """
-    if not str(folder):
+    if not str(folder) or builtin_folder(folder):
         return builtin_settings()
     if single := single_engine(str(folder)):
         return single.settings(str(folder))
@@ -146,8 +124,8 @@ def load(
     """A model for captions, image generation and reconstruction.
 
     Args:
-      folder: official UAE folder, training workdir, folder of a Janus model, or "" for the built-in model of 32-pixel
-        scenes.
+      folder: official UAE folder, training workdir, folder of a Janus model, "" for the built-in trained model of
+        32-pixel scenes, or `start` for that model before its training.
       dtype: precision of activations, `float32` or `bfloat16`.
       adapters: False gives the model from before its training: without `llm_lora` and `dit_lora`, and with
         `llm_reference` in place of `llm`.
@@ -159,7 +137,8 @@ def load(
       FileNotFoundError, ValueError: the folder cannot be read, or a setting is unknown or invalid.
     """
     config = frozen(InferenceConfig, default_settings(folder) | settings, "settings")
-    return Model(open_engine(ModelConfig(folder=str(folder), dtype=dtype, adapters=adapters), config, devices))
+    place = str(folder) or DEFAULT
+    return Model(open_engine(ModelConfig(folder=place, dtype=dtype, adapters=adapters), config, devices))
 
 
 class Model:
@@ -174,6 +153,13 @@ class Model:
 
     def __init__(self, engine: Engine):
         self.engine = engine
+
+    @property
+    def warning(self) -> str:
+        """A line about a model that is not worth its captions yet, or nothing."""
+        if self.engine.folder != BUILTIN:
+            return ""
+        return "this is the start model, not trained yet: its captions say little, and its pictures are blurs"
 
     @property
     def settings(self) -> InferenceConfig:

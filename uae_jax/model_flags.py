@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from typing import TYPE_CHECKING, Any
 
 from uae_jax.stages.inference_config import InferenceConfig
@@ -24,7 +25,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--checkpoint",
         default="",
-        help="official UAE folder, training workdir or Janus folder (default: the built-in model)",
+        help="official UAE folder, training workdir or Janus folder; start: the built-in model before its training "
+        "(default: the built-in trained model)",
     )
     for name in GIVEN:
         meaning = FIELDS[name].metadata["meaning"]
@@ -62,4 +64,7 @@ def load_model(options: argparse.Namespace, inputs: int | None = None) -> "Model
     settings = {name: value for name, value in given.items() if value is not None}
     if inputs is not None and "batch_size" not in settings:
         settings["batch_size"] = min(api.default_settings(options.checkpoint).get("batch_size", 1), inputs)
-    return api.load(options.checkpoint, dtype=options.dtype, adapters=not options.without_adapters, **settings)
+    model = api.load(options.checkpoint, dtype=options.dtype, adapters=not options.without_adapters, **settings)
+    if model.warning:
+        print(f"note: {model.warning}; --checkpoint trained has all four stages behind it", file=sys.stderr)
+    return model

@@ -3,66 +3,16 @@
 import json
 import re
 
+import matplotlib.colors
 import numpy as np
 import pytest
-from PIL import Image
 
-from uae_jax.training.curves import curves_figure
+from runs import make_run
+from uae_jax.training.curves import curve_figures
 from uae_jax.training.findings import findings
 from uae_jax.training.metrics import MetricWriter, read_lines
 from uae_jax.training.report import histories, score_columns, score_rows, write_report
-from uae_jax.training.summary import begun, goodput, interval, intervals, write_summary
-
-
-def make_samples(folder, caption):
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for name in ("0_original.png", "0_reconstruction.png"):
-        Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(folder / name)
-    sample = {
-        "original": "0_original.png",
-        "caption": caption,
-        "reconstruction": "0_reconstruction.png",
-        "scores": {"reward": 0.5},
-    }
-    (folder / "samples.json").write_text(json.dumps([sample]))
-
-
-def make_run(workdir):
-    rng = np.random.default_rng(0)
-    writer, stages = MetricWriter(workdir, tensorboard=False), []
-    for index, name in enumerate(("pretrain", "cold_start", "gen_for_und", "und_for_gen")):
-        writer.begin(name, 0)
-        for step in range(1, 61):
-            numbers = {"loss": np.exp(-step / 20) + 0.1 * rng.normal(), "grad_norm": rng.gamma(2)}
-            if index >= 2:
-                numbers |= {
-                    "reward": 0.5 + step / 200 + 0.05 * rng.normal(),
-                    "caption_tokens": 10 + step / 5,
-                    "kl": step / 1e4,
-                }
-            writer.write(name, step, step * 0.5, numbers)
-            if step % 20 == 0:
-                writer.write(
-                    name, step, step * 0.5, {"eval/reward": 0.4 + step / 100, "eval/heldout_score": 0.3 + step / 150}
-                )
-        before, after = (
-            {"reward": rng.normal(mean, 0.1, 40), "caption_tokens": rng.normal(20, 3, 40)} for mean in (0.5, 0.7)
-        )
-        stages.append(
-            {
-                "name": name,
-                "steps": 60,
-                "seconds": 30.0,
-                "wall_seconds": 40.0,
-                "before": intervals(before),
-                "after": intervals(after),
-            }
-        )
-        for when in ("before", "after"):
-            make_samples(workdir / "samples" / f"{name}_{when}", f"a <red> circle {when}")
-    writer.close()
-    return write_summary(workdir, preset="tiny", seed=3, stages=stages)
+from uae_jax.training.summary import begun, goodput, interval, write_summary
 
 
 def test_goodput_is_the_share_of_steps_that_count(tmp_path):
@@ -105,10 +55,10 @@ def test_report_is_one_file_with_every_stage(tmp_path):
     page = write_report(tmp_path).read_text()
     for name in ("pretrain", "cold_start", "gen_for_und", "und_for_gen"):
         assert f"<td><b>{name}</b></td>" in page and f"<th>after {name}</th>" in page
-    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
-    # the loop has two pictures, the curves are one; a strip has an original and five columns, a history an original and
-    # two captions
-    assert len(sources) == 2 + 1 + 6 + 3 and all(s.startswith("data:image/png;base64,") for s in sources)
+    sources = re.findall(r'(?:src|href|srcset)="([^"]{0,30})', page)
+    # the loop has two pictures; each of six curves is there for light and dark screens; a strip has an original and
+    # five columns, a history an original and two captions
+    assert len(sources) == 2 + 6 * 2 + 6 + 3 and all(s.startswith("data:image/png;base64,") for s in sources)
     assert "a &lt;red&gt; circle after" in page and "<red>" not in page
     assert "Nothing tripped." in page
 
@@ -124,6 +74,28 @@ def test_report_without_metrics_or_samples(tmp_path):
 ONE = {"value": 0.5, "n": 9, "low": 0.4, "high": 0.6}
 HIGH = {"value": 0.7, "n": 9, "low": 0.61, "high": 0.8}
 LOW = {"value": 0.3, "n": 9, "low": 0.2, "high": 0.39}
+
+
+def first_axes(workdir, summary):
+    """The curve of the reward."""
+    (title, figure), *_ = curve_figures(read_lines(workdir / "metrics.jsonl"), summary["stages"])
+    assert title.startswith("Reward")
+    return figure.axes[0]
+
+
+def test_each_curve_is_a_figure_of_its_own_and_has_a_dark_form(tmp_path):
+    summary = make_run(tmp_path)
+    light, dark = (
+        curve_figures(read_lines(tmp_path / "metrics.jsonl"), summary["stages"], dark=look) for look in (False, True)
+    )
+    assert [title for title, _ in light] == [title for title, _ in dark] and len(light) == 6
+    for (_, bright), (_, dim) in zip(light, dark):
+        assert len(bright.axes) == len(dim.axes) == 1
+        assert np.mean(bright.get_facecolor()[:3]) > 0.9 and np.mean(dim.get_facecolor()[:3]) < 0.2
+        # a label can be read on its ground
+        for figure in (bright, dim):
+            label = matplotlib.colors.to_rgb(figure.axes[0].get_xticklabels()[0].get_color())
+            assert abs(np.mean(label) - np.mean(figure.get_facecolor()[:3])) > 0.5
 
 
 def stage_record(name, before, after, **more):
@@ -199,7 +171,7 @@ def test_a_trip_is_told_and_marked(tmp_path):
     page = write_report(tmp_path).read_text()
     assert "after step 50, the running-mean KL to the reference policy was 1.25 (bound 1)" in page
     assert "checkpoint of step 40" in page and "Bounds: kl 1." in page and "Nothing tripped" not in page
-    marked = curves_figure(read_lines(tmp_path / "metrics.jsonl"), summary["stages"]).axes[0].patches
+    marked = first_axes(tmp_path, summary).patches
     assert [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in marked][-1] == pytest.approx(
         (2 + 40 / 60, 2 + 50 / 60)
     )
@@ -221,7 +193,7 @@ def test_what_is_taken_off_the_similarity_is_told(tmp_path):
 
 def test_curves_place_scores_at_the_ends_of_their_stage(tmp_path):
     summary = make_run(tmp_path)
-    axes = curves_figure(read_lines(tmp_path / "metrics.jsonl"), summary["stages"]).axes[0]
+    axes = first_axes(tmp_path, summary)
     dotted = next(line for line in axes.lines if line.get_linestyle() == ":")
     x, y = dotted.get_data()
     # each stage of 60 steps is scored at 20, 40 and 60 and at its end, the first one at its beginning too
@@ -229,7 +201,7 @@ def test_curves_place_scores_at_the_ends_of_their_stage(tmp_path):
         sorted([0, *(n + third / 3 for n in range(4) for third in (1, 2, 3)), *(n + 1 for n in range(4))])
     )
     assert y[0] == pytest.approx(summary["stages"][0]["before"]["reward"]["value"])
-    assert curves_figure([]) is None
+    assert curve_figures([]) == []
 
 
 def test_histories_list_a_caption_once_while_it_stays_the_same():

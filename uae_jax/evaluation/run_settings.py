@@ -39,9 +39,12 @@ def weights_digest(checkpoint: str) -> str:
     Raises:
       FileNotFoundError: no such model.
     """
-    from uae_jax.stages.weights import model_folder  # an import of seconds, which checks and summaries do not need
+    from uae_jax.stages.weights import (  # an import of seconds, which checks and summaries do not need
+        DEFAULT,
+        model_folder,
+    )
 
-    folder, state = model_folder(checkpoint), hashlib.sha256()
+    folder, state = model_folder(checkpoint or DEFAULT), hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in WEIGHTS and path.is_file()):
         length = path.stat().st_size
         state.update(f"{path.relative_to(folder).as_posix()} {length} ".encode())

@@ -18,8 +18,8 @@ from uae_jax.data.qwen_inputs import Fields, pad_to, prompt_fields
 from uae_jax.data.scene_questions import scene_questions
 from uae_jax.data.sources import SceneSource, Source
 from uae_jax.data.tokenizer import IMAGE_PAD, encode_caption, token_id
-from uae_jax.nn.cpu.compiler import compiler_options
 from uae_jax.files.paths import to_path
+from uae_jax.nn.cpu.compiler import compiler_options
 from uae_jax.rollouts.answering import NO_OPTION, chosen_option, option_scores
 from uae_jax.stages.batching import in_batches, on_mesh, whole_batch
 from uae_jax.stages.evaluation import EvaluationConfig

@@ -8,6 +8,7 @@ clip/ [dinov2/ dinov3/]             image encoders for the reward and for the sc
 """
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -38,7 +39,11 @@ from uae_jax.rewards.caption_similarity import CaptionScorer, load_caption_score
 from uae_jax.rewards.similarity import Encoder, load_encoder
 from uae_jax.settings import Settings, setting
 
-BUILTIN = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
+ASSETS = pathlib.Path(__file__).parents[1] / "assets"
+BUILTIN = ASSETS / "tiny"
+# the built-in models by name, where no such path exists: where training starts, and what all four stages make of it
+NAMED = {"start": BUILTIN, "trained": ASSETS / "trained"}
+DEFAULT = "start"  # of everything that does not train
 ENCODERS = ("clip", "longclip", "dinov2", "dinov3")
 REFERENCE = "llm_reference"
 SIZES = (
@@ -100,8 +105,18 @@ class System:
     scorer: CaptionScorer | None = None
 
 
+def builtin_folder(path: str | os.PathLike[str]) -> pathlib.Path | None:
+    """The folder of a built-in model that is named, or of the start model for an empty path; None for other paths."""
+    name = str(path)
+    if not name:
+        return BUILTIN
+    return NAMED.get(name) if not pathlib.Path(name).exists() else None
+
+
 def model_folder(path: str | pathlib.Path) -> pathlib.Path:
-    """The official folder behind a path: the built-in one for an empty path, `export/` of a training workdir.
+    """The official folder behind a path: the start model for an empty path, `export/` of a training workdir.
+
+    `start` and `trained` are the built-in models, where no such path exists.
 
     A cache folder of the Hub is read by its snapshot, and a Hub id of an official folder is downloaded.
 
@@ -109,7 +124,9 @@ def model_folder(path: str | pathlib.Path) -> pathlib.Path:
       FileNotFoundError: it is neither.
       ValueError: a Hub id or its cache folder that holds no official folder.
     """
-    folder = local_folder(path, needs="llm") if str(path) else BUILTIN
+    folder = builtin_folder(path)
+    if folder is None:
+        folder = local_folder(path, needs="llm")
     for candidate in (folder, folder / "export", folder / "model"):
         if (candidate / "llm").is_dir() or (candidate / "llm_lora").is_dir():
             return candidate

@@ -1,15 +1,28 @@
-"""The curves of a run: metrics of the steps, and held-out scores before, during and after each stage."""
+"""The curves of a run, a figure each: metrics of the steps, held-out scores before, during and after each stage."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import matplotlib.figure
 import numpy as np
+from cycler import cycler
 
 Lines = Sequence[Mapping[str, Any]]
 # smallest value on logarithmic axes: the KL of an unchanged policy is rounding
 LOWEST = 1e-10
+LIGHT: dict[Any, Any] = {}  # matplotlib's own colours
+# the colours of `templates/report.html` on a dark screen
+DARK: dict[Any, Any] = {
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "#16181b"),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), "#c9c9c9"),
+    "grid.color": "#6b6f76",
+    "axes.prop_cycle": cycler(
+        color=("#6db3f2", "#ffb05c", "#7fd491", "#ff8a80", "#c3a5f0", "#d3a68f", "#f2a3d4", "#b8bcc2")
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,36 +65,50 @@ PANELS = (
 )
 
 
-def curves_figure(lines: Lines, stages: Sequence[Mapping[str, Any]] = ()) -> matplotlib.figure.Figure | None:
-    """The curves of all stages side by side in equal widths; None for empty logs.
+def curve_figures(
+    lines: Lines, stages: Sequence[Mapping[str, Any]] = (), *, dark: bool = False
+) -> list[tuple[str, matplotlib.figure.Figure]]:
+    """One figure a panel, with its title; the stages side by side in equal widths. None for empty logs.
 
     Args:
       lines: of `metrics.jsonl` (`metrics.read_lines`).
       stages: of `summary.json`, for the scores before and after each stage.
+      dark: light lines on a dark ground.
     """
     spans = stage_spans(lines)
     found = [(panel, _steps(lines, spans, panel), _scores(lines, spans, stages, panel)) for panel in PANELS]
-    shown = [(panel, steps, scores) for panel, steps, scores in found if steps or scores]
-    if not shown:
-        return None
-    rows = -(-len(shown) // 2)
-    figure = matplotlib.figure.Figure(figsize=(12, 3.0 * rows), layout="constrained")
-    for index, (panel, steps, scores) in enumerate(shown):
-        axes = figure.add_subplot(rows, 2, index + 1)
-        axes.set_title(panel.title, fontsize=10, loc="left", pad=16)
-        if panel.log:
-            axes.set_yscale("log")
-        colors = {name: f"C{number}" for number, name in enumerate(dict.fromkeys((*steps, *scores)))}
-        for name, curves in steps.items():
-            label = f"{name} (training)" if panel.scores else name
-            for number, (x, y) in enumerate(curves):
-                _plot_steps(axes, x, y, colors[name], label if number == 0 else None)
-        for name, points in scores.items():
-            _plot_scores(axes, points, colors[name], f"{name} (held out)" if panel.steps else name)
-        if len(steps) + len(scores) > 1:
-            axes.legend(fontsize=7.5, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.09))
-        _mark_stages(axes, spans)
-        _mark_trips(axes, lines, spans)
+    look = DARK if dark else LIGHT
+    with matplotlib.rc_context(look):
+        return [
+            (panel.title, _figure(panel, steps, scores, lines, spans))
+            for panel, steps, scores in found
+            if steps or scores
+        ]
+
+
+def _figure(
+    panel: Panel,
+    steps: Mapping[str, list[tuple[np.ndarray, np.ndarray]]],
+    scores: Mapping[str, list[tuple[float, ...]]],
+    lines: Lines,
+    spans: Mapping[str, int],
+) -> matplotlib.figure.Figure:
+    figure = matplotlib.figure.Figure(figsize=(6.2, 3.0), layout="constrained")
+    axes = figure.add_subplot()
+    if panel.log:
+        axes.set_yscale("log")
+    cycle = itertools.cycle(matplotlib.rcParams["axes.prop_cycle"].by_key()["color"])
+    colors = dict(zip(dict.fromkeys((*steps, *scores)), cycle))
+    for name, curves in steps.items():
+        label = f"{name} (training)" if panel.scores else name
+        for number, (x, y) in enumerate(curves):
+            _plot_steps(axes, x, y, colors[name], label if number == 0 else None)
+    for name, points in scores.items():
+        _plot_scores(axes, points, colors[name], f"{name} (held out)" if panel.steps else name)
+    if len(steps) + len(scores) > 1:
+        figure.legend(fontsize=8, frameon=False, ncols=2, loc="outside lower center")
+    _mark_stages(axes, spans)
+    _mark_trips(axes, lines, spans)
     return figure
 
 
@@ -174,7 +201,7 @@ def _plot_scores(axes: Any, points: Sequence[tuple[float, ...]], color: str, lab
     x, y, low, high = np.array(points, np.float64).T
     ends = np.isfinite(low)
     axes.plot(x, y, color=color, lw=0.9, ls=":")
-    axes.plot(x[~ends], y[~ends], color=color, ls="", marker="o", ms=4, mfc="white")
+    axes.plot(x[~ends], y[~ends], color=color, ls="", marker="o", ms=4, mfc=matplotlib.rcParams["axes.facecolor"])
     reach = np.maximum([y - low, high - y], 0)[:, ends]
     axes.errorbar(
         x[ends], y[ends], yerr=reach, color=color, ls="", marker="o", ms=4.5, capsize=2.5, lw=1.2, label=label
@@ -193,7 +220,7 @@ def _mark_stages(axes: Any, spans: Mapping[str, int]) -> None:
             ha="center",
             va="bottom",
             fontsize=8,
-            color="0.35",
+            color=matplotlib.rcParams["text.color"],
         )
     axes.set_xlim(-0.03, len(spans) + 0.03)
     axes.set_xticks([number + 1 for number in range(len(spans))], [f"step {length}" for length in spans.values()])

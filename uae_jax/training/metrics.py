@@ -1,4 +1,4 @@
-"""Writers of metrics (JSON lines, TensorBoard, optionally W&B), and a clock that continues after restarts."""
+"""Writers of metrics and samples (JSON lines, TensorBoard, W&B), and a clock that continues after restarts."""
 
 import contextlib
 import json
@@ -7,18 +7,23 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from uae_jax.files.json_files import read_records, write_json_lines
 from uae_jax.files.paths import LocalCopies, is_url, to_path
+from uae_jax.files.strips import strip
 from uae_jax.files.whole import named
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FLUSH_SECONDS = 5.0
 BUCKET_SECONDS = 60.0  # there the whole file is written anew
 BUCKET_SHARE = 20.0  # at most one second of writing in so many
+STRIP_SIDE = 192  # of each picture of a strip, in pixels
 
 
 class Clock:
@@ -121,6 +126,9 @@ class MetricWriter:
         if self._tensorboard:
             self._close_board()
             self._board = self._begin_board(stage, [line for line in kept if line["stage"] == stage])
+            for folder, when in sample_folders(self.workdir, stage):
+                if when <= step:
+                    self.samples(stage, when, folder, again=True)
 
     def _begin_board(self, stage: str, kept: Sequence[Mapping[str, Any]]) -> Any:
         """A TensorBoard run with the lines that stay, in a file of its own.
@@ -156,6 +164,43 @@ class MetricWriter:
         self._log_wandb(stage, step, values)
         if time.monotonic() - self._flushed >= self._period:
             self.flush()
+
+    def scores(self, stage: str, step: int, scores: Mapping[str, Any]) -> None:
+        """Shows held-out scores before (step 0) and after a stage as `held_out/NAME`; `summary.json` keeps them."""
+        values = {
+            f"held_out/{name}": float(score["value"] if isinstance(score, Mapping) else score)
+            for name, score in scores.items()
+        }
+        if not self.active or not values:
+            return
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        self._log_wandb(stage, step, values)
+
+    def samples(self, stage: str, step: int, folder: Path, *, again: bool = False) -> None:
+        """Shows the samples of a folder as strips, of original, caption and reconstruction.
+
+        Args:
+          stage, step: of the samples.
+          folder: that `samples.json` lies in; without it nothing is shown.
+          again: W&B has these samples, and TensorBoard's file is a new one.
+        """
+        if not self.active or (self._board is None and self._wandb is None):
+            return
+        strips = read_strips(folder)
+        for index, (image, _) in enumerate(strips):
+            if self._board is not None:
+                self._board.add_image(f"samples/{index}", np.asarray(image), step, dataformats="HWC")
+        if strips and self._board is not None:
+            captions = "\n".join(f"{index}. {caption}" for index, (_, caption) in enumerate(strips))
+            self._board.add_text("captions", captions, step)
+        if strips and self._wandb is not None and not again:
+            import wandb  # pyright: ignore[reportMissingImports] (an optional extra)
+
+            self._log_wandb(
+                stage, step, {"samples": [wandb.Image(image, caption=caption) for image, caption in strips]}
+            )
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -216,6 +261,30 @@ class MetricWriter:
             self._board.close()
             self._events.close()
             self._board = self._events = None
+
+
+def sample_folders(workdir: Path, stage: str) -> list[tuple[Path, int]]:
+    """The folders of a stage's samples before and during it, with their steps, in order."""
+    samples = Path(workdir) / "samples"
+    found = [(samples / f"{stage}_before", 0)]
+    for folder in samples.glob(f"{stage}_step*"):
+        number = folder.name.removeprefix(f"{stage}_step")
+        found += [(folder, int(number))] if number.isdigit() else []
+    return sorted((entry for entry in found if (entry[0] / "samples.json").is_file()), key=lambda entry: entry[1])
+
+
+def read_strips(folder: Path) -> list[tuple["Image.Image", str]]:
+    """The samples of a folder as strips with their captions; none where it has no `samples.json`."""
+    from PIL import Image
+
+    path = Path(folder) / "samples.json"
+    if not path.is_file():
+        return []
+    found = []
+    for sample in json.loads(path.read_text(encoding="utf-8")):
+        pictures = [Image.open(path.parent / sample[name]) for name in ("original", "reconstruction")]
+        found.append((strip(pictures[0], sample["caption"], pictures[1], STRIP_SIDE), sample["caption"]))
+    return found
 
 
 def _start_wandb(workdir: Path, project: str, config: Mapping | None) -> Any:

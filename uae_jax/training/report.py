@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib.figure
 
 from uae_jax.files.paths import to_path
 from uae_jax.training import guard
-from uae_jax.training.curves import curves_figure
+from uae_jax.training.curves import curve_figures
 from uae_jax.training.findings import direction, findings, scoring_changes, scorings
 from uae_jax.training.metrics import read_lines
 from uae_jax.training.summary import read_summary
@@ -202,13 +203,18 @@ def guard_bounds(config: Mapping[str, Any]) -> dict[str, float] | None:
     return {name: section[name] for name in (*guard.MEANINGS, "gradient_ratio", "flow_kl") if section.get(name)}
 
 
-def curves(lines: list[dict[str, Any]], stages: Sequence[Mapping[str, Any]] = ()) -> str:
-    """`curves_figure` as a data URI of a PNG; "" for empty logs."""
-    figure = curves_figure(lines, stages)
-    if figure is None:
-        return ""
+def curves(lines: list[dict[str, Any]], stages: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, str]]:
+    """`curve_figures` as {"title", "light", "dark"}, the last two data URIs of PNGs; none for empty logs."""
+    light, dark = (curve_figures(lines, stages, dark=look) for look in (False, True))
+    return [
+        {"title": title, "light": _figure_uri(figure), "dark": _figure_uri(other)}
+        for (title, figure), (_, other) in zip(light, dark)
+    ]
+
+
+def _figure_uri(figure: matplotlib.figure.Figure) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="png", dpi=120, facecolor=figure.get_facecolor())
     return _data_uri(buffer.getvalue())
 
 
