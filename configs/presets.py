@@ -154,6 +154,14 @@ SLICES: dict[str, Deviations] = {
         gen_for_und=dict(vae_chunk=256),
         und_for_gen=dict(vae_chunk=256, micro_batches=2),
     ),
+    # 8 chips of 16 GiB: the batch of many, in parts
+    "v5e-8": dict(
+        mesh=dict(fsdp=8),
+        pretrain=dict(micro_batches=4),
+        cold_start=dict(micro_batches=8, vae_chunk=8),
+        gen_for_und=dict(rollout_parts=2, micro_batches=4, vae_chunk=8),
+        und_for_gen=dict(batch_size=48, rollout_parts=2, micro_batches=6, vae_chunk=8),
+    ),
     # 8 cards of 80 or 141 GB
     "8xH200": dict(
         mesh=dict(fsdp=8),
@@ -170,6 +178,20 @@ SLICES: dict[str, Deviations] = {
         gen_for_und=dict(rollout_parts=8, micro_batches=16, vae_chunk=4),
         und_for_gen=dict(batch_size=48, rollout_parts=12, micro_batches=48, vae_chunk=4),
     ),
+    # one card of 80 GB: larger parts than those of the row above, which it has too, and so fewer reads of the weights
+    "1x80GB": dict(
+        mesh=dict(fsdp=1),
+        pretrain=dict(micro_batches=64),
+        cold_start=dict(micro_batches=64, vae_chunk=1),
+        gen_for_und=dict(rollout_parts=4, micro_batches=8, vae_chunk=8),
+        und_for_gen=dict(batch_size=48, rollout_parts=6, micro_batches=24, vae_chunk=8),
+    ),
+    # one card of 40 or 48 GB: adapters alone
+    "1x48GB": dict(
+        mesh=dict(fsdp=1),
+        gen_for_und=dict(rollout_parts=8, micro_batches=16, vae_chunk=4),
+        und_for_gen=dict(batch_size=48, rollout_parts=12, micro_batches=48, vae_chunk=4),
+    ),
     # one card of 24 GB: adapters alone, and no copy of the language model for sampling
     "1x24GB": dict(
         mesh=dict(fsdp=1),
@@ -177,14 +199,18 @@ SLICES: dict[str, Deviations] = {
         und_for_gen=dict(batch_size=48, rollout_parts=48, micro_batches=144, vae_chunk=2, gather_weights=False),
     ),
 }
-# 8.1 B weights with AdamW's moments and a gradient take 130 GB, 2.5 B 40 GB: such a card trains adapters only
+LARGE = ("qwen2_5_vl_3b_sd3_5_large", "qwen2_5_vl_7b_sd3_5_large")
+# 8.1 B weights with AdamW's moments and a gradient take 130 GB, 2.5 B 40 GB: such machines train adapters only
 ADAPTERS_ALONE = (
-    "qwen2_5_vl_3b_sd3_5_large@1xH200",
-    "qwen2_5_vl_7b_sd3_5_large@1xH200",
+    *(f"{base}@{machine}" for base in LARGE for machine in ("1xH200", "1x80GB", "v5e-8")),
+    "qwen2_5_vl_3b_sd3_5_medium@1x48GB",
+    "qwen2_5_vl_3b_sd3_5_large@1x48GB",
+    "qwen2_5_vl_7b_sd3_5_medium@1x48GB",
     "qwen2_5_vl_3b_sd3_5_medium@1x24GB",
 )
-# the weights alone are more than the card holds
+# the weights and what sampling needs are more than the card holds
 TOO_LARGE = (
+    "qwen2_5_vl_7b_sd3_5_large@1x48GB",
     "qwen2_5_vl_3b_sd3_5_large@1x24GB",
     "qwen2_5_vl_7b_sd3_5_medium@1x24GB",
     "qwen2_5_vl_7b_sd3_5_large@1x24GB",
@@ -196,7 +222,7 @@ def _full(name: str) -> Deviations:
     sizes, _, machine = name.partition("@")
     # a copy of the language model for the length of a rollout saves gathering it for every token; 6 GiB fit everywhere,
     # the 15 GiB of 7 B parameters not into chips of 16
-    fits = not sizes.startswith("qwen2_5_vl_7b") or machine not in ("", "v5e-64")
+    fits = not sizes.startswith("qwen2_5_vl_7b") or machine not in ("", "v5e-8", "v5e-64")
     gathered = dict(gather_weights=True) if fits else {}
     deviations = dict(
         # what is not trained is stored in bfloat16, as flow_grpo stores it (scripts/train_sd3.py: inference_dtype)
@@ -259,7 +285,7 @@ def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDi
     full, (name, *chosen) = name or "tiny", (name or "tiny").split("+")
     if name in TOO_LARGE:
         raise ValueError(
-            f"there is no preset {name!r}: the weights alone are more than such a card holds; choose a smaller model "
+            f"there is no preset {name!r}: the model is more than such a card holds; choose a smaller model "
             "or more cards"
         )
     if name not in PRESETS:
@@ -278,7 +304,7 @@ def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDi
         )
     if stages and not wanted:
         raise ValueError(
-            f"the preset {name!r} trains adapters only, in gen_for_und and und_for_gen; its card is too small for "
+            f"the preset {name!r} trains adapters only, in gen_for_und and und_for_gen; its machine is too small for "
             f"{stages[0]}"
         )
     changes = PRESETS[name]()

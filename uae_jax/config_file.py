@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import importlib
 import importlib.util
 import pathlib
 import sys
@@ -61,6 +62,12 @@ def load_config(name: str) -> ml_collections.ConfigDict:
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} has no function get_config; a configuration has get_config(preset=None)")
     return module.get_config(preset)
+
+
+def machine_presets() -> list[str]:
+    """The names of the built-in presets that are made for a machine, such as `...@1x24GB`."""
+    load_config(str(builtin_folder() / "unified_grpo.py"))  # which makes `configs` importable
+    return [name for name in importlib.import_module("configs.presets").PRESETS if "@" in name]
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:

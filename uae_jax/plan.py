@@ -3,10 +3,12 @@
     python -m uae_jax.plan --config=unified_grpo:qwen2_5_vl_3b_sd3_5_large --topology=v6e:8x8
     python -m uae_jax.plan --config=unified_grpo --topology=cpu:8 --config.mesh.fsdp=8 --config.mesh.data=1
     python -m uae_jax.plan --config=unified_grpo:qwen2_5_vl_3b_sd3_5_medium --topology=gpu:8xH200 --stages=gen_for_und
+    python -m uae_jax.plan --fits=RTX4090
 
 TPU slices are compiled for, ahead of time, by libtpu on this host (extra `tpu`); `2xv5e:16x16` are two of them. `cpu:N`
 compiles for N faked devices. `gpu:NxCARD` is compiled where the CUDA wheels are (extra `cuda`), and estimated
-elsewhere. The exit code is 3 when a stage does not fit, and 1 for an error. No weights are read.
+elsewhere. --fits lists, by the same estimates, which stages of which presets fit a card. The exit code is 3 when a
+stage does not fit, and 1 for an error. No weights are read.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import sys
 from collections.abc import Sequence
 
 from uae_jax.command_line import CommandParser, run_command
-from uae_jax.config_file import apply_overrides, load_config, split_overrides
+from uae_jax.config_file import apply_overrides, load_config, machine_presets, split_overrides
 
 
 def prepare_environment(topology: str) -> None:
@@ -40,10 +42,9 @@ def prepare_environment(topology: str) -> None:
 
 def add_arguments(parser: CommandParser, overrides: Sequence[tuple[str, str]]) -> None:
     """The flags beside --config.FIELD=VALUE, whose values are the overrides."""
-    parser.add_argument("--config", required=True, metavar="NAME[:PRESET]", help="configuration, by path or by name")
+    parser.add_argument("--config", metavar="NAME[:PRESET]", help="configuration, by path or by name")
     parser.add_argument(
         "--topology",
-        required=True,
         help="v6e:8x8, v5p:4x4x4, 2xv5e:16x16 (slices), gpu:8xH200, gpu:2x8xH100 (hosts x cards), or cpu:8",
     )
     parser.add_argument("--stages", default="", help="which stages, with commas; all of the configuration if not given")
@@ -55,6 +56,13 @@ def add_arguments(parser: CommandParser, overrides: Sequence[tuple[str, str]]) -
         help="default: compile for TPUs a second time, as a run does, and fit by the larger memory; takes long",
     )
     parser.add_argument("--json", help="file for all figures, unrounded")
+    parser.add_argument(
+        "--fits",
+        nargs="?",
+        const="",
+        metavar="CARDS",
+        help="print which stages of which presets fit these cards, with commas between them; without names, all cards",
+    )
     parser.set_defaults(run=lambda options: plan(options, overrides))
 
 
@@ -66,6 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def plan(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Prints the plan of parsed flags; the exit code is 3 where a stage does not fit."""
+    if options.fits is not None:
+        return _fits(options, overrides)
+    for name in ("config", "topology"):
+        if getattr(options, name) is None:
+            raise ValueError(f"--{name} is not given; a plan needs --config and --topology, or --fits alone")
     prepare_environment(options.topology)
     from uae_jax.planning.compile import gib
     from uae_jax.planning.plan import Compiling, loading_of, make_plan
@@ -94,6 +107,24 @@ def plan(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> i
     if options.json:
         pathlib.Path(options.json).write_text(as_json(plans, topology, sizes, config["preset"], loading))
     return 0 if all(plan.fits(topology) for plan in plans) else 3
+
+
+def _fits(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    """Prints what fits which card, of a configuration's presets that name a machine."""
+    if overrides or options.topology:
+        raise ValueError("--fits is for the presets as they are; plan changed settings by --config and --topology")
+    prepare_environment("")
+    from uae_jax.planning.fits import chosen_chips, fit_table, fits_of
+
+    chips = chosen_chips([name for name in options.fits.split(",") if name])
+    config = options.config or "unified_grpo"
+    rows = []
+    for preset in machine_presets():
+        found = fits_of(preset, load_config(f"{config}:{preset}").to_dict())
+        rows += [fit for fit in found if not options.fits or any(fit.fits(chip) for chip in chips)]
+        print(f"{preset}: estimated", file=sys.stderr, flush=True)
+    print(fit_table(rows, chips))
+    return 0 if rows else 3
 
 
 def _texts(name: str | None) -> pathlib.Path | None:

@@ -18,6 +18,7 @@ from uae_jax.planning.flops import Count, count_work
 from uae_jax.planning.hlo import Module
 from uae_jax.planning.hlo_seconds import program_seconds
 from uae_jax.planning.loading import Loading, plan_loading
+from uae_jax.planning.remedies import smaller
 from uae_jax.planning.roofline import MeshSizes, Updates, roofline
 from uae_jax.planning.system import abstract_system
 from uae_jax.planning.table import Compiled, StagePlan
@@ -110,6 +111,7 @@ def plan_stage(
         model_flops,
         roofline(count, model_flops, topology, sizes, _gathers(program.config), step_updates(config, program)),
         compiled,
+        smaller(stage, program.config),
     )
 
 

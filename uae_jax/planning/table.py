@@ -57,6 +57,7 @@ class StagePlan:
       model_flops: without recomputation.
       time: the least seconds of a step.
       compiled: what the compiled program's text says; None where there is none.
+      smaller: flags that need less memory, see `remedies.smaller`.
     """
 
     stage: str
@@ -68,6 +69,7 @@ class StagePlan:
     model_flops: float
     time: Roofline
     compiled: Compiled | None = None
+    smaller: tuple[str, ...] = ()
 
     def share(self, topology: Topology) -> float:
         """The peak as a share of a chip's memory."""
@@ -139,14 +141,25 @@ def text_table(
     for plan in plans:
         lines += _links(plan, topology) + _program(plan)
     for plan in plans:
-        if not plan.fits(topology):
-            lines += [
-                "",
-                f"{plan.stage} does not fit: {_size(plan.memory.peak)} GiB of the {USABLE * chip.memory / GIB:.1f} "
-                f"GiB that may be used ({USABLE:.0%} of a chip); more chips, smaller micro-batches or a smaller "
-                "vae_chunk need less",
-            ]
+        lines += [] if plan.fits(topology) else _too_large(plan, chip.memory)
     return "\n".join(lines)
+
+
+def _too_large(plan: StagePlan, memory: float) -> list[str]:
+    """What to do about a stage that does not fit."""
+    lines = [
+        "",
+        f"{plan.stage} does not fit: {_size(plan.memory.peak)} GiB of the {USABLE * memory / GIB:.1f} GiB that may be "
+        f"used ({USABLE:.0%} of a chip).",
+    ]
+    if plan.smaller:
+        lines.append(f"Less memory, the same results; try from the left: {' '.join(plan.smaller)}")
+    if plan.memory.arguments > USABLE * memory:
+        lines.append(
+            "Weights and optimizer alone are more than the chip holds: take more chips (mesh.fsdp), adapters "
+            "(train=lora), or a smaller model; python -m uae_jax.plan --fits lists what fits"
+        )
+    return lines
 
 
 def _received(what: dict[str, Received]) -> str:
