@@ -4,7 +4,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from uae_jax import sharding, trees
@@ -13,6 +12,7 @@ from uae_jax.planning.estimate import estimate_memory
 from uae_jax.planning.roofline import MeshSizes
 from uae_jax.settings import one_line
 from uae_jax.stages.abstract import AbstractSystem
+from uae_jax.stages.banner import COUNTS, count_line, machine_lines
 from uae_jax.stages.checks import check_run
 from uae_jax.stages.data import few_images, open_data, row_builder, unknown_captions
 from uae_jax.stages.program import Program, make_program
@@ -35,22 +35,7 @@ def dry_run(config: Mapping[str, Any], workdir: pathlib.Path, mistakes: Sequence
       Mistakes: all of them, one line each.
     """
     settings, system = check_run(config, workdir, mistakes, thorough=True)
-    print("\n".join([*_machine(settings, workdir), *_stages(settings, system), *_rows(settings, system)]))
-
-
-def _machine(config: RunConfig, workdir: pathlib.Path) -> list[str]:
-    mesh = sharding.make_mesh(config.mesh)
-    device = jax.devices()[0]
-    sizes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
-    place = config.data.folder or ", ".join(config.data.mixture) or config.data.name
-    state = "continues" if (workdir / "checkpoints").is_dir() else "new"
-    return [
-        f"device:  {len(jax.devices())} x {device.device_kind} ({device.platform})",
-        f"mesh:    {sizes}",
-        f"model:   {config.model.folder or 'built in'}, activations {config.model.dtype}",
-        f"data:    {config.data.source} {place}".rstrip(),
-        f"workdir: {workdir} ({state})",
-    ]
+    print("\n".join([*machine_lines(settings, workdir), *_stages(settings, system), *_rows(settings, system)]))
 
 
 def _stages(config: RunConfig, system: AbstractSystem) -> list[str]:
@@ -59,18 +44,13 @@ def _stages(config: RunConfig, system: AbstractSystem) -> list[str]:
         return ["", "no stages: the model is scored alone"]
     mesh = sharding.make_mesh(config.mesh)
     sizes = MeshSizes(**mesh.shape)
-    header = f"{'stage':14} {'steps':>7} {'images':>9} {'trained':>12} {'frozen':>14} {'GiB a device':>13}"
-    lines = ["", header]
+    lines = ["", f"{COUNTS} {'GiB a device':>13}"]
     for name, stage in config.order():
         program = make_program(config, system, system.parts, system.batch, stage)
-        lines.append(f"{name:14} {_counts(program)} {_gib(config, system, program, sizes):>13}")
+        counts = trees.parameter_count(program.state.params), trees.parameter_count(program.frozen)
+        line = count_line(name, program.config, *counts)
+        lines.append(f"{line} {_gib(config, system, program, sizes):>13}")
     return [*lines, "GiB a device are estimated; python -m uae_jax.plan compiles them"]
-
-
-def _counts(program: Program) -> str:
-    steps, images = program.config.steps, program.config.steps * program.config.batch_size
-    trained, frozen = trees.parameter_count(program.state.params), trees.parameter_count(program.frozen)
-    return f"{steps:>7,} {images:>9,} {trained:>12,} {frozen:>14,}"
 
 
 def _gib(config: RunConfig, system: AbstractSystem, program: Program, sizes: MeshSizes) -> str:

@@ -13,6 +13,7 @@ the recipes (+paper_v5). --config.FIELD=VALUE changes a setting. The same workdi
 """
 
 import argparse
+import os
 import pathlib
 import sys
 import traceback
@@ -85,10 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from uae_jax.stages.checks import checked_config
 
         settings = checked_config(config, workdir, mistakes)
-        from uae_jax.planning.utilisation import seconds_at_peak
+        from uae_jax.planning.utilisation import seconds_at_peak, step_flops
         from uae_jax.stages.run import run  # after the checks: imports alone take seconds
 
-        run(settings, workdir, seconds_at_peak)
+        run(settings, workdir, seconds_at_peak, step_flops)
         print(f"done; open {workdir / 'report.html'}")
     except KeyboardInterrupt:  # during imports, outside of the steps, or a second one inside
         print(f"stopped by Ctrl-C; what is saved stays. {CONTINUE}", file=sys.stderr)
@@ -175,6 +176,10 @@ def quiet(verbose: bool) -> None:
 
     # errors of a save come back to the loop, which says them in a line; the library logs each with its traceback
     logging.set_verbosity(logging.INFO if verbose else logging.FATAL)
+    if (
+        not verbose
+    ):  # XLA writes "Very slow compile?" as an error into the bars; what ends a run is told as an exception
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.showwarning = plain_warning
     sys.unraisablehook = sys.__unraisablehook__ if verbose else _without_late_callbacks
 

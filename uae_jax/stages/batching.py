@@ -10,7 +10,13 @@ from jax.sharding import Mesh
 from uae_jax import sharding
 
 
-def in_batches(function: Callable[..., Any], size: int, *arrays: Any, mesh: Mesh | None = None) -> Any:
+def in_batches(
+    function: Callable[..., Any],
+    size: int,
+    *arrays: Any,
+    mesh: Mesh | None = None,
+    done: Callable[[int], Any] = lambda rows: None,
+) -> Any:
     """Applies a function batch by batch; the last batch is filled with its first row, and its result shortened.
 
     Args:
@@ -18,6 +24,7 @@ def in_batches(function: Callable[..., Any], size: int, *arrays: Any, mesh: Mesh
       size: of a batch; on a mesh it is rounded up to a multiple of the devices that share a batch.
       *arrays: trees of numpy arrays, all with the same number of rows, the same in every process.
       mesh: where each batch is sharded over devices; None for the function's own placement.
+      done: called with the number of rows of each batch that is done.
 
     Returns:
       numpy arrays with a result for every row.
@@ -32,6 +39,7 @@ def in_batches(function: Callable[..., Any], size: int, *arrays: Any, mesh: Mesh
 
         result = sharding.host_values(function(*on_mesh(jax.tree.map(part, arrays), mesh)))
         found.append(jax.tree.map(lambda leaf: leaf[: min(size, count - start)], result))
+        done(min(size, count - start))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
 
 

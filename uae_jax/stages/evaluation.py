@@ -139,6 +139,7 @@ class Evaluator:
                 for name, encoder in self.encoders.items()
             }
 
+        self.advance: Callable[[int], Any] = lambda rows: None  # called with the rows of each batch that is done
         options = compiler_options(system.model.captioner.text.dtype)
         self._write, self._compare = jax.jit(write, compiler_options=options), jax.jit(compare)
         self._picture, self._rebuild = (
@@ -171,7 +172,15 @@ class Evaluator:
 
     def _batches(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """Applies a program of one batch to any number of rows, see `in_batches`."""
-        return in_batches(function, self.config.batch_size, *inputs, mesh=self.mesh)
+        return in_batches(function, self.config.batch_size, *inputs, mesh=self.mesh, done=self.advance)
+
+    def rows_of(self, complete: bool) -> int:
+        """Rows of all batches of one pass of scores, for a bar over them; `complete` as in `_loop`."""
+        count = len(self.examples) if complete else min(self.config.images_during, len(self.examples))
+        if not complete:
+            return 3 * count
+        passes = 3 + 2 * bool(self.config.also_guidance_scale) + 2 * all(example.caption for example in self.examples)
+        return passes * count + len(self._prompts())
 
     def __call__(self, parts: Mapping, folder: pathlib.Path | None = None) -> dict[str, dict]:
         """Held-out scores with 95 % intervals: {score: {"value", "n", "low", "high"}}.
@@ -254,11 +263,15 @@ class Evaluator:
         scenes = known_scenes(self.examples)
         return scores | {"true_caption_scene_accuracy": picture_scores(scenes, drawn)} if scenes else scores
 
+    def _prompts(self) -> Sequence[Mapping[str, Any]]:
+        """The compositional prompts; none but for built-in scenes, whose shapes they ask for."""
+        wanted = self.config.geneval_per_tag and type(self.examples[0].scene) is Scene
+        return scene_prompts(self.config.geneval_per_tag) if wanted else ()
+
     def _geneval(self, parts: Mapping) -> dict[str, np.ndarray]:
-        # the prompts ask for the shapes of built-in scenes
-        if not self.config.geneval_per_tag or type(self.examples[0].scene) is not Scene:
+        prompts = self._prompts()
+        if not prompts:
             return {}
-        prompts = scene_prompts(self.config.geneval_per_tag)
         drawn = self.draw_texts(parts, [prompt["prompt"] for prompt in prompts])
         right = np.array([check_prompt(prompt, picture) for prompt, picture in zip(prompts, drawn)], np.float64)
         tags = np.array([prompt["tag"] for prompt in prompts])

@@ -9,7 +9,7 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,11 +28,13 @@ from uae_jax.methods.trained import store, trainable, with_policy_as_transformer
 from uae_jax.nn.cpu.compiler import compiler_options
 from uae_jax.rollouts.frozen_inputs import NEGATIVE, negative_states
 from uae_jax.settings import as_dict
+from uae_jax.stages.banner import FILES, banner, stage_lines
 from uae_jax.stages.checks import checked_config, missing_captions, stage_identity
 from uae_jax.stages.data import check_same_images, few_images, open_data, row_builder, unknown_captions
 from uae_jax.stages.evaluation import Evaluator
 from uae_jax.stages.export import export_system
 from uae_jax.stages.folders.parts import weights_digest
+from uae_jax.stages.model_card import run_card, write_card
 from uae_jax.stages.precomputed import check_images, compare, open_inputs, parts_read
 from uae_jax.stages.program import with_adapters
 from uae_jax.stages.run_config import RunConfig, is_rl
@@ -45,6 +47,7 @@ from uae_jax.training.loop import run_stage
 from uae_jax.training.loop_config import Hooks, LoopConfig
 from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import make_optimizer
+from uae_jax.training.progress import COMPILE, EXPORT, SCORES, SCORES_DURING, Estimate, Progress, in_background
 from uae_jax.training.records import StageResult, drop_checkpoints, finished_record, keep_trained, read_trained
 from uae_jax.training.report import write_report
 from uae_jax.training.step import TrainState
@@ -52,11 +55,14 @@ from uae_jax.training.summary import begun, intervals, write_summary
 from uae_jax.training.watch import Watch
 
 CACHE = "jax_compilation_cache_dir"  # the setting of jax
-SecondsAtPeak = Callable[[RunConfig, str], float | None]
+OfStage = Callable[[RunConfig, str], float | None]  # a figure of a stage
 
 
 def run(
-    config: Mapping[str, Any] | RunConfig, workdir: pathlib.Path, seconds_at_peak: SecondsAtPeak = lambda *_: None
+    config: Mapping[str, Any] | RunConfig,
+    workdir: pathlib.Path,
+    seconds_at_peak: OfStage = lambda *_: None,
+    step_flops: OfStage = lambda *_: None,
 ) -> dict[str, Any]:
     """Runs all stages of a configuration and returns the contents of `summary.json`.
 
@@ -64,6 +70,7 @@ def run(
       config: of a file in `configs/`, or settings that `checks.checked_config` made of it.
       workdir: made if absent; continued if it holds the same configuration.
       seconds_at_peak: of a step of a stage, for the metric `perf/mfu` (`planning.utilisation`); None where unknown.
+      step_flops: of a stage, for the estimate of the run's time (`planning.utilisation`); None where unknown.
 
     Raises:
       ValueError, FileNotFoundError: something in config, model, data or workdir does not fit, one line each; nothing
@@ -71,7 +78,8 @@ def run(
       StopTraining: asked to stop; the same call continues.
     """
     settings = config if isinstance(config, RunConfig) else checked_config(config, workdir)
-    whole = Run(settings, workdir, seconds_at_peak)
+    progress = Progress(expected_work(settings, workdir, step_flops))
+    whole = Run(settings, workdir, seconds_at_peak, progress)
     workdir.mkdir(exist_ok=True)
     keep_programs(workdir / "compiled")
     processes.check_shared(workdir)
@@ -96,7 +104,8 @@ def run(
             if name not in finished:  # else the outputs may be those of a later stage
                 summary = _write_outputs(whole, results)
         if not results:
-            scores = whole.scores(whole.parts, workdir / "samples" / "evaluate_after")
+            with whole.scoring("scores", SCORES):
+                scores = whole.scores(whole.parts, workdir / "samples" / "evaluate_after")
             results.append(StageResult("evaluate", None, 0, 0.0, 0.0, {}, scores))
         summary = summary or _write_outputs(whole, results)
         writer.close()
@@ -110,12 +119,22 @@ class Run:
       config: the frozen configuration, checked.
       workdir: where everything is written; its parent exists.
       seconds_at_peak: see `run`.
+      progress: shows what is under way.
     """
 
-    def __init__(self, config: RunConfig, workdir: pathlib.Path, seconds_at_peak: SecondsAtPeak = lambda *_: None):
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: pathlib.Path,
+        seconds_at_peak: OfStage = lambda *_: None,
+        progress: Progress | None = None,
+    ):
+        self.progress = progress or Progress()
         self.config, self.workdir, self.seconds_at_peak = config, workdir, seconds_at_peak
         self.mesh = sharding.make_mesh(config.mesh)
         self.key = jax.random.key(config.seed)
+        if jax.process_index() == 0:
+            tell(banner(config, workdir), ())
         self.weights = weights_digest(model_folder(config.model.folder))
         self.data = open_data(config.data, config.seed, config.evaluation.images)
         self.source = self.data.train
@@ -124,15 +143,16 @@ class Run:
         check_images(config, self.data)
         if jax.process_index() == 0:
             tell(self.data.lines, few_images(config, self.source))
-        system = load_system(
-            config.model,
-            image_size=config.data.image_size,
-            negative_prompt=config.data.negative_prompt,
-            mesh=self.mesh,
-            max_caption=config.stage("gen_for_und").max_new_tokens,
-            frozen=config.frozen_from_start(),
-            control_tokens=config.data.control_tokens,
-        )
+        with self.progress.phase("reading the model"):
+            system = load_system(
+                config.model,
+                image_size=config.data.image_size,
+                negative_prompt=config.data.negative_prompt,
+                mesh=self.mesh,
+                max_caption=config.stage("gen_for_und").max_new_tokens,
+                frozen=config.frozen_from_start(),
+                control_tokens=config.data.control_tokens,
+            )
         # the stages replace and donate parameters: no second name may keep the first ones alive
         self.system = dataclasses.replace(system, parts={})
         if jax.process_index() == 0:
@@ -143,6 +163,8 @@ class Run:
         sharding.check_rules(parts, self.mesh)
         self.parts = sharding.shard_tree(parts, self.mesh)
         del parts
+        if jax.process_index() == 0:
+            tell(["", *stage_lines(config, self.parts, self.key), "", *FILES], ())
         if self.precomputed:
             if jax.process_index() == 0:
                 tell([self.precomputed.line], ())
@@ -194,9 +216,9 @@ class Run:
                 writer=writer,
                 put=lambda batch: sharding.shard_batch(batch, self.mesh),
                 hooks=Hooks(
-                    before=lambda state: self.score_before(state, name, previous),
-                    after=lambda state: self.score(state, name, "after"),
-                    evaluate=lambda state, step: self.score_during(state, name, step),
+                    before=lambda state: self.score_before(state, name, previous, writer),
+                    after=lambda state: self.score(state, name, "after", writer),
+                    evaluate=lambda state, step: self.score_during(state, name, step, writer),
                     answers=lambda state, step: self.answers(state),
                 ),
                 guard=guard,
@@ -210,6 +232,7 @@ class Run:
                     hang_minutes=self.config.loop.hang_minutes,
                     seconds_at_peak=self.seconds_at_peak(self.config, stage),
                 ),
+                progress=self.progress,
             )
         if self.config.order()[-1][0] != name:  # nothing reads back what the last stage has trained
             keep_trained(self.workdir, result, trained_by(result.state), identity)
@@ -295,25 +318,37 @@ class Run:
             return dataclasses.replace(self.source, captions=self.config.data.rl_detail, mistakes=0.0)
         return self.source
 
-    def score_before(self, state: TrainState, name: str, previous: StageResult | None) -> dict:
+    def score_before(self, state: TrainState, name: str, previous: StageResult | None, writer: MetricWriter) -> dict:
         """Scores before a stage: those after the previous one with its samples, if their settings are still the same,
         or new ones.
         """
         scoring = self.config.evaluation.scoring()
         if previous is None or previous.scoring.get("after", scoring) != scoring:
-            return self.score(state, name, "before")
+            return self.score(state, name, "before", writer)
         samples = self.workdir / "samples"
         if jax.process_index() == 0:
             copy_folder(samples / f"{previous.name}_after", samples / f"{name}_before")
+        writer.samples(name, 0, samples / f"{name}_before")
         return dict(previous.after)
 
     def trained(self, state: TrainState) -> dict:
         """All parts with those of a stage in place, its moving average where it keeps one."""
         return {**self.parts, **trained_by(state)}
 
-    def score(self, state: TrainState, name: str, when: str) -> dict:
+    def score(self, state: TrainState, name: str, when: str, writer: MetricWriter) -> dict:
         """Scores of a stage's state; samples go to `samples/<name>_<when>`."""
-        return self.scores(with_policy_as_transformer(self.trained(state)), self.workdir / "samples" / f"{name}_{when}")
+        folder = self.workdir / "samples" / f"{name}_{when}"
+        with self.scoring(f"{name}: scores {when} the steps", SCORES):
+            found = self.scores(with_policy_as_transformer(self.trained(state)), folder)
+        writer.samples(name, 0 if when == "before" else int(state.step), folder)
+        return found
+
+    @contextlib.contextmanager
+    def scoring(self, words: str, kind: str) -> Iterator[None]:
+        """The block of a pass of scores, with a bar over its rows."""
+        with self.progress.phase(words, kind=kind, total=self.evaluator.rows_of(kind == SCORES)) as phase:
+            self.evaluator.advance = phase.advance
+            yield
 
     def scores(self, parts: Mapping, folder: pathlib.Path) -> dict:
         """Held-out scores of parameters and their answers to questions, with intervals; samples go to the folder."""
@@ -325,11 +360,30 @@ class Run:
         answers = self.understanding(self.trained(state)) if self.understanding else {}
         return {name: float(np.mean(values)) for name, values in answers.items()}
 
-    def score_during(self, state: TrainState, name: str, step: int) -> dict[str, float]:
+    def score_during(self, state: TrainState, name: str, step: int, writer: MetricWriter) -> dict[str, float]:
         """Held-out scores in the middle of a stage; samples go to `samples/<name>_step<step>`."""
-        return self.evaluator.during(
-            with_policy_as_transformer(self.trained(state)), self.workdir / "samples" / f"{name}_step{step}"
-        )
+        folder = self.workdir / "samples" / f"{name}_step{step}"
+        with self.scoring(f"{name}: scores after step {step}", SCORES_DURING):
+            found = self.evaluator.during(with_policy_as_transformer(self.trained(state)), folder)
+        writer.samples(name, step, folder)
+        return found
+
+
+def expected_work(config: RunConfig, workdir: pathlib.Path, step_flops: OfStage) -> Estimate:
+    """What a run will do, for the estimate of its time; what is done already counts nothing."""
+    order = [
+        (name, stage) for name, stage in config.order() if not finished_record(workdir, name, config.stage(stage).steps)
+    ]
+    estimate = Estimate(in_background(lambda stage: step_flops(config, stage), dict(order)))
+    estimate.expect(SCORES, len(order) + 1)
+    estimate.expect(COMPILE, len(order))
+    estimate.expect(EXPORT, len(order))
+    for name, stage in order:
+        steps, every = config.stage(stage).steps, config.loop.eval_every
+        estimate.expect(name, steps)
+        if is_rl(stage, config) and every:
+            estimate.expect(SCORES_DURING, (steps - 1) // every)
+    return estimate
 
 
 def trained_by(state: TrainState) -> dict:
@@ -364,7 +418,8 @@ def tell(lines: Iterable[str], notes: Iterable[str]) -> None:
 
 def _write_outputs(whole: Run, results: list[StageResult]) -> dict[str, Any]:
     if whole.config.stages:
-        export_system(whole.system, whole.parts, whole.workdir / "export", whole.config.loop.export_dtype)
+        with whole.progress.phase("export", kind=EXPORT):
+            export_system(whole.system, whole.parts, whole.workdir / "export", whole.config.loop.export_dtype)
     summary = write_summary(
         whole.workdir,
         preset=whole.config.preset,
@@ -374,6 +429,8 @@ def _write_outputs(whole: Run, results: list[StageResult]) -> dict[str, Any]:
         elapsed=time.time() - begun(whole.workdir),
     )
     if jax.process_index() == 0:
+        if whole.config.stages:
+            write_card(whole.workdir / "export", run_card(whole.config, summary))
         write_report(whole.workdir)
     processes.wait_for_all("outputs written")
     return summary

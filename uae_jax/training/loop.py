@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tqdm
 
 from uae_jax.files.json_files import write_json
 from uae_jax.files.paths import to_path
@@ -24,6 +23,7 @@ from uae_jax.training.guard import OFF, WATCHED, Guard, GuardConfig, Trip, Tripp
 from uae_jax.training.loop_config import DataIterator, Hooks, LoopConfig
 from uae_jax.training.metrics import Clock, MetricWriter
 from uae_jax.training.pace import Pace
+from uae_jax.training.progress import COMPILE, Phase, Progress
 from uae_jax.training.records import Scores, StageResult, check_identity, check_steps, finished_record, tripped_record
 from uae_jax.training.signals import Interrupted, StopFlag, StopTraining, interrupt_as_terminate, stop_on_signals
 from uae_jax.training.step import TrainState
@@ -50,6 +50,7 @@ def run_stage(
     free: Collection[str] = (),
     scoring: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
+    progress: Progress | None = None,
 ) -> StageResult:
     """Runs a stage to its end, from its newest checkpoint when there is one; returns at once when it is finished.
 
@@ -76,6 +77,7 @@ def run_stage(
       free: fields of the identity that may differ; those that do are printed.
       scoring: the settings that change the scores before and after; JSON-able. A restart that changes them says so.
       watch: looks at seconds, hangs and traces; None for seconds alone.
+      progress: shows what is under way; None for one without an estimate of the run.
 
     Raises:
       StopTraining: SIGINT, SIGTERM or a preemption; the checkpoint is on disk.
@@ -108,13 +110,16 @@ def run_stage(
                 file=sys.stderr,
             )
         looks = watch or Watch(workdir, name)
-        loop = _Loop(name, config, checkpoints, writer, hooks or Hooks(), data, identity, guard or OFF, scoring, looks)
+        shown = progress or Progress()
+        loop = _Loop(
+            name, config, checkpoints, writer, hooks or Hooks(), data, identity, guard or OFF, scoring, looks, shown
+        )
         if restored is not None:
             state = restored.state
             loop.resume(restored, trip)
         done = restored.step if restored else None
         # several processes must stop at one step: jax listens for SIGTERM, and tells all of them (reached_preemption)
-        stops = stop_on_signals() if jax.process_count() == 1 else interrupt_as_terminate()
+        stops = stop_on_signals(doing=shown.doing) if jax.process_count() == 1 else interrupt_as_terminate()
         with stops as flag, writer.kept(), loop.watch.steps():
             trained = None
             if loop.trip is None:
@@ -143,6 +148,7 @@ class _Loop:
         guard: GuardConfig,
         scoring: Mapping[str, Any] | None,
         watch: Watch,
+        progress: Progress,
     ) -> None:
         self.name, self.config, self.checkpoints, self.writer = name, config, checkpoints, writer
         self.hooks, self.data, self.identity = hooks, data, identity
@@ -158,7 +164,8 @@ class _Loop:
         self.trip: dict[str, Any] | None = None  # contents of tripped.json
         self.unread: list[tuple[int, dict[str, jax.Array]]] = []  # watched metrics of the steps not looked at yet
         self.pending: tuple[int, dict[str, jax.Array]] | None = None  # the logged step not written yet
-        self.bar = tqdm.tqdm(disable=True)
+        self.progress = progress
+        self.shown: Phase | None = None  # the bar of the steps
 
     def resume(self, restored: Restored, trip: dict[str, Any] | None) -> None:
         """Continues after a checkpoint, or after a trip whose stage was not finished."""
@@ -187,6 +194,7 @@ class _Loop:
                 self.before = self.hooks.before(state)
             values = {name: score["value"] for name, score in self.before.items() if isinstance(score, Mapping)}
             self.guard.begin(values)
+        self.writer.scores(self.name, 0, self.before)
         if done is None and self.guard.config.on and self.config.steps:
             self.save(state, 0)
 
@@ -202,11 +210,9 @@ class _Loop:
     ) -> TrainState | None:
         """The steps after the `done` ones (None: from nothing); None where the guard tripped."""
         config, start = self.config, done or 0
-        self.bar = tqdm.tqdm(
-            total=config.steps, initial=start, desc=self.name, file=sys.stderr, disable=not _on_terminal()
-        )
+        self.progress.estimate.expect(self.name, -start)
         try:
-            with self.bar:
+            with self.progress.steps(self.name, config.steps, start) as self.shown:
                 self.watch.started(start)
                 for number in range(start, config.steps):
                     self.save_if_due(state, number, flag)
@@ -216,7 +222,8 @@ class _Loop:
                         self.save_if_due(state, number, flag)
                     with self.watch.waiting(), self.saved_if_unread(state, number):
                         batch = put(self.next_batch(state, number, flag))
-                    state, metrics = train_step(state, frozen, batch, key)
+                    with self.compiling(number == start):
+                        state, metrics = train_step(state, frozen, batch, key)
                     self.log(number + 1, metrics)
                     self.watch.started(number + 1)
                     if self.hooks.on_step is not None:
@@ -231,6 +238,12 @@ class _Loop:
             self.stop(tripped.trip)
             return None  # there is no room for two states of a large model
         return state
+
+    def compiling(self, first: bool) -> contextlib.AbstractContextManager:
+        """The block of a step's call: the first one compiles the step."""
+        if not first:
+            return contextlib.nullcontext()
+        return self.progress.phase(f"{self.name}: compiling the step", kind=COMPILE)
 
     def finish(self, state: TrainState | None, target: PyTree, flag: StopFlag) -> StageResult:
         """After the last step: the last good state where the guard tripped, and scores.
@@ -257,6 +270,7 @@ class _Loop:
         if self.hooks.after is not None:
             with self.unless_asked(steps, flag):
                 after = self.hooks.after(state)
+            self.writer.scores(self.name, steps, after)
         times = round(self.clock.seconds, 3), round(self.clock.wall_seconds, 3)
         return StageResult(self.name, state, steps, *times, self.before, after, guard, self.scoring)
 
@@ -418,7 +432,9 @@ class _Loop:
         self.unread.append((number, {name: metrics[name] for name in self.watched if name in metrics}))
         if number % self.config.log_every == 0 or number in (1, self.config.steps):
             self.pending = number, metrics
-        self.bar.update(1)
+        self.progress.estimate.step(self.name, self.watch.step_seconds)
+        if self.shown is not None:
+            self.shown.advance()
 
     def flush(self, number: int) -> None:
         """Waits for all steps up to `number`; nothing is saved or evaluated on a broken state."""
@@ -434,14 +450,13 @@ class _Loop:
         self.watch.done(number)
         self.writer.write(self.name, number, self.clock.seconds, values | self.watch.metrics())
         self.look(number)
-        shown = self.config.headline if self.config.headline in values else "loss"
-        if self.bar.disable and jax.process_index() == 0:
-            named = dict.fromkeys((shown, "loss"))
-            numbers = " ".join(f"{name} {values[name]:.4f}" for name in named)
-            line = f"{self.name} step {number}/{self.config.steps} {numbers} {self.clock.seconds:.1f} s"
-            print(line, file=sys.stderr, flush=True)
-        elif not self.bar.disable:
-            self.bar.set_postfix_str(f"{shown} {values[shown]:.4f}")
+        headline = self.config.headline if self.config.headline in values else "loss"
+        if self.progress.terminal and self.shown is not None:
+            self.shown.say(f"{headline} {values[headline]:.4f}")
+            return
+        numbers = " ".join(f"{name} {values[name]:.4f}" for name in dict.fromkeys((headline, "loss")))
+        line = f"{self.name} step {number}/{self.config.steps} {numbers} {self.clock.seconds:.1f} s"
+        self.progress.line(", ".join(filter(None, (line, self.progress.estimate.words()))))
 
     def look(self, number: int | None = None) -> None:
         """Looks at the steps up to step `number` (None: all). Raises `Tripped`, or FloatingPointError without a bound
@@ -465,7 +480,3 @@ class _Loop:
             trip = self.guard.observe(step, metrics) if self.guard.config.on else None
             if trip is not None:
                 raise Tripped(trip)
-
-
-def _on_terminal() -> bool:
-    return jax.process_index() == 0 and sys.stderr.isatty()

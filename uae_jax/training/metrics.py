@@ -265,7 +265,7 @@ class MetricWriter:
 
 def sample_folders(workdir: Path, stage: str) -> list[tuple[Path, int]]:
     """The folders of a stage's samples before and during it, with their steps, in order."""
-    samples = Path(workdir) / "samples"
+    samples = to_path(workdir) / "samples"
     found = [(samples / f"{stage}_before", 0)]
     for folder in samples.glob(f"{stage}_step*"):
         number = folder.name.removeprefix(f"{stage}_step")
@@ -277,7 +277,7 @@ def read_strips(folder: Path) -> list[tuple["Image.Image", str]]:
     """The samples of a folder as strips with their captions; none where it has no `samples.json`."""
     from PIL import Image
 
-    path = Path(folder) / "samples.json"
+    path = to_path(folder) / "samples.json"
     if not path.is_file():
         return []
     found = []

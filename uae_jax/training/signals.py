@@ -1,13 +1,17 @@
-"""Ctrl-C, SIGTERM and SIGHUP (a closed terminal) as a flag: the loop finishes its step, saves and exits."""
+"""Ctrl-C, SIGTERM and SIGHUP (a closed terminal) as a flag: the loop finishes its step, saves and exits.
+
+The first is answered at once, the second ends the process.
+"""
 
 import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-ANSWER = b"\nstopping: the step under way is finished and saved; a second signal aborts\n"
+ANSWER = "\nstopping: {doing} ends first, and is saved; a second Ctrl-C or signal aborts\n"
+ABORTED = b"\naborted; what is saved stays, and the same command continues from the newest checkpoint\n"
 
 
 def end_within(seconds: float, code: int) -> None:
@@ -64,21 +68,71 @@ class StopFlag:
             raise Interrupted
 
 
+class _Answers:
+    """Answers signals at once, also while the main thread is inside a compiler that does not look at them.
+
+    The interpreter's handler in C writes the number of every signal to a pipe, which a thread reads. The second one
+    ends the process with one line: threads and locks of libraries would make a traceback of it.
+
+    Args:
+      signals: that ask for a stop.
+      doing: what is under way, in words.
+    """
+
+    def __init__(self, signals: tuple[int, ...], doing: Callable[[], str]) -> None:
+        self.signals, self.doing, self.seen = signals, doing, 0
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        self.previous = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        self.thread = threading.Thread(target=self._answer, daemon=True)
+        self.thread.start()
+
+    def _answer(self) -> None:
+        while True:
+            for number in os.read(self.reader, 64):
+                if number == 0:
+                    return
+                if number in self.signals:
+                    self._answer_one(number)
+
+    def _answer_one(self, number: int) -> None:
+        self.seen += 1
+        if self.seen == 1:
+            os.write(2, ANSWER.format(doing=self.doing()).encode())  # a print may be under way in the main thread
+            return
+        os.write(2, ABORTED)
+        os._exit(128 + number)
+
+    def close(self) -> None:
+        """Ends the thread, and gives the descriptor back to whom it belonged."""
+        signal.set_wakeup_fd(self.previous)
+        os.write(self.writer, b"\0")
+        self.thread.join()
+        for end in (self.reader, self.writer):
+            os.close(end)
+
+
 @contextlib.contextmanager
-def stop_on_signals(signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) -> Iterator[StopFlag]:
-    """Collects `signals` in a flag inside the block; a second signal has its usual effect and aborts at once.
+def stop_on_signals(
+    signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+    doing: Callable[[], str] = lambda: "the step under way",
+) -> Iterator[StopFlag]:
+    """Collects `signals` in a flag inside the block; a second signal ends the process at once.
 
     Needs the main thread. Several processes under `jax.distributed` must leave SIGTERM to jax, which agrees on one step
     for all processes.
+
+    Args:
+      signals: that ask for a stop.
+      doing: what is under way, in words for the answer.
     """
     flag = StopFlag()
     previous = {number: signal.getsignal(number) for number in signals}
+    answers = _Answers(signals, doing)
 
     def receive(number: int, frame: object) -> None:
-        for each in signals:
-            signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
-        os.write(2, ANSWER)  # a signal may arrive inside of a print, which must not be entered twice
-        flag.receive(number)
+        if not flag.signum:
+            flag.receive(number)
 
     for number in signals:
         signal.signal(number, receive)
@@ -87,6 +141,7 @@ def stop_on_signals(signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, s
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        answers.close()
 
 
 @contextlib.contextmanager
@@ -99,6 +154,7 @@ def interrupt_as_terminate() -> Iterator[StopFlag]:
 
     def receive(number: int, frame: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(2, ANSWER.format(doing="the step that all processes agree on").encode())
         os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGINT, receive)

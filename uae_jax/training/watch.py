@@ -156,6 +156,11 @@ class Watch:
         self._waited = self._since = 0.0
         return found
 
+    @property
+    def step_seconds(self) -> float | None:
+        """Median seconds of the last steps; None before the second one is done."""
+        return statistics.median(self.recent) if self.recent else None
+
     def _ask(self, *_: Any) -> None:
         self.asked = True
 

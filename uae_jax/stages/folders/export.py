@@ -35,6 +35,7 @@ from uae_jax.stages.folders.parts import (
     published_settings,
     with_dtype,
 )
+from uae_jax.stages.model_card import converted_card, write_card
 
 LAYOUTS = ("official", "hub")
 DTYPES = ("keep", "float32", "bfloat16", "float16")
@@ -163,6 +164,7 @@ def export_folder(
     with replaced(out, overwrite=overwrite, sources=[folder.path]) as fresh:
         for output in outputs:
             _write(output, fresh / output.name, config.max_shard_gb * 1e9, lambda count: progress(count, total))
+        write_card(fresh, converted_card(folder.path, {"layout": config.layout, "dtype": config.dtype}))
     return outputs
 
 

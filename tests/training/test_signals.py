@@ -1,0 +1,58 @@
+"""Ctrl-C is answered at once, also where the interpreter does not run; the second one ends the process."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+# the lock of a C function without the interpreter's, as a compiler that runs for minutes
+BUSY = """
+import ctypes, signal, sys, time
+from uae_jax.training.signals import stop_on_signals
+with stop_on_signals(doing=lambda: "toy: compiling the step") as flag:
+    print("ready", flush=True)
+    ctypes.CDLL(None).usleep(SECONDS * 1_000_000 // 4)
+    for _ in range(3):
+        ctypes.CDLL(None).usleep(SECONDS * 1_000_000 // 4)
+    print("flag", int(flag.signum), flush=True)
+"""
+
+
+def started(seconds):
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY.replace("SECONDS", str(seconds))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_the_first_is_answered_at_once_and_heard_when_the_work_returns():
+    process = started(2)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    assert process.stderr.readline() == "\n"
+    answer = process.stderr.readline()
+    assert time.monotonic() - begin < 0.4, "while the C function still runs"
+    assert answer.startswith("stopping: toy: compiling the step ends first")
+    out, err = process.communicate(timeout=30)
+    assert out == f"flag {int(signal.SIGINT)}\n" and err == "" and process.returncode == 0
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_second_aborts_in_one_line_without_a_traceback(number, code):
+    process = started(60)
+    process.send_signal(number)
+    process.stderr.readline(), process.stderr.readline()
+    begin = time.monotonic()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - begin < 5 and process.returncode == code
+    assert err.strip().splitlines() == [
+        "aborted; what is saved stays, and the same command continues from the newest checkpoint"
+    ]
