@@ -4,11 +4,13 @@
     python -m uae_jax.demo
     python -m uae_jax.demo --checkpoint /weights/UAE --dtype bfloat16 --longclip longclip-L.pt --dinov2 dinov2-large
 
-Similarities are computed by the encoders of the checkpoint and by those that the flags name.
+Similarities are computed by the encoders of the checkpoint and by those that the flags name. The built-in model is
+shown beside the model that its training started from.
 """
 
 import argparse
 import os
+import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +34,13 @@ ENCODERS = {
     "dinov3": "DINOv3 folder",
 }
 HEADERS = ("encoder", "similarity")
+EXAMPLES = 8  # held-out scenes to click
+FIRST = "The first picture compiles the model, which takes up to a minute; the next ones are quick."
 # small images fill their frame, pixel by pixel
-STYLE = ".picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }"
+STYLE = (
+    ".picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }"
+    ".buttons button { min-height: 44px; }"  # a thumb's
+)
 Rows = list[list[Any]]
 
 
@@ -50,10 +57,13 @@ class Page:
     Args:
       model: writes captions and generates images.
       similarities: compares two images.
+      before: loads the model from before its training; None where there is none to compare with.
     """
 
-    def __init__(self, model: "Model", similarities: "Similarities"):
-        self.model, self.similarities = model, similarities
+    def __init__(self, model: "Model", similarities: "Similarities", before: "Callable[[], Model] | None" = None):
+        self.model, self.similarities, self._load_before = model, similarities, before
+        self._before: Model | None = None
+        self.compiled = False  # whether the model has drawn a picture
 
     def scene(self, number: float) -> "Image.Image":
         """Built-in scene `number` of the held-out ones."""
@@ -84,12 +94,33 @@ class Page:
             raise ValueError("write a text first, or press Caption")
         numbers = [_whole(number)]
         generated = self.model.generate([text], sample_ids=numbers)[0]
+        self.compiled = True
         rows = (
             []
             if image is None
             else [[name, f"{value:.3f}"] for name, value in self.similarities(image, generated).items()]
         )
         return generated, rows
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is a model from before the training."""
+        return self._load_before is not None
+
+    def before(self, image: "Image.Image | None", number: float) -> "tuple[str, Image.Image]":
+        """Caption and reconstruction by the model from before its training.
+
+        Raises:
+          ValueError: there is no image, or no such model.
+        """
+        if self._load_before is None:
+            raise ValueError("this model has none from before its training beside it")
+        if image is None:
+            raise ValueError("choose an image first")
+        if self._before is None:
+            self._before = self._load_before()
+        result = self._before.reconstruct([image], sample_ids=[_whole(number)])[0]
+        return f"not trained yet: {result.caption}", result.image
 
     def reconstruct(self, image: "Image.Image | None", number: float) -> "tuple[str, Image.Image, Rows]":
         """Caption, reconstruction and similarities; see `caption` and `draw`."""
@@ -116,6 +147,11 @@ def build(page: Page, name: str) -> "gradio.Blocks":
                 picture = gr.Image(
                     type="pil", format="png", label="Image", height=320, elem_classes="picture", elem_id="picture"
                 )
+                with gr.Row(elem_classes="buttons"):
+                    both = gr.Button("Reconstruct", variant="primary", elem_id="both")
+                    caption = gr.Button("Caption", elem_id="write")
+                    draw = gr.Button("Generate from the caption", elem_id="draw")
+                gr.Examples([[page.scene(index)] for index in range(EXAMPLES)], [picture], label="Held-out scenes")
                 with gr.Row():
                     scene = gr.Number(0, label="Built-in scene", precision=0, minimum=0, elem_id="scene")
                     show = gr.Button("Show this scene", elem_id="show")
@@ -137,17 +173,27 @@ def build(page: Page, name: str) -> "gradio.Blocks":
                     elem_id="table",
                 )
                 number = gr.Number(0, label="Noise number", precision=0, minimum=0, maximum=2**31 - 1, elem_id="number")
-        with gr.Row():
-            caption = gr.Button("Caption", elem_id="write")
-            draw = gr.Button("Generate from the caption", elem_id="draw")
-            both = gr.Button("Reconstruct", variant="primary", elem_id="both")
+                if page.compares:
+                    with gr.Accordion("The same picture before training", open=True):
+                        old_text = gr.Textbox(label="Caption", interactive=False, elem_id="old_caption")
+                        old = gr.Image(
+                            type="pil",
+                            format="png",
+                            label="Reconstruction",
+                            height=240,
+                            interactive=False,
+                            elem_classes="picture",
+                            elem_id="old_drawn",
+                        )
         one_at_a_time: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1)
         show.click(_told(page.scene), scene, picture, api_name="scene")
         caption.click(_told(page.caption), [picture, number], text, api_name="caption", **one_at_a_time)
         draw.click(_told(page.draw), [picture, text, number], [drawn, table], api_name="draw", **one_at_a_time)
-        both.click(
+        done = both.click(
             _told(page.reconstruct), [picture, number], [text, drawn, table], api_name="reconstruct", **one_at_a_time
         )
+        if page.compares:
+            done.success(_told(page.before), [picture, number], [old_text, old], api_name="before", **one_at_a_time)
     return blocks
 
 
@@ -156,6 +202,9 @@ def _told(function: Callable) -> Callable:
     import gradio as gr
 
     def call(*arguments: Any) -> Any:
+        page = getattr(function, "__self__", None)
+        if isinstance(page, Page) and not page.compiled and function.__name__ != "scene":
+            gr.Info(FIRST)
         try:
             return function(*arguments)
         except (ValueError, OSError) as error:
@@ -190,15 +239,34 @@ def open_page(options: argparse.Namespace) -> "gradio.Blocks":
         import gradio  # noqa: F401
     except ImportError:
         raise ValueError('the page needs gradio; run: pip install "uae_jax[demo]"') from None
+    from uae_jax import api
     from uae_jax.evaluation.similarities import Similarities
 
     model = load_model(options, inputs=1)
     paths = {name: path for name in ENCODERS if (path := getattr(options, name))}
-    return build(Page(model, Similarities(model, paths)), options.checkpoint or "built-in")
+    before = (lambda: api.load("start", dtype=options.dtype)) if options.checkpoint in ("", "trained") else None
+    name = options.checkpoint or "built-in, trained through all four stages"
+    page = Page(model, Similarities(model, paths), before)
+    return build(page, f"{name} ({model.warning})" if model.warning else name)
+
+
+def check_port(host: str, port: int) -> None:
+    """Says at once that a port is in use, before a model is read.
+
+    Raises:
+      ValueError: something listens there, or the address is not one of this machine.
+    """
+    with socket.socket() as found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"cannot serve at {host}:{port} ({error.strerror}); choose another --port") from error
 
 
 def run(options: argparse.Namespace) -> None:
     """Serves the page until it is interrupted."""
+    check_port(options.host, options.port)
     page = open_page(options)
     page.launch(server_name=options.host, server_port=options.port, share=options.share, css=STYLE)
 

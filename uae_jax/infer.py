@@ -4,8 +4,9 @@
     python -m uae_jax.infer generate "gray background , top left large red circle" --out generated
     python -m uae_jax.infer reconstruct folder_of_images --checkpoint runs/tiny --out strips
 
-Without --checkpoint the built-in model of 32-pixel scenes is used. --checkpoint takes an official UAE folder, a
-training workdir, or the folder of a Janus-Pro model.
+Without --checkpoint the built-in model of 32-pixel scenes is used, which was trained through all four stages;
+`--checkpoint start` is the same model before. --checkpoint takes an official UAE folder, a training workdir, or the
+folder of a Janus-Pro model.
 
 Results are written after each batch; images of one shape share a batch, so the order of results may differ from the
 order of inputs. An image that cannot be read is reported, the other images are processed, and the exit code is 1.
