@@ -29,6 +29,10 @@ COMMANDS = {
         "uae_jax.evaluation.captions",
         "captions: facts, length, repetition, similarity to the image",
     ),
+    "decoder": (
+        "uae_jax.evaluation.decoder",
+        "a decoder of the built-in scenes at several guidances: captions and prompts of unseen texts",
+    ),
     "geneval": (
         "uae_jax.evaluation.geneval",
         "images for GenEval and their scores; the built-in scenes need no detector",

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from uae_jax.data import scene_captions, scene_checker, scene_prompts, scenes
+from uae_jax.data import scene_captions, scene_checker, scene_prompts, scenes, sources
 from uae_jax.data.scenes import Scene, SceneObject
+from uae_jax.stages.bootstrap import captioner
 
 EXAMPLE = Scene("gray", (SceneObject(1, 1, "square", "blue", "small"), SceneObject(0, 0, "circle", "red", "large")))
 FULL = "gray background , top left large red circle , bottom right small blue square"
@@ -197,6 +198,64 @@ def test_prompts_follow_the_schema_and_repeat():
     assert all(set(p["prompt"].split()) <= set(scene_captions.WORDS) for p in prompts)
     with pytest.raises(ValueError, match="tags among"):
         scene_prompts.scene_prompts(3, tags=("shape",))
+
+
+def test_no_training_caption_is_a_prompt_of_an_unseen_text():
+    unseen, seen, every = (
+        {p["prompt"] for p in scene_prompts.scene_prompts(360, texts=t)} for t in scene_prompts.TEXTS
+    )
+    assert unseen | seen == every and not unseen & seen
+    for tag in scene_prompts.TAGS:
+        shares = [
+            len({p["prompt"] for p in scene_prompts.scene_prompts(360, tags=(tag,), texts=t)})
+            for t in ("unseen", "all")
+        ]
+        assert 0.2 <= shares[0] / shares[1] <= 1 / 3, tag
+    said = set()
+    for kind, more in (
+        ("short", {}),
+        ("mixed", {}),
+        ("detail", {"low": 0.1, "high": 0.4}),
+        ("short", {"mistakes": 0.3}),
+    ):
+        source = sources.SceneSource(captions=kind, **more)
+        said |= {source[index].caption for index in range(3000)}
+    said |= {captioner.low_detail_caption(scene, np.random.default_rng(7), 0.1, 0.3) for scene in many(1000)}
+    assert not said & unseen and len(said & seen) > 100
+    # nor one that says the same in another order
+    assert not any(scene_captions.withheld(text) for text in said)
+
+
+@pytest.mark.parametrize(
+    "text, other",
+    [
+        ("red circle and blue square", "blue square and red circle"),
+        ("red circle and blue square", "blue square , red circle"),
+        ("circle left of square", "square right of circle"),
+        ("circle above square", "square below circle"),
+    ],
+)
+def test_texts_of_one_meaning_are_withheld_together(text, other):
+    colours = [(a, b) for a in scenes.COLOURS for b in scenes.COLOURS if a != b]
+    pairs = [tuple(words.replace("red", a).replace("blue", b) for words in (text, other)) for a, b in colours]
+    found = [tuple(scene_captions.withheld(words) for words in pair) for pair in {*pairs}]
+    assert all(first == second for first, second in found)
+    assert not scene_captions.withheld("top left " + text) and not scene_captions.withheld("apple and octopus")
+
+
+def test_exact_counts_allow_no_other_object():
+    one = {"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}], "prompt": "red circle"}
+    alone = Scene("gray", EXAMPLE.objects[:1])
+    assert [
+        scene_prompts.check_scene(one, scene, exact=exact) for scene in (alone, EXAMPLE) for exact in (False, True)
+    ] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    both = {"tag": "two_object", "include": [{"class": "circle", "count": 1}, {"class": "square", "count": 1}]}
+    assert scene_prompts.check_scene(both, EXAMPLE, exact=True)
 
 
 def test_prompt_checker_agrees_with_the_caption_checker():

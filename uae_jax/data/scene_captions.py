@@ -9,6 +9,8 @@ Nouns stay singular ("two circle"), to keep the vocabulary small.
 """
 
 import dataclasses
+import hashlib
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -38,6 +40,11 @@ _PLACES = (*SIZES, *ROWS, *COLUMNS, *NUMBERS, CAPTION_PROMPT)
 GRAMMAR_WORDS = (*_LINKS, *_PLACES)
 # the vocabulary of the built-in scenes
 WORDS = (*_LINKS, *BACKGROUNDS, *COLOURS, *SHAPES, *_PLACES)
+# of prompts (`scene_prompts`), which state neither size nor place nor background
+_PROMPT_WORDS = frozenset((",", "and", *" ".join(RELATIONS).split(), *NUMBERS, *COLOURS, *SHAPES))
+# of this salt a quarter of the texts of every kind of prompt is withheld
+_SALT = "prompts 119: "
+_STYLE_TRIALS = 8
 
 
 def phrase(item: PlacedObject, names: tuple[str, ...] | None = None) -> str:
@@ -114,12 +121,39 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, detail: float 
     return " , ".join(clauses)
 
 
+def withheld(text: str) -> bool:
+    """Whether a short text is kept out of all training captions, so that prompts with it are unseen ones.
+
+    It is one text in four by a stable hash of what it says: texts that differ in the order of their two phrases are
+    withheld together. A text that states a size, a place or a background is no prompt and never withheld.
+    """
+    if not set(text.split()) <= _PROMPT_WORDS:
+        return False
+    digest = hashlib.blake2b((_SALT + _said(text)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % 4 == 0
+
+
+def _said(text: str) -> str:
+    """The same words for the texts of one meaning, such as "a left of b" for "b right of a"."""
+    for relation, opposite in (("right of", "left of"), ("below", "above")):
+        first, found, second = text.partition(f" {relation} ")
+        if found:
+            return f"{second} {opposite} {first}"
+    return " and ".join(sorted(re.split(" and | , ", text)))
+
+
 def random_detail_caption(
     scene: Scene, rng: np.random.Generator, low: float = 0.1, high: float = 1.0, shuffle_probability: float = 0.25
 ) -> str:
-    """A caption whose level of detail is uniform in [low, high], sometimes with the objects shuffled."""
-    detail = float(rng.uniform(low, high))
-    return caption(scene, rng, detail, shuffle=bool(rng.random() < shuffle_probability))
+    """A caption whose level of detail is uniform in [low, high], sometimes with the objects shuffled; not a `withheld`
+    one.
+    """
+    while True:
+        detail = float(rng.uniform(low, high))
+        shuffle = shuffle_probability > 0 and bool(rng.random() < shuffle_probability)
+        text = caption(scene, rng, detail, shuffle)
+        if not withheld(text):
+            return text
 
 
 def noun(item: PlacedObject) -> str:
@@ -146,7 +180,8 @@ def applicable_styles(scene: Scene) -> tuple[str, ...]:
 
 
 def style_caption(scene: Scene, style: str, rng: np.random.Generator) -> str:
-    """A short true caption in the style of one GenEval tag, or of "detail" (random level of detail).
+    """A short true caption in the style of one GenEval tag, or of "detail" (random level of detail); it may be one that
+    is `withheld`.
 
     "counting" states a shape (half the time with its colour) and the exact number. "position" and "color_attr" name two
     objects of different shape; "position" adds colours half the time.
@@ -191,9 +226,12 @@ def _counting(items: list[PlacedObject], with_colour: bool) -> str:
 
 def mixed_caption(scene: Scene, rng: np.random.Generator, detail_probability: float = 0.5, high: float = 1.0) -> str:
     """A training caption for text to image: with `detail_probability` of random detail up to `high`, else of another
-    style.
+    style; of random detail also where every style is likely `withheld`.
     """
     others = [style for style in applicable_styles(scene) if style != "detail"]
-    if not others or rng.random() < detail_probability:
-        return random_detail_caption(scene, rng, high=high)
-    return style_caption(scene, others[int(rng.integers(len(others)))], rng)
+    if others and rng.random() >= detail_probability:
+        for _ in range(_STYLE_TRIALS):
+            text = style_caption(scene, others[int(rng.integers(len(others)))], rng)
+            if not withheld(text):
+                return text
+    return random_detail_caption(scene, rng, high=high)

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from uae_jax.data.scene_captions import NUMBER_WORDS, RELATIONS, holds
+from uae_jax.data.scene_captions import NUMBER_WORDS, RELATIONS, holds, withheld
 from uae_jax.data.scene_checker import fitting, read_picture
 from uae_jax.data.scenes import COLOURS, MAX_OBJECTS, SHAPES, Scene
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+TEXTS = ("unseen", "seen", "all")
 
 
 def _entry(tag: str, include: list[dict], prompt: str) -> dict:
@@ -61,19 +62,32 @@ def _all_prompts(tag: str) -> list[dict]:
     ]
 
 
-def scene_prompts(per_tag: int, seed: int = 0, tags: tuple[str, ...] = TAGS) -> list[dict[str, Any]]:
+def scene_prompts(
+    per_tag: int, seed: int = 0, tags: tuple[str, ...] = TAGS, texts: str = "unseen"
+) -> list[dict[str, Any]]:
     """`per_tag` prompts of every tag, `{"tag", "include", "prompt"}`; a deterministic function of the arguments.
 
     The prompts of a tag are shuffled once; a tag with fewer than `per_tag` prompts repeats them.
 
+    Args:
+      per_tag: prompts of a tag.
+      seed: of the shuffling.
+      tags: some of `TAGS`.
+      texts: "unseen" for the texts that no training caption has (`scene_captions.withheld`), "seen" for the others, or
+        "all".
+
     Raises:
-      ValueError: unknown tag, or `per_tag` below 1.
+      ValueError: unknown tag or kind of texts, or `per_tag` below 1.
     """
-    if per_tag < 1 or set(tags) - set(TAGS):
-        raise ValueError(f"need per_tag >= 1 and tags among {TAGS}, got {per_tag} and {tuple(tags)}")
+    if per_tag < 1 or set(tags) - set(TAGS) or texts not in TEXTS:
+        raise ValueError(
+            f"need per_tag >= 1, tags among {TAGS} and texts among {TEXTS}, got {per_tag}, {tuple(tags)}, {texts!r}"
+        )
     chosen = []
     for tag in tags:
-        every = _all_prompts(tag)
+        every = [
+            entry for entry in _all_prompts(tag) if texts == "all" or withheld(entry["prompt"]) == (texts == "unseen")
+        ]
         order = np.random.default_rng([seed, TAGS.index(tag)]).permutation(len(every))
         chosen += [every[order[i % len(every)]] for i in range(per_tag)]
     return chosen
@@ -84,12 +98,19 @@ def _wanted(item: Mapping) -> tuple[tuple[str, str], ...]:
     return claims + ((("colour", item["color"]),) if "color" in item else ())
 
 
-def check_scene(metadata: Mapping, scene: Scene) -> bool:
+def check_scene(metadata: Mapping, scene: Scene, *, exact: bool = False) -> bool:
     """Whether a scene satisfies one prompt's metadata.
 
     Every entry of "include" needs at least "count" fitting objects; the tag "counting" needs exactly that many. An
     entry with "position" also needs one of its objects in that relation to an object of the other entry.
+
+    Args:
+      metadata: of a prompt.
+      scene: what was drawn.
+      exact: the scene must have no other object, which the benchmark allows.
     """
+    if exact and len(scene.objects) != sum(item["count"] for item in metadata["include"]):
+        return False
     found = [fitting(scene, _wanted(item)) for item in metadata["include"]]
     for item, objects in zip(metadata["include"], found):
         enough = len(objects) == item["count"] if metadata["tag"] == "counting" else len(objects) >= item["count"]

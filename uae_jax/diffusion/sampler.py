@@ -73,7 +73,7 @@ def guided_velocity(
     sigma: Float[Array, ""],
     context: PyTree[Shaped[Array, "n ..."]],
     negative_context: PyTree[Shaped[Array, "#n ..."]] | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Float[Array, " n"] = 1.0,
     stop_negative_gradient: bool = False,
 ) -> Float32[Array, " n *d"]:
     """Classifier-free guidance `v_neg + w (v_pos - v_neg)`; source: arXiv 2207.12598, as in diffusers' SD3 pipeline.
@@ -85,7 +85,8 @@ def guided_velocity(
       sigma: noise level of all samples.
       context: of the prompts.
       negative_context: the same structure, one row each or one for all; not used without guidance.
-      guidance_scale: w; exactly 1 is without guidance and skips the negative half.
+      guidance_scale: w; exactly 1 is without guidance and skips the negative half. An array has the w of each sample,
+        so that one program serves all guidances; the negative half is then always evaluated.
       stop_negative_gradient: no gradient for the negative half, as in flow_grpo's training. Each half is then a call
         of its own, so that no backward pass is spent on the negative one. The value does not change.
 
@@ -94,7 +95,9 @@ def guided_velocity(
     """
     batch = x.shape[0]
     sigmas = jnp.broadcast_to(sigma, (batch,))
-    if guidance_scale == 1:
+    if isinstance(guidance_scale, jax.Array):
+        guidance_scale = guidance_scale.reshape(batch, *(1,) * (x.ndim - 1))
+    elif guidance_scale == 1:
         return velocity_fn(x, sigmas, context).astype(jnp.float32)
     if negative_context is None:
         raise ValueError(f"guidance_scale={guidance_scale} needs a negative context: give one, or use 1")

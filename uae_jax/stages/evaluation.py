@@ -15,8 +15,8 @@ from PIL import Image
 
 from uae_jax import trees
 from uae_jax.data.loader import RowBuilder, from_signed, to_signed
-from uae_jax.data.scene_checker import caption_score, picture_scores
-from uae_jax.data.scene_prompts import check_prompt, scene_prompts
+from uae_jax.data.scene_checker import caption_score, picture_scores, read_pictures
+from uae_jax.data.scene_prompts import check_scene, scene_prompts
 from uae_jax.data.scenes import Scene, fact_kinds
 from uae_jax.data.sources import Example
 from uae_jax.data.tokenizer import decode_caption
@@ -51,7 +51,9 @@ class EvaluationConfig(Settings):
     temperature: float = setting(0.0, "of the captions; 0 is greedy", low=0)
     encoders: tuple[str, ...] = setting(("clip",), "image encoders whose mean cosine is unified_score")
     heldout_encoder: str = setting("dinov2", "an encoder that is never a reward; empty for none")
-    geneval_per_tag: int = setting(0, "prompts of each tag, on the built-in scenes; 0 for none", low=0)
+    geneval_per_tag: int = setting(
+        0, "prompts of each tag, on the built-in scenes, of texts that no training caption has; 0 for none", low=0
+    )
     samples: int = setting(8, "images written as samples", low=0)
     questions: str = setting(
         "", "TSV of questions in VLMEvalKit's layout, or 'builtin' for questions about scenes; empty for none"
@@ -272,11 +274,26 @@ class Evaluator:
         prompts = self._prompts()
         if not prompts:
             return {}
-        drawn = self.draw_texts(parts, [prompt["prompt"] for prompt in prompts])
-        right = np.array([check_prompt(prompt, picture) for prompt, picture in zip(prompts, drawn)], np.float64)
-        tags = np.array([prompt["tag"] for prompt in prompts])
-        # every tag has the same number of prompts, so the mean over prompts is the mean of the tags
-        return {"geneval": right} | {f"geneval_{tag}": right[tags == tag] for tag in dict.fromkeys(tags)}
+        return prompt_scores(prompts, self.draw_texts(parts, [prompt["prompt"] for prompt in prompts]))
+
+
+def prompt_scores(prompts: Sequence[Mapping[str, Any]], drawn: np.ndarray) -> dict[str, np.ndarray]:
+    """Whether images have what their prompts ask for: `geneval`, and `geneval_exact` where nothing else may be drawn.
+
+    Both stand over all prompts `[n]` and by tag. Every tag should have the same number of prompts: the mean over
+    prompts is then the benchmark's mean of the tags.
+
+    Args:
+      prompts: n of `scene_prompts`.
+      drawn: their images, uint8 `[n, S, S, 3]`.
+    """
+    scenes, tags = read_pictures(drawn), np.array([prompt["tag"] for prompt in prompts])
+    scores = {}
+    for name, exact in (("geneval", False), ("geneval_exact", True)):
+        found = [check_scene(prompt, scene, exact=exact) for prompt, scene in zip(prompts, scenes, strict=True)]
+        right = np.array(found, np.float64)
+        scores |= {name: right} | {f"{name}_{tag}": right[tags == tag] for tag in dict.fromkeys(tags)}
+    return scores
 
 
 def known_scenes(examples: Sequence[Example]) -> list[Scene]:

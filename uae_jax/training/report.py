@@ -32,7 +32,8 @@ MEANINGS = {
     "true_caption_reward": "the decoder alone: the same cosine for the data set's own captions",
     "true_caption_scene_accuracy": "the decoder alone: facts found in images of the full true captions",
     guard.UNDERSTANDING: "share of fixed questions answered right; their categories have rows of their own",
-    "geneval": "compositional prompts with a correct image (mean of the tags below)",
+    "geneval": "prompts of unseen texts whose image has what they ask for (mean of the tags below)",
+    "geneval_exact": "the same prompts, with no other object in the image",
 }
 # scores for which neither up nor down is good by itself
 NEUTRAL = ("caption_tokens", "truncated", "repetition")
@@ -65,7 +66,7 @@ def write_report(workdir: Path, *, max_samples: int = 8) -> Path:
     number}}, files relative to that folder.
 
     Args:
-      workdir: folder of a run; only summary.json has to exist.
+      workdir: folder of a run; only summary.json has to exist. `decoder.json` of `evaluate decoder` is shown too.
       max_samples: number of images in the report.
 
     Raises:
@@ -75,6 +76,7 @@ def write_report(workdir: Path, *, max_samples: int = 8) -> Path:
     workdir = to_path(workdir)
     summary, lines = read_summary(workdir), read_lines(workdir / "metrics.jsonl")
     stages, config = summary["stages"], read_config(workdir)
+    decoder = _json_of(workdir / "decoder.json")
     moments = sample_moments(workdir / "samples", stages, max_samples)
     strips = [moment for moment in moments if not moment["during"]]
     environment = jinja2.Environment(
@@ -88,6 +90,7 @@ def write_report(workdir: Path, *, max_samples: int = 8) -> Path:
         stages=[described(stage) for stage in stages],
         curves=curves(lines, stages),
         findings=findings(stages),
+        decoder=decoder,
         columns=score_columns(stages),
         rows=score_rows(stages),
         strips=strips,
@@ -178,7 +181,10 @@ def histories(moments: Sequence[Mapping[str, Any]], pictures: int = 3) -> list[d
 
 def read_config(workdir: Path) -> dict[str, Any]:
     """The run's configuration; empty without a config.json."""
-    path = to_path(workdir) / "config.json"
+    return _json_of(to_path(workdir) / "config.json")
+
+
+def _json_of(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 

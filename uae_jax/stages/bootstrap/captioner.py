@@ -22,7 +22,7 @@ from jax import Array
 
 from uae_jax.data import scenes
 from uae_jax.data.qwen_inputs import Fields, ImageProcessor, prompt_fields
-from uae_jax.data.scene_captions import CAPTION_PROMPT, caption, mixed_caption
+from uae_jax.data.scene_captions import CAPTION_PROMPT, mixed_caption, random_detail_caption
 from uae_jax.data.tokenizer import IMAGE_PAD, caption_prompt_ids, encode_caption, token_id
 from uae_jax.files.json_files import write_json
 from uae_jax.methods.method import Supervised
@@ -41,7 +41,7 @@ MEMORY = 5
 
 def low_detail_caption(scene: scenes.Scene, rng: np.random.Generator, low: float, high: float) -> str:
     """A true caption in raster order that states each fact with a probability uniform in [low, high]."""
-    return caption(scene, rng, float(rng.uniform(low, high)))
+    return random_detail_caption(scene, rng, low, high, shuffle_probability=0.0)
 
 
 def stream(
