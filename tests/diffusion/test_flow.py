@@ -85,6 +85,22 @@ def test_histogram_of_levels(scheme):
     assert distance < 1.63 / np.sqrt(20000)
 
 
+@pytest.mark.parametrize("scheme", flow.SCHEMES)
+def test_strata_are_equally_probable_parts_of_the_density(scheme):
+    """Each level lies in its own part, and all of them together have the density."""
+    parts, keys = 4, _keys(5000)
+    found = [
+        np.asarray(flow.sample_sigmas(jax.vmap(jax.random.fold_in, (0, None))(keys, part), scheme, 1.0, (part, parts)))
+        for part in range(parts)
+    ]
+    shares = [_distribution(scheme)(np.clip(sigmas.astype(np.float64), 1e-9, 1 - 1e-9)) for sigmas in found]
+    lowest = sorted(share.min() for share in shares)
+    for low, share in zip(lowest, sorted(shares, key=np.min)):
+        assert low >= share.min() and share.max() - low <= 1 / parts + 1e-3
+    np.testing.assert_allclose(lowest, np.arange(parts) / parts, atol=2e-3)
+    assert stats.kstest(np.concatenate(shares), "uniform").statistic < 1.63 / np.sqrt(parts * 5000)
+
+
 def test_levels_belong_to_samples_not_to_batches():
     keys = _keys(8)
     whole = flow.sample_sigmas(keys)

@@ -433,3 +433,75 @@ def test_nft_kl_is_the_mean_squared_difference_and_needs_a_reference():
     assert _value(metrics["velocity_shift"]) == 0.0
     with pytest.raises(ValueError, match="needs reference"):
         _nft(velocity, kl_weight=0.5)
+
+
+def test_awm_gradient_is_that_of_the_fourth_root_of_the_error_times_the_advantage():
+    velocity = jax.random.normal(jax.random.key(3), (6, 4, 3))
+    _, (target, sigma, advantage) = _nft(velocity)
+
+    def awm(velocity, **more):
+        return losses.awm_loss(velocity, None, target, sigma, advantage, **more)[0]
+
+    mean = jnp.mean((velocity - target) ** 2, axis=(1, 2))
+    expected = (advantage / 5 * sigma * mean**-0.75)[:, None, None] * 2 * (velocity - target) / 12
+    np.testing.assert_allclose(jax.grad(awm)(velocity), expected, rtol=2e-5, atol=1e-7)
+    kl = awm(velocity, reference=velocity + 2.0, kl_weight=0.5) - awm(velocity)
+    assert float(kl) == pytest.approx(6 * 0.5 * 4.0, rel=1e-5)
+    with pytest.raises(ValueError, match="needs reference"):
+        awm(velocity, kl_weight=0.5)
+
+
+def test_the_mask_of_dppo_leaves_out_what_has_moved_far_as_its_advantage_wants():
+    """Four corners near and four far from the rollout policy: two far ones lose their gradient."""
+    old = jnp.zeros((8, 1))
+    log_prob = jnp.array([0.2, 0.2, -0.2, -0.2] * 2)[:, None]
+    advantage = jnp.array([1.0, -1.0, 1.0, -1.0] * 2)
+    shift = jnp.array([1e-3] * 4 + [1e-1] * 4)[:, None]  # KL 1e-3 / (2 * .5^2) = .002, and .2
+    more = dict(clip_range=1e-4, divergence_limit=0.1, mean_shift=shift, std=jnp.array([0.5]))
+
+    def loss(log_prob):
+        return losses.flow_grpo_loss(log_prob, old, advantage, **more)[0]
+
+    gradient = np.asarray(jax.grad(loss)(log_prob))[:, 0]
+    expected = -np.asarray(advantage) * np.exp(np.asarray(log_prob)[:, 0])
+    expected[[4, 7]] = 0  # far, and up with A > 0 or down with A < 0
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+    metrics = losses.flow_grpo_loss(log_prob, old, advantage, **more)[2]
+    assert _value(metrics["masked_fraction"]) == 2 / 8
+    with pytest.raises(ValueError, match="divergence_limit needs"):
+        losses.flow_grpo_loss(log_prob, old, advantage, clip_range=1e-4, divergence_limit=0.1)
+
+
+def test_mask_and_clip_are_the_same_before_an_update():
+    log_prob, advantage = jax.random.normal(jax.random.key(0), (6, 1)), jnp.arange(6.0) - 2.5
+    more = dict(clip_range=1e-4, mean_shift=jnp.zeros((6, 1)), std=jnp.array([0.5]))
+    clip, mask = (
+        jax.value_and_grad(lambda x, how=how: losses.flow_grpo_loss(x, None, advantage, **more, **how)[0])(log_prob)
+        for how in ({}, {"divergence_limit": 1e-5})
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), clip, mask)
+
+
+def test_the_guard_makes_the_gradient_of_the_velocity_flat_over_steps():
+    """Size of the gradient in a velocity, by step: it grows fifteenfold without the guard, and is flat with it."""
+    sigmas, shape = jnp.asarray(sigma_schedule(6, 4.0, "single")), (64, 8, 8)
+    x, velocity, z = (jax.random.normal(jax.random.key(seed), shape) for seed in range(3))
+    rule, advantage = SdeStep(0.7), jax.random.normal(jax.random.key(3), (64,))
+
+    def size(step, guard):
+        sigma, after = sigmas[step], sigmas[step + 1]
+        mean, std = rule.transition(x, velocity, sigma, after, sigmas[1])
+        outcome = mean + std * z
+
+        def loss(velocity):
+            now, _ = rule.transition(x, velocity, sigma, after, sigmas[1])
+            log_prob = transition_log_prob(outcome, now, std)[:, None]
+            shift = jnp.mean((now - mean) ** 2, axis=(1, 2))[:, None]
+            more = dict(guard=True, mean_shift=shift, std=std[None], dt=(after - sigma)[None]) if guard else {}
+            return losses.flow_grpo_loss(log_prob, None, advantage, clip_range=1e-3, **more)[0]
+
+        return float(jnp.linalg.norm(jax.grad(loss)(velocity)))
+
+    flat, plain = ([size(step, guard) for step in range(5)] for guard in (True, False))
+    np.testing.assert_allclose(np.array(flat) / flat[0], [1.0] + [1 + 0.7**2 / 2] * 4, rtol=1e-3)
+    assert plain[4] / plain[0] > 10

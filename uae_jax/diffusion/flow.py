@@ -24,11 +24,15 @@ def _expand(sigma: Float[Array, ""] | Float[Array, " n"], x: Float[Array, " n *d
     return sigma.astype(jnp.float32).reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))
 
 
-def _sample_unit(keys: Key[Array, " n"], scheme: str) -> Float32[Array, " n"]:
+def _sample_unit(keys: Key[Array, " n"], scheme: str, stratum: tuple[int | Array, int] | None) -> Float32[Array, " n"]:
     """One u in [0, 1] per key, counted from the noise end."""
-    if scheme == "logit_normal":
+    if scheme == "logit_normal" and stratum is None:
         return jax.nn.sigmoid(jax.vmap(lambda key: jax.random.normal(key, (), jnp.float32))(keys))
     u = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(keys)
+    if stratum is not None:
+        u = (stratum[0] + u) / stratum[1]
+    if scheme == "logit_normal":
+        return jax.nn.sigmoid(jax.scipy.special.ndtri(jnp.clip(u, 1e-6, 1 - 1e-6)))
     if scheme == "mode":
         return 1 - u - _MODE_SCALE * (jnp.cos(jnp.pi * u / 2) ** 2 - 1 + u)
     if scheme == "cosmap":
@@ -37,7 +41,12 @@ def _sample_unit(keys: Key[Array, " n"], scheme: str) -> Float32[Array, " n"]:
     return u
 
 
-def sample_sigmas(keys: Key[Array, " n"], scheme: str = "logit_normal", shift: float = 1.0) -> Float32[Array, " n"]:
+def sample_sigmas(
+    keys: Key[Array, " n"],
+    scheme: str = "logit_normal",
+    shift: float = 1.0,
+    stratum: tuple[int | Array, int] | None = None,
+) -> Float32[Array, " n"]:
     """Samples one training noise level per sample, in [0, 1].
 
     Args:
@@ -45,13 +54,14 @@ def sample_sigmas(keys: Key[Array, " n"], scheme: str = "logit_normal", shift: f
       scheme: density before the shift: "logit_normal" (sigmoid of a standard normal), "uniform", "mode" (heavy tails),
         "cosmap" (arXiv 2403.03206, section 3.1).
       shift: static shift of the levels; 1 for none, 3 for SD3.
+      stratum: (k, K) samples from the k-th of K parts of the density, equal in probability; None from all of it.
 
     Raises:
       ValueError: an unknown scheme.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown sigma scheme {scheme!r}: choose one of {', '.join(SCHEMES)}")
-    return shift_sigma(jnp.clip(1 - _sample_unit(keys, scheme), 0, 1), shift)
+    return shift_sigma(jnp.clip(1 - _sample_unit(keys, scheme, stratum), 0, 1), shift)
 
 
 def loss_weight(sigma: Float[Array, " n"], weighting: str = "none") -> Float32[Array, " n"]:

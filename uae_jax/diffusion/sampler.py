@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int, Int32, Key, PyTree, Shaped
 
-from uae_jax.diffusion.steps import EulerStep, StepRule, sample_transition, step_log_prob
+from uae_jax.diffusion.steps import EulerStep, StepRule, member_log_probs, sample_transition, step_log_prob
 
 # (latents, sigma) -> velocity
 Predict = Callable[[Float[Array, " n *d"], Float[Array, ""]], Float[Array, " n *d"]]
@@ -38,9 +38,12 @@ class Trajectory(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """A window scored again by a policy; `dts` are `next_sigma - sigma`, negative."""
+    """A window scored again by a policy; `dts` are `next_sigma - sigma`, negative.
 
-    log_probs: Float32[Array, "w n"]
+    Log-probabilities have one more axis where a state has several outcomes.
+    """
+
+    log_probs: Float32[Array, "w n *m"]
     means: Float32[Array, "w n *d"]
     velocities: Float32[Array, "w n *d"]
     stds: Float32[Array, " w"]
@@ -180,7 +183,8 @@ def window_start(key: Key[Array, ""], low: int, high: int, window: int) -> Int[A
     return jax.random.randint(key, (), low, high - window + 1)
 
 
-def _check_window(steps: int, start: int | Int[Array, ""], window: int) -> None:
+def check_window(steps: int, start: int | Int[Array, ""], window: int) -> None:
+    """Raises ValueError for a window that does not fit into the steps before the last one; `start` may be traced."""
     if not 1 <= window <= steps - 1:
         raise ValueError(
             f"the window must have 1 to {steps - 1} of the {steps} steps, got {window}: "
@@ -218,7 +222,7 @@ def sample_window(
       ValueError: the window does not fit.
     """
     steps = sigmas.shape[0] - 1
-    _check_window(steps, window_start, window_size)
+    check_window(steps, window_start, window_size)
     start = jnp.clip(jnp.asarray(window_start, jnp.int32), 0, steps - 1 - window_size)
     x = jax.lax.stop_gradient(noise.astype(jnp.float32))
 
@@ -252,14 +256,15 @@ def sample_window(
 def replay_window(
     predict: Predict,
     latents: Float[Array, "w n *d"],
-    next_latents: Float[Array, "w n *d"],
+    next_latents: Float[Array, "w n *d"] | Float[Array, "w n m *d"],
     sigma_indices: Int[Array, " w"],
     sigmas: Float[Array, " levels"],
     rule: StepRule,
 ) -> Replay:
     """Scores the stored steps of a rollout with the present policy; differentiable in what `predict` closes over.
 
-    Transition, log-probability and batch shape are those of `sample_window`.
+    Transition, log-probability and batch shape are those of `sample_window`, or of `branching.sample_branches`: the m
+    outcomes of one state share its mean, so that one evaluation scores them all.
 
     Args:
       predict: the denoiser, with the rollout's guidance.
@@ -273,7 +278,8 @@ def replay_window(
         sigma, next_sigma = sigmas[index], sigmas[index + 1]
         velocity = predict(x, sigma)
         mean, std = rule.transition(x, velocity, sigma, next_sigma, sigmas[1])
-        log_prob = step_log_prob(rule, x_next, mean, std)
+        score_of = step_log_prob if x_next.ndim == x.ndim else member_log_probs
+        log_prob = score_of(rule, x_next, mean, std)
         return None, Replay(log_prob, mean, velocity.astype(jnp.float32), std, next_sigma - sigma)
 
     return jax.lax.scan(score, None, (latents, next_latents, sigma_indices))[1]

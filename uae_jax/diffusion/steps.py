@@ -152,6 +152,13 @@ def step_log_prob(rule: StepRule, x_next: Latents, mean: Latents, std: Float[Arr
     return score(x_next, mean, std)
 
 
+def member_log_probs(
+    rule: StepRule, next_latents: Float[Array, " n m *d"], mean: Float[Array, " n *d"], std: Float[Array, ""]
+) -> Float32[Array, " n m"]:
+    """`step_log_prob` of the m outcomes of each of n states."""
+    return jax.vmap(lambda outcome: step_log_prob(rule, outcome, mean, std), in_axes=1, out_axes=1)(next_latents)
+
+
 def gaussian_kl(
     mean: Latents,
     mean_ref: Latents,

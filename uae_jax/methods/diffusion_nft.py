@@ -7,7 +7,9 @@ Departures:
 
 1. `old_decay=0` makes rollouts by the present policy; the source has a moving average of it.
 2. The KL is the mean squared difference of the policy's and the reference's velocities.
-3. The noise levels are sampled by `time_scheme`, `levels` of them an image.
+3. The noise levels are sampled by `time_scheme`, `levels` of them an image. With `stratified` each comes from its own
+   part of that density; with `shared_levels` the drawings of a group have the same levels and noises.
+4. `objective="awm"` is advantage-weighted matching (arXiv 2509.25050) of the same drawings, without its ratio.
 
 Shape letters: N generated images, K noise levels of an image, `h w C` latents.
 """
@@ -28,7 +30,7 @@ from uae_jax.methods.und_for_gen import DecoderMethod, DecoderMethodSettings
 from uae_jax.models import uae
 from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rl.advantages import SCALES
-from uae_jax.rl.losses import nft_loss
+from uae_jax.rl.losses import awm_loss, nft_loss
 from uae_jax.rl.step_sums import sum_over_steps
 from uae_jax.rollouts.reconstruction import Context, initial_noise, predictor, sample_keys
 from uae_jax.settings import setting
@@ -42,6 +44,15 @@ class DiffusionNftConfig(DecoderMethodSettings):
     levels: int = setting(10, "noise levels of each image in the loss", low=1, source="arXiv 2509.16117")
     time_scheme: str = setting("uniform", "density of these noise levels", choices=flow.SCHEMES)
     time_shift: float = setting(3.0, "shift of these noise levels", above=0)
+    stratified: bool = setting(
+        False, "one noise level from each of `levels` equally probable parts of that density", source="arXiv 2509.25050"
+    )
+    shared_levels: bool = setting(
+        False,
+        "the drawings of a group have the same noise levels and noises in the loss, whose differences then tell "
+        "the drawings apart",
+    )
+    objective: str = setting("nft", "the loss: contrastive, or advantage-weighted matching", choices=("nft", "awm"))
     strength: float = setting(
         1.0,
         "b of the implicit policies v_old +- b (v - v_old), see losses.nft_loss",
@@ -100,8 +111,14 @@ class DiffusionNft(DecoderMethod):
         noise = initial_noise(model, trees.name_key(key, "noise"), sample_ids, group, shared=False)
         latents = sample(predictor(model, parts, how, context, None), noise, jnp.asarray(how.sigmas))
         reward, metrics = self.rewards(parts, batch["pixels"], latents)
-        samples = {"latents": latents, "reward": reward}
-        samples |= self.noised(latents, sample_keys(trees.name_key(key, "levels"), sample_ids, group))
+        samples = {"latents": latents, "reward": self.paid(reward, sample_ids, key)}
+        levels_key = trees.name_key(key, "levels")
+        samples |= self.noised(
+            latents,
+            sample_keys(levels_key, sample_ids).repeat(group, axis=0)
+            if self.own.shared_levels
+            else sample_keys(levels_key, sample_ids, group),
+        )
         if self.replay:
             samples["old_velocity"] = self.velocities(parts, samples, context, trained=True)
         if self.own.kl_weight:
@@ -121,17 +138,15 @@ class DiffusionNft(DecoderMethod):
             velocity = uae.velocity(
                 self.system.model, {**frozen, **params}, noisy, level["sigma"], context, policy=True
             )
-            total, count, metrics = nft_loss(
-                velocity,
-                level.get("old_velocity"),
-                flow.velocity_target(samples["latents"], level["noise"]),
-                level["sigma"],
-                samples["advantage"],
-                strength=own.strength,
-                advantage_bound=own.advantage_bound,
-                reference=level.get("reference"),
-                kl_weight=own.kl_weight,
+            target = flow.velocity_target(samples["latents"], level["noise"])
+            scored = velocity, level.get("old_velocity"), target, level["sigma"], samples["advantage"]
+            shared = dict(
+                advantage_bound=own.advantage_bound, reference=level.get("reference"), kl_weight=own.kl_weight
             )
+            if own.objective == "awm":
+                total, count, metrics = awm_loss(*scored, **shared)
+            else:
+                total, count, metrics = nft_loss(*scored, strength=own.strength, **shared)
             return total, (count, metrics)
 
         total, (count, metrics) = sum_over_steps(level_loss, params, by_level)
@@ -144,7 +159,8 @@ class DiffusionNft(DecoderMethod):
         def level(number: Array) -> tuple[Array, Array]:
             own_keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
             named = {name: jax.vmap(lambda key: trees.name_key(key, name))(own_keys) for name in ("sigma", "noise")}
-            sigma = flow.sample_sigmas(named["sigma"], own.time_scheme, own.time_shift)
+            stratum = (number, own.levels) if own.stratified else None
+            sigma = flow.sample_sigmas(named["sigma"], own.time_scheme, own.time_shift, stratum)
             return sigma, uae.initial_noise(model, named["noise"])
 
         sigma, noise = jax.vmap(level, out_axes=1)(jnp.arange(own.levels))

@@ -25,6 +25,7 @@ from uae_jax.nn.images import signed
 from uae_jax.rewards.caption_similarity import CaptionScorer
 from uae_jax.rewards.similarity import Encoder
 from uae_jax.rl.advantages import group_advantages
+from uae_jax.rl.gradient_noise import noise_metrics
 from uae_jax.training.guard import outlier_metrics
 from uae_jax.training.step import (
     Metrics,
@@ -65,7 +66,8 @@ class Learner(Protocol):
     """What the train step needs.
 
     Attributes:
-      settings: of `stage_settings.StageSettings`; with rewards also `group_size` and `advantage_scale`.
+      settings: of `stage_settings.StageSettings`; with rewards also `group_size` and `advantage_scale`, and
+        `compared_samples` where fewer than those of a group are compared with each other.
     """
 
     @property
@@ -214,6 +216,9 @@ def make_train_step(method: Learner, optimizer: optax.GradientTransformation) ->
     """
     settings, group = method.settings, method.settings.samples_per_image
     updates, ema_decay, old_policy = settings.updates_per_rollout, settings.ema_decay or None, settings.old_policy
+    gradients_by = (
+        functools.partial(halves_of, group=group) if getattr(settings, "gradient_noise", False) else gradients_of
+    )
 
     def train_step(state: TrainState, frozen: PyTree, batch: PyTree, key: Array) -> tuple[TrainState, dict[str, Array]]:
         if (ema_decay is None) != (state.ema is None):
@@ -228,7 +233,7 @@ def make_train_step(method: Learner, optimizer: optax.GradientTransformation) ->
         def update(state: TrainState, index: Array) -> tuple[TrainState, PyTree]:
             slice_ = {"samples": jax.tree.map(lambda leaf: leaf[index], parts), "shared": rollout["shared"]}
             own_key = jax.random.fold_in(loss_key, index)
-            gradients, loss, metrics = gradients_of(
+            gradients, loss, metrics = gradients_by(
                 method.loss, state.params, frozen, slice_, own_key, settings.micro_batches
             )
             state, norm = apply_gradients(state, gradients, loss, optimizer, ema_decay)
@@ -271,7 +276,9 @@ def make_rollout(method: Learner, params: PyTree, frozen: PyTree, batch: PyTree,
         how = {"shared": lambda leaf: leaf[0], "metrics": lambda leaf: leaf.sum(0)}
         joined = functools.partial(trees.joined, rows=rows)
         rollout = {name: jax.tree.map(how.get(name, joined), leaves) for name, leaves in found.items()}
-    return jax.lax.stop_gradient(with_images(with_advantages(rollout, method.settings)))
+    own = getattr(method, "advantages", None)
+    rollout = with_own_advantages(rollout, own) if own else with_advantages(rollout, method.settings)
+    return jax.lax.stop_gradient(with_images(rollout))
 
 
 def with_floats(batch: PyTree) -> PyTree:
@@ -301,11 +308,23 @@ def with_advantages(rollout: dict[str, PyTree], settings: Any) -> dict[str, PyTr
     samples = dict(rollout["samples"])
     if "reward" not in samples or not hasattr(settings, "group_size"):
         return rollout
-    reward = samples.pop("reward")
-    advantage, metrics = group_advantages(reward.reshape(-1, settings.group_size), scale=settings.advantage_scale)
+    reward, group = samples.pop("reward"), getattr(settings, "compared_samples", settings.group_size)
+    advantage, metrics = group_advantages(reward.reshape(-1, group), scale=settings.advantage_scale)
     metrics = {"reward" if name == "reward_mean" else name: pair for name, pair in metrics.items()}
     samples["advantage"] = advantage.reshape(reward.shape)
     return rollout | {"samples": samples, "metrics": rollout["metrics"] | metrics}
+
+
+def with_own_advantages(rollout: dict[str, PyTree], advantages: Callable[[Array], tuple[dict, Metrics]]) -> dict:
+    """The rollout with what a method makes of the rewards of a whole batch, in place of its `reward`.
+
+    Args:
+      rollout: with `reward` among its samples.
+      advantages: of the method, `reward -> (samples, metrics)`; it has them where one reward has several learners.
+    """
+    samples = dict(rollout["samples"])
+    found, metrics = advantages(samples.pop("reward"))
+    return rollout | {"samples": samples | found, "metrics": rollout["metrics"] | metrics}
 
 
 def gradients_of(
@@ -321,6 +340,53 @@ def gradients_of(
     Returns:
       Gradients like `params`, the loss [], and metrics as (sum, count) pairs.
     """
+    sums, total, count, metrics = gradient_sums(loss, params, frozen, rollout, key, micro_batches)
+    return divided(sums, count, params), total / jnp.maximum(count, 1e-8), metrics
+
+
+def divided(sums: PyTree, count: Array, params: PyTree) -> PyTree:
+    """Sums of gradients divided by their count, in the precision of the parameters."""
+    scale = 1.0 / jnp.maximum(count, 1e-8)
+    return jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), sums, params)
+
+
+def halves_of(
+    loss: Callable[..., Loss],
+    params: PyTree,
+    frozen: PyTree,
+    rollout: Mapping[str, PyTree],
+    key: Array,
+    micro_batches: int,
+    *,
+    group: int,
+) -> tuple[PyTree, Array, Metrics]:
+    """`gradients_of`, from the sums of two halves, with the metrics of `rl.gradient_noise`.
+
+    Args:
+      loss, params, frozen, rollout, key, micro_batches: of `gradients_of`; the micro-batches are those of each half.
+      group: rows of an image. The halves have other images, so that they are independent.
+
+    Raises:
+      ValueError: at trace time: the rows do not divide.
+    """
+    halves = split_samples(rollout["samples"], 2, group)
+    sides = [{**rollout, "samples": jax.tree.map(lambda leaf: leaf[side], halves)} for side in (0, 1)]
+    found = [gradient_sums(loss, params, frozen, side, key, micro_batches) for side in sides]
+    sums, total, count, metrics = jax.tree.map(lambda one, other: one + other, *found)
+    one, other = (jax.tree.map(lambda leaf: leaf / jnp.maximum(half[2], 1e-8), half[0]) for half in found)
+    metrics = dict(metrics) | noise_metrics(one, other, halves["advantage"][0].size)
+    return divided(sums, count, params), total / jnp.maximum(count, 1e-8), metrics
+
+
+def gradient_sums(
+    loss: Callable[..., Loss],
+    params: PyTree,
+    frozen: PyTree,
+    rollout: Mapping[str, PyTree],
+    key: Array,
+    micro_batches: int,
+) -> tuple[PyTree, Array, Array, Metrics]:
+    """Sums over micro-batches: gradients in float32, losses, counts, and metrics as (sum, count) pairs."""
 
     def objective(params: PyTree, samples: PyTree) -> tuple[Array, tuple[Array, Any]]:
         total, count, metrics = loss(params, frozen, {"samples": samples, "shared": rollout["shared"]}, key)
@@ -336,9 +402,7 @@ def gradients_of(
     # Unrolled when there is one part: XLA's CPU backend runs convolutions inside loops on a single thread.
     gradients, stacked = jax.lax.scan(micro_step, zeros, parts, unroll=micro_batches == 1)
     total, count, metrics = jax.tree.map(lambda leaf: leaf.sum(0), stacked)
-    scale = 1.0 / jnp.maximum(count, 1e-8)
-    gradients = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), gradients, params)
-    return gradients, total / jnp.maximum(count, 1e-8), metrics
+    return gradients, total, count, metrics
 
 
 def split_samples(samples: PyTree, parts: int, group_size: int = 1) -> PyTree:

@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from uae_jax import trees
 from uae_jax.methods.method import STAGES, Described
 from uae_jax.methods.stage_settings import RolloutSettings, SamplerConfig, UpdateSettings, rollout_denoising
 from uae_jax.models.language.sampling import SamplingConfig
@@ -32,7 +33,7 @@ from uae_jax.rollouts.captioning import (
     drawn_captions,
     sample_captions,
 )
-from uae_jax.rollouts.reconstruction import Context, Denoising, caption_context, decode
+from uae_jax.rollouts.reconstruction import Context, Denoising, caption_context, decode, sample_keys
 from uae_jax.settings import changed, sections, setting
 from uae_jax.training.optimizer import OptimizerConfig
 from uae_jax.training.step import OldPolicy
@@ -49,6 +50,23 @@ class DecoderMethodSettings(UpdateSettings):
     """What every method of the stage has."""
 
     ema_decay: float = changed(UpdateSettings, "ema_decay", 0.9, source="arXiv 2505.05470")
+    gradient_noise: bool = setting(
+        False,
+        "log the cosine of the gradients of an update's two halves, and the noise scale that follows",
+        source="arXiv 1812.06162",
+    )
+
+    shuffled_rewards: bool = setting(
+        False, "control: the rewards that are compared with each other are shuffled, and say nothing"
+    )
+
+    def rows_of(self, group_size: int) -> int:
+        """Rows of a rollout that belong to one image; a row may hold several drawings."""
+        return group_size
+
+    def compared_of(self, group_size: int) -> int:
+        """Drawings whose rewards are compared with each other, of the `group_size` of an image."""
+        return group_size
 
     @property
     def old_policy(self) -> OldPolicy | None:
@@ -76,7 +94,8 @@ class UndForGenConfig(RolloutSettings):
         yield from super().problems()
         if self.method not in self.methods:
             yield f"method is {self.method!r}; choose one of {', '.join(self.methods)}"
-        yield from self.reward.caption_terms(STAGE)
+        if not getattr(self.methods.get(self.method), "writes_captions", False):
+            yield from self.reward.caption_terms(STAGE)
         check = getattr(self.methods.get(self.method), "stage_problems", None)
         yield from (f"{self.method}.{problem}" for problem in (check(self) if check else ()))
 
@@ -87,8 +106,18 @@ class UndForGenConfig(RolloutSettings):
 
     @property
     def samples_per_image(self) -> int:
-        """G: the samples of a group stay in one update."""
-        return self.group_size
+        """Rows of a group, which stay in one update."""
+        return self.own.rows_of(self.group_size)
+
+    @property
+    def compared_samples(self) -> int:
+        """Drawings whose rewards are compared with each other."""
+        return self.own.compared_of(self.group_size)
+
+    @property
+    def gradient_noise(self) -> bool:
+        """Of the chosen method."""
+        return self.own.gradient_noise
 
     @property
     def updates_per_rollout(self) -> int:
@@ -166,7 +195,8 @@ class DecoderMethod:
           key: of the step.
 
         Returns:
-          (`[N, S, Dc]`, mask `[N, S]`), those of the negative prompt `[1, S, Dc]` or None, and metrics of the captions.
+          (`[N, S, Dc]`, mask `[N, S]`), one for each row of the rollout, those of the negative prompt `[1, S, Dc]` or
+          None, and metrics of the captions.
         """
         settings, model = self.settings, self.system.model
         completion = sample_captions(
@@ -184,8 +214,8 @@ class DecoderMethod:
         ended = completion.finished if not settings.data_captions else jnp.ones_like(completion.finished)
         mask = jnp.arange(tokens.shape[1]) < (lengths + ended)[:, None]
         positive, negative = caption_context(model, parts, self.denoising, batch, tokens, mask, lengths)
-        group = settings.group_size
-        positive = constrain_rows(jax.tree.map(lambda leaf: leaf.repeat(group, axis=0), positive))
+        rows = settings.samples_per_image
+        positive = constrain_rows(jax.tree.map(lambda leaf: leaf.repeat(rows, axis=0), positive))
         return positive, negative, caption_metrics(completion, 1)
 
     def keep_contexts(self, rollout: dict[str, Any], context: Context) -> dict[str, Any]:
@@ -197,7 +227,7 @@ class DecoderMethod:
         fields = {"context": context[0], "context_mask": context[1]}
         if ways("batch") > 1:
             return rollout | {"samples": constrain_rows(rollout["samples"] | fields)}
-        return rollout | {"images": {name: leaf[:: self.settings.group_size] for name, leaf in fields.items()}}
+        return rollout | {"images": {name: leaf[:: self.settings.samples_per_image] for name, leaf in fields.items()}}
 
     @staticmethod
     def with_contexts(rollout: Mapping) -> dict[str, Array]:
@@ -209,14 +239,29 @@ class DecoderMethod:
         self, parts: Mapping, original: Float[Array, "b H W 3"], latents: Float[Array, "n h w c"]
     ) -> tuple[Float[Array, " n"], dict]:
         """Rewards `[N]` of generated latents `[N, h, w, C]`, and their metrics."""
-        pixels = decode(self.system.model, parts, self.denoising, latents)
-        reward = self.settings.reward
-        total, terms = mixed_reward(
-            reward,
-            chosen_encoders(reward, self.system.encoders),
-            parts["encoders"],
-            original,
-            pixels,
-            self.settings.group_size,
-        )
+        total, terms = self.mixed(parts, original, latents, self.settings.group_size)
         return total.reshape(-1), term_metrics(terms)
+
+    def paid(self, reward: Float[Array, " n"], sample_ids: Array, key: Array) -> Float[Array, " n"]:
+        """The rewards that drawings are paid: their own, or in the control those of each other in random order.
+
+        The order follows from the step's key and the image's sample id.
+        """
+        if not self.own.shuffled_rewards:
+            return reward
+        compared = reward.reshape(-1, self.settings.compared_samples)
+        keys = sample_keys(trees.name_key(key, "shuffle"), sample_ids, len(compared) // len(sample_ids))
+        return jax.vmap(jax.random.permutation)(keys, compared).reshape(-1)
+
+    def mixed(
+        self,
+        parts: Mapping,
+        original: Float[Array, "b H W 3"],
+        latents: Float[Array, "n h w c"],
+        group: int,
+        unfinished: Bool[Array, "b g"] | None = None,
+    ) -> tuple[Float[Array, "b g"], dict]:
+        """Rewards `[B, G]` of the latents of G drawings of an image, and their terms; see `similarity.mixed_reward`."""
+        reward, pixels = self.settings.reward, decode(self.system.model, parts, self.denoising, latents)
+        encoders = chosen_encoders(reward, self.system.encoders)
+        return mixed_reward(reward, encoders, parts["encoders"], original, pixels, group, unfinished=unfinished)

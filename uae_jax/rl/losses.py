@@ -216,11 +216,12 @@ def flow_grpo_loss(
     kl: Float[Array, "n w"] | None = None,
     kl_weight: float = 0.0,
     guard: bool = False,
+    divergence_limit: float | None = None,
     mean_shift: Float[Array, "n w"] | None = None,
     std: Float[Array, " w"] | None = None,
     dt: Float[Array, " w"] | None = None,
 ) -> tuple[Scalar, Scalar, Metrics]:
-    """GRPO on denoising steps (Flow-GRPO, arXiv 2505.05470), or GRPO-Guard (arXiv 2510.22319).
+    """GRPO on denoising steps (Flow-GRPO, arXiv 2505.05470), GRPO-Guard (arXiv 2510.22319), or Flow-DPPO (2606.11025).
 
     Args:
       log_prob: of the sampled steps, a mean over dimensions; carries the gradient.
@@ -233,15 +234,17 @@ def flow_grpo_loss(
       guard: with `d = log_prob - old_log_prob`, use `log rho = S (d + mean_shift / (2 S^2))`, and divide the policy
         loss by -dt. The mean of this log rho is 0 under the rollout policy; plain d has mean -KL and meets the lower
         side of the range.
-      mean_shift: mean over dimensions of `(mu - mu_old)^2`, with its gradient; for guard.
-      std: S of each step; for guard.
+      divergence_limit: a mask in place of the clip (Flow-DPPO): a step is left out where the Gaussian KL to the rollout
+        policy, `mean_shift / (2 S^2)`, is at least this, and its ratio has already moved as its advantage wants.
+      mean_shift: mean over dimensions of `(mu - mu_old)^2`, with its gradient; for guard and mask.
+      std: S of each step; for guard and mask.
       dt: next_sigma - sigma of each step, negative; for guard.
 
     Returns:
       Sum, count of steps, and metrics as in `token_grpo_loss`, per step.
 
     Raises:
-      ValueError: guard without its three arrays, or a KL weight without kl.
+      ValueError: guard or mask without its arrays, or a KL weight without kl.
     """
     if kl_weight and kl is None:
         raise ValueError(f"kl_weight={kl_weight} needs kl")
@@ -255,11 +258,21 @@ def flow_grpo_loss(
         step_length = -dt
     ratio = _ratio(log_ratio)
     per_sample = jax.lax.stop_gradient(advantage.astype(jnp.float32))[:, None]
-    loss = clipped_surrogate(ratio, per_sample, clip_range, clip_range)
+    masked = None
+    if divergence_limit is None:
+        loss = clipped_surrogate(ratio, per_sample, clip_range, clip_range)
+    else:
+        if mean_shift is None or std is None:
+            raise ValueError("divergence_limit needs mean_shift and std")
+        far = jax.lax.stop_gradient(mean_shift) / (2 * std**2) >= divergence_limit
+        masked = far & (jnp.sign(jax.lax.stop_gradient(ratio) - 1) * jnp.sign(per_sample) > 0)
+        loss = jnp.where(masked, 0.0, -per_sample * ratio)
     if step_length is not None:
         loss = loss / step_length
     metrics = _ratio_metrics(ratio, per_sample, jnp.ones_like(ratio), clip_range, clip_range)
     count = jnp.float32(ratio.size)
+    if masked is not None:
+        metrics["masked_fraction"] = (masked.sum(dtype=jnp.float32), count)
     if kl is not None:
         loss = loss + kl_weight * kl
         metrics["kl"] = (jax.lax.stop_gradient(kl).sum(), count)
@@ -303,19 +316,70 @@ def nft_loss(
     Raises:
       ValueError: a KL weight without a reference.
     """
-    if kl_weight and reference is None:
-        raise ValueError(f"kl_weight={kl_weight} needs reference")
+    _check_reference(kl_weight, reference)
     velocity, target = velocity.astype(jnp.float32), target.astype(jnp.float32)
     old = jax.lax.stop_gradient(velocity if old_velocity is None else old_velocity.astype(jnp.float32))
     share = jnp.clip(jax.lax.stop_gradient(advantage.astype(jnp.float32)) / advantage_bound, -1, 1) / 2 + 0.5
     change = strength * (velocity - old)
-    axes, count = tuple(range(1, velocity.ndim)), jnp.float32(len(velocity))
+    axes = tuple(range(1, velocity.ndim))
 
     def error(implied: Float32[Array, " n *d"]) -> Float32[Array, " n"]:
         size = sigma * jnp.mean(jnp.abs(jax.lax.stop_gradient(implied) - target), axis=axes)
         return sigma**2 * jnp.mean((implied - target) ** 2, axis=axes) / jnp.maximum(size, 1e-5)
 
     loss = advantage_bound / strength * (share * error(old + change) + (1 - share) * error(old - change))
+    return _with_reference(loss, velocity, old, reference, kl_weight)
+
+
+def awm_loss(
+    velocity: Float[Array, " n *d"],
+    old_velocity: Float[Array, " n *d"] | None,
+    target: Float[Array, " n *d"],
+    sigma: Float[Array, " n"],
+    advantage: Float[Array, " n"],
+    *,
+    advantage_bound: float = 5.0,
+    reference: Float[Array, " n *d"] | None = None,
+    kl_weight: float = 0.0,
+) -> tuple[Scalar, Scalar, Metrics]:
+    """Advantage-weighted matching (arXiv 2509.25050): `-A log p` with `log p := -4 s mean((v - target)^2)^(1/4)`.
+
+    The fourth root makes large errors count less. The source multiplies by a ratio to the rollout policy, which is 1
+    for the first update of a rollout and left out here.
+
+    Args:
+      velocity, old_velocity, target, sigma, advantage, reference, kl_weight: of `nft_loss`.
+      advantage_bound: A is clipped to it and divided by it.
+
+    Returns:
+      As `nft_loss`.
+
+    Raises:
+      ValueError: a KL weight without a reference.
+    """
+    _check_reference(kl_weight, reference)
+    velocity, target = velocity.astype(jnp.float32), target.astype(jnp.float32)
+    old = jax.lax.stop_gradient(velocity if old_velocity is None else old_velocity.astype(jnp.float32))
+    share = jnp.clip(jax.lax.stop_gradient(advantage.astype(jnp.float32)) / advantage_bound, -1, 1)
+    error = jnp.mean((velocity - target) ** 2, axis=tuple(range(1, velocity.ndim)))
+    log_prob = -4 * sigma * jnp.maximum(error, 1e-10) ** 0.25
+    return _with_reference(-share * log_prob, velocity, old, reference, kl_weight)
+
+
+def _check_reference(kl_weight: float, reference: Array | None) -> None:
+    if kl_weight and reference is None:
+        raise ValueError(f"kl_weight={kl_weight} needs reference")
+
+
+def _with_reference(
+    loss: Float32[Array, " n"],
+    velocity: Float32[Array, " n *d"],
+    old: Float32[Array, " n *d"],
+    reference: Float[Array, " n *d"] | None,
+    kl_weight: float,
+) -> tuple[Scalar, Scalar, Metrics]:
+    """Sum, count and metrics of a loss with the KL of velocities."""
+    axes, count = tuple(range(1, velocity.ndim)), jnp.float32(len(velocity))
     metrics = {"velocity_shift": (jnp.sum(jnp.mean((velocity - old) ** 2, axis=axes)), count)}
     if reference is not None:
         kl = jnp.mean((velocity - reference.astype(jnp.float32)) ** 2, axis=axes)
