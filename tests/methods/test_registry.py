@@ -31,6 +31,8 @@ def test_the_stages_are_those_of_the_paper_and_the_methods_those_of_their_files(
         ("gen_for_und", ""),
         ("und_for_gen", "flow_grpo"),
         ("und_for_gen", "nft"),
+        ("und_for_gen", "joint"),
+        ("und_for_gen", "matching"),
     ]
     modules = {f"{stage}.{name}": STAGES[stage].methods[name].__module__.split(".")[-1] for stage, name in KINDS}
     assert modules == {
@@ -40,6 +42,8 @@ def test_the_stages_are_those_of_the_paper_and_the_methods_those_of_their_files(
         "gen_for_und.": "gen_for_und",
         "und_for_gen.flow_grpo": "flow_grpo",
         "und_for_gen.nft": "diffusion_nft",
+        "und_for_gen.joint": "joint",
+        "und_for_gen.matching": "caption_matching",
     }
 
 
@@ -47,7 +51,7 @@ def test_the_stages_are_those_of_the_paper_and_the_methods_those_of_their_files(
 def test_a_stage_compiles_exactly_one_train_step(builtin, monkeypatch, stage, name):
     config, system = builtin
     if name:
-        config = config.with_stage(stage, method=name)
+        config = config.with_stage(stage, method=name, data_captions=0.0)
     settings, jitted, jit = config.stage(stage), [], jax.jit
 
     def counted(function, **options):
@@ -65,7 +69,7 @@ def test_a_stage_compiles_exactly_one_train_step(builtin, monkeypatch, stage, na
 @pytest.mark.parametrize("stage, name", KINDS)
 def test_a_method_says_what_it_trains_and_what_bounds_its_kl(builtin, stage, name):
     config, _ = builtin
-    changes = {"method": name} if name else {}
+    changes = {"method": name, "data_captions": 0.0} if name else {}
     both = ("projector", "transformer")
     trained = {"align": ("projector",), "pretrain": both, "cold_start": both}
     kind = STAGES[stage].methods[name]
@@ -74,9 +78,10 @@ def test_a_method_says_what_it_trains_and_what_bounds_its_kl(builtin, stage, nam
     if stage in trained:
         assert config.trains(stage) == trained[stage]
         return
-    base = "language" if stage == "gen_for_und" else "transformer"
+    bases = {"gen_for_und": ("language",), "joint": ("language", "transformer")}.get(name or stage, ("transformer",))
     for train, ending in (("lora", "lora"), ("full", "policy")):
-        assert config.with_stage(stage, train=train, **changes).trains(stage) == (f"{base}_{ending}",)
+        expected = tuple(f"{base}_{ending}" for base in bases)
+        assert config.with_stage(stage, train=train, **changes).trains(stage) == expected
 
 
 def test_a_frozen_projector_is_not_trained(builtin):

@@ -142,21 +142,28 @@ class GenForUnd:
         completion = self.write_captions(parts, batch, images, key)
         pixels = self.reconstruct(parts, batch, images, completion, key)
         reward, terms = self.rewards(parts, batch["pixels"], pixels, completion)
-        metrics = term_metrics(terms)
+        samples, metrics = self.kept(parts, batch, images, completion)
+        metrics |= term_metrics(terms) | caption_metrics(completion, group)
+        return {"samples": constrain_rows(samples | {"reward": reward}), "metrics": metrics}
+
+    def kept(
+        self, parts: Mapping, batch: Mapping, image_embeds: Float[Array, "b p d"], completion: Completion
+    ) -> tuple[dict[str, Array], dict]:
+        """What the loss needs of sampled captions, leaves `[B, ...]`, and the gap of a replay to sampling."""
+        shape, metrics = (len(image_embeds), self.settings.group_size, -1), {}
         samples = {
             **{name: batch[name] for name in PROMPT_FIELDS},
-            "image_embeds": images,
-            "reward": reward,
-            "tokens": completion.tokens.reshape(len(images), group, -1),
-            "mask": completion.mask.reshape(len(images), group, -1),
+            "image_embeds": image_embeds,
+            "tokens": completion.tokens.reshape(shape),
+            "mask": completion.mask.reshape(shape),
         }
         samples |= self.compared(parts, samples)
-        sampled = completion.log_probs.reshape(samples["tokens"].shape)
+        sampled = completion.log_probs.reshape(shape)
         if self.replay:
-            metrics |= gap_metrics("log_prob_gap", samples["old"], sampled, samples["mask"])
+            metrics = gap_metrics("log_prob_gap", samples["old"], sampled, samples["mask"])
         else:
             samples["sampled_log_prob"] = sampled
-        return {"samples": constrain_rows(samples), "metrics": metrics | caption_metrics(completion, group)}
+        return samples, metrics
 
     def loss(self, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> Loss:
         """The clipped token loss of a rollout; sum, count and metrics as `losses.token_grpo_loss`.
