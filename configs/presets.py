@@ -160,7 +160,7 @@ SLICES: dict[str, Deviations] = {
         pretrain=dict(micro_batches=4),
         cold_start=dict(micro_batches=8, vae_chunk=8),
         gen_for_und=dict(rollout_parts=2, micro_batches=4, vae_chunk=8),
-        und_for_gen=dict(batch_size=48, rollout_parts=2, micro_batches=6, vae_chunk=8),
+        und_for_gen=dict(batch_size=48, rollout_parts=2, vae_chunk=8),
     ),
     # 8 cards of 80 or 141 GB
     "8xH200": dict(

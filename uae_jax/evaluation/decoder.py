@@ -23,6 +23,7 @@ from uae_jax.command_line import in_range
 from uae_jax.evaluation import run_settings
 from uae_jax.evaluation.benchmark_commands import grouped_scores
 from uae_jax.files.json_files import read_json, write_json
+from uae_jax.files.paths import to_path
 from uae_jax.model_flags import add_model_flags, load_model
 
 if TYPE_CHECKING:
@@ -48,11 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     texts.add_argument("--scene_seed", default=0, help="stream of test scenes and prompts", **in_range(int, low=0))
     texts.add_argument("--scales", type=float, nargs="+", default=list(SCALES), help="guidances; 1 is without")
+    parser.add_argument("--output", type=to_path, metavar="FILE", help="the result, JSON (default: in the workdir)")
     parser.add_argument(
-        "--output", type=pathlib.Path, metavar="FILE", help="the result, JSON (default: in the workdir)"
-    )
-    parser.add_argument(
-        "--against", type=pathlib.Path, nargs="+", default=[], metavar="FILE", help="results of other decoders"
+        "--against", type=to_path, nargs="+", default=[], metavar="FILE", help="results of other decoders"
     )
     add_model_flags(parser)
     parser.set_defaults(run=run)
@@ -68,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     """
     from uae_jax.stages.inference import Inference
 
-    workdir = pathlib.Path(options.checkpoint or ".")
+    workdir = to_path(options.checkpoint or ".")
     trained = bool(options.checkpoint) and (workdir / "summary.json").is_file()
     output = options.output or (workdir / "decoder.json" if trained else None)
     if output is None:

@@ -2,8 +2,9 @@
 
 import functools
 import importlib.util
-import pathlib
 from typing import TYPE_CHECKING
+
+from uae_jax.files.paths import to_path
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
@@ -23,7 +24,7 @@ def font(size: int) -> "ImageFont.FreeTypeFont":
     found = importlib.util.find_spec("matplotlib")  # found, not imported: that takes a second
     if found is None or found.origin is None:
         raise ImportError("matplotlib is not installed; pip install matplotlib")
-    fonts = pathlib.Path(found.origin).parent / "mpl-data" / "fonts" / "ttf"
+    fonts = to_path(found.origin).parent / "mpl-data" / "fonts" / "ttf"
     return ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), size)
 
 

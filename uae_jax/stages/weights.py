@@ -110,7 +110,7 @@ def builtin_folder(path: str | os.PathLike[str]) -> pathlib.Path | None:
     name = str(path)
     if not name:
         return BUILTIN
-    return NAMED.get(name) if not pathlib.Path(name).exists() else None
+    return NAMED.get(name) if not to_path(name).exists() else None
 
 
 def model_folder(path: str | pathlib.Path) -> pathlib.Path:
