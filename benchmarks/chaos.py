@@ -7,7 +7,7 @@ so many times, each time by one of `WAYS` at a random time, and continued to its
 for byte, no run may need a hand, and no complete checkpoint may be lost. With `--processes=4` a run has four processes,
 and one of them is killed each time: the others have to end by themselves.
 A row for each kill goes to `chaos.jsonl`; the same command continues where it stopped. The exit code is 1 if an export
-differs, a checkpoint is lost, or a run needs a hand.
+differs, a checkpoint is lost, a traceback is shown, or a run needs a hand.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import random
@@ -25,6 +26,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 
 from uae_jax.command_line import CommandParser, in_range
 
@@ -95,13 +97,21 @@ def digest(workdir: pathlib.Path) -> str:
     return found.hexdigest()
 
 
-def steps_on_disk(workdir: pathlib.Path) -> dict[str, int]:
-    """The newest complete checkpoint of each stage."""
+def steps_on_disk(workdir: pathlib.Path, damaged: Collection[str] = ()) -> dict[str, int]:
+    """The newest whole checkpoint of each stage; infinite where the stage has finished and left what it trained.
+
+    Args:
+      damaged: `STAGE/STEP` of the checkpoints that were damaged on purpose.
+    """
     found = {}
     for stage in STAGES:
         folder = workdir / "checkpoints" / stage
         steps = [int(path.parent.name) for path in folder.glob("*/commit_success.txt") if path.parent.name.isdigit()]
-        found |= {stage: max(steps)} if steps else {}
+        steps = [step for step in steps if f"{stage}/{step}" not in damaged]
+        if (workdir / "trained" / stage).is_dir():
+            found[stage] = math.inf
+        elif steps:
+            found[stage] = max(steps)
     return found
 
 
@@ -186,15 +196,16 @@ def newest(workdir: pathlib.Path) -> pathlib.Path | None:
     return max(paths, key=lambda path: (path.parent.stat().st_mtime, int(path.name)), default=None)
 
 
-def damage(workdir: pathlib.Path, way: str, rng: random.Random) -> int:
+def damage(workdir: pathlib.Path, way: str, rng: random.Random) -> str:
     """Does to the newest checkpoint what a bucket's rename that stopped half-way does, or a bad disk.
 
     Returns:
-      The number of checkpoints that it costs.
+      `STAGE/STEP` of the checkpoint that it costs; empty where there is none.
     """
     folder = newest(workdir)
     if folder is None:
-        return 0
+        return ""
+    cost = f"{folder.parent.name}/{folder.name}"
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     if way == "half a rename":
         shutil.move(folder, folder.with_name(f"{folder.name}.orbax-checkpoint-tmp"))
@@ -202,20 +213,23 @@ def damage(workdir: pathlib.Path, way: str, rng: random.Random) -> int:
             if path.name != "commit_success.txt":
                 path.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(folder.with_name(f"{folder.name}.orbax-checkpoint-tmp") / path.relative_to(folder), path)
-        return 1
+        return cost
     path = max(files, key=lambda path: path.stat().st_size)
     data = bytearray(path.read_bytes())
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
-    return 1
+    return cost
 
 
-def kill(workdir: pathlib.Path, number: int, rng: random.Random, out: pathlib.Path, processes: int) -> dict:
-    """One run that is ended, and the row that tells of it."""
-    way, before, damaged = WAYS[number % len(WAYS)], steps_on_disk(workdir), 0
+def kill(
+    workdir: pathlib.Path, number: int, rng: random.Random, out: pathlib.Path, processes: int, damaged: Collection[str]
+) -> dict:
+    """One run that is ended, and the row that tells of it; `damaged` were so earlier in the same run."""
+    way, damage_now = WAYS[number % len(WAYS)], ""
     ended, log = way, out / f"kill_{number:03d}.log"
     if processes == 1 and way in ("half a rename", "a flipped bit"):
-        damaged, ended = damage(workdir, way, rng), "SIGKILL"
+        damage_now, ended = damage(workdir, way, rng), "SIGKILL"
+    before = steps_on_disk(workdir, {*damaged, damage_now})
     steps = rng.randrange(5)
     delay = rng.uniform(0.0, 3.0) if steps else rng.uniform(0.0, 30.0)  # also in imports, reading and compilation
     if processes == 1:
@@ -224,10 +238,12 @@ def kill(workdir: pathlib.Path, number: int, rng: random.Random, out: pathlib.Pa
         gone = rng.randrange(processes)
         way = f"process {gone} of {processes} gone"
         attempt = run_together(workdir, log, processes, gone, steps, delay)
-    after = steps_on_disk(workdir)
-    lost = {stage: step for stage, step in before.items() if after.get(stage, 0) < step} if not damaged else {}
+    after = steps_on_disk(workdir)  # a damaged one may be written anew by a run that goes on from the one before it
+    lost = {stage: step for stage, step in before.items() if after.get(stage, 0) < step}
     row = {"kill": number, "way": way, "code": attempt.code, "seconds": round(attempt.seconds, 1)}
-    return row | {"before": before, "after": after, "lost": lost, "traceback": "Traceback" in attempt.said}
+    shown = {"before": before, "after": after, "lost": lost}
+    shown = {name: {stage: str(step) for stage, step in steps.items()} for name, steps in shown.items()}
+    return row | shown | {"damaged": damage_now, "traceback": "Traceback" in attempt.said}
 
 
 def finish(workdir: pathlib.Path, log: pathlib.Path, processes: int) -> float:
@@ -260,7 +276,9 @@ def chaos(options: argparse.Namespace) -> None:
     for number in range(len(rows), options.kills):
         runs = sum("export" in row for row in rows)  # each is whole at its end, and the next one begins
         workdir = out / f"run_{options.seed}_{runs}"
-        row = kill(workdir, number, random.Random(f"{options.seed}/{number}"), out, processes)
+        last = max((index + 1 for index, row in enumerate(rows) if "export" in row), default=0)
+        damaged = {row["damaged"] for row in rows[last:]}
+        row = kill(workdir, number, random.Random(f"{options.seed}/{number}"), out, processes, damaged)
         if row["code"] == 0 or number == options.kills - 1:
             finish(workdir, out / f"end_{number:03d}.log", processes)
             row["export"] = digest(workdir) == wanted
@@ -269,7 +287,7 @@ def chaos(options: argparse.Namespace) -> None:
         with rows_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
-    wrong = [row for row in rows if row.get("export") is False or row["lost"]]
+    wrong = [row for row in rows if row.get("export") is False or row["lost"] or row["traceback"]]
     print(f"{options.kills} kills of seed {options.seed}: {len(wrong)} wrong")
     sys.exit(1 if wrong else 0)
 

@@ -13,6 +13,7 @@ the recipes (+paper_v5). --config.FIELD=VALUE changes a setting. The same workdi
 """
 
 import argparse
+import logging as logging_of_python
 import os
 import pathlib
 import sys
@@ -176,10 +177,11 @@ def quiet(verbose: bool) -> None:
 
     # errors of a save come back to the loop, which says them in a line; the library logs each with its traceback
     logging.set_verbosity(logging.INFO if verbose else logging.FATAL)
-    if (
-        not verbose
-    ):  # XLA writes "Very slow compile?" as an error into the bars; what ends a run is told as an exception
+    if not verbose:
+        # XLA writes "Very slow compile?" as an error into the bars; what ends a run is told as an exception
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        # the writes of a failed save fail one by one, each with a traceback
+        logging_of_python.getLogger("asyncio").setLevel(logging_of_python.CRITICAL)
     warnings.showwarning = plain_warning
     sys.unraisablehook = sys.__unraisablehook__ if verbose else _without_late_callbacks
 

@@ -43,7 +43,7 @@ except Exception as error:
 def train(workdir, *more):
     command = [sys.executable, "-c", PROGRAM, str(pathlib.Path(__file__).parent), str(workdir), *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    said = [line for line in done.stderr.splitlines() if not line.startswith("toy step")]
+    said = [line for line in done.stderr.splitlines() if not line.startswith(("toy step", "toy: "))]
     return done.returncode, done.stdout, said
 
 

@@ -21,7 +21,7 @@ from uae_jax import sharding
 from uae_jax.data import tokenizer as tokens
 from uae_jax.data.qwen_inputs import ImageProcessor, load_image_processor
 from uae_jax.diffusion.schedule import ScheduleConfig
-from uae_jax.files.paths import problem
+from uae_jax.files.paths import problem, to_path
 from uae_jax.hf.formats import other_format
 from uae_jax.hf.hub import local_folder
 from uae_jax.hf.rules import Placement
