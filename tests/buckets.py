@@ -27,6 +27,7 @@ from uae_jax.files import buckets
 
 ADDRESS = "STORAGE_EMULATOR_HOST"
 PAGE = 1000  # entries of a listing
+HERE = {}  # stores of this process by address and process
 
 
 class Store:
@@ -72,7 +73,7 @@ class Store:
 
     def upload_folder(self, folder, bucket, prefix):
         for file in sorted(folder.rglob("*")):
-            if file.is_file():
+            if file.is_file() and not file.name.startswith("."):
                 self.put(bucket, f"{prefix}/{file.relative_to(folder).as_posix()}", file.read_bytes())
 
     def forget(self):
@@ -80,33 +81,25 @@ class Store:
         self.requests.clear()
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    store: Store
+class Request:
+    """One request of the JSON API, or of the XML form /BUCKET/OBJECT, and its answer: code, body and headers."""
 
-    def log_message(self, *_):
-        pass
+    def __init__(self, store, command, path, headers, body):
+        self.store, self.command, self.headers, self.code = store, command, headers, 0
+        self.handle(urllib.parse.urlsplit(path), body)
 
     def answer(self, code, body=b"", headers=()):
-        body = json.dumps(body).encode() if isinstance(body, dict) else body
-        self.send_response(code)
-        for name, value in (("Content-Length", str(len(body))), *headers):
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+        self.code, self.headers = code, headers
+        self.body = json.dumps(body).encode() if isinstance(body, dict) else body
 
     def fail(self, code, message):
         self.answer(code, {"error": {"code": code, "message": message}}, [("Content-Type", "application/json")])
 
-    def handle_request(self):
-        url = urllib.parse.urlsplit(self.path)
+    def handle(self, url, body):
         query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            body = b"".join(iter(self.chunk, b""))
         path = re.sub(r"^/(download/|upload/)?storage/v1/b/", "", url.path)
         uploads = url.path.startswith("/upload/")
-        if path == url.path:  # the XML form: /BUCKET/OBJECT
+        if path == url.path:
             bucket, _, name = url.path[1:].partition("/")
             query.setdefault("alt", "media")
         elif match := re.fullmatch(r"([^/]+)/o/(.+)/rewriteTo/b/([^/]+)/o/(.+)", path):
@@ -127,13 +120,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path.endswith("/o"):
             return self.list(bucket, query)
         return self.answer(200, {"kind": "storage#bucket", "name": bucket})
-
-    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = handle_request
-
-    def chunk(self):
-        data = self.rfile.read(int(self.rfile.readline().strip() or b"0", 16))
-        self.rfile.readline()
-        return data
 
     def may(self, kind, name):
         self.store.requests[kind, name] += 1
@@ -237,38 +223,73 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(204) if found else self.fail(404, f"No such object: {name}")
 
 
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Requests that come by HTTP."""
+
+    protocol_version = "HTTP/1.1"
+    store: Store
+
+    def log_message(self, *_):
+        pass
+
+    def handle_request(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b"".join(iter(self.chunk, b""))
+        made = Request(self.store, self.command, self.path, self.headers, body)
+        self.send_response(made.code)
+        for name, value in (("Content-Length", str(len(made.body))), *made.headers):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(made.body)
+
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = handle_request
+
+    def chunk(self):
+        data = self.rfile.read(int(self.rfile.readline().strip() or b"0", 16))
+        self.rfile.readline()
+        return data
+
+
 class StoreFiles(fsspec.AbstractFileSystem):
-    """fsspec's file system of the server at the address in the environment."""
+    """fsspec's file system of the server in the environment; a store of this process is asked at once."""
 
     protocol = ("gs", "gcs")
     local = threading.local()
 
     def ask(self, method, path, data=b"", headers=None, **query):
-        address = urllib.parse.urlsplit(os.environ[ADDRESS]).netloc
         url = f"{path}?{urllib.parse.urlencode(query)}" if query else path
+        if store := HERE.get((os.environ[ADDRESS], os.getpid())):
+            made = Request(store, method, url, headers or {}, data)
+            code, found = made.code, made.body
+        else:
+            code, found = self.ask_server(method, url, data, headers or {})
+        if code == 404:
+            raise FileNotFoundError(path)
+        if code == 403:
+            raise OSError(f"Forbidden: {path}\n{json.loads(found)['error']['message']}")
+        if code == 412:
+            raise FileExistsError(path)
+        if code == 416:
+            return b""
+        assert code < 300, (code, found)
+        return found
+
+    def ask_server(self, method, url, data, headers):
+        address = urllib.parse.urlsplit(os.environ[ADDRESS]).netloc
         for attempt in (0, 1):
             kept = getattr(self.local, "kept", None)
             if kept is None or kept[0] != (address, os.getpid()):
                 kept = self.local.kept = (address, os.getpid()), http.client.HTTPConnection(address, timeout=60)
             try:
-                kept[1].request(method, url, data, headers or {})
+                kept[1].request(method, url, data, headers)
                 answer = kept[1].getresponse()
-                found = answer.read()
-                break
+                return answer.status, answer.read()
             except (http.client.HTTPException, OSError):
                 self.local.kept = None
                 if attempt:
                     raise
-        if answer.status == 404:
-            raise FileNotFoundError(path)
-        if answer.status == 403:
-            raise OSError(f"Forbidden: {path}\n{json.loads(found)['error']['message']}")
-        if answer.status == 412:
-            raise FileExistsError(path)
-        if answer.status == 416:
-            return b""
-        assert answer.status < 300, (answer.status, found)
-        return found
+        raise AssertionError
 
     def place(self, path):
         bucket, _, name = self._strip_protocol(path).partition("/")
@@ -402,6 +423,7 @@ def served(*names):
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
+    HERE[address, os.getpid()] = store
     own = {
         ADDRESS: address,
         "TENSORSTORE_GCS_HTTP_URL": address,

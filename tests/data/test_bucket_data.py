@@ -1,5 +1,6 @@
 """Data folders in a bucket: every format gives the batches of the local folder, and mistakes are one line each."""
 
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -8,42 +9,17 @@ import tarfile
 
 import fsspec
 import numpy as np
-import photographs
 import pytest
 from buckets import StoreFiles, served
 from photographs import WRITERS, add_member
 
-from uae_jax.data import kept, loader, qwen_inputs, scene_captions
-from uae_jax.data import tokenizer as tok
+from uae_jax.data import kept, loader, precomputed
 from uae_jax.data.folder import open_folder
 from uae_jax.data.images import find_images
 from uae_jax.data.verdicts import verdicts_on
 from uae_jax.files import buckets
 from uae_jax.files.json_files import read_json, read_records, write_json
 from uae_jax.files.paths import problem, to_path
-
-
-@pytest.fixture(scope="module")
-def photos():
-    return photographs.photographs()
-
-
-@pytest.fixture(scope="module")
-def folders(photos, tmp_path_factory):
-    found = {}
-    for name, (_, write) in WRITERS.items():
-        found[name] = tmp_path_factory.mktemp(name) / "set"
-        write(found[name], photos)
-    return found
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tok.write_scene_tokenizer(folder, scene_captions.WORDS)
-    tokenizer = tok.load_tokenizer(folder)
-    processor = qwen_inputs.load_image_processor(folder, window_size=16)
-    return loader.RowBuilder(tokenizer, processor, loader.batch_spec(tokenizer, processor, 32, "describe", 32), "a")
 
 
 @pytest.fixture
@@ -72,10 +48,7 @@ class Registering:
 
 def batches_of(source, rows, count=3, **reading):
     data = loader.make_loader(source, rows, 4, seed=3, reading=loader.Reading(**reading))
-    try:
-        return [next(data) for _ in range(count)]
-    finally:
-        data.close()
+    return [next(data) for _ in range(count)]
 
 
 def assert_equal(ours, theirs):
@@ -108,7 +81,9 @@ def test_array_record_of_amazon_is_refused_with_what_helps(store, folders):
         open_folder("s3://set/records")
 
 
-@pytest.mark.parametrize("name", ["captions", "webdataset", "parquet"])
+@pytest.mark.parametrize(
+    "name", ["captions", *(pytest.param(name, marks=pytest.mark.slow) for name in ("webdataset", "parquet"))]
+)
 def test_worker_processes_read_a_bucket(store, folders, rows, name):
     store.upload_folder(folders[name], "set", name)
     source = Registering(open_folder(f"gs://set/{name}").source)
@@ -228,12 +203,31 @@ def test_paths_of_a_bucket_do_what_local_ones_do(store, tmp_path):
         with pytest.raises(ZeroDivisionError), (top / "half").open("wb") as file:
             file.write(b"half")
             raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError), (top / "half.txt").open("w") as file:
+            file.write("half")
+            raise ZeroDivisionError
         (top / "a").rename(top / "moved")
         assert sorted(path.name for path in top.iterdir() if path.is_dir()) == ["moved"]
         assert top.parent / "top" == top and str(top / "moved").startswith(str(top))
-    assert not (to_path("gs://set/top") / "half").exists()
+    assert not [path for path in to_path("gs://set/top").iterdir() if path.name.startswith("half")]
     with pytest.raises(io.UnsupportedOperation, match="an object of a bucket cannot grow"):
         (to_path("gs://set/top") / "d.txt").open("a")
+
+
+def test_precomputed_inputs_are_written_and_read_in_a_bucket(store):
+    kinds = {"latents": precomputed.Kind((2, 3), "float32")}
+    folder, manifest = to_path("gs://set/inputs"), precomputed.Manifest({}, ("latents",), kinds, 5, 3)
+    for shard in range(manifest.count):
+        examples = ({"latents": np.full((2, 3), number, np.float32)} for number in manifest.records(shard))
+        precomputed.write_shard(folder / manifest.name(shard), examples)
+    sizes = tuple((folder / manifest.name(shard)).stat().st_size for shard in range(manifest.count))
+    manifest = dataclasses.replace(manifest, shards=sizes)
+    precomputed.write_manifest(folder, manifest)
+    assert precomputed.shard_problem(folder, precomputed.read_manifest("gs://set/inputs")) == ""
+    stored = precomputed.StoredExamples(folder, manifest)
+    assert [stored[number]["latents"][0, 0] for number in range(5)] == [0, 1, 2, 3, 4]
+    del store.objects["set", "inputs/" + manifest.name(1)]
+    assert precomputed.shard_problem(folder, manifest).startswith("gs://set/inputs/inputs-00001.array_record is not")
 
 
 def test_images_are_found_by_pattern_and_folder(store, folders):

@@ -15,6 +15,7 @@ from uae_jax import convert, main
 from uae_jax.files.paths import to_path
 from uae_jax.stages import export as export_module
 from uae_jax.stages import run as run_module
+from uae_jax.stages.checks import find_mistakes, read_config
 from uae_jax.stages.export import export_system
 from uae_jax.stages.folders import files
 from uae_jax.stages.folders.parts import weights_digest
@@ -148,23 +149,28 @@ def test_convert_checks_and_exports_by_url(store, model_folder, tmp_path, capsys
     assert store.contents("lab", "hub/") == local_contents(tmp_path / "hub")
 
 
-command = functools.partial(exit_of, main.main)
-TINY = ("--config=gen_for_und", "--dry_run", "--config.data.source=folder")
+def test_what_cannot_be_reached_is_named_before_anything_is_read(store, config, folders):
+    def mistakes(photos, workdir):
+        values = on(config, photos, "gs://lab/model", ("gen_for_und",))
+        return find_mistakes(read_config(values)[0], to_path(workdir))
 
-
-def test_a_dry_run_names_what_cannot_be_reached(store, capsys, monkeypatch):
-    good = [f"--config.model.folder={name}" for name in ("gs://lab/model",)]
-    assert command(*TINY, "--config.data.folder=gs://nowhere/photos", "--workdir=gs://none/run", *good) == 1
-    err = capsys.readouterr().err
-    assert "error: gs://none/run: the bucket gs://none does not exist, or this account does not see it" in err
-    assert "error: gs://nowhere/photos: the bucket gs://nowhere does not exist, or this account" in err
+    assert mistakes("gs://lab/photos", "gs://lab/run") == []
+    absent = "does not exist, or this account does not see it; make it first"
+    assert mistakes("gs://nowhere/photos", "gs://none/run") == [
+        f"gs://nowhere/photos: the bucket gs://nowhere {absent}",
+        f"gs://none/run: the bucket gs://none {absent}",
+    ]
+    (line,) = mistakes("gs://lab/photos", "s3://lab/run")
+    assert line.startswith("--workdir=s3://lab/run: Orbax writes no checkpoints to this kind of bucket; give a folder")
     store.refused = {"write"}
-    assert command(*TINY, "--config.data.folder=gs://lab/photos", "--workdir=gs://lab/run", *good) == 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: gs://lab/run: no permission (Forbidden") and "gcloud auth" in line
-    store.refused = set()
-    assert command(*TINY, "--config.data.folder=gs://lab/photos", "--workdir=s3://lab/run", *good) == 1
-    assert "--workdir=s3://lab/run: Orbax writes no checkpoints to this kind of bucket" in capsys.readouterr().err
+    (line,) = mistakes("gs://lab/photos", "gs://lab/run")
+    assert line.startswith("gs://lab/run: no permission (Forbidden") and "gcloud auth" in line and "\n" not in line
+
+
+def test_a_dry_run_reads_by_url_and_leaves_nothing(store, capsys):
     before = store.names("lab")
-    assert command(*TINY, "--config.data.folder=gs://lab/photos", "--workdir=gs://lab/run", *good) == 0
+    words = ["--config=gen_for_und", "--dry_run", "--workdir=gs://lab/run", "--config.model.folder=gs://lab/model"]
+    data = ["--config.data.source=folder", "--config.data.folder=gs://lab/photos", "--config.data.max_prompt=0"]
+    assert exit_of(main.main, *words, *data, "--config.evaluation.questions=") == 0
+    assert "workdir: gs://lab/run (new)" in capsys.readouterr().out
     assert store.names("lab") == before

@@ -163,8 +163,11 @@ class BucketPath(PosixGPath):
 
     def below(self) -> dict[str, Stat]:
         """Every object of a folder, at any depth, by its name below the folder. One request brings a thousand."""
-        with self._asked():
-            found = self._fs.find(self._key, detail=True)
+        try:
+            with self._asked():
+                found = self._fs.find(self._key, detail=True)
+        except FileNotFoundError:
+            return {}
         start = f"{self._key}/"
         return {
             name[len(start) :]: stat_of(info)
@@ -218,12 +221,13 @@ class BucketPath(PosixGPath):
         """
         if mode.replace("t", "") not in ("r", "rb", "w", "wb", "x", "xb"):
             raise io.UnsupportedOperation(f"{self} cannot be opened as {mode!r}: an object of a bucket cannot grow")
-        if mode[0] == "r":
-            with self._asked():
-                raw = self._fs.open(self._key, "rb", block_size=BLOCK, cache_type="readahead")
-        else:
-            raw = _Draft(self, exclusive=mode[0] == "x")
-        return raw if "b" in mode else io.TextIOWrapper(raw, encoding=encoding or "utf-8", newline=newline)
+        encoding = encoding or "utf-8"
+        if mode[0] != "r":
+            exclusive = mode[0] == "x"
+            return _Bytes(self, exclusive) if "b" in mode else _Text(self, exclusive, encoding)
+        with self._asked():
+            raw = self._fs.open(self._key, "rb", block_size=BLOCK, cache_type="readahead")
+        return raw if "b" in mode else io.TextIOWrapper(raw, encoding=encoding, newline=newline)
 
     def download(self, target: pathlib.Path) -> None:
         """Copies the object into a local file."""
@@ -346,22 +350,49 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
-class _Draft(io.BytesIO):
-    """Bytes that become an object when they are closed, unless an error ends their block."""
+class _Draft:
+    """What becomes an object when it is closed, unless an error ends its block, or nobody closes it."""
 
-    def __init__(self, path: BucketPath, *, exclusive: bool):
-        super().__init__()
-        self._path, self._exclusive, self._failed = path, exclusive, False
+    _path: BucketPath
+    _exclusive: bool
+    _failed = False
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         self._failed = kind is not None
-        super().__exit__(kind, *rest)
+        self.close()
+
+    def __del__(self) -> None:
+        """Not that of files, which closes them."""
+
+    def data(self) -> bytes:
+        raise NotImplementedError
 
     def close(self) -> None:
-        if not self.closed and not self._failed:
-            data = self.getvalue()
+        file: Any = super()
+        if self.closed:  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        data = self.data()
+        file.close()  # first: it must not be written again where this fails
+        if not self._failed:
             self._path.create(data) if self._exclusive else self._path.write_bytes(data)
-        super().close()
+
+
+class _Bytes(_Draft, io.BytesIO):
+    def __init__(self, path: BucketPath, exclusive: bool):
+        super().__init__()
+        self._path, self._exclusive = path, exclusive
+
+    def data(self) -> bytes:
+        return self.getvalue()
+
+
+class _Text(_Draft, io.StringIO):
+    def __init__(self, path: BucketPath, exclusive: bool, encoding: str):
+        super().__init__()
+        self._path, self._exclusive, self._encoding = path, exclusive, encoding
+
+    def data(self) -> bytes:
+        return self.getvalue().encode(self._encoding)
 
 
 def stat_of(info: dict[str, Any]) -> Stat:

@@ -47,11 +47,6 @@ def to_path(name: str | os.PathLike[str]) -> pathlib.Path:
     return cast(pathlib.Path, BucketPath(text))
 
 
-def same_folder(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
-    """Whether two names are of one folder; links are followed."""
-    return real(one) == real(other)
-
-
 def real(name: str | os.PathLike[str]) -> str:
     """The name without links and dots, the same for every way to name a local folder; a URL stays."""
     text = os.fspath(name)
