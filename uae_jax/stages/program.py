@@ -85,7 +85,9 @@ def make_program(
         key = _placed(key, replicated)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state), replicated
     method = make_method(stage, settings, config.sampler, system)
-    step = build_step(method, optimizer, shardings, compiler_options(config.model.dtype))
+    # a plan counts on this host, and compiles for devices that are not its own
+    on_host = mesh is not None and mesh.devices.flat[0].platform == "cpu"
+    step = build_step(method, optimizer, shardings, compiler_options(config.model.dtype) if on_host else None)
     return Program(stage, settings, step, state, frozen, inputs, key)
 
 
