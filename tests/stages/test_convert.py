@@ -396,7 +396,7 @@ def test_folders_are_not_overwritten_unless_asked(folder, model_folder, tmp_path
     assert "holds the source" in refused("export", folder, folder, "--overwrite")
     assert "make it first" in refused("export", folder, tmp_path / "no" / "parent")
     converted("export", model_folder, folder, "--parts", "dit", "--overwrite")
-    assert sorted(path.name for path in folder.iterdir()) == ["dit"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "dit"]
     assert "no part 'decoder'" in refused("export", model_folder, tmp_path / "new", "--parts", "decoder")
 
 
