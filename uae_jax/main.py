@@ -87,10 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from uae_jax.stages.checks import checked_config
 
         settings = checked_config(config, workdir, mistakes)
-        from uae_jax.planning.utilisation import seconds_at_peak, step_flops
+        from uae_jax.planning.utilisation import seconds_at_peak
         from uae_jax.stages.run import run  # after the checks: imports alone take seconds
 
-        run(settings, workdir, seconds_at_peak, step_flops)
+        run(settings, workdir, seconds_at_peak)
         print(f"done; open {workdir / 'report.html'}")
     except KeyboardInterrupt:  # during imports, outside of the steps, or a second one inside
         print(f"stopped by Ctrl-C; what is saved stays. {CONTINUE}", file=sys.stderr)

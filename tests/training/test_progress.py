@@ -5,7 +5,7 @@ import io
 import pytest
 
 from uae_jax.training import progress
-from uae_jax.training.progress import COMPILE, SCORES, Estimate, Progress, duration, in_background
+from uae_jax.training.progress import COMPILE, SCORES, Estimate, Progress, duration
 
 
 class Terminal(io.StringIO):
@@ -39,7 +39,7 @@ def test_the_estimate_covers_stages_that_have_not_run():
     assert estimate.left() == 4 * 3.0 + 30.0 + 14.0
 
 
-def test_without_operations_there_is_no_estimate_until_every_stage_has_run():
+def test_without_weights_there_is_no_estimate_until_every_stage_has_run():
     estimate = Estimate()
     estimate.expect("first", 2)
     estimate.expect("second", 2)
@@ -47,22 +47,6 @@ def test_without_operations_there_is_no_estimate_until_every_stage_has_run():
     assert estimate.words() == ""
     estimate.step("second", 5.0)
     assert estimate.left() == 1.0 + 5.0
-
-
-def test_operations_are_counted_once_a_kind_and_one_that_cannot_be_counted_ends_nothing():
-    asked = []
-
-    def work(kind):
-        asked.append(kind)
-        if kind == "strange":
-            raise TypeError("no such primitive")
-        return 2.0
-
-    found = in_background(work, {"a": "x", "a_2": "x", "b": "strange", "c": "y"})
-    for thread in progress.threading.enumerate():
-        if thread.daemon and thread is not progress.threading.current_thread():
-            thread.join(2)
-    assert dict(found) == {"a": 2.0, "a_2": 2.0} and asked == ["x", "strange"]
 
 
 def test_a_phase_is_two_lines_where_there_is_no_terminal():

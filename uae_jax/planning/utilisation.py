@@ -15,16 +15,13 @@ def peak_flops() -> float | None:
     return None if None in found else sum(peak for peak in found if peak is not None)
 
 
-def step_flops(config: RunConfig, stage: str) -> float:
-    """Operations of one step of a stage; what the backward pass computes again does not count."""
-    plain = without_recomputation(config)
-    return step_work(plain, abstract_system(plain), stage).flops
-
-
 def seconds_at_peak(config: RunConfig, stage: str) -> float | None:
     """Seconds of one step at the devices' peak; None where the peak is unknown.
 
     What the backward pass computes again does not count, and captions count at their longest.
     """
     peak = peak_flops()
-    return None if peak is None else step_flops(config, stage) / peak
+    if peak is None:
+        return None
+    plain = without_recomputation(config)
+    return step_work(plain, abstract_system(plain), stage).flops / peak

@@ -40,6 +40,7 @@ from uae_jax.stages.program import with_adapters
 from uae_jax.stages.run_config import RunConfig, is_rl
 from uae_jax.stages.understanding import open_understanding
 from uae_jax.stages.weights import load_system, model_folder
+from uae_jax.stages.workload import expected_work
 from uae_jax.training import processes
 from uae_jax.training.guard import skip_outliers
 from uae_jax.training.lock import workdir_lock
@@ -47,7 +48,7 @@ from uae_jax.training.loop import run_stage
 from uae_jax.training.loop_config import Hooks, LoopConfig
 from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import make_optimizer
-from uae_jax.training.progress import COMPILE, EXPORT, SCORES, SCORES_DURING, Estimate, Progress, in_background
+from uae_jax.training.progress import EXPORT, SCORES, SCORES_DURING, Progress
 from uae_jax.training.records import StageResult, drop_checkpoints, finished_record, keep_trained, read_trained
 from uae_jax.training.report import write_report
 from uae_jax.training.step import TrainState
@@ -59,10 +60,7 @@ OfStage = Callable[[RunConfig, str], float | None]  # a figure of a stage
 
 
 def run(
-    config: Mapping[str, Any] | RunConfig,
-    workdir: pathlib.Path,
-    seconds_at_peak: OfStage = lambda *_: None,
-    step_flops: OfStage = lambda *_: None,
+    config: Mapping[str, Any] | RunConfig, workdir: pathlib.Path, seconds_at_peak: OfStage = lambda *_: None
 ) -> dict[str, Any]:
     """Runs all stages of a configuration and returns the contents of `summary.json`.
 
@@ -70,7 +68,6 @@ def run(
       config: of a file in `configs/`, or settings that `checks.checked_config` made of it.
       workdir: made if absent; continued if it holds the same configuration.
       seconds_at_peak: of a step of a stage, for the metric `perf/mfu` (`planning.utilisation`); None where unknown.
-      step_flops: of a stage, for the estimate of the run's time (`planning.utilisation`); None where unknown.
 
     Raises:
       ValueError, FileNotFoundError: something in config, model, data or workdir does not fit, one line each; nothing
@@ -78,7 +75,7 @@ def run(
       StopTraining: asked to stop; the same call continues.
     """
     settings = config if isinstance(config, RunConfig) else checked_config(config, workdir)
-    progress = Progress(expected_work(settings, workdir, step_flops))
+    progress = Progress(expected_work(settings, workdir))
     whole = Run(settings, workdir, seconds_at_peak, progress)
     workdir.mkdir(exist_ok=True)
     keep_programs(workdir / "compiled")
@@ -367,23 +364,6 @@ class Run:
             found = self.evaluator.during(with_policy_as_transformer(self.trained(state)), folder)
         writer.samples(name, step, folder)
         return found
-
-
-def expected_work(config: RunConfig, workdir: pathlib.Path, step_flops: OfStage) -> Estimate:
-    """What a run will do, for the estimate of its time; what is done already counts nothing."""
-    order = [
-        (name, stage) for name, stage in config.order() if not finished_record(workdir, name, config.stage(stage).steps)
-    ]
-    estimate = Estimate(in_background(lambda stage: step_flops(config, stage), dict(order)))
-    estimate.expect(SCORES, len(order) + 1)
-    estimate.expect(COMPILE, len(order))
-    estimate.expect(EXPORT, len(order))
-    for name, stage in order:
-        steps, every = config.stage(stage).steps, config.loop.eval_every
-        estimate.expect(name, steps)
-        if is_rl(stage, config) and every:
-            estimate.expect(SCORES_DURING, (steps - 1) // every)
-    return estimate
 
 
 def trained_by(state: TrainState) -> dict:

@@ -2,7 +2,7 @@
 
 Work is counted in units of a kind: steps of a stage, passes of scores, compilations, exports. Every kind has the
 seconds that its latest unit took. Steps of stages that have not run are taken to be as much slower than measured ones
-as they have more operations.
+as they have more work.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import dataclasses
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TextIO
 
 import jax
@@ -42,7 +42,7 @@ class Estimate:
     """Seconds that a run still takes.
 
     Args:
-      work: operations of a step by stage, in any unit; stages that it has not are estimated when they have run.
+      work: of a step by stage, in any unit; stages that it has not are estimated when they have run.
     """
 
     def __init__(self, work: Mapping[str, float] | None = None) -> None:
@@ -199,27 +199,3 @@ def _ticking(bar: tqdm.tqdm) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-
-
-def in_background(work: Callable[[str], float | None], stages: Mapping[str, str]) -> Mapping[str, float]:
-    """Operations of a step of each stage, which a thread counts while the weights are read.
-
-    Args:
-      work: operations of a step of a kind of stage; None where they are unknown.
-      stages: the kind of each stage, by its name in the run.
-    """
-    found: dict[str, float] = {}
-
-    def count() -> None:
-        known: dict[str, float | None] = {}
-        # a stranger's method may do what cannot be counted; the run then has no estimate until it has run
-        with contextlib.suppress(Exception):
-            for name, kind in stages.items():
-                if kind not in known:
-                    known[kind] = work(kind)
-                operations = known[kind]
-                if operations:
-                    found[name] = operations
-
-    threading.Thread(target=count, daemon=True).start()
-    return found

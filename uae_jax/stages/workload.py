@@ -1,0 +1,46 @@
+"""What a run will do, for the estimate of its time: steps, scores, compilations and exports.
+
+Before a stage has run, its steps are weighed by a rough count: passes of one image through the decoder. It is right to
+a factor of about three, and is replaced by the seconds of the stage's own steps as soon as there are some.
+"""
+
+import pathlib
+from typing import Any
+
+from uae_jax.methods.stage_settings import RolloutSettings
+from uae_jax.stages.run_config import RunConfig, is_rl
+from uae_jax.training.progress import COMPILE, EXPORT, SCORES, SCORES_DURING, Estimate
+from uae_jax.training.records import finished_record
+
+GRADIENT = 3  # a gradient costs as much as so many passes: forward, and twice backward
+
+
+def passes(settings: Any) -> float:
+    """Passes of one image through the decoder in one step of a stage.
+
+    Args:
+      settings: of the stage; those of a stranger's method count its images alone.
+    """
+    guided = 1 if getattr(settings, "guidance_scale", 1) == 1 else 2
+    drawn = getattr(settings, "sampler_steps", 1) * guided
+    if isinstance(settings, RolloutSettings):
+        samples = settings.batch_size * settings.group_size
+        return samples * (drawn + GRADIENT * getattr(settings, "updates_per_rollout", 1))
+    return settings.batch_size * drawn * GRADIENT
+
+
+def expected_work(config: RunConfig, workdir: pathlib.Path) -> Estimate:
+    """The estimate of a run before its first step; what is done already counts nothing."""
+    order = [
+        (name, stage) for name, stage in config.order() if not finished_record(workdir, name, config.stage(stage).steps)
+    ]
+    estimate = Estimate({name: passes(config.stage(stage)) for name, stage in order})
+    estimate.expect(SCORES, len(order) + 1)
+    estimate.expect(COMPILE, len(order))
+    estimate.expect(EXPORT, len(order))
+    for name, stage in order:
+        steps, every = config.stage(stage).steps, config.loop.eval_every
+        estimate.expect(name, steps)
+        if is_rl(stage, config) and every:
+            estimate.expect(SCORES_DURING, (steps - 1) // every)
+    return estimate
