@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import presets
-from uae_jax.methods.method import halves_of, make_method, make_rollout
+from uae_jax.methods.method import gradients_of, make_method, make_rollout
 from uae_jax.methods.trained import trainable
 from uae_jax.settings import frozen
 from uae_jax.stages.run import Run
@@ -75,7 +75,7 @@ def measure(arm: Mapping[str, Any], options: argparse.Namespace) -> dict[str, fl
     def gradients(batch: Mapping, key: jax.Array) -> tuple[dict, jax.Array]:
         rollout = make_rollout(method, params, others, batch, key)
         rows = settings.samples_per_image
-        found = halves_of(method.loss, params, others, rollout, key, settings.micro_batches, group=rows)
+        found = gradients_of(method.loss, params, others, rollout, key, settings.micro_batches, compared=rows)
         return found[2], rollout["metrics"]["reward_std"][0] / rollout["metrics"]["reward_std"][1]
 
     pairs, seconds, spreads = [], [], []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from stage_pieces import changed, largest_gap, make_run, nudged, stage_of, varied
 
-from uae_jax.methods.method import gradients_of, halves_of, make_rollout
+from uae_jax.methods.method import gradients_of, make_rollout
 from uae_jax.planning.flops import count_work
 
 GROUP = 4
@@ -103,9 +103,9 @@ def test_micro_batches_and_halves_change_nothing(stage):
     one, two = (gradients(stage.method, stage, stage.rollout, stage.adapter, parts) for parts in (1, 2))
     assert largest_gap(one[0], two[0]) < 1e-4
     pieces = {name: stage.rollout[name] for name in ("samples", "shared")}
-    halves = jax.jit(lambda params: halves_of(stage.method.loss, params, stage.frozen, pieces, stage.key, 1, group=1))(
-        stage.adapter
-    )
+    halves = jax.jit(
+        lambda params: gradients_of(stage.method.loss, params, stage.frozen, pieces, stage.key, 1, compared=1)
+    )(stage.adapter)
     assert largest_gap(one[0], halves[0]) < 1e-4 and set(halves[2]) - set(one[2]) == {
         "gradient_cosine",
         "gradient_signal",

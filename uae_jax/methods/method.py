@@ -216,9 +216,7 @@ def make_train_step(method: Learner, optimizer: optax.GradientTransformation) ->
     """
     settings, group = method.settings, method.settings.samples_per_image
     updates, ema_decay, old_policy = settings.updates_per_rollout, settings.ema_decay or None, settings.old_policy
-    gradients_by = (
-        functools.partial(halves_of, group=group) if getattr(settings, "gradient_noise", False) else gradients_of
-    )
+    compared = group if getattr(settings, "gradient_noise", False) else 0
 
     def train_step(state: TrainState, frozen: PyTree, batch: PyTree, key: Array) -> tuple[TrainState, dict[str, Array]]:
         if (ema_decay is None) != (state.ema is None):
@@ -233,8 +231,8 @@ def make_train_step(method: Learner, optimizer: optax.GradientTransformation) ->
         def update(state: TrainState, index: Array) -> tuple[TrainState, PyTree]:
             slice_ = {"samples": jax.tree.map(lambda leaf: leaf[index], parts), "shared": rollout["shared"]}
             own_key = jax.random.fold_in(loss_key, index)
-            gradients, loss, metrics = gradients_by(
-                method.loss, state.params, frozen, slice_, own_key, settings.micro_batches
+            gradients, loss, metrics = gradients_of(
+                method.loss, state.params, frozen, slice_, own_key, settings.micro_batches, compared=compared
             )
             state, norm = apply_gradients(state, gradients, loss, optimizer, ema_decay)
             return state, (loss, norm, metrics)
@@ -334,59 +332,23 @@ def gradients_of(
     rollout: Mapping[str, PyTree],
     key: Array,
     micro_batches: int,
+    *,
+    compared: int = 0,
 ) -> tuple[PyTree, Array, Metrics]:
     """Gradient of sum / count over one update, one micro-batch at a time: (sum of gradients) / (sum of counts).
 
+    Args:
+      loss, params, frozen, rollout, key: of one update.
+      micro_batches: parts of the update, or of each of its halves.
+      compared: rows of an image where the gradients of two halves of the images are compared, else 0. The halves have
+        other images, so that they are independent; the metrics are those of `rl.gradient_noise`.
+
     Returns:
       Gradients like `params`, the loss [], and metrics as (sum, count) pairs.
-    """
-    sums, total, count, metrics = gradient_sums(loss, params, frozen, rollout, key, micro_batches)
-    return divided(sums, count, params), total / jnp.maximum(count, 1e-8), metrics
-
-
-def divided(sums: PyTree, count: Array, params: PyTree) -> PyTree:
-    """Sums of gradients divided by their count, in the precision of the parameters."""
-    scale = 1.0 / jnp.maximum(count, 1e-8)
-    return jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), sums, params)
-
-
-def halves_of(
-    loss: Callable[..., Loss],
-    params: PyTree,
-    frozen: PyTree,
-    rollout: Mapping[str, PyTree],
-    key: Array,
-    micro_batches: int,
-    *,
-    group: int,
-) -> tuple[PyTree, Array, Metrics]:
-    """`gradients_of`, from the sums of two halves, with the metrics of `rl.gradient_noise`.
-
-    Args:
-      loss, params, frozen, rollout, key, micro_batches: of `gradients_of`; the micro-batches are those of each half.
-      group: rows of an image. The halves have other images, so that they are independent.
 
     Raises:
       ValueError: at trace time: the rows do not divide.
     """
-    halves = split_samples(rollout["samples"], 2, group)
-    sides = [{**rollout, "samples": jax.tree.map(lambda leaf: leaf[side], halves)} for side in (0, 1)]
-    found = [gradient_sums(loss, params, frozen, side, key, micro_batches) for side in sides]
-    sums, total, count, metrics = jax.tree.map(lambda one, other: one + other, *found)
-    one, other = (jax.tree.map(lambda leaf: leaf / jnp.maximum(half[2], 1e-8), half[0]) for half in found)
-    metrics = dict(metrics) | noise_metrics(one, other, halves["advantage"][0].size)
-    return divided(sums, count, params), total / jnp.maximum(count, 1e-8), metrics
-
-
-def gradient_sums(
-    loss: Callable[..., Loss],
-    params: PyTree,
-    frozen: PyTree,
-    rollout: Mapping[str, PyTree],
-    key: Array,
-    micro_batches: int,
-) -> tuple[PyTree, Array, Array, Metrics]:
-    """Sums over micro-batches: gradients in float32, losses, counts, and metrics as (sum, count) pairs."""
 
     def objective(params: PyTree, samples: PyTree) -> tuple[Array, tuple[Array, Any]]:
         total, count, metrics = loss(params, frozen, {"samples": samples, "shared": rollout["shared"]}, key)
@@ -397,12 +359,26 @@ def gradient_sums(
         gradients = jax.tree.map(lambda old, extra: old + extra.astype(jnp.float32), gradients, new)
         return gradients, (total, count, metrics)
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    parts = split_samples(rollout["samples"], micro_batches)
-    # Unrolled when there is one part: XLA's CPU backend runs convolutions inside loops on a single thread.
-    gradients, stacked = jax.lax.scan(micro_step, zeros, parts, unroll=micro_batches == 1)
-    total, count, metrics = jax.tree.map(lambda leaf: leaf.sum(0), stacked)
-    return gradients, total, count, metrics
+    def sums(samples: PyTree) -> tuple[PyTree, Array, Array, Metrics]:
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        parts = split_samples(samples, micro_batches)
+        # Unrolled when there is one part: XLA's CPU backend runs convolutions inside loops on a single thread.
+        gradients, stacked = jax.lax.scan(micro_step, zeros, parts, unroll=micro_batches == 1)
+        total, count, metrics = jax.tree.map(lambda leaf: leaf.sum(0), stacked)
+        return gradients, total, count, metrics
+
+    noise: dict[str, Any] = {}
+    if compared:
+        halves = split_samples(rollout["samples"], 2, compared)
+        found = [sums(jax.tree.map(lambda leaf, side=side: leaf[side], halves)) for side in (0, 1)]
+        means = [jax.tree.map(lambda leaf, half=half: leaf / jnp.maximum(half[2], 1e-8), half[0]) for half in found]
+        noise |= noise_metrics(means[0], means[1], halves["advantage"][0].size)
+        gradients, total, count, metrics = jax.tree.map(lambda one, other: one + other, *found)
+    else:
+        gradients, total, count, metrics = sums(rollout["samples"])
+    scale = 1.0 / jnp.maximum(count, 1e-8)
+    gradients = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), gradients, params)
+    return gradients, total / jnp.maximum(count, 1e-8), dict(metrics) | noise
 
 
 def split_samples(samples: PyTree, parts: int, group_size: int = 1) -> PyTree:

@@ -259,7 +259,7 @@ def _check_questions(config: RunConfig) -> Iterator[str]:
 
 def _check_workdir(config: RunConfig, workdir: pathlib.Path) -> Iterator[str]:
     """A workdir whose parent is absent, that cannot be written, or in which another configuration has trained."""
-    if found := problem(workdir, write=True) or (config.stages and _unsaved(workdir)):
+    if found := problem(workdir, write=True) or (_unsaved(workdir) if config.stages else ""):
         yield found
         return
     if not is_url(workdir) and not workdir.parent.is_dir():

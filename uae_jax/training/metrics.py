@@ -1,6 +1,7 @@
 """Writers of metrics and samples (JSON lines, TensorBoard, W&B), and a clock that continues after restarts."""
 
 import contextlib
+import io
 import json
 import math
 import time
@@ -282,7 +283,8 @@ def read_strips(folder: Path) -> list[tuple["Image.Image", str]]:
         return []
     found = []
     for sample in json.loads(path.read_text(encoding="utf-8")):
-        pictures = [Image.open(path.parent / sample[name]) for name in ("original", "reconstruction")]
+        files = [path.parent / sample[name] for name in ("original", "reconstruction")]
+        pictures = [Image.open(io.BytesIO(file.read_bytes())) for file in files]
         found.append((strip(pictures[0], sample["caption"], pictures[1], STRIP_SIDE), sample["caption"]))
     return found
 
