@@ -172,6 +172,7 @@ def test_a_continued_run_ends_bit_equal_with_both_parts(config, tmp_path):
         (dict(data_captions=0.5), "joint.captions are all the captioner's own; data_captions is 0.5, set it to 0"),
         (dict(temperature=0.0), "joint.captions of one image must differ; temperature is 0"),
         (dict(flow_grpo=dict(window_high=9)), "joint.flow_grpo: window is 1 steps"),
+        (dict(flow_grpo=dict(dense_rewards=True)), "joint.flow_grpo.dense_rewards pays steps"),
         (dict(joint=dict(captions=1)), "joint.captions is 1; it must be at least 2"),
         (dict(joint=dict(captioner=dict(aggregation="token_mean"))), "aggregation is 'token_mean'; choose one of"),
     ],

@@ -147,6 +147,7 @@ def test_dense_rewards_of_the_steps_add_up_to_that_of_the_drawing(whole):
     "own, message",
     [
         (dict(one_replay=True, dense_rewards=True), "dense_rewards changes nothing with one_replay"),
+        (dict(shuffled_rewards=True, dense_rewards=True), "shuffled_rewards is a control of rewards of whole drawings"),
         (dict(trust_region="dppo", step_rule="cps"), "trust_region 'dppo' needs the ratio of step_rule"),
         (dict(one_replay=True, window=2, window_high=2), "one_replay is on and window is 2"),
         (dict(starts=2), "starts is 2; several starting noises of a group need one_replay"),

@@ -113,6 +113,8 @@ class FlowGrpoConfig(DecoderMethodSettings):
             yield f"one_replay is on and window is {self.window}; drawings share the state of one step: set window to 1"
         if self.one_replay and self.dense_rewards:
             yield "dense_rewards changes nothing with one_replay, whose drawings share the state before the only step"
+        if self.shuffled_rewards and self.dense_rewards:
+            yield "shuffled_rewards is a control of rewards of whole drawings; set dense_rewards to False"
         if self.starts > 1 and not self.one_replay:
             yield f"starts is {self.starts}; several starting noises of a group need one_replay"
 

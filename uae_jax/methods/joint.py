@@ -73,6 +73,8 @@ class JointConfig(DecoderMethodSettings):
         """What the decoder's half refuses, captions of the data set, and captions that do not vary."""
         flow = stage.methods[DECODER]
         yield from (f"{DECODER}: {problem}" for problem in flow.stage_problems(stage))
+        if flow.dense_rewards:
+            yield f"{DECODER}.dense_rewards pays steps, of which the captioner has none; set it to False"
         if stage.data_captions:
             yield f"captions are all the captioner's own; data_captions is {stage.data_captions}, set it to 0"
         if not stage.temperature:

@@ -372,7 +372,9 @@ def gradients_of(
         halves = split_samples(rollout["samples"], 2, compared)
         found = [sums(jax.tree.map(lambda leaf, side=side: leaf[side], halves)) for side in (0, 1)]
         means = [jax.tree.map(lambda leaf, half=half: leaf / jnp.maximum(half[2], 1e-8), half[0]) for half in found]
-        noise |= noise_metrics(means[0], means[1], halves["advantage"][0].size)
+        # a row may hold several drawings; the control without rewards has one image in each
+        drawings = halves["advantage"][0].size if "advantage" in halves else len(jax.tree.leaves(halves)[0][0])
+        noise |= noise_metrics(means[0], means[1], drawings)
         gradients, total, count, metrics = jax.tree.map(lambda one, other: one + other, *found)
     else:
         gradients, total, count, metrics = sums(rollout["samples"])
