@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 from uae_jax.nn.attention import IMPLEMENTATIONS, Mask, SharedKeys, attention, entry, plain, use_attention
 from uae_jax.nn.attention.by_head import by_head
 from uae_jax.nn.attention.cudnn import arguments, supported
-from uae_jax.nn.attention.splash import splash
+from uae_jax.nn.attention.splash import backward_block, block_size, splash
 
 BATCH, HEADS, KEY_HEADS, WIDTH = 2, 4, 2, 8
 
@@ -93,8 +93,10 @@ def test_gradients_equal_those_of_the_plain_form(form, kind):
 
 
 def test_splash_over_several_blocks_with_heads_wider_than_a_lane():
-    query, key, value = (normal(seed, 1, 600, 2, 136) for seed in range(3))
-    mask = Mask(valid=lengths_mask(600, 555), causal=True)
+    assert [block_size(length) for length in (7, 704, 960, 1568)] == [128, 768, 512, 896]
+    assert [backward_block(length) for length in (128, 768, 1024, 1792)] == [128, 384, 512, 256]
+    query, key, value = (normal(seed, 1, 960, 2, 136) for seed in range(3))
+    mask = Mask(valid=lengths_mask(960, 555), causal=True)
     found = jax.jit(FORMS["splash"])(query, key, value, mask)
     expected = jax.jit(plain.plain)(query, key, value, mask)
     np.testing.assert_allclose(found[:, :555], expected[:, :555], atol=1e-5)

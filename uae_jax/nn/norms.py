@@ -9,6 +9,22 @@ from uae_jax.nn.cpu.calls import materialised
 from uae_jax.nn.images import for_every_image, image_channels
 
 
+def rms_norm(x: Float[Array, "... d"], scale: Float[Array, " d"], epsilon: float) -> Float[Array, "... d"]:
+    """Root-mean-square norm over the last axis (arXiv 1910.07467, eq. 4), in the precision of `x`."""
+    x32 = x.astype(jnp.float32)
+    y = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + epsilon)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class NormScale(nn.Module):
+    """The scale of an `RMSNorm` that is computed elsewhere, under the same name."""
+
+    @nn.compact
+    def __call__(self, width: int) -> Float[Array, " width"]:
+        """One number for each of so many features."""
+        return self.param("scale", nn.initializers.ones, (width,), jnp.float32)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned scale (arXiv 1910.07467, eq. 4)."""
 
@@ -18,9 +34,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         """Normalises over the last axis."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        x32 = x.astype(jnp.float32)
-        y = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.epsilon)
-        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+        return rms_norm(x, scale, self.epsilon)
 
 
 class LayerNorm(nn.Module):

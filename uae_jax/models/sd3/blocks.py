@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uae_jax.models.sd3.config import TransformerConfig
-from uae_jax.nn.attention import Mask, attention
+from uae_jax.nn.attention import Mask, Stream, joint_attention
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
-from uae_jax.nn.norms import LayerNorm, RMSNorm
+from uae_jax.nn.norms import LayerNorm, NormScale
 
 EPSILON = 1e-6
 
@@ -43,7 +43,10 @@ class Modulation(nn.Module):
     def __call__(self, conditioning: Float[Array, "b d"]) -> list[Float[Array, "b 1 d"]]:
         """The vectors of each row."""
         config = self.config
-        y = Dense(self.parts * config.width, lora_alpha=config.lora_alpha, name="linear")(conditioning)
+        y = Dense(self.parts * config.width, lora_alpha=config.lora_alpha, name="linear")(
+            constrain(conditioning, "batch")
+        )
+        y = constrain(y, "batch")
         return jnp.split(y[:, None].astype(jnp.float32), self.parts, axis=-1)
 
 
@@ -71,19 +74,18 @@ class JointAttention(nn.Module):
     config: TransformerConfig
     context_output: bool = True
 
-    def _heads(self, x: Array, prefix: str) -> tuple[Array, Array, Array]:
-        """Query, key and value `[B, T, H, K]` of one stream."""
+    def _stream(self, x: Array, prefix: str, asks: bool = True) -> Stream:
+        """Query, key and value of one stream, with the scales of their norms."""
         config = self.config
         heads = (*x.shape[:2], config.num_attention_heads, config.attention_head_dim)
         query, key, value = (
             Dense(config.width, lora_alpha=config.lora_alpha, name=f"{prefix}{name}")(x).reshape(heads)
             for name in ("query", "key", "value")
         )
+        scales: list[Array | None] = [None, None]
         if config.qk_norm is not None:
-            query = RMSNorm(EPSILON, name=f"{prefix}query_norm")(query)
-            key = RMSNorm(EPSILON, name=f"{prefix}key_norm")(key)
-        query, key, value = (constrain(part, "batch", None, "heads", None) for part in (query, key, value))
-        return query, key, value
+            scales = [NormScale(name=f"{prefix}{name}_norm")(heads[-1]) for name in ("query", "key")]
+        return Stream(query if asks else None, key, value, *scales)
 
     @nn.compact
     def __call__(
@@ -100,18 +102,20 @@ class JointAttention(nn.Module):
           Image tokens and context tokens; the second None without context or without `context_output`.
         """
         config = self.config
-        query, key, value = self._heads(x, "")
+        streams = [self._stream(x, "")]
         if context is not None:
-            context_query, *others = self._heads(context, "context_")
-            key, value = (jnp.concatenate(pair, axis=1) for pair in zip((key, value), others))
-            query = jnp.concatenate([query, context_query], axis=1) if self.context_output else query
-        mixed = attention(query, key, value, mask)
-        mixed = mixed.reshape(*mixed.shape[:2], config.width)
-        patches = x.shape[1]
-        x = Dense(config.width, lora_alpha=config.lora_alpha, name="output")(mixed[:, :patches])
-        if context is None or not self.context_output:
-            return x, None
-        return x, Dense(config.width, lora_alpha=config.lora_alpha, name="context_output")(mixed[:, patches:])
+            streams.append(self._stream(context, "context_", asks=self.context_output))
+        mixed = joint_attention(streams, mask, EPSILON)
+
+        def output(heads: Array | None, name: str) -> Array | None:
+            if heads is None:
+                return None
+            beside = heads.reshape(*heads.shape[:2], config.width)
+            return Dense(config.width, lora_alpha=config.lora_alpha, name=name)(beside)
+
+        own, other = (output(heads, name) for heads, name in zip((*mixed, None), ("output", "context_output")))
+        assert own is not None  # image tokens always ask
+        return own, other
 
 
 class Block(nn.Module):

@@ -169,7 +169,7 @@ def padded_context(
         return context, Mask()
     valid = jnp.ones((batch, tokens), bool) if context_mask is None else context_mask
     valid = jnp.pad(jnp.pad(valid, ((0, 0), (patches, 0)), constant_values=True), ((0, 0), (0, room)))
-    return jnp.pad(context, ((0, 0), (0, room), (0, 0))), Mask(valid=valid, right_padded=True)
+    return jnp.pad(context, ((0, 0), (0, room), (0, 0))), Mask(valid=valid, right_padded=True, always=patches)
 
 
 def patchify(latents: Float[Array, "b rows columns c"], patch_size: int) -> Float[Array, "b p c*{patch_size}**2"]:

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,9 +75,7 @@ def attention(
     if heads % key_heads:
         raise ValueError(f"{heads} query heads cannot share {key_heads} key heads")
     size = key.shape[1] + sum(earlier.key.shape[1] for earlier in shared)
-    name = _chosen.get()
-    if name == "auto":
-        name = choose(platform(), query, size)
+    name = chosen(query, size)
     if name == "plain" and shared:
         return xla.plain_with_shared(query, key, value, mask, shared)
     if shared:
@@ -85,6 +84,12 @@ def attention(
     if name in ("splash", "cudnn", "by_head"):
         return on_each_device(implementation, query, key, value, mask)
     return implementation(query, key, value, mask)
+
+
+def chosen(query: Array, size: int) -> str:
+    """The implementation of queries `[B, T, H, K]` and S keys: of `use_attention`, else of the current devices."""
+    name = _chosen.get()
+    return choose(platform(), query, size) if name == "auto" else name
 
 
 def choose(device: str, query: Array | jax.ShapeDtypeStruct, size: int) -> str:
@@ -125,6 +130,35 @@ def _joined(key: Array, value: Array, mask: Mask, shared: tuple[SharedKeys, ...]
     return jnp.concatenate([*keys, key], axis=1), jnp.concatenate([*values, value], axis=1), joined
 
 
+class Split(NamedTuple):
+    """How the devices of the current mesh share the rows and heads of a kernel.
+
+    Attributes:
+      rows: mesh axes over which rows are sharded, or None.
+      heads: the mesh axis over which heads are sharded, or None.
+      ways: shards of the heads.
+    """
+
+    rows: tuple[str, ...] | None
+    heads: str | None
+    ways: int
+
+
+def split_of(batch: int, heads: int, key_heads: int) -> Split | None:
+    """The split of B rows, H heads and J key heads; None for one device, and inside a `shard_map`."""
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return None
+    axes: tuple[str, ...] = ()
+    for axis in BATCH_AXES:
+        if axis in mesh.shape and batch % math.prod(mesh.shape[name] for name in (*axes, axis)) == 0:
+            axes += (axis,)
+    ways = mesh.shape.get(HEAD_AXIS, 1)
+    if ways == 1 or heads % ways or (key_heads % ways and ways % key_heads):
+        return Split(axes or None, None, 1)
+    return Split(axes or None, HEAD_AXIS, ways)
+
+
 def on_each_device(
     implementation: Callable[[Array, Array, Array, Mask], Array], query: Array, key: Array, value: Array, mask: Mask
 ) -> Array:
@@ -134,17 +168,10 @@ def on_each_device(
     `tensor` where it divides the query heads and fits the key heads, which are repeated if they are fewer. Without a
     mesh, or inside a `shard_map`, the implementation is called as it is.
     """
-    mesh = current_mesh()
-    if mesh is None or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+    split = split_of(query.shape[0], query.shape[2], key.shape[2])
+    if split is None:
         return implementation(query, key, value, mask)
-    axes: tuple[str, ...] = ()
-    for axis in BATCH_AXES:
-        if axis in mesh.shape and query.shape[0] % math.prod(mesh.shape[name] for name in (*axes, axis)) == 0:
-            axes += (axis,)
-    ways, heads, rows = mesh.shape.get(HEAD_AXIS, 1), None, axes or None
-    if query.shape[2] % ways == 0 and (key.shape[2] % ways == 0 or ways % key.shape[2] == 0):
-        heads = HEAD_AXIS if ways > 1 else None
-        key, value = (jnp.repeat(x, max(ways // x.shape[2], 1), axis=2) for x in (key, value))
-    spread, flat = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
+    key, value = (jnp.repeat(x, max(split.ways // x.shape[2], 1), axis=2) for x in (key, value))
+    spread, flat = PartitionSpec(split.rows, None, split.heads, None), PartitionSpec(split.rows, None)
     sharded = jax.shard_map(implementation, in_specs=(spread, spread, spread, flat), out_specs=spread, check_vma=False)
     return sharded(query, key, value, mask)

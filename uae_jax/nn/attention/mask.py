@@ -16,12 +16,14 @@ class Mask:
       groups: for self-attention: a query sees the keys of its own group. -1 is padding: no query sees its keys.
       causal: query t of T sees the keys up to `t + S - T` of S: the queries are the last T of the keys.
       right_padded: promise that the valid keys of each row come first.
+      always: promise that so many keys, the first ones, are valid in every row.
     """
 
     valid: Bool[Array, "b s"] | None = None
     groups: Int[Array, "b t"] | None = None
     causal: bool = struct.field(pytree_node=False, default=False)
     right_padded: bool = struct.field(pytree_node=False, default=False)
+    always: int = struct.field(pytree_node=False, default=0)
 
     def pairs(self, length: int, size: int) -> Bool[Array, "_ _ {size}"] | None:
         """The table, broadcastable to `[B, T, S]`, or None when all is allowed.

@@ -11,25 +11,36 @@ from jaxtyping import Array, Float
 from uae_jax.nn.attention.mask import Mask
 
 LANES = 128  # the kernels' unit of sequence and head width
-LARGEST_BLOCK = 512
+LARGEST_BLOCK = 896
+LARGEST_BACKWARD = 512  # the backward kernels hold more arrays of a block on the chip
 
 
 def block_size(length: int) -> int:
-    """The block of a sequence: 512 for long ones, else the length rounded up to 128."""
-    return min(LARGEST_BLOCK, -(-length // LANES) * LANES)
+    """The block of a sequence: the fewest blocks of at most 896, and no longer than these need to be.
+
+    704 keys are one block of 768, and 1568 two of 896; blocks of 512 would pad them to 1024 and 2048.
+    """
+    pieces = -(-length // LARGEST_BLOCK)
+    return -(-length // (pieces * LANES)) * LANES
+
+
+def backward_block(padded: int) -> int:
+    """The largest block of the backward kernels that divides a padded length."""
+    return max(size for size in range(LANES, LARGEST_BACKWARD + 1, LANES) if padded % size == 0)
 
 
 @functools.cache
-def _blocks(query: int, key: int) -> kernels.BlockSizes:
+def _blocks(query: int, key: int, padded: tuple[int, int]) -> kernels.BlockSizes:
+    query_back, key_back = (backward_block(length) for length in padded)
     return kernels.BlockSizes(
         block_q=query,
         block_kv=key,
         block_kv_compute=key,
-        block_q_dkv=query,
-        block_kv_dkv=key,
-        block_kv_dkv_compute=key,
-        block_q_dq=query,
-        block_kv_dq=key,
+        block_q_dkv=query_back,
+        block_kv_dkv=key_back,
+        block_kv_dkv_compute=key_back,
+        block_q_dq=query_back,
+        block_kv_dq=key_back,
     )
 
 
@@ -70,7 +81,7 @@ def splash(
         ids = kernels.SegmentIds(*(jnp.pad(x, room, constant_values=c) for x, room, c in zip(ids, rooms, (-1, -2))))
     attend = kernels.make_splash_mha(
         kernels.MultiHeadMask([one] * heads),
-        block_sizes=_blocks(q_block, k_block),
+        block_sizes=_blocks(q_block, k_block, shape),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
