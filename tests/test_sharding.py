@@ -95,16 +95,17 @@ def test_meshes_that_cannot_be_are_refused(axes, message):
 @pytest.mark.parametrize(
     "name, shape, expected",
     [
-        # first matrix of a pair along its output, second along its input, fsdp on what is left
+        # first matrix of a pair along its output, second along its input, fsdp on the rows of both
         ("language/layers/attention/query/kernel", (4, 256, 512), (None, "fsdp", "tensor")),
-        ("language/layers/mlp/down/kernel", (4, 512, 256), (None, "tensor", "fsdp")),
-        ("transformer/blocks_0/attention/context_output/kernel", (2, 256, 256), (None, "tensor", "fsdp")),
+        ("language/layers/mlp/down/kernel", (4, 512, 256), (None, ("tensor", "fsdp"), None)),
+        ("transformer/blocks_0/attention/context_output/kernel", (2, 256, 256), (None, ("tensor", "fsdp"), None)),
         ("language/embedding/table", (1024, 256), ("tensor", "fsdp")),
         ("transformer/pos_embed/table", (1, 1024, 256), (None, None, "fsdp")),
         ("vae/decoder/conv_in/kernel", (3, 3, 16, 512), (None, None, None, "fsdp")),
         # a dimension that does not divide is left alone; fsdp then goes to the widest that does
         ("language/layers/attention/key/kernel", (4, 512, 255), (None, "fsdp", None)),
         ("language/layers/attention/key/kernel", (4, 511, 256), ("fsdp", None, "tensor")),
+        ("language/layers/mlp/down/kernel", (512, 130, 256), ("fsdp", "tensor", None)),
         # what is small is copied, and so are vectors
         ("language/layers/attention/query/kernel", (4, 32, 32), ()),
         ("language/layers/mlp/up/bias", (64, 4096), ()),
@@ -132,8 +133,9 @@ def test_full_size_models_use_every_rule_and_cut_all_that_is_large(full_size, ax
     cut, total = 0, 0
     for name, leaf in trees.flatten(full_size).items():
         spec = parameter_spec(name, leaf.shape, sizes(**axes))
-        ways = int(np.prod([axes[axis] for axis in spec if axis], dtype=np.int64))
-        assert all(leaf.shape[at] % axes[axis] == 0 for at, axis in enumerate(spec) if axis), name
+        cuts = [int(np.prod([axes[axis] for axis in sharding.axes_of(cut)], dtype=np.int64)) for cut in spec]
+        ways = int(np.prod(cuts, dtype=np.int64))
+        assert not any(leaf.shape[at] % parts for at, parts in enumerate(cuts)), name
         cut, total = cut + leaf.size / ways, total + leaf.size
     # a device holds its share, and little more
     assert cut < 1.1 * total / (axes.get("fsdp", 1)) and cut < 1.3 * total / (

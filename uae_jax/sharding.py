@@ -25,11 +25,14 @@ from uae_jax.settings import Settings, setting
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 WIDEST = "widest"
-Rule = tuple[str, tuple[str | None, ...] | str]
+Cut = str | tuple[str, ...] | None  # the mesh axis of one axis, or several, the outermost first
+Rule = tuple[str, tuple[Cut, ...] | str]
 
 # (pattern of the complete name, mesh axes of the LAST axes of the leaf), so that stacked layers need no separate rules.
 # The first match counts. An fsdp axis that does not divide its dimension moves to the widest dimension that it divides;
 # `WIDEST` chooses that dimension at once. Optimizer slots, adapters, copies and averages end in the parameter's name.
+# fsdp cuts the rows of a matrix. Cut over 64 devices, columns are 24 or 32 wide, in registers of 128 lanes: libtpu
+# gathers them by a sum of parts padded with zeros, twice the bytes, and copies the result into whole registers.
 RULES: tuple[Rule, ...] = (
     (r"(.*/)?(scale|bias)", ()),
     # the table is cropped along its positions, so the positions are not sharded
@@ -37,7 +40,7 @@ RULES: tuple[Rule, ...] = (
     (r"(.*/)?embedding/table", ("tensor", "fsdp")),
     # Megatron's sharding (arXiv 1909.08053): the first matrix of a pair along its output, the second along its input
     (r"(.*/)?((context_)?(query|key|value)|gate|up|fc1|first|linear|linear_1)/(kernel|b)", ("fsdp", "tensor")),
-    (r"(.*/)?((context_)?output|out|down|fc2|second|linear_2)/(kernel|a)", ("tensor", "fsdp")),
+    (r"(.*/)?((context_)?output|out|down|fc2|second|linear_2)/(kernel|a)", (("tensor", "fsdp"), None)),
     (r".*", WIDEST),
 )
 # for fewer numbers a gather costs more than the memory that sharding saves
@@ -163,7 +166,7 @@ def parameter_spec(name: str, shape: tuple[int, ...], mesh: Axes, rules: Sequenc
     _, wanted = matching_rule(name, rules)
     if wanted == () or int(np.prod(shape, dtype=np.int64)) < SMALL:
         return PartitionSpec()
-    spec: list[str | None] = [None] * len(shape)
+    spec: list[Cut] = [None] * len(shape)
 
     def shard(axis: str, index: int | None) -> None:
         size = mesh.shape[axis]
@@ -172,13 +175,26 @@ def parameter_spec(name: str, shape: tuple[int, ...], mesh: Axes, rules: Sequenc
         free = [at for at in range(len(shape)) if spec[at] is None and shape[at] % size == 0]
         if index is not None and index in free:
             spec[index] = axis
+        elif index is not None and spec[index] == "tensor" and shape[index] % (size * mesh.shape["tensor"]) == 0:
+            spec[index] = ("tensor", axis)
         elif axis == "fsdp" and free:
             spec[max(free, key=lambda at: shape[at])] = axis
 
-    named = {} if wanted == WIDEST else {axis: len(shape) - len(wanted) + at for at, axis in enumerate(wanted) if axis}
+    named = {
+        axis: len(shape) - len(wanted) + at
+        for at, axes in enumerate(() if wanted == WIDEST else wanted)
+        for axis in axes_of(axes)
+    }
     shard("tensor", named.get("tensor"))
     shard("fsdp", named.get("fsdp"))
     return PartitionSpec(*spec)
+
+
+def axes_of(cut: Cut) -> tuple[str, ...]:
+    """The mesh axes of one entry of a rule or of a `PartitionSpec`."""
+    if cut is None:
+        return ()
+    return (cut,) if isinstance(cut, str) else cut
 
 
 def check_rules(tree: trees.Tree, mesh: Axes, rules: Sequence[Rule] = RULES) -> None:
@@ -233,7 +249,7 @@ def gather_over_fsdp(tree: trees.Tree, dtype: Any) -> trees.Tree:
     def whole(name: str, leaf: jax.Array) -> jax.Array:
         if leaf.ndim < 2:
             return leaf
-        spec = [axis if axis == "tensor" else None for axis in parameter_spec(name, leaf.shape, mesh)]
+        spec = ["tensor" if "tensor" in axes_of(cut) else None for cut in parameter_spec(name, leaf.shape, mesh)]
         read = leaf if leaf.dtype == np.int8 else leaf.astype(dtype)
         return jax.lax.with_sharding_constraint(read, PartitionSpec(*spec))
 

@@ -187,8 +187,8 @@ def share(tree: Any, sizes: MeshSizes) -> float:
     """Bytes of one device's share of a tree by the sharding rules."""
     total = 0.0
     for name, leaf in trees.flatten(tree).items():
-        axes = sharding.parameter_spec(name, tuple(leaf.shape), sizes)
-        ways = math.prod(sizes.shape[axis] for axis in axes if isinstance(axis, str))
+        spec = sharding.parameter_spec(name, tuple(leaf.shape), sizes)
+        ways = math.prod(sizes.shape[axis] for cut in spec for axis in sharding.axes_of(cut))
         total += math.prod(leaf.shape) * leaf.dtype.itemsize / ways
     return total
 
