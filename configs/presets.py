@@ -140,19 +140,19 @@ def _mini() -> Deviations:
 # What changes with the machine, for `PRESET@SLICE`: values that `uae_jax.plan` found to fit, or scaled from them
 # (docs/scaling.md). The images of a rollout are decoded `vae_chunk` at a time, one or two a device.
 SLICES: dict[str, Deviations] = {
-    # 64 chips of 16 GiB
-    "v5e-64": dict(mesh=dict(fsdp=64)),
+    # 64 chips of 16 GiB; four chips share the captioner while it samples
+    "v5e-64": dict(mesh=dict(fsdp=64), gen_for_und=dict(rollout_ways=4), und_for_gen=dict(rollout_ways=4)),
     # 64 chips of 32 GiB
     "v6e-64": dict(
         mesh=dict(fsdp=64),
-        gen_for_und=dict(vae_chunk=128),
-        und_for_gen=dict(vae_chunk=128),
+        gen_for_und=dict(vae_chunk=128, rollout_ways=4),
+        und_for_gen=dict(vae_chunk=128, rollout_ways=4),
     ),
     # 64 chips of 95 GiB
     "v5p-64": dict(
         mesh=dict(fsdp=64),
-        gen_for_und=dict(vae_chunk=256),
-        und_for_gen=dict(vae_chunk=256, micro_batches=2),
+        gen_for_und=dict(vae_chunk=256, rollout_ways=4),
+        und_for_gen=dict(vae_chunk=256, micro_batches=2, rollout_ways=4),
     ),
     # 8 chips of 16 GiB: the batch of many, in parts
     "v5e-8": dict(

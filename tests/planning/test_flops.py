@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from configs import presets
+from uae_jax.nn.int8 import quantised_kernel
 from uae_jax.planning.flops import count_work
 from uae_jax.planning.plan import step_work
 from uae_jax.planning.system import abstract_system
@@ -36,6 +37,21 @@ def unrolled(x, stack):
     for weights in stack:
         x = jax.checkpoint(mlp)(x, weights)
     return x
+
+
+def test_kernels_rounded_to_8_bits_are_read_as_such_by_every_token():
+    def rollout(weights, x):
+        kernel, scale = quantised_kernel(weights)
+        ended = jax.lax.while_loop(
+            lambda s: s[0] < 5, lambda s: (s[0] + 1, (s[1] @ kernel.astype(x.dtype)) * scale), (0, x)
+        )
+        return ended[1]
+
+    weights, x = shapes((64, 64), (8, 64))
+    found = count_work(rollout, (weights, x), (0,), trips=5)
+    assert found.decoding.weight_bytes == 5 * 64 * 64  # a byte each
+    assert found.decoding.other_bytes == 5 * 4 * 8 * 64
+    assert found.rest.gathered_bytes == 64 * 64
 
 
 def test_scanned_layers_count_as_xla_counts_them_unrolled():

@@ -35,7 +35,7 @@ from uae_jax.planning.flops import Count, Work
 from uae_jax.planning.hlo_seconds import LATENCY
 from uae_jax.planning.links import Received
 from uae_jax.planning.plan import Compiling, make_plan, mesh_sizes
-from uae_jax.planning.roofline import MeshSizes, Updates, gradient_bytes, roofline
+from uae_jax.planning.roofline import MeshSizes, Rollout, Updates, gradient_bytes, roofline
 from uae_jax.planning.system import abstract_system
 from uae_jax.planning.table import StagePlan, as_json, text_table
 from uae_jax.settings import frozen
@@ -307,8 +307,12 @@ def test_the_roofline_is_bound_by_the_slowest_of_its_terms():
         0.75 * 3 * chip.memory_bandwidth / (chip.link_bandwidth / 2)
     )
     assert found.seconds == max(found.memory, found.links)
-    once = roofline(decoding, 0.0, topology, sizes, gathers=1 / 512)
+    once = roofline(decoding, 0.0, topology, sizes, Rollout(1 / 512))
     assert once.links == pytest.approx(found.links / 512) and once.seconds == once.memory == 3.0
+    # four chips share a copy, and two of them hold the same key heads
+    reads = Count(decoding=Work(weight_bytes=size, other_bytes=4 * chip.memory_bandwidth))
+    shared = roofline(reads, 0.0, topology, sizes, Rollout(0.0, ways=4, key_copies=2))
+    assert shared.decoding == shared.memory == 0.75 + 2.0 and shared.links == 0.0
     assert (
         roofline(second + decoding, 0.0, topology, sizes).seconds == 1 + found.seconds
     )  # sampling and the rest follow each other

@@ -227,6 +227,7 @@ class GenForUnd:
             group=settings.group_size,
             gather_weights=settings.gather_weights,
             weights=settings.rollout_weights,
+            ways=settings.rollout_ways,
         )
 
     def reconstruct(

@@ -99,6 +99,13 @@ class RolloutSettings(StageSettings):
         "token reads; captions are scored by the model itself, and log_prob_gap says how far the two are apart",
         choices=("model", "int8"),
     )
+    rollout_ways: int = setting(
+        0,
+        "devices that share one gathered copy of the captioner while it samples, each reading its part for the rows of "
+        "all; 0 for a copy on every device",
+        low=0,
+        free=True,
+    )
     train: str = setting("lora", "what is trained: an adapter, or a full fine-tuned copy", choices=("lora", "full"))
     lora_rank: int = setting(32, "rank of a new adapter", low=1, source="released UAE code")
     reward: RewardConfig = RewardConfig()

@@ -209,6 +209,7 @@ class DecoderMethod:
             sampling=SamplingConfig(settings.temperature),
             gather_weights=settings.gather_weights,
             weights=settings.rollout_weights,
+            ways=settings.rollout_ways,
         )
         tokens, lengths = drawn_captions(settings.data_captions, completion, batch, key)
         ended = completion.finished if not settings.data_captions else jnp.ones_like(completion.finished)

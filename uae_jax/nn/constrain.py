@@ -1,6 +1,6 @@
 """How activations are sharded: models name the axes, and the current mesh decides what a name means.
 
-Without a current mesh (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`) nothing happens.
+Without a current mesh (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`), and inside a `shard_map`, nothing happens.
 """
 
 import math
@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import jax
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 from uae_jax.nn.device import current_mesh
@@ -39,7 +39,7 @@ def constrain(x: Array, *names: str | None) -> Array:
       KeyError: a name that is not in `LOGICAL`.
     """
     mesh = current_mesh()
-    if mesh is None or mesh.size == 1:
+    if mesh is None or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return x
 
     def axes_of(size: int, name: str | None) -> object:

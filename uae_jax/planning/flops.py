@@ -84,7 +84,22 @@ class Count:
 
 
 class Weight:
-    """A parameter, or the part of it that a loop selects; the same object wherever the same part is read."""
+    """A parameter, or the part of it that a loop selects; the same object wherever the same part is read.
+
+    Attributes:
+      width: bytes of a number in memory, if a product converts it on the way; None for those of the product's operand.
+    """
+
+    def __init__(self, width: int | None = None):
+        self.width = width
+
+    def size(self, shaped: Any) -> float:
+        """Bytes of a product's operand in memory."""
+        return math.prod(shaped.shape) * (self.width or shaped.dtype.itemsize)
+
+    def selected(self) -> "Weight":
+        """The part that a loop selects."""
+        return Weight(self.width)
 
 
 Marks = Sequence[Weight | None]
@@ -154,7 +169,10 @@ def _equation(equation: Any, given: Marks, trips: int, used: Sequence[bool]) -> 
     nothing = [None] * results
     if name in ("dot_general", "conv_general_dilated"):
         flops = _product_flops(equation) if name == "dot_general" else _convolution_flops(equation)
-        sizes = [_bytes(variable.aval) for variable in equation.invars]
+        sizes = [
+            weight.size(variable.aval) if weight else _bytes(variable.aval)
+            for variable, weight in zip(equation.invars, given)
+        ]
         reads = {weight: size for size, weight in zip(sizes, given) if weight}
         weights = sum(size for size, weight in zip(sizes, given) if weight)
         return Count(rest=Work(flops, weights, sum(sizes) - weights)), nothing, reads
@@ -170,6 +188,8 @@ def _equation(equation: Any, given: Marks, trips: int, used: Sequence[bool]) -> 
     inner = next((parameters[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in parameters), None)
     if inner is not None:
         return _walk(getattr(inner, "jaxpr", inner), given, trips, used)
+    if name == "convert_element_type" and parameters["new_dtype"] == np.int8:
+        return Count(), [Weight(1)], {}  # kernels of a rollout, see `nn.int8`
     if name in LAYOUT:
         return Count(), (given if name == "optimization_barrier" else [*given[:1], *nothing[1:]]), {}
     return Count(), nothing, {}
@@ -182,7 +202,7 @@ def _scan(
     constants = _constants_of_scan(parameters)
     # results without a loop axis are carried; a carried weight, as in the scan over updates, is still a weight
     carried = sum(inside.aval.shape == outside.aval.shape for inside, outside in zip(body.outvars, results))
-    own = [*given[:constants], *(weight and Weight() for weight in given[constants:])]
+    own = [*given[:constants], *(weight and weight.selected() for weight in given[constants:])]
     count, returned, reads = _walk(body, own, trips, [True] * carried + list(used[carried:]))
     # a pass gathers what the loop selects or changes; what it only passes on is gathered once, before
     outer = {weight: size for weight, size in reads.items() if weight in given}
@@ -201,7 +221,7 @@ def _constants_of_scan(parameters: Mapping[str, Any]) -> int:
 def _while(parameters: Mapping[str, Any], given: Marks, trips: int, results: int) -> tuple[Count, Marks, Reads]:
     body = getattr(parameters["body_jaxpr"], "jaxpr", parameters["body_jaxpr"])
     passed, constants = given[parameters["cond_nconsts"] :], parameters["body_nconsts"]
-    own = [*passed[:constants], *(weight and Weight() for weight in passed[constants:])]
+    own = [*passed[:constants], *(weight and weight.selected() for weight in passed[constants:])]
     inside, _, reads = _walk(body, own, trips, [True] * results)
     outer = {weight: size for weight, size in reads.items() if weight in given}
     gathered = sum(size for weight, size in reads.items() if weight not in given)

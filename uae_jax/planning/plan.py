@@ -19,7 +19,7 @@ from uae_jax.planning.hlo import Module
 from uae_jax.planning.hlo_seconds import program_seconds
 from uae_jax.planning.loading import Loading, plan_loading
 from uae_jax.planning.remedies import smaller
-from uae_jax.planning.roofline import MeshSizes, Updates, roofline
+from uae_jax.planning.roofline import MeshSizes, Rollout, Updates, roofline
 from uae_jax.planning.system import abstract_system
 from uae_jax.planning.table import Compiled, StagePlan
 from uae_jax.settings import frozen
@@ -70,9 +70,14 @@ def step_work(config: RunConfig, system: AbstractSystem, stage: str) -> Count:
         return count_work(program.step, program.arguments, (0, 1), trips=getattr(program.config, "max_new_tokens", 1))
 
 
-def _gathers(settings: Any) -> float:
-    """How often a token gathers the weights; with `gather_weights` the copy that reads the prompts serves all."""
-    return 0.0 if getattr(settings, "gather_weights", False) else 1.0
+def rollout_of(settings: Any, key_heads: int) -> Rollout:
+    """The layout of a stage's captioner while it samples; with `gather_weights` the copy that reads the prompts serves
+    all tokens.
+    """
+    if not getattr(settings, "gather_weights", False):
+        return Rollout()
+    ways = settings.rollout_ways or 1
+    return Rollout(0.0, ways, max(ways // key_heads, 1))
 
 
 def step_updates(config: RunConfig, program: Program) -> Updates:
@@ -101,6 +106,7 @@ def plan_stage(
     count = step_work(config, system, stage)
     plain = without_recomputation(config)
     model_flops = step_work(plain, abstract_system(plain), stage).flops
+    rollout = rollout_of(program.config, system.model.captioner.text.key_heads)
     return StagePlan(
         stage,
         program.config.batch_size,
@@ -109,7 +115,7 @@ def plan_stage(
         memory,
         count.flops,
         model_flops,
-        roofline(count, model_flops, topology, sizes, _gathers(program.config), step_updates(config, program)),
+        roofline(count, model_flops, topology, sizes, rollout, step_updates(config, program)),
         compiled,
         smaller(stage, program.config),
     )

@@ -50,6 +50,21 @@ class Updates:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rollout:
+    """How devices hold the captioner while it samples.
+
+    Attributes:
+      gathers: gathers of the weights per sampled token: 1, or 0 where a copy of them stays for the rollout.
+      ways: devices that share a copy; each reads its part for the rows of all.
+      key_copies: devices of a group that hold the same key heads.
+    """
+
+    gathers: float = 1.0
+    ways: int = 1
+    key_copies: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Roofline:
     """Least seconds of a step: each term and the bound.
 
@@ -74,10 +89,11 @@ class Roofline:
     gradients: Received = Received()
 
 
-def _terms(work: Work, topology: Topology, sizes: MeshSizes, other: bool) -> tuple[float, float, Received]:
+def _terms(work: Work, topology: Topology, sizes: MeshSizes, rollout: Rollout | None) -> tuple[float, float, Received]:
     chip, (_, fsdp) = topology.chip, sizes.groups(topology)
     read = work.weight_bytes / sizes.tensor
-    read += work.other_bytes / (sizes.batch * sizes.tensor) if other else 0.0
+    if rollout is not None:
+        read = read / rollout.ways + work.other_bytes * rollout.key_copies / (sizes.batch * sizes.tensor)
     received = gathered(work.gathered_bytes / sizes.tensor, fsdp)
     return work.flops / topology.devices / chip.flops, read / chip.memory_bandwidth, received
 
@@ -94,7 +110,7 @@ def roofline(
     model_flops: float,
     topology: Topology,
     sizes: MeshSizes,
-    gathers: float = 1.0,
+    rollout: Rollout = Rollout(),
     updates: Updates = Updates(),
 ) -> Roofline:
     """The bound of a step.
@@ -104,13 +120,13 @@ def roofline(
       model_flops: of the step without recomputation.
       topology: the chips; a `cpu` topology has no peak, and the result is NaN.
       sizes: of the mesh.
-      gathers: gathers of the weights per sampled token: 1, or 0 where a copy of them stays for the rollout.
+      rollout: layout of the captioner while it samples; the sums of its groups are not counted.
       updates: the gradients.
     """
-    compute, memory, received = _terms(count.decoding, topology, sizes, other=True)
-    received = received * gathers
+    compute, memory, received = _terms(count.decoding, topology, sizes, rollout)
+    received = received * rollout.gathers
     decoding = compute, memory, received.seconds(topology)
-    compute, memory, weights = _terms(count.rest, topology, sizes, other=False)
+    compute, memory, weights = _terms(count.rest, topology, sizes, None)
     gradients = gradient_bytes(updates, topology, sizes)
     rest = compute, memory, (weights + gradients).seconds(topology)
     seconds = max(decoding) + max(rest)

@@ -20,6 +20,7 @@ from uae_jax.nn import int8
 from uae_jax.nn.constrain import ways
 from uae_jax.nn.device import platform
 from uae_jax.rl.losses import Metrics
+from uae_jax.rollouts import shared_sampling
 from uae_jax.rollouts.reconstruction import sample_keys
 from uae_jax.sharding import gather_over_fsdp
 from uae_jax.trees import Tree
@@ -49,6 +50,7 @@ def sample_captions(
     group: int = 1,
     gather_weights: bool = False,
     weights: str = "model",
+    ways: int = 0,
 ) -> Completion:
     """Captions by the policy, n = b * group rows, those of a group together.
 
@@ -64,6 +66,7 @@ def sample_captions(
       sampling: temperature and truncation.
       group: captions per image.
       gather_weights, weights: see `for_decoding`.
+      ways: see `complete_prompts`.
     """
     params, adapter = uae.captioner_weights(parts, policy=True)
     images = encode_batch_images(model, parts, batch) if image_embeds is None else image_embeds
@@ -79,6 +82,7 @@ def sample_captions(
         group=group,
         gather_weights=gather_weights,
         weights=weights,
+        ways=ways,
     )
 
 
@@ -95,6 +99,7 @@ def complete_prompts(
     group: int,
     gather_weights: bool,
     weights: str = "model",
+    ways: int = 0,
 ) -> Completion:
     """Completions of the prompts of any captioner.
 
@@ -105,7 +110,24 @@ def complete_prompts(
       prefix_of: `(params, adapter) -> Prefix`, called with the weights of `for_decoding`.
       keys: one for each completion.
       max_new_tokens, stops, sampling, group, gather_weights, weights: see `sample_captions`.
+      ways: devices that share one gathered copy of the language model (`shared_sampling`); 0 for one copy a device, in
+        the form that suits it.
     """
+    if gather_weights and ways and shared_sampling.applies(config, len(keys) // group, ways):
+        params = rounded(params) if weights == "int8" else params
+        prefix = prefix_of(params, adapter)
+        return shared_sampling.sample_shared(
+            config,
+            params,
+            adapter,
+            prefix,
+            keys,
+            ways=ways,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stops,
+            sampling=sampling,
+            group=group,
+        )
     params, adapter, packed = for_decoding(config, params, adapter, gather_weights, weights)
     return generate(
         config,
@@ -140,9 +162,7 @@ def for_decoding(
         packed for GPUs then.
     """
     packed = gather_weights and platform() == "gpu" and ways("heads") == 1 and weights == "model"
-    if weights == "int8":
-        layers, scales = int8.quantised(params["language"]["layers"])
-        params = params | {"language": params["language"] | {"layers": layers}, int8.SCALES: {"layers": scales}}
+    params = rounded(params) if weights == "int8" else params
     if gather_weights:
         language, dtype = params["language"], config.text.dtype
         # packing gathers the layers one by one; gathered here, all of them would be in memory twice
@@ -150,6 +170,12 @@ def for_decoding(
         params = params | {"language": language | gather_over_fsdp(read, dtype)}
         adapter = adapter if packed or adapter is None else gather_over_fsdp(adapter, dtype)
     return params, adapter, packed
+
+
+def rounded(params: dict[str, Tree]) -> dict[str, Tree]:
+    """A captioner whose layers have kernels of 8 bits (`nn.int8`)."""
+    layers, scales = int8.quantised(params["language"]["layers"])
+    return params | {"language": params["language"] | {"layers": layers}, int8.SCALES: {"layers": scales}}
 
 
 def drawn_captions(

@@ -34,12 +34,14 @@ class Product(NamedTuple):
       first: the first factors of the adapters; None without adapters.
       second: the scaled second factors of the adapters on a block diagonal.
       bias: of the maps, or None.
+      scale: of each output of a kernel of 8 bits (`nn.int8`), or None.
     """
 
     kernel: Float[Array, "fan_in fan_out"]
     first: Float[Array, "fan_in rank"] | None
     second: Float[Array, "rank fan_out"] | None
     bias: Float[Array, " fan_out"] | None
+    scale: Float[Array, " fan_out"] | None = None
 
 
 class PackedLayer(NamedTuple):
@@ -80,7 +82,7 @@ def pack(config: TextConfig, language: Params, adapter: Params | None) -> tuple[
         )
 
         def product(part: str, *names: str) -> Product:
-            return _product(
+            return joined_product(
                 config, [own[part][name] for name in names], [factors.get(part, {}).get(name) for name in names]
             )
 
@@ -96,7 +98,14 @@ def pack(config: TextConfig, language: Params, adapter: Params | None) -> tuple[
     return tuple(layer(index) for index in range(config.layers))
 
 
-def _product(config: TextConfig, maps: Sequence[Params], adapters: Sequence[Params | None]) -> Product:
+def joined_product(config: TextConfig, maps: Sequence[Params], adapters: Sequence[Params | None]) -> Product:
+    """Maps of one input side by side.
+
+    Args:
+      config: precision and adapter scale.
+      maps: with `kernel`, and `bias` and `scale` where there are any.
+      adapters: their factors, or None.
+    """
     features = [map_["kernel"].shape[-1] for map_ in maps]
     first, second, start = [], [], 0
     for adapter, width in zip(adapters, features):
@@ -106,22 +115,27 @@ def _product(config: TextConfig, maps: Sequence[Params], adapters: Sequence[Para
             second.append(jnp.pad(block, ((0, 0), (start, sum(features) - start - width))))
         start += width
     biases = [map_["bias"] for map_ in maps if "bias" in map_]
+    scales = [map_["scale"] for map_ in maps if "scale" in map_]
+    kernels = jnp.concatenate([map_["kernel"] for map_ in maps], 1)
 
     def joined(parts: Sequence[Array], axis: int) -> Array:
         # complete on every device, so that no token gathers what the loop over tokens reads
         return constrain(jnp.concatenate(parts, axis).astype(config.dtype), None)
 
     return Product(
-        joined([map_["kernel"] for map_ in maps], 1),
+        constrain(kernels if scales else kernels.astype(config.dtype), None),
         joined(first, 1) if first else None,
         joined(second, 0) if second else None,
         joined(biases, 0) if biases else None,
+        jnp.concatenate(scales) if scales else None,
     )
 
 
-def _apply(product: Product, x: Array) -> Array:
-    """`[N, D]` to `[N, F]`."""
-    y = x @ product.kernel
+def apply_product(product: Product, x: Float[Array, "n d"]) -> Float[Array, "n f"]:
+    """The maps of each row, side by side."""
+    y = x @ product.kernel.astype(x.dtype)
+    if product.scale is not None:
+        y = y * product.scale.astype(x.dtype)
     if product.first is not None and product.second is not None:
         # without the barrier XLA joins both products of x, and their weights with them, for every token
         y = y + (lax.optimization_barrier(x) @ product.first) @ product.second
@@ -182,10 +196,11 @@ def decode_token(
     for layer, cache in zip(layers, caches):
         x, cache = _layer(config, layer, cache, constrain(x, "batch"), angles, index, visible)
         filled.append(cache)
-    return _norm(config, final_scale, x), tuple(filled)
+    return normed(config, final_scale, x), tuple(filled)
 
 
-def _norm(config: TextConfig, scale: Array, x: Array) -> Array:
+def normed(config: TextConfig, scale: Float[Array, " d"], x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """A norm of the model."""
     return cast(Array, RMSNorm(config.norm_epsilon).apply({"params": {"scale": scale}}, x))
 
 
@@ -193,7 +208,7 @@ def _layer(
     config: TextConfig, layer: PackedLayer, cache: Cache, x: Array, angles: Array, index: Array, visible: Array
 ) -> tuple[Array, Cache]:
     rows, width = len(x), config.head_width
-    inputs = _apply(layer.inputs, _norm(config, layer.attention_scale, x))
+    inputs = apply_product(layer.inputs, normed(config, layer.attention_scale, x))
     query, key, value = jnp.split(inputs, [config.heads * width, (config.heads + config.key_heads) * width], axis=1)
     query = apply_rope(query.reshape(rows, config.heads, width), angles)
     key = apply_rope(key.reshape(rows, config.key_heads, width), angles)
@@ -202,9 +217,9 @@ def _layer(
         *(lax.dynamic_update_slice_in_dim(old, part[:, :, None], index, axis=2) for old, part in zip(cache, new))
     )
     mixed = _attend(query.reshape(rows, config.key_heads, -1, width), cache, visible)
-    x = x + _apply(layer.output, mixed.reshape(rows, -1))
-    gate, up = jnp.split(_apply(layer.gate_and_up, _norm(config, layer.mlp_scale, x)), 2, axis=1)
-    return x + _apply(layer.down, jax.nn.silu(gate) * up), cache
+    x = x + apply_product(layer.output, mixed.reshape(rows, -1))
+    gate, up = jnp.split(apply_product(layer.gate_and_up, normed(config, layer.mlp_scale, x)), 2, axis=1)
+    return x + apply_product(layer.down, jax.nn.silu(gate) * up), cache
 
 
 def _attend(query: Array, cache: Cache, visible: Array) -> Array:

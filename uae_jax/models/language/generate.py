@@ -108,6 +108,7 @@ def sample_sequences(
     sampling: SamplingConfig,
     pad: int = 0,
     stop_ids: tuple[int, ...] = (),
+    ended: Callable[[Bool[Array, " n"]], Bool[Array, ""]] = jnp.all,
 ) -> Completion:
     """Samples N sequences of any vocabulary from the R rows of a decoder, in one loop.
 
@@ -120,6 +121,7 @@ def sample_sequences(
       sampling: temperature and truncation.
       pad: written after the end of a sequence.
       stop_ids: tokens that end a sequence; empty samples T tokens for each.
+      ended: whether the loop ends, from which rows have; inside a `shard_map` it asks all devices.
     """
     rows = len(keys)
 
@@ -137,7 +139,7 @@ def sample_sequences(
         return _State(step + 1, completion, cache, hidden)
 
     def unfinished(state: _State) -> Array:
-        return (state.step < length) & ~jnp.all(state.completion.finished)
+        return (state.step < length) & ~ended(state.completion.finished)
 
     empty = Completion(
         tokens=jnp.full((rows, length), pad, jnp.int32),
