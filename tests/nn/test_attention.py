@@ -94,6 +94,7 @@ def test_gradients_equal_those_of_the_plain_form(form, kind):
 
 def test_splash_over_several_blocks_with_heads_wider_than_a_lane():
     assert [block_size(length) for length in (7, 704, 960, 1568)] == [128, 768, 512, 896]
+    assert block_size(4096, 512) == 512  # of the auto-encoder
     assert [backward_block(length) for length in (128, 768, 1024, 1792)] == [128, 384, 512, 256]
     query, key, value = (normal(seed, 1, 960, 2, 136) for seed in range(3))
     mask = Mask(valid=lengths_mask(960, 555), causal=True)

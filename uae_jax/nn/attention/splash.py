@@ -12,21 +12,23 @@ from uae_jax.nn.attention.mask import Mask
 
 LANES = 128  # the kernels' unit of sequence and head width
 LARGEST_BLOCK = 896
-LARGEST_BACKWARD = 512  # the backward kernels hold more arrays of a block on the chip
+# the backward kernels hold more arrays of a block on the chip, and wide heads longer ones
+LARGEST_OTHERS = 512
 
 
-def block_size(length: int) -> int:
+def block_size(length: int, width: int = LANES) -> int:
     """The block of a sequence: the fewest blocks of at most 896, and no longer than these need to be.
 
-    704 keys are one block of 768, and 1568 two of 896; blocks of 512 would pad them to 1024 and 2048.
+    704 keys are one block of 768, and 1568 two of 896; blocks of 512 would pad them to 1024 and 2048. Heads wider than
+    128 have blocks of at most 512.
     """
-    pieces = -(-length // LARGEST_BLOCK)
+    pieces = -(-length // (LARGEST_BLOCK if width <= LANES else LARGEST_OTHERS))
     return -(-length // (pieces * LANES)) * LANES
 
 
 def backward_block(padded: int) -> int:
     """The largest block of the backward kernels that divides a padded length."""
-    return max(size for size in range(LANES, LARGEST_BACKWARD + 1, LANES) if padded % size == 0)
+    return max(size for size in range(LANES, LARGEST_OTHERS + 1, LANES) if padded % size == 0)
 
 
 @functools.cache
@@ -64,7 +66,7 @@ def splash(
     """
     batch, length, heads, width = query.shape
     size = key.shape[1]
-    q_block, k_block = block_size(length), block_size(size)
+    q_block, k_block = block_size(length, width), block_size(size, width)
     scaled = (query.astype(jnp.float32) * width**-0.5).astype(query.dtype)
     q, k, v = (
         _padded(_padded(x.transpose(0, 2, 1, 3), 2, block), 3, LANES)
