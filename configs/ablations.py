@@ -177,7 +177,7 @@ def _condition(label: str, condition: str) -> Arm:
 
 _DR_GRPO = {"gen_for_und.aggregation": "dr_grpo", "gen_for_und.advantage_scale": "none"}
 _GSPO = {"gen_for_und.aggregation": "gspo", "gen_for_und.clip_low": 3e-4, "gen_for_und.clip_high": 4e-4}
-# at its best rate of those tried in docs/results.md
+# at its best rate of those tried in dev/results.md
 _FLOW_GRPO = {
     "und_for_gen.method": "flow_grpo",
     "und_for_gen.sampler_steps": 8,

@@ -5,7 +5,7 @@
 The result is `runs/bootstrap/model`, in the official folder layout. The same workdir continues; another configuration
 of a phase that has begun needs a new one. It starts as the paper's model does: a captioner that
 is right but says little, and a decoder that draws what a caption says. The preset `emoji` makes a model of 64-pixel
-scenes of emoji (docs/emoji.md):
+scenes of emoji (dev/emoji.md):
 
     python -m uae_jax.fetch_emoji --folder=data/emoji
     python -m uae_jax.main --config=configs/bootstrap.py:emoji --workdir=runs/emoji_bootstrap

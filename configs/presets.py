@@ -69,7 +69,7 @@ def _tiny() -> Deviations:
             reward=dict(overlong_penalty=0.2),
         ),
         und_for_gen=dict(
-            # Flow-GRPO needs more images than two cores make in minutes (docs/results.md); three of four captions are
+            # Flow-GRPO needs more images than two cores make in minutes (dev/results.md); three of four captions are
             # short prompts of the scenes, since the captioner by now says everything
             method="nft",
             steps=60,
@@ -119,7 +119,7 @@ def _emoji() -> Deviations:
 def _mini() -> Deviations:
     """The benchmark size; point `--config.model.folder` at a checkpoint of that size."""
     short = dict(steps=2, batch_size=2)
-    # on a CPU small pieces are faster and need a third of the memory (docs/performance.md)
+    # on a CPU small pieces are faster and need a third of the memory (dev/performance.md)
     pieces = short | dict(group_size=4, max_new_tokens=64, sampler_steps=6, vae_chunk=4)
     return dict(
         data=dict(
@@ -203,6 +203,7 @@ LARGE = ("qwen2_5_vl_3b_sd3_5_large", "qwen2_5_vl_7b_sd3_5_large")
 # 8.1 B weights with AdamW's moments and a gradient take 130 GB, 2.5 B 40 GB: such machines train adapters only
 ADAPTERS_ALONE = (
     *(f"{base}@{machine}" for base in LARGE for machine in ("1xH200", "1x80GB", "v5e-8")),
+    "qwen2_5_vl_7b_sd3_5_medium@1x80GB",
     "qwen2_5_vl_3b_sd3_5_medium@1x48GB",
     "qwen2_5_vl_3b_sd3_5_large@1x48GB",
     "qwen2_5_vl_7b_sd3_5_medium@1x48GB",

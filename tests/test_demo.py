@@ -1,10 +1,11 @@
 """The page: what its buttons do, through gradio's client as another program would use it, and in a browser."""
 
 import os
-import shutil
+import socket
 
 import numpy as np
 import pytest
+from browsers import tab
 from PIL import Image
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -15,7 +16,7 @@ from uae_jax.data import scenes  # noqa: E402
 from uae_jax.evaluation.similarities import Similarities  # noqa: E402
 from uae_jax.stages.weights import BUILTIN  # noqa: E402
 
-FLAGS = ["--steps", "2", "--max_new_tokens", "12"]
+FLAGS = ["--checkpoint", "start", "--steps", "2", "--max_new_tokens", "12"]
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +90,9 @@ def test_another_program_can_use_the_page(address, page, picture, tmp_path):
 
 def test_wrong_flags_are_one_line():
     with pytest.raises(SystemExit, match="error: .*dit holds no `llm` folder"):
-        demo.main(["--checkpoint", str(BUILTIN / "dit")])
+        demo.main(["--port", "0", "--checkpoint", str(BUILTIN / "dit")])
     with pytest.raises(SystemExit, match="error: --clip=.*dinov2 holds a dinov2 model"):
-        demo.main([*FLAGS, "--clip", str(BUILTIN / "dinov2")])
+        demo.main([*FLAGS, "--port", "0", "--clip", str(BUILTIN / "dinov2")])
 
 
 @pytest.mark.slow
@@ -99,34 +100,62 @@ def test_the_page_works_in_a_browser(address, picture, tmp_path):
     """A picture is uploaded, captioned, redrawn and compared; the caption is edited and drawn again; an error is
     shown.
     """
-    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    assert browser_path, "this test drives a real browser: install chromium or google-chrome"
-    from playwright.sync_api import expect, sync_playwright
+    from playwright.sync_api import expect
 
     file = tmp_path / "scene.png"
     picture.save(file)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        tab = browser.new_page(viewport=dict(width=1200, height=1000))
+    with tab(1200, 1000) as page:
         problems = []
-        tab.on("pageerror", lambda error: problems.append(str(error)))
-        tab.goto(address)
-        tab.click("#write")
-        expect(tab.get_by_text("choose an image first")).to_be_visible(timeout=60_000)
-        tab.set_input_files("#picture input[type=file]", file)
-        expect(tab.locator("#picture img")).to_be_visible(timeout=30_000)
-        tab.click("#both")
-        expect(tab.locator("#drawn img")).to_be_visible(timeout=60_000)
-        said = tab.locator("#caption textarea").input_value()
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(address)
+        page.click("#write")
+        expect(page.get_by_text("choose an image first")).to_be_visible(timeout=60_000)
+        page.set_input_files("#picture input[type=file]", file)
+        expect(page.locator("#picture img")).to_be_visible(timeout=30_000)
+        page.click("#both")
+        expect(page.locator("#drawn img")).to_be_visible(timeout=60_000)
+        said = page.locator("#caption textarea").input_value()
         assert said and set(said.split()) & {"circle", "square", "triangle", "cross", "background"}
         for name in ("clip", "dinov2"):
-            expect(tab.get_by_role("gridcell", name=name)).to_be_visible()
-        first = tab.locator("#drawn img").get_attribute("src")
-        tab.screenshot(path=tmp_path / "page.png", full_page=True)
-        tab.fill("#caption textarea", "large red circle")
-        tab.click("#draw")
-        expect(tab.locator("#drawn img")).not_to_have_attribute("src", first, timeout=60_000)
-        tab.click("#show")
-        expect(tab.locator("#picture img")).to_be_visible(timeout=30_000)
+            expect(page.get_by_role("gridcell", name=name)).to_be_visible()
+        first = page.locator("#drawn img").get_attribute("src")
+        page.screenshot(path=tmp_path / "page.png", full_page=True)
+        page.fill("#caption textarea", "large red circle")
+        page.click("#draw")
+        expect(page.locator("#drawn img")).not_to_have_attribute("src", first, timeout=60_000)
+        page.click("#show")
+        expect(page.locator("#picture img")).to_be_visible(timeout=30_000)
         assert not problems
-        browser.close()
+
+
+@pytest.mark.slow
+def test_buttons_are_in_reach_on_a_phone(address, picture):
+    with tab(390, 844) as page:
+        page.goto(address)
+        box = page.locator("#both").bounding_box(timeout=60_000)
+        assert box and box["y"] + box["height"] < 844 and box["height"] >= 40
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+        page.locator(".gallery-item, .gallery button, tr.tr-body").first.click()
+        page.locator("#picture img").wait_for(timeout=30_000)
+
+
+def test_a_port_in_use_is_said_before_a_model_is_read(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit, match=f"error: cannot serve at 127.0.0.1:{port} .*; choose another --port"):
+            demo.main(["--port", str(port), "--checkpoint", str(tmp_path / "no_model")])
+
+
+def test_the_start_model_is_named_and_stands_beside_the_trained_one(page, model, picture):
+    assert "not trained yet" in model.warning and not page.compares
+    with pytest.raises(ValueError, match="has none from before its training"):
+        page.before(picture, 0)
+    both = demo.Page(model, page.similarities, lambda: model)
+    text, drawn = both.before(picture, 3)
+    assert text == f"not trained yet: {model.caption([picture], sample_ids=[3])[0]}"
+    assert drawn.tobytes() == model.reconstruct([picture], sample_ids=[3])[0].image.tobytes()
+    blocks = demo.build(both, "built-in")
+    names = {function.api_name for function in blocks.fns.values()}
+    assert {"scene", "caption", "draw", "reconstruct", "before"} <= names

@@ -19,7 +19,7 @@ from uae_jax.stages.program import make_program
 from uae_jax.stages.run_config import RunConfig
 
 MACHINE = re.compile(r"@(?:(\d+)x[\w.]+|(v\w+)-(\d+))")  # @8xH200, @1x24GB, or @v5e-8
-HEAD = ("preset", "stage", "images a step", "in parts of", "GiB a device")
+HEAD = ("preset", "stage", "images a step", "samples at once", "GiB a device", "own chip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Fit:
       devices: that the preset is made for.
       chip: of a slice; empty where the preset is for cards, of any kind.
       images: in a global batch.
-      part: images of a global batch whose gradient is computed at once.
+      samples: captions or drawings of all devices whose gradient is computed at once.
       peak: bytes of one device.
     """
 
@@ -41,7 +41,7 @@ class Fit:
     devices: int
     chip: str
     images: int
-    part: float
+    samples: int
     peak: float
 
     def fits(self, chip: Chip) -> bool:
@@ -70,8 +70,8 @@ def fits_of(preset: str, values: Mapping[str, Any]) -> list[Fit]:
     for stage in config.distinct_stages():
         program = make_program(config, system, system.parts, system.batch, stage)
         memory, settings = estimate_memory(program, config, sizes, system), program.config
-        part = settings.batch_size / settings.micro_batches
-        found.append(Fit(preset, stage, devices, chip, settings.batch_size, part, memory.peak))
+        samples = settings.batch_size * getattr(settings, "group_size", 1) // settings.micro_batches
+        found.append(Fit(preset, stage, devices, chip, settings.batch_size, samples, memory.peak))
     return found
 
 
@@ -93,6 +93,7 @@ def fit_table(fits: Iterable[Fit], chips: Sequence[Chip]) -> str:
     rows.append(["---"] * len(rows[0]))
     for fit in fits:
         shares = [f"{100 * fit.peak / chip.memory:.0f} %" if fit.fits(chip) else "-" for chip in chips]
-        part = f"{fit.part:g}" if fit.part >= 1 else f"1/{1 / fit.part:g}"
-        rows.append([f"`{fit.preset}`", fit.stage, str(fit.images), part, f"{fit.peak / GIB:.1f}", *shares])
+        own = f"{100 * fit.peak / CHIPS[fit.chip].memory:.0f} % of {fit.chip}" if fit.chip else "-"
+        known = [f"`{fit.preset}`", fit.stage, str(fit.images), str(fit.samples), f"{fit.peak / GIB:.1f}", own]
+        rows.append([*known, *shares])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
