@@ -278,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
         "--docs",
         type=pathlib.Path,
         default=None,
-        help="Markdown page for the tables, such as docs/results.md, between two marks or at its end; plots go to "
+        help="Markdown page for the tables, such as dev/results.md, between two marks or at its end; plots go to "
         "images/ beside it. WORKDIR/results.md when not given",
     )
     made.add_argument("--list", action="store_true", help="list the arms and the commands to run, and end")

@@ -12,7 +12,7 @@ Usage: benchmarks/gpu_check.sh [options]
   benchmarks/gpu_check.sh --size small --minutes 20          # a dry run, without a card
 
 Random weights of full size are made on the card. Three steps of every stage, the forms of attention, the phases of a
-step, and compiled PyTorch beside them are measured, the most valuable first (docs/gpu_check.md). A part that fails
+step, and compiled PyTorch beside them are measured, the most valuable first (dev/gpu_check.md). A part that fails
 costs no other one, and the same command again runs what is not done yet.
 
 Without --python it uses python3 if that has all packages. Otherwise it makes .venv, which takes minutes and some 10 GB;

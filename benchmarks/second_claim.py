@@ -2,7 +2,7 @@
 
     python -m benchmarks.second_claim --workdir=runs/second_claim               every arm of every seed, one by one
     python -m benchmarks.second_claim --workdir=runs/second_claim --seeds=101 --arms=none,flow_grpo
-    python -m benchmarks.second_claim --workdir=runs/second_claim --tables_only --docs=docs/results.md
+    python -m benchmarks.second_claim --workdir=runs/second_claim --tables_only --docs=dev/results.md
 
 The captioner is that of the start model (`before`) or that of gen_for_und (`after`). The decoder is left alone
 (`none`), or trained by Flow-GRPO with the plain reward, by the same with shuffled rewards, by flow matching on the same

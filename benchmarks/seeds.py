@@ -1,7 +1,7 @@
 """What finished runs of several seeds show: the recipe's claims held against each, and all scores.
 
     python -m uae_jax.main --config=configs/unified_grpo.py --workdir=runs/seed_1 --config.seed=1    # and so on
-    python -m benchmarks.seeds runs/seed_0 runs/seed_1 [--docs=docs/results.md]
+    python -m benchmarks.seeds runs/seed_0 runs/seed_1 [--docs=dev/results.md]
 
 A score is up when its 95 % interval after the stage lies above the one before it. The loss of cold_start is one minus
 the reward of drawings of true captions, so that `true_caption_reward` is its reconstruction loss on held-out scenes.

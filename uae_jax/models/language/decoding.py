@@ -2,7 +2,7 @@
 
 A loop over stacked layers copies a layer's weights out of the stack before it multiplies with them. XLA joins products
 of one input by joining their weights again for every token. Both together move four times the bytes of the weights
-(docs/gpu.md). Here weights are joined once, before the loop over tokens. That takes the memory of one copy of the
+(dev/gpu.md). Here weights are joined once, before the loop over tokens. That takes the memory of one copy of the
 language model in its own precision.
 """
 

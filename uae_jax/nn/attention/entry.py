@@ -26,7 +26,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Mask], Array]] = {
     "cudnn": cudnn,
 }
 SMALL = 128 * 128  # pairs of query and key; up to here the plain formula is as fast as any other form, on every device
-# lengths that need no padding inside a kernel (docs/gpu.md); CPUs take any
+# lengths that need no padding inside a kernel (dev/gpu.md); CPUs take any
 MULTIPLES = {"gpu": 16, "tpu": 16, "cpu": 1}
 BATCH_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"
 

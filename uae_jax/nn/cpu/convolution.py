@@ -34,7 +34,7 @@ def convolve_doubled(
 
     A pixel of the result sees 2x2 pixels of the input, some by the sum of several taps: 4 products in place of 9. Rows
     of even and of odd number are a convolution each. libtpu expects this form to take 1.4 to 1.5 times as long on a TPU
-    v5e, where moving rows and columns together costs more than the products (`docs/performance.md`).
+    v5e, where moving rows and columns together costs more than the products (`dev/performance.md`).
 
     Args:
       x: `[B, H, W, n C]` of n interleaved images.

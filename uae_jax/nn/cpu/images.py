@@ -1,7 +1,7 @@
 """Images of a batch interleaved as channels, the layout in which XLA's CPU backend convolves several images at once.
 
 The backend shards a convolution over cores along columns alone, and only where a row is enough work. One narrow image
-then occupies one core (`docs/performance.md`). Inside `interleaving(n)` arrays of images are `[B / n, H, W, n C]`: the
+then occupies one core (`dev/performance.md`). Inside `interleaving(n)` arrays of images are `[B / n, H, W, n C]`: the
 channels of n neighbouring images lie side by side.
 """
 
