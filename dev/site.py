@@ -15,7 +15,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-COMMANDS = ("infer", "convert", "evaluate", "demo", "precompute", "plan")
+COMMANDS = ("infer", "convert", "demo", "precompute", "plan", "fetch_emoji")
+WITH_SETTINGS = ("precompute", "plan")  # these take --config.FIELD=VALUE too
 CODE_FENCE = "```"
 
 
@@ -47,22 +48,35 @@ def settings_page() -> str:
 
 def commands_page() -> str:
     """The help of every command."""
-    from uae_jax import main
+    from uae_jax import evaluate, main
     from uae_jax.command_line import CommandParser
 
-    parts = ["# Commands", "", "Made from the code: what `--help` prints.", "", "## main", "", CODE_FENCE + "text"]
-    parts += [main.make_parser().format_help().rstrip(), CODE_FENCE]
+    parts = ["# Commands", "", "Made from the code: what `--help` prints."]
+    parts += _help("main", main.make_parser())
     for name in COMMANDS:
         module = importlib.import_module(f"uae_jax.{name}")
         parser = CommandParser(prog=f"python -m uae_jax.{name}", description=module.__doc__)
-        add = module.add_arguments
-        add(parser, ()) if len(inspect.signature(add).parameters) > 1 else add(parser)
-        parts += ["", f"## {name}", "", CODE_FENCE + "text", parser.format_help().rstrip(), CODE_FENCE]
-        for action in parser._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for word, sub in action.choices.items():
-                    parts += ["", f"### {name} {word}", "", CODE_FENCE + "text", sub.format_help().rstrip(), CODE_FENCE]
+        module.add_arguments(parser, ()) if name in WITH_SETTINGS else module.add_arguments(parser)
+        parts += _help(name, parser)
+    for word in evaluate.COMMANDS:
+        parser = CommandParser(prog="python -m uae_jax.evaluate", description=evaluate.__doc__)
+        evaluate.add_arguments(parser, word)
+        parts += _help(f"evaluate {word}", _subcommands(parser)[word])
     return "\n".join(parts) + "\n"
+
+
+def _subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The subcommands of a parser by name."""
+    found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(found[0].choices) if found else {}
+
+
+def _help(name: str, parser: argparse.ArgumentParser) -> list[str]:
+    """Heading and help of a command, and those of its subcommands."""
+    lines = ["", f"## {name}", "", CODE_FENCE + "text", parser.format_help().rstrip(), CODE_FENCE]
+    for word, sub in _subcommands(parser).items():
+        lines += _help(f"{name} {word}", sub)
+    return lines
 
 
 def api_page() -> str:

@@ -16,6 +16,7 @@ from uae_jax.stages.data import open_sources
 from uae_jax.stages.evaluation import Evaluator
 
 IMAGES = 5
+ADVANCED: dict[tuple[int, bool], int] = {}  # rows that a bar over the scores was told of, by batch size and kind
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,13 @@ def scored(whole, tmp_path_factory):
             whole.config.seed,
         )
         folder = tmp_path_factory.mktemp(f"batches_of_{size}")
-        found[size] = evaluator(whole.parts, folder), folder, evaluator, evaluator.during(whole.parts)
+        done: list[int] = []
+        evaluator.advance = done.append
+        scores = evaluator(whole.parts, folder)
+        ADVANCED[size, True] = sum(done)
+        done.clear()
+        found[size] = scores, folder, evaluator, evaluator.during(whole.parts)
+        ADVANCED[size, False] = sum(done)
     return found
 
 
@@ -70,6 +77,12 @@ def test_scores_are_compiled_once_and_padding_adds_no_program(scored, size):
         1,
         1,
     ]
+
+
+@pytest.mark.parametrize("size", [4, 5])
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_bar_over_the_scores_ends_full(scored, size, complete):
+    assert ADVANCED[size, complete] == scored[size][2].rows_of(complete)
 
 
 def test_scores_are_means_over_pictures(scored):

@@ -7,8 +7,9 @@ import types
 
 import pytest
 
+from runs import make_samples
 from uae_jax.files.json_files import write_json
-from uae_jax.training.metrics import Clock, MetricWriter, read_lines
+from uae_jax.training.metrics import STRIP_SIDE, Clock, MetricWriter, read_lines
 
 
 def write(workdir, stage, start, steps):
@@ -90,6 +91,40 @@ def test_steps_are_sent_to_wandb_once_and_stages_follow_each_other(tmp_path, mon
     assert [step for step, _ in service.rows] == list(range(1, 11))
     assert service.rows[6] == (7, {"gen_for_und/step": 1, "gen_for_und/reward": 0.1})
     assert len(set(service.ids)) == 1
+
+
+def test_samples_and_scores_reach_tensorboard_and_wandb_and_stay_after_a_restart(tmp_path, monkeypatch):
+    service = Wandb()
+    service.Image = lambda image, caption: (image.size, caption)
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    for name in ("rl_before", "rl_step2", "rl_step9"):
+        make_samples(tmp_path / "samples" / name, f"caption {name}")
+    scores = {"reward": {"value": 0.25, "low": 0.1, "high": 0.3, "n": 4}, "geneval": 0.5}
+    for _ in range(2):  # the second time as after a restart at step 4
+        writer = MetricWriter(tmp_path, wandb_project="uae")
+        writer.begin("rl", 4)
+        writer.scores("rl", 0, scores)
+        writer.samples("rl", 4, tmp_path / "samples" / "rl_step2")
+        writer.scores("rl", 4, {"reward": {"value": 0.75}})
+        writer.close()
+    folder = tmp_path / "tensorboard" / "rl"
+    assert points(folder, "held_out/reward") == [(0, 0.25), (4, 0.75)]
+    assert points(folder, "held_out/geneval") == [(0, 0.5)]
+    # those of step 9 are of a run that was killed
+    assert [step for step, _ in points(folder, "samples/0")] == [0, 2, 4]
+    sent = [values for _, values in service.rows if "rl/samples" in values]
+    side = STRIP_SIDE
+    assert sent[0]["rl/samples"] == [((3 * side + 4 * (side // 32), side + 2 * (side // 32)), "caption rl_step2")]
+    assert any(values.get("rl/held_out/reward") == 0.75 for _, values in service.rows)
+
+
+def test_a_run_without_samples_or_scores_writes_none(tmp_path):
+    writer = MetricWriter(tmp_path)
+    writer.begin("s", 0)
+    writer.scores("s", 0, {})
+    writer.samples("s", 0, tmp_path / "nowhere")
+    writer.close()
+    assert not points(tmp_path / "tensorboard" / "s", "samples/0")
 
 
 def test_not_finite_is_null_and_the_line_stays_json(tmp_path):
