@@ -31,6 +31,7 @@ def test_built_in_models_have_names_and_the_start_model_says_what_it_is(tmp_path
     assert start.engine.folder == BUILTIN == model_folder("") == model_folder("start")
     assert "not trained yet" in start.warning and start.settings.size == 32
     assert uae_jax.load(steps=2).engine.folder == NAMED[DEFAULT]
+    assert (DEFAULT == "trained") == NAMED["trained"].is_dir(), "a trained model in the package is the default"
     monkeypatch.chdir(tmp_path)  # a folder of that name comes first
     (tmp_path / "start" / "llm").mkdir(parents=True)
     assert model_folder("start").resolve() == tmp_path / "start"
