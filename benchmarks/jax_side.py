@@ -186,16 +186,17 @@ class JaxSide:
         self.inputs, self.settings = inputs, inputs.settings
         system = open_system(folder, self.settings.image_size, self.settings.dtype)
         template = dataclasses.replace(system.model.template, negative=tuple(inputs["negative"].tolist()))
-        model = dataclasses.replace(system.model, template=template)
+        decoder = dataclasses.replace(system.model.decoder, template=template)
+        model = dataclasses.replace(system.model, decoder=decoder)
         self.system = dataclasses.replace(system, model=model, parts={}, stops=())
         self.stage = stage if stage in STAGES else STAGES[0]
         self.config = stage_config(self.stage, self.settings)
         sampler = SamplerConfig(system.schedule.shift, system.schedule.kind)
         self.method = make_method(self.stage, self.config, sampler, self.system)
-        self.denoising = rollout_denoising(self.config, sampler, self.config.guidance_scale)
+        self.denoising = rollout_denoising(model, self.config, sampler, self.config.guidance_scale)
         self.key = jax.random.key(0)
         trains = self.method.trains(self.config) if stage in STAGES else ()
-        start = trainable(system.parts, trains, self.config.lora_rank, self.key)
+        start = trainable(model, system.parts, trains, self.config.lora_rank, self.key)
         self.frozen = {name: part for name, part in system.parts.items() if name not in start}
         self.optimizer = make_optimizer(self.config.optimizer, 1000)
         # placed as the step gives it back, so that the second call is the same program as the first

@@ -39,7 +39,8 @@ class TimedStage:
     def __init__(self, whole: Run, stage: str):
         config = whole.config.stage(stage)
         optimizer = make_optimizer(config.optimizer, config.total_updates)
-        start = trainable(whole.parts, whole.config.trains(stage), getattr(config, "lora_rank", 1), whole.key)
+        names, rank = whole.config.trains(stage), getattr(config, "lora_rank", 1)
+        start = trainable(whole.system.model, whole.parts, names, rank, whole.key)
         self.state = sharding.shard_tree(init_state(start, optimizer, ema=bool(config.ema_decay)), whole.mesh)
         self.frozen = {name: part for name, part in whole.frozen_of(stage).items() if name not in start}
         self.mesh, self.key = whole.mesh, trees.name_key(whole.key, stage)

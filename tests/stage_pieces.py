@@ -68,7 +68,7 @@ def make_run(config: dict, workdir, devices: int = 1) -> run_module.Run:
 def start_of(run: run_module.Run, stage: str) -> dict:
     """What a stage trains, as it begins."""
     rank = getattr(run.config.stage(stage), "lora_rank", 1)
-    return trainable(run.parts, run.config.trains(stage), rank, jax.random.key(5))
+    return trainable(run.system.model, run.parts, run.config.trains(stage), rank, jax.random.key(5))
 
 
 def step_of(run: run_module.Run, stage: str, state: Any, optimizer: Any) -> Any:

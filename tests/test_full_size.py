@@ -21,6 +21,7 @@ from torch import nn
 from wrapped_layout import wrapped_tensors
 
 from uae_jax import trees
+from uae_jax.hf.adapters import adapter_rules
 from uae_jax.hf.rules import Rule, canonical, published_tensors
 from uae_jax.hf.split_tensors import SplitTensors
 from uae_jax.models.encoders import clip, dino, openai, tables
@@ -352,7 +353,7 @@ def test_sd3_5_and_its_adapter(tmp_path, published_config, tensors, billions, ad
     saved = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(wrapped).items()}
     assert len(saved) == adapted
     adapter = jax.eval_shape(lambda: init_lora(jax.random.key(0), abstract, sd3.ATTENTION_ADAPTER, RANK))
-    check_both_ways(sd3_weights.adapter_rules(config), adapter, saved)
+    check_both_ways(adapter_rules(sd3_weights.transformer_rules(config), adapter), adapter, saved)
 
 
 def test_sd3_vae(tmp_path):

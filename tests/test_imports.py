@@ -22,7 +22,7 @@ WORDS = {
     "sharding": "settings trees",
     "diffusion": "files trees",
     "rl": "trees",
-    "models": "files nn hf trees",
+    "models": "files nn hf trees diffusion",
     "rewards": "models rl settings trees",
     "rollouts": "models nn diffusion rl sharding trees",
     "training": "files settings sharding trees",

@@ -107,11 +107,10 @@ def write(model: uae.UAE, tokens: int, parts: Mapping, prefix: lm.Prefix, ids: A
 
 def in_precision(model: uae.UAE, dtype: str) -> uae.UAE:
     """The model with activations in a precision."""
-    return dataclasses.replace(
-        model,
-        captioner=model.captioner.using(dtype=dtype, remat="full", lora_alpha=64.0),
-        transformer=dataclasses.replace(model.transformer, dtype=dtype, remat="full"),
-    )
+    captioner = model.captioner.using(dtype=dtype, remat="full", lora_alpha=64.0)
+    transformer = dataclasses.replace(model.transformer, dtype=dtype, remat="full")
+    decoder = dataclasses.replace(model.decoder, captioner=captioner, transformer=transformer)
+    return dataclasses.replace(model, captioner=captioner, decoder=decoder)
 
 
 def run(size: str, report: Callable[[dict], None]) -> None:

@@ -17,7 +17,7 @@ def captions(whole):
     """gen_for_und with a trained adapter, its sampled captions, and how images are generated."""
     stage = stage_of(whole, "gen_for_und", condition="caption_states", guidance_scale=2.0)
     parts = {**stage.frozen, "language_lora": nudged(stage.trained["language_lora"], size=0.05)}
-    how = rollout_denoising(stage.config, stage.method.sampler, stage.config.guidance_scale)
+    how = rollout_denoising(stage.method.system.model, stage.config, stage.method.sampler, stage.config.guidance_scale)
     said = jax.jit(lambda parts: stage.method.write_captions(parts, stage.batch, None, stage.key))(parts)
     return stage, parts, how, said
 

@@ -47,7 +47,7 @@ def _gradients(method, stage, rollout, micro_batches):
 
 def test_conditions_of_policy_and_reference_differ_only_with_a_trained_adapter(caption_stage):
     stage, _, rollout = caption_stage
-    how = rollout_denoising(stage.config, stage.method.sampler, stage.config.guidance_scale)
+    how = rollout_denoising(stage.method.system.model, stage.config, stage.method.sampler, stage.config.guidance_scale)
     tokens = rollout["samples"]["tokens"][:, 0]
     lengths = jnp.full(len(tokens), 3, jnp.int32)
 

@@ -120,7 +120,8 @@ def test_image_encoders_are_recomputed_where_the_transformer_is(whole, monkeypat
         return mixed_reward(config, encoders, *more)
 
     monkeypatch.setattr(cold_start, "mixed_reward", watched)
-    model = dataclasses.replace(model, transformer=dataclasses.replace(model.transformer, remat=remat))
+    transformer = dataclasses.replace(model.transformer, remat=remat)
+    model = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, transformer=transformer))
     trained, function = _value_and_gradient(whole, model)
     jax.eval_shape(function, trained)
     assert seen and set(seen) == {remat == "full"}
@@ -130,11 +131,9 @@ def test_image_encoders_are_recomputed_where_the_transformer_is(whole, monkeypat
 def test_recomputing_layers_changes_no_gradient(whole, cold):
     trained, _, value, gradient = cold
     model = whole.system.model
-    again = dataclasses.replace(
-        model,
-        captioner=model.captioner.using(remat="full"),
-        transformer=dataclasses.replace(model.transformer, remat="full"),
-    )
+    captioner, transformer = model.captioner.using(remat="full"), dataclasses.replace(model.transformer, remat="full")
+    decoder = dataclasses.replace(model.decoder, captioner=captioner, transformer=transformer)
+    again = dataclasses.replace(model, captioner=captioner, decoder=decoder)
     other_value, other = _value_and_gradient(whole, again, guidance_scale=2.0)[1](trained)
     assert float(other_value) == pytest.approx(float(value), rel=1e-5)
     assert largest_gap(gradient, other) < 1e-4

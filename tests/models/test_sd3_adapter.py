@@ -12,10 +12,11 @@ from programs import jit_as_users_do
 from sd3_pieces import torch_transformer, torch_velocity, velocity
 
 from uae_jax import trees
+from uae_jax.hf.adapters import adapter_rules
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import TensorFolder, write_tensors
 from uae_jax.models.sd3 import transformer as sd3
-from uae_jax.models.sd3.weights import adapter_rules, load_adapter, load_transformer
+from uae_jax.models.sd3.weights import load_adapter, load_transformer, transformer_rules
 from uae_jax.nn.lora import init_lora, merge_adapter
 
 SIZES = dict(pos_embed_max_size=6, dual_attention_layers=(0, 1), qk_norm="rms_norm")
@@ -55,7 +56,7 @@ def test_adapted_velocity_equals_peft(adapted):
 
 def test_export_writes_the_published_adapter(adapted, tmp_path):
     root, theirs, config, _, adapter = adapted
-    written = dict(published_tensors(adapter, adapter_rules(config)))
+    written = dict(published_tensors(adapter, adapter_rules(transformer_rules(config), adapter)))
     stored = TensorFolder(root / "adapter")
     assert set(written) == stored.names()
     for name, tensor in written.items():
@@ -76,7 +77,11 @@ def test_export_writes_the_published_adapter(adapted, tmp_path):
 def test_other_published_names_are_read(adapted, tmp_path, rename):
     root, _, config, _, adapter = adapted
     write_tensors(
-        tmp_path, {rename(name): tensor for name, tensor in published_tensors(adapter, adapter_rules(config))}
+        tmp_path,
+        {
+            rename(name): tensor
+            for name, tensor in published_tensors(adapter, adapter_rules(transformer_rules(config), adapter))
+        },
     )
     (tmp_path / "adapter_config.json").write_text((root / "adapter" / "adapter_config.json").read_text())
     _, again = load_adapter(tmp_path, config)
@@ -87,7 +92,7 @@ def test_other_published_names_are_read(adapted, tmp_path, rename):
 def test_adapters_other_than_plain_lora_are_refused(adapted, tmp_path):
     root, _, config, _, adapter = adapted
     stored = json.loads((root / "adapter" / "adapter_config.json").read_text())
-    write_tensors(tmp_path, published_tensors(adapter, adapter_rules(config)))
+    write_tensors(tmp_path, published_tensors(adapter, adapter_rules(transformer_rules(config), adapter)))
     (tmp_path / "adapter_config.json").write_text(json.dumps({**stored, "use_dora": True}))
     with pytest.raises(ValueError, match="use_dora"):
         load_adapter(tmp_path, config)

@@ -33,7 +33,7 @@ def scored(whole, tmp_path_factory):
         evaluator = Evaluator(
             whole.system,
             settings,
-            denoising(whole.config.sampler, settings.sampler_steps, settings.guidance_scale),
+            denoising(whole.system.model, whole.config.sampler, settings.sampler_steps, settings.guidance_scale),
             examples,
             whole.rows,
             whole.config.data.max_caption,

@@ -206,11 +206,12 @@ def test_rl_stages_report_what_is_not_their_reward(finished):
 
 
 def test_whole_copies_are_not_there_before_their_stage(config, whole):
+    model = whole.system.model
     settings = frozen(RunConfig, changed(config, gen_for_und=dict(train="full"), und_for_gen=dict(train="full")))
     parts = {name: whole.parts[name] for name in ("language", "transformer")}
-    assert with_adapters(settings, parts, jax.random.key(0)).keys() == parts.keys()
+    assert with_adapters(settings, model, parts, jax.random.key(0)).keys() == parts.keys()
     lora = settings.with_stage("und_for_gen", train="lora")
-    assert with_adapters(lora, parts, jax.random.key(0)).keys() == parts.keys() | {"transformer_lora"}
+    assert with_adapters(lora, model, parts, jax.random.key(0)).keys() == parts.keys() | {"transformer_lora"}
 
 
 @pytest.mark.slow

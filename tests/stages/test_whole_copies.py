@@ -298,7 +298,7 @@ def test_a_rounded_model_is_copied_in_single_precision(whole):
     rounded = {"transformer": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), whole.parts["transformer"])}
     names = whole.config.with_stage("und_for_gen", train="full").trains("und_for_gen")
     assert names == ("transformer_policy",)
-    assert dtypes(trainable(rounded, names, 4, whole.key)) == {"float32"}
+    assert dtypes(trainable(whole.system.model, rounded, names, 4, whole.key)) == {"float32"}
 
 
 @pytest.mark.slow

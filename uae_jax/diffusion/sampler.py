@@ -70,6 +70,13 @@ def _stack_contexts(
     return jax.tree.map(join, negative, positive)
 
 
+def linear_guidance(
+    positive: Float32[Array, " n *d"], negative: Float32[Array, " n *d"], scale: float
+) -> Float32[Array, " n *d"]:
+    """`v_neg + w (v_pos - v_neg)`, classifier-free guidance (arXiv 2207.12598), as in diffusers' SD3 pipeline."""
+    return negative + scale * (positive - negative)
+
+
 def guided_velocity(
     velocity_fn: Callable[[Float[Array, " m *d"], Float[Array, " m"], PyTree], Float[Array, " m *d"]],
     x: Float[Array, " n *d"],
@@ -78,8 +85,9 @@ def guided_velocity(
     negative_context: PyTree[Shaped[Array, "#n ..."]] | None = None,
     guidance_scale: float | Float[Array, " n"] = 1.0,
     stop_negative_gradient: bool = False,
+    guide: Callable[[Array, Array, float], Array] = linear_guidance,
 ) -> Float32[Array, " n *d"]:
-    """Classifier-free guidance `v_neg + w (v_pos - v_neg)`; source: arXiv 2207.12598, as in diffusers' SD3 pipeline.
+    """The velocity of a caption, guided away from that of a negative prompt.
 
     Args:
       velocity_fn: the denoiser, `(latents, noise levels, context) -> velocity`. One call evaluates both halves, m = 2 n
@@ -92,6 +100,7 @@ def guided_velocity(
         so that one program serves all guidances; the negative half is then always evaluated.
       stop_negative_gradient: no gradient for the negative half, as in flow_grpo's training. Each half is then a call
         of its own, so that no backward pass is spent on the negative one. The value does not change.
+      guide: `(positive, negative, w) -> velocity` of the decoder.
 
     Raises:
       ValueError: guidance has no negative context, or the contexts differ in shape.
@@ -113,7 +122,7 @@ def guided_velocity(
         both = velocity_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(sigmas, 2), contexts)
         pairs = both.astype(jnp.float32).reshape(batch, 2, *both.shape[1:])
         negative, positive = pairs[:, 0], pairs[:, 1]
-    return negative + guidance_scale * (positive - negative)
+    return guide(positive, negative, guidance_scale)
 
 
 def _euler_scan(

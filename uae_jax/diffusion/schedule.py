@@ -7,7 +7,7 @@ A schedule runs from sigma 1 (pure noise) down to sigma 0 (the image). SD3 bends
 import dataclasses
 import math
 import pathlib
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Array, Float, Float32
@@ -21,6 +21,8 @@ KINDS = ("diffusers", "single", "linspace_shift")
 _CONFIG_NAME = "scheduler_config.json"
 _SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
 # those that are read, and those of the dynamic shift, which is refused
+# of the dynamic shifts, which the decoders that have one compute themselves
+_BY_DECODERS = ("use_dynamic_shifting", "shift_terminal")
 _UNDERSTOOD = (
     "shift",
     "num_train_timesteps",
@@ -40,6 +42,28 @@ def shift_sigma(sigma: Sigma, shift: float) -> Sigma:
     Source: arXiv 2403.03206, section 5.3.2.
     """
     return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def shifted_levels(steps: int, mu: float) -> Float32[np.ndarray, " levels"]:
+    """Levels of a sampler with an exponential shift, `e^mu / (e^mu + 1 / s - 1)`, of even spacing from 1 to 1 / steps.
+
+    The arithmetic is float32, as in `FlowMatchEulerDiscreteScheduler.set_timesteps`.
+
+    Args:
+      steps: velocity evaluations.
+      mu: logarithm of the shift.
+
+    Returns:
+      `steps + 1` levels from 1 to 0.
+
+    Raises:
+      ValueError: fewer than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"a sampler needs at least 1 step, got steps={steps}")
+    even = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+    factor = np.float32(math.exp(mu))
+    return np.append(factor / (factor + (1 / even - 1)), np.float32(0)).astype(np.float32)
 
 
 def sigma_schedule(
@@ -75,6 +99,30 @@ def sigma_schedule(
     if kind == "diffusers":
         smallest = shift_sigma(smallest, shift)
     return np.append(shift_sigma(np.linspace(1.0, smallest, steps), shift), 0.0).astype(np.float32)
+
+
+def check_scheduler(folder: str | pathlib.Path, **wanted: Any) -> dict[str, Any]:
+    """The settings of a scheduler's folder, if they are those with which a decoder's levels are computed.
+
+    Args:
+      folder: with `scheduler_config.json`.
+      **wanted: settings and the values that they must have; absent counts as None or False.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: another scheduler, another value, or a setting that nothing here reads.
+    """
+    path = pathlib.Path(folder) / _CONFIG_NAME
+    stored = read_json(path.parent, path.name)
+    name = stored.get("_class_name", _SCHEDULER_CLASS)
+    if name != _SCHEDULER_CLASS:
+        raise ValueError(f"{path} describes {name}; only {_SCHEDULER_CLASS} is supported")
+    for option, value in wanted.items():
+        if (stored.get(option) or None) != (value or None):
+            raise ValueError(f"{path} sets {shown(option, stored.get(option))}; this decoder's is {value!r}")
+    for option, value in unknown_fields(stored, (*_UNDERSTOOD, *_BY_DECODERS)):
+        raise ValueError(f"{path} sets {shown(option, value)}, which is not supported")
+    return stored
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,23 @@ def read_json(folder: str | pathlib.Path, name: str = "config.json") -> dict[str
     return value
 
 
+def read_class_json(folder: str | pathlib.Path, class_name: str) -> dict[str, Any]:
+    """The `config.json` of one model of diffusers.
+
+    Raises:
+      FileNotFoundError: the folder has no such file.
+      ValueError: the file is not a JSON object, or of another class.
+    """
+    stored = read_json(folder)
+    found = stored.get("_class_name", stored.get("model_type", class_name))
+    if found != class_name:
+        raise ValueError(
+            f"{to_path(folder) / 'config.json'}: the folder holds a {found!r} model, expected {class_name!r}; "
+            "give the folder of that model"
+        )
+    return stored
+
+
 def image_processor_settings(folder: str | pathlib.Path) -> dict[str, Any]:
     """An image processor's settings: preprocessor_config.json, or their part of transformers 5's processor_config.json.
 

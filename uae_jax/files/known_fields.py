@@ -99,6 +99,16 @@ def only(section: Mapping[str, Any], field: str, supported: tuple) -> None:
         raise ValueError(f"{field} is {section[field]!r}; only {supported[0]!r} is supported")
 
 
+def require(condition: bool, model: str, field: str, value: Any, supported: str) -> None:
+    """Checks a setting of a model.
+
+    Raises:
+      ValueError: the condition is false; the message has the field, its value and what is supported.
+    """
+    if not condition:
+        raise ValueError(f"{model} config: {field}={value!r} is not supported; it must be {supported}")
+
+
 def check_kinds(
     stored: Mapping[str, Any], kinds: Mapping[str, Any], what: str = "", zero: Collection[str] = ()
 ) -> None:

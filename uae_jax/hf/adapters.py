@@ -27,6 +27,8 @@ ALPHA = r"(.+)\.alpha"
 SPECIAL = r".*(\.lora_|lora_magnitude_vector|\.dora_scale).*"  # factors of other kinds of adapters
 NOT_A_FACTOR = r"(?!.*\.lora_[AB]\.weight$).*"
 LAYER = r"^(.*\.)?(layers|blocks|transformer_blocks)\.\d+\."  # the prefix of a module in a layer
+# peft's prefix, and that of diffusers' own adapter files, for diffusion transformers
+DIFFUSERS_ALIASES = ((r"^(transformer\.)?(base_model\.model\.)?", ""),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +202,24 @@ def survey_adapter(
     except ValueError as error:
         alpha, assumed, problems = 0.0, False, [*problems, str(error)]
     return dataclasses.replace(files, alpha=alpha, assumed=assumed, problems=tuple(problems))
+
+
+def adapter_rules(table: Sequence[Rule], adapter: trees.Tree, prefix: str = "base_model.model.") -> list[Rule]:
+    """The table of a peft adapter of the modules that `adapter` has.
+
+    Args:
+      table: of the base model.
+      adapter: factors `a` and `b` by module.
+      prefix: what stands before the names of modules.
+    """
+    leaves = trees.flatten(adapter)
+    return [
+        Rule(f"{module}/{part}", f"{prefix}{theirs}.lora_{part.upper()}.weight", "dense", rule.layers)
+        for rule in table
+        for module, theirs in ((rule.ours.removesuffix("/kernel"), rule.theirs.removesuffix(".weight")),)
+        if rule.layout == "dense" and f"{module}/a" in leaves
+        for part in ("a", "b")
+    ]
 
 
 def read_adapter(files: AdapterFiles, dtype: DTypeLike | None = None) -> Adapter:

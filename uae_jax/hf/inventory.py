@@ -14,6 +14,16 @@ from uae_jax.hf.safetensors import Tensors
 
 
 @dataclasses.dataclass(frozen=True)
+class Table:
+    """The required tensors of a part's folder: arguments of `hf.rules.load_params`."""
+
+    rules: Sequence[Rule]
+    abstract: trees.Tree
+    aliases: Sequence[tuple[str, str]] = ()
+    ignore: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Fit:
     """How the tensors of a folder fit a model.
 

@@ -95,6 +95,7 @@ class ColdStart:
         """The sampler that is differentiated."""
         settings = self.settings
         return denoising(
+            self.system.model,
             self.sampler,
             settings.sampler_steps,
             settings.guidance_scale,

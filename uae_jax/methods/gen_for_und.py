@@ -235,7 +235,7 @@ class GenForUnd:
     ) -> Float[Array, "n H W 3"]:
         """The decoder's images `[B * G, H, W, 3]` of sampled captions."""
         settings, model = self.settings, self.system.model
-        how = rollout_denoising(settings, self.sampler, settings.guidance_scale)
+        how = rollout_denoising(model, settings, self.sampler, settings.guidance_scale)
         noise_key = trees.name_key(key, "noise")
         noise = initial_noise(model, noise_key, batch["sample_id"], settings.group_size, shared=settings.shared_noise)
         said = completion.tokens, completion.mask

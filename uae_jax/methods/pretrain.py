@@ -20,8 +20,7 @@ from uae_jax.diffusion import flow
 from uae_jax.methods.method import Described, Loss, split_samples
 from uae_jax.methods.stage_settings import SamplerConfig, SupervisedSettings
 from uae_jax.models import uae
-from uae_jax.models.qwen2_5_vl import model as qwen
-from uae_jax.models.sd3 import vae
+from uae_jax.models.autoencoder.blocks import sample_latents
 from uae_jax.rollouts.captioning import CAPTION_FIELDS
 from uae_jax.rollouts.frozen_inputs import LATENT_FIELDS, STATE_FIELDS, image_moments, text_states, with_dropped
 from uae_jax.rollouts.reconstruction import sample_keys
@@ -101,10 +100,10 @@ class Pretrain:
                 mean, log_variance = (inputs[name] for name in LATENT_FIELDS)
             else:
                 mean, log_variance = image_moments(model, parts, inputs["pixels"])
-            drawn = jax.vmap(lambda k, m, v: vae.sample_latents(trees.name_key(k, "latents"), m, v))(
+            drawn = jax.vmap(lambda k, m, v: sample_latents(trees.name_key(k, "latents"), m, v))(
                 inputs["keys"], mean, log_variance
             )
-            return {"latents": vae.to_model_latents(model.vae, drawn), "hidden": hidden, "mask": mask}
+            return {"latents": model.decoder.to_model_latents(parts, drawn), "hidden": hidden, "mask": mask}
 
         inputs = {name: batch[name] for name in INPUTS if name in batch} | {"keys": keys, "dropped": dropped}
         # the images of a batch at full resolution do not fit where only a part of its gradient does
@@ -117,7 +116,7 @@ class Pretrain:
         keys = sample_keys(key, samples["sample_id"])
         sigma = flow.sample_sigmas(_named(keys, "sigma"), self.settings.time_scheme, self.settings.time_shift)
         noise = uae.initial_noise(model, _named(keys, "noise"))
-        context = qwen.project(parts["projector"], samples["hidden"]), samples["mask"]
+        context = model.decoder.context(parts, samples["hidden"], samples["mask"])
         noisy = flow.corrupt(samples["latents"], noise, sigma)
         predicted = uae.velocity(model, parts, noisy, sigma, context, policy=False)
         weight = flow.loss_weight(sigma, self.settings.weighting)

@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Iterator
 
-from uae_jax.diffusion.schedule import KINDS, sigma_schedule
+from uae_jax.diffusion.schedule import KINDS
+from uae_jax.models.uae import UAE
 from uae_jax.rewards.similarity import RewardConfig
 from uae_jax.rollouts.conditions import CONDITIONS
-from uae_jax.rollouts.reconstruction import Denoising
+from uae_jax.rollouts.reconstruction import Denoising, noise_levels
 from uae_jax.settings import Settings, setting
 from uae_jax.training.optimizer import OptimizerConfig
 from uae_jax.training.step import OldPolicy
@@ -17,7 +18,11 @@ class SamplerConfig(Settings):
     """Noise levels of every sampler."""
 
     shift: float = setting(3.0, "static shift of the noise levels", above=0, source="SD3, arXiv 2403.03206, eq. 23")
-    schedule: str = setting("diffusers", "kind of schedule, see diffusion.schedule", choices=KINDS)
+    schedule: str = setting(
+        "diffusers",
+        "kind of schedule: that of diffusers' pipeline of this decoder, or one of diffusion.schedule",
+        choices=KINDS,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,16 +132,25 @@ class RolloutSettings(StageSettings):
 
 
 def denoising(
-    sampler: SamplerConfig, steps: int, guidance_scale: float, *, condition: str = "reference", vae_chunk: int = 0
+    model: UAE,
+    sampler: SamplerConfig,
+    steps: int,
+    guidance_scale: float,
+    *,
+    condition: str = "reference",
+    vae_chunk: int = 0,
 ) -> Denoising:
     """The deterministic sampler of a stage or of an evaluation."""
-    sigmas = sigma_schedule(steps, sampler.shift, sampler.schedule)
-    return Denoising(tuple(float(sigma) for sigma in sigmas), guidance_scale, condition, vae_chunk)
+    sigmas = noise_levels(model, steps, sampler.shift, sampler.schedule)
+    return Denoising(sigmas, guidance_scale, condition, vae_chunk)
 
 
-def rollout_denoising(settings: RolloutSettings, sampler: SamplerConfig, guidance_scale: float) -> Denoising:
+def rollout_denoising(
+    model: UAE, settings: RolloutSettings, sampler: SamplerConfig, guidance_scale: float
+) -> Denoising:
     """The sampler of a stage's rollouts."""
     return denoising(
+        model,
         sampler,
         settings.sampler_steps,
         guidance_scale,

@@ -12,16 +12,14 @@ from jaxtyping import Array
 
 from uae_jax import trees
 from uae_jax.models.language.model import ADAPTER_PATTERN
-from uae_jax.models.sd3.transformer import ATTENTION_ADAPTER
+from uae_jax.models.uae import UAE
 from uae_jax.nn.lora import init_lora
 
 LORA, COPY = "_lora", "_policy"
-# layers that a new adapter changes, by part
-ADAPTED = {"language": ADAPTER_PATTERN, "transformer": ATTENTION_ADAPTER}
 # the folder in which a model keeps the adapter of a part
 ADAPTER_FOLDERS = {"language": "llm_lora", "transformer": "dit_lora"}
 # parts that may be stored in bfloat16 while nothing trains them; auto-encoder and image encoders compute in float32
-STORABLE: tuple[str, ...] = ("vision", "language", "projector", "transformer")
+STORABLE: tuple[str, ...] = ("vision", "language", "projector", "text_encoder", "transformer")
 
 
 def copied_parts(names: Collection[str]) -> set[str]:
@@ -29,10 +27,11 @@ def copied_parts(names: Collection[str]) -> set[str]:
     return {name.removesuffix(COPY) for name in names if name.endswith(COPY)}
 
 
-def trainable(parts: Mapping, names: Collection[str], rank: int, key: Array) -> dict:
+def trainable(model: UAE, parts: Mapping, names: Collection[str], rank: int, key: Array) -> dict:
     """The trained parts at the start of a stage.
 
     Args:
+      model: for the modules that a new adapter changes.
       parts: the model's dictionary.
       names: as `Method.trains` gives them.
       rank, key: of new adapters.
@@ -40,6 +39,7 @@ def trainable(parts: Mapping, names: Collection[str], rank: int, key: Array) -> 
     Returns:
       Each part by name: the one that there is, a new adapter equal to the base, or a float32 copy of the base.
     """
+    targets = {"language": ADAPTER_PATTERN, "transformer": model.decoder.lora_targets}
     found = {}
     for name in names:
         if name in parts:
@@ -48,7 +48,7 @@ def trainable(parts: Mapping, names: Collection[str], rank: int, key: Array) -> 
             found[name] = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), parts[name.removesuffix(COPY)])
         else:
             base = name.removesuffix(LORA)
-            found[name] = init_lora(trees.name_key(key, name), parts[base], ADAPTED[base], rank)
+            found[name] = init_lora(trees.name_key(key, name), parts[base], targets[base], rank)
     return found
 
 

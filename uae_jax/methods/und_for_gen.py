@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float
 from uae_jax import trees
 from uae_jax.methods.method import STAGES, Described
 from uae_jax.methods.stage_settings import RolloutSettings, SamplerConfig, UpdateSettings, rollout_denoising
+from uae_jax.models.decoder import Context
 from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.nn.constrain import constrain_rows, ways
 from uae_jax.rewards.similarity import chosen_encoders, mixed_reward, term_metrics
@@ -33,7 +34,7 @@ from uae_jax.rollouts.captioning import (
     drawn_captions,
     sample_captions,
 )
-from uae_jax.rollouts.reconstruction import Context, Denoising, caption_context, decode, sample_keys
+from uae_jax.rollouts.reconstruction import Denoising, caption_context, decode, sample_keys
 from uae_jax.settings import changed, sections, setting
 from uae_jax.training.optimizer import OptimizerConfig
 from uae_jax.training.step import OldPolicy
@@ -184,7 +185,7 @@ class DecoderMethod:
     @property
     def denoising(self) -> Denoising:
         """The sampler of rollouts."""
-        return rollout_denoising(self.settings, self.sampler, self.settings.guidance_scale)
+        return rollout_denoising(self.system.model, self.settings, self.sampler, self.settings.guidance_scale)
 
     def contexts(self, parts: Mapping, batch: Mapping, key: Array) -> tuple[Context, Context | None, Metrics]:
         """What the decoder reads.

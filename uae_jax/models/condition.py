@@ -24,17 +24,20 @@ class ConditionTemplate:
       prefix: before the caption.
       suffix: after the caption.
       negative: ids of the negative prompt itself, without template.
-      pad: id that fills rows up to one length; masked, so that its choice does not matter.
+      pad: id that fills rows up to one length.
+      total: length of all rows, where the decoder reads padding too; a caption is then cut in front of the suffix. 0
+        for as long as the captions need; padding is then masked, so that its id does not matter.
     """
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     negative: tuple[int, ...]
     pad: int
+    total: int = 0
 
     def length(self, caption_tokens: int) -> int:
         """S: room for the template and for the longer of `caption_tokens` and the negative prompt."""
-        return len(self.prefix) + max(caption_tokens, len(self.negative)) + len(self.suffix)
+        return self.total or len(self.prefix) + max(caption_tokens, len(self.negative)) + len(self.suffix)
 
 
 def place_in_template(
@@ -53,6 +56,8 @@ def place_in_template(
     count, width = tokens.shape
     total = template.length(width)
     before, after = len(template.prefix), len(template.suffix)
+    if template.total:
+        lengths = jnp.minimum(lengths, total - before - after)
     position = jnp.arange(total)[None]
     end = (before + lengths)[:, None]
     ids = jnp.full((count, total), template.pad, jnp.int32)

@@ -1,32 +1,30 @@
-"""UAE as one description and one dictionary of parameters: captioner, projector, decoder (arXiv 2509.09666, section 3).
+"""UAE as one description and one dictionary of parameters: captioner and decoder (arXiv 2509.09666, section 3).
 
 The parts of the dictionary:
-  vision, language   Qwen2.5-VL; `language` is also the text encoder and the reference policy
+  vision, language   Qwen2.5-VL; `language` is also the reference policy
   language_lora      adapter of the captioner, or `language_policy`, a second copy for full fine-tuning
-  projector          language width to context width
-  transformer        SD3 / SD3.5; `transformer_lora` or `transformer_policy` as for the language model
+  transformer        of the decoder; `transformer_lora` or `transformer_policy` as for the language model
   vae                encoder and decoder of the latents
-  pooled             `[Dp]`, the pooled embedding of the empty prompt, both branches of guidance
   encoders           {name: parameters} of the image encoders
+and those of the decoder alone (`models.decoder.Decoder.parts`):
+  projector, pooled  of SD3: language width to context width, and `[Dp]` of the empty prompt
+  text_encoder       of decoders that bring their own
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
 from uae_jax.models.condition import ConditionTemplate
+from uae_jax.models.decoder import Context, Decoder, Parts, TransformerSizes
+from uae_jax.models.parts import captioner_weights, transformer_weights
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
-from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
-from uae_jax.models.sd3.transformer import Transformer
 from uae_jax.nn.constrain import constrain
 
-NUM_TRAIN_TIMESTEPS = 1000
-
-Parts = Mapping[str, Any]
+__all__ = ("UAE", "captioner_weights", "initial_noise", "transformer_weights", "velocity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,48 +33,35 @@ class UAE:
 
     Attributes:
       captioner: Qwen2.5-VL's sizes.
-      transformer: the diffusion transformer's sizes.
-      vae: the auto-encoder's sizes and latent scale.
-      template: ids around a caption in the decoder's condition.
+      decoder: what draws images of captions.
       image_size: side of the images in pixels.
+      banned: ranges (first, end) of ids that no caption may have, because the decoder would read them as no text.
     """
 
     captioner: Qwen2_5VLConfig
-    transformer: TransformerConfig
-    vae: VAEConfig
-    template: ConditionTemplate
+    decoder: Decoder
     image_size: int
+    banned: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def transformer(self) -> TransformerSizes:
+        """Of the decoder."""
+        return self.decoder.transformer
+
+    @property
+    def vae(self) -> Any:
+        """Of the decoder."""
+        return self.decoder.vae
+
+    @property
+    def template(self) -> ConditionTemplate:
+        """Of the decoder."""
+        return self.decoder.template
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(h, w, C) of the latents of an image."""
-        side = self.image_size // self.vae.downsampling
-        return side, side, self.vae.latent_channels
-
-
-def captioner_weights(parts: Parts, *, policy: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Parameters `{"vision", "language", "projector"}` and adapter of the captioner.
-
-    Args:
-      parts: the model's dictionary.
-      policy: the trained captioner, or the reference (adapter off), which is also the text encoder.
-    """
-    params = {name: parts[name] for name in ("vision", "language", "projector")}
-    if not policy:
-        return params, None
-    if "language_policy" in parts:
-        return params | {"language": parts["language_policy"]}, None
-    return params, parts.get("language_lora")
-
-
-def transformer_weights(parts: Parts, *, policy: bool) -> dict[str, Any]:
-    """Flax variables of the transformer: the trained one, or the reference (adapter off)."""
-    if not policy:
-        return {"params": parts["transformer"]}
-    if "transformer_policy" in parts:
-        return {"params": parts["transformer_policy"]}
-    variables = {"params": parts["transformer"]}
-    return variables | {"lora": parts["transformer_lora"]} if "transformer_lora" in parts else variables
+        return self.decoder.latent_shape(self.image_size, self.image_size)
 
 
 def velocity(
@@ -84,25 +69,12 @@ def velocity(
     parts: Parts,
     latents: Float[Array, "b rows columns c"],
     sigma: Float[Array, " b"],
-    context: tuple[Float[Array, "b s d_context"], Bool[Array, "b s"]],
+    context: Context,
     *,
     policy: bool = True,
 ) -> Float[Array, "b rows columns c"]:
-    """The transformer's velocity in float32.
-
-    Args:
-      model: sizes.
-      parts: the model's dictionary.
-      latents: noisy, in the scale of the diffusion model.
-      sigma: noise levels in [0, 1].
-      context: the condition and its mask.
-      policy: see `transformer_weights`.
-    """
-    pooled = jnp.broadcast_to(parts["pooled"], (latents.shape[0], parts["pooled"].shape[-1]))
-    states, mask = context
-    variables = transformer_weights(parts, policy=policy)
-    transformer = Transformer(model.transformer)
-    return cast(Array, transformer.apply(variables, latents, NUM_TRAIN_TIMESTEPS * sigma, states, pooled, mask))
+    """The decoder's velocity in float32; see `models.decoder.Decoder.velocity`."""
+    return model.decoder.velocity(parts, latents, sigma, context, policy=policy)
 
 
 def initial_noise(model: UAE, keys: Key[Array, " b"]) -> Float[Array, "b rows columns c"]:

@@ -54,8 +54,8 @@ class Shapes:
 def _shapes(config: RunConfig, program: Program, sizes: MeshSizes, system: Described, caption: int) -> Shapes:
     model, names = system.model, getattr(getattr(program.config, "reward", None), "names", ())
     text, decoder = model.captioner.text, model.transformer
-    side = model.image_size // model.vae.downsampling // decoder.patch_size
-    context = model.template.length(caption)
+    side = model.image_size // model.decoder.cell
+    (context, _), _ = model.decoder.states_shape(caption)
     encoder = max((_encoder_logits(system.encoders[name].config) for name in names), default=0)
     return Shapes(
         activation=2 if config.model.dtype == "bfloat16" else 4,

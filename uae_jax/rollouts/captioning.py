@@ -3,6 +3,7 @@
 Shape letters: b images, n captions, t caption tokens, p image patches, e image embeddings, d their width.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
@@ -70,6 +71,8 @@ def sample_captions(
     """
     params, adapter = uae.captioner_weights(parts, policy=True)
     images = encode_batch_images(model, parts, batch) if image_embeds is None else image_embeds
+    if model.banned:
+        sampling = dataclasses.replace(sampling, banned=model.banned)
     return complete_prompts(
         model.captioner,
         params,

@@ -13,11 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from uae_jax.models import condition, uae
-from uae_jax.models.language import model as lm
-from uae_jax.models.qwen2_5_vl import model as qwen
-from uae_jax.models.sd3 import vae
+from uae_jax.models.decoder import Context
 from uae_jax.nn.images import signed
-from uae_jax.rollouts.reconstruction import Context
 from uae_jax.trees import Tree
 
 # fields of a batch (`data.precomputed`) of each part that can be computed before
@@ -32,22 +29,21 @@ def image_moments(
     model: uae.UAE, parts: Mapping[str, Tree], pixels: Float[Array, "b height width 3"]
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
     """Mean and log-variance of the latents of images in [-1, 1]; a step draws one sample of them."""
-    return vae.encode(model.vae, parts["vae"], pixels)
+    return model.decoder.encode_images(parts, pixels)
 
 
 def text_states(
     model: uae.UAE, parts: Mapping[str, Tree], tokens: Int[Array, "b t"], lengths: Int[Array, " b"]
 ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
-    """Hidden states of captions in their template by the reference language model, and their mask.
+    """States of captions in their template by the decoder's frozen text encoder, and their mask.
 
     Args:
-      model, parts: the model; of the parts only `language` is read.
+      model, parts: the model; of the parts only the text encoder is read.
       tokens: right-padded captions.
       lengths: tokens without the stop token.
     """
-    ids, mask = condition.place_in_template(model.template, tokens, lengths)
-    reference = {"language": parts["language"]}
-    return lm.text_hidden_states(model.captioner, reference, None, ids, mask), mask
+    ids, mask = model.decoder.prompt(tokens, lengths)
+    return model.decoder.states(parts, ids, mask), mask
 
 
 def caption_states(
@@ -89,8 +85,8 @@ def field_shapes(model: uae.UAE, rows: int, caption_tokens: int) -> dict[str, ja
 
 def negative_shape(model: uae.UAE, caption_tokens: int) -> jax.ShapeDtypeStruct:
     """The shape of `negative_states`."""
-    text = model.captioner.text
-    return jax.ShapeDtypeStruct((1, model.template.length(caption_tokens), text.width), jnp.dtype(text.dtype))
+    shape, dtype = model.decoder.states_shape(caption_tokens)
+    return jax.ShapeDtypeStruct((1, *shape), jnp.dtype(dtype))
 
 
 def negative_states(model: uae.UAE, parts: Mapping[str, Tree], caption_tokens: int) -> Float[Array, "1 s d"]:
@@ -129,7 +125,7 @@ def stored_context(
       guided: whether guidance is used.
     """
     states, mask = (batch[name] for name in STATE_FIELDS)
-    positive = qwen.project(parts["projector"], states), mask
+    positive = model.decoder.context(parts, states, mask)
     if not guided:
         return positive, None
-    return positive, (qwen.project(parts["projector"], parts[NEGATIVE]), _negative_mask(model, states.shape[1]))
+    return positive, model.decoder.context(parts, parts[NEGATIVE], _negative_mask(model, states.shape[1]))

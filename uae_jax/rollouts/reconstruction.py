@@ -12,14 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from uae_jax.diffusion.sampler import guided_velocity, sample
+from uae_jax.diffusion.schedule import sigma_schedule
 from uae_jax.models import condition, uae
+from uae_jax.models.decoder import Context, check_condition
 from uae_jax.models.language import model as lm
 from uae_jax.models.qwen2_5_vl import model as qwen
-from uae_jax.models.sd3 import vae
 from uae_jax.trees import Tree
-
-# hidden states and their mask; the negative prompt's has batch 1
-Context = tuple[Float[Array, "#n s d"], Bool[Array, "#n s"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +38,21 @@ class Denoising:
     vae_chunk: int = 0
 
 
+def noise_levels(model: uae.UAE, steps: int, shift: float, kind: str) -> tuple[float, ...]:
+    """The sampler's `steps + 1` levels from 1 to 0.
+
+    Args:
+      model: for the decoder and the size of the images.
+      steps: velocity evaluations.
+      shift: static shift of the levels, where the decoder's is not its own.
+      kind: `diffusers` for the levels of diffusers' pipeline of this decoder, else one of `schedule.KINDS`.
+    """
+    size = model.image_size
+    own = kind == "diffusers"
+    levels = model.decoder.sigmas(steps, size, size, shift) if own else sigma_schedule(steps, shift, kind)
+    return tuple(float(level) for level in levels)
+
+
 def encode_condition(
     model: uae.UAE,
     parts: Mapping[str, Tree],
@@ -55,9 +68,9 @@ def encode_condition(
       tokens: right-padded.
       lengths: tokens without the stop token.
     """
-    params, adapter = uae.captioner_weights(parts, policy=how.condition != "reference")
-    positive = condition.encode_captions(model.captioner, params, adapter, model.template, tokens, lengths)
-    return positive, _negative(model, how, params, adapter, tokens.shape[1])
+    check_condition(model.decoder, how.condition)
+    policy = how.condition != "reference"
+    return _encoded(model, parts, tokens, lengths, policy), _negative(model, parts, how, tokens.shape[1], policy)
 
 
 def caption_states(
@@ -81,12 +94,14 @@ def caption_states(
       image_embeds: of `captioning.encode_batch_images`, to share them; None computes them.
       policy: whether the trained captioner computes the states, or the reference.
     """
+    check_condition(model.decoder, "caption_states")
     params, adapter = uae.captioner_weights(parts, policy=policy)
     prefix = qwen.prompt_prefix(model.captioner, params, adapter, batch, image_embeds)
     hidden = lm.own_hidden_states(model.captioner, params, adapter, prefix, tokens, mask)
     room = ((0, 0), (0, model.template.length(tokens.shape[1]) - tokens.shape[1]))
-    positive = jnp.pad(qwen.project(parts["projector"], hidden), (*room, (0, 0))), jnp.pad(mask, room)
-    return positive, _negative(model, how, params, adapter, tokens.shape[1])
+    projected, _ = model.decoder.context(parts, hidden, mask)
+    positive = jnp.pad(projected, (*room, (0, 0))), jnp.pad(mask, room)
+    return positive, _negative(model, parts, how, tokens.shape[1], policy)
 
 
 def caption_context(
@@ -112,13 +127,22 @@ def caption_context(
     return encode_condition(model, parts, how, tokens, lengths)
 
 
+def _encoded(
+    model: uae.UAE, parts: Mapping[str, Tree], tokens: Int[Array, "n t"], lengths: Int[Array, " n"], policy: bool
+) -> Context:
+    """Captions to what the transformer reads."""
+    decoder = model.decoder
+    ids, mask = decoder.prompt(tokens, lengths)
+    return decoder.context(parts, decoder.states(parts, ids, mask, policy=policy), mask)
+
+
 def _negative(
-    model: uae.UAE, how: Denoising, params: Tree, adapter: Tree | None, caption_tokens: int
+    model: uae.UAE, parts: Mapping[str, Tree], how: Denoising, caption_tokens: int, policy: bool
 ) -> Context | None:
     """Context of the negative prompt where guidance is used, of the length that captions of so many tokens have."""
     if how.guidance_scale == 1:
         return None
-    return condition.encode_negative(model.captioner, params, adapter, model.template, caption_tokens)
+    return _encoded(model, parts, *condition.negative_tokens(model.template, caption_tokens), policy)
 
 
 def predictor(
@@ -142,6 +166,7 @@ def predictor(
             negative,
             how.guidance_scale,
             stop_negative_gradient,
+            model.decoder.guide,
         )
 
     return predict
@@ -151,7 +176,7 @@ def decode(
     model: uae.UAE, parts: Mapping[str, Tree], how: Denoising, latents: Float[Array, "n h w c"]
 ) -> Float[Array, "n H W 3"]:
     """Images of latents, about [-1, 1], not clipped."""
-    return vae.decode_latents(model.vae, parts["vae"], latents, how.vae_chunk or None)
+    return model.decoder.decode(parts, latents, how.vae_chunk or None)
 
 
 def draw(

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from uae_jax.data import tokenizer as tokens
 from uae_jax.data.loader import BatchSpec, batch_shapes
@@ -15,23 +14,32 @@ from uae_jax.files.json_files import read_json
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.methods.trained import COPY
 from uae_jax.models.condition import ConditionTemplate
+from uae_jax.models.decoder import Decoder
 from uae_jax.models.encoders import clip, dino
 from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
 from uae_jax.models.encoders.preprocess import Preprocess
 from uae_jax.models.encoders.weights import open_encoder
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import model as qwen
-from uae_jax.models.sd3 import transformer, vae
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
+from uae_jax.models.sd3.decoder import SD3Decoder
 from uae_jax.models.uae import UAE
 from uae_jax.rewards.caption_similarity import PART as SCORER
 from uae_jax.rewards.caption_similarity import CaptionScorer
 from uae_jax.rewards.similarity import Encoder
 from uae_jax.rollouts.frozen_inputs import field_shapes
+from uae_jax.stages import decoders
 from uae_jax.stages.data import spec_of
 from uae_jax.stages.program import with_adapters
 from uae_jax.stages.run_config import RunConfig
-from uae_jax.stages.weights import ENCODERS, REFERENCE, config_folder, model_folder, processor_folder
+from uae_jax.stages.weights import (
+    ENCODERS,
+    REFERENCE,
+    condition_template,
+    config_folder,
+    model_folder,
+    processor_folder,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +83,18 @@ def abstract_folder(config: RunConfig) -> AbstractSystem:
     tokenizer = tokens.load_tokenizer(words, data.control_tokens)
     overrides: dict[str, Any] = dict(dtype=settings.dtype, remat=settings.remat, lora_alpha=settings.lora_alpha)
     captioner = qwen_config.from_folder(config_folder(folder), **overrides)
-    dit = folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer"
-    decoder = TransformerConfig.from_folder(dit, **overrides)
-    autoencoder = VAEConfig.from_folder(folder / "SD3" / "vae")
-    prefix, suffix = tokens.condition_template(tokenizer)
-    negative = tokens.encode_caption(tokenizer, data.negative_prompt)[:-1]
-    template = ConditionTemplate(tuple(prefix), tuple(suffix), tuple(negative), captioner.pad_token_id)
+    banned: tuple[tuple[int, int], ...] = ()
+    if (folder / decoders.FOLDER).is_dir():
+        place = folder / decoders.FOLDER
+        decoder, banned = decoders.describe(place, tokenizer, data.negative_prompt, **overrides)
+    else:
+        decoder = _sd3(
+            folder, captioner, condition_template(tokenizer, data.negative_prompt, captioner.pad_token_id), overrides
+        )
     processor = load_image_processor(words, captioner.vision.window_size)
     spec = spec_of(data, tokenizer, processor)
     encoders = {name: _encoder(folder / name) for name in ENCODERS if (folder / name).is_dir()}
-    parts = part_shapes(captioner, decoder, autoencoder, _projector_width(folder / "llm", captioner), encoders)
+    parts = part_shapes(captioner, decoder, _projector_width(folder / "llm", captioner), encoders)
     scorer = None
     if settings.caption_scorer:
         source = open_encoder(model_folder(settings.caption_scorer) / SCORER)
@@ -96,8 +106,16 @@ def abstract_folder(config: RunConfig) -> AbstractSystem:
         parts["encoders"][SCORER] = clip.abstract_params(source.config)
     if settings.adapters and (folder / REFERENCE).is_dir():
         parts[f"language{COPY}"] = parts["language"]
-    model = UAE(captioner, decoder, autoencoder, template, data.image_size)
+    model = UAE(captioner, decoder, data.image_size, banned)
     return AbstractSystem(model, parts, encoders, tokens.stop_ids(tokenizer), processor, spec, scorer)
+
+
+def _sd3(
+    folder: pathlib.Path, captioner: qwen_config.Qwen2_5VLConfig, template: ConditionTemplate, overrides: dict[str, Any]
+) -> SD3Decoder:
+    dit = folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer"
+    transformer = TransformerConfig.from_folder(dit, **overrides)
+    return SD3Decoder(captioner, transformer, VAEConfig.from_folder(folder / "SD3" / "vae"), template)
 
 
 def with_run_adapters(config: RunConfig, system: AbstractSystem) -> AbstractSystem:
@@ -106,27 +124,24 @@ def with_run_adapters(config: RunConfig, system: AbstractSystem) -> AbstractSyst
     Raises:
       ValueError: see `methods.trained.check_start`.
     """
-    parts = jax.eval_shape(lambda parts: with_adapters(config, parts, jax.random.key(0)), system.parts)
+    parts = jax.eval_shape(lambda parts: with_adapters(config, system.model, parts, jax.random.key(0)), system.parts)
     return dataclasses.replace(system, parts=parts)
 
 
 def part_shapes(
     captioner: qwen_config.Qwen2_5VLConfig,
-    decoder: TransformerConfig,
-    autoencoder: VAEConfig,
+    decoder: Decoder,
     projector_width: int,
     encoders: Mapping[str, Encoder],
 ) -> dict:
     """Shapes of all parameters, float32."""
-    width, features = captioner.text.width, decoder.joint_attention_dim
+    width, features = captioner.text.width, decoder.transformer.joint_attention_dim
     projector = jax.eval_shape(lambda: qwen.init_projector(jax.random.key(0), width, projector_width, features))
     models = {"clip": clip, "dinov2": dino, "dinov3": dino}
     return {
         **qwen.abstract_params(captioner),
-        "projector": projector,
-        "transformer": transformer.abstract_params(decoder),
-        "vae": vae.abstract_params(autoencoder),
-        "pooled": jax.ShapeDtypeStruct((decoder.pooled_projection_dim,), jnp.float32),
+        **({"projector": projector} if "projector" in decoder.parts else {}),
+        **decoder.abstract_parts(),
         "encoders": {name: models[encoder.kind].abstract_params(encoder.config) for name, encoder in encoders.items()},
     }
 

@@ -9,11 +9,11 @@ from numpy.typing import DTypeLike
 
 from uae_jax import sharding
 from uae_jax.files.json_files import read_json, write_json
+from uae_jax.hf.adapters import adapter_rules, settings_of
 from uae_jax.hf.items import Item, published_items, write_items
 from uae_jax.hf.rules import Rule
 from uae_jax.models.language import weights as lm_weights
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
-from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.stages.folders.files import begin, copy_file, copy_folder_again, take_place
 from uae_jax.stages.folders.parts import with_dtype
 from uae_jax.stages.weights import ENCODERS, REFERENCE, System, config_folder
@@ -54,7 +54,7 @@ def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: D
 
 def _outputs(system: System, parts: Mapping, dtype: np.dtype) -> dict[str, list[Item]]:
     """The tensors of each folder of weights, in the order of writing."""
-    captioner, transformer = system.model.captioner, system.model.transformer
+    captioner, rules = system.model.captioner, system.model.decoder.transformer_rules()
 
     def items(params: Mapping, rules: list[Rule]) -> list[Item]:
         return published_items(params, rules, dtype, sharding.first_process_value)
@@ -71,9 +71,9 @@ def _outputs(system: System, parts: Mapping, dtype: np.dtype) -> dict[str, list[
     if adapter := parts.get("language_lora"):
         outputs["llm_lora"] = items(adapter, lm_weights.rules_of_adapter(captioner, adapter))
     weights = parts.get("transformer_policy", parts["transformer"])
-    outputs["dit"] = items(weights, sd3_weights.transformer_rules(transformer))
+    outputs["dit"] = items(weights, rules)
     if adapter := parts.get("transformer_lora"):
-        outputs["dit_lora"] = items(adapter, sd3_weights.adapter_rules(transformer, adapter))
+        outputs["dit_lora"] = items(adapter, adapter_rules(rules, adapter))
     return outputs
 
 
@@ -87,11 +87,12 @@ def _write_captioner_config(system: System, folder: pathlib.Path, dtype: np.dtyp
 
 def _write_other_configs(system: System, parts: Mapping, folder: pathlib.Path) -> None:
     """The settings of the transformer and of the adapters."""
-    captioner, transformer = system.model.captioner, system.model.transformer
-    write_json(folder / "dit" / "config.json", transformer.published(), indent=1)
+    captioner, decoder = system.model.captioner, system.model.decoder
+    write_json(folder / "dit" / "config.json", decoder.transformer.published(), indent=1)
     if adapter := parts.get("language_lora"):
         content = lm_weights.adapter_config(captioner, adapter)
         write_json(folder / "llm_lora" / "adapter_config.json", content, indent=1)
     if adapter := parts.get("transformer_lora"):
-        content = sd3_weights.adapter_config(transformer, adapter)
+        table = decoder.transformer_rules()
+        content = settings_of(adapter, adapter_rules(table, adapter), table, decoder.transformer.lora_alpha)
         write_json(folder / "dit_lora" / "adapter_config.json", content, indent=1)

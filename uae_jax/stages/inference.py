@@ -20,13 +20,12 @@ from uae_jax.data.loader import RowBuilder, batch_spec, from_signed
 from uae_jax.data.questions import placed_images, question_inputs
 from uae_jax.data.qwen_inputs import Fields, prompt_fields
 from uae_jax.data.tokenizer import decode_caption, unknown_note
-from uae_jax.diffusion.schedule import sigma_schedule
 from uae_jax.models import condition, uae
 from uae_jax.models.language.generate import Completion
 from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.nn.cpu.compiler import compiler_options
 from uae_jax.rollouts.captioning import sample_captions
-from uae_jax.rollouts.reconstruction import Denoising, caption_states, draw, draw_from, sample_keys
+from uae_jax.rollouts.reconstruction import Denoising, caption_states, draw, draw_from, noise_levels, sample_keys
 from uae_jax.sharding import MeshConfig
 from uae_jax.stages.inference_config import InferenceConfig
 from uae_jax.stages.weights import ModelConfig, System, load_system
@@ -248,8 +247,8 @@ def _programs(system: System, config: InferenceConfig) -> tuple[Callable[..., An
     From images to captions and their lengths, from captions to images, and from images and captions to images.
     """
     key, sampling = jax.random.key(config.seed), SamplingConfig(config.temperature, 0, config.top_p)
-    sigmas = sigma_schedule(config.steps, config.shift, config.schedule)
-    denoising = Denoising(tuple(map(float, sigmas)), config.guidance_scale, config.condition)
+    sigmas = noise_levels(system.model, config.steps, config.shift, config.schedule)
+    denoising = Denoising(sigmas, config.guidance_scale, config.condition)
 
     def noise(sample_ids: Array) -> Array:
         return uae.initial_noise(system.model, sample_keys(trees.name_key(key, "noise"), sample_ids))
@@ -272,13 +271,12 @@ def _programs(system: System, config: InferenceConfig) -> tuple[Callable[..., An
 
 
 def _check_size(model: uae.UAE, size: int) -> None:
-    """Checks that an image is a whole number of latent patches, and has no more than the transformer has positions."""
-    cell, most = model.vae.downsampling * model.transformer.patch_size, model.transformer.pos_embed_max_size
+    """Checks that an image is a whole number of image tokens, and has no more than the transformer has positions."""
+    cell, most = model.decoder.cell, model.decoder.most_cells or size
     if size % cell or size // cell > most:
         near = min(max(1, round(size / cell)), most) * cell
-        raise ValueError(
-            f"size is {size} pixels; this model generates multiples of {cell} up to {cell * most}, such as {near}"
-        )
+        upto = f" up to {cell * most}" if model.decoder.most_cells else ""
+        raise ValueError(f"size is {size} pixels; this model generates multiples of {cell}{upto}, such as {near}")
 
 
 def builtin_settings() -> dict[str, Any]:

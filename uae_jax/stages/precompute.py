@@ -296,10 +296,10 @@ def make_job(
 
 def kinds_of(model: UAE, parts: Sequence[str]) -> dict[str, Kind]:
     """The arrays of an example, by name."""
-    moments, text = Kind(model.latent_shape, "float32"), model.captioner.text
+    moments, ((_, width), dtype) = Kind(model.latent_shape, "float32"), model.decoder.states_shape(1)
     kinds = {"caption_ids": Kind((None,), "int32")}
     kinds |= {"latent_mean": moments, "latent_log_variance": moments} if "latents" in parts else {}
-    return kinds | ({"text_states": Kind((None, text.width), np.dtype(text.dtype).name)} if "states" in parts else {})
+    return kinds | ({"text_states": Kind((None, width), np.dtype(dtype).name)} if "states" in parts else {})
 
 
 def batch_of(config: RunConfig, mesh: Mesh, wanted: int) -> int:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from uae_jax import sharding
 from uae_jax.methods.method import Described, build_step, make_method, start_of
 from uae_jax.methods.trained import COPY, LORA, check_start, stored, trainable, with_policy_as_transformer
+from uae_jax.models.uae import UAE
 from uae_jax.nn.cpu.compiler import compiler_options
 from uae_jax.rollouts.frozen_inputs import NEGATIVE, negative_shape
 from uae_jax.stages.precomputed import parts_read
@@ -65,10 +66,10 @@ def make_program(
     """
     settings = config.stage(stage)
     optimizer = make_optimizer(settings.optimizer, settings.total_updates)
-    parts = _with_copies(config, dict(parts), stage)
+    parts = _with_copies(config, system.model, dict(parts), stage)
     if not is_rl(stage, config):
         parts = with_policy_as_transformer(parts)
-    start = trainable_shapes(config, parts, stage)
+    start = trainable_shapes(config, system.model, parts, stage)
     state = jax.eval_shape(lambda parts: start_of(parts, optimizer, settings), start)
     frozen = {name: part for name, part in parts.items() if name not in start}
     frozen = jax.eval_shape(lambda parts: stored(parts, config.trained_from(stage), config.model.frozen_dtype), frozen)
@@ -91,13 +92,14 @@ def make_program(
     return Program(stage, settings, step, state, frozen, inputs, key)
 
 
-def with_adapters(config: RunConfig, parts: Mapping, key: jax.Array) -> dict:
+def with_adapters(config: RunConfig, model: UAE, parts: Mapping, key: jax.Array) -> dict:
     """The parts, and new adapters for the stages that will train one: all stages then share their compiled programs.
 
     A stage that fine-tunes fully makes its copy when it begins, of what the stages before it have trained.
 
     Args:
       config: of the run.
+      model: for the modules that an adapter changes.
       parts: of the loaded model.
       key: of the run.
 
@@ -109,23 +111,23 @@ def with_adapters(config: RunConfig, parts: Mapping, key: jax.Array) -> dict:
         names = config.trains(stage)
         check_start(parts, stage, names)
         adapters = [name for name in names if name.endswith(LORA)]
-        found |= trainable(found, adapters, getattr(config.stage(stage), "lora_rank", 1), key)
+        found |= trainable(model, found, adapters, getattr(config.stage(stage), "lora_rank", 1), key)
     return found
 
 
-def trainable_shapes(config: RunConfig, parts: Mapping, stage: str) -> dict:
+def trainable_shapes(config: RunConfig, model: UAE, parts: Mapping, stage: str) -> dict:
     """Shapes of what a stage trains, from shapes of the model's parts."""
     settings, names = config.stage(stage), config.trains(stage)
     rank = getattr(settings, "lora_rank", 1)
-    return jax.eval_shape(lambda parts: trainable(parts, names, rank, jax.random.key(0)), dict(parts))
+    return jax.eval_shape(lambda parts: trainable(model, parts, names, rank, jax.random.key(0)), dict(parts))
 
 
-def _with_copies(config: RunConfig, parts: dict, stage: str) -> dict:
+def _with_copies(config: RunConfig, model: UAE, parts: dict, stage: str) -> dict:
     """Shapes of the parts when a stage begins: with the fully fine-tuned copies of the stages before it."""
     stages = [name for _, name in config.order()]
     for earlier in stages[: stages.index(stage)] if stage in stages else ():
         if any(name.endswith(COPY) for name in config.trains(earlier)):
-            parts = parts | trainable_shapes(config, parts, earlier)
+            parts = parts | trainable_shapes(config, model, parts, earlier)
     return parts
 
 

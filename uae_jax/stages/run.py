@@ -156,7 +156,7 @@ class Run:
             tell((), unknown_captions(config, self.data, self.system.tokenizer))
         self.rows = row_builder(config.data, self.system.tokenizer, self.system.processor)
         self.precomputed = open_inputs(config, self.system.model, self.data)
-        parts = with_adapters(config, system.parts, self.key)
+        parts = with_adapters(config, system.model, system.parts, self.key)
         sharding.check_rules(parts, self.mesh)
         self.parts = sharding.shard_tree(parts, self.mesh)
         del parts
@@ -167,7 +167,13 @@ class Run:
                 tell([self.precomputed.line], ())
             compare(self.precomputed, self.system.model, self.parts, self.source, self.rows, self.mesh)
         scores = config.evaluation
-        how = denoising(config.sampler, scores.sampler_steps, scores.guidance_scale, condition=config.condition())
+        how = denoising(
+            system.model,
+            config.sampler,
+            scores.sampler_steps,
+            scores.guidance_scale,
+            condition=config.condition(),
+        )
         self.evaluator = Evaluator(
             self.system,
             scores,
@@ -241,7 +247,8 @@ class Run:
         if not is_rl(stage, self.config):
             self.parts = with_policy_as_transformer(self.parts)
         rank = getattr(self.config.stage(stage), "lora_rank", 1)
-        shapes = jax.eval_shape(lambda parts: trainable(parts, self.config.trains(stage), rank, key), self.parts)
+        model, names = self.system.model, self.config.trains(stage)
+        shapes = jax.eval_shape(lambda parts: trainable(model, parts, names, rank, key), self.parts)
         places = sharding.tree_shardings(shapes, self.mesh)
         target = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
@@ -260,7 +267,7 @@ class Run:
         if not is_rl(stage, self.config):
             self.parts = with_policy_as_transformer(self.parts)
         rank = getattr(config, "lora_rank", 1)
-        start = trainable(self.parts, self.config.trains(stage), rank, key)
+        start = trainable(self.system.model, self.parts, self.config.trains(stage), rank, key)
         state = sharding.make_on(self.mesh, lambda parts: start_of(parts, optimizer, config), start)
         parts, self.parts = {name: part for name, part in self.parts.items() if name not in start}, {}
         del start

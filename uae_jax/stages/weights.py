@@ -4,6 +4,7 @@ llm/ llm_processor/ [llm_lora/]     captioner with projector; tokenizer, templat
 [llm_reference/]                    the captioner before full fine-tuning, which is the decoder's text encoder
 SD3/                                vae, scheduler, text_encoder, text_encoder_2[, transformer]
 dit/ [dit_lora/]                    transformer (or SD3/transformer); adapter
+decoder/                            instead of SD3 and dit: a pipeline with its own text encoder (`stages.decoders`)
 clip/ [dinov2/ dinov3/]             image encoders for the reward and for the scores
 """
 
@@ -33,11 +34,13 @@ from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
+from uae_jax.models.sd3.decoder import SD3Decoder
 from uae_jax.nn.lora import merge_adapter
 from uae_jax.rewards.caption_similarity import PART as SCORER
 from uae_jax.rewards.caption_similarity import CaptionScorer, load_caption_scorer
 from uae_jax.rewards.similarity import Encoder, load_encoder
 from uae_jax.settings import Settings, setting
+from uae_jax.stages import decoders
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 BUILTIN = ASSETS / "tiny"
@@ -179,10 +182,14 @@ def load_system(
     folder = model_folder(config.folder)
     words = processor_folder(folder)
     tokenizer = tokens.load_tokenizer(words, control_tokens)
-    captioner, transformer, vae, parts = _load_models(folder, config, mesh, frozen)
-    prefix, suffix = tokens.condition_template(tokenizer)
-    negative = tokens.encode_caption(tokenizer, negative_prompt)[:-1]
-    template = ConditionTemplate(tuple(prefix), tuple(suffix), tuple(negative), captioner.pad_token_id)
+    if (folder / decoders.FOLDER).is_dir():
+        model, parts = _load_with_decoder(folder, config, mesh, frozen, tokenizer, image_size, negative_prompt)
+        schedule = ScheduleConfig()
+    else:
+        captioner, transformer, vae, parts = _load_models(folder, config, mesh, frozen)
+        template = condition_template(tokenizer, negative_prompt, captioner.pad_token_id)
+        model = uae.UAE(captioner, SD3Decoder(captioner, transformer, vae, template), image_size)
+        schedule = ScheduleConfig.from_folder(folder / "SD3")
     encoders = {}
     parts["encoders"] = {}
     for name in ENCODERS:
@@ -200,15 +207,54 @@ def load_system(
         )
     return System(
         folder,
-        uae.UAE(captioner, transformer, vae, template, image_size),
+        model,
         parts,
         tokenizer,
-        load_image_processor(words, captioner.vision.window_size),
+        load_image_processor(words, model.captioner.vision.window_size),
         tokens.stop_ids(tokenizer),
-        ScheduleConfig.from_folder(folder / "SD3"),
+        schedule,
         encoders,
         scorer,
     )
+
+
+def condition_template(tokenizer: Any, negative_prompt: str, pad: int) -> ConditionTemplate:
+    """Ids around a caption in UAE's own role, with the negative prompt."""
+    prefix, suffix = tokens.condition_template(tokenizer)
+    negative = tokens.encode_caption(tokenizer, negative_prompt)[:-1]
+    return ConditionTemplate(tuple(prefix), tuple(suffix), tuple(negative), pad)
+
+
+def _load_with_decoder(
+    folder: pathlib.Path,
+    config: ModelConfig,
+    mesh: Mesh | None,
+    frozen: Collection[str],
+    tokenizer: Any,
+    image_size: int,
+    negative_prompt: str,
+) -> tuple[uae.UAE, dict]:
+    """Description and parameters of a captioner and a decoder with its own text encoder."""
+    place = folder / decoders.FOLDER
+    held, precision = _precisions(folder, config, frozen)
+    overrides: dict[str, Any] = dict(dtype=config.dtype, remat=config.remat, lora_alpha=config.lora_alpha)
+    decoder, banned = decoders.describe(place, tokenizer, negative_prompt, **overrides)
+    captioner, parts = _load_captioner_with_reference(folder, config, mesh, frozen)
+    parts |= decoders.load_parts(place, lambda part: _placement(mesh, part), precision)
+    if config.adapters and (folder / "dit_lora").is_dir():
+        alpha, adapter = decoders.read_transformer_adapter(folder / "dit_lora", decoder)
+        decoder = _add_adapter(decoder, parts, _placed("transformer_lora", adapter, mesh), alpha, config.merge_adapters)
+        store(parts, held, config.frozen_dtype)
+    return uae.UAE(captioner, decoder, image_size, banned), parts
+
+
+def _add_adapter(decoder: Any, parts: dict, adapter: Any, alpha: float, merge: bool) -> Any:
+    """Puts an adapter beside the transformer's weights or into them; the description has the alpha of the former."""
+    if merge:
+        parts["transformer"] = merge_adapter(parts["transformer"], adapter, alpha)
+        return decoder
+    parts["transformer_lora"] = adapter
+    return dataclasses.replace(decoder, transformer=dataclasses.replace(decoder.transformer, lora_alpha=alpha))
 
 
 def _load_models(
@@ -275,7 +321,11 @@ def load_frozen(
     folder, parts = model_folder(config.folder), {}
     if "language" in names:
         parts["language"] = _load_captioner_with_reference(folder, config, mesh, frozen)[1]["language"]
-    if "vae" in names:
+    own = set(names) - {"language"} if (folder / decoders.FOLDER).is_dir() else set()
+    if own:
+        precision = _precisions(folder, config, frozen)[1]
+        parts |= decoders.load_parts(folder / decoders.FOLDER, lambda part: _placement(mesh, part), precision, own)
+    elif "vae" in names:
         parts["vae"] = sd3_weights.load_vae(folder / "SD3" / "vae", placement=_placement(mesh, "vae"))[1]
     return parts
 
@@ -295,7 +345,7 @@ def _precisions(
 
     An adapter is added to weights in float32, and the sum is then rounded once.
     """
-    names = (*CAPTIONER, "transformer")
+    names = (*CAPTIONER, "transformer", "text_encoder")
     held, merged = {str(name) for name in names if name not in frozen}, set()
     if config.merge_adapters and config.adapters:
         merged |= {"vision", "language"} if (folder / "llm_lora").is_dir() else set()
@@ -388,7 +438,7 @@ def _load_captioner(
     if "projector" not in parts and (folder / "llm").is_dir():
         projector = qwen_weights.load_projector(folder / "llm", config, precision["projector"], placement)
         parts |= {} if projector is None else {"projector": projector}
-    if "projector" not in parts:
+    if "projector" not in parts and not (folder / decoders.FOLDER).is_dir():
         raise ValueError(f"{base} has no projector.0 and projector.2 tensors; UAE's own llm folder has them")
     return config, parts
 

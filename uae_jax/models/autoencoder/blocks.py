@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 
 from uae_jax import trees
 from uae_jax.nn.attention import attention
@@ -140,6 +141,13 @@ class Decoder(nn.Module):
                 x = DoublingConv(features, name=f"up_blocks_{level}_upsampler")(x)
         x = nn.silu(GroupNorm(sizes.groups, name="conv_norm_out")(x))
         return Conv(sizes.channels, name="conv_out")(x)
+
+
+def sample_latents(
+    key: Key[Array, ""], mean: Float[Array, "*shape"], log_variance: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """One sample from the Gaussian that an encoder makes (arXiv 1312.6114, eq. 10)."""
+    return mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape, mean.dtype)
 
 
 def decode_in_chunks(

@@ -27,6 +27,8 @@ class TextConfig:
       norm_epsilon: epsilon of the RMS norms.
       tied: whether the head is the transposed embedding table.
       qkv_bias: whether query, key and value have a bias.
+      own_head_width: width of a head where it is not `width / heads` (Qwen3); 0 where it is.
+      qk_norm: whether queries and keys have an RMS norm over each head (Qwen3).
       lora_alpha: numerator of the adapters' scale.
       dtype: precision of activations, `float32` or `bfloat16`.
       remat: what the backward pass recomputes, one of `nn.remat.POLICIES`.
@@ -43,6 +45,8 @@ class TextConfig:
     norm_epsilon: float = 1e-6
     tied: bool = True
     qkv_bias: bool = True
+    own_head_width: int = 0
+    qk_norm: bool = False
     lora_alpha: float = 64.0
     dtype: str = "float32"
     remat: str = "none"
@@ -50,7 +54,7 @@ class TextConfig:
     @property
     def head_width(self) -> int:
         """Width of one attention head."""
-        return self.width // self.heads
+        return self.own_head_width or self.width // self.heads
 
     def check(self) -> None:
         """Checks that sizes fit each other; apart from `__init__`, so that fields can be replaced one by one.
@@ -58,7 +62,7 @@ class TextConfig:
         Raises:
           ValueError: they do not, or a choice is not known.
         """
-        if self.width % self.heads or self.heads % self.key_heads:
+        if not self.own_head_width and self.width % self.heads or self.heads % self.key_heads:
             raise ValueError("hidden_size must be a multiple of num_attention_heads, and that of num_key_value_heads")
         if sum(self.mrope_section) * 2 != self.head_width:
             raise ValueError(

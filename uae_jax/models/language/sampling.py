@@ -18,11 +18,13 @@ class SamplingConfig:
       temperature: divides the logits; 0 takes the most probable token.
       top_k: keep only so many tokens; 0 keeps all. Inference only.
       top_p: keep the most probable tokens whose probabilities reach this sum; 1 keeps all. Inference only.
+      banned: ranges (first, end) of tokens that are never sampled.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    banned: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
         """Raises ValueError for values out of range."""
@@ -30,7 +32,9 @@ class SamplingConfig:
             raise ValueError(f"sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, not {self}")
 
     def for_training(self) -> "SamplingConfig":
-        """Itself, if its samples follow exactly the distribution that `completion_log_probs` scores.
+        """Itself, if its samples follow the distribution that `completion_log_probs` scores.
+
+        Banned tokens are left out of samples and not of scores; a captioner gives them next to no probability.
 
         Raises:
           ValueError: the support is truncated or the temperature is 0, which would bias the policy gradient.
@@ -41,7 +45,10 @@ class SamplingConfig:
 
 
 def truncate(logits: Float[Array, "n v"], sampling: SamplingConfig) -> Float[Array, "n v"]:
-    """Excludes tokens outside top_k and top_p; top_p sees the tempered distribution."""
+    """Excludes banned tokens, and those outside top_k and top_p; top_p sees the tempered distribution."""
+    tokens = jnp.arange(logits.shape[-1])
+    for first, end in sampling.banned:
+        logits = jnp.where((tokens >= first) & (tokens < end), EXCLUDED, logits)
     if sampling.top_k:
         kept = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0]
         logits = jnp.where(logits >= kept[:, -1:], logits, EXCLUDED)

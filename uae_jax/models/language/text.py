@@ -1,5 +1,5 @@
-"""The language model of Qwen2.5-VL (arXiv 2502.13923; 2407.10671 for the decoder) and of Llama (arXiv 2302.13971):
-scanned layers, M-RoPE, grouped queries.
+"""The language model of Qwen2.5-VL (arXiv 2502.13923; 2407.10671 for the decoder), of Qwen3 (arXiv 2505.09388) and of
+Llama (arXiv 2302.13971): scanned layers, M-RoPE, grouped queries.
 
 One forward pass serves every use. `Memory` holds keys and values that were computed earlier. Groups of consecutive rows
 share a memory with fewer rows than the batch: the completions of one image read one copy of its prompt.
@@ -72,8 +72,11 @@ class Attention(nn.Module):
             y = Dense(heads * c.head_width, use_bias=c.qkv_bias, lora_alpha=c.lora_alpha, name=name)(x)
             return constrain(y.reshape(rows, length, heads, c.head_width), "batch", None, "heads", None)
 
-        query = apply_rope(project("query", c.heads), angles)
-        key = apply_rope(project("key", c.key_heads), angles)
+        query, key = project("query", c.heads), project("key", c.key_heads)
+        if c.qk_norm:
+            query = RMSNorm(c.norm_epsilon, name="query_norm")(query)
+            key = RMSNorm(c.norm_epsilon, name="key_norm")(key)
+        query, key = apply_rope(query, angles), apply_rope(key, angles)
         value = project("value", c.key_heads)
         mixed = attention(query, key, value, mask, memories).reshape(rows, length, -1)
         return Dense(c.width, use_bias=False, lora_alpha=c.lora_alpha, name="output")(mixed), KV(key, value)

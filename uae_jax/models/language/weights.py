@@ -37,19 +37,35 @@ def language_rules(config: TextConfig, prefix: str) -> list[Rule]:
       config: sizes.
       prefix: what stands before `layers.N`, such as `model.`.
     """
-    layers = tuple(range(config.layers))
     table = [
         Rule("language/embedding/table", f"{prefix}embed_tokens.weight"),
         Rule("language/final_norm/scale", f"{prefix}norm.weight"),
-        Rule("language/layers/attention_norm/scale", f"{prefix}layers.{{}}.input_layernorm.weight", layers=layers),
-        Rule("language/layers/mlp_norm/scale", f"{prefix}layers.{{}}.post_attention_layernorm.weight", layers=layers),
+        *layer_rules(config, "language/layers", f"{prefix}layers.{{}}", tuple(range(config.layers))),
     ]
-    for ours, theirs in MODULES.items():
-        table.append(Rule(f"language/layers/{ours}/kernel", f"{prefix}layers.{{}}.{theirs}.weight", "dense", layers))
-        if config.qkv_bias and ours in WITH_BIAS:
-            table.append(Rule(f"language/layers/{ours}/bias", f"{prefix}layers.{{}}.{theirs}.bias", layers=layers))
     if not config.tied:
         table.append(Rule("language/head/kernel", HEAD, "dense"))
+    return table
+
+
+def layer_rules(config: TextConfig, ours: str, theirs: str, layers: tuple[int, ...]) -> list[Rule]:
+    """The table of a stack of layers.
+
+    Args:
+      config: sizes.
+      ours: name of the stack.
+      theirs: name of a layer, with `{}` for its number.
+      layers: the numbers.
+    """
+    norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    if config.qk_norm:
+        norms |= {"attention/query_norm": "self_attn.q_norm", "attention/key_norm": "self_attn.k_norm"}
+    table = [
+        Rule(f"{ours}/{name}/scale", f"{theirs}.{published}.weight", layers=layers) for name, published in norms.items()
+    ]
+    for name, published in MODULES.items():
+        table.append(Rule(f"{ours}/{name}/kernel", f"{theirs}.{published}.weight", "dense", layers))
+        if config.qkv_bias and name in WITH_BIAS:
+            table.append(Rule(f"{ours}/{name}/bias", f"{theirs}.{published}.bias", layers=layers))
     return table
 
 

@@ -8,29 +8,10 @@ from uae_jax.models.sd3.config import TransformerConfig
 from uae_jax.nn.attention import Mask, Stream, joint_attention
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
-from uae_jax.nn.norms import LayerNorm, NormScale
+from uae_jax.nn.modulation import gated_sum, modulated_norm
+from uae_jax.nn.norms import NormScale
 
 EPSILON = 1e-6
-
-
-def modulated_norm(
-    x: Float[Array, "b t d"], scale: Float[Array, "b 1 d"], shift: Float[Array, "b 1 d"]
-) -> Float[Array, "b t d"]:
-    """Layer norm without parameters, then `x * (1 + scale) + shift`, in float32 (arXiv 2212.09748, section 3.2).
-
-    The result has the precision of `x`.
-    """
-    y = LayerNorm(EPSILON, affine=False)(x.astype(jnp.float32))
-    return constrain((y * (1.0 + scale) + shift).astype(x.dtype), "batch")
-
-
-def gated_sum(
-    x: Float[Array, "b t d"], gate: Float[Array, "b 1 d"], update: Float[Array, "b t d"]
-) -> Float[Array, "b t d"]:
-    """`x + gate * update`, computed in float32; the result has the precision of `x`."""
-    return constrain(
-        (x.astype(jnp.float32) + gate * constrain(update, "batch").astype(jnp.float32)).astype(x.dtype), "batch"
-    )
 
 
 class Modulation(nn.Module):

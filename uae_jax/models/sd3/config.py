@@ -5,27 +5,11 @@ import pathlib
 import typing
 from typing import Any
 
-from uae_jax.files.json_files import read_json
-from uae_jax.files.known_fields import check_kinds, refuse_unknown
+from uae_jax.files.json_files import read_class_json
+from uae_jax.files.known_fields import check_kinds, refuse_unknown, require
 from uae_jax.files.paths import to_path
 from uae_jax.models.autoencoder.blocks import Sizes
 from uae_jax.nn.remat import POLICIES
-
-
-def _read(path: str | pathlib.Path, class_name: str) -> dict[str, Any]:
-    stored = read_json(path)
-    found = stored.get("_class_name", stored.get("model_type", class_name))
-    if found != class_name:
-        raise ValueError(
-            f"{to_path(path) / 'config.json'}: the folder holds a {found!r} model, expected {class_name!r}; "
-            "give the folder of that model"
-        )
-    return stored
-
-
-def _require(condition: bool, model: str, field: str, value: Any, supported: str) -> None:
-    if not condition:
-        raise ValueError(f"{model} config: {field}={value!r} is not supported; it must be {supported}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +45,14 @@ class VAEConfig:
 
     def __post_init__(self):
         divisible = all(width % self.norm_num_groups == 0 for width in self.block_out_channels)
-        _require(
+        require(
             bool(self.block_out_channels) and divisible,
             "VAE",
             "block_out_channels",
             self.block_out_channels,
             f"at least one width, each a multiple of norm_num_groups={self.norm_num_groups}",
         )
-        _require(self.layers_per_block >= 1, "VAE", "layers_per_block", self.layers_per_block, "at least 1")
+        require(self.layers_per_block >= 1, "VAE", "layers_per_block", self.layers_per_block, "at least 1")
 
     @property
     def downsampling(self) -> int:
@@ -96,7 +80,7 @@ class VAEConfig:
           FileNotFoundError: there is no config.json.
           ValueError: another model, or a field with an unsupported value.
         """
-        stored = _read(path, "AutoencoderKL")
+        stored = read_class_json(path, "AutoencoderKL")
         widths = stored.get("block_out_channels", (64,))
         blocks = len(widths) if isinstance(widths, list | tuple) else 0  # another kind is refused below
         fixed = {
@@ -111,7 +95,7 @@ class VAEConfig:
         for field, (default, supported) in fixed.items():
             value = stored.get(field, default)
             value = tuple(value) if isinstance(value, list) else value
-            _require(value == supported, "VAE", field, value, repr(supported))
+            require(value == supported, "VAE", field, value, repr(supported))
         names = {field.name for field in dataclasses.fields(cls)}
         refuse_unknown(stored, {*names, *fixed, "force_upcast"}, what=f"{to_path(path) / 'config.json'}: ")
         absent = {
@@ -192,11 +176,11 @@ class TransformerConfig:
 
     def __post_init__(self):
         name = "transformer"
-        _require(self.num_layers >= 1, name, "num_layers", self.num_layers, "at least 1")
-        _require(self.qk_norm in (None, "rms_norm"), name, "qk_norm", self.qk_norm, "None or 'rms_norm'")
-        _require(self.remat in POLICIES, name, "remat", self.remat, f"one of {tuple(POLICIES)}")
-        _require(self.dtype in ("float32", "bfloat16"), name, "dtype", self.dtype, "'float32' or 'bfloat16'")
-        _require(
+        require(self.num_layers >= 1, name, "num_layers", self.num_layers, "at least 1")
+        require(self.qk_norm in (None, "rms_norm"), name, "qk_norm", self.qk_norm, "None or 'rms_norm'")
+        require(self.remat in POLICIES, name, "remat", self.remat, f"one of {tuple(POLICIES)}")
+        require(self.dtype in ("float32", "bfloat16"), name, "dtype", self.dtype, "'float32' or 'bfloat16'")
+        require(
             self.width % 4 == 0,
             name,
             "attention_head_dim",
@@ -204,7 +188,7 @@ class TransformerConfig:
             "such that num_attention_heads * attention_head_dim is a multiple of 4",
         )
         inside = all(0 <= layer < self.num_layers for layer in self.dual_attention_layers)
-        _require(inside, name, "dual_attention_layers", self.dual_attention_layers, f"numbers below {self.num_layers}")
+        require(inside, name, "dual_attention_layers", self.dual_attention_layers, f"numbers below {self.num_layers}")
 
     @property
     def width(self) -> int:
@@ -231,7 +215,7 @@ class TransformerConfig:
           FileNotFoundError: there is no config.json.
           ValueError: another model, or a field with an unsupported value.
         """
-        stored = _read(path, "SD3Transformer2DModel")
+        stored = read_class_json(path, "SD3Transformer2DModel")
         absent = {
             "num_layers": 18,
             "num_attention_heads": 18,
@@ -251,7 +235,7 @@ class TransformerConfig:
         values["dual_attention_layers"] = tuple(values["dual_attention_layers"])
         config = cls(**{**values, **overrides})
         projection = stored.get("caption_projection_dim", 1152)
-        _require(
+        require(
             projection == config.width,
             "transformer",
             "caption_projection_dim",

@@ -11,15 +11,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from uae_jax import trees
-from uae_jax.models.sd3.blocks import Block, Modulation, modulated_norm
+from uae_jax.models.sd3.blocks import Block, Modulation
 from uae_jax.models.sd3.config import TransformerConfig
 from uae_jax.nn.attention import Mask, preferred_length
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.loops import scan_layers
+from uae_jax.nn.modulation import modulated_norm, timestep_embedding
 from uae_jax.nn.remat import remat
 
-TIMESTEP_CHANNELS = 256
 # The modules that the release adapts, for `nn.lora.init_lora`: attn.{to_q, to_k, to_v, to_out.0, add_q_proj,
 # add_k_proj, add_v_proj, to_add_out}, without the second attention of dual blocks.
 ATTENTION_ADAPTER = r"(blocks_\d+|last_block)/attention/(context_)?(query|key|value|output)"
@@ -42,17 +42,6 @@ def position_table(config: TransformerConfig) -> Float[Array, "1 p d"]:
     columns = jnp.broadcast_to(line[None], (side, side, width // 2))
     rows = jnp.broadcast_to(line[:, None], (side, side, width // 2))
     return jnp.concatenate([columns, rows], axis=-1).reshape(1, side * side, width)
-
-
-def timestep_embedding(timestep: Float[Array, " b"]) -> Float[Array, "b 256"]:
-    """Cosines, then sines, of the timestep at 128 frequencies from 1 to nearly 1/10000 (arXiv 2006.11239, appendix B).
-
-    `timestep` is 1000 * sigma; the result is float32.
-    """
-    half = TIMESTEP_CHANNELS // 2
-    frequencies = jnp.exp(-np.log(10000.0) / half * jnp.arange(half, dtype=jnp.float32))
-    angles = timestep.astype(jnp.float32)[:, None] * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class PositionTable(nn.Module):

@@ -43,13 +43,6 @@ def encode(
     return mean, jnp.clip(log_variance, -30.0, 20.0)
 
 
-def sample_latents(
-    key: Key[Array, ""], mean: Float[Array, "*shape"], log_variance: Float[Array, "*shape"]
-) -> Float[Array, "*shape"]:
-    """One sample from the Gaussian of `encode` (arXiv 1312.6114, eq. 10)."""
-    return mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape, mean.dtype)
-
-
 def to_model_latents(config: VAEConfig, latents: Float[Array, "b rows columns c"]) -> Float[Array, "b rows columns c"]:
     """Latents of the auto-encoder in the scale of the diffusion model, `(z - shift) * scale`."""
     return (latents - config.shift_factor) * config.scaling_factor

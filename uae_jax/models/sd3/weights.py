@@ -4,21 +4,27 @@ peft).
 
 import dataclasses
 import pathlib
-import re
 from collections.abc import Iterator
 
 import numpy as np
 from jax.typing import DTypeLike
 
 from uae_jax import trees
-from uae_jax.hf.adapters import AdapterFiles, read_adapter, settings_of, survey_adapter
+from uae_jax.hf.adapters import (
+    DIFFUSERS_ALIASES,
+    AdapterFiles,
+    adapter_rules,
+    read_adapter,
+    settings_of,
+    survey_adapter,
+)
 from uae_jax.hf.rules import Placement, Rule, load_params, published_tensors
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.models.autoencoder.tables import affine, autoencoder_rules
 from uae_jax.models.precision import numpy_dtype
 from uae_jax.models.sd3 import vae
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
-from uae_jax.models.sd3.transformer import ATTENTION_ADAPTER, abstract_params
+from uae_jax.models.sd3.transformer import abstract_params
 
 
 def vae_rules(config: VAEConfig) -> list[Rule]:
@@ -110,35 +116,17 @@ def transformer_rules(config: TransformerConfig) -> list[Rule]:
     return rules + affine("norm_out/linear", "norm_out.linear", "dense") + affine("proj_out", "proj_out", "dense")
 
 
-# peft's prefix, and that of diffusers' own adapter files
-ADAPTER_ALIASES = ((r"^(transformer\.)?(base_model\.model\.)?", ""),)
-
-
-def adapter_rules(config: TransformerConfig, adapter: trees.Tree | None = None) -> list[Rule]:
-    """The table of a peft adapter of the modules that `adapter` has, or of those of `transformer.ATTENTION_ADAPTER`."""
-    leaves = None if adapter is None else trees.flatten(adapter)
-    rules = []
-    for rule in transformer_rules(config):
-        module, theirs = rule.ours.removesuffix("/kernel"), rule.theirs.removesuffix(".weight")
-        taken = re.fullmatch(ATTENTION_ADAPTER, module) if leaves is None else f"{module}/a" in leaves
-        if rule.layout == "dense" and taken:
-            rules += [
-                Rule(f"{module}/{part}", f"base_model.model.{theirs}.lora_{part.upper()}.weight", "dense", rule.layers)
-                for part in ("a", "b")
-            ]
-    return rules
-
-
 def adapter_tensors(
     config: TransformerConfig, adapter: trees.Tree, dtype: DTypeLike | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Names and arrays of an adapter as peft saves it; the inverse of `load_adapter`."""
-    return published_tensors(adapter, adapter_rules(config, adapter), numpy_dtype(dtype))
+    return published_tensors(adapter, adapter_rules(transformer_rules(config), adapter), numpy_dtype(dtype))
 
 
 def adapter_config(config: TransformerConfig, adapter: trees.Tree) -> dict:
     """The contents of peft's `adapter_config.json` for an adapter, whatever its modules."""
-    return settings_of(adapter, adapter_rules(config, adapter), transformer_rules(config), config.lora_alpha)
+    table = transformer_rules(config)
+    return settings_of(adapter, adapter_rules(table, adapter), table, config.lora_alpha)
 
 
 def load_vae(path: str | pathlib.Path, *, placement: Placement | None = None) -> tuple[VAEConfig, dict]:
@@ -211,4 +199,4 @@ def survey_transformer_adapter(path: str | pathlib.Path, config: TransformerConf
       ValueError: see `hf.adapters.survey_adapter`.
     """
     table, abstract = (None, {}) if config is None else (transformer_rules(config), abstract_params(config))
-    return survey_adapter(TensorFolder(path), table, abstract, aliases=ADAPTER_ALIASES)
+    return survey_adapter(TensorFolder(path), table, abstract, aliases=DIFFUSERS_ALIASES)

@@ -44,6 +44,7 @@ from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, Vision
 from uae_jax.models.sd3 import transformer
 from uae_jax.models.sd3 import vae as sd3_vae
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
+from uae_jax.models.sd3.decoder import SD3Decoder
 from uae_jax.models.sd3.weights import load_vae, transformer_rules, vae_rules
 from uae_jax.models.uae import UAE
 from uae_jax.rewards.similarity import Encoder
@@ -263,7 +264,7 @@ def decoder_phase(run: Run) -> None:
         time_shift=phase.time_shift,
         condition_dropout=phase.condition_dropout,
     )
-    described = ModelAlone(UAE(language, model, vae_config, run.template(), config.side))
+    described = ModelAlone(UAE(language, SD3Decoder(language, model, vae_config, run.template()), config.side))
     averaged = Pretrain(dataclasses.replace(settings, ema_decay=phase.ema_decay), SamplerConfig(), described)
 
     def data(batch_size: int, seed: int, mistakes: float):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from uae_jax.methods.method import Supervised
+from uae_jax.models.autoencoder.blocks import sample_latents
 from uae_jax.models.sd3 import vae
 from uae_jax.models.sd3.config import VAEConfig
 from uae_jax.stages.bootstrap import scene_stream
@@ -32,7 +33,7 @@ def algorithm(config: VAEConfig) -> Supervised:
         del frozen
         pixels = rollout["samples"]["pixels"]
         mean, log_variance = vae.encode(config, params, pixels)
-        decoded = vae.decode(config, params, vae.sample_latents(key, mean, log_variance))
+        decoded = vae.decode(config, params, sample_latents(key, mean, log_variance))
         squared = jnp.mean(jnp.square(decoded - pixels), (1, 2, 3))
         absolute = jnp.mean(jnp.abs(decoded - pixels), (1, 2, 3))
         kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance, (1, 2, 3))

@@ -4,18 +4,18 @@ import dataclasses
 import pathlib
 import re
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import jax
 
-from uae_jax import trees
 from uae_jax.files.json_files import json_digest, read_json
 from uae_jax.files.paths import read_range
 from uae_jax.hf.adapters import FACTOR, LEAVES
 from uae_jax.hf.formats import other_format
 from uae_jax.hf.hub import local_folder
-from uae_jax.hf.rules import Rule, canonical
+from uae_jax.hf.inventory import Table
+from uae_jax.hf.rules import canonical
 from uae_jax.hf.safetensors import TensorFolder, Tensors
 from uae_jax.hf.torch_file import open_tensors
 from uae_jax.models.encoders import clip
@@ -136,16 +136,6 @@ class Folder:
     def captioner(self) -> Part | None:
         """The captioner that the model uses: the captioner in `llm_lora` as in the release, else `llm`."""
         return _wrapped_captioner(self.part("llm_lora"), self.part("llm")) or self.part("llm")
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """The required tensors of a part's folder: arguments of `hf.rules.load_params`."""
-
-    rules: Sequence[Rule]
-    abstract: trees.Tree
-    aliases: Sequence[tuple[str, str]] = ()
-    ignore: str = ""
 
 
 def find_parts(path: str | pathlib.Path) -> Folder:

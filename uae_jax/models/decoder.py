@@ -1,0 +1,223 @@
+"""The interface of a decoder: what stages, rewards and the sampler know of the model that draws images of captions.
+
+A decoder is a frozen description; its parameters are parts of the model's dictionary (`models.uae`). Each convention of
+a published model, such as its template, the sign of its velocity or the order of its patches, ends behind it.
+
+Shape letters: n captions, t caption tokens, s tokens of caption and template, d width of the states, b images,
+`h w c` latents.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol
+
+from jaxtyping import Array, Bool, Float, Float32, Int
+from numpy import ndarray
+
+from uae_jax.hf.inventory import Table
+from uae_jax.hf.rules import Rule
+from uae_jax.models.condition import ConditionTemplate
+
+Parts = Mapping[str, Any]
+# what the transformer reads, and which of it counts; the negative prompt's has batch 1
+Context = tuple[Float[Array, "#n s d"], Bool[Array, "#n s"]]
+
+
+class TransformerSizes(Protocol):
+    """What others need to know of a diffusion transformer's configuration."""
+
+    @property
+    def lora_alpha(self) -> float: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def remat(self) -> str: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def joint_attention_dim(self) -> int: ...
+    def published(self) -> dict[str, Any]: ...
+
+
+class Decoder(Protocol):
+    """A decoder; hashable, so that compiled functions can close over it.
+
+    Attributes:
+      transformer: sizes of the diffusion transformer, the part `transformer`.
+      vae: sizes of the auto-encoder, the part `vae`.
+      template: ids around a caption.
+      conditions: those of `rollouts.conditions` that it can read.
+      lora_targets: pattern of the transformer's modules that a new adapter changes (`nn.lora.init_lora`).
+      parts: names of its own parts, those of the captioner left out.
+      cell: side in pixels of what one image token stands for; sides of images are multiples of it.
+      most_cells: largest number of them a side; 0 for any.
+    """
+
+    conditions: ClassVar[tuple[str, ...]]
+    lora_targets: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]]
+
+    @property
+    def transformer(self) -> TransformerSizes: ...
+    @property
+    def vae(self) -> Any: ...
+    @property
+    def template(self) -> ConditionTemplate: ...
+    @property
+    def cell(self) -> int: ...
+    @property
+    def most_cells(self) -> int: ...
+
+    def prompt(
+        self, tokens: Int[Array, "n t"], lengths: Int[Array, " n"]
+    ) -> tuple[Int[Array, "n s"], Bool[Array, "n s"]]:
+        """Ids of captions in their template, and which of them are no padding.
+
+        Args:
+          tokens: right-padded captions.
+          lengths: their tokens without the stop token.
+        """
+        ...
+
+    def states_shape(self, caption_tokens: int) -> tuple[tuple[int, int], str]:
+        """(S, D) of `states` for captions of at most so many tokens, and their precision."""
+        ...
+
+    def states(
+        self, parts: Parts, ids: Int[Array, "n s"], mask: Bool[Array, "n s"], *, policy: bool = False
+    ) -> Float[Array, "n s d"]:
+        """What the frozen text encoder makes of a prompt.
+
+        Args:
+          parts: the model's dictionary.
+          ids, mask: of `prompt`.
+          policy: whether the trained captioner encodes, where `conditions` has that.
+        """
+        ...
+
+    def context(self, parts: Parts, states: Float[Array, "n s d"], mask: Bool[Array, "n s"]) -> Context:
+        """What the transformer reads, from states that may have been stored; what is trained of the way is here."""
+        ...
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(h, w, C) of the latents of an image."""
+        ...
+
+    def velocity(
+        self,
+        parts: Parts,
+        latents: Float[Array, "b h w c"],
+        sigma: Float[Array, " b"],
+        context: Context,
+        *,
+        policy: bool = True,
+    ) -> Float32[Array, "b h w c"]:
+        """Noise minus data in float32, whatever the published model predicts.
+
+        Args:
+          parts: the model's dictionary.
+          latents: noisy, in the scale of the diffusion model.
+          sigma: noise levels in [0, 1].
+          context: of `context`.
+          policy: the trained transformer, or the reference (adapter off).
+        """
+        ...
+
+    def guide(
+        self, positive: Float32[Array, "b h w c"], negative: Float32[Array, "b h w c"], scale: float
+    ) -> Float32[Array, "b h w c"]:
+        """The guided velocity of those of caption and negative prompt; scale 1 is that of the caption."""
+        ...
+
+    def sigmas(self, steps: int, height: int, width: int, shift: float) -> Float[ndarray, " levels"]:
+        """The `steps + 1` noise levels from 1 to 0 with which diffusers draws images of this size in pixels.
+
+        Args:
+          steps: velocity evaluations.
+          height, width: of the images.
+          shift: the setting, for decoders whose published shift is a static one that runs may choose.
+        """
+        ...
+
+    def encode_images(
+        self, parts: Parts, pixels: Float[Array, "b height width 3"]
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+        """Mean and log-variance of the latents of images in [-1, 1], before `to_model_latents`."""
+        ...
+
+    def to_model_latents(self, parts: Parts, latents: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Samples of `encode_images` in the scale of the diffusion model."""
+        ...
+
+    def decode(
+        self, parts: Parts, latents: Float[Array, "b h w c"], chunk: int | None = None
+    ) -> Float[Array, "b height width 3"]:
+        """Images of the diffusion model's latents, about [-1, 1], not clipped; `chunk` of them at once."""
+        ...
+
+    def abstract_parts(self) -> dict[str, Any]:
+        """Shapes of its parts, without computing anything."""
+        ...
+
+    def transformer_rules(self) -> list[Rule]:
+        """The table of the transformer's published tensors; those of its adapters follow from it."""
+        ...
+
+
+def check_condition(decoder: Decoder, condition: str) -> None:
+    """Checks that a decoder can read what the settings say.
+
+    Raises:
+      ValueError: it cannot; the message names the choices.
+    """
+    if condition not in decoder.conditions:
+        raise ValueError(
+            f"condition is {condition!r}, but this decoder has a text encoder of its own; use "
+            f"{' or '.join(decoder.conditions)}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A folder with weights of a published pipeline.
+
+    Attributes:
+      part: its name in the model's dictionary.
+      config: reads its `config.json`.
+      table: of all its published tensors, from its config.
+      read: of those that the decoder reads, where these are fewer.
+    """
+
+    part: str
+    config: Callable[..., Any]
+    table: Callable[[Any], Table]
+    read: Callable[[Any], Table] | None = None
+
+    def read_table(self, config: Any) -> Table:
+        """The table of what is loaded."""
+        return (self.read or self.table)(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kind of published decoder with a text encoder of its own: how its folder is read.
+
+    Attributes:
+      name: for messages.
+      pipeline: class of diffusers, as `model_index.json` names it.
+      describe: `(folder, template, dtype=, remat=, lora_alpha=) -> Decoder`.
+      chat: arguments of the chat template around a caption, a turn of the role `user`.
+      length: tokens of all rows with their padding; 0 where padding is masked.
+      components: folders with weights, by name.
+      defaults: settings of inference that differ from UAE's (`stages.inference_config`).
+    """
+
+    name: str
+    pipeline: str
+    describe: Callable[..., Decoder]
+    chat: Mapping[str, Any]
+    length: int
+    components: Mapping[str, Component]
+    defaults: Mapping[str, Any]
