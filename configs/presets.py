@@ -218,6 +218,37 @@ TOO_LARGE = (
 )
 
 
+# decoders with a text encoder of their own: the captioner learns from a frozen decoder, without any stage before. Four
+# steps without guidance draw an image, as klein is distilled to
+KLEIN = (
+    "qwen2_5_vl_3b_klein_4b",
+    "qwen2_5_vl_7b_klein_4b",
+)
+KLEIN_SLICES: dict[str, Deviations] = {
+    "1x24GB": dict(
+        mesh=dict(fsdp=1), gen_for_und=dict(rollout_parts=16, micro_batches=64, vae_chunk=2, gather_weights=False)
+    ),
+    "1x80GB": dict(mesh=dict(fsdp=1), gen_for_und=dict(rollout_parts=4, micro_batches=16, vae_chunk=8)),
+    "8xH200": dict(mesh=dict(fsdp=8), gen_for_und=dict(micro_batches=2, vae_chunk=32)),
+    "v5e-64": dict(mesh=dict(fsdp=64)),
+}
+# 7 B and 4 B parameters twice in 16 bits are 31 GB
+KLEIN_TOO_LARGE = ("qwen2_5_vl_7b_klein_4b@1x24GB",)
+
+
+def _klein(name: str) -> Deviations:
+    """A preset with FLUX.2-klein-4B, such as `qwen2_5_vl_3b_klein_4b@1x24GB`."""
+    sizes, _, machine = name.partition("@")
+    deviations = dict(
+        model=dict(sizes=sizes, frozen_dtype="bfloat16", dtype="bfloat16", remat="full"),
+        data=dict(max_prompt=192, negative_prompt=""),
+        mesh=dict(data=1, fsdp=-1),
+        gen_for_und=dict(sampler_steps=4, guidance_scale=1.0, vae_chunk=64, gather_weights=True),
+        evaluation=dict(sampler_steps=4, guidance_scale=1.0),
+    )
+    return merged(deviations, KLEIN_SLICES.get(machine, {}))
+
+
 def _full(name: str) -> Deviations:
     """A full-size preset, such as `qwen2_5_vl_3b_sd3_5_large` or `qwen2_5_vl_3b_sd3_5_large@v6e-64`."""
     sizes, _, machine = name.partition("@")
@@ -254,6 +285,12 @@ PRESETS = {"tiny": _tiny, "emoji": _emoji, "mini": _mini} | {
     for name in (base, *(f"{base}@{machine}" for machine in SLICES))
     if name not in TOO_LARGE
 }
+PRESETS |= {
+    name: functools.partial(_klein, name)
+    for base in KLEIN
+    for name in (base, *(f"{base}@{machine}" for machine in KLEIN_SLICES))
+    if name not in KLEIN_TOO_LARGE
+}
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Deviations:
@@ -284,7 +321,7 @@ def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDi
       ValueError: there is no such preset or recipe, or it has none of the stages.
     """
     full, (name, *chosen) = name or "tiny", (name or "tiny").split("+")
-    if name in TOO_LARGE:
+    if name in (*TOO_LARGE, *KLEIN_TOO_LARGE):
         raise ValueError(
             f"there is no preset {name!r}: the model is more than such a card holds; choose a smaller model "
             "or more cards"
@@ -303,6 +340,13 @@ def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDi
             f"the recipe of {full!r} has the stage {', '.join(sorted(known))}, and the configuration runs "
             f"{', '.join(stages)}; use the configuration of that stage"
         )
+    if name.partition("@")[0] in KLEIN:
+        wanted = tuple(stage for stage in wanted if stage == "gen_for_und")
+        if stages and not wanted:
+            raise ValueError(
+                f"the preset {name!r} has a frozen decoder with a text encoder of its own; it runs gen_for_und, not "
+                f"{stages[0]}"
+            )
     if stages and not wanted:
         raise ValueError(
             f"the preset {name!r} trains adapters only, in gen_for_und and und_for_gen; its machine is too small for "

@@ -30,6 +30,7 @@ from uae_jax.files.paths import to_path
 from uae_jax.files.strips import strip
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.settings import frozen
+from uae_jax.stages import decoders
 from uae_jax.stages.engines import Engine, open_engine, single_engine
 from uae_jax.stages.inference import InferenceConfig, Row, builtin_settings
 from uae_jax.stages.inference_config import deciding_condition
@@ -71,6 +72,9 @@ def default_settings(folder: str | os.PathLike[str] = "") -> dict[str, Any]:
     run = _run_config(to_path(folder)) or _run_config(model.parent)
     if run is None:
         wrapped = model / "llm_lora"
+        own = decoders.defaults(model)
+        if own is not None:
+            return {"prompt": CAPTION_PROMPT, **own}
         return dict(
             prompt=CAPTION_PROMPT,
             negative_prompt=NEGATIVE_PROMPT,

@@ -4,6 +4,8 @@
     python -m uae_jax.convert export runs/medium medium_hub --layout hub --dtype bfloat16
     python -m uae_jax.convert import --llm Qwen2.5-VL-3B-Instruct --sd3 stable-diffusion-3.5-medium \\
         --clip clip-vit-large-patch14 UAE_new
+    python -m uae_jax.convert import --captioner Qwen2.5-VL-3B-Instruct --decoder FLUX.2-klein-4B \\
+        --clip clip-vit-large-patch14 UAE_klein
 
 check reads every tensor of an official UAE folder, a training workdir, a diffusers SD3 pipeline, or the folder of one
 model (Qwen2.5-VL, Janus-Pro, SD3 transformer, VAE, CLIP, DINO, peft adapter); its exit code is 1 when a part is not
@@ -26,6 +28,7 @@ stay_offline()
 IMPORTED = {
     "llm": "Qwen2.5-VL folder, with or without UAE's projector",
     "sd3": "SD3 or SD3.5 pipeline folder",
+    "decoder": "in place of --sd3: pipeline folder of a decoder with its own text encoder, as FLUX.2-klein-4B",
     "llm_processor": "tokenizer and image processor (default: those in --llm)",
     "projector": "UAE's projector as `export --layout hub` writes it (default: a new one when --llm has none)",
     "dit": "transformer (default: the pipeline's)",
@@ -73,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export.set_defaults(run=_export)
     build = commands.add_parser("import", help="build an official folder from published models")
     for name, text in IMPORTED.items():
-        build.add_argument(f"--{name}", default="", metavar="DIR", required=name in ("llm", "sd3"), help=text)
+        flags = [f"--{name}"] + (["--captioner"] if name == "llm" else [])
+        build.add_argument(*flags, dest=name, default="", metavar="DIR", required=name == "llm", help=text)
     build.add_argument("out", metavar="OUT", help="a new folder")
     build.add_argument(
         "--seed", default=0, help="random seed of a new projector", **in_range(int, low=0, high=LAST_SEED)

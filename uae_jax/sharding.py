@@ -43,6 +43,8 @@ RULES: tuple[Rule, ...] = (
     (r"(.*/)?((context_)?output|out|down|fc2|second|linear_2)/(kernel|a)", (("tensor", "fsdp"), None)),
     (r".*", WIDEST),
 )
+# of SD3 alone
+OPTIONAL = (r"(.*/)?pos_embed/table",)
 # for fewer numbers a gather costs more than the memory that sharding saves
 SMALL = 2**16
 # for more numbers (16 MiB in float32) a copy on every device is a mistake
@@ -212,7 +214,7 @@ def check_rules(tree: trees.Tree, mesh: Axes, rules: Sequence[Rule] = RULES) -> 
     shapes = {name: tuple(leaf.shape) for name, leaf in trees.flatten(tree).items()}
     used = {matching_rule(name, rules)[0] for name in shapes}
     for pattern, _ in rules:
-        if pattern not in used:
+        if pattern not in used and pattern not in OPTIONAL:
             raise ValueError(
                 f"the sharding rule {pattern!r} matches nothing in the model; correct its pattern or remove it"
             )

@@ -66,6 +66,18 @@ def shifted_levels(steps: int, mu: float) -> Float32[np.ndarray, " levels"]:
     return np.append(factor / (factor + (1 / even - 1)), np.float32(0)).astype(np.float32)
 
 
+def shifted_once(steps: int, shift: float) -> Float32[np.ndarray, " levels"]:
+    """Levels of a sampler with a static shift of even spacing from 1 to 1 / steps, in float32 as in diffusers.
+
+    Raises:
+      ValueError: fewer than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"a sampler needs at least 1 step, got steps={steps}")
+    even = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+    return np.append(shift_sigma(even, shift), np.float32(0)).astype(np.float32)
+
+
 def sigma_schedule(
     steps: int, shift: float = 3.0, kind: str = "diffusers", num_train: int = 1000
 ) -> Float32[np.ndarray, " levels"]:

@@ -27,6 +27,7 @@ class ConditionTemplate:
       pad: id that fills rows up to one length.
       total: length of all rows, where the decoder reads padding too; a caption is then cut in front of the suffix. 0
         for as long as the captions need; padding is then masked, so that its id does not matter.
+      most: tokens of a row at most, 0 for any number; a caption is then cut as well.
     """
 
     prefix: tuple[int, ...]
@@ -34,10 +35,12 @@ class ConditionTemplate:
     negative: tuple[int, ...]
     pad: int
     total: int = 0
+    most: int = 0
 
     def length(self, caption_tokens: int) -> int:
         """S: room for the template and for the longer of `caption_tokens` and the negative prompt."""
-        return self.total or len(self.prefix) + max(caption_tokens, len(self.negative)) + len(self.suffix)
+        needed = len(self.prefix) + max(caption_tokens, len(self.negative)) + len(self.suffix)
+        return self.total or (min(needed, self.most) if self.most else needed)
 
 
 def place_in_template(
@@ -56,7 +59,7 @@ def place_in_template(
     count, width = tokens.shape
     total = template.length(width)
     before, after = len(template.prefix), len(template.suffix)
-    if template.total:
+    if template.total or template.most:
         lengths = jnp.minimum(lengths, total - before - after)
     position = jnp.arange(total)[None]
     end = (before + lengths)[:, None]

@@ -8,6 +8,7 @@ Shape letters: n captions, t caption tokens, s tokens of caption and template, d
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -188,12 +189,16 @@ class Component:
       config: reads its `config.json`.
       table: of all its published tensors, from its config.
       read: of those that the decoder reads, where these are fewer.
+      stem: of the names of its weight files.
+      module: of the Python class that its adapters are for, as peft writes it.
     """
 
     part: str
     config: Callable[..., Any]
     table: Callable[[Any], Table]
     read: Callable[[Any], Table] | None = None
+    stem: str = "diffusion_pytorch_model"
+    module: str = ""
 
     def read_table(self, config: Any) -> Table:
         """The table of what is loaded."""
@@ -210,8 +215,9 @@ class Family:
       describe: `(folder, template, dtype=, remat=, lora_alpha=) -> Decoder`.
       chat: arguments of the chat template around a caption, a turn of the role `user`.
       length: tokens of all rows with their padding; 0 where padding is masked.
+      most: tokens of a row at most; 0 for any number.
       components: folders with weights, by name.
-      defaults: settings of inference that differ from UAE's (`stages.inference_config`).
+      defaults: settings of inference of a pipeline's folder (`stages.inference_config`).
     """
 
     name: str
@@ -220,4 +226,5 @@ class Family:
     chat: Mapping[str, Any]
     length: int
     components: Mapping[str, Component]
-    defaults: Mapping[str, Any]
+    defaults: Callable[[pathlib.Path], dict[str, Any]]
+    most: int = 0

@@ -59,6 +59,11 @@ class UAE:
         return self.decoder.template
 
     @property
+    def own_encoder(self) -> bool:
+        """Whether the decoder has a text encoder of its own, which reads captions by their ids."""
+        return "text_encoder" in self.decoder.parts
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(h, w, C) of the latents of an image."""
         return self.decoder.latent_shape(self.image_size, self.image_size)

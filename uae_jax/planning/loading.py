@@ -88,6 +88,8 @@ def _towers(config: RunConfig) -> dict[str, Any]:
     """Shapes of the text encoders, whose vector of the empty prompt is all that stays."""
     settings, names = config.model, ("text_encoder", "text_encoder_2")
     configs: dict[str, Any] = dict(zip(names, TEXT_ENCODERS))
+    if settings.sizes and not settings.folder and "sd3" not in settings.sizes:
+        return {}
     if settings.folder or not settings.sizes:
         folder = model_folder(settings.folder) / "SD3"
         configs = {name: _config(folder / name) for name in names if (folder / name / "config.json").is_file()}

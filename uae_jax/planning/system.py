@@ -1,7 +1,6 @@
 """The system of a run that is planned: of a folder's configs where one is given, otherwise of the published sizes."""
 
 from uae_jax.data.loader import BatchSpec, check_max_prompt
-from uae_jax.models.sd3.decoder import SD3Decoder
 from uae_jax.models.uae import UAE
 from uae_jax.planning import published
 from uae_jax.stages.abstract import AbstractSystem, abstract_folder, part_shapes, with_run_adapters
@@ -20,14 +19,13 @@ def abstract_system(config: RunConfig) -> AbstractSystem:
 
 def _published(config: RunConfig) -> AbstractSystem:
     settings, data = config.model, config.data
-    captioner, transformer = published.using(
+    captioner, decoder = published.using(
         settings.sizes, dtype=settings.dtype, remat=settings.remat, lora_alpha=settings.lora_alpha
     )
     rows, columns = grid = published.PROCESSOR.grid_of(data.image_size, data.image_size)
     prompt = published.CAPTION_PROMPT_TOKENS + published.PROCESSOR.image_tokens(grid)
     check_max_prompt(data.max_prompt or prompt, prompt, data.image_size)
     spec = BatchSpec(data.image_size, rows * columns, data.max_prompt or prompt, data.max_caption)
-    decoder = SD3Decoder(captioner, transformer, published.VAE, published.template())
     model = UAE(captioner, decoder, data.image_size)
     width = published.PROJECTOR_RATIO * captioner.text.width
     parts = part_shapes(captioner, decoder, width, published.ENCODERS)

@@ -36,6 +36,18 @@ def family_of(folder: pathlib.Path) -> Family:
     return FAMILIES[name]
 
 
+def is_own(folder: pathlib.Path) -> bool:
+    """Whether a folder holds a pipeline that is known as a decoder with a text encoder of its own."""
+    index = folder / "model_index.json"
+    return index.is_file() and read_json(folder, index.name).get("_class_name") in FAMILIES
+
+
+def defaults(folder: pathlib.Path) -> dict[str, Any] | None:
+    """Settings of inference of a model folder whose decoder has its own text encoder; None for another decoder."""
+    pipeline = folder / FOLDER
+    return family_of(pipeline).defaults(pipeline) if pipeline.is_dir() else None
+
+
 def decoder_template(family: Family, tokenizer: Any, negative_prompt: str) -> ConditionTemplate:
     """Ids around a caption in the decoder's chat template; its own tokenizer makes them.
 
@@ -54,7 +66,7 @@ def decoder_template(family: Family, tokenizer: Any, negative_prompt: str) -> Co
         for part in text.split(_SENTINEL)
     )
     negative = tuple(tokens.encode_caption(tokenizer, negative_prompt)[:-1])
-    return ConditionTemplate(before, after, negative, int(tokenizer.pad_token_id), family.length)
+    return ConditionTemplate(before, after, negative, int(tokenizer.pad_token_id), family.length, family.most)
 
 
 def describe(

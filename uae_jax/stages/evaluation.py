@@ -150,10 +150,15 @@ class Evaluator:
 
     def draw_texts(self, parts: Mapping, texts: Sequence[str]) -> np.ndarray:
         """Images generated from texts (long ones truncated), uint8 `[n, H, W, 3]`; text i has the noise of image i."""
+        said = self._tokenised(texts)
+        numbers = np.arange(len(texts), dtype=np.int32)
+        return from_signed(self._generated(parts, said["tokens"], said["lengths"], numbers))
+
+    def _tokenised(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Tokens `[n, T]` and lengths `[n]` of texts, as the tokenizer makes them; long ones are truncated."""
         rows = [self.rows.caption_fields(text) for text in texts]
         tokens, mask = (np.stack([row[name] for row in rows]) for name in ("caption_ids", "caption_mask"))
-        lengths = mask.sum(-1, dtype=np.int32) - 1
-        return from_signed(self._generated(parts, tokens, lengths, np.arange(len(texts), dtype=np.int32)))
+        return {"tokens": tokens, "lengths": mask.sum(-1, dtype=np.int32) - 1}
 
     def _generated(self, parts: Mapping, *inputs: np.ndarray) -> np.ndarray:
         """Images `[n, H, W, 3]` in [-1, 1] from tokens `[n, T]`, lengths `[n]` and sample numbers `[n]`."""
@@ -212,16 +217,19 @@ class Evaluator:
         batch["sample_id"] = np.arange(len(fields), dtype=np.int32)
         said = self._batches(lambda rows: self._write(parts, rows), batch)
         captions = [decode_caption(self.system.tokenizer, row[:n]) for row, n in zip(said["tokens"], said["lengths"])]
-        drawn = self._rebuilt(self.denoising, parts, batch, said)
-        cosines = self._cosines(parts, originals, drawn)
-        facts = self._facts(examples, captions, drawn)
-        if folder is not None and jax.process_index() == 0:
-            write_samples(folder, originals, captions, drawn, cosines | facts, self.config.samples)
         words = {
             "caption_tokens": said["lengths"].astype(np.float64),
             "truncated": said["truncated"],
             "repetition": said["repetition"],
         }
+        if self.system.model.own_encoder:
+            words["other_ids"] = other_ids(self.system.tokenizer, said["tokens"], said["lengths"])
+            said = said | self._tokenised(captions)
+        drawn = self._rebuilt(self.denoising, parts, batch, said)
+        cosines = self._cosines(parts, originals, drawn)
+        facts = self._facts(examples, captions, drawn)
+        if folder is not None and jax.process_index() == 0:
+            write_samples(folder, originals, captions, drawn, cosines | facts, self.config.samples)
         scores = self._similarity(cosines) | words | facts
         other = self.config.also_guidance_scale
         if not (complete and other):
@@ -294,6 +302,24 @@ def prompt_scores(prompts: Sequence[Mapping[str, Any]], drawn: np.ndarray) -> di
         right = np.array(found, np.float64)
         scores |= {name: right} | {f"{name}_{tag}": right[tags == tag] for tag in dict.fromkeys(tags)}
     return scores
+
+
+def other_ids(tokenizer: Any, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """1 for each caption whose ids are not those that the tokenizer makes of its text, else 0; `[n]`.
+
+    A decoder that reads captions by their ids draws such a caption in training otherwise than its text.
+
+    Args:
+      tokenizer: of the captioner.
+      tokens: `[n, T]`.
+      lengths: `[n]`, without the stop token.
+    """
+    found = []
+    for row, length in zip(tokens, lengths):
+        ids = [int(index) for index in row[:length]]
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        found.append(list(tokenizer(text, add_special_tokens=False)["input_ids"]) != ids)
+    return np.array(found, np.float64)
 
 
 def known_scenes(examples: Sequence[Example]) -> list[Scene]:

@@ -14,11 +14,13 @@ from uae_jax.hf.items import Item, published_items, write_items
 from uae_jax.hf.rules import Rule
 from uae_jax.models.language import weights as lm_weights
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
+from uae_jax.stages.decoders import FOLDER as DECODER
 from uae_jax.stages.folders.files import begin, copy_file, copy_folder_again, take_place
 from uae_jax.stages.folders.parts import with_dtype
 from uae_jax.stages.weights import ENCODERS, REFERENCE, System, config_folder
 
-STEMS = {"dit": "diffusion_pytorch_model", "llm_lora": "adapter_model", "dit_lora": "adapter_model"}
+STEMS = {name: "diffusion_pytorch_model" for name in ("dit", f"{DECODER}/transformer")}
+STEMS |= {name: "adapter_model" for name in ("llm_lora", "dit_lora")}
 
 
 def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: DTypeLike = np.float32) -> None:
@@ -46,10 +48,15 @@ def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: D
     for name in {"llm", REFERENCE} & set(outputs):
         _write_captioner_config(system, fresh / name, dtype)
     _write_other_configs(system, parts, fresh)
-    for name in ("llm_processor", "SD3", *ENCODERS):
+    for name in ("llm_processor", "SD3", DECODER, *ENCODERS):
         if (system.folder / name).is_dir():
             copy_folder_again(system.folder / name, fresh / name, folder / name, skip="transformer")
     take_place(fresh, folder)
+
+
+def _transformer_folder(system: System) -> str:
+    """Where the transformer is written: a decoder with its own text encoder stays a complete pipeline."""
+    return f"{DECODER}/transformer" if (system.folder / DECODER).is_dir() else "dit"
 
 
 def _outputs(system: System, parts: Mapping, dtype: np.dtype) -> dict[str, list[Item]]:
@@ -63,15 +70,15 @@ def _outputs(system: System, parts: Mapping, dtype: np.dtype) -> dict[str, list[
     languages = {"llm": parts["language"]}
     if "language_policy" in parts:
         languages = {"llm": parts["language_policy"], REFERENCE: parts["language"]}
-    table = qwen_weights.rules(captioner, projector=True)
+    table, beside = qwen_weights.rules(captioner, projector="projector" in parts), {"vision", "projector"} & set(parts)
     outputs = {
-        name: items({"vision": parts["vision"], "language": language, "projector": parts["projector"]}, table)
+        name: items({"language": language} | {part: parts[part] for part in sorted(beside)}, table)
         for name, language in languages.items()
     }
     if adapter := parts.get("language_lora"):
         outputs["llm_lora"] = items(adapter, lm_weights.rules_of_adapter(captioner, adapter))
     weights = parts.get("transformer_policy", parts["transformer"])
-    outputs["dit"] = items(weights, rules)
+    outputs[_transformer_folder(system)] = items(weights, rules)
     if adapter := parts.get("transformer_lora"):
         outputs["dit_lora"] = items(adapter, adapter_rules(rules, adapter))
     return outputs
@@ -88,7 +95,7 @@ def _write_captioner_config(system: System, folder: pathlib.Path, dtype: np.dtyp
 def _write_other_configs(system: System, parts: Mapping, folder: pathlib.Path) -> None:
     """The settings of the transformer and of the adapters."""
     captioner, decoder = system.model.captioner, system.model.decoder
-    write_json(folder / "dit" / "config.json", decoder.transformer.published(), indent=1)
+    write_json(folder / _transformer_folder(system) / "config.json", decoder.transformer.published(), indent=1)
     if adapter := parts.get("language_lora"):
         content = lm_weights.adapter_config(captioner, adapter)
         write_json(folder / "llm_lora" / "adapter_config.json", content, indent=1)

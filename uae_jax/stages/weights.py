@@ -55,6 +55,8 @@ SIZES = (
     "qwen2_5_vl_3b_sd3_5_large",
     "qwen2_5_vl_7b_sd3_5_medium",
     "qwen2_5_vl_7b_sd3_5_large",
+    "qwen2_5_vl_3b_klein_4b",
+    "qwen2_5_vl_7b_klein_4b",
 )
 PRECISIONS = ("float32", "bfloat16")
 CAPTIONER = ("vision", "language", "projector")

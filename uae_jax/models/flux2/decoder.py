@@ -9,15 +9,14 @@ import pathlib
 from typing import Any, ClassVar, cast
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32
 from numpy import ndarray
 
-from uae_jax.diffusion.sampler import linear_guidance
 from uae_jax.diffusion.schedule import check_scheduler, shifted_levels
 from uae_jax.files.json_files import read_json
 from uae_jax.hf.inventory import Table
 from uae_jax.hf.rules import Rule
-from uae_jax.models.condition import ConditionTemplate, place_in_template
+from uae_jax.models.condition import ConditionTemplate
 from uae_jax.models.decoder import Component, Context, Family, Parts
 from uae_jax.models.flux2 import transformer, vae, weights
 from uae_jax.models.flux2.config import TransformerConfig, VAEConfig
@@ -26,6 +25,7 @@ from uae_jax.models.language.config import TextConfig
 from uae_jax.models.language.encoder import EncoderSizes
 from uae_jax.models.parts import transformer_weights
 from uae_jax.models.qwen3 import config as qwen3
+from uae_jax.models.text_encoded import TextEncoded
 
 NUM_TRAIN_TIMESTEPS = 1000
 LAYERS = (9, 18, 27)
@@ -43,52 +43,23 @@ def empirical_mu(tokens: int, steps: int) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class KleinDecoder:
-    """A `models.decoder.Decoder`.
+class KleinDecoder(TextEncoded):
+    """A `models.decoder.Decoder`; rows of its template have one length.
 
     Attributes:
-      transformer: sizes of the diffusion transformer.
-      vae: sizes of the auto-encoder.
-      encoder: what is read of the text encoder.
-      template: ids around a caption, with the length of all rows.
       distilled: whether it draws without guidance.
     """
 
-    conditions: ClassVar[tuple[str, ...]] = ("reference",)
     lora_targets: ClassVar[str] = transformer.ATTENTION_ADAPTER
-    parts: ClassVar[tuple[str, ...]] = ("text_encoder", "transformer", "vae")
 
     transformer: TransformerConfig
     vae: VAEConfig
-    encoder: EncoderSizes
-    template: ConditionTemplate
     distilled: bool = False
 
     @property
     def cell(self) -> int:
         """Pixels a side of one token: a patch of the latents."""
         return self.vae.downsampling
-
-    @property
-    def most_cells(self) -> int:
-        """Any number: positions are rotary."""
-        return 0
-
-    def prompt(
-        self, tokens: Int[Array, "n t"], lengths: Int[Array, " n"]
-    ) -> tuple[Int[Array, "n s"], Bool[Array, "n s"]]:
-        """See `condition.place_in_template`; a caption that is too long is cut in front of the suffix."""
-        return place_in_template(self.template, tokens, lengths)
-
-    def states_shape(self, caption_tokens: int) -> tuple[tuple[int, int], str]:
-        """One length, whatever the captions."""
-        return (self.template.length(caption_tokens), self.encoder.width), self.encoder.text.dtype
-
-    def states(
-        self, parts: Parts, ids: Int[Array, "n s"], mask: Bool[Array, "n s"], *, policy: bool = False
-    ) -> Float[Array, "n s d"]:
-        """Of three layers, side by side."""
-        return encoder.encode(self.encoder, parts["text_encoder"], ids, mask)
 
     def context(self, parts: Parts, states: Float[Array, "n s d"], mask: Bool[Array, "n s"]) -> Context:
         """The states themselves, all of which count."""
@@ -125,7 +96,7 @@ class KleinDecoder:
             raise ValueError(
                 f"guidance_scale is {scale:g}, but this FLUX.2-klein is distilled and needs no guidance; set it to 1"
             )
-        return linear_guidance(positive, negative, scale)
+        return super().guide(positive, negative, scale)
 
     def sigmas(self, steps: int, height: int, width: int, shift: float) -> Float[ndarray, " levels"]:
         """An exponential shift that depends on the number of tokens and of steps; `shift` is not read."""
@@ -173,6 +144,16 @@ def encoder_sizes(text: TextConfig) -> EncoderSizes:
     return EncoderSizes(text, LAYERS)
 
 
+def is_distilled(folder: pathlib.Path) -> bool:
+    """Whether a pipeline's folder says that its transformer is distilled."""
+    return bool(read_json(folder, "model_index.json").get("is_distilled", False))
+
+
+def defaults(folder: pathlib.Path) -> dict[str, Any]:
+    """Of inference: 4 steps without guidance where distilled, else 50 steps at 4, as in the model cards."""
+    return {"steps": 4, "guidance_scale": 1.0} if is_distilled(folder) else {"steps": 50, "guidance_scale": 4.0}
+
+
 def _transformer_table(config: TransformerConfig) -> Table:
     return Table(weights.transformer_rules(config), transformer.abstract_params(config))
 
@@ -207,8 +188,7 @@ def describe(
                 f"{folder / 'transformer' / 'config.json'} has {field} {getattr(sizes, field)}, not {value}, {what}; "
                 "take all folders from one model"
             )
-    distilled = bool(read_json(folder, "model_index.json").get("is_distilled", False))
-    return KleinDecoder(sizes, autoencoder, read, template, distilled)
+    return KleinDecoder(sizes, autoencoder, read, template, is_distilled(folder))
 
 
 FAMILY = Family(
@@ -218,14 +198,20 @@ FAMILY = Family(
     chat={"enable_thinking": False},
     length=LENGTH,
     components={
-        "transformer": Component("transformer", TransformerConfig.from_folder, _transformer_table),
+        "transformer": Component(
+            "transformer",
+            TransformerConfig.from_folder,
+            _transformer_table,
+            module="diffusers.models.transformers.transformer_flux2",
+        ),
         "vae": Component("vae", VAEConfig.from_folder, _vae_table),
         "text_encoder": Component(
             "text_encoder",
             qwen3.from_folder,
             encoder.whole_table,
             lambda config: encoder.read_table(encoder_sizes(config)),
+            stem="model",
         ),
     },
-    defaults={"steps": 4, "guidance_scale": 1.0},
+    defaults=defaults,
 )

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from uae_jax.hf.adapters import AdapterFiles, by_ending, peft_settings
+from uae_jax.hf.adapters import DIFFUSERS_ALIASES, AdapterFiles, by_ending, peft_settings, survey_adapter
 from uae_jax.hf.items import Item, stored_items
+from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
-from uae_jax.models.sd3 import weights as sd3_weights
-from uae_jax.stages.folders.parts import Folder, Part, part_config
+from uae_jax.stages.folders.parts import Folder, Part, part_config, part_table, part_tensors
 
 PEFT_PREFIX = "base_model.model."  # peft's prefix for the names of a wrapped model
 IN_TEXT_MODEL = "model.layers."  # prefix of the captioner's modules in its text model
@@ -32,7 +32,10 @@ def survey(part: Part, folder: Folder) -> AdapterFiles:
         config = None  # the row of the base model has the error
     if part.name == "llm_lora":
         return qwen_weights.survey_adapters(part.folder, config)
-    return sd3_weights.survey_transformer_adapter(part.folder, config)
+    stored = TensorFolder(part.folder)
+    table = None if base is None or config is None else part_table(base, config, part_tensors(base))
+    rules, abstract = (None, {}) if table is None else (table.rules, table.abstract)
+    return survey_adapter(stored, rules, abstract, aliases=DIFFUSERS_ALIASES)
 
 
 def in_text_model(files: AdapterFiles) -> bool:
@@ -46,7 +49,7 @@ def peft_name(module: str, layout: str) -> str:
     Args:
       module: name in the table of the base model.
       layout: `text`, the text model alone as in the release; `whole`, Qwen2_5_VLForConditionalGeneration;
-        `transformer`, SD3Transformer2DModel.
+        `transformer`, the decoder's.
     """
     if layout == "text":
         return module.removeprefix("model.")
@@ -100,13 +103,14 @@ def merged(items: list[Item], files: AdapterFiles, dtype: np.dtype | None = None
     ]
 
 
-def peft_config(files: AdapterFiles, layout: str, base: str) -> dict[str, Any]:
+def peft_config(files: AdapterFiles, layout: str, base: str, wrapped: tuple[str, str] = ("", "")) -> dict[str, Any]:
     """The contents of adapter_config.json.
 
     Args:
       files: the adapter.
       layout: see `peft_name`.
       base: name or folder of the base model.
+      wrapped: class of a transformer that peft wraps, and its module.
     """
     ranks = {peft_name(module, layout): rank for module, rank in files.ranks.items()}
     present = [
@@ -119,10 +123,7 @@ def peft_config(files: AdapterFiles, layout: str, base: str) -> dict[str, Any]:
     if layout == "whole":
         content["task_type"] = "CAUSAL_LM"
     if layout == "transformer":
-        content["auto_mapping"] = {
-            "base_model_class": "SD3Transformer2DModel",
-            "parent_library": "diffusers.models.transformers.transformer_sd3",
-        }
+        content["auto_mapping"] = dict(zip(("base_model_class", "parent_library"), wrapped))
     return content | {"base_model_name_or_path": content["base_model_name_or_path"] or base}
 
 

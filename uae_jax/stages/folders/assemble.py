@@ -14,8 +14,10 @@ from uae_jax.files.paths import to_path
 from uae_jax.hf.hub import local_folder
 from uae_jax.hf.rules import published_tensors
 from uae_jax.hf.safetensors import TensorFolder, dtype_name, write_tensors
+from uae_jax.models.decoders import FAMILIES
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
+from uae_jax.stages.decoders import FOLDER as DECODER
 from uae_jax.stages.folders.check import Row, check_folder
 from uae_jax.stages.folders.files import check_target, copy_file, replaced, small_files, used_files
 from uae_jax.stages.folders.parts import (
@@ -35,6 +37,7 @@ PROJECTOR_FACTOR = 4  # inner width over the language model's, as in the release
 # of the captioner's images, as in the release's demo.py; Qwen2.5-VL publishes 12,845,056
 MAX_PIXELS = 65536
 _COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "scheduler")
+_WITHOUT_WEIGHTS = ("scheduler", "decoder scheduler", "decoder tokenizer")
 _MODEL_FILES = ("config.json", "generation_config.json")
 
 
@@ -44,7 +47,8 @@ class Sources:
 
     Attributes:
       llm: Qwen2.5-VL, with or without UAE's projector.
-      sd3: an SD3 or SD3.5 pipeline folder.
+      sd3: an SD3 or SD3.5 pipeline folder, or empty with a `decoder`.
+      decoder: a pipeline folder of a decoder with a text encoder of its own (`models.decoders`), in place of `sd3`.
       llm_processor: tokenizer and image processor; empty if they are in `llm`.
       projector: UAE's projector, written by `export --layout hub`.
       dit: a transformer in place of the pipeline's.
@@ -54,7 +58,8 @@ class Sources:
     """
 
     llm: str
-    sd3: str
+    sd3: str = ""
+    decoder: str = ""
     llm_processor: str = ""
     projector: str = ""
     dit: str = ""
@@ -113,11 +118,9 @@ def gather(sources: Sources) -> Folder:
     Raises:
       FileNotFoundError, ValueError: a folder is absent, or holds another model.
     """
-    pipeline = find_parts(sources.sd3)
-    if pipeline.layout != "pipeline":
+    if bool(sources.sd3) == bool(sources.decoder):
         raise ValueError(
-            f"--sd3 {sources.sd3} is no SD3 pipeline folder; give one with vae, scheduler, text_encoder and "
-            "text_encoder_2"
+            "give one of --sd3, whose context the captioner makes, and --decoder, which has a text encoder of its own"
         )
     parts = {"llm": _expect("llm", sources.llm)}
     parts |= {
@@ -125,6 +128,42 @@ def gather(sources: Sources) -> Folder:
         for name in ("projector", "llm_lora", "dit_lora", "llm_reference", "dit", *ENCODERS)
         if getattr(sources, name)
     }
+    parts |= _own_decoder(sources) if sources.decoder else _sd3(sources)
+    processor = local_folder(sources.llm_processor or sources.llm)
+    if not has_tokenizer(processor):
+        raise FileNotFoundError(
+            f"{processor} has neither tokenizer_config.json nor tokenizer.json; give the folder of tokenizer and image "
+            "processor with --llm_processor"
+        )
+    parts["llm_processor"] = Part("llm_processor", processor)
+    return Folder(to_path(sources.llm).parent, "sources", tuple(parts[name] for name in KINDS if name in parts))
+
+
+def _own_decoder(sources: Sources) -> dict[str, Part]:
+    """The parts of a decoder with a text encoder of its own."""
+    for name in ("dit", "projector"):
+        if getattr(sources, name):
+            raise ValueError(f"--{name} {getattr(sources, name)} goes with --sd3; a --decoder has no such part")
+    pipeline = find_parts(sources.decoder)
+    if pipeline.layout != "pipeline" or pipeline.own_decoder is None:
+        raise ValueError(f"--decoder {sources.decoder} is no pipeline folder of {', '.join(FAMILIES)}")
+    for name in (name for name in KINDS if name.startswith("decoder/")):
+        if pipeline.part(name) is None:
+            inner = name.removeprefix("decoder/")
+            raise FileNotFoundError(
+                f"--decoder {sources.decoder} has no {inner} folder; download the complete pipeline"
+            )
+    return {part.name: part for part in pipeline.parts}
+
+
+def _sd3(sources: Sources) -> dict[str, Part]:
+    """The parts of an SD3 pipeline, whose text encoders make the pooled embedding alone."""
+    pipeline, parts = find_parts(sources.sd3), {}
+    if pipeline.layout != "pipeline" or pipeline.own_decoder:
+        raise ValueError(
+            f"--sd3 {sources.sd3} is no SD3 pipeline folder; give one with vae, scheduler, text_encoder and "
+            "text_encoder_2"
+        )
     for name in _COMPONENTS:
         part = pipeline.part(f"SD3/{name}")
         if part is None:
@@ -137,14 +176,7 @@ def gather(sources: Sources) -> Folder:
                 f"--sd3 {sources.sd3} has no transformer folder; download it too, or give a transformer with --dit"
             )
         parts["dit"] = Part("dit", own.folder)
-    processor = local_folder(sources.llm_processor or sources.llm)
-    if not has_tokenizer(processor):
-        raise FileNotFoundError(
-            f"{processor} has neither tokenizer_config.json nor tokenizer.json; give the folder of tokenizer and image "
-            "processor with --llm_processor"
-        )
-    parts["llm_processor"] = Part("llm_processor", processor)
-    return Folder(to_path(sources.llm).parent, "sources", tuple(parts[name] for name in KINDS if name in parts))
+    return parts
 
 
 def _expect(name: str, path: str) -> Part:
@@ -166,12 +198,26 @@ def _build(folder: Folder, sources: Sources, fresh: pathlib.Path, seed: int, lin
     notes: list[str] = []
     for part in folder.parts:
         if part.kind not in ("processor", "projector"):
-            for file in used_files(part) if part.kind != "scheduler" else small_files(part.folder):
+            for file in small_files(part.folder) if part.kind in _WITHOUT_WEIGHTS else used_files(part):
                 copy_file(file, fresh / part.name, link=link)
     for file in small_files(folder.existing("llm_processor").folder):
         if file.name not in _MODEL_FILES and not file.name.lower().startswith(("readme", "licen")):
             copy_file(file, fresh / "llm_processor", link=link)
-    root = local_folder(sources.sd3)
+    if sources.decoder:
+        for file in small_files(local_folder(sources.decoder)):
+            copy_file(file, fresh / DECODER, link=link)
+        notes.append(f"the decoder is {folder.own_decoder}; it needs no projector, no align and no pretrain")
+    else:
+        notes += _add_sd3(folder, sources, fresh, seed, link)
+    notes += _bound_images(fresh)
+    if not any(folder.part(name) for name in ENCODERS):
+        notes.append("no image encoder was given: inference works, training needs --clip for its reward")
+    return notes
+
+
+def _add_sd3(folder: Folder, sources: Sources, fresh: pathlib.Path, seed: int, link: bool) -> list[str]:
+    """What an SD3 pipeline has beside its weights, and the projector."""
+    notes, root = [], local_folder(sources.sd3)
     for file in small_files(root):
         if file.name != "model_index.json":
             copy_file(file, fresh / "SD3", link=link)
@@ -183,11 +229,7 @@ def _build(folder: Folder, sources: Sources, fresh: pathlib.Path, seed: int, lin
         notes.append("text_encoder_3 (T5) is left out: the captioner takes its place")
     if not sources.dit:
         notes.append(f"dit is the pipeline's own transformer, {folder.existing('dit').folder}")
-    notes += _add_projector(folder, fresh, seed)
-    notes += _bound_images(fresh)
-    if not any(folder.part(name) for name in ENCODERS):
-        notes.append("no image encoder was given: inference works, training needs --clip for its reward")
-    return notes
+    return notes + _add_projector(folder, fresh, seed)
 
 
 def _bound_images(fresh: pathlib.Path) -> list[str]:

@@ -19,10 +19,12 @@ from uae_jax.hf.inventory import Fit, compare, cut_short
 from uae_jax.hf.rules import listed
 from uae_jax.hf.safetensors import TensorFolder, Tensors, dtype_name
 from uae_jax.settings import one_line
+from uae_jax.stages import decoders
 from uae_jax.stages.folders.adapters import in_text_model, survey
 from uae_jax.stages.folders.parts import (
     ADAPTERS,
     ENCODERS,
+    KINDS,
     Folder,
     Part,
     check_head,
@@ -34,6 +36,7 @@ from uae_jax.stages.folders.parts import (
 )
 
 NEEDED = ("llm", "llm_processor", "SD3/vae", "SD3/text_encoder", "SD3/text_encoder_2", "SD3/scheduler")
+OWN_NEEDED = ("llm", "llm_processor", *(name for name in KINDS if name.startswith("decoder/")))
 _LISTED = 4  # names in a message; the JSON has all names
 
 
@@ -100,7 +103,8 @@ def check_folder(
 def _missing_parts(folder: Folder) -> list[Row]:
     """A row for each part that the model needs and the folder lacks."""
     remedy = "is not there; copy it there, or build the folder with `convert import`"
-    problems = {name: f"{folder.path / name} {remedy}" for name in NEEDED if folder.part(name) is None}
+    needed = OWN_NEEDED if folder.own_decoder else NEEDED
+    problems = {name: f"{folder.path / name} {remedy}" for name in needed if folder.part(name) is None}
     if folder.transformer is None:
         places = f"neither {folder.path / 'dit'} nor {folder.path / 'SD3' / 'transformer'}"
         problems["dit"] = f"{places} is there; copy one of them there"
@@ -122,6 +126,10 @@ def check_part(
             _check_processor(row)
         elif part.kind == "scheduler":
             ScheduleConfig.from_folder(part.folder)
+        elif part.kind == "decoder tokenizer":
+            row.notes.append(f"{len(tokens.load_tokenizer(part.folder)):,} tokens")
+        elif part.kind == "decoder scheduler":
+            pass  # read with the other parts, `_check_own_decoder`
         else:
             _check_weights(row, part, folder, fast, progress)
     except (ValueError, FileNotFoundError) as error:
@@ -230,7 +238,10 @@ def check_fit(rows: dict[str, Row], folder: Folder) -> None:
     """Adds a problem to each row whose part does not fit another part."""
     decoder = rows.get("dit") or rows.get("SD3/transformer")
     decoder = decoder if decoder and decoder.config else None
-    _check_projector(rows, folder, decoder)
+    if folder.own_decoder:
+        _check_own_decoder(rows, folder, folder.own_decoder)
+    else:
+        _check_projector(rows, folder, decoder)
     if decoder:
         _check_decoder(rows, decoder)
     _check_reference(rows)
@@ -242,6 +253,20 @@ def check_fit(rows: dict[str, Row], folder: Folder) -> None:
                 f"{processor.folder} has {tokens_there:,} tokens, {captioner.folder} embeds {embedded:,}; copy the "
                 "tokenizer of this model"
             )
+
+
+def _check_own_decoder(rows: dict[str, Row], folder: Folder, pipeline: pathlib.Path) -> None:
+    """The parts of a decoder with its own text encoder fit each other, and its tokenizer is the captioner's."""
+    own = [row for name, row in rows.items() if name.startswith("decoder/")]
+    words = folder.part("llm_processor")
+    if any(row.problems for row in own) or words and rows["llm_processor"].problems:
+        return
+    place = words.folder if words else pipeline / "tokenizer"
+    try:
+        tokenizer = tokens.load_tokenizer(place)
+        decoders.describe(pipeline, tokenizer, "", dtype="float32", remat="none", lora_alpha=1.0)
+    except (ValueError, FileNotFoundError) as error:
+        own[0].problems.append(one_line(error))
 
 
 def _check_projector(rows: dict[str, Row], folder: Folder, decoder: Row | None) -> None:

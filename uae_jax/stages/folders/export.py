@@ -17,6 +17,7 @@ from uae_jax.hf.adapters import AdapterFiles
 from uae_jax.hf.inventory import compare
 from uae_jax.hf.items import Item, cast, stored_items, write_items
 from uae_jax.hf.torch_file import open_tensors
+from uae_jax.stages.decoders import FOLDER as DECODER
 from uae_jax.stages.folders import adapters
 from uae_jax.stages.folders.check import check_folder
 from uae_jax.stages.folders.files import check_target, copy_file, replaced, small_files
@@ -26,6 +27,7 @@ from uae_jax.stages.folders.parts import (
     PROJECTOR,
     Folder,
     Part,
+    component_of,
     find_parts,
     has_openai_names,
     part_config,
@@ -38,6 +40,7 @@ from uae_jax.stages.folders.parts import (
 from uae_jax.stages.model_card import converted_card, write_card
 
 LAYOUTS = ("official", "hub")
+SD3_MODULE = "diffusers.models.transformers.transformer_sd3"
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 LLM_LORA = ("peft", "wrapped")
 WRAPPED_SHARDS = 3  # as in the release
@@ -216,13 +219,14 @@ def _plain(part: Part, name: str, dtype: np.dtype | None, items: Iterable[Item] 
     files = {file.name: file for folder in {part.folder, part.config_folder} for file in small_files(folder)}
     copies = tuple(file for name, file in sorted(files.items()) if name not in ("config.json", "adapter_config.json"))
     contents = {} if has_openai_names(part) else {"config.json": stored_config(part, items)}
-    return Output(name, tuple(items), STEMS.get(part.kind, "model"), copies=copies, contents=contents)
+    stem = component_of(part).stem if part.kind == "decoder part" else STEMS.get(part.kind, "model")
+    return Output(name, tuple(items), stem, copies=copies, contents=contents)
 
 
 def stored_config(part: Part, items: Iterable[Item]) -> dict[str, Any]:
     """A part's config.json, with the precision of its tensors if that is one and the format has a field for it."""
     content, dtypes = published_settings(part), {item.dtype.name for item in items}
-    if len(dtypes) != 1 or part.kind in ("transformer", "vae"):
+    if len(dtypes) != 1 or "_class_name" in content:
         return content
     return with_dtype(content, *dtypes)
 
@@ -268,6 +272,9 @@ def _hub_captioner(part: Part, items: list[Item], dtype: np.dtype | None, proces
     there = ("config.json", "generation_config.json", *(copy.name for copy in model.copies))
     beside = [file for file in small_files(processor.folder) if file.name not in there] if processor else []
     projector = cast([item for item in items if item.name.startswith("projector.")], dtype)
+    model = dataclasses.replace(model, copies=(*model.copies, *beside))
+    if not projector:
+        return [model]
     shapes = {item.name: item.shape for item in projector}
     content = {
         "model_type": PROJECTOR,
@@ -277,7 +284,7 @@ def _hub_captioner(part: Part, items: list[Item], dtype: np.dtype | None, proces
         "hidden_act": "gelu",
     }
     return [
-        dataclasses.replace(model, copies=(*model.copies, *beside)),
+        model,
         Output(
             "projector",
             tuple(projector),
@@ -322,27 +329,48 @@ def _language_adapter(
 
 def _decoder(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> list[Output]:
     outputs = _pipeline_folders(folder, dtype)
-    part, adapted = folder.transformer, folder.part("dit_lora")
-    name = "SD3/transformer" if config.layout == "hub" else part.name if part else ""
+    part, adapted, own = folder.transformer, folder.part("dit_lora"), folder.own_decoder
+    name = "SD3/transformer" if config.layout == "hub" and not own else part.name if part else ""
+    if own:
+        outputs += _own_pipeline(folder, own, dtype)
     if part:
         items, files = part_items(part), adapters.survey(adapted, folder) if adapted else None
         merged = adapters.merged(items, files, dtype) if files and config.merge_adapters else items
         outputs.append(_plain(part, name, dtype, merged))
         if adapted and files and not config.merge_adapters:
-            outputs.append(_decoder_adapter(adapted, files, name, dtype))
-    if config.layout == "hub":
+            outputs.append(_decoder_adapter(adapted, files, name, wrapped_class(part), dtype))
+    if config.layout == "hub" and not own:
         outputs.append(_pipeline_index(folder, {output.name for output in outputs}))
     return outputs
 
 
-def _decoder_adapter(part: Part, files: AdapterFiles, base: str, dtype: np.dtype | None) -> Output:
+def wrapped_class(part: Part) -> tuple[str, str]:
+    """The class of a transformer in diffusers, and its module."""
+    module = component_of(part).module if part.kind == "decoder part" else SD3_MODULE
+    return str(published_settings(part)["_class_name"]), module
+
+
+def _own_pipeline(folder: Folder, pipeline: pathlib.Path, dtype: np.dtype | None) -> list[Output]:
+    """The folders of a decoder with its own text encoder, but for its transformer."""
+    outputs = [Output(DECODER, copies=tuple(small_files(pipeline)))]
+    for part in folder.parts:
+        if part.kind == "decoder part" and part.folder.name != "transformer":
+            outputs.append(_plain(part, part.name, dtype))
+        elif part.kind in ("decoder tokenizer", "decoder scheduler"):
+            outputs.append(Output(part.name, copies=tuple(small_files(part.folder))))
+    return outputs
+
+
+def _decoder_adapter(
+    part: Part, files: AdapterFiles, base: str, wrapped: tuple[str, str], dtype: np.dtype | None
+) -> Output:
     return Output(
         "dit_lora",
         tuple(cast(adapters.adapter_items(files, "transformer"), dtype)),
         "adapter_model",
         copies=tuple(file for file in small_files(part.folder) if not file.name.endswith("config.json")),
-        contents={"adapter_config.json": adapters.peft_config(files, "transformer", base)},
-        note="peft adapter around SD3Transformer2DModel",
+        contents={"adapter_config.json": adapters.peft_config(files, "transformer", base, wrapped)},
+        note=f"peft adapter around {wrapped[0]}",
     )
 
 

@@ -169,13 +169,13 @@ def copy_folder_again(source: pathlib.Path, fresh: pathlib.Path, older: pathlib.
 
     Args:
       source: a folder of a model folder.
-      fresh: the target, which need not exist.
+      fresh: the target, which need not exist and may hold other files.
       older: what the target will replace; files that it has already are not copied (`copy_again`).
       skip: a name.
     """
     if not is_url(source) and not is_url(fresh):
         copy = copy_again(fresh, older)
-        shutil.copytree(source, fresh, ignore=shutil.ignore_patterns(skip), copy_function=copy)
+        shutil.copytree(source, fresh, ignore=shutil.ignore_patterns(skip), copy_function=copy, dirs_exist_ok=True)
         return
     for name in files_in(source):
         if skip not in name.split("/"):

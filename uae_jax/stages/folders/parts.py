@@ -18,6 +18,7 @@ from uae_jax.hf.inventory import Table
 from uae_jax.hf.rules import canonical
 from uae_jax.hf.safetensors import TensorFolder, Tensors
 from uae_jax.hf.torch_file import open_tensors
+from uae_jax.models.decoder import Component
 from uae_jax.models.encoders import clip
 from uae_jax.models.encoders.config import CLIPTextConfig
 from uae_jax.models.encoders.openai import MARKS
@@ -32,6 +33,7 @@ from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import transformer, vae
 from uae_jax.models.sd3 import weights as sd3_weights
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
+from uae_jax.stages import decoders
 
 # part -> its kind, in the order of tables and files
 KINDS = {
@@ -45,6 +47,11 @@ KINDS = {
     "SD3/text_encoder": "text encoder",
     "SD3/text_encoder_2": "text encoder",
     "SD3/scheduler": "scheduler",
+    "decoder/transformer": "decoder part",
+    "decoder/vae": "decoder part",
+    "decoder/text_encoder": "decoder part",
+    "decoder/tokenizer": "decoder tokenizer",
+    "decoder/scheduler": "decoder scheduler",
     "dit": "transformer",
     "dit_lora": "transformer adapter",
     "clip": "image encoder",
@@ -130,7 +137,12 @@ class Folder:
     @property
     def transformer(self) -> Part | None:
         """The transformer that the model uses: `dit`, else the pipeline's."""
-        return self.part("dit") or self.part("SD3/transformer")
+        return self.part("dit") or self.part("SD3/transformer") or self.part("decoder/transformer")
+
+    @property
+    def own_decoder(self) -> pathlib.Path | None:
+        """The pipeline of a decoder with a text encoder of its own, or None."""
+        return next((part.folder.parent for part in self.parts if part.name.startswith("decoder/")), None)
 
     @property
     def captioner(self) -> Part | None:
@@ -172,9 +184,10 @@ def find_parts(path: str | pathlib.Path) -> Folder:
             if "llm" in names and "llm_processor" not in names and has_tokenizer(candidate / "llm"):
                 parts.append(Part("llm_processor", candidate / "llm"))
             return Folder(candidate, "official", tuple(sorted(parts, key=lambda part: list(KINDS).index(part.name))))
-    inner = [name for name in KINDS if name.startswith("SD3/") and (root / name.removeprefix("SD3/")).is_dir()]
+    prefix = "decoder/" if decoders.is_own(root) else "SD3/"
+    inner = [name for name in KINDS if name.startswith(prefix) and (root / name.removeprefix(prefix)).is_dir()]
     if (root / "model_index.json").is_file() or len(inner) > 1:
-        return Folder(root, "pipeline", tuple(Part(name, root / name.removeprefix("SD3/")) for name in inner))
+        return Folder(root, "pipeline", tuple(Part(name, root / name.removeprefix(prefix)) for name in inner))
     name = identify(root)
     if name is None:
         if remedy := other_format(root):
@@ -244,6 +257,8 @@ def part_config(part: Part) -> Any:
         return TransformerConfig.from_folder(part.folder)
     if part.kind == "vae":
         return VAEConfig.from_folder(part.folder)
+    if part.kind == "decoder part":
+        return component_of(part).config(part.folder)
     if part.kind == "text encoder":
         return CLIPTextConfig.from_folder(part.folder)
     if part.kind == "image encoder":
@@ -251,6 +266,15 @@ def part_config(part: Part) -> Any:
     if part.kind == "unified model":
         return janus_config.from_folder(part.folder)
     return None
+
+
+def component_of(part: Part) -> Component:
+    """What a folder of a decoder's pipeline is.
+
+    Raises:
+      FileNotFoundError, ValueError: no pipeline, or another one.
+    """
+    return decoders.family_of(part.folder.parent).components[part.folder.name]
 
 
 def published_settings(part: Part) -> dict[str, Any]:
@@ -325,6 +349,8 @@ def part_table(part: Part, config: Any, folder: Tensors) -> Table:
         return Table(rules, abstract, qwen_weights.ALIASES, ignore)
     if part.kind == "transformer":
         return Table(sd3_weights.transformer_rules(config), transformer.abstract_params(config))
+    if part.kind == "decoder part":
+        return component_of(part).table(config)
     if part.kind == "vae":
         return Table(sd3_weights.vae_rules(config), vae.abstract_params(config), sd3_weights.VAE_ALIASES)
     if part.kind == "unified model":
