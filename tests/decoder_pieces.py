@@ -1,5 +1,6 @@
 """What the tests of decoders with a text encoder of their own share: random weights, comparisons, captions."""
 
+import functools
 import types
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
+from uae_jax.diffusion.sampler import guided_velocity, sample
 from uae_jax.stages import decoders
 
 TEXT_WIDTH = 8
@@ -82,8 +84,37 @@ def rows(pair, texts) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(padded, jnp.int32), jnp.asarray([len(row) for row in ids], jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _encoded(decoder, parts, tokens, lengths):
+    ids, mask = decoder.prompt(tokens, lengths)
+    return decoder.context(parts, decoder.states(parts, ids, mask), mask)
+
+
 def encoded(pair, tokens, lengths):
     """What the transformer reads of captions."""
-    decoder = pair.decoder
-    ids, mask = decoder.prompt(tokens, lengths)
-    return decoder.context(pair.parts, decoder.states(pair.parts, ids, mask), mask)
+    return _encoded(pair.decoder, pair.parts, tokens, lengths)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _velocity(decoder, parts, latents, sigma, context):
+    return decoder.velocity(parts, latents, sigma, context)
+
+
+def velocity(pair, latents, sigma, context):
+    """Of the decoder, compiled."""
+    return _velocity(pair.decoder, pair.parts, jnp.asarray(latents), jnp.asarray(sigma), context)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def _drawn(decoder, parts, noise, levels, positive, negative, scale):
+    def predict(x, sigma):
+        return guided_velocity(
+            lambda x, s, c: decoder.velocity(parts, x, s, c), x, sigma, positive, negative, scale, guide=decoder.guide
+        )
+
+    return sample(predict, noise, levels)
+
+
+def drawn(pair, noise, levels, positive, negative, scale):
+    """Guided latents after all steps."""
+    return _drawn(pair.decoder, pair.parts, jnp.asarray(noise), jnp.asarray(levels), positive, negative, scale)

@@ -1,6 +1,7 @@
 """Published sizes of the decoders with a text encoder of their own: each tensor has one published name."""
 
 import json
+import re
 
 import diffusers
 import jax
@@ -10,12 +11,16 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from test_full_size import check_both_ways, on_meta, shapes_of
 
 from uae_jax import trees
-from uae_jax.hf.adapters import adapter_rules
+from uae_jax.hf.adapters import adapter_rules, settings_of
 from uae_jax.models.flux2 import config as flux2
 from uae_jax.models.flux2 import decoder as klein
 from uae_jax.models.flux2 import transformer, vae, weights
 from uae_jax.models.language import encoder
 from uae_jax.models.qwen3 import config as qwen3
+from uae_jax.models.qwen_image import config as q_config
+from uae_jax.models.qwen_image import transformer as q_transformer
+from uae_jax.models.qwen_image import vae as q_vae
+from uae_jax.models.qwen_image import weights as q_weights
 from uae_jax.models.z_image import config as z_config
 from uae_jax.models.z_image import transformer as z_transformer
 from uae_jax.models.z_image import weights as z_weights
@@ -76,13 +81,17 @@ def test_klein_4b_and_its_adapter(tmp_path):
     assert len(stored) == 169 and round(trees.parameter_count(abstract) / 1e9, 3) == 3.876
     rules = weights.transformer_rules(config)
     check_both_ways(rules, abstract, stored)
-    names = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    targets = [*(f"attn.{name}" for name in names), "attn.to_qkv_mlp_proj", "attn.to_out"]
+    names = "to_q|to_k|to_v|to_out.0|add_q_proj|add_k_proj|add_v_proj|to_add_out|to_qkv_mlp_proj"
+    # `attn.to_out` alone would be the list in which the output of blocks with two streams lies, too
+    targets = rf".*\.attn\.({names})|single_transformer_blocks\.\d+\.attn\.to_out"
     wrapped = on_meta(lambda: get_peft_model(model, LoraConfig(r=RANK, lora_alpha=64, target_modules=targets)))
     saved = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(wrapped).items()}
     adapter = jax.eval_shape(lambda: init_lora(jax.random.key(0), abstract, klein.KleinDecoder.lora_targets, RANK))
     check_both_ways(adapter_rules(rules, adapter), adapter, saved)
     assert len(saved) == 2 * (5 * 8 + 20 * 2)
+    told = settings_of(adapter, adapter_rules(rules, adapter), rules, 64.0)
+    again = on_meta(lambda: get_peft_model(diffusers.Flux2Transformer2DModel(**KLEIN), LoraConfig(**told)))
+    assert {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(again).items()} == saved
 
 
 def test_the_auto_encoder_of_klein(tmp_path):
@@ -147,6 +156,53 @@ def test_z_image_and_its_adapter(tmp_path):
     saved = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(wrapped).items()}
     adapter = jax.eval_shape(lambda: init_lora(jax.random.key(0), abstract, z_transformer.ATTENTION_ADAPTER, RANK))
     check_both_ways(adapter_rules(rules, adapter), adapter, saved)
+
+
+# Qwen/Qwen-Image: transformer and vae, config.json
+QWEN_IMAGE = dict(
+    patch_size=2,
+    in_channels=64,
+    out_channels=16,
+    num_layers=60,
+    attention_head_dim=128,
+    num_attention_heads=24,
+    joint_attention_dim=3584,
+    guidance_embeds=False,
+    axes_dims_rope=[16, 56, 56],
+)
+QWEN_VAE = dict(base_dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[], dropout=0.0)
+
+
+def test_qwen_image_and_its_adapter(tmp_path):
+    stored_config = QWEN_IMAGE | {"kind": q_config.TRANSFORMER}
+    config = q_config.TransformerConfig.from_folder(written(tmp_path, "_class_name", stored_config))
+    assert config == q_config.TransformerConfig()
+    model = on_meta(lambda: diffusers.QwenImageTransformer2DModel(**QWEN_IMAGE))
+    stored, abstract = shapes_of(model), q_transformer.abstract_params(config)
+    assert len(stored) == 1933 and round(trees.parameter_count(abstract) / 1e9, 2) == 20.43
+    rules = q_weights.transformer_rules(config)
+    check_both_ways(rules, abstract, stored)
+    names = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    options = LoraConfig(r=RANK, lora_alpha=64, target_modules=[f"attn.{name}" for name in names])
+    wrapped = on_meta(lambda: get_peft_model(model, options))
+    saved = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(wrapped).items()}
+    adapter = jax.eval_shape(lambda: init_lora(jax.random.key(0), abstract, q_transformer.ATTENTION_ADAPTER, RANK))
+    check_both_ways(adapter_rules(rules, adapter), adapter, saved)
+
+
+def test_the_auto_encoder_of_qwen_image(tmp_path):
+    config = q_config.VAEConfig.from_folder(written(tmp_path, "_class_name", QWEN_VAE | {"kind": q_config.VAE}))
+    stored = shapes_of(on_meta(lambda: diffusers.AutoencoderKLQwenImage(**QWEN_VAE)))
+    assert len(stored) == 194
+    kept = {name: shape for name, shape in stored.items() if not re.fullmatch(q_weights.TIME, name)}
+    assert len(stored) - len(kept) == 8
+    abstract, rules = q_vae.abstract_params(config), q_weights.vae_rules(config)
+    leaves = trees.flatten(abstract)
+    assert sorted(rule.ours for rule in rules) == sorted(leaves)
+    assert {rule.theirs: rule.our_shape(kept[rule.theirs]) for rule in rules} == {
+        rule.theirs: leaves[rule.ours].shape for rule in rules
+    }
+    assert {rule.theirs for rule in rules} == set(kept)
 
 
 @pytest.mark.parametrize("field, value", [("guidance_embeds", True), ("patch_size", 2), ("axes_dims_rope", [64, 64])])

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from decoder_pieces import encoded, first, last, near, read, rows
+from decoder_pieces import drawn, encoded, first, last, near, read, rows, velocity
 from flux2_pieces import write_pipeline
 from qwen_words import TEXT, THINKING, make_tokenizer
 
 from uae_jax import trees
-from uae_jax.diffusion.sampler import guided_velocity, sample
 from uae_jax.models.flux2 import decoder as flux2
 from uae_jax.models.flux2 import transformer, vae
 from uae_jax.stages import decoders
@@ -72,7 +71,7 @@ def test_one_velocity_of_several_captions_and_noise_levels(pair, contexts, size)
     latents = rng.standard_normal((count, *size, pair.decoder.vae.channels)).astype(np.float32)
     sigma = np.linspace(0.05, 1, count).astype(np.float32)
     context = pair.decoder.context(pair.parts, jnp.asarray(contexts.theirs.numpy()), contexts.mask)
-    ours = pair.decoder.velocity(pair.parts, jnp.asarray(latents), jnp.asarray(sigma), context)
+    ours = velocity(pair, latents, sigma, context)
     assert ours.dtype == jnp.float32
     image = last(latents)
     with torch.no_grad():
@@ -91,8 +90,8 @@ def test_the_transformer_reads_the_padding(pair, contexts):
     latents, sigma = jnp.ones((5, 2, 2, 16)), jnp.full(5, 0.5)
     states, mask = pair.decoder.context(pair.parts, contexts.ours, contexts.mask)
     assert bool(mask.all()) and not bool(contexts.mask.all())
-    whole = pair.decoder.velocity(pair.parts, latents, sigma, (states, mask))
-    without = pair.decoder.velocity(pair.parts, latents, sigma, (states * contexts.mask[..., None], mask))
+    whole = velocity(pair, latents, sigma, (states, mask))
+    without = velocity(pair, latents, sigma, (states * contexts.mask[..., None], mask))
     assert float(jnp.abs(whole - without).max()) > 1e-3 * float(jnp.abs(whole).max())
 
 
@@ -123,7 +122,7 @@ def test_guided_latents_after_all_steps(pair):
     noise = rng.standard_normal((2, *shape)).astype(np.float32)
     with torch.no_grad():
         theirs = pair.pipeline(
-            texts,
+            prompt=texts,
             height=height,
             width=width,
             latents=last(noise),
@@ -135,13 +134,9 @@ def test_guided_latents_after_all_steps(pair):
     decoder, parts = pair.decoder, pair.parts
 
     positive, negative = encoded(pair, tokens, lengths), encoded(pair, jnp.zeros((1, 1), jnp.int32), jnp.array([0]))
-    levels = jnp.asarray(decoder.sigmas(5, height, width, 3.0))
+    levels = pair.decoder.sigmas(5, height, width, 3.0)
 
-    def predict(x, sigma):
-        velocity = lambda x, s, c: decoder.velocity(parts, x, s, c)  # noqa: E731
-        return guided_velocity(velocity, x, sigma, positive, negative, 4.0, guide=decoder.guide)
-
-    latents = sample(predict, jnp.asarray(noise), levels)
+    latents = drawn(pair, noise, levels, positive, negative, 4.0)
     near(vae.unpatchify(vae.from_model_latents(decoder.vae, parts["vae"], latents)), first(theirs))
 
 

@@ -114,10 +114,12 @@ def by_ending(ranks: Mapping[str, int], modules: Iterable[str]) -> dict[str, int
 
     Args:
       ranks: rank by name of the adapted module.
-      modules: all names that an ending may match.
+      modules: names of all linear layers; an ending may also match what they lie in, such as the list `to_out`.
     """
+    parts = [name.split(".") for name in modules]
+    everything = {".".join(words[:count]) for words in parts for count in range(1, len(words) + 1)}
     short = {re.sub(LAYER, "", name): rank for name, rank in sorted(ranks.items())}
-    meant = {name: rank for name in modules for ending, rank in short.items() if f".{name}".endswith(f".{ending}")}
+    meant = {name: rank for name in everything for ending, rank in short.items() if f".{name}".endswith(f".{ending}")}
     return short if meant == ranks else dict(sorted(ranks.items()))
 
 

@@ -29,7 +29,8 @@ class Rule:
       ours: leaf name, such as `layers/attention/query/kernel`.
       theirs: published name; `{}` stands for the layer number when `layers` is given.
       layout: `same`; `dense` (torch `[out, in]` to `[in, out]`); `conv` (`OIHW` to `HWIO`); `patch` (`[O, ...]`
-        flattened and transposed to `[prod(...), O]`, a convolution whose stride is its window).
+        flattened and transposed to `[prod(...), O]`, a convolution whose stride is its window); `last_frame` (the last
+        time slice of `OITHW` to `HWIO`; the others are zero when it is written back).
       layers: layer numbers stacked along our first axis, or None for one tensor.
       torch_shape: the published shape, needed to write back shapes that our layout flattens, as `patch` does.
     """
@@ -52,6 +53,8 @@ class Rule:
             return tensor.transpose(2, 3, 1, 0)
         if self.layout == "patch":
             return tensor.reshape(tensor.shape[0], -1).T
+        if self.layout == "last_frame":
+            return tensor[:, :, -1].transpose(2, 3, 1, 0)
         return tensor
 
     def our_shape(self, stored: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -69,6 +72,10 @@ class Rule:
             return tensor.transpose(3, 2, 0, 1)
         if self.layout == "patch":
             return tensor.T.reshape(self.torch_shape)
+        if self.layout == "last_frame" and self.torch_shape is not None:
+            whole = np.zeros(self.torch_shape, tensor.dtype)
+            whole[:, :, -1] = tensor.transpose(3, 2, 0, 1)
+            return whole
         return tensor
 
 

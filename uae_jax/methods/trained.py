@@ -38,12 +38,20 @@ def trainable(model: UAE, parts: Mapping, names: Collection[str], rank: int, key
 
     Returns:
       Each part by name: the one that there is, a new adapter equal to the base, or a float32 copy of the base.
+
+    Raises:
+      ValueError: the model has no such part.
     """
     targets = {"language": ADAPTER_PATTERN, "transformer": model.decoder.lora_targets}
     found = {}
     for name in names:
         if name in parts:
             found[name] = parts[name]
+        elif name.removesuffix(COPY).removesuffix(LORA) not in parts:
+            raise ValueError(
+                f"the model has no {name} to train: its decoder has a text encoder of its own; gen_for_und trains its "
+                "captioner, and pretrain its transformer with --config.pretrain.train_projector=False"
+            )
         elif name.endswith(COPY):
             found[name] = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), parts[name.removesuffix(COPY)])
         else:

@@ -213,18 +213,26 @@ class Family:
       name: for messages.
       pipeline: class of diffusers, as `model_index.json` names it.
       describe: `(folder, template, dtype=, remat=, lora_alpha=) -> Decoder`.
-      chat: arguments of the chat template around a caption, a turn of the role `user`.
-      length: tokens of all rows with their padding; 0 where padding is masked.
-      most: tokens of a row at most; 0 for any number.
+      text: `(tokenizer, caption) -> text`, the decoder's prompt.
       components: folders with weights, by name.
       defaults: settings of inference of a pipeline's folder (`stages.inference_config`).
+      negative: the negative prompt where the settings have none.
+      length: tokens of all rows with their padding; 0 where padding is masked.
+      most: tokens of a row at most; 0 for any number.
     """
 
     name: str
     pipeline: str
     describe: Callable[..., Decoder]
-    chat: Mapping[str, Any]
-    length: int
+    text: Callable[[Any, str], str]
     components: Mapping[str, Component]
     defaults: Callable[[pathlib.Path], dict[str, Any]]
+    negative: str = ""
+    length: int = 0
     most: int = 0
+
+
+def chat_text(tokenizer: Any, caption: str, **options: Any) -> str:
+    """A caption in the tokenizer's own chat template, as a user's turn, with the header of the answer."""
+    turn = [{"role": "user", "content": caption}]
+    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **options)

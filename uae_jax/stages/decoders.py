@@ -59,13 +59,12 @@ def decoder_template(family: Family, tokenizer: Any, negative_prompt: str) -> Co
       tokenizer: of the decoder.
       negative_prompt: what guidance moves away from.
     """
-    turn = [{"role": "user", "content": _SENTINEL}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **family.chat)
-    before, after = (
-        tuple(tokenizer(part, add_special_tokens=False, split_special_tokens=False)["input_ids"])
-        for part in text.split(_SENTINEL)
-    )
-    negative = tuple(tokens.encode_caption(tokenizer, negative_prompt)[:-1])
+
+    def encode(text: str, control: bool) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"])
+
+    before, after = (encode(part, True) for part in family.text(tokenizer, _SENTINEL).split(_SENTINEL))
+    negative = encode(negative_prompt.strip() or family.negative, not tokenizer.split_special_tokens)
     return ConditionTemplate(before, after, negative, int(tokenizer.pad_token_id), family.length, family.most)
 
 

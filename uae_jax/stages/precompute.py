@@ -44,7 +44,7 @@ from uae_jax.settings import Mistakes, differences
 from uae_jax.stages.abstract import AbstractSystem
 from uae_jax.stages.checks import find_mistakes, missing_captions, read_config, read_model
 from uae_jax.stages.data import OpenedData, open_data, row_builder
-from uae_jax.stages.precomputed import images_change, images_of, made_of, readers, setting_changes
+from uae_jax.stages.precomputed import OWN_ENCODER, images_change, images_of, made_of, readers, setting_changes
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import load_frozen, model_folder, processor_folder
 from uae_jax.training import processes
@@ -182,6 +182,8 @@ def checked(
     system, found = read_model(settings)
     if system is None or found:
         raise Mistakes(found)
+    if system.model.own_encoder:
+        raise ValueError(f"{settings.model.folder or settings.model.sizes}: {OWN_ENCODER}")
     return settings, system, parts
 
 

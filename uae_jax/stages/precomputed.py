@@ -194,9 +194,15 @@ def _files_digest(paths: list[pathlib.Path]) -> str:
 # whether they fit
 
 
+OWN_ENCODER = "inputs of a decoder with a text encoder of its own cannot be precomputed"
+
+
 def mistakes(config: RunConfig, model: UAE) -> Iterator[str]:
     """Why the precomputed inputs of a run cannot be used, one line each, from what is known before data is read."""
     if not config.data.precomputed:
+        return
+    if model.own_encoder:
+        yield f"data.precomputed is {config.data.precomputed!r}: {OWN_ENCODER}; leave it out"
         return
     folder = to_path(config.data.precomputed)
     manifest = read_manifest(folder)

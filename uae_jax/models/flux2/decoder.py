@@ -5,6 +5,7 @@ of the text encoder attends to padding, but the transformer reads the padding's 
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any, ClassVar, cast
 
@@ -17,7 +18,7 @@ from uae_jax.files.json_files import read_json
 from uae_jax.hf.inventory import Table
 from uae_jax.hf.rules import Rule
 from uae_jax.models.condition import ConditionTemplate
-from uae_jax.models.decoder import Component, Context, Family, Parts
+from uae_jax.models.decoder import Component, Context, Family, Parts, chat_text
 from uae_jax.models.flux2 import transformer, vae, weights
 from uae_jax.models.flux2.config import TransformerConfig, VAEConfig
 from uae_jax.models.language import encoder
@@ -195,7 +196,7 @@ FAMILY = Family(
     name="FLUX.2-klein",
     pipeline="Flux2KleinPipeline",
     describe=describe,
-    chat={"enable_thinking": False},
+    text=functools.partial(chat_text, enable_thinking=False),
     length=LENGTH,
     components={
         "transformer": Component(

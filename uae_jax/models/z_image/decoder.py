@@ -5,6 +5,7 @@ guidance_scale is one less than ours: `v+ + s (v+ - v-)`.
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any, ClassVar, cast
 
@@ -16,7 +17,7 @@ from uae_jax.diffusion.schedule import check_scheduler, shifted_once
 from uae_jax.hf.inventory import Table
 from uae_jax.hf.rules import Rule
 from uae_jax.models.condition import ConditionTemplate
-from uae_jax.models.decoder import Component, Context, Family, Parts
+from uae_jax.models.decoder import Component, Context, Family, Parts, chat_text
 from uae_jax.models.language import encoder
 from uae_jax.models.language.config import TextConfig
 from uae_jax.models.language.encoder import EncoderSizes
@@ -160,8 +161,7 @@ FAMILY = Family(
     name="Z-Image",
     pipeline="ZImagePipeline",
     describe=describe,
-    chat={"enable_thinking": True},
-    length=0,
+    text=functools.partial(chat_text, enable_thinking=True),
     most=MOST_TOKENS,
     components={
         "transformer": Component(
