@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
+from uae_jax import trees
 from uae_jax.diffusion.sampler import guided_velocity, sample
 from uae_jax.stages import decoders
 
@@ -55,6 +56,11 @@ def near(ours, theirs, tolerance: float = 1e-4) -> None:
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).max() < tolerance * np.abs(theirs).max()
+
+
+def with_leaf(params: dict, name: str, value) -> dict:
+    """The parameters with another value of one leaf."""
+    return trees.unflatten(trees.flatten(params) | {name: value})
 
 
 def first(leaf: torch.Tensor) -> np.ndarray:
