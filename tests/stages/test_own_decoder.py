@@ -7,16 +7,21 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import qwen_image_pieces
 import torch
-from diffusers import Flux2KleinPipeline
+import z_image_pieces
+from diffusers import DiffusionPipeline, Flux2KleinPipeline
 from flux2_pieces import write_pipeline
+from peft import PeftModel
 from PIL import Image
 from safetensors.numpy import load_file
 from stage_pieces import changed, exit_of
 
 from uae_jax import convert, infer, sharding
 from uae_jax.data.tokenizer import load_tokenizer
+from uae_jax.models.qwen_image import decoder as qwen_image
 from uae_jax.stages import run as run_module
+from uae_jax.stages.checks import check_run
 from uae_jax.stages.evaluation import other_ids
 from uae_jax.stages.folders.check import check_folder
 from uae_jax.stages.folders.parts import find_parts
@@ -123,6 +128,20 @@ def test_states_of_the_captioner_are_no_condition(settings, tmp_path):
         run_module.run(values, tmp_path / "run")
 
 
+def test_the_step_of_the_stage_is_traced(settings, tmp_path):
+    """The quick sibling of the runs below: settings, folder and the whole compiled step, without computing."""
+    found, system = check_run(settings, tmp_path / "run")
+    assert found.trains("gen_for_und") == ("language_lora",) and system.model.own_encoder
+    assert set(system.parts) >= {"text_encoder", "transformer", "vae", "language_lora"}
+
+
+def test_stages_that_train_a_projector_are_refused(settings, tmp_path):
+    for stage in ("pretrain", "cold_start"):
+        with pytest.raises(Exception, match="the model has no projector to train"):
+            check_run(changed(settings, stages=(stage,)), tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_two_steps_train_the_captioner_alone(finished, folder):
     workdir, summary = finished
     [stage] = summary["stages"]
@@ -134,6 +153,7 @@ def test_two_steps_train_the_captioner_alone(finished, folder):
     assert any(np.abs(leaf).max() > 0 for name, leaf in trained(workdir).items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_a_continued_run_is_bit_equal(finished, settings, tmp_path):
     run_module.run(changed(settings, gen_for_und=dict(steps=1)), tmp_path / "run")
     run_module.run(settings, tmp_path / "run")
@@ -143,6 +163,7 @@ def test_a_continued_run_is_bit_equal(finished, settings, tmp_path):
         np.testing.assert_array_equal(whole[name], again[name])
 
 
+@pytest.mark.slow
 def test_the_exported_decoder_opens_in_diffusers_unchanged(finished, folder):
     export = finished[0] / "export"
     assert not [problem for row in check_folder(find_parts(export)) for problem in row.problems]
@@ -153,6 +174,7 @@ def test_the_exported_decoder_opens_in_diffusers_unchanged(finished, folder):
         assert new.keys() == old.keys() and all(torch.equal(new[key], old[key]) for key in old)
 
 
+@pytest.mark.slow
 def test_a_picture_is_reconstructed(finished, tmp_path):
     picture = tmp_path / "picture.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), np.uint8)).save(picture)
@@ -175,3 +197,34 @@ def test_captions_whose_ids_are_not_the_tokenizers_are_counted(model_folder):
     rows = np.array([plain, [plain[0], control]])
     tokenizer.split_special_tokens = True
     assert other_ids(tokenizer, rows, np.array([2, 2])).tolist() == [0, 1]
+
+
+WRITERS = {"z_image": z_image_pieces.write_pipeline, "qwen_image": qwen_image_pieces.write_pipeline}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRITERS)
+def test_another_decoder_goes_the_whole_way(name, model_folder, config, tmp_path, monkeypatch):
+    """Captioner, then the decoder's adapter by Flow-GRPO; with guidance, from import to peft."""
+    # the words of the small model's tokenizer are fewer than the published template's tokens
+    monkeypatch.setattr(qwen_image, "DROPPED", 20)
+    folder, out = tmp_path / "pipeline", tmp_path / "model"
+    WRITERS[name](folder, load_tokenizer(model_folder / "llm_processor"), seed=7)
+    sources = dict(captioner=model_folder / "llm", llm_processor=model_folder / "llm_processor", decoder=folder)
+    sources |= dict(clip=model_folder / "clip", dinov2=model_folder / "dinov2")
+    convert.main(["import", *(f"--{flag}={path}" for flag, path in sources.items()), str(out)])
+    convert.main(["check", str(out)])
+    values = changed(config, stages=("gen_for_und", "und_for_gen"), model=dict(folder=str(out)))
+    values = changed(values, data=dict(negative_prompt=""), sampler=dict(schedule="diffusers"))
+    values = changed(values, data=dict(image_size=32), gen_for_und=dict(guidance_scale=3.0, rollout_parts=2))
+    values = changed(values, loop=dict(eval_every=0), evaluation=dict(guidance_scale=3.0, geneval_per_tag=0))
+    stages = run_module.run(values, tmp_path / "run")["stages"]
+    assert [stage["steps"] for stage in stages] == [2, 2]
+    export = tmp_path / "run" / "export"
+    assert not [problem for row in check_folder(find_parts(export)) for problem in row.problems]
+    pipeline = DiffusionPipeline.from_pretrained(export / "decoder")
+    adapted = PeftModel.from_pretrained(pipeline.transformer, export / "dit_lora")
+    found = [leaf for leaf_name, leaf in adapted.named_parameters() if "lora_B" in leaf_name]
+    assert found and any(leaf.abs().max() > 0 for leaf in found)
+    system = load_system(ModelConfig(str(export)), image_size=32)
+    assert "transformer_lora" in system.parts and system.model.transformer.lora_alpha > 0

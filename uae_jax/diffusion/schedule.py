@@ -74,11 +74,11 @@ def shifted_once(steps: int, shift: float) -> Float32[np.ndarray, " levels"]:
     """
     if steps < 1:
         raise ValueError(f"a sampler needs at least 1 step, got steps={steps}")
-    # torch.linspace in float32: each half is counted from its own end
-    last, count = np.float32(1 / steps), np.arange(steps, dtype=np.float32)
-    step = (last - np.float32(1)) / np.float32(max(steps - 1, 1))
-    even = np.where(count < max(steps // 2, 1), 1 + step * count, last - step * count[::-1])
-    return np.append(shift_sigma(even, shift), np.float32(0)).astype(np.float32)
+    # torch.linspace in float32: each half is counted from its own end, by fused products and sums, which round once
+    last, count = np.float32(1 / steps), np.arange(steps, dtype=np.float64)
+    step = np.float64((last - np.float32(1)) / np.float32(max(steps - 1, 1)))
+    even = np.where(count < max(steps // 2, 1), 1 + step * count, np.float64(last) - step * count[::-1])
+    return np.append(shift_sigma(even.astype(np.float32), shift), np.float32(0)).astype(np.float32)
 
 
 def sigma_schedule(
