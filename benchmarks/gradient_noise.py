@@ -68,7 +68,8 @@ def measure(arm: Mapping[str, Any], options: argparse.Namespace) -> dict[str, fl
     settings = run.config.stage(STAGE)
     method = make_method(STAGE, settings, run.config.sampler, run.system)
     key = jax.random.key(options.seed)
-    params = jax.tree.map(jnp.asarray, trainable(run.parts, run.config.trains(STAGE), settings.lora_rank, key))
+    start = trainable(run.system.model, run.parts, run.config.trains(STAGE), settings.lora_rank, key)
+    params = jax.tree.map(jnp.asarray, start)
     others = {name: part for name, part in run.parts.items() if name not in params}
 
     @jax.jit

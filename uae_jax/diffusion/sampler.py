@@ -5,7 +5,7 @@ letters: n samples, d the dimensions of a latent, w steps of the window.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def _stack_contexts(
 
 
 def linear_guidance(
-    positive: Float32[Array, " n *d"], negative: Float32[Array, " n *d"], scale: float
+    positive: Float32[Array, " n *d"], negative: Float32[Array, " n *d"], scale: float | Float[Array, "n ..."]
 ) -> Float32[Array, " n *d"]:
     """`v_neg + w (v_pos - v_neg)`, classifier-free guidance (arXiv 2207.12598), as in diffusers' SD3 pipeline."""
     return negative + scale * (positive - negative)
@@ -85,7 +85,7 @@ def guided_velocity(
     negative_context: PyTree[Shaped[Array, "#n ..."]] | None = None,
     guidance_scale: float | Float[Array, " n"] = 1.0,
     stop_negative_gradient: bool = False,
-    guide: Callable[[Array, Array, float], Array] = linear_guidance,
+    guide: Callable[[Array, Array, Any], Array] = linear_guidance,
 ) -> Float32[Array, " n *d"]:
     """The velocity of a caption, guided away from that of a negative prompt.
 

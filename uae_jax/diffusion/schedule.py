@@ -127,7 +127,7 @@ def check_scheduler(folder: str | pathlib.Path, **wanted: Any) -> dict[str, Any]
       FileNotFoundError: there is no such file.
       ValueError: another scheduler, another value, or a setting that nothing here reads.
     """
-    path = pathlib.Path(folder) / _CONFIG_NAME
+    path = to_path(folder) / _CONFIG_NAME
     stored = read_json(path.parent, path.name)
     name = stored.get("_class_name", _SCHEDULER_CLASS)
     if name != _SCHEDULER_CLASS:

@@ -199,12 +199,11 @@ def guided_program(engine: "Inference") -> Callable[..., Any]:
     import jax.numpy as jnp
 
     from uae_jax import trees
-    from uae_jax.diffusion.schedule import sigma_schedule
     from uae_jax.models import uae
-    from uae_jax.rollouts.reconstruction import Denoising, draw_from, encode_condition, sample_keys
+    from uae_jax.rollouts.reconstruction import Denoising, draw_from, encode_condition, noise_levels, sample_keys
 
     config, model = engine.config, engine.system.model
-    sigmas = tuple(map(float, sigma_schedule(config.steps, config.shift, config.schedule)))
+    sigmas = noise_levels(model, config.steps, config.shift, config.schedule)
     guided = Denoising(sigmas, guidance_scale=SCALES[-1], condition=config.condition)
     key = trees.name_key(jax.random.key(config.seed), "noise")
 

@@ -20,7 +20,7 @@ from uae_jax.diffusion import flow
 from uae_jax.methods.method import Loss
 from uae_jax.methods.und_for_gen import DecoderMethod, DecoderMethodSettings
 from uae_jax.models import uae
-from uae_jax.models.sd3 import vae
+from uae_jax.models.autoencoder.blocks import sample_latents
 from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rollouts.frozen_inputs import image_moments
 from uae_jax.rollouts.reconstruction import sample_keys
@@ -59,8 +59,8 @@ class CaptionMatching(DecoderMethod):
         parts, model = jax.lax.stop_gradient({**frozen, **params}), self.system.model
         context, _, metrics = self.contexts(parts, batch, key)
         keys = sample_keys(trees.name_key(key, "latents"), batch["sample_id"])
-        drawn = jax.vmap(vae.sample_latents)(keys, *image_moments(model, parts, batch["pixels"]))
-        samples = {"latents": vae.to_model_latents(model.vae, drawn), "sample_id": batch["sample_id"]}
+        drawn = jax.vmap(sample_latents)(keys, *image_moments(model, parts, batch["pixels"]))
+        samples = {"latents": model.decoder.to_model_latents(parts, drawn), "sample_id": batch["sample_id"]}
         samples |= {"context": context[0], "context_mask": context[1]}
         return {"samples": constrain_rows(samples), "metrics": metrics}
 

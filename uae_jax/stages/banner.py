@@ -9,6 +9,7 @@ import jax
 import uae_jax
 from uae_jax import sharding, trees
 from uae_jax.methods.trained import trainable
+from uae_jax.models.uae import UAE
 from uae_jax.stages.run_config import RunConfig
 
 
@@ -37,11 +38,12 @@ def count_line(name: str, settings: Any, trained: int, frozen: int) -> str:
 COUNTS = f"{'stage':14} {'steps':>7} {'images':>9} {'trained':>15} {'frozen':>15}"
 
 
-def stage_lines(config: RunConfig, parts: Mapping, key: jax.Array) -> list[str]:
+def stage_lines(config: RunConfig, model: UAE, parts: Mapping, key: jax.Array) -> list[str]:
     """A line for each stage, with the numbers of parameters; one line where there is none.
 
     Args:
       config: of the run.
+      model: for the modules that a new adapter changes.
       parts: the model's dictionary before the first stage.
       key: of new adapters; their values are not computed.
     """
@@ -50,7 +52,9 @@ def stage_lines(config: RunConfig, parts: Mapping, key: jax.Array) -> list[str]:
     lines = [COUNTS]
     for name, stage in config.order():
         rank, names = getattr(config.stage(stage), "lora_rank", 1), config.trains(stage)
-        shapes = jax.eval_shape(lambda parts, names=names, rank=rank: trainable(parts, names, rank, key), dict(parts))
+        shapes = jax.eval_shape(
+            lambda parts, names=names, rank=rank: trainable(model, parts, names, rank, key), dict(parts)
+        )
         others = {part: tree for part, tree in parts.items() if part not in shapes}
         counts = trees.parameter_count(shapes), trees.parameter_count(others)
         lines.append(count_line(name, config.stage(stage), *counts))

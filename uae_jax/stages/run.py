@@ -161,7 +161,7 @@ class Run:
         self.parts = sharding.shard_tree(parts, self.mesh)
         del parts
         if jax.process_index() == 0:
-            tell(["", *stage_lines(config, self.parts, self.key), "", *FILES], ())
+            tell(["", *stage_lines(config, self.system.model, self.parts, self.key), "", *FILES], ())
         if self.precomputed:
             if jax.process_index() == 0:
                 tell([self.precomputed.line], ())

@@ -7,6 +7,7 @@ from typing import Any
 
 from uae_jax.files.json_files import read_class_json
 from uae_jax.files.known_fields import check_kinds, refuse_unknown, require
+from uae_jax.files.paths import to_path
 from uae_jax.models.autoencoder.blocks import Sizes
 from uae_jax.models.language.config import check_choices
 
@@ -96,7 +97,7 @@ class TransformerConfig:
             for field in dataclasses.fields(cls)
             if field.name not in OURS
         }
-        what = f"{pathlib.Path(path) / 'config.json'}: "
+        what = f"{to_path(path) / 'config.json'}: "
         refuse_unknown(stored, values, what=what)
         check_kinds(values, typing.get_type_hints(cls), what, zero=("num_layers", "num_single_layers"))
         values["axes_dims_rope"] = tuple(values["axes_dims_rope"])
@@ -182,7 +183,7 @@ class VAEConfig:
         """
         stored = read_class_json(path, VAE)
         values = {field.name: stored.get(field.name, field.default) for field in dataclasses.fields(cls)}
-        what = f"{pathlib.Path(path) / 'config.json'}: "
+        what = f"{to_path(path) / 'config.json'}: "
         check_kinds(values, typing.get_type_hints(cls), what)
         blocks = len(values["block_out_channels"])
         fixed = {

@@ -94,9 +94,8 @@ class KleinDecoder(TextEncoded):
           ValueError: the model is distilled, and has never seen a negative prompt.
         """
         if self.distilled:
-            raise ValueError(
-                f"guidance_scale is {scale:g}, but this FLUX.2-klein is distilled and needs no guidance; set it to 1"
-            )
+            told = f"guidance_scale is {scale:g}" if isinstance(scale, int | float) else "a guidance_scale is given"
+            raise ValueError(f"{told}, but this FLUX.2-klein is distilled and needs no guidance; set it to 1")
         return super().guide(positive, negative, scale)
 
     def sigmas(self, steps: int, height: int, width: int, shift: float) -> Float[ndarray, " levels"]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from uae_jax.files.json_files import read_json
 from uae_jax.files.known_fields import WITHOUT_EFFECT, check_kinds, only, refuse_unknown, without_none
+from uae_jax.files.paths import to_path
 from uae_jax.models.language.config import TEXT_KINDS, TextConfig, text_sizes
 
 # read, or for windows that are not used
@@ -32,7 +33,7 @@ def from_folder(path: str | pathlib.Path, *, dtype: str = "float32") -> TextConf
     try:
         return from_json(read_json(path)).using(dtype=dtype)
     except ValueError as error:
-        file = str(pathlib.Path(path) / "config.json")
+        file = str(to_path(path) / "config.json")
         raise ValueError(str(error) if file in str(error) else f"{file}: {error}") from None
 
 

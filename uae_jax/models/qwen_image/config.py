@@ -7,6 +7,7 @@ from typing import Any
 
 from uae_jax.files.json_files import read_class_json
 from uae_jax.files.known_fields import check_kinds, refuse_unknown, require
+from uae_jax.files.paths import to_path
 from uae_jax.models.language.config import check_choices
 
 TRANSFORMER, VAE = "QwenImageTransformer2DModel", "AutoencoderKLQwenImage"
@@ -77,7 +78,7 @@ class TransformerConfig:
             for field in dataclasses.fields(cls)
             if field.name not in OURS
         }
-        what = f"{pathlib.Path(path) / 'config.json'}: "
+        what = f"{to_path(path) / 'config.json'}: "
         # published configs name a width that the model does not read
         refuse_unknown(stored, {*values, "pooled_projection_dim"}, what=what)
         check_kinds(values, typing.get_type_hints(cls), what)
@@ -139,7 +140,7 @@ class VAEConfig:
           FileNotFoundError: there is no config.json.
           ValueError: another model, or a field with an unsupported value.
         """
-        stored, what = read_class_json(path, VAE), f"{pathlib.Path(path) / 'config.json'}: "
+        stored, what = read_class_json(path, VAE), f"{to_path(path) / 'config.json'}: "
         names = [field.name for field in dataclasses.fields(cls)]
         values = {field.name: stored.get(field.name, field.default) for field in dataclasses.fields(cls)}
         require(not stored.get("attn_scales"), "VAE", "attn_scales", stored.get("attn_scales"), "empty")
