@@ -21,6 +21,7 @@ BASES = {
     "qwen2_5_vl_7b": ("Qwen/Qwen2.5-VL-7B-Instruct", "Apache 2.0"),
     "sd3_5_medium": ("stabilityai/stable-diffusion-3.5-medium", "Stability AI Community licence"),
     "sd3_5_large": ("stabilityai/stable-diffusion-3.5-large", "Stability AI Community licence"),
+    "klein_4b": ("black-forest-labs/FLUX.2-klein-4B", "Apache-2.0"),
 }
 SHOWN = ("reward", "unified_score", "heldout_score", "caption_tokens", "fact_recall", "fact_precision", "geneval")
 
