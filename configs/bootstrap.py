@@ -10,6 +10,10 @@ scenes of emoji (dev/emoji.md):
     python -m uae_jax.fetch_emoji --folder=data/emoji
     python -m uae_jax.main --config=configs/bootstrap.py:emoji --workdir=runs/emoji_bootstrap
 
+The preset `unified` makes one network that captions and draws 32-pixel scenes, in the layout of Janus (docs/janus.md):
+
+    python -m uae_jax.main --config=configs/bootstrap.py:unified --workdir=runs/unified_bootstrap
+
 A part alone, beside those of another model (`start`, `builtin` for the built-in one), here the scorer of captions that
 a control reward needs and that is no part of the method:
 
@@ -41,8 +45,13 @@ def _emoji() -> dict[str, Any]:
     )
 
 
+def _unified() -> dict[str, Any]:
+    """One network that captions and draws, beside the image encoders of the built-in model."""
+    return dict(preset="bootstrap_unified", start="builtin", phases=("vq", "network"))
+
+
 # what differs from the defaults of the settings
-PRESETS = {"tiny": dict, "emoji": _emoji}
+PRESETS = {"tiny": dict, "emoji": _emoji, "unified": _unified}
 
 
 def get_config(preset: str | None = None):

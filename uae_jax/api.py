@@ -67,7 +67,9 @@ def default_settings(folder: str | os.PathLike[str] = "") -> dict[str, Any]:
     if not str(folder) or builtin_folder(folder):
         return builtin_settings()
     if single := single_engine(str(folder)):
-        return single.settings(str(folder))
+        model, run = model_folder(str(folder)), _run_config(pathlib.Path(folder))
+        run = run or _run_config(model.parent)
+        return single.settings(str(folder)) | (single.run_settings(run) if run else {})
     model = model_folder(str(folder))
     run = _run_config(to_path(folder)) or _run_config(model.parent)
     if run is None:

@@ -7,17 +7,15 @@ from typing import Any
 import numpy as np
 
 from uae_jax import sharding, trees
-from uae_jax.data.tokenizer import decode_caption, load_tokenizer
 from uae_jax.planning.estimate import estimate_memory
 from uae_jax.planning.roofline import MeshSizes
 from uae_jax.settings import one_line
-from uae_jax.stages.abstract import AbstractSystem
 from uae_jax.stages.banner import COUNTS, count_line, machine_lines
 from uae_jax.stages.checks import check_run
-from uae_jax.stages.data import few_images, open_data, row_builder, unknown_captions
+from uae_jax.stages.data import few_images, open_data, unknown_captions
+from uae_jax.stages.kinds import AnyAbstract, kind_of
 from uae_jax.stages.program import Program, make_program
 from uae_jax.stages.run_config import RunConfig
-from uae_jax.stages.weights import model_folder, processor_folder
 
 ROWS = 3
 GIB = 2**30
@@ -38,7 +36,7 @@ def dry_run(config: Mapping[str, Any], workdir: pathlib.Path, mistakes: Sequence
     print("\n".join([*machine_lines(settings, workdir), *_stages(settings, system), *_rows(settings, system)]))
 
 
-def _stages(config: RunConfig, system: AbstractSystem) -> list[str]:
+def _stages(config: RunConfig, system: AnyAbstract) -> list[str]:
     """One line a stage: steps, images, parameters, and the estimated bytes of a device."""
     if not config.stages:
         return ["", "no stages: the model is scored alone"]
@@ -53,18 +51,16 @@ def _stages(config: RunConfig, system: AbstractSystem) -> list[str]:
     return [*lines, "GiB a device are estimated; python -m uae_jax.plan compiles them"]
 
 
-def _gib(config: RunConfig, system: AbstractSystem, program: Program, sizes: MeshSizes) -> str:
+def _gib(config: RunConfig, system: AnyAbstract, program: Program, sizes: MeshSizes) -> str:
     return f"{estimate_memory(program, config, sizes, system).peak / GIB:.3f}"
 
 
-def _rows(config: RunConfig, system: AbstractSystem) -> list[str]:
+def _rows(config: RunConfig, system: AnyAbstract) -> list[str]:
     """The first images with their captions as the model will see them."""
     heldout = config.evaluation.images if config.data.source == "folder" else 1  # of others nothing would be told
     data = open_data(config.data, config.seed, heldout, check=False)
     source = data.train
-    words = processor_folder(model_folder(config.model.folder))
-    tokenizer = load_tokenizer(words, config.data.control_tokens)
-    rows = row_builder(config.data, tokenizer, system.processor)
+    rows = kind_of(config.model.folder).rows(config.data, system)
     side, lines = config.data.image_size, ["", *data.lines, f"data, the first of {len(source):,} rows:"]
     for index in range(min(ROWS, len(source))):
         try:
@@ -77,8 +73,8 @@ def _rows(config: RunConfig, system: AbstractSystem) -> list[str]:
             lines.append(f"  {example.id}: {side} x {side} pixels, no caption")
             continue
         tokens = int(row["caption_mask"].sum())
-        caption = decode_caption(tokenizer, np.asarray(row["caption_ids"])[:tokens].tolist())
+        caption = rows.decode(np.asarray(row["caption_ids"])[:tokens].tolist())
         cut = ", cut at the longest length" if row["caption_truncated"] else ""
         lines.append(f"  {example.id}: {side} x {side} pixels, {tokens} tokens{cut}: {caption}")
-    notes = [*few_images(config, source), *unknown_captions(config, data, tokenizer)]
+    notes = [*few_images(config, source), *unknown_captions(config, data, rows)]
     return [*lines, *(f"note: {note}" for note in notes)]

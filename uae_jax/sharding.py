@@ -28,6 +28,7 @@ WIDEST = "widest"
 Cut = str | tuple[str, ...] | None  # the mesh axis of one axis, or several, the outermost first
 Rule = tuple[str, tuple[Cut, ...] | str]
 
+POSITIONS = r"(.*/)?pos_embed/table"
 # (pattern of the complete name, mesh axes of the LAST axes of the leaf), so that stacked layers need no separate rules.
 # The first match counts. An fsdp axis that does not divide its dimension moves to the widest dimension that it divides;
 # `WIDEST` chooses that dimension at once. Optimizer slots, adapters, copies and averages end in the parameter's name.
@@ -36,7 +37,7 @@ Rule = tuple[str, tuple[Cut, ...] | str]
 RULES: tuple[Rule, ...] = (
     (r"(.*/)?(scale|bias)", ()),
     # the table is cropped along its positions, so the positions are not sharded
-    (r"(.*/)?pos_embed/table", (None, "fsdp")),
+    (POSITIONS, (None, "fsdp")),
     (r"(.*/)?embedding/table", ("tensor", "fsdp")),
     # Megatron's sharding (arXiv 1909.08053): the first matrix of a pair along its output, the second along its input
     (r"(.*/)?((context_)?(query|key|value)|gate|up|fc1|first|linear|linear_1)/(kernel|b)", ("fsdp", "tensor")),
@@ -44,7 +45,7 @@ RULES: tuple[Rule, ...] = (
     (r".*", WIDEST),
 )
 # of SD3 alone
-OPTIONAL = (r"(.*/)?pos_embed/table",)
+OPTIONAL = (POSITIONS,)
 # for fewer numbers a gather costs more than the memory that sharding saves
 SMALL = 2**16
 # for more numbers (16 MiB in float32) a copy on every device is a mistake

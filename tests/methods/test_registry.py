@@ -33,6 +33,7 @@ def test_the_stages_are_those_of_the_paper_and_the_methods_those_of_their_files(
         ("und_for_gen", "nft"),
         ("und_for_gen", "joint"),
         ("und_for_gen", "matching"),
+        ("unified_ar", ""),
     ]
     modules = {f"{stage}.{name}": STAGES[stage].methods[name].__module__.split(".")[-1] for stage, name in KINDS}
     assert modules == {
@@ -44,6 +45,7 @@ def test_the_stages_are_those_of_the_paper_and_the_methods_those_of_their_files(
         "und_for_gen.nft": "diffusion_nft",
         "und_for_gen.joint": "joint",
         "und_for_gen.matching": "caption_matching",
+        "unified_ar.": "unified_ar",
     }
 
 
@@ -78,7 +80,11 @@ def test_a_method_says_what_it_trains_and_what_bounds_its_kl(builtin, stage, nam
     if stage in trained:
         assert config.trains(stage) == trained[stage]
         return
-    bases = {"gen_for_und": ("language",), "joint": ("language", "transformer")}.get(name or stage, ("transformer",))
+    bases = {
+        "gen_for_und": ("language",),
+        "unified_ar": ("language",),
+        "joint": ("language", "transformer"),
+    }.get(name or stage, ("transformer",))
     for train, ending in (("lora", "lora"), ("full", "policy")):
         expected = tuple(f"{base}_{ending}" for base in bases)
         assert config.with_stage(stage, train=train, **changes).trains(stage) == expected

@@ -124,5 +124,5 @@ def test_a_method_from_outside_trains_the_decoder(tmp_path, capsys):
 
 
 def test_nothing_is_left_of_methods_from_outside():
-    assert list(STAGES) == ["align", "pretrain", "cold_start", "gen_for_und", "und_for_gen"]
+    assert list(STAGES) == ["align", "pretrain", "cold_start", "gen_for_und", "und_for_gen", "unified_ar"]
     assert list(STAGES["und_for_gen"].methods) == ["flow_grpo", "nft", "joint", "matching"]

@@ -8,7 +8,7 @@ import pytest
 
 from uae_jax import main
 from uae_jax.methods import STAGES
-from uae_jax.stages import run
+from uae_jax.stages import kinds
 
 ROOT = pathlib.Path(main.__file__).parents[1]
 PAGE = ROOT / "docs" / "methods.md"
@@ -83,7 +83,7 @@ def test_the_walk_to_a_loss_is_the_documented_one(name, tmp_path, monkeypatch):
         raise Reached
 
     monkeypatch.setattr(method, "loss", loss)
-    monkeypatch.setattr(run, "Evaluator", NoScores)
+    monkeypatch.setattr(kinds, "DecoderEvaluator", NoScores)
     settings = [f"--config.{setting}" for setting in (*SMALL, *METHODS[name].split())]
     with pytest.raises(Reached):
         main.main([f"--config={ROOT / 'configs' / f'{stage}.py'}", f"--workdir={tmp_path / 'run'}", *settings])

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uae_jax.rl.advantages import group_advantages
+from uae_jax.rl.advantages import group_advantages, nested_advantages
 
 REWARDS = jnp.array([[0.1, 0.5, 0.9, 0.3], [2.0, 1.0, 4.0, 3.0], [0.2, 0.25, 0.2, 0.3]])
 
@@ -113,3 +113,31 @@ def test_jit_and_sharding_do_not_change_advantages():
 def test_an_unknown_scale_is_named():
     with pytest.raises(ValueError, match="variance"):
         group_advantages(REWARDS, scale="variance")
+
+
+def test_nested_advantages_are_those_of_means_and_of_drawings():
+    rewards = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    of_captions, of_images, metrics = nested_advantages(jnp.asarray(rewards))
+    np.testing.assert_allclose(of_captions, group_advantages(jnp.asarray(rewards.mean(-1)))[0], atol=1e-4)
+    centred = rewards - rewards.mean(-1, keepdims=True)
+    np.testing.assert_allclose(of_images, centred / (rewards.std(-1, ddof=1, keepdims=True) + 1e-4), atol=1e-4)
+    order = np.array([2, 0, 1])
+    again = nested_advantages(jnp.asarray(rewards[:, order]))
+    np.testing.assert_allclose(again[0], np.asarray(of_captions)[:, order], atol=1e-5)
+    np.testing.assert_allclose(again[1], np.asarray(of_images)[:, order], atol=1e-5)
+    assert float(metrics["between_share"][0]) <= float(metrics["between_share"][1])
+
+
+def test_the_share_between_captions_is_that_of_the_rewards():
+    rng = np.random.default_rng(1)
+    captions, noise = rng.normal(size=(400, 8, 1)), rng.normal(size=(400, 8, 4))
+    for weight, share in ((0.0, 0.0), (1.0, 0.5), (3.0, 0.9)):
+        total, count = nested_advantages(jnp.asarray(weight * captions + noise))[2]["between_share"]
+        assert float(total / count) == pytest.approx(share, abs=0.03)
+
+
+def test_a_caption_without_a_finite_reward_moves_no_other():
+    rewards = jnp.array([[[1.0, 2.0], [jnp.nan, jnp.nan], [3.0, 5.0]]])
+    of_captions, of_images, _ = nested_advantages(rewards)
+    assert of_captions[0, 1] == 0 and not np.asarray(of_images[0, 1]).any()
+    np.testing.assert_allclose(of_captions[0, ::2], group_advantages(jnp.array([[1.5, 4.0]]))[0][0], atol=1e-5)

@@ -64,7 +64,8 @@ def test_every_mistake_and_every_notice_is_a_line(tmp_path, capsys, no_weights, 
     out, err = capsys.readouterr()
     errors = [
         "error: config.gen_for_und.group_sise does not exist; did you mean config.gen_for_und.group_size?",
-        "error: config.stages names 'warm_start'; the stages are align, pretrain, cold_start, gen_for_und, und_for_gen",
+        "error: config.stages names 'warm_start'; the stages are align, pretrain, cold_start, gen_for_und, "
+        "und_for_gen, unified_ar",
         f"error: {folder} holds no images in any of the formats captions, image_folder, text_files, coco, parquet, "
         "webdataset, array_record, images; docs/data.md shows what each looks like",
     ]

@@ -13,7 +13,7 @@ from uae_jax.data.scene_checker import caption_score
 from uae_jax.methods.stage_settings import denoising
 from uae_jax.stages.batching import in_batches
 from uae_jax.stages.data import open_sources
-from uae_jax.stages.evaluation import Evaluator
+from uae_jax.stages.evaluation import DecoderEvaluator
 
 IMAGES = 5
 ADVANCED: dict[tuple[int, bool], int] = {}  # rows that a bar over the scores was told of, by batch size and kind
@@ -30,7 +30,7 @@ def scored(whole, tmp_path_factory):
             whole.config.evaluation, images=IMAGES, images_during=2, batch_size=size, samples=IMAGES
         )
         _, examples = open_sources(whole.config.data, whole.config.seed, IMAGES)
-        evaluator = Evaluator(
+        evaluator = DecoderEvaluator(
             whole.system,
             settings,
             denoising(whole.system.model, whole.config.sampler, settings.sampler_steps, settings.guidance_scale),

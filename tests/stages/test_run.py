@@ -416,9 +416,9 @@ def test_a_moved_model_is_the_same_and_other_weights_are_not(config, tmp_path):
 
 
 def test_scores_are_drawn_through_the_captioner_where_training_does(config, whole, tmp_path):
-    assert whole.config.condition() == whole.evaluator.denoising.condition == "reference"
+    assert whole.config.condition() == whole.evaluator.drawing.condition == "reference"
     policy = make_run(changed(config, und_for_gen=dict(condition="policy")), tmp_path)
-    assert policy.config.condition() == policy.evaluator.denoising.condition == "policy"
+    assert policy.config.condition() == policy.evaluator.drawing.condition == "policy"
     alone = changed(config, stages=("gen_for_und",), und_for_gen=dict(condition="policy"))
     assert frozen(RunConfig, alone).condition() == "reference"
 

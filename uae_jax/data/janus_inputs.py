@@ -6,7 +6,7 @@ spaces. It is read by `tokenizers` itself, and the first token of a prompt is pu
 
 import itertools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from PIL import Image
 
 from uae_jax.data.images import to_rgb
 from uae_jax.data.qwen_inputs import Fields
-from uae_jax.data.tokenizer import refuse_half_characters
+from uae_jax.data.tokenizer import UNKNOWN, refuse_half_characters, unknown_line, words_of
 from uae_jax.files.json_files import image_processor_settings
 from uae_jax.files.known_fields import refuse_unknown
 from uae_jax.files.paths import to_path
@@ -106,6 +106,15 @@ class JanusTokenizer:
         """Text of generated ids up to the end token, without special tokens."""
         kept = itertools.takewhile(lambda index: index != self.ids["eos"], map(int, ids))
         return self._tokenizer.decode(list(kept), skip_special_tokens=True).strip()
+
+    def unknown(self, texts: Iterable[str]) -> str:
+        """A line that names the first words that the vocabulary lacks, or nothing; one of bytes has every word."""
+        unknown = self._tokenizer.token_to_id(UNKNOWN)
+        if unknown is None:
+            return ""
+        words = dict.fromkeys(word for text in texts for word in words_of(text))
+        lacking = [word for word in words if unknown in self._tokenizer.encode(word, add_special_tokens=False).ids]
+        return unknown_line(lacking)
 
     def _encode(self, parts: Sequence[tuple[str, bool]]) -> list[int]:
         """Ids of texts one after the other; True marks those of a person.

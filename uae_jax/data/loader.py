@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -146,12 +146,24 @@ class RowBuilder:
             found["patches"] = pad_to(self.processor(square)[0], self.spec.max_patches)
         return found
 
+    def encode(self, text: str) -> list[int]:
+        """A caption's ids with the end token."""
+        return tokenizers.encode_caption(self.tokenizer, text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a caption's ids up to the end token."""
+        return tokenizers.decode_caption(self.tokenizer, ids)
+
+    def unknown(self, texts: Iterable[str]) -> str:
+        """A line that names the words of texts that the vocabulary lacks, or nothing."""
+        return tokenizers.unknown_note(self.tokenizer, texts)
+
     def caption_fields(self, text: str) -> Fields:
-        """A caption's ids [Tc] with <|im_end|> at the end, mask [Tc], and whether the caption was truncated.
+        """A caption's ids [Tc] with the end token, mask [Tc], and whether the caption was truncated.
 
         An empty text, for an image without a caption, has the end alone.
         """
-        ids, limit = tokenizers.encode_caption(self.tokenizer, text), self.spec.max_caption
+        ids, limit = self.encode(text), self.spec.max_caption
         kept = ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
         return {
             "caption_ids": pad_to(np.array(kept, np.int32), limit),

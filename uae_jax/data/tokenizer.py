@@ -14,6 +14,7 @@ from typing import Any
 from uae_jax.files.json_files import read_json, write_json
 from uae_jax.files.paths import is_url, local_copies, to_path
 
+UNKNOWN = "<|unknown|>"  # of vocabularies of words
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -22,7 +23,7 @@ SPECIAL_TOKENS = (
     "<|vision_end|>",
     "<|image_pad|>",
     "<|video_pad|>",
-    "<|unknown|>",
+    UNKNOWN,
 )
 ROLES = ("user", "assistant", "generate")
 END_OF_TURN, END_OF_TEXT, IMAGE_PAD = "<|im_end|>", "<|endoftext|>", "<|image_pad|>"
@@ -220,16 +221,24 @@ def unknown_words(tokenizer, texts: Iterable[str]) -> list[str]:
     if tokenizer.unk_token_id is None:
         return []
     for text in texts:
-        whole = text.encode("utf-8", "ignore").decode("utf-8")  # half a character is named where the text is used
-        for word in re.findall(r"\w+|[^\w\s]+", whole):
+        for word in words_of(text):
             if word not in found and tokenizer.unk_token_id in _encode(tokenizer, word):
                 found[word] = None
     return list(found)
 
 
+def words_of(text: str) -> list[str]:
+    """Words and signs of a text, in order; half a character is left out, since it is named where the text is used."""
+    return re.findall(r"\w+|[^\w\s]+", text.encode("utf-8", "ignore").decode("utf-8"))
+
+
 def unknown_note(tokenizer, texts: Iterable[str]) -> str:
     """A line that names the first words that a model does not know, or nothing."""
-    words = unknown_words(tokenizer, texts)
+    return unknown_line(unknown_words(tokenizer, texts))
+
+
+def unknown_line(words: Sequence[str]) -> str:
+    """The line of `unknown_note` for these words."""
     if not words:
         return ""
     named = ", ".join(map(repr, words[:5])) + (", ..." if len(words) > 5 else "")
@@ -242,6 +251,26 @@ def decode_caption(tokenizer, ids: Sequence[int]) -> str:
     stops = stop_ids(tokenizer)
     kept = itertools.takewhile(lambda index: index not in stops, map(int, ids))
     return tokenizer.decode(list(kept), skip_special_tokens=True).strip()
+
+
+def write_word_tokenizer(folder: pathlib.Path, special: Sequence[str], words: Sequence[str]) -> None:
+    """Writes tokenizer.json of a vocabulary of words: lower-cased, split at white space and punctuation.
+
+    Args:
+      folder: created if absent.
+      special: tokens that texts cannot contain, with the first ids; `UNKNOWN` among them.
+      words: with the ids after them.
+    """
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = list(dict.fromkeys([*special, *words]))
+    model = models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def write_scene_tokenizer(
@@ -258,24 +287,15 @@ def write_scene_tokenizer(
       patch_size: side of a vision patch in pixels; 2 x 2 patches merge into one image token.
       min_pixels, max_pixels: area limits of the resized image.
     """
-    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
-
     folder = to_path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = list(dict.fromkeys([*SPECIAL_TOKENS, *ROLES, *words]))
-    model = models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<|unknown|>")
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_word_tokenizer(folder, SPECIAL_TOKENS, [*ROLES, *words])
     config = dict(
         tokenizer_class="PreTrainedTokenizerFast",
         model_max_length=4096,
         clean_up_tokenization_spaces=False,
         eos_token=END_OF_TURN,
         pad_token=END_OF_TEXT,
-        unk_token="<|unknown|>",
+        unk_token=UNKNOWN,
         chat_template=_SCENE_TEMPLATE,
     )
     images = dict(

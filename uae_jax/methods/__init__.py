@@ -15,6 +15,7 @@ from uae_jax.methods.joint import Joint
 from uae_jax.methods.method import STAGES, Stage, add_method, add_stage
 from uae_jax.methods.pretrain import Pretrain
 from uae_jax.methods.und_for_gen import UndForGenConfig
+from uae_jax.methods.unified_ar import UnifiedAr
 
 add_stage("align", Align)
 add_stage("pretrain", Pretrain)
@@ -25,5 +26,6 @@ add_method("und_for_gen", "flow_grpo", FlowGrpo)
 add_method("und_for_gen", "nft", DiffusionNft)
 add_method("und_for_gen", "joint", Joint)
 add_method("und_for_gen", "matching", CaptionMatching)
+add_stage("unified_ar", UnifiedAr)
 
 __all__ = ["STAGES", "Stage", "add_method", "add_stage"]

@@ -16,7 +16,7 @@ Shape letters: B images, G captions of an image, T caption tokens.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -25,7 +25,8 @@ from jaxtyping import Array, Float
 
 from uae_jax import trees
 from uae_jax.methods.method import Described, Loss
-from uae_jax.methods.stage_settings import RolloutSettings, SamplerConfig, UpdateSettings, rollout_denoising
+from uae_jax.methods.stage_settings import DecodedRollouts, SamplerConfig, UpdateSettings, rollout_denoising
+from uae_jax.methods.token_loss import TokenLoss, token_loss
 from uae_jax.models import condition, uae
 from uae_jax.models.language import model as lm
 from uae_jax.models.language.generate import Completion
@@ -35,7 +36,7 @@ from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rewards import caption_similarity
 from uae_jax.rewards.similarity import chosen_encoders, mixed_reward, term_metrics
 from uae_jax.rl.advantages import SCALES
-from uae_jax.rl.losses import AGGREGATIONS, KL_ESTIMATORS, gap_metrics, token_grpo_loss
+from uae_jax.rl.losses import gap_metrics
 from uae_jax.rollouts.captioning import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
@@ -50,21 +51,15 @@ from uae_jax.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class GenForUndConfig(UpdateSettings, RolloutSettings):
+class GenForUndConfig(TokenLoss, UpdateSettings, DecodedRollouts):
     """Settings of GRPO on captions."""
 
-    batch_size: int = changed(RolloutSettings, "batch_size", 64)
+    batch_size: int = changed(DecodedRollouts, "batch_size", 64)
     # TRL's rate for adapters
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, warmup_steps=10)
-    temperature: float = changed(RolloutSettings, "temperature", 1.0, above=0, low=None)
+    temperature: float = changed(DecodedRollouts, "temperature", 1.0, above=0, low=None)
     guidance_scale: float = setting(5.0, "of the reconstructions; 1 is without", low=0, source="released UAE code")
     shared_noise: bool = setting(True, "one starting noise for the reconstructions of an image")
-    aggregation: str = setting("grpo", "how token losses are summed, see losses.token_grpo_loss", choices=AGGREGATIONS)
-    clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low", low=0, source="arXiv 2402.03300")
-    clip_high: float = setting(0.2, "the ratio is clipped above 1 + clip_high", low=0, source="arXiv 2402.03300")
-    dual_clip: float = setting(0.0, "bound of the loss of bad samples, above 1; 0 for none", low=0)
-    kl_weight: float = setting(0.02, "weight of the KL to the reference policy, a token", low=0)
-    kl_estimator: str = setting("k3", "estimator of that KL", choices=KL_ESTIMATORS, source="arXiv 2402.03300")
     advantage_scale: str = setting("group", "what advantages are divided by", choices=SCALES, source="arXiv 2402.03300")
     score_chunk: int = setting(
         lm.SCORE_CHUNK, "caption positions whose logits exist at once; memory, not results", low=1, free=True
@@ -72,12 +67,6 @@ class GenForUndConfig(UpdateSettings, RolloutSettings):
     objective: str = setting(
         "grpo", "grpo, or the control: cross-entropy of the data set's captions", choices=("grpo", "supervised")
     )
-
-    def problems(self) -> Iterator[str]:
-        """The mistakes of ranges, and a dual clip between 0 and 1."""
-        yield from super().problems()
-        if 0 < self.dual_clip <= 1:
-            yield f"dual_clip is {self.dual_clip}; it must be above 1, or 0 for none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +155,7 @@ class GenForUnd:
         return samples, metrics
 
     def loss(self, params: Mapping, frozen: Mapping, rollout: Mapping, key: Array) -> Loss:
-        """The clipped token loss of a rollout; sum, count and metrics as `losses.token_grpo_loss`.
+        """The clipped token loss of a rollout; sum, count and metrics as `token_loss`.
 
         Where the rollout was not replayed, `log_prob_gap` compares with the log-probabilities of sampling.
         """
@@ -174,28 +163,19 @@ class GenForUnd:
             return self.supervised_loss({**frozen, **params}, rollout["samples"])
         settings, samples = self.settings, constrain_rows(rollout["samples"])
         scores = self.score_captions({**frozen, **params}, samples, trained=True)
-
-        def flat(name: str) -> Float[Array, "n t"] | None:
-            return samples[name].reshape(-1, samples[name].shape[-1]) if name in samples else None
-
-        mask = samples["mask"].reshape(-1, samples["mask"].shape[-1])
-        total, count, metrics = token_grpo_loss(
-            scores.log_probs.reshape(mask.shape),
-            flat("old"),
-            flat("reference"),
-            samples["advantage"].reshape(-1),
-            mask,
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            dual_clip=settings.dual_clip or None,
-            kl_weight=settings.kl_weight,
-            kl_estimator=settings.kl_estimator,
-            aggregation=settings.aggregation,
+        total, count, metrics = token_loss(
+            settings,
+            scores.log_probs,
+            samples.get("old"),
+            samples.get("reference"),
+            samples["advantage"],
+            samples["mask"],
+            entropy=scores.entropy,
             max_tokens=settings.max_new_tokens,
-            entropy=None if scores.entropy is None else jax.lax.stop_gradient(scores.entropy).reshape(mask.shape),
         )
         if "sampled_log_prob" in samples:
-            metrics |= gap_metrics("log_prob_gap", scores.log_probs, samples["sampled_log_prob"], samples["mask"])
+            gap = gap_metrics("log_prob_gap", scores.log_probs, samples["sampled_log_prob"], samples["mask"])
+            metrics = {**metrics, **gap}
         return total, count, metrics
 
     def supervised_loss(self, parts: Mapping, batch: Mapping) -> Loss:

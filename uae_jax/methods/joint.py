@@ -31,7 +31,7 @@ from uae_jax.diffusion.sampler import window_start
 from uae_jax.methods.flow_grpo import FlowGrpo
 from uae_jax.methods.gen_for_und import GenForUnd, GenForUndConfig
 from uae_jax.methods.method import Loss
-from uae_jax.methods.stage_settings import RolloutSettings
+from uae_jax.methods.stage_settings import DecodedRollouts
 from uae_jax.methods.und_for_gen import DecoderMethod, DecoderMethodSettings, UndForGenConfig
 from uae_jax.models import condition
 from uae_jax.nn.constrain import constrain_rows
@@ -120,7 +120,7 @@ class Joint(DecoderMethod):
         """The captioner's half."""
         stage, own = self.settings, self.own
         shared: dict[str, Any] = {
-            field.name: getattr(stage, field.name) for field in dataclasses.fields(RolloutSettings)
+            field.name: getattr(stage, field.name) for field in dataclasses.fields(DecodedRollouts)
         }
         half = {field.name: getattr(own.captioner, field.name) for field in dataclasses.fields(CaptionerHalf)}
         more = {"group_size": own.captions, "updates_per_rollout": own.updates_per_rollout}

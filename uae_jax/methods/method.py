@@ -10,8 +10,8 @@ CONTRIBUTING.md. Shape letters: N samples of one rollout, U updates, M micro-bat
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,20 +40,21 @@ from uae_jax.training.step import (
 )
 
 Loss = tuple[Float[Array, ""], Float[Array, ""], Mapping[str, Any]]
+Streams = Mapping[str, tuple[float, Callable[..., Loss]]]
 
 
 class Described(Protocol):
     """What a method needs to know of a model; `stages.weights.System` and `stages.abstract.AbstractSystem` are such.
 
     Attributes:
-      model: the description.
+      model: the description, of the method's `network`.
       encoders: image encoders by name.
       stops: ids that end a caption.
       scorer: of captions, or None.
     """
 
     @property
-    def model(self) -> UAE: ...
+    def model(self) -> Any: ...
     @property
     def encoders(self) -> Mapping[str, Encoder]: ...
     @property
@@ -64,6 +65,9 @@ class Described(Protocol):
 
 class Learner(Protocol):
     """What the train step needs.
+
+    A learner has one `loss` (`SingleLoss`), or several `streams`: {name: (weight, loss)}. Where rewards are compared in
+    another way than in groups of `group_size`, it has `advantages(reward) -> (what samples get, metrics)`.
 
     Attributes:
       settings: of `stage_settings.StageSettings`; with rewards also `group_size` and `advantage_scale`, and
@@ -85,8 +89,14 @@ class Learner(Protocol):
         """
         ...
 
+
+class SingleLoss(Learner, Protocol):
+    """A learner with one loss."""
+
     def loss(self, params: PyTree, frozen: PyTree, rollout: dict[str, PyTree], key: Array) -> Loss:
         """(sum, count, metrics) of a slice of the rollout; the objective is sum / count over the whole update.
+
+        The slice also has `update`, the update's number in the rollout; the policy of the first is that of the samples.
 
         All micro-batches of an update get the same key. A key that is folded with the sample's id makes the result
         independent of how the samples are split. A metric is a scalar, or a pair (sum, count) of scalars.
@@ -96,6 +106,8 @@ class Learner(Protocol):
 
 class Method(Learner, Protocol):
     """A training method: a class of `methods/`, made of a stage's settings, the sampler and a model's description.
+
+    A method of another network than UAE names it: `network`, the type of `Described.model`.
 
     Attributes:
       Settings: dataclass of the method's section in the configuration.
@@ -166,6 +178,11 @@ class Stage:
 STAGES: dict[str, Stage] = {}
 
 
+def network_of(method: type) -> type:
+    """The type of the descriptions of models that a method trains."""
+    return getattr(method, "network", UAE)
+
+
 def add_stage(name: str, method: type[Method]) -> None:
     """Registers a stage with one method; its section of the configuration is `config.NAME`."""
     STAGES[name] = Stage(method.Settings, {"": method})
@@ -217,6 +234,7 @@ def make_train_step(method: Learner, optimizer: optax.GradientTransformation) ->
     settings, group = method.settings, method.settings.samples_per_image
     updates, ema_decay, old_policy = settings.updates_per_rollout, settings.ema_decay or None, settings.old_policy
     compared = group if getattr(settings, "gradient_noise", False) else 0
+    streams = streams_of(method)
 
     def train_step(state: TrainState, frozen: PyTree, batch: PyTree, key: Array) -> tuple[TrainState, dict[str, Array]]:
         if (ema_decay is None) != (state.ema is None):
@@ -229,11 +247,14 @@ def make_train_step(method: Learner, optimizer: optax.GradientTransformation) ->
         parts = split_samples(rollout["samples"], updates, group)
 
         def update(state: TrainState, index: Array) -> tuple[TrainState, PyTree]:
-            slice_ = {"samples": jax.tree.map(lambda leaf: leaf[index], parts), "shared": rollout["shared"]}
+            samples = jax.tree.map(lambda leaf: leaf[index], parts)
+            slice_ = {"samples": samples, "shared": rollout["shared"], "update": index}
             own_key = jax.random.fold_in(loss_key, index)
-            gradients, loss, metrics = gradients_of(
-                method.loss, state.params, frozen, slice_, own_key, settings.micro_batches, compared=compared
-            )
+            found = [
+                gradients_of(loss, state.params, frozen, slice_, own_key, settings.micro_batches, compared=compared)
+                for _, loss in streams.values()
+            ]
+            gradients, loss, metrics = joined_streams(streams, found)
             state, norm = apply_gradients(state, gradients, loss, optimizer, ema_decay)
             return state, (loss, norm, metrics)
 
@@ -275,6 +296,7 @@ def make_rollout(method: Learner, params: PyTree, frozen: PyTree, batch: PyTree,
         joined = functools.partial(trees.joined, rows=rows)
         rollout = {name: jax.tree.map(how.get(name, joined), leaves) for name, leaves in found.items()}
     own = getattr(method, "advantages", None)
+    own = own if "reward" in rollout["samples"] else None
     rollout = with_own_advantages(rollout, own) if own else with_advantages(rollout, method.settings)
     return jax.lax.stop_gradient(with_images(rollout))
 
@@ -325,6 +347,37 @@ def with_own_advantages(rollout: dict[str, PyTree], advantages: Callable[[Array]
     return rollout | {"samples": samples | found, "metrics": rollout["metrics"] | metrics}
 
 
+def streams_of(method: Learner) -> Streams:
+    """The losses of a method with their weights by stream; a single loss has no name."""
+    found: Streams | None = getattr(method, "streams", None)
+    return {"": (1.0, cast(SingleLoss, method).loss)} if found is None else found
+
+
+def joined_streams(streams: Streams, found: Sequence[tuple[PyTree, Array, Metrics]]) -> tuple[PyTree, Array, Metrics]:
+    """The weighted sum of the gradients and losses of all streams, and their metrics.
+
+    Each stream is a mean of its own, over all micro-batches. Its metrics get its name in front, with its loss and the
+    norm of its gradient among them. `kl` is then the largest of the streams' own.
+
+    Args:
+      streams: of `streams_of`.
+      found: of `gradients_of`, one for each.
+    """
+    if "" in streams:
+        return found[0]
+    weights = [weight for weight, _ in streams.values()]
+    gradients = jax.tree.map(
+        lambda *leaves: sum(weight * leaf for weight, leaf in zip(weights, leaves)), *(own for own, _, _ in found)
+    )
+    loss = sum(weight * value for weight, (_, value, _) in zip(weights, found))
+    metrics: dict[str, Any] = {}
+    for name, (own, value, more) in zip(streams, found):
+        pairs = as_pairs({**more, "loss": value, "grad_norm": optax.tree.norm(own)})
+        metrics |= {f"{name}_{metric}": pair for metric, pair in pairs.items()}
+    bounded = [total / jnp.maximum(count, 1e-8) for total, count in (more["kl"] for *_, more in found if "kl" in more)]
+    return gradients, jnp.asarray(loss), metrics | ({"kl": (jnp.stack(bounded).max(), 1.0)} if bounded else {})
+
+
 def gradients_of(
     loss: Callable[..., Loss],
     params: PyTree,
@@ -351,7 +404,7 @@ def gradients_of(
     """
 
     def objective(params: PyTree, samples: PyTree) -> tuple[Array, tuple[Array, Any]]:
-        total, count, metrics = loss(params, frozen, {"samples": samples, "shared": rollout["shared"]}, key)
+        total, count, metrics = loss(params, frozen, {**rollout, "samples": samples}, key)
         return total.astype(jnp.float32), (jax.lax.stop_gradient(count).astype(jnp.float32), as_pairs(metrics))
 
     def micro_step(gradients: PyTree, samples: PyTree) -> tuple[PyTree, PyTree]:

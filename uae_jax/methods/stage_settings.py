@@ -85,30 +85,10 @@ class RolloutSettings(StageSettings):
     )
     temperature: float = setting(1.0, "of caption sampling; 0 is greedy", low=0)
     max_new_tokens: int = setting(512, "longest caption", unit="tokens", low=1)
-    sampler_steps: int = setting(10, "denoising steps of a rollout", low=1, source="released UAE code")
-    condition: str = setting(
-        "reference",
-        "what the decoder reads: the caption alone, encoded by the reference or by the policy, or the caption's own "
-        "states after the image",
-        choices=CONDITIONS,
-    )
     vae_chunk: int = setting(0, "images decoded at once; 0 for all; memory, not results", low=0, free=True)
     gather_weights: bool = setting(
         False,
         "gather a sharded language model once a rollout instead of once a token; costs a copy on every device",
-        free=True,
-    )
-    rollout_weights: str = setting(
-        "model",
-        "the captioner's kernels while it samples: as the model has them, or rounded to 8 bits, half the bytes that a "
-        "token reads; captions are scored by the model itself, and log_prob_gap says how far the two are apart",
-        choices=("model", "int8"),
-    )
-    rollout_ways: int = setting(
-        0,
-        "devices that share one gathered copy of the captioner while it samples, each reading its part for the rows of "
-        "all; 0 for a copy on every device",
-        low=0,
         free=True,
     )
     train: str = setting("lora", "what is trained: an adapter, or a full fine-tuned copy", choices=("lora", "full"))
@@ -131,6 +111,32 @@ class RolloutSettings(StageSettings):
         return f"{base}_lora" if self.train == "lora" else f"{base}_policy"
 
 
+@dataclasses.dataclass(frozen=True)
+class DecodedRollouts(RolloutSettings):
+    """What the stages share whose images a diffusion decoder generates from captions of another model."""
+
+    sampler_steps: int = setting(10, "denoising steps of a rollout", low=1, source="released UAE code")
+    condition: str = setting(
+        "reference",
+        "what the decoder reads: the caption alone, encoded by the reference or by the policy, or the caption's own "
+        "states after the image",
+        choices=CONDITIONS,
+    )
+    rollout_weights: str = setting(
+        "model",
+        "the captioner's kernels while it samples: as the model has them, or rounded to 8 bits, half the bytes that a "
+        "token reads; captions are scored by the model itself, and log_prob_gap says how far the two are apart",
+        choices=("model", "int8"),
+    )
+    rollout_ways: int = setting(
+        0,
+        "devices that share one gathered copy of the captioner while it samples, each reading its part for the rows of "
+        "all; 0 for a copy on every device",
+        low=0,
+        free=True,
+    )
+
+
 def denoising(
     model: UAE,
     sampler: SamplerConfig,
@@ -146,7 +152,7 @@ def denoising(
 
 
 def rollout_denoising(
-    model: UAE, settings: RolloutSettings, sampler: SamplerConfig, guidance_scale: float
+    model: UAE, settings: DecodedRollouts, sampler: SamplerConfig, guidance_scale: float
 ) -> Denoising:
     """The sampler of a stage's rollouts."""
     return denoising(

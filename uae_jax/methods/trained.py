@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from uae_jax import trees
-from uae_jax.models.language.model import ADAPTER_PATTERN
 from uae_jax.models.uae import UAE
 from uae_jax.nn.lora import init_lora
 
@@ -19,7 +18,10 @@ LORA, COPY = "_lora", "_policy"
 # the folder in which a model keeps the adapter of a part
 ADAPTER_FOLDERS = {"language": "llm_lora", "transformer": "dit_lora"}
 # parts that may be stored in bfloat16 while nothing trains them; auto-encoder and image encoders compute in float32
-STORABLE: tuple[str, ...] = ("vision", "language", "projector", "text_encoder", "transformer")
+STORABLE: tuple[str, ...] = (
+    *("vision", "language", "projector", "text_encoder", "transformer"),
+    *("aligner", "generation"),
+)
 
 
 def copied_parts(names: Collection[str]) -> set[str]:
@@ -42,7 +44,7 @@ def trainable(model: UAE, parts: Mapping, names: Collection[str], rank: int, key
     Raises:
       ValueError: the model has no such part.
     """
-    targets = {"language": ADAPTER_PATTERN, "transformer": model.decoder.lora_targets}
+    targets = model.lora_targets
     found = {}
     for name in names:
         if name in parts:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from uae_jax import trees
 from uae_jax.methods.method import STAGES, Described
-from uae_jax.methods.stage_settings import RolloutSettings, SamplerConfig, UpdateSettings, rollout_denoising
+from uae_jax.methods.stage_settings import DecodedRollouts, SamplerConfig, UpdateSettings, rollout_denoising
 from uae_jax.models.decoder import Context
 from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.nn.constrain import constrain_rows, ways
@@ -76,13 +76,13 @@ class DecoderMethodSettings(UpdateSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class UndForGenConfig(RolloutSettings):
+class UndForGenConfig(DecodedRollouts):
     """Settings of the stage; those of each method stand in a section of the method's name."""
 
     # flow_grpo: 48 groups of 24, learning rate 3e-4
-    batch_size: int = changed(RolloutSettings, "batch_size", 48, source="arXiv 2505.05470")
-    group_size: int = changed(RolloutSettings, "group_size", 24, source="arXiv 2505.05470")
-    temperature: float = changed(RolloutSettings, "temperature", 0.7)
+    batch_size: int = changed(DecodedRollouts, "batch_size", 48, source="arXiv 2505.05470")
+    group_size: int = changed(DecodedRollouts, "group_size", 24, source="arXiv 2505.05470")
+    temperature: float = changed(DecodedRollouts, "temperature", 0.7)
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4)
     method: str = setting("flow_grpo", "how the transformer learns; its settings are in the section of that name")
     data_captions: float = setting(

@@ -12,6 +12,7 @@ and those of the decoder alone (`models.decoder.Decoder.parts`):
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float, Key
 
 from uae_jax.models.condition import ConditionTemplate
 from uae_jax.models.decoder import Context, Decoder, Parts, TransformerSizes
+from uae_jax.models.language.model import ADAPTER_PATTERN
 from uae_jax.models.parts import captioner_weights, transformer_weights
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
 from uae_jax.nn.constrain import constrain
@@ -57,6 +59,16 @@ class UAE:
     def template(self) -> ConditionTemplate:
         """Of the decoder."""
         return self.decoder.template
+
+    @property
+    def lora_targets(self) -> Mapping[str, str]:
+        """The linear layers that a new adapter changes, as a pattern for each part that can have one."""
+        return {"language": ADAPTER_PATTERN, "transformer": self.decoder.lora_targets}
+
+    @property
+    def key_heads(self) -> int:
+        """Of the network that writes captions."""
+        return self.captioner.text.key_heads
 
     @property
     def own_encoder(self) -> bool:

@@ -14,6 +14,7 @@ import jax
 
 from uae_jax import sharding, trees
 from uae_jax.methods.method import Described
+from uae_jax.models.janus.unified import Unified
 from uae_jax.planning.compile import Memory, Program
 from uae_jax.planning.roofline import MeshSizes
 from uae_jax.stages.run_config import RunConfig
@@ -149,7 +150,7 @@ def _stage_activations(
       trained: bytes of the trained weights on the device.
       ways: number of shards of a batch.
     """
-    parts = settings.micro_batches * settings.updates_per_rollout
+    parts = _parts_of(settings)
     small = max(rows / parts, 1)
     # gradients of the transformer's layers before their sum over devices: as many bytes as a device's trained weights
     unsummed = trained if ways > 1 else 0.0
@@ -183,6 +184,58 @@ def _stage_activations(
     return window + max(gathered + _captioning(s, some, some, length, bool(gathered)), generation, gradient)
 
 
+def _unified_shapes(config: RunConfig, program: Program, sizes: MeshSizes, system: Described) -> Shapes:
+    """The inputs for one network that draws by tokens; the fields of a diffusion transformer are 0."""
+    network, names = system.model.network, program.config.reward.names
+    text = network.text
+    return Shapes(
+        activation=2 if config.model.dtype == "bfloat16" else 4,
+        tensor=sizes.tensor,
+        text_width=text.width,
+        text_mlp=text.mlp_width,
+        text_layers=text.layers,
+        cache=2 * text.layers * text.key_heads * text.head_width,
+        vocabulary=text.vocab_size,
+        width=0,
+        layers=0,
+        tokens=0,
+        context=0,
+        context_width=0,
+        pixels=system.model.image_size**2,
+        vae_width=network.vq.base,
+        prompt=_length(program, "prompt_ids"),
+        encoder=max((_encoder_logits(system.encoders[name].config) for name in names), default=0),
+        whole_layers=config.model.remat == "none",
+    )
+
+
+def _unified_activations(settings: Any, s: Shapes, model: Unified, rows: float, gathered: float, ways: int) -> float:
+    """Bytes of the largest phase of `unified_ar` on one of `ways` devices; see `_stage_activations`.
+
+    Both halves of guidance are rows of the language model. The prompt of a drawing is kept once for its images.
+    """
+    codes, cells, group = model.network.vq.codes, model.network.vq.tokens, settings.group_size
+    some, small = (max(rows / parts, 1) for parts in (settings.rollout_parts, _parts_of(settings)))
+    halves = 1 if settings.guidance_scale == 1 else 2
+    drawn, length = group * settings.images_per_caption, settings.max_new_tokens
+    prompts = dataclasses.replace(s, prompt=model.template.length(length), vocabulary=codes)
+    captioning = gathered + _captioning(s, some * group, some, length, bool(gathered))
+    drawing = gathered + _captioning(prompts, some * drawn * halves, some * group * halves, cells, bool(gathered))
+    chunk = settings.vae_chunk and max(settings.vae_chunk / ways, 1)
+    images = some * drawn
+    decoding = _maps(s, min(chunk or images, images), 8) + images * s.pixels * 3 * FLOAT
+    scored = halves if settings.score == "guided" else 1
+    gradient = max(
+        _language_gradient(s, small * group, length, settings.score_chunk),
+        _language_gradient(prompts, small * drawn * scored, cells, settings.score_chunk),
+    )
+    return max(captioning, drawing, decoding, _comparison(s, images, some), gradient)
+
+
+def _parts_of(settings: Any) -> int:
+    return settings.micro_batches * settings.updates_per_rollout
+
+
 def share(tree: Any, sizes: MeshSizes) -> float:
     """Bytes of one device's share of a tree by the sharding rules."""
     total = 0.0
@@ -204,7 +257,10 @@ def estimate_memory(program: Program, config: RunConfig, sizes: MeshSizes, syste
     """
     settings, state = program.config, program.state
     length = getattr(settings, "max_new_tokens", 0) or _length(program, "caption_ids")
-    shapes = _shapes(config, program, sizes, system, length)
+    unified = isinstance(system.model, Unified)
+    shapes = (
+        _unified_shapes(config, program, sizes, system) if unified else _shapes(config, program, sizes, system, length)
+    )
     batch = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.batch)) / sizes.batch
     trained = share(state.params, sizes)
     resident = share(state, sizes) + share(program.frozen, sizes) + batch
@@ -215,14 +271,15 @@ def estimate_memory(program: Program, config: RunConfig, sizes: MeshSizes, syste
     )
     layers = _largest_layer(program, sizes)
     rows, gathered = settings.batch_size / sizes.batch, _sampling_weights(program, sizes, shapes)
+    activations = (
+        _unified_activations(settings, shapes, system.model, rows, gathered, sizes.batch)
+        if unified
+        else _stage_activations(program.stage, settings, shapes, rows, length, gathered, trained, sizes.batch)
+    )
     entries = (
         (gradients, "float32", "gradients"),
         (layers, config.model.dtype, "gathered weights of two layers"),
-        (
-            _stage_activations(program.stage, settings, shapes, rows, length, gathered, trained, sizes.batch),
-            config.model.dtype,
-            "activations",
-        ),
+        (activations, config.model.dtype, "activations"),
     )
     temporaries = sum(size for size, _, _ in entries)
     return Memory(resident, temporaries, resident + temporaries, tuple(sorted(entries, reverse=True)), estimated=True)

@@ -116,7 +116,7 @@ def count_work(
       function: of jax arrays.
       arguments: trees of arrays or `jax.ShapeDtypeStruct`.
       weights: positions of the arguments with parameters.
-      trips: number of runs of the body of a `while`.
+      trips: number of runs of the body of a `while` whose condition has no bound.
     """
     closed = jax.make_jaxpr(function)(*arguments)
     marks = [
@@ -226,7 +226,18 @@ def _while(parameters: Mapping[str, Any], given: Marks, trips: int, results: int
     outer = {weight: size for weight, size in reads.items() if weight in given}
     gathered = sum(size for weight, size in reads.items() if weight not in given)
     work = inside.decoding + inside.rest + Work(gathered_bytes=gathered)
-    return Count(decoding=work * trips), [None] * results, outer
+    return Count(decoding=work * _most_trips(parameters, trips)), [None] * results, outer
+
+
+def _most_trips(parameters: Mapping[str, Any], otherwise: int) -> int:
+    """How often the body of a `while` runs at most: what its condition compares a counter with, where that is known."""
+    condition = getattr(parameters["cond_jaxpr"], "jaxpr", parameters["cond_jaxpr"])
+    bounds = [
+        int(equation.invars[1].val)
+        for equation in condition.eqns
+        if equation.primitive.name == "lt" and hasattr(equation.invars[1], "val") and not equation.invars[0].aval.shape
+    ]
+    return min(bounds, default=otherwise)
 
 
 def _bytes(shaped: Any) -> float:

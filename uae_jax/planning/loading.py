@@ -12,11 +12,12 @@ from uae_jax.files.json_files import read_json
 from uae_jax.methods.trained import STORABLE, stored
 from uae_jax.models.encoders import clip
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig
+from uae_jax.models.janus import config as janus_config
 from uae_jax.planning.chips import GIB, Topology
 from uae_jax.planning.estimate import share
 from uae_jax.planning.published import TEXT_ENCODERS
 from uae_jax.planning.roofline import MeshSizes
-from uae_jax.stages.abstract import AbstractSystem
+from uae_jax.stages.kinds import AnyAbstract
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import model_folder
 
@@ -45,7 +46,7 @@ class Loading:
         )
 
 
-def plan_loading(config: RunConfig, system: AbstractSystem, topology: Topology, sizes: MeshSizes) -> Loading:
+def plan_loading(config: RunConfig, system: AnyAbstract, topology: Topology, sizes: MeshSizes) -> Loading:
     """The bytes of `stages.weights.load_system` in a run, which places one shard of one parameter at a time.
 
     Files are taken to be float32, which bounds the pages of the tensor that is read.
@@ -72,7 +73,7 @@ def _reads(tree: Any, sizes: MeshSizes, beside: float) -> dict[str, float]:
     return {name: beside + share({name: leaf}, sizes) + _pages(leaf) for name, leaf in leaves}
 
 
-def held_parts(config: RunConfig, system: AbstractSystem) -> Any:
+def held_parts(config: RunConfig, system: AnyAbstract) -> Any:
     """Shapes of the parts in the precisions in which a run reads them."""
     needed = set(STORABLE) - config.frozen_from_start()
     return jax.eval_shape(lambda parts: stored(parts, needed, config.model.frozen_dtype), system.parts)
@@ -87,6 +88,8 @@ def _pages(leaf: Any) -> int:
 def _towers(config: RunConfig) -> dict[str, Any]:
     """Shapes of the text encoders, whose vector of the empty prompt is all that stays."""
     settings, names = config.model, ("text_encoder", "text_encoder_2")
+    if settings.sizes in janus_config.SIZES:
+        return {}
     configs: dict[str, Any] = dict(zip(names, TEXT_ENCODERS))
     if settings.sizes and not settings.folder and "sd3" not in settings.sizes:
         return {}

@@ -24,8 +24,8 @@ from uae_jax.planning.roofline import MeshSizes, Rollout, Updates, roofline
 from uae_jax.planning.system import abstract_system
 from uae_jax.planning.table import Compiled, StagePlan
 from uae_jax.settings import frozen
-from uae_jax.stages.abstract import AbstractSystem
 from uae_jax.stages.checks import check_batch
+from uae_jax.stages.kinds import AnyAbstract
 from uae_jax.stages.program import Program, make_program
 from uae_jax.stages.run_config import RunConfig
 
@@ -60,7 +60,7 @@ def mesh_sizes(config: RunConfig, devices: int) -> MeshSizes:
     return found
 
 
-def step_work(config: RunConfig, system: AbstractSystem, stage: str) -> Count:
+def step_work(config: RunConfig, system: AnyAbstract, stage: str) -> Count:
     """Work of one step of a stage; sampling loops run to the last token.
 
     Attention is counted in its plain form, whose backward pass computes nothing twice; the kernels' recomputation of a
@@ -97,7 +97,7 @@ def without_recomputation(config: RunConfig) -> RunConfig:
 
 
 def plan_stage(
-    config: RunConfig, system: AbstractSystem, stage: str, topology: Topology, mesh: Mesh | None, how: Compiling
+    config: RunConfig, system: AnyAbstract, stage: str, topology: Topology, mesh: Mesh | None, how: Compiling
 ) -> StagePlan:
     """Counts a stage and finds its memory: compiled for a mesh, estimated without one; see `make_plan`."""
     sizes = mesh_sizes(config, topology.devices)
@@ -109,7 +109,7 @@ def plan_stage(
     count = step_work(config, system, stage)
     plain = without_recomputation(config)
     model_flops = step_work(plain, abstract_system(plain), stage).flops
-    rollout = rollout_of(program.config, system.model.captioner.text.key_heads)
+    rollout = rollout_of(program.config, system.model.key_heads)
     return StagePlan(
         stage,
         program.config.batch_size,

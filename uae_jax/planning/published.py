@@ -123,6 +123,13 @@ DECODERS: Mapping[str, Callable[..., Decoder]] = {
     **{name: sd3(name) for name in TRANSFORMERS},
     "klein_4b": lambda captioner, **settings: klein_4b(**settings),
 }
+# Janus's caption prompt without image tokens, an estimate: the official system text, its turns and UAE's prompt. A run
+# counts its own; the presets leave room
+JANUS_PROMPT_TOKENS = 104
+# ids around a caption in the prompt of its drawing: begin of sentence, "<|User|>:", and "\n\n<|Assistant|>:", begin of
+# image; only their number counts
+JANUS_PREFIX = (100000, 100601, 25)
+JANUS_SUFFIX = (185, 185, 100602, 25, 100003)
 
 
 def template() -> ConditionTemplate:

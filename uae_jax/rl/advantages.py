@@ -81,3 +81,48 @@ def group_advantages(rewards: Float[Array, "b g"], *, scale: str = "group") -> t
         "nan_fraction": ((~valid).sum(dtype=jnp.float32), samples),
     }
     return advantages, metrics
+
+
+def nested_advantages(
+    rewards: Float[Array, "b g k"], *, scale: str = "group"
+) -> tuple[Float32[Array, "b g"], Float32[Array, "b g k"], Metrics]:
+    """Advantages of captions, and of the images that are drawn of each.
+
+    A caption is worth the mean reward of its images, and is compared with the other captions of its group. An image is
+    compared with the other images of its caption. One image a caption has nothing to be compared with, and takes the
+    advantage of its caption (T2I-R1, arXiv 2505.00703).
+
+    Args:
+      rewards: of K images of each of G captions of B originals. A caption without a finite reward is left out.
+      scale: see `group_advantages`.
+
+    Returns:
+      Advantages of captions and of images; and metrics: those of `group_advantages` for captions, `image_reward_std`,
+      the deviation among the images of a caption, and `between_share`, the part of the rewards' variance within a
+      group that captions explain. A low share says that a caption's mean is mostly noise: raise K.
+
+    Raises:
+      ValueError: an unknown scale.
+    """
+    rewards = jax.lax.stop_gradient(rewards.astype(jnp.float32))
+    valid = jnp.isfinite(rewards)
+    count = valid.sum(-1)
+    means = jnp.where(valid, rewards, 0.0).sum(-1) / jnp.maximum(count, 1)
+    of_captions, metrics = group_advantages(jnp.where(count > 0, means, jnp.nan), scale=scale)
+    groups, captions, images = rewards.shape
+    if images == 1:
+        return of_captions, jnp.where(valid, of_captions[..., None], 0.0), metrics
+    of_images, own = group_advantages(rewards.reshape(-1, images), scale=scale)
+    squares = jnp.where(valid, jnp.square(rewards - means[..., None]), 0.0)
+    within = squares.sum((1, 2)) / jnp.maximum(jnp.maximum(count - 1, 0).sum(1), 1)
+    # the variance of captions' means holds the noise of their images
+    known = count > 0
+    centre = jnp.where(known, means, 0.0).sum(1, keepdims=True) / jnp.maximum(known.sum(1, keepdims=True), 1)
+    spread = jnp.where(known, jnp.square(means - centre), 0.0).sum(1) / jnp.maximum(known.sum(1) - 1, 1)
+    between = spread - within / images  # an estimate without bias, which may be below 0
+    more = {
+        "image_reward_std": own["reward_std"],
+        "image_zero_std_fraction": own["zero_std_fraction"],
+        "between_share": (between.sum(), (between + within).sum()),
+    }
+    return of_captions, of_images.reshape(groups, captions, images), metrics | more

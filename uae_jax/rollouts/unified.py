@@ -40,11 +40,16 @@ def weights(parts: Mapping[str, Tree], *, policy: bool) -> tuple[dict[str, Tree]
     """Parameters of `janus.model`, and the adapter of the language model.
 
     Args:
-      parts: the parts of `janus.model`, and `language_lora` where there is an adapter.
+      parts: the parts of `janus.model`, `language_lora` where there is an adapter, and `language_policy` where the
+        language model is fine-tuned fully.
       policy: the trained model, or the reference (adapter off).
     """
     params = {name: parts[name] for name in ("vision", "aligner", "language", "generation", "vq")}
-    return params, parts.get("language_lora") if policy else None
+    if not policy:
+        return params, None
+    if "language_policy" in parts:
+        return params | {"language": parts["language_policy"]}, None
+    return params, parts.get("language_lora")
 
 
 def sample_captions(

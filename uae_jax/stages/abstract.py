@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 import jax
 
@@ -42,6 +42,19 @@ from uae_jax.stages.weights import (
 )
 
 
+class HasParts(Protocol):
+    """A system without weights, of any kind of model; `parts` are shapes."""
+
+    @property
+    def model(self) -> Any: ...
+
+    @property
+    def parts(self) -> dict: ...
+
+
+Shapes = TypeVar("Shapes", bound=HasParts)
+
+
 @dataclasses.dataclass(frozen=True)
 class AbstractSystem:
     """As `stages.weights.System`, with shapes in place of arrays.
@@ -54,6 +67,7 @@ class AbstractSystem:
       processor: of the captioner's images.
       spec: fixed shapes of a batch.
       scorer: of captions, where the settings name one.
+      tokenizer: of the captioner; None for published sizes alone.
     """
 
     model: UAE
@@ -63,6 +77,7 @@ class AbstractSystem:
     processor: ImageProcessor
     spec: BatchSpec
     scorer: CaptionScorer | None = None
+    tokenizer: Any = None
 
     def batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a batch of so many rows, with the fields that may be precomputed."""
@@ -93,7 +108,7 @@ def abstract_folder(config: RunConfig) -> AbstractSystem:
         )
     processor = load_image_processor(words, captioner.vision.window_size)
     spec = spec_of(data, tokenizer, processor)
-    encoders = {name: _encoder(folder / name) for name in ENCODERS if (folder / name).is_dir()}
+    encoders = encoders_of(folder)
     parts = part_shapes(captioner, decoder, _projector_width(folder / "llm", captioner), encoders)
     scorer = None
     if settings.caption_scorer:
@@ -107,7 +122,7 @@ def abstract_folder(config: RunConfig) -> AbstractSystem:
     if settings.adapters and (folder / REFERENCE).is_dir():
         parts[f"language{COPY}"] = parts["language"]
     model = UAE(captioner, decoder, data.image_size, banned)
-    return AbstractSystem(model, parts, encoders, tokens.stop_ids(tokenizer), processor, spec, scorer)
+    return AbstractSystem(model, parts, encoders, tokens.stop_ids(tokenizer), processor, spec, scorer, tokenizer)
 
 
 def _sd3(
@@ -118,14 +133,14 @@ def _sd3(
     return SD3Decoder(captioner, transformer, VAEConfig.from_folder(folder / "SD3" / "vae"), template)
 
 
-def with_run_adapters(config: RunConfig, system: AbstractSystem) -> AbstractSystem:
+def with_run_adapters(config: RunConfig, system: Shapes) -> Shapes:
     """The system with the adapters that the stages of a run will train.
 
     Raises:
       ValueError: see `methods.trained.check_start`.
     """
     parts = jax.eval_shape(lambda parts: with_adapters(config, system.model, parts, jax.random.key(0)), system.parts)
-    return dataclasses.replace(system, parts=parts)
+    return cast(Shapes, dataclasses.replace(cast(Any, system), parts=parts))
 
 
 def part_shapes(
@@ -137,13 +152,23 @@ def part_shapes(
     """Shapes of all parameters, float32."""
     width, features = captioner.text.width, decoder.transformer.joint_attention_dim
     projector = jax.eval_shape(lambda: qwen.init_projector(jax.random.key(0), width, projector_width, features))
-    models = {"clip": clip, "dinov2": dino, "dinov3": dino}
     return {
         **qwen.abstract_params(captioner),
         **({"projector": projector} if "projector" in decoder.parts else {}),
         **decoder.abstract_parts(),
-        "encoders": {name: models[encoder.kind].abstract_params(encoder.config) for name, encoder in encoders.items()},
+        "encoders": encoder_shapes(encoders),
     }
+
+
+def encoders_of(folder: pathlib.Path) -> dict[str, Encoder]:
+    """The image encoders of a model folder by name, without weights."""
+    return {name: _encoder(folder / name) for name in ENCODERS if (folder / name).is_dir()}
+
+
+def encoder_shapes(encoders: Mapping[str, Encoder]) -> dict[str, Any]:
+    """Shapes of the parameters of image encoders by name, float32."""
+    models = {"clip": clip, "dinov2": dino, "dinov3": dino}
+    return {name: models[encoder.kind].abstract_params(encoder.config) for name, encoder in encoders.items()}
 
 
 def _projector_width(folder: pathlib.Path, captioner: qwen_config.Qwen2_5VLConfig) -> int:

@@ -16,12 +16,14 @@ import jax
 from uae_jax import sharding
 from uae_jax.files.paths import is_url, problem, to_path
 from uae_jax.methods import STAGES
+from uae_jax.methods.method import network_of
 from uae_jax.settings import Mistakes, one_line, read
 from uae_jax.stages import precomputed
-from uae_jax.stages.abstract import AbstractSystem, abstract_folder, with_run_adapters
+from uae_jax.stages.abstract import with_run_adapters
 from uae_jax.stages.data import OpenedData, open_data
 from uae_jax.stages.folders.check import check_folder
 from uae_jax.stages.folders.parts import NEW_PROJECTOR, find_parts, weights_digest
+from uae_jax.stages.kinds import AnyAbstract, abstract_folder, kind_of
 from uae_jax.stages.program import make_program
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.understanding import open_questions
@@ -42,7 +44,7 @@ def checked_config(config: Mapping[str, Any], workdir: pathlib.Path, mistakes: S
 
 def check_run(
     config: Mapping[str, Any], workdir: pathlib.Path, mistakes: Sequence[str] = (), *, thorough: bool = False
-) -> tuple[RunConfig, AbstractSystem]:
+) -> tuple[RunConfig, AnyAbstract]:
     """The settings of a run and the shapes of its model, after all checks that need no weights.
 
     Args:
@@ -102,13 +104,13 @@ def find_mistakes(config: RunConfig, workdir: pathlib.Path | None) -> list[str]:
       config: of the run, every setting in its range.
       workdir: of the run; None leaves it unchecked.
     """
-    checks = [_check_batches, _check_encoders, _check_data, _check_questions]
+    checks = [_check_batches, _check_kind, _check_encoders, _check_data, _check_questions]
     if workdir is not None:
         checks.append(lambda config: _check_workdir(config, workdir))
     return _all(config, checks)
 
 
-def read_model(config: RunConfig) -> tuple[AbstractSystem | None, list[str]]:
+def read_model(config: RunConfig) -> tuple[AnyAbstract | None, list[str]]:
     """The shapes of the model folder, and its mistakes with those of precomputed inputs, one line each.
 
     Configs are read, and the headers of all weight files against them. This takes seconds: every part is traced.
@@ -150,7 +152,7 @@ def notices(config: RunConfig) -> list[str]:
     return found
 
 
-def check_programs(config: RunConfig, system: AbstractSystem) -> None:
+def check_programs(config: RunConfig, system: AnyAbstract) -> None:
     """Traces the step of every stage without computing, so that a setting of the last one does not fail late.
 
     Raises:
@@ -203,6 +205,29 @@ def _check_files(config: RunConfig) -> Iterator[str]:
         yield from row.problems
 
 
+def _check_kind(config: RunConfig) -> Iterator[str]:
+    """Stages that train another kind of model, and what this kind does not do."""
+    if not config.model.folder and config.model.sizes:
+        return  # said by `_check_encoders`
+    kind = kind_of(config.model.folder)
+    for stage in config.distinct_stages():
+        if _network(config, stage) is not kind.network:
+            yield (
+                f"{stage} does not train what {model_folder(config.model.folder)} holds ({kind.title}); its stages are "
+                f"{', '.join(kind.stages)}: change config.stages, or config.model.folder"
+            )
+    if config.evaluation.questions and not kind.questions:
+        yield (
+            f"config.evaluation.questions is {config.evaluation.questions!r}, but {kind.title}, answers none during a "
+            "run; leave it empty"
+        )
+
+
+def _network(config: RunConfig, stage: str) -> type:
+    """The type of the description of the models that a stage trains."""
+    return network_of(STAGES[stage].method(config.stage(stage)))
+
+
 def _check_encoders(config: RunConfig) -> Iterator[str]:
     if not config.model.folder and config.model.sizes:
         yield (
@@ -237,7 +262,8 @@ def missing_captions(config: RunConfig, data: OpenedData) -> Iterator[str]:
     are, until the folder is checked as a whole.
     """
     needing = [stage for stage in config.distinct_stages() if config.needs_captions(stage)]
-    others = [stage for stage in STAGES if not config.needs_captions(stage)]
+    networks = {_network(config, stage) for stage in needing}
+    others = [name for name in STAGES if _network(config, name) in networks and not config.needs_captions(name)]
     for folder in data.folders[: data.trained_folders] if needing else ():
         source = folder.source
         records = source.records

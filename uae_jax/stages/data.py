@@ -19,7 +19,6 @@ from uae_jax.data.loader import BatchSpec, RowBuilder, batch_spec, check_max_pro
 from uae_jax.data.mixture import Mixture
 from uae_jax.data.qwen_inputs import ImageProcessor
 from uae_jax.data.sources import Example, SceneSource, Source, TfdsSource
-from uae_jax.data.tokenizer import unknown_note
 from uae_jax.files.json_files import write_json
 from uae_jax.stages.run_config import DataConfig, RunConfig
 from uae_jax.training import processes
@@ -188,7 +187,7 @@ def few_images(config: RunConfig, train: Source) -> Iterator[str]:
             )
 
 
-def unknown_captions(config: RunConfig, data: OpenedData, tokenizer: Any) -> Iterator[str]:
+def unknown_captions(config: RunConfig, data: OpenedData, rows: RowBuilder) -> Iterator[str]:
     """A line for each training folder whose first captions have words that the model's vocabulary lacks."""
     if not any(config.needs_captions(stage) for stage in config.distinct_stages()):
         return
@@ -197,7 +196,7 @@ def unknown_captions(config: RunConfig, data: OpenedData, tokenizer: Any) -> Ite
         for record in source.indices[:CAPTIONS_LOOKED_UP]:
             with contextlib.suppress(ValueError, OSError):  # of a folder that was not checked yet
                 texts += source.captions(record)
-        if note := unknown_note(tokenizer, texts):
+        if note := rows.unknown(texts):
             yield f"{source.records.folder}, captions of the first {CAPTIONS_LOOKED_UP} images: {note}"
 
 

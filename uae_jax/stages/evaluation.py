@@ -1,10 +1,11 @@
 """Held-out scores: captions of held-out images, reconstructions from these captions, and scores of both."""
 
+import abc
 import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +20,19 @@ from uae_jax.data.scene_checker import caption_score, picture_scores, read_pictu
 from uae_jax.data.scene_prompts import check_scene, scene_prompts
 from uae_jax.data.scenes import Scene, fact_kinds
 from uae_jax.data.sources import Example
-from uae_jax.data.tokenizer import decode_caption
 from uae_jax.files.json_files import write_json
 from uae_jax.files.paths import local_to_write
 from uae_jax.models import condition, uae
+from uae_jax.models.language.generate import Completion
 from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.nn.cpu.compiler import compiler_options
+from uae_jax.nn.images import signed
 from uae_jax.rewards.similarity import cosine_reward
+from uae_jax.rollouts import unified
 from uae_jax.rollouts.captioning import repeated_sequences, sample_captions
 from uae_jax.rollouts.reconstruction import Denoising, caption_states, draw, draw_from, sample_keys
 from uae_jax.settings import Settings, as_dict, setting
 from uae_jax.stages.batching import in_batches
-from uae_jax.stages.weights import System
 from uae_jax.training.summary import intervals
 
 SAMPLE_SIDE = 128  # small images are enlarged to this side in pixels
@@ -72,13 +74,15 @@ class EvaluationConfig(Settings):
         return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
 
-class Evaluator:
+class Evaluator(abc.ABC):
     """Scores a model's parameters on fixed held-out images; compiled once for all stages of a run.
 
+    A kind of model says how it writes captions (`write`) and draws them (`picture`).
+
     Args:
-      system: the model.
+      system: the model; `encoders` are its image encoders by name.
       config: settings.
-      denoising: settings of image generation.
+      drawing: settings of image generation, with a `guidance_scale`.
       examples: held-out images.
       rows: turns examples into inputs.
       max_new_tokens: longest caption.
@@ -87,11 +91,14 @@ class Evaluator:
       gather_weights: gather a sharded language model once a batch instead of once a token.
     """
 
+    # whether the captioner reads the images as they are, and not patches of them
+    sees_pixels: ClassVar[bool] = False
+
     def __init__(
         self,
-        system: System,
+        system: Any,
         config: EvaluationConfig,
-        denoising: Denoising,
+        drawing: Any,
         examples: Sequence[Example],
         rows: RowBuilder,
         max_new_tokens: int,
@@ -100,22 +107,13 @@ class Evaluator:
         gather_weights: bool = False,
     ):
         self.system, self.config, self.examples, self.rows = system, config, list(examples), rows
-        self.denoising, self.key, self.width, self.mesh = denoising, jax.random.key(seed), max_new_tokens, mesh
+        self.drawing, self.key, self.width, self.mesh = drawing, jax.random.key(seed), max_new_tokens, mesh
+        self.gather_weights, self.sampling = gather_weights, SamplingConfig(config.temperature)
         names = {name for name in (*config.encoders, config.heldout_encoder) if name in system.encoders}
         self.encoders = {name: system.encoders[name] for name in sorted(names)}
-        sampling = SamplingConfig(config.temperature)
 
         def write(parts: Mapping, batch: Mapping) -> dict[str, Array]:
-            said = sample_captions(
-                system.model,
-                parts,
-                batch,
-                self.key,
-                max_new_tokens=max_new_tokens,
-                stops=system.stops,
-                sampling=sampling,
-                gather_weights=gather_weights,
-            )
+            said = self.write(parts, batch)
             repeats, sequences = repeated_sequences(said.tokens, said.mask)
             return {
                 "tokens": said.tokens,
@@ -125,16 +123,6 @@ class Evaluator:
                 "repetition": repeats / jnp.maximum(sequences, 1),
             }
 
-        def noise(sample_ids: Array) -> Array:
-            return uae.initial_noise(system.model, sample_keys(trees.name_key(self.key, "noise"), sample_ids))
-
-        def picture(how: Denoising, parts: Mapping, tokens: Array, lengths: Array, sample_ids: Array) -> Array:
-            return jnp.clip(draw(system.model, parts, how, tokens, lengths, noise(sample_ids)), -1, 1)
-
-        def rebuild(how: Denoising, parts: Mapping, batch: Mapping, tokens: Array, mask: Array) -> Array:
-            contexts = caption_states(system.model, parts, how, batch, tokens, mask)
-            return jnp.clip(draw_from(system.model, parts, how, contexts, noise(batch["sample_id"])), -1, 1)
-
         def compare(params: Mapping, original: Array, drawn: Array) -> dict[str, Array]:
             return {
                 name: cosine_reward(encoder, params[name], original, drawn, 1)[:, 0]
@@ -142,11 +130,26 @@ class Evaluator:
             }
 
         self.advance: Callable[[int], Any] = lambda rows: None  # called with the rows of each batch that is done
-        options = compiler_options(system.model.captioner.text.dtype)
-        self._write, self._compare = jax.jit(write, compiler_options=options), jax.jit(compare)
-        self._picture, self._rebuild = (
-            jax.jit(program, static_argnums=0, compiler_options=options) for program in (picture, rebuild)
+        self.options = compiler_options(self.dtype)
+        self._write, self._compare = jax.jit(write, compiler_options=self.options), jax.jit(compare)
+        self._picture = jax.jit(
+            lambda how, *inputs: jnp.clip(self.picture(how, *inputs), -1, 1),
+            static_argnums=0,
+            compiler_options=self.options,
         )
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> str:
+        """Precision of the language model's activations."""
+
+    @abc.abstractmethod
+    def write(self, parts: Mapping, batch: Mapping) -> Completion:
+        """A caption of each image of a batch."""
+
+    @abc.abstractmethod
+    def picture(self, how: Any, parts: Mapping, tokens: Array, lengths: Array, sample_ids: Array) -> Array:
+        """Images of captions, drawn as `how` says; the sample numbers decide the random numbers."""
 
     def draw_texts(self, parts: Mapping, texts: Sequence[str]) -> np.ndarray:
         """Images generated from texts (long ones truncated), uint8 `[n, H, W, 3]`; text i has the noise of image i."""
@@ -162,16 +165,12 @@ class Evaluator:
 
     def _generated(self, parts: Mapping, *inputs: np.ndarray) -> np.ndarray:
         """Images `[n, H, W, 3]` in [-1, 1] from tokens `[n, T]`, lengths `[n]` and sample numbers `[n]`."""
-        return self._batches(lambda *batch: self._picture(self.denoising, parts, *batch), *inputs)
+        return self._batches(lambda *batch: self._picture(self.drawing, parts, *batch), *inputs)
 
-    def _rebuilt(self, how: Denoising, parts: Mapping, batch: Mapping, said: Mapping) -> np.ndarray:
-        """Reconstructions `[n, H, W, 3]` in [-1, 1] of images from their captions, as the condition says."""
-        if how.condition == "caption_states":
-            call, inputs = functools.partial(self._rebuild, how, parts), (batch, said["tokens"], said["mask"])
-        else:
-            call, inputs = functools.partial(self._picture, how, parts), (said["tokens"], said["lengths"])
-            inputs = (*inputs, batch["sample_id"])
-        return self._batches(call, *inputs)
+    def rebuilt(self, how: Any, parts: Mapping, batch: Mapping, said: Mapping) -> np.ndarray:
+        """Reconstructions `[n, H, W, 3]` in [-1, 1] of images from the texts of their captions."""
+        inputs = said["tokens"], said["lengths"], batch["sample_id"]
+        return self._batches(functools.partial(self._picture, how, parts), *inputs)
 
     def _cosines(self, parts: Mapping, originals: np.ndarray, generated: np.ndarray) -> dict[str, np.ndarray]:
         """Cosines `[n]` between images `[n, H, W, 3]` in [-1, 1], by encoder."""
@@ -213,10 +212,11 @@ class Evaluator:
         """Scores `[n]` of captions and reconstructions; complete ones also at `also_guidance_scale`."""
         fields = [self.rows.image_fields(example.image) for example in examples]
         batch = {name: np.stack([row[name] for row in fields]) for name in fields[0]}
-        originals = to_signed(batch.pop("pixels"))
+        originals = to_signed(batch["pixels"])
+        batch = {name: leaf for name, leaf in batch.items() if name != "pixels" or self.sees_pixels}
         batch["sample_id"] = np.arange(len(fields), dtype=np.int32)
         said = self._batches(lambda rows: self._write(parts, rows), batch)
-        captions = [decode_caption(self.system.tokenizer, row[:n]) for row, n in zip(said["tokens"], said["lengths"])]
+        captions = [self.rows.decode(row[:n]) for row, n in zip(said["tokens"], said["lengths"])]
         words = {
             "caption_tokens": said["lengths"].astype(np.float64),
             "truncated": said["truncated"],
@@ -225,7 +225,7 @@ class Evaluator:
         if self.system.model.own_encoder:
             words["other_ids"] = other_ids(self.system.tokenizer, said["tokens"], said["lengths"])
             said = said | self._tokenised(captions)
-        drawn = self._rebuilt(self.denoising, parts, batch, said)
+        drawn = self.rebuilt(self.drawing, parts, batch, said)
         cosines = self._cosines(parts, originals, drawn)
         facts = self._facts(examples, captions, drawn)
         if folder is not None and jax.process_index() == 0:
@@ -234,8 +234,8 @@ class Evaluator:
         other = self.config.also_guidance_scale
         if not (complete and other):
             return scores
-        how = dataclasses.replace(self.denoising, guidance_scale=other)
-        again = self._similarity(self._cosines(parts, originals, self._rebuilt(how, parts, batch, said)))
+        how = dataclasses.replace(self.drawing, guidance_scale=other)
+        again = self._similarity(self._cosines(parts, originals, self.rebuilt(how, parts, batch, said)))
         return scores | {f"{name}_guidance_{other:g}": values for name, values in again.items()}
 
     def _similarity(self, cosines: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -320,6 +320,85 @@ def other_ids(tokenizer: Any, tokens: np.ndarray, lengths: np.ndarray) -> np.nda
         text = tokenizer.decode(ids, skip_special_tokens=False)
         found.append(list(tokenizer(text, add_special_tokens=False)["input_ids"]) != ids)
     return np.array(found, np.float64)
+
+
+class DecoderEvaluator(Evaluator):
+    """The scores of a captioner with a diffusion decoder; `drawing` is a `reconstruction.Denoising`."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the captioner."""
+        return self.system.model.captioner.text.dtype
+
+    def write(self, parts: Mapping, batch: Mapping) -> Completion:
+        """A caption of each image of a batch."""
+        return sample_captions(
+            self.system.model,
+            parts,
+            batch,
+            self.key,
+            max_new_tokens=self.width,
+            stops=self.system.stops,
+            sampling=self.sampling,
+            gather_weights=self.gather_weights,
+        )
+
+    def picture(self, how: Denoising, parts: Mapping, tokens: Array, lengths: Array, sample_ids: Array) -> Array:
+        """Images of captions; text i has the noise of image i."""
+        return draw(self.system.model, parts, how, tokens, lengths, self._noise(sample_ids))
+
+    def rebuilt(self, how: Denoising, parts: Mapping, batch: Mapping, said: Mapping) -> np.ndarray:
+        """Reconstructions of images from their captions, as the condition says."""
+        if how.condition != "caption_states":
+            return super().rebuilt(how, parts, batch, said)
+        inputs = batch, said["tokens"], said["mask"]
+        return self._batches(functools.partial(self._rebuild, how, parts), *inputs)
+
+    @functools.cached_property
+    def _rebuild(self) -> Callable[..., Array]:
+        def rebuild(how: Denoising, parts: Mapping, batch: Mapping, tokens: Array, mask: Array) -> Array:
+            contexts = caption_states(self.system.model, parts, how, batch, tokens, mask)
+            drawn = draw_from(self.system.model, parts, how, contexts, self._noise(batch["sample_id"]))
+            return jnp.clip(drawn, -1, 1)
+
+        return jax.jit(rebuild, static_argnums=0, compiler_options=self.options)
+
+    def _noise(self, sample_ids: Array) -> Array:
+        return uae.initial_noise(self.system.model, sample_keys(trees.name_key(self.key, "noise"), sample_ids))
+
+
+class UnifiedEvaluator(Evaluator):
+    """The scores of one network that captions and draws; `drawing` is a `unified.DrawingConfig`."""
+
+    sees_pixels = True
+
+    @property
+    def dtype(self) -> str:
+        """Of the network."""
+        return self.system.model.network.text.dtype
+
+    def write(self, parts: Mapping, batch: Mapping) -> Completion:
+        """A caption of each image of a batch, of pixels as bytes."""
+        return unified.sample_captions(
+            self.system.model.network,
+            parts,
+            {**batch, "pixels": signed(batch["pixels"])},
+            self.key,
+            max_new_tokens=self.width,
+            sampling=self.sampling,
+            gather_weights=self.gather_weights,
+        )
+
+    def picture(
+        self, how: unified.DrawingConfig, parts: Mapping, tokens: Array, lengths: Array, sample_ids: Array
+    ) -> Array:
+        """Images of captions; text i has the random numbers of image i."""
+        model = self.system.model
+        ids, mask = model.drawing_prompts(tokens, lengths)
+        drawn = unified.sample_drawings(
+            model.network, parts, how, ids, mask, sample_ids, self.key, gather_weights=self.gather_weights
+        )
+        return unified.pixels(model.network, parts, how, drawn.tokens)
 
 
 def known_scenes(examples: Sequence[Example]) -> list[Scene]:

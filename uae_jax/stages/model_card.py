@@ -20,6 +20,8 @@ BASES = {
     "qwen2_5_vl_3b": ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen research licence, no commercial use"),
     "qwen2_5_vl_7b": ("Qwen/Qwen2.5-VL-7B-Instruct", "Apache 2.0"),
     "sd3_5_medium": ("stabilityai/stable-diffusion-3.5-medium", "Stability AI Community licence"),
+    "janus_pro_1b": ("deepseek-community/Janus-Pro-1B", "DeepSeek model licence, which restricts use"),
+    "janus_pro_7b": ("deepseek-community/Janus-Pro-7B", "DeepSeek model licence, which restricts use"),
     "sd3_5_large": ("stabilityai/stable-diffusion-3.5-large", "Stability AI Community licence"),
     "klein_4b": ("black-forest-labs/FLUX.2-klein-4B", "Apache-2.0"),
 }

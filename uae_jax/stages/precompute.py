@@ -180,7 +180,7 @@ def checked(
     parts = chosen_parts(settings, request.parts)
     check_folder(settings, request.out)
     system, found = read_model(settings)
-    if system is None or found:
+    if not isinstance(system, AbstractSystem) or found:
         raise Mistakes(found)
     if system.model.own_encoder:
         raise ValueError(f"{settings.model.folder or settings.model.sizes}: {OWN_ENCODER}")

@@ -11,7 +11,6 @@ from uae_jax import sharding
 from uae_jax.methods.method import Described, build_step, make_method, start_of
 from uae_jax.methods.trained import COPY, LORA, check_start, stored, trainable, with_policy_as_transformer
 from uae_jax.models.uae import UAE
-from uae_jax.nn.cpu.compiler import compiler_options
 from uae_jax.rollouts.frozen_inputs import NEGATIVE, negative_shape
 from uae_jax.stages.precomputed import parts_read
 from uae_jax.stages.run_config import RunConfig, is_rl
@@ -86,9 +85,8 @@ def make_program(
         key = _placed(key, replicated)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state), replicated
     method = make_method(stage, settings, config.sampler, system)
-    # a plan counts on this host, and compiles for devices that are not its own
-    on_host = mesh is not None and mesh.devices.flat[0].platform == "cpu"
-    step = build_step(method, optimizer, shardings, compiler_options(config.model.dtype) if on_host else None)
+    # without `nn.cpu.compiler` options: JAX refuses them in a step that is traced inside of another program
+    step = build_step(method, optimizer, shardings)
     return Program(stage, settings, step, state, frozen, inputs, key)
 
 

@@ -23,23 +23,21 @@ from uae_jax.data.sources import SceneSource, Source
 from uae_jax.files.json_files import write_json
 from uae_jax.files.paths import copy_folder
 from uae_jax.methods.method import build_step, make_method, start_of
-from uae_jax.methods.stage_settings import denoising
 from uae_jax.methods.trained import store, trainable, with_policy_as_transformer
 from uae_jax.nn.cpu.compiler import compiler_options
 from uae_jax.rollouts.frozen_inputs import NEGATIVE, negative_states
 from uae_jax.settings import as_dict
 from uae_jax.stages.banner import FILES, banner, stage_lines
 from uae_jax.stages.checks import checked_config, missing_captions, stage_identity
-from uae_jax.stages.data import check_same_images, few_images, open_data, row_builder, unknown_captions
-from uae_jax.stages.evaluation import Evaluator
-from uae_jax.stages.export import export_system
+from uae_jax.stages.data import check_same_images, few_images, open_data, unknown_captions
 from uae_jax.stages.folders.parts import weights_digest
+from uae_jax.stages.kinds import kind_of, load_system
 from uae_jax.stages.model_card import run_card, write_card
 from uae_jax.stages.precomputed import check_images, compare, open_inputs, parts_read
 from uae_jax.stages.program import with_adapters
 from uae_jax.stages.run_config import RunConfig, is_rl
 from uae_jax.stages.understanding import open_understanding
-from uae_jax.stages.weights import load_system, model_folder
+from uae_jax.stages.weights import model_folder
 from uae_jax.stages.workload import expected_work
 from uae_jax.training import processes
 from uae_jax.training.guard import skip_outliers
@@ -132,6 +130,7 @@ class Run:
         self.key = jax.random.key(config.seed)
         if jax.process_index() == 0:
             tell(banner(config, workdir), ())
+        self.kind = kind_of(config.model.folder)
         self.weights = weights_digest(model_folder(config.model.folder))
         self.data = open_data(config.data, config.seed, config.evaluation.images)
         self.source = self.data.train
@@ -152,9 +151,9 @@ class Run:
             )
         # the stages replace and donate parameters: no second name may keep the first ones alive
         self.system = dataclasses.replace(system, parts={})
+        self.rows = self.kind.rows(config.data, self.system)
         if jax.process_index() == 0:
-            tell((), unknown_captions(config, self.data, self.system.tokenizer))
-        self.rows = row_builder(config.data, self.system.tokenizer, self.system.processor)
+            tell((), unknown_captions(config, self.data, self.rows))
         self.precomputed = open_inputs(config, self.system.model, self.data)
         parts = with_adapters(config, system.model, system.parts, self.key)
         sharding.check_rules(parts, self.mesh)
@@ -166,25 +165,8 @@ class Run:
             if jax.process_index() == 0:
                 tell([self.precomputed.line], ())
             compare(self.precomputed, self.system.model, self.parts, self.source, self.rows, self.mesh)
+        self.evaluator = self.kind.evaluator(config, self.system, self.data.heldout, self.rows, self.mesh)
         scores = config.evaluation
-        how = denoising(
-            system.model,
-            config.sampler,
-            scores.sampler_steps,
-            scores.guidance_scale,
-            condition=config.condition(),
-        )
-        self.evaluator = Evaluator(
-            self.system,
-            scores,
-            how,
-            self.data.heldout,
-            self.rows,
-            config.data.max_caption,
-            config.seed,
-            mesh=self.mesh,
-            gather_weights=config.stage("gen_for_und").gather_weights,
-        )
         self.understanding = open_understanding(scores, config.data, self.source, self.system, self.mesh)
 
     def train_stage(self, name: str, stage: str, writer: MetricWriter, previous: StageResult | None) -> StageResult:
@@ -406,7 +388,7 @@ def tell(lines: Iterable[str], notes: Iterable[str]) -> None:
 def _write_outputs(whole: Run, results: list[StageResult]) -> dict[str, Any]:
     if whole.config.stages:
         with whole.progress.phase("export", kind=EXPORT):
-            export_system(whole.system, whole.parts, whole.workdir / "export", whole.config.loop.export_dtype)
+            whole.kind.export(whole.system, whole.parts, whole.workdir / "export", whole.config.loop.export_dtype)
     summary = write_summary(
         whole.workdir,
         preset=whole.config.preset,

@@ -8,7 +8,7 @@ from typing import Any
 from uae_jax.data.formats import CAPTION_CHOICES, FORMATS
 from uae_jax.data.loader import Reading
 from uae_jax.methods import STAGES
-from uae_jax.methods.stage_settings import SamplerConfig, StageSettings
+from uae_jax.methods.stage_settings import DecodedRollouts, SamplerConfig, StageSettings
 from uae_jax.methods.trained import COPY, LORA, STORABLE, copied_parts
 from uae_jax.rollouts.frozen_inputs import FIELDS
 from uae_jax.settings import LAST_SEED, Settings, as_dict, free_fields, sections, setting
@@ -256,7 +256,7 @@ class RunConfig(Settings):
 
         Of several stages the last that is not `reference` decides.
         """
-        known = [stage for stage in STAGES if is_rl(stage, self)]
+        known = [name for name, settings in self.stage_settings.items() if isinstance(settings, DecodedRollouts)]
         stages = [stage for stage in known if stage in self.stages] or known
         return deciding_condition([self.stage_settings[stage].condition for stage in stages])
 

@@ -10,14 +10,11 @@ from PIL import Image
 
 from uae_jax import sharding
 from uae_jax.data.images import to_rgb
-from uae_jax.data.janus_inputs import SYSTEM, JanusTokenizer, check_image_settings, padded_ids, question_fields
+from uae_jax.data.janus_inputs import SYSTEM, padded_ids, question_fields
 from uae_jax.data.loader import from_signed
 from uae_jax.data.qwen_inputs import Fields
-from uae_jax.files.json_files import read_json
 from uae_jax.files.paths import to_path
-from uae_jax.hf.hub import local_folder
 from uae_jax.models.janus import config as configs
-from uae_jax.models.janus import weights
 from uae_jax.models.language.generate import Completion
 from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.nn.cpu.compiler import compiler_options
@@ -26,7 +23,8 @@ from uae_jax.sharding import MeshConfig
 from uae_jax.stages.inference import Row, batches, stacked
 from uae_jax.stages.inference_config import InferenceConfig
 from uae_jax.stages.run_config import CAPTION_PROMPT
-from uae_jax.stages.weights import ModelConfig
+from uae_jax.stages.unified_system import load_unified
+from uae_jax.stages.weights import INSIDE, ModelConfig, model_folder
 
 SHORTEST = 64  # padded length of short prompts in tokens; longer ones are padded to a power of two
 LONGEST = 8192  # half of the published context
@@ -46,19 +44,29 @@ class UnifiedInference:
 
     @staticmethod
     def knows(folder: str) -> bool:
-        """Whether a folder holds such a model, by its `config.json`."""
+        """Whether a folder, or the export of a workdir, holds such a model, by its `config.json`."""
         place = to_path(folder)
-        return (
-            bool(folder)
-            and (place / "config.json").is_file()
-            and read_json(place).get("model_type") in (configs.HF, configs.OFFICIAL)
-        )
+        inside = (place, *(place / name for name in INSIDE))
+        return bool(folder) and any(configs.holds(one) for one in inside if not (one / "llm").is_dir())
 
     @staticmethod
     def settings(folder: str) -> dict[str, Any]:
         """The official settings, where they differ from those of `InferenceConfig`."""
-        config = configs.from_folder(folder)
+        config = configs.from_folder(model_folder(folder))
         return dict(size=config.vq.image_size, prompt=CAPTION_PROMPT, system_prompt=SYSTEM, temperature=0.0)
+
+    @staticmethod
+    def run_settings(run: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a training run, by its config.json."""
+        data, scores = run["data"], run["evaluation"]
+        return dict(
+            guidance_scale=scores["guidance_scale"],
+            max_new_tokens=data["max_caption"],
+            prompt=data["caption_prompt"],
+            system_prompt=data["caption_system"] or SYSTEM,
+            control_tokens=data["control_tokens"],
+            batch_size=min(scores["batch_size"], 8),
+        )
 
     def __init__(
         self,
@@ -66,31 +74,17 @@ class UnifiedInference:
         config: InferenceConfig,
         devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] (an alias inside of jax)
     ):
-        folder = local_folder(model.folder)
-        self.folder, self.config = folder, config
-        self.model = configs.from_folder(folder, dtype=model.dtype)
-        if config.size != self.model.vq.image_size:
-            raise ValueError(f"size is {config.size} pixels; this model draws {self.model.vq.image_size} pixels alone")
-        check_image_settings(folder, self.model.vision.image_size)
-        ids = configs.special_ids(folder)
-        self.tokenizer = JanusTokenizer(folder, ids, self.model.vision.tokens, config.control_tokens)
-        if len(self.tokenizer) > self.model.text.vocab_size:
-            raise ValueError(
-                f"{folder} has {len(self.tokenizer):,} tokens in tokenizer.json and {self.model.text.vocab_size:,} in "
-                "config.json; copy both from one model"
-            )
         devices = jax.local_devices()[:1] if devices is None else list(devices)
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=len(devices)), devices)
-        dtype = np.dtype(np.float32)
-        _, self.parts = weights.load(
-            folder, self.model, dtype, placement=lambda tree: sharding.tree_shardings(tree, mesh)
-        )
+        system = load_unified(model, image_size=config.size, mesh=mesh, control_tokens=config.control_tokens)
+        self.folder, self.config, self.tokenizer = system.folder, config, system.tokenizer
+        self.parts, self.model, self.image_encoders = system.parts, system.model.network, system.encoders
         self._write, self._picture = _programs(self.model, config)
 
     @property
     def encoders(self) -> Mapping[str, Any]:
-        """None: a Janus folder holds no image encoders beside the model."""
-        return {}
+        """Parameters of the image encoders that lie beside the model, by name."""
+        return self.parts["encoders"]
 
     def image_fields(self, image: np.ndarray | Image.Image) -> Fields:
         """The captioner's inputs for an image of any size.
@@ -124,8 +118,8 @@ class UnifiedInference:
         return padded_ids(ids, _room(len(ids)))
 
     def unknown(self, texts: Iterable[str]) -> str:
-        """Nothing: a vocabulary of bytes has every word."""
-        return ""
+        """A line that names the words that the vocabulary lacks, or nothing; one of bytes has every word."""
+        return self.tokenizer.unknown(texts)
 
     def captions(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
         """Captions of images (`image_fields`) or answers, each batch as soon as it is done."""

@@ -30,6 +30,7 @@ from uae_jax.methods.trained import store
 from uae_jax.models import uae
 from uae_jax.models.condition import ConditionTemplate
 from uae_jax.models.encoders.weights import pooled_empty_prompt
+from uae_jax.models.janus import config as janus_config
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import weights as sd3_weights
@@ -49,6 +50,7 @@ NAMED = {"start": BUILTIN, "trained": ASSETS / "trained"}
 DEFAULT = "start"  # of everything that does not train
 ENCODERS = ("clip", "longclip", "dinov2", "dinov3")
 REFERENCE = "llm_reference"
+INSIDE = ("export", "model")  # where a workdir has its model: of a run, or of a bootstrap
 SIZES = (
     "",
     "qwen2_5_vl_3b_sd3_5_medium",
@@ -57,6 +59,7 @@ SIZES = (
     "qwen2_5_vl_7b_sd3_5_large",
     "qwen2_5_vl_3b_klein_4b",
     "qwen2_5_vl_7b_klein_4b",
+    *janus_config.SIZES,
 )
 PRECISIONS = ("float32", "bfloat16")
 CAPTIONER = ("vision", "language", "projector")
@@ -119,9 +122,10 @@ def builtin_folder(path: str | os.PathLike[str]) -> pathlib.Path | None:
 
 
 def model_folder(path: str | pathlib.Path) -> pathlib.Path:
-    """The official folder behind a path: the start model for an empty path, `export/` of a training workdir.
+    """The model folder behind a path: the start model for an empty path, `export/` of a training workdir.
 
-    `start` and `trained` are the built-in models, where no such path exists.
+    It is one in the official layout of UAE, or the folder of one unified model. `start` and `trained` are the built-in
+    models, where no such path exists.
 
     A cache folder of the Hub is read by its snapshot, and a Hub id of an official folder is downloaded.
 
@@ -132,8 +136,8 @@ def model_folder(path: str | pathlib.Path) -> pathlib.Path:
     folder = builtin_folder(path)
     if folder is None:
         folder = local_folder(path, needs="llm")
-    for candidate in (folder, folder / "export", folder / "model"):
-        if (candidate / "llm").is_dir() or (candidate / "llm_lora").is_dir():
+    for candidate in (folder, *(folder / name for name in INSIDE)):
+        if (candidate / "llm").is_dir() or (candidate / "llm_lora").is_dir() or janus_config.holds(candidate):
             return candidate
     if not folder.exists():
         raise FileNotFoundError(
@@ -192,20 +196,14 @@ def load_system(
         template = condition_template(tokenizer, negative_prompt, captioner.pad_token_id)
         model = uae.UAE(captioner, SD3Decoder(captioner, transformer, vae, template), image_size)
         schedule = ScheduleConfig.from_folder(folder / "SD3")
-    encoders = {}
-    parts["encoders"] = {}
-    for name in ENCODERS:
-        if (folder / name).is_dir():
-            encoders[name], parts["encoders"][name] = _load_encoder(
-                folder / name, name, _placement(mesh, f"encoders/{name}")
-            )
+    encoders, parts["encoders"] = load_encoders(folder, mesh)
     scorer = None
     if config.caption_scorer:
         scorer, parts["encoders"][SCORER] = load_caption_scorer(
             model_folder(config.caption_scorer) / SCORER,
             len(tokenizer),
             max_caption,
-            placement=_placement(mesh, f"encoders/{SCORER}"),
+            placement=placement(mesh, f"encoders/{SCORER}"),
         )
     return System(
         folder,
@@ -242,10 +240,10 @@ def _load_with_decoder(
     overrides: dict[str, Any] = dict(dtype=config.dtype, remat=config.remat, lora_alpha=config.lora_alpha)
     decoder, banned = decoders.describe(place, tokenizer, negative_prompt, **overrides)
     captioner, parts = _load_captioner_with_reference(folder, config, mesh, frozen)
-    parts |= decoders.load_parts(place, lambda part: _placement(mesh, part), precision)
+    parts |= decoders.load_parts(place, lambda part: placement(mesh, part), precision)
     if config.adapters and (folder / "dit_lora").is_dir():
         alpha, adapter = decoders.read_transformer_adapter(folder / "dit_lora", decoder)
-        decoder = _add_adapter(decoder, parts, _placed("transformer_lora", adapter, mesh), alpha, config.merge_adapters)
+        decoder = _add_adapter(decoder, parts, placed("transformer_lora", adapter, mesh), alpha, config.merge_adapters)
         store(parts, held, config.frozen_dtype)
     return uae.UAE(captioner, decoder, image_size, banned), parts
 
@@ -273,11 +271,11 @@ def _load_models(
     transformer, parts["transformer"] = sd3_weights.load_transformer(
         transformer_folder,
         params_dtype=precision["transformer"],
-        placement=_placement(mesh, "transformer"),
+        placement=placement(mesh, "transformer"),
         **overrides,
     )
-    vae, parts["vae"] = sd3_weights.load_vae(folder / "SD3" / "vae", placement=_placement(mesh, "vae"))
-    parts["pooled"] = _placed("pooled", pooled, mesh)
+    vae, parts["vae"] = sd3_weights.load_vae(folder / "SD3" / "vae", placement=placement(mesh, "vae"))
+    parts["pooled"] = placed("pooled", pooled, mesh)
     _check_widths(folder, transformer_folder, parts, transformer, vae)
     if config.adapters and (folder / "dit_lora").is_dir():
         transformer = _add_transformer_adapter(folder / "dit_lora", transformer, parts, config.merge_adapters, mesh)
@@ -293,13 +291,13 @@ def _load_captioner_with_reference(
     overrides = dict(dtype=config.dtype, remat=config.remat, lora_alpha=config.lora_alpha)
     held, precision = _precisions(folder, config, frozen)
     stored = precision | {"language": np.dtype(np.float32)} if trained_whole and config.adapters else precision
-    captioner, parts = _load_captioner(folder, overrides, _placement(mesh), stored)
+    captioner, parts = _load_captioner(folder, overrides, placement(mesh), stored)
     if trained_whole:
         language = parts.pop("language")
         parts |= {"language_policy": language} if config.adapters else {}
         del language
         parts["language"] = qwen_weights.load_language(
-            folder / REFERENCE, captioner, precision["language"], _placement(mesh)
+            folder / REFERENCE, captioner, precision["language"], placement(mesh)
         )
     if config.adapters and (folder / "llm_lora").is_dir():
         captioner = _add_language_adapter(folder / "llm_lora", captioner, parts, config.merge_adapters, mesh)
@@ -326,9 +324,9 @@ def load_frozen(
     own = set(names) - {"language"} if (folder / decoders.FOLDER).is_dir() else set()
     if own:
         precision = _precisions(folder, config, frozen)[1]
-        parts |= decoders.load_parts(folder / decoders.FOLDER, lambda part: _placement(mesh, part), precision, own)
+        parts |= decoders.load_parts(folder / decoders.FOLDER, lambda part: placement(mesh, part), precision, own)
     elif "vae" in names:
-        parts["vae"] = sd3_weights.load_vae(folder / "SD3" / "vae", placement=_placement(mesh, "vae"))[1]
+        parts["vae"] = sd3_weights.load_vae(folder / "SD3" / "vae", placement=placement(mesh, "vae"))[1]
     return parts
 
 
@@ -355,7 +353,7 @@ def _precisions(
     return held, {name: np.dtype(np.float32 if name in held | merged else config.frozen_dtype) for name in names}
 
 
-def _placement(mesh: Mesh | None, part: str = "") -> Placement | None:
+def placement(mesh: Mesh | None, part: str = "") -> Placement | None:
     """Where the parameters of a part lie, by the names that they have in the whole model."""
     if mesh is None:
         return None
@@ -401,6 +399,19 @@ def _check_widths(
                 f"{path} holds {what} {width}, but {transformer_folder / 'config.json'} has {field} {needed}; take "
                 "both from one model"
             )
+
+
+def load_encoders(folder: pathlib.Path, mesh: Mesh | None) -> tuple[dict[str, Encoder], dict[str, Any]]:
+    """The image encoders of a model folder, and their parameters by name.
+
+    Raises:
+      FileNotFoundError, ValueError: see `rewards.similarity.load_encoder`.
+    """
+    encoders, params = {}, {}
+    for name in ENCODERS:
+        if (folder / name).is_dir():
+            encoders[name], params[name] = _load_encoder(folder / name, name, placement(mesh, f"encoders/{name}"))
+    return encoders, params
 
 
 def _load_encoder(folder: pathlib.Path, name: str, placement: Placement | None) -> tuple[Encoder, dict]:
@@ -475,10 +486,10 @@ def _add_language_adapter(
     if merge:
         adapter = qwen_weights.read_adapters(folder, captioner, np.dtype(np.float32))
         for name, tree in adapter.tree.items():
-            parts[name] = merge_adapter(parts[name], _placed(f"{name}_lora", tree, mesh), adapter.alpha)
+            parts[name] = merge_adapter(parts[name], placed(f"{name}_lora", tree, mesh), adapter.alpha)
         return captioner
     captioner, adapter = qwen_weights.load_adapter(folder, captioner, np.dtype(np.float32))
-    parts["language_lora"] = _placed("language_lora", adapter, mesh)
+    parts["language_lora"] = placed("language_lora", adapter, mesh)
     return captioner
 
 
@@ -486,7 +497,7 @@ def _add_transformer_adapter(
     folder: pathlib.Path, transformer: TransformerConfig, parts: dict, merge: bool, mesh: Mesh | None
 ) -> TransformerConfig:
     adapted, adapter = sd3_weights.load_adapter(folder, transformer)
-    adapter = _placed("transformer_lora", adapter, mesh)
+    adapter = placed("transformer_lora", adapter, mesh)
     if merge:
         parts["transformer"] = merge_adapter(parts["transformer"], adapter, adapted.lora_alpha)
         return transformer
@@ -494,6 +505,6 @@ def _add_transformer_adapter(
     return adapted
 
 
-def _placed(part: str, tree: Any, mesh: Mesh | None) -> Any:
+def placed(part: str, tree: Any, mesh: Mesh | None) -> Any:
     """A small part that was read to the host, on the mesh if there is one."""
     return tree if mesh is None else sharding.shard_tree({part: tree}, mesh)[part]

@@ -265,6 +265,12 @@ def from_folder(
         raise ValueError(f"{to_path(path) / 'config.json'}: {error}") from None
 
 
+def holds(path: str | pathlib.Path) -> bool:
+    """Whether a folder holds such a model, by its `config.json`."""
+    place = to_path(path)
+    return (place / "config.json").is_file() and read_json(place).get("model_type") in (HF, OFFICIAL)
+
+
 def special_ids(path: str | pathlib.Path) -> dict[str, int]:
     """The ids of `TOKENS` in a folder's `tokenizer.json`, looked up by their strings.
 

@@ -59,7 +59,14 @@ def decode(
     Returns:
       Pixels in float32, about [-1, 1], not clipped.
     """
-    latents = _dense(config.latent, params["post_quant"], code_grid(config, params, tokens))
+    return decode_codes(config, params, code_grid(config, params, tokens), chunk)
+
+
+def decode_codes(
+    config: VQConfig, params: trees.Tree, codes: Float[Array, "b grid grid d"], chunk: int | None = None
+) -> Float[Array, "b height width c"]:
+    """`decode` of unit codes; differentiable."""
+    latents = _dense(config.latent, params["post_quant"], codes)
     decoder = functools.partial(Decoder(config.sizes).apply, {"params": params["decoder"]})
     with jax.named_scope("autoencoder"):
         return decode_in_chunks(cast(Any, decoder), latents, chunk)
@@ -83,12 +90,19 @@ def encode(config: VQConfig, params: trees.Tree, pixels: Float[Array, "b height 
     """
     if pixels.shape[1:3] != (config.image_size, config.image_size):
         raise ValueError(f"Janus's tokenizer takes images of {config.image_size} pixels, not {pixels.shape[1:3]}")
-    with jax.named_scope("autoencoder"):
-        features = Encoder(config.sizes).apply({"params": params["encoder"]}, pixels.astype(jnp.float32))
-    vectors = unit(_dense(config.code_width, params["quant"], cast(Array, features)))
+    vectors = unit(features(config, params, pixels))
     table = unit(params["codebook"]["table"].astype(jnp.float32))
     likeness = jnp.einsum("bhwd,nd->bhwn", vectors, table, precision="highest")
     return jnp.argmax(likeness, axis=-1).reshape(len(pixels), -1).astype(jnp.int32)
+
+
+def features(
+    config: VQConfig, params: trees.Tree, pixels: Float[Array, "b height width c"]
+) -> Float[Array, "b grid grid d"]:
+    """Vectors of images, of any length; differentiable."""
+    with jax.named_scope("autoencoder"):
+        found = Encoder(config.sizes).apply({"params": params["encoder"]}, pixels.astype(jnp.float32))
+    return _dense(config.code_width, params["quant"], cast(Array, found))
 
 
 def _dense(features: int, params: trees.Tree, x: Array) -> Array:

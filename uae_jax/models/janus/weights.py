@@ -6,8 +6,10 @@ complete model or the language model. The official release is a PyTorch pickle, 
 """
 
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 
+import jax
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -18,7 +20,7 @@ from uae_jax.hf.split_tensors import SplitTensors
 from uae_jax.hf.torch_file import open_tensors
 from uae_jax.models.autoencoder.tables import affine, autoencoder_rules
 from uae_jax.models.encoders.tables import norm, tower_blocks
-from uae_jax.models.janus import model
+from uae_jax.models.janus import model, vq
 from uae_jax.models.janus.config import JanusConfig, VisionConfig, VQConfig, from_folder
 from uae_jax.models.language import weights as language_weights
 from uae_jax.models.language.weights import ADAPTER_TENSOR, PEFT_ALIASES, language_rules, of_language_alone
@@ -193,6 +195,15 @@ def load(
         dtype=dtype if isinstance(dtype, Mapping) else numpy_dtype(dtype),
         placement=placement,
     )
+
+
+def load_vq(path: str | pathlib.Path, config: VQConfig) -> dict:
+    """Reads the image tokenizer of a folder that may hold it alone, in float32."""
+    abstract = {"vq": jax.eval_shape(lambda: vq.init_params(config, jax.random.key(0)))}
+    others = rf"(?!{re.escape(_VQ)}\.).*"
+    return load_params(
+        open_weights(path), vq_rules(config), abstract, aliases=ALIASES, ignore=others, dtype=np.float32
+    )["vq"]
 
 
 def tensors(config: JanusConfig, params: Mapping, dtype: DTypeLike | None = None) -> Iterator[tuple[str, np.ndarray]]:

@@ -93,7 +93,7 @@ def algorithm(world: World, config: Qwen2_5VLConfig, template: ConditionTemplate
         count = jnp.sum(batch["caption_mask"], dtype=jnp.float32)
         read, remembered, tokens = _text_losses(config, params, template, batch["text_ids"], batch["text_mask"])
         rows = jnp.float32(len(said))
-        named = _readout_loss(world, params["readout"], images, batch)
+        named = readout_loss(world, params["readout"], images, batch)
         text = jnp.sum(remembered) - jnp.sum(read)
         total = rows * (text_weight * text / tokens - jnp.sum(said) / count) + jnp.sum(named)
         metrics = {
@@ -143,7 +143,7 @@ def init_readout(world: World, width: int, key: Array) -> Mapping[str, Any]:
     return init_heads(width, readout_width(world), key)
 
 
-def _readout_loss(world: World, params: Mapping, images: Array, batch: Mapping) -> Array:
+def readout_loss(world: World, params: Mapping, images: Array, batch: Mapping) -> Array:
     """Cross-entropies `[B]` of the cells' attributes, read from the mean of a cell's embeddings (of `[B, P / 4,
     D]`).
     """

@@ -49,10 +49,11 @@ from uae_jax.models.sd3.weights import load_vae, transformer_rules, vae_rules
 from uae_jax.models.uae import UAE
 from uae_jax.rewards.similarity import Encoder
 from uae_jax.settings import as_dict, frozen
-from uae_jax.stages.bootstrap import caption_scorer, captioner, decoder, encoders, vae
+from uae_jax.stages.bootstrap import caption_scorer, captioner, decoder, encoders, unified, vae
 from uae_jax.stages.bootstrap.scene_stream import World, open_world
 from uae_jax.stages.bootstrap.settings import BootstrapConfig
-from uae_jax.stages.weights import model_folder
+from uae_jax.stages.bootstrap.unified import frozen_vq
+from uae_jax.stages.weights import ENCODERS, model_folder
 from uae_jax.training.loop import run_stage
 from uae_jax.training.loop_config import LoopConfig
 from uae_jax.training.metrics import MetricWriter
@@ -62,7 +63,7 @@ from uae_jax.training.step import TrainState
 
 # settings of every phase; a phase also depends on its own section of the configuration, and on the parts that it reads
 SHARED = ("data", "seed", "side", "caption_tokens")
-NEEDED = {"decoder": ("vae", "captioner"), "mistakes": ("decoder",), "caption_scorer": ("clip",)}
+NEEDED = {"decoder": ("vae", "captioner"), "mistakes": ("decoder",), "caption_scorer": ("clip",), "network": ("vq",)}
 # half precision keeps the built-in model under 12 MB and rounds weights by one part in 2,000
 STORED = np.dtype(np.float16)
 READ = np.dtype(np.float32)
@@ -362,6 +363,8 @@ PHASES: dict[str, tuple[str, Callable[[Run], None]]] = {
     "captioner": ("llm/model.safetensors", captioner_phase),
     "decoder": ("dit/config.json", decoder_phase),
     "caption_scorer": ("caption_scorer/preprocessor_config.json", caption_scorer_phase),
+    "vq": ("../vq/model.safetensors", lambda run: unified.vq_phase(run, train, STORED)),
+    "network": ("config.json", lambda run: unified.network_phase(run, train, STORED)),
 }
 
 
@@ -433,11 +436,26 @@ def copy_parts(config: BootstrapConfig, model: pathlib.Path) -> None:
     source = model_folder("" if config.start == "builtin" else config.start)
     made = {PHASES[name][0].split("/")[0] for name in config.phases} - set(COPIED)
     for folder in source.iterdir():
-        if folder.is_dir() and folder.name not in made and not (model / folder.name).exists():
+        wanted = folder.name in ENCODERS if config.unified else folder.name not in made
+        if folder.is_dir() and wanted and not (model / folder.name).exists():
             partial = model / f".{folder.name}.tmp"
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(folder, partial)
             partial.rename(model / folder.name)
+
+
+def open_words(config: BootstrapConfig, model: pathlib.Path, world: World) -> Any:
+    """Writes the tokenizer of a world's words into the model's folder, and reads it."""
+    if config.unified:
+        unified.write_tokenizer(model, world)
+        return unified.tokenizer_of(model, frozen_vq(config.vq.model).tokens)
+    write_scene_tokenizer(
+        model / "llm_processor",
+        world.words,
+        patch_size=config.captioner.vision["patch_size"],
+        max_pixels=config.side**2,
+    )
+    return load_tokenizer(model / "llm_processor")
 
 
 def bootstrap(settings: Mapping[str, Any] | BootstrapConfig, workdir: pathlib.Path) -> pathlib.Path:
@@ -462,14 +480,8 @@ def bootstrap(settings: Mapping[str, Any] | BootstrapConfig, workdir: pathlib.Pa
     if config.start:
         model.mkdir(exist_ok=True)
         copy_parts(config, model)
-    write_scene_tokenizer(
-        model / "llm_processor",
-        world.words,
-        patch_size=config.captioner.vision["patch_size"],
-        max_pixels=config.side**2,
-    )
     writer = MetricWriter(workdir, tensorboard=False)
-    run = Run(config, workdir, writer, jax.random.key(config.seed), load_tokenizer(model / "llm_processor"), world)
+    run = Run(config, workdir, writer, jax.random.key(config.seed), open_words(config, model, world), world)
     for name in config.phases:
         done, phase = PHASES[name]
         if name not in finished_phases(workdir) or not (model / done).exists():

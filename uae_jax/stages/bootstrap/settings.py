@@ -1,12 +1,14 @@
 """Settings of the bootstrap: one section for each training, in the order in which they run."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from uae_jax.settings import LAST_SEED, Settings, changed, setting
 from uae_jax.training.optimizer import OptimizerConfig
 
-PHASES = ("vae", "clip", "dinov2", "captioner", "decoder", "caption_scorer")
+PHASES = ("vae", "clip", "dinov2", "captioner", "decoder", "caption_scorer", "vq", "network")
+UNIFIED = ("vq", "network")  # phases of a model of one network, beside image encoders of another one
 
 
 def _optimizer(learning_rate: float, warmup_steps: int = 50) -> OptimizerConfig:
@@ -174,6 +176,41 @@ class ScorerPhase(PhaseConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class VqPhase(PhaseConfig):
+    """The image tokenizer of a unified model."""
+
+    steps: int = changed(PhaseConfig, "steps", 1200)
+    batch_size: int = changed(PhaseConfig, "batch_size", 24)
+    optimizer: OptimizerConfig = _optimizer(2e-3)
+    model: dict[str, Any] = setting(
+        dict(codes=256, code_width=8, latent=64, base=32, multipliers=(1, 1, 2, 2), layers=1, grid=4),
+        "sizes, fields of VQConfig",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkPhase(PhaseConfig):
+    """The unified model but for its tokenizer: captions that leave out most facts, and drawings of any caption."""
+
+    steps: int = changed(PhaseConfig, "steps", 3000)
+    batch_size: int = changed(PhaseConfig, "batch_size", 32)
+    optimizer: OptimizerConfig = _optimizer(1.5e-3, 100)
+    detail_low: float = setting(0.1, "smallest probability of a fact in a caption", low=0, high=1)
+    detail_high: float = setting(0.9, "largest probability of a fact in a caption", low=0, high=1)
+    full_fraction: float = setting(0.6, "share of drawn captions that state every fact", low=0, high=1)
+    caption_dropout: float = setting(0.1, "share of drawings without a caption, which guidance needs", low=0, high=1)
+    image_weight: float = setting(1.0, "weight of the drawings' loss beside that of the captions", low=0)
+    text: dict[str, Any] = setting(
+        dict(width=128, layers=4, heads=4, key_heads=4, mlp_width=384, mrope_section=(16, 0, 0)),
+        "sizes of the language model, fields of TextConfig",
+    )
+    vision: dict[str, Any] = setting(
+        dict(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=3, patch_size=8),
+        "sizes of the image tower, fields of VisionConfig",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class BootstrapConfig(Settings):
     """A complete configuration of `configs/bootstrap.py`."""
 
@@ -193,3 +230,16 @@ class BootstrapConfig(Settings):
     decoder: DecoderPhase = DecoderPhase()
     mistakes: MistakesPhase = MistakesPhase()
     caption_scorer: ScorerPhase = ScorerPhase()
+    vq: VqPhase = VqPhase()
+    network: NetworkPhase = NetworkPhase()
+
+    @property
+    def unified(self) -> bool:
+        """Whether the phases make a model of one network."""
+        return bool(self.phases) and set(self.phases) <= set(UNIFIED)
+
+    def problems(self) -> Iterator[str]:
+        """The mistakes of ranges, and phases of two models."""
+        yield from super().problems()
+        if set(self.phases) & set(UNIFIED) and not self.unified:
+            yield f"phases are {self.phases}; {' and '.join(UNIFIED)} make a model of their own: leave the others out"

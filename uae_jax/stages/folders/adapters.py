@@ -10,11 +10,13 @@ import numpy as np
 from uae_jax.hf.adapters import DIFFUSERS_ALIASES, AdapterFiles, by_ending, peft_settings, survey_adapter
 from uae_jax.hf.items import Item, stored_items
 from uae_jax.hf.safetensors import TensorFolder
+from uae_jax.models.janus import weights as janus_weights
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.stages.folders.parts import Folder, Part, part_config, part_table, part_tensors
 
 PEFT_PREFIX = "base_model.model."  # peft's prefix for the names of a wrapped model
-IN_TEXT_MODEL = "model.layers."  # prefix of the captioner's modules in its text model
+# prefixes of a captioner's modules in its text model, Qwen's and Janus's
+IN_TEXT_MODEL = ("model.layers.", "model.language_model.layers.")
 KEPT = ("lora_dropout", "base_model_name_or_path", "revision")
 
 
@@ -25,11 +27,14 @@ def survey(part: Part, folder: Folder) -> AdapterFiles:
       FileNotFoundError: no weights.
       ValueError: no adapter tensor, or an adapter of another kind.
     """
-    base = folder.captioner if part.name == "llm_lora" else folder.transformer
+    unified = folder.part("janus")
+    base = unified or (folder.captioner if part.name == "llm_lora" else folder.transformer)
     try:
         config = None if base is None else part_config(base)
     except (ValueError, FileNotFoundError):
         config = None  # the row of the base model has the error
+    if unified:
+        return janus_weights.survey_adapters(part.folder, config)
     if part.name == "llm_lora":
         return qwen_weights.survey_adapters(part.folder, config)
     stored = TensorFolder(part.folder)

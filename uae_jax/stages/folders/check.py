@@ -38,6 +38,12 @@ from uae_jax.stages.folders.parts import (
 NEEDED = ("llm", "llm_processor", "SD3/vae", "SD3/text_encoder", "SD3/text_encoder_2", "SD3/scheduler")
 OWN_NEEDED = ("llm", "llm_processor", *(name for name in KINDS if name.startswith("decoder/")))
 _LISTED = 4  # names in a message; the JSON has all names
+TITLES = {
+    "official": "official layout",
+    "pipeline": "diffusers pipeline",
+    "unified": "one network that captions and draws",
+    "part": "one part alone",
+}
 
 
 @dataclasses.dataclass
@@ -361,10 +367,7 @@ def table_text(folder: Folder, rows: Sequence[Row]) -> str:
     titles = ("part", "files", "tensors", "stored as", "parameters", "licence", "result")
     lines = [titles, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
-    text = [
-        f"{folder.path}: "
-        f"{dict(official='official layout', pipeline='diffusers pipeline', part='one part alone')[folder.layout]}"
-    ]
+    text = [f"{folder.path}: {TITLES[folder.layout]}"]
     for line, row in zip(lines, (None, *rows)):
         text.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
         for sentence in row.problems if row else ():
@@ -372,7 +375,7 @@ def table_text(folder: Folder, rows: Sequence[Row]) -> str:
     broken = sum(bool(row.problems) for row in rows)
     count = f"{len(rows)} part{'s' * (len(rows) != 1)}"
     text.append(f"{broken} of {count} cannot be used" if broken else f"{count}, all complete")
-    if folder.layout == "official" and not broken and not any(row.part in ENCODERS for row in rows):
+    if folder.layout in ("official", "unified") and not broken and not any(row.part in ENCODERS for row in rows):
         text.append(f"no image encoder is there: inference works, training needs {folder.path / 'clip'} for its reward")
     return "\n".join(text)
 

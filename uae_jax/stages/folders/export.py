@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from uae_jax.files.json_files import write_json
+from uae_jax.files.json_files import read_json, write_json
 from uae_jax.files.paths import to_path
 from uae_jax.hf.adapters import AdapterFiles
 from uae_jax.hf.inventory import compare
@@ -193,6 +193,8 @@ def plan(folder: Folder, config: ExportConfig) -> list[Output]:
     dtype = None if config.dtype == "keep" else np.dtype(config.dtype)
     if folder.layout == "part":
         return [_plain(part, "", dtype) for part in folder.parts if part.kind != "processor"]
+    if folder.layout == "unified":
+        return _unified(folder, config, dtype)
     legal = [file for file in small_files(folder.path) if file.name.lower().startswith(("licen", "notice", "readme"))]
     return [
         Output("", copies=tuple(legal)),
@@ -200,6 +202,19 @@ def plan(folder: Folder, config: ExportConfig) -> list[Output]:
         *_decoder(folder, config, dtype),
         *(_plain(part, part.name, dtype) for part in folder.parts if part.kind == "image encoder"),
     ]
+
+
+def _unified(folder: Folder, config: ExportConfig, dtype: np.dtype | None) -> list[Output]:
+    """Janus as transformers opens it, its adapter in it or as peft opens it, and the image encoders."""
+    network, adapted = folder.existing("janus"), folder.part("llm_lora")
+    files, items = adapters.survey(adapted, folder) if adapted else None, part_items(network)
+    merged = bool(files) and config.merge_adapters
+    found = [_plain(network, "", dtype, adapters.merged(items, files, dtype) if files and merged else items)]
+    if adapted and files and not merged:
+        kept = stored_items(files.folder, ((name, name) for pair in files.pairs.values() for name in pair.values()))
+        settings = {"adapter_config.json": read_json(adapted.folder, "adapter_config.json")}
+        found.append(Output(adapted.name, tuple(cast(kept, dtype)), "adapter_model", contents=settings))
+    return found + [_plain(part, part.name, dtype) for part in folder.parts if part.kind == "image encoder"]
 
 
 def part_items(part: Part) -> list[Item]:

@@ -114,7 +114,8 @@ class Folder:
 
     Attributes:
       path: the folder of the parts (`export/` of a training workdir).
-      layout: `official`; `pipeline`, a diffusers SD3 folder; `part`, one part alone.
+      layout: `official`; `pipeline`, a diffusers SD3 folder; `unified`, Janus with what lies beside it; `part`, one
+        part alone.
       parts: the existing parts, in the order of `KINDS`.
     """
 
@@ -173,6 +174,9 @@ def find_parts(path: str | pathlib.Path) -> Folder:
         )
     for candidate in (root, root / "export", root / "model"):
         names = [name for name in KINDS if (candidate / name).is_dir()]
+        if "llm" not in names and janus_config.holds(candidate):
+            beside = tuple(Part(name, candidate / name) for name in ("llm_lora", *ENCODERS) if name in names)
+            return Folder(candidate, "unified" if beside else "part", (Part("janus", candidate), *beside))
         if any(name in names for name in ("llm", "dit", *ADAPTERS)):
             parts = [Part(name, candidate / name) for name in names]
             if not any((candidate / "llm").glob("*.safetensors")):  # llm_lora may be the complete captioner
@@ -380,6 +384,13 @@ def with_dtype(content: dict[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
+def _weights_of(place: pathlib.Path) -> list[pathlib.Path]:
+    """The weight files of a part: safetensors, else pickles as in Janus's official folder."""
+    if not place.is_dir():
+        return [place]
+    return sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin"))
+
+
 def weights_digest(folder: pathlib.Path, names: Collection[str] = ()) -> str:
     """A digest of a model folder's contents, the same wherever the folder lies; 16 hexadecimal digits.
 
@@ -392,7 +403,7 @@ def weights_digest(folder: pathlib.Path, names: Collection[str] = ()) -> str:
     found = {}
     parts = [Part(name, folder / name) for name in names] or find_parts(folder).parts
     for part in parts:
-        for path in sorted(part.folder.glob("*.safetensors")) if part.folder.is_dir() else [part.folder]:
+        for path in _weights_of(part.folder):
             size = path.stat().st_size
             first, last = (read_range(path, start, _SAMPLE) for start in (0, max(size - _SAMPLE, 0)))
             found[f"{part.name}/{path.name}"] = [size, zlib.crc32(first), zlib.crc32(last)]

@@ -1,0 +1,95 @@
+"""One network that captions and draws, trained by the reconstruction of images (Janus-Pro; docs/janus.md).
+
+    python -m uae_jax.main --config=configs/bootstrap.py:unified --workdir=runs/unified_bootstrap
+    python -m uae_jax.main --config=configs/unified_ar.py --workdir=runs/unified
+    python -m uae_jax.main --config=unified_ar:janus_pro_1b --workdir=runs/janus \
+        --config.model.folder=/weights/Janus-Pro-1B --config.data.folder=/data/photographs
+
+The first command makes the small model of scenes that the second one trains. The folder of the third holds the released
+weights, and beside them `clip` for the reward and `dinov2` for the held-out score.
+"""
+
+import functools
+
+import ml_collections
+
+from configs.presets import Deviations, merged
+from uae_jax.settings import as_dict
+from uae_jax.stages.run_config import RunConfig
+
+STAGES = ("unified_ar",)
+
+
+def _tiny() -> Deviations:
+    """The small model of `configs/bootstrap.py:unified` on the built-in scenes."""
+    return dict(
+        model=dict(folder="runs/unified_bootstrap/model"),
+        data=dict(
+            source="scenes",
+            image_size=32,
+            max_caption=32,
+            rl_detail="short",
+            caption_prompt="describe",
+            caption_system="describe",
+        ),
+        evaluation=dict(
+            images=256,
+            images_during=64,
+            batch_size=64,
+            guidance_scale=2.0,
+            # captions are sampled as in training: the most probable caption would hide how much is left out
+            temperature=1.0,
+            geneval_per_tag=32,
+        ),
+        loop=dict(save_every=20, eval_every=20),
+        # 128 sampled captions a step are few, and an explored caption may be long
+        guard=dict(kl=2.0, truncated=0.6, reward_fall=0.2),
+        unified_ar=dict(
+            steps=60,
+            batch_size=16,
+            max_new_tokens=32,
+            guidance_scale=2.0,
+            optimizer=dict(learning_rate=1e-4, warmup_steps=3),
+            # a caption that never ends is drawn all the same
+            reward=dict(overlong_penalty=0.2),
+            image=dict(clip_low=0.2, clip_high=0.2),
+        ),
+    )
+
+
+# Values meant for 64 chips; they were traced, and not compiled yet. Parameters are sharded over `fsdp`, those of 7 B
+# also over `tensor`: each chip then holds a quarter of the copy that sampling reads.
+SIZES: dict[str, Deviations] = {
+    "janus_pro_1b": dict(mesh=dict(data=1, fsdp=-1), unified_ar=dict(vae_chunk=64)),
+    # 16 images at a time are one for each group of four chips
+    "janus_pro_7b": dict(
+        mesh=dict(data=1, fsdp=-1, tensor=4), unified_ar=dict(rollout_parts=4, micro_batches=4, vae_chunk=16)
+    ),
+}
+
+
+def _full(sizes: str) -> Deviations:
+    """A published size."""
+    deviations = dict(
+        model=dict(sizes=sizes, frozen_dtype="bfloat16", dtype="bfloat16", remat="full"),
+        data=dict(image_size=384, max_prompt=704, max_caption=256),
+        evaluation=dict(batch_size=64),
+        unified_ar=dict(batch_size=64, max_new_tokens=256, gather_weights=True),
+    )
+    return merged(deviations, SIZES[sizes])
+
+
+PRESETS = {"tiny": _tiny} | {name: functools.partial(_full, name) for name in SIZES}
+
+
+def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
+    """The configuration of a preset (`tiny` when none is named).
+
+    Raises:
+      ValueError: there is no such preset.
+    """
+    name = preset or "tiny"
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; configs/unified_ar.py has {', '.join(PRESETS)}")
+    changes = merged(PRESETS[name](), dict(preset=name, stages=STAGES))
+    return ml_collections.ConfigDict(merged(as_dict(RunConfig()), changes))
