@@ -67,7 +67,7 @@ def default_settings(folder: str | os.PathLike[str] = "") -> dict[str, Any]:
     if not str(folder) or builtin_folder(folder):
         return builtin_settings()
     if single := single_engine(str(folder)):
-        model, run = model_folder(str(folder)), _run_config(pathlib.Path(folder))
+        model, run = model_folder(str(folder)), _run_config(to_path(folder))
         run = run or _run_config(model.parent)
         return single.settings(str(folder)) | (single.run_settings(run) if run else {})
     model = model_folder(str(folder))
@@ -130,7 +130,7 @@ def load(
     """A model for captions, image generation and reconstruction.
 
     Args:
-      folder: official UAE folder, training workdir, folder of a Janus model, "" for the built-in trained model of
+      folder: official UAE folder, training workdir, folder of a Janus model, "" for the built-in start model of
         32-pixel scenes, or `start` for that model before its training.
       dtype: precision of activations, `float32` or `bfloat16`.
       adapters: False gives the model from before its training: without `llm_lora` and `dit_lora`, and with

@@ -26,7 +26,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default="",
         help="official UAE folder, training workdir or Janus folder; start: the built-in model before its training "
-        "(default: the built-in trained model)",
+        "(default: the built-in start model)",
     )
     for name in GIVEN:
         meaning = FIELDS[name].metadata["meaning"]

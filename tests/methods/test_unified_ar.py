@@ -68,7 +68,7 @@ def split(parts, name="language_lora"):
 
 def stepped(own: UnifiedAr, parts: dict, batch: dict, steps: int = 1):
     """State and metrics after some steps of the compiled step."""
-    params = trainable(parts, own.trains(own.settings), own.settings.lora_rank, KEY)
+    params = trainable(own.system.model, parts, own.trains(own.settings), own.settings.lora_rank, KEY)
     rest = {name: part for name, part in parts.items() if name not in params}
     optimizer = make_optimizer(own.settings.optimizer, 10)
     step, state = build_step(own, optimizer), start_of(params, optimizer, own.settings)

@@ -42,6 +42,7 @@ from uae_jax.rewards.caption_similarity import CaptionScorer, load_caption_score
 from uae_jax.rewards.similarity import Encoder, load_encoder
 from uae_jax.settings import Settings, setting
 from uae_jax.stages import decoders
+from uae_jax.stages.widths import check_widths
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 BUILTIN = ASSETS / "tiny"
@@ -276,7 +277,7 @@ def _load_models(
     )
     vae, parts["vae"] = sd3_weights.load_vae(folder / "SD3" / "vae", placement=placement(mesh, "vae"))
     parts["pooled"] = placed("pooled", pooled, mesh)
-    _check_widths(folder, transformer_folder, parts, transformer, vae)
+    check_widths((captioner_folder(folder), folder / "SD3", transformer_folder), parts, transformer, vae)
     if config.adapters and (folder / "dit_lora").is_dir():
         transformer = _add_transformer_adapter(folder / "dit_lora", transformer, parts, config.merge_adapters, mesh)
         store(parts, held, config.frozen_dtype)
@@ -360,45 +361,6 @@ def placement(mesh: Mesh | None, part: str = "") -> Placement | None:
     if not part:
         return lambda tree: sharding.tree_shardings(tree, mesh)
     return lambda tree: sharding.tree_shardings({part: tree}, mesh)[part]
-
-
-def _check_widths(
-    folder: pathlib.Path,
-    transformer_folder: pathlib.Path,
-    parts: Mapping,
-    transformer: TransformerConfig,
-    vae: VAEConfig,
-) -> None:
-    """Parts that fit their own configs and not each other are of different models."""
-    pairs = (
-        (
-            captioner_folder(folder),
-            "a projector to width",
-            parts["projector"]["second"]["kernel"].shape[-1],
-            "joint_attention_dim",
-            transformer.joint_attention_dim,
-        ),
-        (
-            folder / "SD3",
-            "text encoders with pooled width",
-            parts["pooled"].shape[-1],
-            "pooled_projection_dim",
-            transformer.pooled_projection_dim,
-        ),
-        (
-            folder / "SD3" / "vae",
-            "an auto-encoder with latent channels",
-            vae.latent_channels,
-            "in_channels",
-            transformer.in_channels,
-        ),
-    )
-    for path, what, width, field, needed in pairs:
-        if width != needed:
-            raise ValueError(
-                f"{path} holds {what} {width}, but {transformer_folder / 'config.json'} has {field} {needed}; take "
-                "both from one model"
-            )
 
 
 def load_encoders(folder: pathlib.Path, mesh: Mesh | None) -> tuple[dict[str, Encoder], dict[str, Any]]:
