@@ -293,7 +293,8 @@ def _sampling_weights(program: Program, sizes: MeshSizes, s: Shapes) -> float:
     layers = trees.parameter_count(language["layers"]) * s.activation / sizes.tensor
     if sizes.fsdp == 1:
         return layers
-    if ways := program.config.rollout_ways:  # each device keeps its part, and has one complete layer at a time
+    # each device keeps its part, and has one complete layer at a time
+    if ways := getattr(program.config, "rollout_ways", 0):
         return (trees.parameter_count(language) / ways + layers / s.activation / s.text_layers) * s.activation
     return 1.25 * layers + (trees.parameter_count(language) * s.activation / sizes.tensor - layers)
 

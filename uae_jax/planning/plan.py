@@ -79,7 +79,7 @@ def rollout_of(settings: Any, key_heads: int) -> Rollout:
     """
     if not getattr(settings, "gather_weights", False):
         return Rollout()
-    ways = settings.rollout_ways or 1
+    ways = getattr(settings, "rollout_ways", 0) or 1
     return Rollout(0.0, ways, max(ways // key_heads, 1))
 
 
