@@ -29,11 +29,12 @@ from uae_jax.files.json_files import write_json
 from uae_jax.hf.safetensors import write_tensors
 from uae_jax.methods.method import build_step, gradients_of, start_of, with_own_advantages
 from uae_jax.methods.stage_settings import SamplerConfig
-from uae_jax.methods.trained import ADAPTED, trainable
+from uae_jax.methods.trained import trainable
 from uae_jax.methods.unified_ar import UnifiedAr, UnifiedArConfig
 from uae_jax.models.condition import ConditionTemplate
 from uae_jax.models.janus import weights
 from uae_jax.models.janus.unified import Unified
+from uae_jax.models.language.model import ADAPTER_PATTERN
 from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.nn.lora import init_lora
 from uae_jax.rollouts import unified
@@ -93,7 +94,7 @@ def write_model(folder: pathlib.Path, size: Size, rank: int) -> None:
     )
     JanusForConditionalGeneration(config).float().save_pretrained(folder)
     network, parts = weights.load(folder)
-    zero = init_lora(KEY, parts["language"], ADAPTED["language"], rank)
+    zero = init_lora(KEY, parts["language"], ADAPTER_PATTERN, rank)
     moved = jax.tree.map(lambda leaf: leaf + 0.002 * jax.random.normal(KEY, leaf.shape), zero)
     write_tensors(folder / "llm_lora", weights.adapter_tensors(network, moved), stem="adapter_model")
     write_json(folder / "llm_lora" / "adapter_config.json", weights.adapter_config(network, moved))
@@ -124,7 +125,9 @@ class JaxSide:
         system = types.SimpleNamespace(model=Unified(network, template), encoders={}, stops=(EOS,), scorer=None)
         self.own = UnifiedAr(frozen(UnifiedArConfig, self.values(settings)), SamplerConfig(), system)
         parts = jax.tree.map(jnp.asarray, {**parts, "language_lora": adapter, "encoders": {}})
-        self.params = trainable(parts, self.own.trains(self.own.settings), settings.lora_rank, KEY)
+        self.params = trainable(
+            self.own.system.model, parts, self.own.trains(self.own.settings), settings.lora_rank, KEY
+        )
         self.rest = {name: part for name, part in parts.items() if name not in self.params}
         ids = np.tile(np.array(words.question, np.int32), (settings.images, 1))
         self.batch = dict(sample_id=np.arange(settings.images), pixels=images, prompt_ids=ids)
@@ -266,6 +269,9 @@ def compare(folder: pathlib.Path, size: Size, settings: Settings) -> dict[str, f
     found = {"greedy captions": float((captions.numpy() != said).sum())}
     found["greedy drawings"] = float((theirs.drawings(torch.tensor(said), greedy=True).numpy() != drawn).sum())
     rollout = ours.rollout()
+    # the drawings of a random model are alike: rewards of its own would have no spread to compare by
+    spread = np.random.default_rng(0).uniform(size=np.shape(rollout["samples"]["reward"])).astype(np.float32)
+    rollout = {**rollout, "samples": {**rollout["samples"], "reward": spread}}
     tokens, images, rewards = (np.array(rollout["samples"][name]) for name in ("tokens", "image_tokens", "reward"))
     given = torch.tensor(tokens).flatten(0, 1).long(), torch.tensor(images).flatten(0, 2).long(), torch.tensor(rewards)
     both = ours.gradients(rollout), theirs.gradients(*given)

@@ -112,10 +112,13 @@ class TorchSide:
         """Log-probabilities `[B * G, T]` of captions."""
         count = len(captions) // self.settings.images
         prompt = torch.tensor([self.words.question] * len(captions))
+        embed, features = self.base.get_input_embeddings(), self.base.model.get_image_features(self.seen).pooler_output
+        # embedded here: a caption of random weights may hold the id of an image token, which stands for no image
+        places = (prompt == self.base.config.image_token_id)[..., None]
+        asked = embed(prompt).masked_scatter(places, features.repeat_interleave(count, 0))
         logits = self.model(
-            input_ids=torch.cat([prompt, captions], dim=1),
+            inputs_embeds=torch.cat([asked, embed(captions)], dim=1),
             attention_mask=torch.cat([torch.ones_like(prompt), self.mask(captions).long()], dim=1),
-            pixel_values=self.seen.repeat_interleave(count, 0),
         ).logits
         return at_tokens(logits[:, prompt.shape[1] - 1 : -1], captions)
 

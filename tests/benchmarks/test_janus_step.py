@@ -32,7 +32,7 @@ def test_another_step_is_not_the_same(folder, monkeypatch):
         return side
 
     monkeypatch.setattr(janus_step, "open_torch", other)
-    with pytest.raises(ValueError, match="the sides differ in caption_grad_norm"):
+    with pytest.raises(ValueError, match="the sides differ in .*caption_grad_norm"):
         janus_step.compare(folder, SIZES["small"], SMALL)
 
 

@@ -129,6 +129,7 @@ def test_starting_noises_are_crossed_with_captions(stage, whole):
     )
 
 
+@pytest.mark.slow
 def test_parts_and_micro_batches_change_nothing(stage, both):
     two = gradients(stage.method.loss, stage.adapters, stage.frozen, stage.rollout, stage.key, 2)
     for name in stage.trained:

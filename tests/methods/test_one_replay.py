@@ -125,6 +125,7 @@ def test_drawings_are_compared_with_those_of_their_own_start(whole):
     np.testing.assert_array_equal(contexts[0], contexts[1])
 
 
+@pytest.mark.slow
 def test_dense_rewards_of_the_steps_add_up_to_that_of_the_drawing(whole):
     own = dict(one_replay=False, window=2, window_high=2, dense_rewards=True, advantage_scale="none", shared_noise=True)
     stage = made(whole, **own)

@@ -147,6 +147,7 @@ def test_drawings_of_a_caption_differ_and_follow_the_images_number(parts, batch,
     np.testing.assert_array_equal(again, tokens[order])
 
 
+@pytest.mark.slow
 def test_micro_batches_and_parts_of_a_rollout_change_nothing(parts, batch, rollout):
     params, rest = split(parts)
     own = method(updates_per_rollout=2, caption=dict(aggregation="token_mean"))

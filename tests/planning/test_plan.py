@@ -186,25 +186,8 @@ def test_every_row_of_the_page_fits_its_card():
 
 def test_the_page_of_cards_has_every_preset_of_a_card():
     of_cards = {name for name in presets.PRESETS if name.partition("@")[2] in ("1xH200", "8xH200", "1x24GB")}
-    compiled, estimated = {preset for preset, _ in compiled_peaks()}, {preset for preset, *_ in estimated_peaks()}
-    assert compiled | estimated == of_cards and not compiled & estimated
-
-
-def estimated_peaks() -> list[tuple[str, str, float]]:
-    """(preset, stage, GiB) of the estimated rows of docs/cards.md."""
-    rows = re.findall(r"^\| `(\S+@\S+)` \| (\w+) \| \d+ \| ([\d.]+) \|$", CARDS.read_text(), re.MULTILINE)
-    return [(preset, stage, float(peak)) for preset, stage, peak in rows]
-
-
-@pytest.mark.parametrize("preset", sorted({preset for preset, *_ in estimated_peaks()}))
-def test_estimated_rows_are_the_estimates(preset):
-    config = frozen(RunConfig, settings(preset))
-    sizes, system = mesh_sizes(config, int(preset.partition("@")[2].partition("x")[0])), abstract_system(config)
-    told = {stage: peak for name, stage, peak in estimated_peaks() if name == preset}
-    assert set(told) == set(config.stages)
-    for stage, peak in told.items():
-        found = estimate_memory(make_program(config, system, system.parts, system.batch, stage), config, sizes, system)
-        assert found.peak / GIB == pytest.approx(peak, abs=0.006), stage
+    fitting = set(re.findall(r"^\| `(\S+@\S+)` \| \w+ \| \d+ \| \d+ \| [\d.]+ \|", CARDS.read_text(), re.MULTILINE))
+    assert of_cards <= fitting and {preset for preset, _ in compiled_peaks()} <= of_cards
 
 
 @pytest.mark.parametrize("preset, count", sorted(compiled_peaks()))

@@ -39,7 +39,7 @@ CONFIG = Qwen2_5VLConfig(
 
 def sample(parts, batch, keys, images, gather):
     return sample_captions(
-        types.SimpleNamespace(captioner=CONFIG),
+        types.SimpleNamespace(captioner=CONFIG, banned=()),
         parts,
         batch,
         keys,

@@ -63,7 +63,7 @@ def batch_of():
 def sampler(config, ways, weights="model"):
     def sample(parts, batch, key, images):
         return sample_captions(
-            types.SimpleNamespace(captioner=config),
+            types.SimpleNamespace(captioner=config, banned=()),
             {"vision": {}, "projector": {}} | parts,
             batch,
             key,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 # operations whose result on a weight is still that weight
@@ -235,7 +236,10 @@ def _most_trips(parameters: Mapping[str, Any], otherwise: int) -> int:
     bounds = [
         int(equation.invars[1].val)
         for equation in condition.eqns
-        if equation.primitive.name == "lt" and hasattr(equation.invars[1], "val") and not equation.invars[0].aval.shape
+        if equation.primitive.name == "lt"
+        and hasattr(equation.invars[1], "val")
+        and equation.invars[0].aval.shape == ()
+        and jnp.issubdtype(equation.invars[0].aval.dtype, jnp.integer)
     ]
     return min(bounds, default=otherwise)
 
