@@ -18,6 +18,7 @@ MESHES = {
 LONGER = (
     ("pretrain", "mixed"),
     ("cold_start", "mixed"),
+    ("und_for_gen", "mixed"),
     ("pretrain", "fsdp8"),
     ("gen_for_und", "fsdp8"),
     ("und_for_gen", "data8"),

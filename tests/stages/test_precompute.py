@@ -113,7 +113,7 @@ def three_steps(run, stage: str) -> tuple[dict, dict, list[dict], list[dict]]:
     "stage, fields",
     [
         ("pretrain", {"sample_id", *FIELDS["latents"], *FIELDS["states"]}),
-        ("cold_start", {"sample_id", "pixels", *FIELDS["states"]}),
+        pytest.param("cold_start", {"sample_id", "pixels", *FIELDS["states"]}, marks=pytest.mark.slow),
     ],
 )
 def test_steps_are_those_of_a_run_that_computes(runs, stage, fields):

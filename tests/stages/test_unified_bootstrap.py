@@ -36,6 +36,7 @@ def made(tmp_path_factory):
     return bootstrap(small_config().to_dict(), workdir), workdir
 
 
+@pytest.mark.slow
 def test_both_phases_are_trained_once(made, monkeypatch):
     folder, workdir = made
     stages = [line["stage"] for line in read_lines(workdir / "metrics.jsonl")]
@@ -44,6 +45,7 @@ def test_both_phases_are_trained_once(made, monkeypatch):
     assert bootstrap(small_config().to_dict(), workdir) == folder
 
 
+@pytest.mark.slow
 def test_the_folder_is_one_network_with_its_encoders(made):
     folder, _ = made
     assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json", "clip"}
