@@ -1,6 +1,7 @@
 """What decoders with a text encoder of their own have in common; each adds its conventions in its own folder."""
 
 import dataclasses
+import pathlib
 from typing import Any, ClassVar
 
 from jaxtyping import Array, Bool, Float, Float32, Int
@@ -61,3 +62,22 @@ class TextEncoded:
     ) -> Float32[Array, "b h w c"]:
         """Classifier-free guidance."""
         return linear_guidance(positive, negative, scale)
+
+
+def check_fit(folder: pathlib.Path, sizes: Any, *widths: tuple[str, int, str]) -> None:
+    """Refuses a transformer that fits its own config and not the parts beside it: they are of different models.
+
+    Args:
+      folder: of the pipeline.
+      sizes: of its transformer.
+      *widths: a field of the transformer's config, the value that the other part asks for, and what that is.
+
+    Raises:
+      ValueError: two differ; the message has the file and both values.
+    """
+    for field, value, what in widths:
+        if getattr(sizes, field) != value:
+            raise ValueError(
+                f"{folder / 'transformer' / 'config.json'} has {field} {getattr(sizes, field)}, not {value}, {what}; "
+                "take all folders from one model"
+            )

@@ -1,7 +1,6 @@
 """All stages of a configuration on a topology: counted, compiled or estimated, one after the other."""
 
 import dataclasses
-import inspect
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -68,9 +67,8 @@ def step_work(config: RunConfig, system: AnyAbstract, stage: str) -> Count:
     """
     program = make_program(config, system, system.parts, system.batch, stage)
     with use_attention("plain"):
-        # jax refuses a compiled function with options of the compiler inside of another one
-        step, trips = inspect.unwrap(program.step), getattr(program.config, "max_new_tokens", 1)
-        return count_work(step, program.arguments, (0, 1), trips=trips)
+        trips = getattr(program.config, "max_new_tokens", 1)
+        return count_work(program.step, program.arguments, (0, 1), trips=trips)
 
 
 def rollout_of(settings: Any, key_heads: int) -> Rollout:

@@ -26,7 +26,7 @@ from uae_jax.models.language.config import TextConfig
 from uae_jax.models.language.encoder import EncoderSizes
 from uae_jax.models.parts import transformer_weights
 from uae_jax.models.qwen3 import config as qwen3
-from uae_jax.models.text_encoded import TextEncoded
+from uae_jax.models.text_encoded import TextEncoded, check_fit
 
 NUM_TRAIN_TIMESTEPS = 1000
 LAYERS = (9, 18, 27)
@@ -179,15 +179,12 @@ def describe(
     autoencoder = VAEConfig.from_folder(folder / "vae")
     read = encoder_sizes(qwen3.from_folder(folder / "text_encoder", dtype=dtype))
     check_scheduler(folder / "scheduler", use_dynamic_shifting=True, time_shift_type="exponential", shift_terminal=None)
-    for field, value, what in (
+    check_fit(
+        folder,
+        sizes,
         ("joint_attention_dim", read.width, "three times the width of text_encoder"),
         ("in_channels", autoencoder.channels, "four times the latent_channels of vae"),
-    ):
-        if getattr(sizes, field) != value:
-            raise ValueError(
-                f"{folder / 'transformer' / 'config.json'} has {field} {getattr(sizes, field)}, not {value}, {what}; "
-                "take all folders from one model"
-            )
+    )
     return KleinDecoder(sizes, autoencoder, read, template, is_distilled(folder))
 
 

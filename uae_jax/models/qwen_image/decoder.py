@@ -27,7 +27,7 @@ from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
 from uae_jax.models.qwen_image import transformer, vae, weights
 from uae_jax.models.qwen_image.config import TransformerConfig, VAEConfig
-from uae_jax.models.text_encoded import TextEncoded
+from uae_jax.models.text_encoded import TextEncoded, check_fit
 
 NUM_TRAIN_TIMESTEPS = 1000
 DROPPED = 34  # first tokens of the template, whose states are not read
@@ -213,15 +213,12 @@ def describe(
     sizes = TransformerConfig.from_folder(folder / "transformer", dtype=dtype, remat=remat, lora_alpha=lora_alpha)
     autoencoder = VAEConfig.from_folder(folder / "vae")
     read = encoder_sizes(qwen_config.from_folder(folder / "text_encoder", dtype=dtype).text)
-    for field, value, what in (
+    check_fit(
+        folder,
+        sizes,
         ("joint_attention_dim", read.width, "the width of text_encoder"),
         ("out_channels", autoencoder.z_dim, "the z_dim of vae"),
-    ):
-        if getattr(sizes, field) != value:
-            raise ValueError(
-                f"{folder / 'transformer' / 'config.json'} has {field} {getattr(sizes, field)}, not {value}, {what}; "
-                "take all folders from one model"
-            )
+    )
     if len(template.prefix) < DROPPED:
         raise ValueError(f"{folder / 'tokenizer'} makes {len(template.prefix)} tokens of a prefix of {DROPPED}")
     stored = check_scheduler(folder / "scheduler", use_dynamic_shifting=True, time_shift_type="exponential")

@@ -26,7 +26,7 @@ from uae_jax.models.qwen3 import config as qwen3
 from uae_jax.models.sd3 import vae
 from uae_jax.models.sd3.config import VAEConfig
 from uae_jax.models.sd3.weights import VAE_ALIASES, vae_rules
-from uae_jax.models.text_encoded import TextEncoded
+from uae_jax.models.text_encoded import TextEncoded, check_fit
 from uae_jax.models.z_image import transformer, weights
 from uae_jax.models.z_image.config import TransformerConfig
 
@@ -134,15 +134,12 @@ def describe(
     sizes = TransformerConfig.from_folder(folder / "transformer", dtype=dtype, remat=remat, lora_alpha=lora_alpha)
     autoencoder = VAEConfig.from_folder(folder / "vae")
     read = encoder_sizes(qwen3.from_folder(folder / "text_encoder", dtype=dtype))
-    for field, value, what in (
+    check_fit(
+        folder,
+        sizes,
         ("cap_feat_dim", read.width, "the width of text_encoder"),
         ("in_channels", autoencoder.latent_channels, "the latent_channels of vae"),
-    ):
-        if getattr(sizes, field) != value:
-            raise ValueError(
-                f"{folder / 'transformer' / 'config.json'} has {field} {getattr(sizes, field)}, not {value}, {what}; "
-                "take all folders from one model"
-            )
+    )
     return ZImageDecoder(sizes, autoencoder, read, template, _shift(folder))
 
 
