@@ -4,6 +4,7 @@
     python -m benchmarks.second_claim --workdir=runs/second_claim --seeds=101 --arms=none,flow_grpo
     python -m benchmarks.second_claim --workdir=runs/second_claim --tables_only --docs=dev/results.md
 
+All arms start from the built-in model with a small decoder, which is made first (`configs/bootstrap.py:small_decoder`).
 The captioner is that of the start model (`before`) or that of gen_for_und (`after`). The decoder is left alone
 (`none`), or trained by Flow-GRPO with the plain reward, by the same with shuffled rewards, by flow matching on the same
 captions, or jointly with the captioner. All settings are in second_claim.json, and nothing else decides a result. Every
@@ -35,6 +36,7 @@ STARTS = ("before", "after")
 SCORES = ("true_caption_scene_accuracy", "geneval", "geneval_exact")
 TRAIN, SCORE = ("-m", "uae_jax.main"), ("-m", "uae_jax.evaluate", "decoder")
 NONE = "none"
+MODEL = "model"
 RECORD = "job.json"
 
 
@@ -57,7 +59,8 @@ class Job:
     """One process: training or scoring.
 
     Attributes:
-      name: of its folder; seed: of the run.
+      name: of its folder.
+      seed: of the run; None for what all seeds share.
       workdir: of all jobs.
       words: of its command line.
       what: settings that decide the result.
@@ -65,7 +68,7 @@ class Job:
     """
 
     name: str
-    seed: int
+    seed: int | None
     workdir: pathlib.Path
     words: tuple[str, ...]
     what: Mapping[str, Any]
@@ -74,7 +77,7 @@ class Job:
     @property
     def folder(self) -> pathlib.Path:
         """Of its record and log."""
-        return self.workdir / f"seed_{self.seed}" / self.name
+        return self.workdir / ("" if self.seed is None else f"seed_{self.seed}") / self.name
 
     def arguments(self) -> list[str]:
         """Of the process."""
@@ -111,21 +114,32 @@ class Experiment:
     train: tuple[str, ...]
     score: tuple[str, ...]
 
-    def run_of(self, name: str, seed: int, stage: str, start: pathlib.Path | None, changes: Mapping[str, Any]) -> Job:
-        """Training of one stage, from the built-in model or the workdir of another job."""
+    def model(self) -> Job:
+        """The bootstrap of the start model, which all seeds share."""
+        preset, folder = self.settings["bootstrap"], self.workdir / MODEL
+        words = f"--config={ROOT / 'configs' / 'bootstrap'}.py:{preset}", f"--workdir={folder}"
+        return Job(MODEL, None, self.workdir, words, {"preset": preset}, self.train)
+
+    @property
+    def start(self) -> pathlib.Path:
+        """The start model."""
+        return self.workdir / MODEL / "model"
+
+    def run_of(self, name: str, seed: int, stage: str, start: pathlib.Path, changes: Mapping[str, Any]) -> Job:
+        """Training of one stage, from the start model or the workdir of another job."""
         shared = {**self.settings["shared"], stage: changes, "seed": seed}
         folder = self.workdir / f"seed_{seed}" / name
         words = [f"--config={ROOT / 'configs' / stage}.py:{self.settings['preset']}", f"--workdir={folder}"]
-        words += [f"--config.model.folder={start}"] if start else []
+        words += [f"--config.model.folder={start}"]
         words += [f"--config.{field}={tuples(value)}" for field, value in flat(shared)]
-        what = {"preset": self.settings["preset"], "start": start.name if start else "", "changes": shared}
+        what = {"preset": self.settings["preset"], "start": start.name, "changes": shared}
         return Job(name, seed, self.workdir, tuple(words), what, self.train)
 
     def start_of(self, start: str, seed: int) -> Job | None:
-        """What the decoder's arms start from: the model after gen_for_und, or the built-in one."""
+        """What the decoder's arms start from: the model after gen_for_und; None for the start model."""
         if start == "before":
             return None
-        return self.run_of("captioner", seed, "gen_for_und", None, self.settings["captioner"])
+        return self.run_of("captioner", seed, "gen_for_und", self.start, self.settings["captioner"])
 
     def trained(self, start: str, arm: str, seed: int) -> Job | None:
         """The training of an arm; None where nothing is trained."""
@@ -134,7 +148,7 @@ class Experiment:
             return self.start_of(start, seed)
         origin = self.start_of(start, seed)
         changes = {**self.settings["decoder"], **changes}
-        return self.run_of(f"{start}_{arm}", seed, "und_for_gen", origin and origin.folder, changes)
+        return self.run_of(f"{start}_{arm}", seed, "und_for_gen", origin.folder if origin else self.start, changes)
 
     def scored(self, start: str, arm: str, seed: int) -> Job:
         """The scores of an arm, in `decoder.json` of its folder."""
@@ -142,15 +156,15 @@ class Experiment:
         scoring = {**self.settings["scoring"], "scene_seed": self.settings["scene_seed"]}
         words = [f"--{field}={value}" for field, value in scoring.items()]
         words += [f"--output={self.workdir / f'seed_{seed}' / name / 'decoder.json'}"]
-        words += [f"--checkpoint={trained.folder}"] if trained else []
+        words += [f"--checkpoint={trained.folder if trained else self.start}"]
         # an untrained model's noise is another one for each seed, like that of the others
         words += [f"--seed={seed}"]
-        what = {"scoring": scoring, "of": trained.settings() if trained else "built-in"}
+        what = {"scoring": scoring, "of": (trained or self.model()).settings()}
         return Job(name, seed, self.workdir, tuple(words), what, self.score)
 
     def jobs(self, arms: Sequence[str], seed: int) -> list[Job]:
-        """Of one seed in order, each once."""
-        found: dict[str, Job] = {}
+        """Of one seed in order, each once, after the start model."""
+        found: dict[str, Job] = {MODEL: self.model()}
         for start in STARTS:
             for arm in arms:
                 chain = self.start_of(start, seed), self.trained(start, arm, seed), self.scored(start, arm, seed)
@@ -214,17 +228,17 @@ def table(experiment: Experiment, arms: Sequence[str], seeds: Sequence[int]) -> 
 
 def run_jobs(experiment: Experiment, arms: Sequence[str], seeds: Sequence[int], stop: Stop) -> int:
     """Runs what is not finished, one after the other; 0, 1 when some failed, 128 + signal when stopped."""
-    failed: set[tuple[str, int]] = set()
+    failed: list[Job] = []
     for seed in seeds:
         for job in experiment.jobs(arms, seed):
             if stop.signum:
                 print("stopped; the same command continues", file=sys.stderr)
                 return 128 + stop.signum
-            record, what = job.record(), f"seed {seed} {job.name}"
+            record, what = job.record(), job.name if job.seed is None else f"seed {seed} {job.name}"
             if record.get("finished") and record["settings"] == job.settings():
                 print(f"{what}: done before in {record['minutes']:.1f} min", flush=True)
                 continue
-            needs = [name for name, other in failed if other == seed and f"seed_{seed}/{name}" in " ".join(job.words)]
+            needs = [other.name for other in failed if str(other.folder) in " ".join(job.words)]
             if needs:
                 wrong = f"skipped, because it starts from {needs[0]}"
             else:
@@ -232,7 +246,7 @@ def run_jobs(experiment: Experiment, arms: Sequence[str], seeds: Sequence[int], 
             if stop.signum:
                 continue
             if wrong:
-                failed.add((job.name, seed))
+                failed.append(job)
             minutes = job.record().get("minutes", 0.0)
             print(f"{what}: " + (f"failed: {wrong}" if wrong else f"done in {minutes:.1f} min"), flush=True)
     if stop.signum:

@@ -14,6 +14,12 @@ The preset `unified` makes one network that captions and draws 32-pixel scenes, 
 
     python -m uae_jax.main --config=configs/bootstrap.py:unified --workdir=runs/unified_bootstrap
 
+The preset `small_decoder` makes a decoder of a quarter of the parameters, beside the other parts of the built-in model. It
+is trained until it stops to gain, on true captions alone: what it cannot draw, it has not the size for
+(`benchmarks.second_claim`):
+
+    python -m uae_jax.main --config=configs/bootstrap.py:small_decoder --workdir=runs/small_decoder
+
 A part alone, beside those of another model (`start`, `builtin` for the built-in one), here the scorer of captions that
 a control reward needs and that is no part of the method:
 
@@ -50,8 +56,19 @@ def _unified() -> dict[str, Any]:
     return dict(preset="bootstrap_unified", start="builtin", phases=("vq", "network"))
 
 
+def _small_decoder() -> dict[str, Any]:
+    """A small decoder of true captions, beside the other parts of the built-in model."""
+    return dict(
+        preset="bootstrap_small_decoder",
+        start="builtin",
+        phases=("decoder",),
+        decoder=dict(steps=4000, model=dict(num_layers=3, num_attention_heads=3)),
+        mistakes=dict(steps=0),
+    )
+
+
 # what differs from the defaults of the settings
-PRESETS = {"tiny": dict, "emoji": _emoji, "unified": _unified}
+PRESETS = {"tiny": dict, "emoji": _emoji, "unified": _unified, "small_decoder": _small_decoder}
 
 
 def get_config(preset: str | None = None):

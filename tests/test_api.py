@@ -10,6 +10,8 @@ from PIL import Image
 import uae_jax
 from uae_jax import api
 from uae_jax.data import scenes
+from uae_jax.settings import as_dict
+from uae_jax.stages.bootstrap.settings import BootstrapConfig
 from uae_jax.stages.run_config import CAPTION_PROMPT, NEGATIVE_PROMPT
 from uae_jax.stages.weights import BUILTIN, DEFAULT, NAMED, model_folder
 
@@ -151,6 +153,11 @@ def test_settings_suit_the_folder(tmp_path):
         condition="policy",
     )
     assert api.default_settings(tmp_path / "run") == expected == api.default_settings(tmp_path / "run" / "export")
+    made = tmp_path / "bootstrap" / "model"
+    (made / "llm").mkdir(parents=True)
+    (made.parent / "config.json").write_text(json.dumps(as_dict(BootstrapConfig(side=64))))
+    assert api.default_settings(made) == api.default_settings() | {"size": 64}
+    assert api.default_settings(made.parent) == api.default_settings(made)
     shutil.copy(BUILTIN / "dit" / "config.json", official / "config.json")  # of a single model
     assert api.default_settings(official)["prompt"] == CAPTION_PROMPT
 

@@ -39,6 +39,9 @@ from uae_jax.stages.weights import BUILTIN, DEFAULT, ModelConfig, builtin_folder
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 Failed = Callable[[int, Exception], None]
+# fields that tell the config.json of a training workdir, and of a bootstrap, from that of a single model
+TRAINING = frozenset(("stages", "data", "evaluation", "sampler"))
+BOOTSTRAP = frozenset(("phases", "data", "side", "decoder"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,8 @@ def default_settings(folder: str | os.PathLike[str] = "") -> dict[str, Any]:
         return single.settings(str(folder)) | (single.run_settings(run) if run else {})
     model = model_folder(str(folder))
     run = _run_config(to_path(folder)) or _run_config(model.parent)
+    if run is None and (made := _read_config(model.parent, BOOTSTRAP)):
+        return builtin_settings() | {"size": made["side"]}
     if run is None:
         wrapped = model / "llm_lora"
         own = decoders.defaults(model)
@@ -109,14 +114,19 @@ def _condition(run: Mapping) -> str:
 
 def _run_config(folder: pathlib.Path) -> dict | None:
     """The configuration of a training workdir; None for other folders, whose config.json may belong to one model."""
+    return _read_config(folder, TRAINING)
+
+
+def _read_config(folder: pathlib.Path, fields: frozenset[str]) -> dict | None:
+    """The content of a folder's config.json where it has these fields."""
     path = folder / "config.json"
     if not path.is_file():
         return None
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); restore it, or give the folder {folder / 'export'}") from error
-    return run if {"stages", "data", "evaluation", "sampler"} <= set(run) else None
+    return found if fields <= set(found) else None
 
 
 def load(

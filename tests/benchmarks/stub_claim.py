@@ -9,7 +9,7 @@ def main() -> int:
     words = [word.removeprefix("--").partition("=") for word in sys.argv[1:]]
     options = {name: value for name, _, value in words}
     place = pathlib.Path(options["output"]).parent if "output" in options else pathlib.Path(options["workdir"])
-    root = place.parents[1]
+    root = place.parent if place.name == "model" else place.parents[1]
     with (root / "calls.txt").open("a") as calls:
         calls.write(f"{place.relative_to(root)} {' '.join(sys.argv[1:])}\n")
     if (root / f"{place.name}.broken").exists():

@@ -29,7 +29,7 @@ def calls(workdir):
 
 def test_each_arm_starts_from_its_captioner_and_is_scored_once(run, tmp_path):
     assert run("--seeds=3", "--arms=none,flow_grpo") == 0
-    assert calls(tmp_path) == [
+    assert calls(tmp_path)[0] == "model" and calls(tmp_path)[1:] == [
         f"seed_3/{name}"
         for name in (
             "before_none_scores",
@@ -42,12 +42,13 @@ def test_each_arm_starts_from_its_captioner_and_is_scored_once(run, tmp_path):
         )
     ]
     lines = dict(line.split(" ", 1) for line in (tmp_path / "calls.txt").read_text().splitlines())
-    assert "--config.model.folder" not in lines["seed_3/before_flow_grpo"]
+    assert f"--config.model.folder={tmp_path}/model/model" in lines["seed_3/before_flow_grpo"]
+    assert f"--checkpoint={tmp_path}/model/model" in lines["seed_3/before_none_scores"]
     assert f"--config.model.folder={tmp_path}/seed_3/captioner" in lines["seed_3/after_flow_grpo"]
     assert "--config.und_for_gen.flow_grpo.one_replay=True" in lines["seed_3/after_flow_grpo"]
     assert f"--checkpoint={tmp_path}/seed_3/captioner" in lines["seed_3/after_none_scores"]
     assert "--scene_seed=7001" in lines["seed_3/before_none_scores"]
-    assert run("--seeds=3", "--arms=none,flow_grpo") == 0 and len(calls(tmp_path)) == 7  # all was done before
+    assert run("--seeds=3", "--arms=none,flow_grpo") == 0 and len(calls(tmp_path)) == 8  # all was done before
 
 
 def test_other_settings_are_not_mixed_with_what_was_done(run, tmp_path, capsys):
@@ -69,17 +70,17 @@ def test_a_failed_arm_is_told_and_the_others_go_on(run, tmp_path, capsys):
 
 
 def test_tables_have_paired_differences_over_seeds(run, tmp_path, capsys):
-    assert run("--seeds=1,2,3") == 0
+    assert run("--seeds=1,2,3", "--arms=none,flow_grpo") == 0
     page = tmp_path / "page.md"
     page.write_text("by hand\n")
-    assert run("--seeds=1,2,3", "--tables_only", f"--docs={page}") == 0
+    assert run("--seeds=1,2,3", "--arms=none,flow_grpo", "--tables_only", f"--docs={page}") == 0
     text = page.read_text()
     assert text.startswith("by hand") and marks("second_claim")[0] in text
     rows = {tuple(cell.strip() for cell in line.split("|")[1:4]): line for line in text.splitlines() if "|" in line}
     flow = rows["after gen_for_und", "flow_grpo", "3"].split("|")
     assert flow[4].strip() == "0.702 [0.700, 0.704]" and flow[7].strip() == "0.100 [0.100, 0.100]"
     assert rows["before gen_for_und", "none", "3"].split("|")[7].strip() == ""
-    assert "| joint | 3 | 0.200 [0.200, 0.200]" in text
+    assert "| flow_grpo | 3 | 0.200 [0.200, 0.200]" in text
 
 
 def test_the_settings_are_those_of_the_program():

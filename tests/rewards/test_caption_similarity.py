@@ -23,11 +23,14 @@ CONFIG = CLIPConfig(
 SCORER = caption_similarity.CaptionScorer(CONFIG, Preprocess(size=(16,), crop=(16, 16)))
 LENGTHS = jnp.array([3, 8, 0, 5, 5, 1])
 reward_of = jax.jit(caption_similarity.caption_reward, static_argnums=(0, 5))
+image_features, text_features = (
+    jax.jit(function, static_argnums=0) for function in (clip.image_features, clip.text_features)
+)
 
 
 @pytest.fixture(scope="module")
 def params():
-    return clip.init_params(CONFIG, jax.random.key(0))
+    return jax.jit(clip.init_params, static_argnums=0)(CONFIG, jax.random.key(0))
 
 
 def tokens(seed: int = 0) -> jax.Array:
@@ -40,9 +43,9 @@ def pixels() -> jax.Array:
 
 def test_it_is_the_cosine_of_both_towers(params):
     found = np.asarray(reward_of(SCORER, params, pixels(), tokens(), LENGTHS, 3))
-    images = clip.image_features(CONFIG, params, apply(SCORER.preprocess, (pixels() + 1) / 2))
+    images = image_features(CONFIG, params, apply(SCORER.preprocess, (pixels() + 1) / 2))
     for row, (ids, length) in enumerate(zip(tokens(), LENGTHS)):
-        text = clip.text_features(CONFIG, params, np.array([[*ids[:length], PAD]]))[0]
+        text = text_features(CONFIG, params, np.array([[*ids[:length], PAD]]))[0]
         image = images[row // 3]
         cosine = np.dot(text, image) / np.linalg.norm(text) / np.linalg.norm(image)
         assert found[row // 3, row % 3] == pytest.approx(float(cosine), abs=1e-5)

@@ -17,6 +17,7 @@ SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
 VISION = CLIPVisionConfig(image_size=16, patch_size=8, intermediate_size=64, projection_dim=12, **SMALL)
 SQUARE = Preprocess(size=(16,), crop=(16, 16))
 ENCODER = rewards.Encoder("clip", "clip", VISION, SQUARE)
+features_of = jax.jit(ENCODER.features)
 cosine_reward = jax.jit(
     rewards.cosine_reward, static_argnums=(0, 4), static_argnames=("clamp", "contrast", "contrast_temperature")
 )
@@ -50,16 +51,16 @@ def test_reconstructions_are_grouped_by_original(params):
 
 def test_a_contrast_takes_off_the_likeness_to_the_other_originals(params):
     x, y = images(3), images(6, seed=1)
-    features = ENCODER.features(params, y).reshape(3, 2, -1)
-    cosines = np.asarray(jnp.einsum("bgd,cd->bgc", features, ENCODER.features(params, x), precision="highest"))
+    features = features_of(params, y).reshape(3, 2, -1)
+    cosines = np.asarray(jnp.einsum("bgd,cd->bgc", features, features_of(params, x), precision="highest"))
     expected = [[cosines[b, g, b] - 0.5 * np.delete(cosines[b, g], b).mean() for g in range(2)] for b in range(3)]
     np.testing.assert_allclose(cosine_reward(ENCODER, params, x, y, 2, contrast=0.5), expected, atol=1e-6)
 
 
 def test_a_contrast_at_a_temperature_is_the_log_odds_of_the_original_among_the_batch(params):
     x, y, temperature = images(3), images(6, seed=1), 0.02
-    features = ENCODER.features(params, y).reshape(3, 2, -1)
-    cosines = np.asarray(jnp.einsum("bgd,cd->bgc", features, ENCODER.features(params, x), precision="highest"))
+    features = features_of(params, y).reshape(3, 2, -1)
+    cosines = np.asarray(jnp.einsum("bgd,cd->bgc", features, features_of(params, x), precision="highest"))
     chance = np.exp(cosines / temperature)
     chance /= chance.sum(-1, keepdims=True)
     own = np.stack([chance[b, :, b] for b in range(3)])
@@ -73,7 +74,7 @@ def test_a_high_temperature_is_the_plain_mean_and_a_low_one_the_most_similar_ima
     np.testing.assert_allclose(
         cosine_reward(ENCODER, params, x, y, 1, contrast=0.7, contrast_temperature=50.0), plain, atol=1e-4
     )
-    cosines = np.asarray(ENCODER.features(params, y) @ ENCODER.features(params, x).T)
+    cosines = np.asarray(features_of(params, y) @ features_of(params, x).T)
     most = np.where(np.eye(4, dtype=bool), -np.inf, cosines).max(1)
     low = cosine_reward(ENCODER, params, x, y, 1, contrast=1.0, contrast_temperature=1e-5)
     np.testing.assert_allclose(low[:, 0], np.diag(cosines) - most, atol=1e-4)

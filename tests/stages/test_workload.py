@@ -5,8 +5,9 @@ import pytest
 from configs import presets
 from uae_jax.files.json_files import write_json
 from uae_jax.settings import frozen
+from uae_jax.stages.bootstrap.settings import BootstrapConfig
 from uae_jax.stages.run_config import RunConfig
-from uae_jax.stages.workload import expected_work, passes
+from uae_jax.stages.workload import expected_trainings, expected_work, passes
 from uae_jax.training.progress import COMPILE, EXPORT, SCORES, SCORES_DURING
 
 STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
@@ -45,3 +46,11 @@ def test_what_is_finished_counts_nothing(config, tmp_path):
     assert set(estimate.work) == set(STAGES[2:])
     estimate.step("gen_for_und", 1.0)
     assert estimate.left() == pytest.approx(59 + 60 * 12 / 8)
+
+
+def test_a_bootstrap_is_estimated_by_the_trainings_that_are_left():
+    config = BootstrapConfig()
+    estimate = expected_trainings(config, ("captioner", "decoder"))
+    assert estimate.words() == ""
+    estimate.step("bootstrap_captioner", 1.0)
+    assert estimate.left() == pytest.approx(config.captioner.steps - 1 + config.decoder.steps * 64 / 40)

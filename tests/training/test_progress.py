@@ -39,6 +39,13 @@ def test_the_estimate_covers_stages_that_have_not_run():
     assert estimate.left() == 4 * 3.0 + 30.0 + 14.0
 
 
+def test_nothing_is_estimated_of_a_run_that_nobody_has_described():
+    estimate = Estimate()
+    estimate.step("first", 1.0)
+    estimate.took(COMPILE, 30.0)
+    assert estimate.left() is None and estimate.words() == ""
+
+
 def test_without_weights_there_is_no_estimate_until_every_stage_has_run():
     estimate = Estimate()
     estimate.expect("first", 2)

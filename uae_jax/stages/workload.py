@@ -5,9 +5,11 @@ a factor of about three, and is replaced by the seconds of the stage's own steps
 """
 
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 from uae_jax.methods.stage_settings import RolloutSettings
+from uae_jax.stages.bootstrap.settings import BootstrapConfig
 from uae_jax.stages.run_config import RunConfig, is_rl
 from uae_jax.training.progress import COMPILE, EXPORT, SCORES, SCORES_DURING, Estimate
 from uae_jax.training.records import finished_record
@@ -43,4 +45,14 @@ def expected_work(config: RunConfig, workdir: pathlib.Path) -> Estimate:
         estimate.expect(name, steps)
         if is_rl(stage, config) and every:
             estimate.expect(SCORES_DURING, (steps - 1) // every)
+    return estimate
+
+
+def expected_trainings(config: BootstrapConfig, names: Collection[str]) -> Estimate:
+    """The estimate of a bootstrap whose trainings of these names are left, such as `vae`; weighed by their batches."""
+    trainings = {f"bootstrap_{name}": getattr(config, name) for name in names}
+    estimate = Estimate({name: training.batch_size for name, training in trainings.items()})
+    estimate.expect(COMPILE, len(trainings))
+    for name, training in trainings.items():
+        estimate.expect(name, training.steps)
     return estimate

@@ -48,9 +48,11 @@ class Estimate:
     def __init__(self, work: Mapping[str, float] | None = None) -> None:
         self.work: Mapping[str, float] = work or {}
         self._kinds: dict[str, _Kind] = {}
+        self._expects = False  # whether anybody has said what the run will do
 
     def expect(self, kind: str, units: float) -> None:
         """So many more units of a kind will come; fewer for a negative number."""
+        self._expects = self._expects or units > 0
         known = self._kinds.setdefault(kind, _Kind())
         known.left = max(known.left + units, 0.0)
 
@@ -77,7 +79,9 @@ class Estimate:
         return self.work[kind] * rates[-1] if rates else None
 
     def left(self) -> float | None:
-        """Seconds of everything that is left; None while steps are among it that nothing is known of."""
+        """Seconds of everything that is left; None while nothing is known of a part of it, or of the whole run."""
+        if not self._expects:
+            return None
         total = 0.0
         for name, kind in self._kinds.items():
             seconds = self._seconds_of(name)

@@ -54,10 +54,12 @@ from uae_jax.stages.bootstrap.scene_stream import World, open_world
 from uae_jax.stages.bootstrap.settings import BootstrapConfig
 from uae_jax.stages.bootstrap.unified import frozen_vq
 from uae_jax.stages.weights import ENCODERS, model_folder
+from uae_jax.stages.workload import expected_trainings
 from uae_jax.training.loop import run_stage
 from uae_jax.training.loop_config import LoopConfig
 from uae_jax.training.metrics import MetricWriter
 from uae_jax.training.optimizer import make_optimizer
+from uae_jax.training.progress import Progress
 from uae_jax.training.records import check_configuration
 from uae_jax.training.step import TrainState
 
@@ -81,7 +83,7 @@ class ModelAlone:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Shared by the phases: config, workdir, writer of metrics, root key, tokenizer and kind of scenes."""
+    """Shared by the phases: config, workdir, writer of metrics, root key, tokenizer, kind of scenes, and what is shown."""
 
     config: BootstrapConfig
     workdir: pathlib.Path
@@ -89,6 +91,7 @@ class Run:
     key: jax.Array
     tokenizer: Any
     world: World
+    progress: Progress
 
     @property
     def model(self) -> pathlib.Path:
@@ -132,6 +135,7 @@ def train(
         config=loop,
         writer=run.writer,
         identity=identity(run.config, finished_phases(run.workdir), name),
+        progress=run.progress,
     )
     return result.state
 
@@ -481,15 +485,15 @@ def bootstrap(settings: Mapping[str, Any] | BootstrapConfig, workdir: pathlib.Pa
         model.mkdir(exist_ok=True)
         copy_parts(config, model)
     writer = MetricWriter(workdir, tensorboard=False)
-    run = Run(config, workdir, writer, jax.random.key(config.seed), open_words(config, model, world), world)
-    for name in config.phases:
-        done, phase = PHASES[name]
-        if name not in finished_phases(workdir) or not (model / done).exists():
-            phase(run)
-            finished = finished_phases(workdir)
-            write_json(
-                workdir / "phases.json",
-                finished | {training: digest(config, finished, training) for training in trainings(name)},
-            )
+    finished = finished_phases(workdir)
+    left = [name for name in config.phases if name not in finished or not (model / PHASES[name][0]).exists()]
+    progress = Progress(expected_trainings(config, [training for name in left for training in trainings(name)]))
+    tokenizer = open_words(config, model, world)
+    run = Run(config, workdir, writer, jax.random.key(config.seed), tokenizer, world, progress)
+    for name in left:
+        PHASES[name][1](run)
+        finished = finished_phases(workdir)
+        made = {training: digest(config, finished, training) for training in trainings(name)}
+        write_json(workdir / "phases.json", finished | made)
     writer.close()
     return model
