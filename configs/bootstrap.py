@@ -14,9 +14,8 @@ The preset `unified` makes one network that captions and draws 32-pixel scenes, 
 
     python -m uae_jax.main --config=configs/bootstrap.py:unified --workdir=runs/unified_bootstrap
 
-The preset `small_decoder` makes a decoder of a quarter of the parameters, beside the other parts of the built-in model. It
-is trained until it stops to gain, on true captions alone: what it cannot draw, it has not the size for
-(`benchmarks.second_claim`):
+The preset `small_decoder` makes a decoder of a quarter of the parameters, beside the other parts of the built-in
+model. Its captions are true. What it cannot draw, it has not the size for (`benchmarks.second_claim`):
 
     python -m uae_jax.main --config=configs/bootstrap.py:small_decoder --workdir=runs/small_decoder
 

@@ -83,7 +83,7 @@ class ModelAlone:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Shared by the phases: config, workdir, writer of metrics, root key, tokenizer, kind of scenes, and what is shown."""
+    """Shared by the phases: config, workdir, writer of metrics, root key, tokenizer, kind of scenes, progress."""
 
     config: BootstrapConfig
     workdir: pathlib.Path
