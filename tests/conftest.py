@@ -23,6 +23,9 @@ import gc  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+# tracing makes many objects and little garbage
+gc.set_threshold(200_000, 20, 100)
+
 TESTS = pathlib.Path(__file__).parent
 # folders and files whose tests take a second or less each: mathematics, settings, files, protocols
 FAST = (
@@ -82,10 +85,15 @@ def highest_precision():
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_are_dropped():
-    """A worker that kept the programs of every module would grow to several gigabytes."""
+    """A worker that kept the programs of every module would grow to several gigabytes.
+
+    What is left belongs to libraries: the collector, which would look at a million of their objects again and again,
+    leaves them alone from then on.
+    """
     yield
     jax.clear_caches()
     gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -27,7 +27,10 @@ def test_an_unknown_preset_is_told():
         unified_ar.get_config("huge")
 
 
-@pytest.mark.parametrize("name, billions, adapter", [("janus_pro_1b", 2.077, 30.3), ("janus_pro_7b", 7.408, 75.0)])
+@pytest.mark.parametrize(
+    "name, billions, adapter",
+    [("janus_pro_1b", 2.077, 30.3), pytest.param("janus_pro_7b", 7.408, 75.0, marks=pytest.mark.slow)],
+)
 def test_a_step_of_the_published_size_is_traced(name, billions, adapter):
     config = frozen(RunConfig, unified_ar.get_config(name).to_dict())
     system = abstract_system(config)

@@ -28,6 +28,7 @@ def prepared(tmp_path_factory):
     return folder, Inputs.load(folder / "place")
 
 
+@pytest.mark.slow
 def test_both_sides_compute_the_same(prepared):
     folder, inputs = prepared
     ours, theirs = (
@@ -126,6 +127,7 @@ def test_memory_of_inference_grows_linearly_with_the_caption(prepared):
     assert cache < (fourth - second) / 512 < 2 * cache
 
 
+@pytest.mark.slow
 def test_every_case_of_inference_runs_once(prepared):
     assert len(set(cases())) == len(list(cases())) and {case.kind for case in cases()} == {"captions", "pictures"}
     found = measure(

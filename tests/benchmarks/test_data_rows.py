@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from benchmarks import data_rows
 from uae_jax.data.folder import open_folder
@@ -24,6 +25,7 @@ def test_both_sides_read_the_same_rows(tmp_path):
                 np.testing.assert_array_equal(theirs[index][name], row[name])
 
 
+@pytest.mark.slow
 def test_one_line_for_each_side(tmp_path, capsys):
     sizes = ("--images=8", "--side=64", "--size=32", "--batch=4", "--batches=2", "--cores=1")
     data_rows.main([*sizes, f"--json={tmp_path / 'rows.json'}"])

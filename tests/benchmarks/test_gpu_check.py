@@ -298,6 +298,7 @@ def test_forms_are_compared_with_the_plain_one():
     assert found["hidden_rms"] == pytest.approx((0.5 / 2.5) ** 0.5)
 
 
+@pytest.mark.slow
 def test_both_sides_open_a_folder_without_weights(tmp_path):
     write_configs(tmp_path, SMALL)
     system = jax_side.open_system(tmp_path, 64, "bfloat16")

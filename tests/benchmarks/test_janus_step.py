@@ -17,12 +17,14 @@ def folder(tmp_path_factory):
     return place
 
 
+@pytest.mark.slow
 def test_both_sides_compute_the_same(folder):
     found = janus_step.compare(folder, SIZES["small"], SMALL)
     assert found["greedy captions"] == found["greedy drawings"] == 0
     assert found.keys() > {"caption_loss", "image_loss", "caption_grad_norm", "image_grad_norm"}
 
 
+@pytest.mark.slow
 def test_another_step_is_not_the_same(folder, monkeypatch):
     opened = janus_step.open_torch
 

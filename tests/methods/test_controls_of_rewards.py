@@ -22,6 +22,7 @@ def test_flow_matching_on_the_captioners_captions_moves_the_transformer(matching
     assert float(metrics["loss"]) > 0 and float(metrics["caption_tokens"]) > 0 and "reward_std" not in metrics
 
 
+@pytest.mark.slow
 def test_its_loss_does_not_depend_on_micro_batches(matching):
     adapter = {"transformer_lora": nudged(matching.trained["transformer_lora"], size=0.05)}
     rollout = jax.jit(

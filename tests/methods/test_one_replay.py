@@ -34,7 +34,7 @@ def made(whole, **own):
     return stage
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one update", "two updates"])
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["one update", "two updates"])
 def stage(whole, request):
     return made(whole, updates_per_rollout=request.param)
 
@@ -99,6 +99,7 @@ def test_before_an_update_the_ratio_is_one_and_the_reference_is_the_start(whole)
     assert float(metrics["log_prob_gap_max"]) < 1e-5 and float(metrics["grad_norm"]) > 0
 
 
+@pytest.mark.slow
 def test_micro_batches_and_halves_change_nothing(stage):
     one, two = (gradients(stage.method, stage, stage.rollout, stage.adapter, parts) for parts in (1, 2))
     assert largest_gap(one[0], two[0]) < 1e-4
@@ -114,6 +115,7 @@ def test_micro_batches_and_halves_change_nothing(stage):
     assert -1 <= float(halves[2]["gradient_cosine"][0]) <= 1
 
 
+@pytest.mark.slow
 def test_drawings_are_compared_with_those_of_their_own_start(whole):
     stage = made(whole, starts=2)
     samples = jax.device_get(stage.rollout["samples"])

@@ -189,6 +189,7 @@ def test_a_share_of_the_images_keeps_the_captions_of_the_data(flow_stage, share)
     )
 
 
+@pytest.mark.slow
 def test_drawings_of_a_group_can_begin_with_one_noise_and_differ_by_the_window_alone(whole):
     own = dict(shared_noise=True, window=1, window_low=1, window_high=2, kl_weight=0.0)
     stage = stage_of(whole, "und_for_gen", flow_grpo=own)
@@ -239,6 +240,7 @@ def test_flow_gradient_does_not_depend_on_micro_batches(flow_stage):
     assert float(one[2]["ratio_deviation_max"][0]) < 1e-6 and float(one[2]["kl"][0]) > 0
 
 
+@pytest.mark.slow
 def test_nft_gradient_does_not_depend_on_micro_batches_and_its_levels_belong_to_the_drawing(whole):
     stage = stage_of(whole, "und_for_gen", method="nft", nft=dict(updates_per_rollout=1, kl_weight=0.1))
     stage.adapter = {"transformer_lora": nudged(stage.trained["transformer_lora"], size=0.05)}
@@ -255,6 +257,7 @@ def test_nft_gradient_does_not_depend_on_micro_batches_and_its_levels_belong_to_
     assert len(np.unique(sigma)) == sigma.size and sigma.min() >= 0 and sigma.max() <= 1
 
 
+@pytest.mark.slow
 def test_flow_gradient_of_one_update_is_that_of_a_replayed_rollout(flow_stage):
     stage, _, rollout = flow_stage
     samples, shared = stage.method.with_contexts(rollout), rollout["shared"]
@@ -267,6 +270,7 @@ def test_flow_gradient_of_one_update_is_that_of_a_replayed_rollout(flow_stage):
     np.testing.assert_allclose(unchanged[2]["kl"][0], replayed[2]["kl"][0], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_window_comes_from_the_key_and_is_shared(flow_stage):
     stage, rollout, first = flow_stage
     starts = set()

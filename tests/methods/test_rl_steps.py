@@ -38,6 +38,7 @@ def test_first_ratio_is_exactly_one_and_kl_exactly_zero(captioner):
     assert again["kl"] > 0  # the rollout of the second step is scored against a reference that did not move
 
 
+@pytest.mark.slow
 def test_rollouts_of_8_bits_are_scored_by_the_model_itself(whole, captioner):
     stage = stage_of(whole, "gen_for_und", rollout_weights="int8")
     state = stage.state()
@@ -65,6 +66,7 @@ def _reconstructions(stage, method, completion):
     return np.asarray(pixels).reshape(len(stage.batch["pixels"]), stage.config.group_size, -1)
 
 
+@pytest.mark.slow
 def test_shared_noise_gives_equal_captions_equal_images(captioner):
     stage = captioner[0]
     rows = len(stage.batch["pixels"]) * stage.config.group_size
@@ -162,6 +164,7 @@ def test_flow_settings_that_cannot_work_fail_before_anything_runs(config, tmp_pa
         make_run(changed(config, und_for_gen=setting), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_second_update_of_an_nft_rollout_is_off_policy(whole):
     stage = stage_of(whole, "und_for_gen", method="nft", nft=dict(updates_per_rollout=2, kl_weight=0.1))
     first = stage.state()

@@ -94,6 +94,7 @@ def cold(whole):
     return trained, function, *function(trained)
 
 
+@pytest.mark.slow
 def test_cold_start_gradient_is_the_slope_of_its_loss(cold):
     trained, function, _, gradient = cold
     trained, gradient = jax.device_get((trained, gradient))

@@ -197,7 +197,7 @@ def test_conditional_scores_are_those_of_the_captions_half(parts, rollout):
     assert float(jnp.abs(found[0] - found[2]).max()) > 1e-2
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("train", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_kl_of_a_new_policy_is_zero_and_only_it_is_trained(parts, batch, train):
     fresh = {name: part for name, part in parts.items() if name != "language_lora"}
     own = method(train=train)
@@ -250,6 +250,7 @@ def _shapes(jaxpr) -> set[tuple[int, ...]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_supervised_control_learns_the_data(parts, batch):
     own = method(objective="supervised", caption_dropout=0.5)
     first = stepped(own, parts, batch)[1]

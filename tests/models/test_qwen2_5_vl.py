@@ -308,6 +308,7 @@ def test_truncation_keeps_the_most_probable_and_is_refused_for_training():
         SamplingConfig(top_p=0.0)
 
 
+@pytest.mark.slow
 def test_a_frozen_head_has_the_same_scores_and_gradient_by_the_adapter(params, adapter, rollout):
     @functools.partial(jax.jit, static_argnums=0)
     def scores_and_gradient_by_adapter(frozen_head):

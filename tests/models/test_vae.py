@@ -153,6 +153,7 @@ def test_interleaved_pictures_are_decoded_as_they_are_alone(size):
             assert relative_error(found, expected) <= 1e-4
 
 
+@pytest.mark.slow
 def test_only_a_single_cpu_interleaves(monkeypatch):
     config, params = small()
     latents, seen = jnp.zeros((4, 2, 2, 16)), []

@@ -71,6 +71,7 @@ def test_every_stage_of_every_full_size_preset_is_lowered_for_cards(preset, size
         assert found.attention() == expected, (preset, stage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_small_stage_is_lowered_for_cards(stage):
     found = lower("tiny", stage, ONE, dtype="bfloat16", remat="full")

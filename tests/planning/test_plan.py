@@ -365,6 +365,7 @@ def test_slices_are_libtpu_s_or_say_what_to_install(name, data):
         assert np.prod(np.ptp(places, axis=0) + 1) == len(row)
 
 
+@pytest.mark.slow
 def test_a_run_s_memory_is_that_of_its_own_effort(monkeypatch):
     """Compiled twice, a stage fits by the larger of both."""
     quick, run = Memory(1 * GIB, 6 * GIB, 7 * GIB, seconds=3.0), Memory(1 * GIB, 10.5 * GIB, 11.5 * GIB, seconds=90.0)
@@ -497,6 +498,7 @@ def test_wrong_arguments_are_one_line(arguments, message, monkeypatch):
     assert re.fullmatch(f"error: .*{re.escape(message)}.*", stop.value.code)
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_2_where_a_stage_does_not_fit(monkeypatch, capsys, without_wheels):
     monkeypatch.setattr(plan_command, "prepare_environment", lambda topology: None)
     arguments = [f"--config=unified_grpo:{LARGE}", "--stages=pretrain", "--config.pretrain.micro_batches=256"]

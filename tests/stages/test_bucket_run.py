@@ -91,6 +91,7 @@ def check_same_run(store, config, folders, workdir, stages, monkeypatch):
     assert b"<html" in store.contents("lab")["runs/a/report.html"]
 
 
+@pytest.mark.slow
 def test_a_run_by_url_stops_continues_and_ends_with_the_bytes_of_a_local_one(
     store, config, folders, tmp_path, monkeypatch
 ):

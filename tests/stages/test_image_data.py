@@ -63,6 +63,7 @@ SHORT = (
 )
 
 
+@pytest.mark.slow
 def test_gen_for_und_trains_on_photographs_without_captions(folder, tmp_path, capsys):
     (folder / "copy.jpg").write_bytes((folder / "coffee.jpg").read_bytes())
     (folder / "damaged.jpg").write_bytes((folder / "coins.jpg").read_bytes()[:-300])

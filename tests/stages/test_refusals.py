@@ -103,7 +103,9 @@ def test_settings_that_cannot_work_end_with_one_line(workdir, capsys, setting, m
     assert _contents(workdir) == before
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "signum, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_says_so_and_exits_as_the_shell_expects(tmp_path, monkeypatch, capsys, signum, code):
     def stopped(config, workdir, seconds_at_peak):
         raise StopTraining("gen_for_und", 7, signum)

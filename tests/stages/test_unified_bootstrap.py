@@ -68,6 +68,7 @@ def test_phases_of_two_models_are_refused(tmp_path):
         bootstrap(config.to_dict(), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_tokenizer_reaches_every_part_of_it():
     sizes = VQConfig(codes=8, latent=32, base=32, multipliers=(1, 1), layers=1, grid=2)
     params, images = tokens.init_params(sizes, jax.random.key(0)), jnp.asarray(_images(2, 4))
