@@ -50,7 +50,7 @@ def expected_work(config: RunConfig, workdir: pathlib.Path) -> Estimate:
 
 def expected_trainings(config: BootstrapConfig, names: Collection[str]) -> Estimate:
     """The estimate of a bootstrap whose trainings of these names are left, such as `vae`; weighed by their batches."""
-    trainings = {f"bootstrap_{name}": getattr(config, name) for name in names}
+    trainings = {f"bootstrap_{name}": getattr(config, name) for name in names if getattr(config, name).steps}
     estimate = Estimate({name: training.batch_size for name, training in trainings.items()})
     estimate.expect(COMPILE, len(trainings))
     for name, training in trainings.items():
