@@ -13,17 +13,18 @@ from uae_jax.methods.stage_settings import SupervisedSettings
 from uae_jax.settings import Mistakes
 from uae_jax.training.step import init_state
 
+# stage, its settings, and the slots that write the captions of all parts
 CASES = {
-    "gen_for_und": ("gen_for_und", dict(batch_size=4, group_size=3)),
-    "flow_grpo": ("und_for_gen", dict(batch_size=4, group_size=2, flow_grpo=dict(advantage_scale="batch"))),
-    "nft": ("und_for_gen", dict(batch_size=4, group_size=2, method="nft", nft=dict(advantage_scale="batch"))),
+    "gen_for_und": ("gen_for_und", dict(batch_size=4, group_size=3), 5),
+    "flow_grpo": ("und_for_gen", dict(batch_size=4, group_size=2, flow_grpo=dict(advantage_scale="batch")), 0),
+    "nft": ("und_for_gen", dict(batch_size=4, group_size=2, method="nft", nft=dict(advantage_scale="batch")), 3),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_parts_change_neither_samples_nor_gradient(whole, case):
-    name, settings = CASES[case]
+    name, settings, slots = CASES[case]
     stage = stage_of(whole, name, **settings)
     (trained,) = stage.trained
     adapter = {trained: nudged(stage.trained[trained], size=0.05)}
@@ -38,7 +39,7 @@ def test_parts_change_neither_samples_nor_gradient(whole, case):
         return jax.device_get(jax.jit(step)(adapter))
 
     whole_batch, gradients, loss = outcome(stage.method, 1)
-    in_parts, accumulated, same = outcome(varied(stage.method, rollout_parts=2), 4)
+    in_parts, accumulated, same = outcome(varied(stage.method, rollout_parts=2, rollout_slots=slots), 4)
     assert set(whole_batch["samples"]) == set(in_parts["samples"]) and "advantage" in in_parts["samples"]
     assert np.ptp(whole_batch["samples"]["advantage"]) > 0.5
     scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))

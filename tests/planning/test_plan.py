@@ -16,6 +16,7 @@ import pytest
 from configs import presets
 from uae_jax import plan as plan_command
 from uae_jax import sharding, trees
+from uae_jax.models.language.config import TextConfig
 from uae_jax.nn.attention import attention
 from uae_jax.planning import plan, published
 from uae_jax.planning.cards import TARGETS
@@ -35,7 +36,7 @@ from uae_jax.planning.flops import Count, Work
 from uae_jax.planning.hlo_seconds import LATENCY
 from uae_jax.planning.links import Received
 from uae_jax.planning.plan import Compiling, make_plan, mesh_sizes
-from uae_jax.planning.roofline import MeshSizes, Rollout, Updates, gradient_bytes, roofline
+from uae_jax.planning.roofline import MeshSizes, Rollout, Updates, gradient_bytes, group_sums, roofline
 from uae_jax.planning.system import abstract_system
 from uae_jax.planning.table import StagePlan, as_json, text_table
 from uae_jax.settings import frozen
@@ -296,6 +297,11 @@ def test_the_roofline_is_bound_by_the_slowest_of_its_terms():
     reads = Count(decoding=Work(weight_bytes=size, other_bytes=4 * chip.memory_bandwidth))
     shared = roofline(reads, 0.0, topology, sizes, Rollout(0.0, ways=4, key_copies=2))
     assert shared.decoding == shared.memory == 0.75 + 2.0 and shared.links == 0.0
+    # of two rows a device, eight of the group: an all-reduce of 5 arrays [8, 64] a token, and logits of the own rows
+    sums = group_sums(2, 10, 4, TextConfig(vocab_size=128, width=64, layers=2, dtype="bfloat16"))
+    assert sums == Received(10 * (2 * 0.75 * 5 * 8 * 64 * 2 + 0.75 * 2 * 128 * 4))
+    joined = roofline(reads, 0.0, topology, sizes, Rollout(0.0, ways=4, key_copies=2, sums=sums * 1e6))
+    assert joined.links == pytest.approx(sums.links * 1e6 / topology.links) and joined.decoding == joined.links
     assert (
         roofline(second + decoding, 0.0, topology, sizes).seconds == 1 + found.seconds
     )  # sampling and the rest follow each other

@@ -25,12 +25,12 @@ from jaxtyping import Array, Float
 
 from uae_jax import trees
 from uae_jax.methods.method import Described, Loss
+from uae_jax.methods.rollout_captions import captions_first, write_captions
 from uae_jax.methods.stage_settings import DecodedRollouts, SamplerConfig, UpdateSettings, rollout_denoising
 from uae_jax.methods.token_loss import TokenLoss, token_loss
 from uae_jax.models import condition, uae
 from uae_jax.models.language import model as lm
 from uae_jax.models.language.generate import Completion
-from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rewards import caption_similarity
@@ -43,7 +43,6 @@ from uae_jax.rollouts.captioning import (
     PROMPT_FIELDS,
     caption_metrics,
     encode_batch_images,
-    sample_captions,
 )
 from uae_jax.rollouts.reconstruction import caption_context, draw_from, initial_noise
 from uae_jax.settings import changed, setting
@@ -112,6 +111,12 @@ class GenForUnd:
     def replay(self) -> bool:
         """Whether the rollout is scored again for the old log-probabilities."""
         return self.settings.updates_per_rollout > 1
+
+    def captions_first(self, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict[str, Completion]:
+        """See `rollout_captions`; the supervised control writes none."""
+        if self.settings.objective == "supervised":
+            return {}
+        return captions_first(self.settings, self.system, params, frozen, batch, key)
 
     def rollout(self, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict:
         """Captions, reconstructions, rewards, and the log-probabilities that the loss compares with.
@@ -194,21 +199,7 @@ class GenForUnd:
         self, parts: Mapping, batch: Mapping, image_embeds: Float[Array, "b p d"], key: Array
     ) -> Completion:
         """G sampled captions of each image, rows of a group together: `[B * G, T]`; keys by global sample id."""
-        settings = self.settings
-        return sample_captions(
-            self.system.model,
-            parts,
-            batch,
-            key,
-            image_embeds,
-            max_new_tokens=settings.max_new_tokens,
-            stops=self.system.stops,
-            sampling=SamplingConfig(settings.temperature),
-            group=settings.group_size,
-            gather_weights=settings.gather_weights,
-            weights=settings.rollout_weights,
-            ways=settings.rollout_ways,
-        )
+        return write_captions(self.settings, self.system, parts, batch, key, image_embeds)
 
     def reconstruct(
         self, parts: Mapping, batch: Mapping, image_embeds: Float[Array, "b p d"], completion: Completion, key: Array

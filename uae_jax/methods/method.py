@@ -67,7 +67,9 @@ class Learner(Protocol):
     """What the train step needs.
 
     A learner has one `loss` (`SingleLoss`), or several `streams`: {name: (weight, loss)}. Where rewards are compared in
-    another way than in groups of `group_size`, it has `advantages(reward) -> (what samples get, metrics)`.
+    another way than in groups of `group_size`, it has `advantages(reward) -> (what samples get, metrics)`. Where
+    it makes something of the whole batch before the parts of a rollout, `captions_first(params, frozen, batch, key)`
+    has the new fields of the batch.
 
     Attributes:
       settings: of `stage_settings.StageSettings`; with rewards also `group_size` and `advantage_scale`, and
@@ -281,6 +283,8 @@ def make_rollout(method: Learner, params: PyTree, frozen: PyTree, batch: PyTree,
       ValueError: the batch does not divide into the parts.
     """
     count = method.settings.rollout_parts
+    first = getattr(method, "captions_first", None)
+    batch = batch if first is None else batch | first(params, frozen, batch, key)
 
     def part(rows: PyTree) -> dict[str, PyTree]:
         found = {"shared": {}, "metrics": {}, **method.rollout(params, frozen, with_floats(rows), key)}

@@ -106,6 +106,11 @@ class RolloutSettings(StageSettings):
         if self.batch_size % self.rollout_parts:
             yield f"rollout_parts is {self.rollout_parts}; it must divide batch_size, which is {self.batch_size}"
 
+    @property
+    def captions_per_image(self) -> int:
+        """Captions that a rollout writes of an image."""
+        return self.group_size
+
     def trained_part(self, base: str) -> str:
         """Name of what is trained of a part: its adapter, or its fully fine-tuned copy."""
         return f"{base}_lora" if self.train == "lora" else f"{base}_policy"
@@ -127,6 +132,13 @@ class DecodedRollouts(RolloutSettings):
         "the captioner's kernels while it samples: as the model has them, or rounded to 8 bits, half the bytes that a "
         "token reads; captions are scored by the model itself, and log_prob_gap says how far the two are apart",
         choices=("model", "int8"),
+    )
+    rollout_slots: int = setting(
+        0,
+        "captions that one device samples at once, of all parts of a rollout together: one that ends makes room for "
+        "the next, and no part waits for its longest; 0 for all of a part; the same captions, on one device",
+        low=0,
+        free=True,
     )
     rollout_ways: int = setting(
         0,

@@ -20,9 +20,10 @@ from jaxtyping import Array, Bool, Float
 
 from uae_jax import trees
 from uae_jax.methods.method import STAGES, Described
+from uae_jax.methods.rollout_captions import captions_first, write_captions
 from uae_jax.methods.stage_settings import DecodedRollouts, SamplerConfig, UpdateSettings, rollout_denoising
 from uae_jax.models.decoder import Context
-from uae_jax.models.language.sampling import SamplingConfig
+from uae_jax.models.language.generate import Completion
 from uae_jax.nn.constrain import constrain_rows, ways
 from uae_jax.rewards.similarity import chosen_encoders, mixed_reward, term_metrics
 from uae_jax.rl.losses import Metrics
@@ -32,7 +33,6 @@ from uae_jax.rollouts.captioning import (
     PROMPT_FIELDS,
     caption_metrics,
     drawn_captions,
-    sample_captions,
 )
 from uae_jax.rollouts.reconstruction import Denoising, caption_context, decode, sample_keys
 from uae_jax.settings import changed, sections, setting
@@ -111,6 +111,11 @@ class UndForGenConfig(DecodedRollouts):
         return self.own.rows_of(self.group_size)
 
     @property
+    def captions_per_image(self) -> int:
+        """One, unless the method draws several captions of an image."""
+        return getattr(self.own, "captions", 1)
+
+    @property
     def compared_samples(self) -> int:
         """Drawings whose rewards are compared with each other."""
         return self.own.compared_of(self.group_size)
@@ -187,6 +192,10 @@ class DecoderMethod:
         """The sampler of rollouts."""
         return rollout_denoising(self.system.model, self.settings, self.sampler, self.settings.guidance_scale)
 
+    def captions_first(self, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict[str, Completion]:
+        """See `rollout_captions`."""
+        return captions_first(self.settings, self.system, params, frozen, batch, key)
+
     def contexts(self, parts: Mapping, batch: Mapping, key: Array) -> tuple[Context, Context | None, Metrics]:
         """What the decoder reads.
 
@@ -200,18 +209,7 @@ class DecoderMethod:
           None, and metrics of the captions.
         """
         settings, model = self.settings, self.system.model
-        completion = sample_captions(
-            model,
-            parts,
-            batch,
-            key,
-            max_new_tokens=settings.max_new_tokens,
-            stops=self.system.stops,
-            sampling=SamplingConfig(settings.temperature),
-            gather_weights=settings.gather_weights,
-            weights=settings.rollout_weights,
-            ways=settings.rollout_ways,
-        )
+        completion = write_captions(settings, self.system, parts, batch, key)
         tokens, lengths = drawn_captions(settings.data_captions, completion, batch, key)
         ended = completion.finished if not settings.data_captions else jnp.ones_like(completion.finished)
         mask = jnp.arange(tokens.shape[1]) < (lengths + ended)[:, None]

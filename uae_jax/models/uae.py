@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Key
 
 from uae_jax.models.condition import ConditionTemplate
 from uae_jax.models.decoder import Context, Decoder, Parts, TransformerSizes
+from uae_jax.models.language.config import TextConfig
 from uae_jax.models.language.model import ADAPTER_PATTERN
 from uae_jax.models.parts import captioner_weights, transformer_weights
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
@@ -66,9 +67,9 @@ class UAE:
         return {"language": ADAPTER_PATTERN, "transformer": self.decoder.lora_targets}
 
     @property
-    def key_heads(self) -> int:
-        """Of the network that writes captions."""
-        return self.captioner.text.key_heads
+    def text(self) -> TextConfig:
+        """Sizes of the language model that writes captions."""
+        return self.captioner.text
 
     @property
     def own_encoder(self) -> bool:

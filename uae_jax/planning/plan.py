@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from uae_jax import sharding, trees
 from uae_jax.methods import STAGES
+from uae_jax.models.language.config import TextConfig
 from uae_jax.nn.attention import use_attention
 from uae_jax.planning.chips import Topology, parse_topology
 from uae_jax.planning.collectives import received_by_kind
@@ -19,7 +20,7 @@ from uae_jax.planning.hlo import Module
 from uae_jax.planning.hlo_seconds import program_seconds
 from uae_jax.planning.loading import Loading, plan_loading
 from uae_jax.planning.remedies import smaller
-from uae_jax.planning.roofline import MeshSizes, Rollout, Updates, roofline
+from uae_jax.planning.roofline import MeshSizes, Rollout, Updates, group_sums, roofline
 from uae_jax.planning.system import abstract_system
 from uae_jax.planning.table import Compiled, StagePlan
 from uae_jax.settings import frozen
@@ -71,14 +72,17 @@ def step_work(config: RunConfig, system: AnyAbstract, stage: str) -> Count:
         return count_work(program.step, program.arguments, (0, 1), trips=trips)
 
 
-def rollout_of(settings: Any, key_heads: int) -> Rollout:
+def rollout_of(settings: Any, text: TextConfig, sizes: MeshSizes) -> Rollout:
     """The layout of a stage's captioner while it samples; with `gather_weights` the copy that reads the prompts serves
     all tokens.
     """
     if not getattr(settings, "gather_weights", False):
         return Rollout()
-    ways = getattr(settings, "rollout_ways", 0) or 1
-    return Rollout(0.0, ways, max(ways // key_heads, 1))
+    ways = getattr(settings, "rollout_ways", 0)
+    if not ways:
+        return Rollout(0.0)
+    rows = settings.batch_size * settings.captions_per_image / sizes.batch
+    return Rollout(0.0, ways, max(ways // text.key_heads, 1), group_sums(rows, settings.max_new_tokens, ways, text))
 
 
 def step_updates(config: RunConfig, program: Program) -> Updates:
@@ -107,7 +111,7 @@ def plan_stage(
     count = step_work(config, system, stage)
     plain = without_recomputation(config)
     model_flops = step_work(plain, abstract_system(plain), stage).flops
-    rollout = rollout_of(program.config, system.model.key_heads)
+    rollout = rollout_of(program.config, system.model.text, sizes)
     return StagePlan(
         stage,
         program.config.batch_size,

@@ -6,6 +6,7 @@ also reads and writes activations, and its kernels and collectives do not reach 
 
 import dataclasses
 
+from uae_jax.models.language.config import TextConfig
 from uae_jax.planning.chips import Topology
 from uae_jax.planning.flops import Count, Work
 from uae_jax.planning.links import Group, Received, gathered, summed
@@ -57,11 +58,13 @@ class Rollout:
       gathers: gathers of the weights per sampled token: 1, or 0 where a copy of them stays for the rollout.
       ways: devices that share a copy; each reads its part for the rows of all.
       key_copies: devices of a group that hold the same key heads.
+      sums: what a device receives from its group in a step, see `group_sums`.
     """
 
     gathers: float = 1.0
     ways: int = 1
     key_copies: int = 1
+    sums: Received = Received()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +74,8 @@ class Roofline:
     Attributes:
       compute: products at the chip's peak.
       memory: reads of weights for every product, and of keys and values in sampling, at the memory's bandwidth.
-      links: receipt of the other devices' weight shards, once for each run of the loop that selects them, and of
-        gradients.
+      links: receipt of the other devices' weight shards, once for each run of the loop that selects them, of
+        gradients, and of the sums of a group that shares the captioner.
       decoding: the part of the bound inside sampling loops.
       seconds: the bound: the largest of the three terms in sampling, plus the largest in the rest.
       utilisation: model FLOPs (without recomputation) over the chips' peak FLOPs in that time; at most so much.
@@ -105,6 +108,22 @@ def gradient_bytes(updates: Updates, topology: Topology, sizes: MeshSizes) -> Re
     return (gathered(size, fsdp) + summed(size / sizes.fsdp, data)) * updates.sums
 
 
+def group_sums(rows: float, tokens: int, ways: int, text: TextConfig) -> Received:
+    """What a device receives while it samples, from the others that share the captioner (`shared_decoding`).
+
+    For each token these are two sums a layer and one of the embeddings, over the rows of all, and the logits of its own
+    rows.
+
+    Args:
+      rows: captions of a device in a step; tokens: of each.
+      ways: devices that share a copy.
+      text: sizes of the captioner.
+    """
+    group, width = Group(ways), 2 if text.dtype == "bfloat16" else 4
+    joined = summed((2 * text.layers + 1) * ways * rows * text.width * width, group)
+    return (joined + gathered(rows * text.vocab_size * 4, group)) * tokens
+
+
 def roofline(
     count: Count,
     model_flops: float,
@@ -120,11 +139,11 @@ def roofline(
       model_flops: of the step without recomputation.
       topology: the chips; a `cpu` topology has no peak, and the result is NaN.
       sizes: of the mesh.
-      rollout: layout of the captioner while it samples; the sums of its groups are not counted.
+      rollout: layout of the captioner while it samples.
       updates: the gradients.
     """
     compute, memory, received = _terms(count.decoding, topology, sizes, rollout)
-    received = received * rollout.gathers
+    received = received * rollout.gathers + rollout.sums
     decoding = compute, memory, received.seconds(topology)
     compute, memory, weights = _terms(count.rest, topology, sizes, None)
     gradients = gradient_bytes(updates, topology, sizes)

@@ -4,6 +4,7 @@ Shape letters: b images, n captions, t caption tokens, p image patches, e image 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -16,9 +17,10 @@ from uae_jax.models.language.config import CaptionerConfig
 from uae_jax.models.language.generate import Completion, generate
 from uae_jax.models.language.model import Prefix
 from uae_jax.models.language.sampling import SamplingConfig
+from uae_jax.models.language.slots import generate_in_slots
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.nn import int8
-from uae_jax.nn.constrain import ways
+from uae_jax.nn.constrain import ways as spread
 from uae_jax.nn.device import platform
 from uae_jax.rl.losses import Metrics
 from uae_jax.rollouts import shared_sampling
@@ -52,6 +54,8 @@ def sample_captions(
     gather_weights: bool = False,
     weights: str = "model",
     ways: int = 0,
+    slots: int = 0,
+    parts_of_prompts: int = 1,
 ) -> Completion:
     """Captions by the policy, n = b * group rows, those of a group together.
 
@@ -67,17 +71,18 @@ def sample_captions(
       sampling: temperature and truncation.
       group: captions per image.
       gather_weights, weights: see `for_decoding`.
-      ways: see `complete_prompts`.
+      ways, slots: see `complete_prompts`.
+      parts_of_prompts: the prompts are read in so many parts; a divisor of b.
     """
     params, adapter = uae.captioner_weights(parts, policy=True)
-    images = encode_batch_images(model, parts, batch) if image_embeds is None else image_embeds
     if model.banned:
         sampling = dataclasses.replace(sampling, banned=model.banned)
+    read = functools.partial(_prompts, model, parts, batch, image_embeds, parts_of_prompts)
     return complete_prompts(
         model.captioner,
         params,
         adapter,
-        lambda params, adapter: qwen.prompt_prefix(model.captioner, params, adapter, batch, images),
+        read,
         sample_keys(trees.name_key(key, "caption"), batch["sample_id"], group),
         max_new_tokens=max_new_tokens,
         stops=stops,
@@ -86,7 +91,34 @@ def sample_captions(
         gather_weights=gather_weights,
         weights=weights,
         ways=ways,
+        slots=slots,
     )
+
+
+def _prompts(
+    model: uae.UAE,
+    parts: Mapping[str, Tree],
+    batch: Mapping[str, Array],
+    image_embeds: Float[Array, "b e d"] | None,
+    count: int,
+    params: Tree,
+    adapter: Tree | None,
+) -> Prefix:
+    """The prompts of a batch, read in `count` parts."""
+
+    def read(rows: Mapping[str, Array]) -> Prefix:
+        images = encode_batch_images(model, parts, rows) if image_embeds is None else rows["image_embeds"]
+        return qwen.prompt_prefix(model.captioner, params, adapter, rows, images)
+
+    def rows_first(prefix: Prefix) -> Prefix:
+        kv = jax.tree.map(lambda x: x.swapaxes(0, 1), prefix.memory.kv)
+        return prefix._replace(memory=prefix.memory._replace(kv=kv))
+
+    seen = {name: batch[name] for name in (*IMAGE_FIELDS, *PROMPT_FIELDS) if name in batch}
+    seen |= {} if image_embeds is None else {"image_embeds": image_embeds}
+    if count == 1:
+        return read(seen)
+    return rows_first(trees.map_parts(lambda rows: rows_first(read(rows)), trees.cut(seen, count)))
 
 
 def complete_prompts(
@@ -103,6 +135,7 @@ def complete_prompts(
     gather_weights: bool,
     weights: str = "model",
     ways: int = 0,
+    slots: int = 0,
 ) -> Completion:
     """Completions of the prompts of any captioner.
 
@@ -115,7 +148,15 @@ def complete_prompts(
       max_new_tokens, stops, sampling, group, gather_weights, weights: see `sample_captions`.
       ways: devices that share one gathered copy of the language model (`shared_sampling`); 0 for one copy a device, in
         the form that suits it.
+      slots: completions that one device samples at once (`language.slots`); 0 for all.
+
+    Raises:
+      ValueError: slots, and a batch that lies on several devices.
     """
+    if slots and spread("batch") > 1:
+        raise ValueError(
+            f"rollout_slots is {slots}; it is for one device, and the batch lies on {spread('batch')}: set it to 0"
+        )
     if gather_weights and ways and shared_sampling.applies(config, len(keys) // group, ways):
         params = rounded(params) if weights == "int8" else params
         prefix = prefix_of(params, adapter)
@@ -132,7 +173,8 @@ def complete_prompts(
             group=group,
         )
     params, adapter, packed = for_decoding(config, params, adapter, gather_weights, weights)
-    return generate(
+    sample = functools.partial(generate_in_slots, slots=slots) if slots else generate
+    return sample(
         config,
         params,
         adapter,
@@ -164,7 +206,7 @@ def for_decoding(
       weights: "int8" rounds the kernels of the layers to 8 bits before they are gathered; see `nn.int8`. They are not
         packed for GPUs then.
     """
-    packed = gather_weights and platform() == "gpu" and ways("heads") == 1 and weights == "model"
+    packed = gather_weights and platform() == "gpu" and spread("heads") == 1 and weights == "model"
     params = rounded(params) if weights == "int8" else params
     if gather_weights:
         language, dtype = params["language"], config.text.dtype

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Int
 
 from uae_jax.models.condition import ConditionTemplate, place_in_template
 from uae_jax.models.janus.config import JanusConfig
+from uae_jax.models.language.config import TextConfig
 from uae_jax.models.language.model import ADAPTER_PATTERN
 
 
@@ -33,9 +34,9 @@ class Unified:
         return {"language": ADAPTER_PATTERN}
 
     @property
-    def key_heads(self) -> int:
-        """Of the language model."""
-        return self.network.text.key_heads
+    def text(self) -> TextConfig:
+        """Sizes of the language model."""
+        return self.network.text
 
     @property
     def own_encoder(self) -> bool:

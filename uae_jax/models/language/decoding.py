@@ -175,7 +175,7 @@ def decode_token(
     caches: Sequence[Cache],
     embeds: Float[Array, "n d"],
     positions: Int[Array, " n"],
-    index: Int[Array, ""],
+    index: Int[Array, ""] | Int[Array, " n"],
     visible: Bool[Array, "n s+t"],
 ) -> tuple[Float[Array, "n d"], tuple[Cache, ...]]:
     """One token of every row through all layers.
@@ -185,7 +185,7 @@ def decode_token(
       layers: of `pack`; final_scale: of the last norm.
       caches: of `start_caches`, filled so far.
       embeds: of the tokens; positions: the same on all three axes.
-      index: where the keys of this token are written, S + t.
+      index: where the keys of this token are written, S + t, of all rows or of each.
       visible: which entries of the cache count, with that of this token.
 
     Returns:
@@ -213,13 +213,18 @@ def _layer(
     query = apply_rope(query.reshape(rows, config.heads, width), angles)
     key = apply_rope(key.reshape(rows, config.key_heads, width), angles)
     new = Cache(key, value.reshape(rows, config.key_heads, width))
-    cache = Cache(
-        *(lax.dynamic_update_slice_in_dim(old, part[:, :, None], index, axis=2) for old, part in zip(cache, new))
-    )
+    cache = Cache(*(_write(old, part, index) for old, part in zip(cache, new)))
     mixed = _attend(query.reshape(rows, config.key_heads, -1, width), cache, visible)
     x = x + apply_product(layer.output, mixed.reshape(rows, -1))
     gate, up = jnp.split(apply_product(layer.gate_and_up, normed(config, layer.mlp_scale, x)), 2, axis=1)
     return x + apply_product(layer.down, jax.nn.silu(gate) * up), cache
+
+
+def _write(cache: Array, new: Array, index: Array) -> Array:
+    """Entries `[N, J, K]` at the same place of each row's cache, or at a place of its own."""
+    if index.ndim:
+        return cache.at[jnp.arange(len(cache)), :, index].set(new)
+    return lax.dynamic_update_slice_in_dim(cache, new[:, :, None], index, axis=2)
 
 
 def _attend(query: Array, cache: Cache, visible: Array) -> Array:

@@ -127,13 +127,13 @@ def sample_sequences(
 
     def body(state: _State) -> _State:
         step, done = state.step, state.completion.finished
-        token, log_prob = _sample(logits(state.hidden), keys, step, sampling)
+        token, log_prob = sample_rows(logits(state.hidden), keys, step, sampling)
         token = jnp.where(done, pad, token)
         completion = Completion(
             tokens=state.completion.tokens.at[:, step].set(token),
             mask=state.completion.mask.at[:, step].set(~done),
             log_probs=state.completion.log_probs.at[:, step].set(jnp.where(done, 0.0, log_prob)),
-            finished=done | _is_stop(token, stop_ids),
+            finished=done | is_stop(token, stop_ids),
         )
         hidden, cache = decoder.advance(state.cache, embed(token), step)
         return _State(step + 1, completion, cache, hidden)
@@ -241,13 +241,21 @@ def _packed(
     return advance, decoding.start_caches(config.text, prefix.memory, group, length)
 
 
-def _sample(logits: Array, keys: Array, step: Array, sampling: SamplingConfig) -> tuple[Array, Array]:
-    uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
+def sample_rows(
+    logits: Float[Array, "n v"],
+    keys: Key[Array, " n"],
+    step: Int[Array, "#n"] | Int[Array, ""],
+    sampling: SamplingConfig,
+) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
+    """A token of each row and its log-probability, by the row's key at its step."""
+    steps = jnp.broadcast_to(step, keys.shape)
+    uniforms = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)))(keys, steps)
     token = sample_tokens(truncate(logits, sampling), uniforms, sampling.temperature)
     return token, model.token_log_probs(logits / (sampling.temperature or 1.0), token)[0]
 
 
-def _is_stop(token: Array, stop_ids: tuple[int, ...]) -> Array:
+def is_stop(token: Int[Array, " n"], stop_ids: tuple[int, ...]) -> Bool[Array, " n"]:
+    """Which tokens end a row."""
     if not stop_ids:
         return jnp.zeros(token.shape, bool)
     return jnp.any(token[:, None] == jnp.asarray(stop_ids), axis=-1)
