@@ -55,6 +55,12 @@ def add_arguments(parser: CommandParser, overrides: Sequence[tuple[str, str]]) -
         default="quick",
         help="default: compile for TPUs a second time, as a run does, and fit by the larger memory; takes long",
     )
+    parser.add_argument(
+        "--cycles",
+        action="store_true",
+        help="for v5e and v6e: compile sampling of captions and one evaluation of the denoiser as a run does, and "
+        "print libtpu's own estimates",
+    )
     parser.add_argument("--json", help="file for all figures, unrounded")
     parser.add_argument(
         "--fits",
@@ -100,7 +106,7 @@ def plan(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> i
         options.topology,
         tuple(name for name in options.stages.split(",") if name),
         lambda plan: print(f"{plan.stage}: {gib(plan.memory.peak):.2f} GiB a device", file=sys.stderr, flush=True),
-        Compiling(texts, options.effort == "default"),
+        Compiling(texts, options.effort == "default", options.cycles),
     )
     loading = loading_of(config, topology, sizes)
     print(text_table(plans, topology, sizes, config["preset"], loading))

@@ -234,3 +234,15 @@ def test_twice_as_fast_links_halve_the_waits():
     text = entry("%p = f32[512,4096]{1,0:T(8,128)} parameter(0)", f"ROOT %g = {SQUARE} all-gather(%p), {GATHER}")
     one, two = (seconds(text, topology).seconds - LATENCY for topology in (V5E, fast))
     assert one == pytest.approx(2 * two)
+
+
+def test_libtpu_s_cycles_replace_the_roofline_where_it_estimates_them():
+    config = 'backend_config={"window_config":{"kernel_window_bounds":["16"],"estimated_cycles":"%d"}}'
+    product, copy = config % 3_000_000, config % 1_500
+    text = SCAN.replace("calls=%product, ", f"calls=%product, {product}, ").replace("copy(%x)", f"copy(%x), {copy}")
+    module = Module(text)
+    roofline, found = program_seconds(module, V5E), program_seconds(module, V5E, cycles=True)
+    assert found.kinds[PRODUCTS] == pytest.approx(36 * 2e-3) and roofline.kinds == seconds(SCAN).kinds
+    small = found.kinds[VECTOR] - 1e-6  # what has no cycles keeps the roofline
+    assert small == pytest.approx(roofline.kinds[VECTOR] - 8 * 2048 * 2 / MEMORY, abs=1e-12)
+    assert [loop.name for loop in found.loops] == ["loop", ""]

@@ -32,6 +32,8 @@ class Chip:
       device_kind: libtpu's or CUDA's name.
       network_bandwidth: bytes per second received from other slices or hosts.
       axes: of the grid of links; 0 for cards, which all others of a host reach at once.
+      clock: cycles per second of libtpu's estimates, those with which its products take their time at the peak; NaN
+        where that was not seen.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Chip:
     device_kind: str
     network_bandwidth: float = CARD_NETWORK
     axes: int = 0
+    clock: float = math.nan
 
 
 CHIPS = {
@@ -49,9 +52,9 @@ CHIPS = {
     for chip in (
         # no page has the network of v4; 200 Gbit/s for the four chips of a host are assumed
         Chip("v4", 32 * GIB, 275e12, 1228e9, 300e9, "TPU v4", 6.25e9, 3),
-        Chip("v5e", 16 * GIB, 197e12, 819e9, 200e9, "TPU v5 lite", 3.125e9, 2),
+        Chip("v5e", 16 * GIB, 197e12, 819e9, 200e9, "TPU v5 lite", 3.125e9, 2, 1.5e9),
         Chip("v5p", 95 * GIB, 459e12, 2765e9, 600e9, "TPU v5", 6.25e9, 3),
-        Chip("v6e", 32 * GIB, 918e12, 1638e9, 400e9, "TPU v6 lite", 12.5e9, 2),
+        Chip("v6e", 32 * GIB, 918e12, 1638e9, 400e9, "TPU v6 lite", 12.5e9, 2, 1.75e9),
         # each of a chip's two chiplets is a device: half of 192 GiB, 2307 TFLOP/s, 7380 GB/s, 600 GB/s per direction,
         # and 100 Gbit/s of the network
         Chip("7x", 96 * GIB, 1153.5e12, 3690e9, 300e9, "TPU7x", 6.25e9, 3),

@@ -147,6 +147,11 @@ def _cards(topology: Topology) -> list[Any]:
     return list(found.devices)
 
 
+def effort_of(effort: float) -> dict[str, Any]:
+    """Options of libtpu."""
+    return {"exec_time_optimization_effort": effort}
+
+
 def compile_program(program: Program, mesh: Mesh, effort: float = QUICK) -> tuple[Memory, str]:
     """Compiles a step for the devices of a mesh: its memory, and the compiled program's text.
 
@@ -157,7 +162,7 @@ def compile_program(program: Program, mesh: Mesh, effort: float = QUICK) -> tupl
       mesh: of devices that may be absent.
       effort: libtpu's, from -1 to 1; runs have `RUN`.
     """
-    options = {"tpu": {"exec_time_optimization_effort": effort}, "gpu": QUICK_GPU}.get(mesh.devices.flat[0].platform)
+    options = {"tpu": effort_of(effort), "gpu": QUICK_GPU}.get(mesh.devices.flat[0].platform)
     begin, resident = time.monotonic(), resident_bytes(program)
     with sharding.in_use(mesh):
         lowered = program.step.lower(*program.arguments)

@@ -21,6 +21,7 @@ from uae_jax.planning.hlo_text import NAMING, Instruction, short_name
 from uae_jax.planning.loops import Scope
 
 LATENCY = 2e-6  # seconds of one collective at least; an all-reduce has two
+CYCLES = r'"estimated_cycles":"?(\d+)'
 KINDS = ("products", "vector and copies", "Pallas", "links")
 PRODUCTS, VECTOR, PALLAS, LINKS = KINDS
 # operations of a splash attention kernel in units of T S K: forward, and its two backward kernels (arXiv 2205.14135)
@@ -46,11 +47,13 @@ class Loop:
       path: of the loop in the traced program; empty outside of loops.
       runs: of its body in one step.
       seconds: by kind.
+      name: of its instruction; several loops may have one path.
     """
 
     path: str
     runs: float
     seconds: dict[str, float]
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +77,21 @@ class ProgramSeconds:
     unknown: tuple[str, ...]
 
 
-def program_seconds(module: Module, topology: Topology) -> ProgramSeconds:
-    """The seconds of one step on one device, see the top of this file."""
-    clock = _Clock(module, topology)
+def program_seconds(module: Module, topology: Topology, cycles: bool = False) -> ProgramSeconds:
+    """The seconds of one step on one device, see the top of this file.
+
+    Args:
+      module: compiled for the topology.
+      topology: the chips.
+      cycles: instructions for which libtpu estimates cycles take these, at the chip's clock. It estimates none for
+        collectives, copies beside other work, and kernels.
+    """
+    clock = _Clock(module, topology, cycles)
     total = clock.run(module.first, module.entry, 1.0, ())
     loops = [
-        Loop(short_name(names[-1].partition(" ")[0]) if names else "", clock.runs[names], seconds)
+        Loop(short_name(path), clock.runs[names], seconds, name)
         for names, seconds in clock.seconds.items()
+        for path, _, name in [(names[-1] if names else "").partition(" ")]
     ]
     loops.sort(key=lambda loop: -sum(loop.seconds.values()))
     kinds = {name: sum(loop.seconds.get(name, 0.0) for loop in loops) for name in KINDS}
@@ -125,8 +136,8 @@ class _Line:
 class _Clock:
     """Adds up the seconds of a module's computations."""
 
-    def __init__(self, module: Module, topology: Topology):
-        self.module, self.topology, self.busy = module, topology, 0.0
+    def __init__(self, module: Module, topology: Topology, cycles: bool):
+        self.module, self.topology, self.cycles, self.busy = module, topology, cycles, 0.0
         self.seconds: dict[tuple[str, ...], dict[str, float]] = {}
         self.runs: dict[tuple[str, ...], float] = {}
         self.entries: dict[str, Entry] = {}
@@ -162,7 +173,10 @@ class _Clock:
         branches = {name: Scope(self.module.computations[name]) for name in branches_of(conditional)}
         if not branches:
             return 0.0
-        alone = {name: _Clock(self.module, self.topology).run(scope, name, 1.0, ()) for name, scope in branches.items()}
+        alone = {
+            name: _Clock(self.module, self.topology, self.cycles).run(scope, name, 1.0, ())
+            for name, scope in branches.items()
+        }
         slowest = max(alone, key=lambda name: alone[name])
         return self.run(branches[slowest], slowest, times, loops)
 
@@ -198,7 +212,10 @@ class _Clock:
         if instruction.target == "tpu_custom_call":
             flops = self._kernel(use)
             return PALLAS, max(flops / chip.flops, moved)
-        return (PRODUCTS if flops else VECTOR), max(flops / chip.flops, moved)
+        seconds = max(flops / chip.flops, moved)
+        if self.cycles and (estimated := instruction.value(CYCLES)):
+            seconds = int(estimated) / chip.clock
+        return (PRODUCTS if flops else VECTOR), seconds
 
     def _called(self, use: Use) -> Iterator[tuple[str, Instruction]]:
         for name in called_by(use.instruction):

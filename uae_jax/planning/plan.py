@@ -19,6 +19,7 @@ from uae_jax.planning.flops import Count, count_work
 from uae_jax.planning.hlo import Module
 from uae_jax.planning.hlo_seconds import program_seconds
 from uae_jax.planning.loading import Loading, plan_loading
+from uae_jax.planning.pieces import compile_pieces, problem
 from uae_jax.planning.remedies import smaller
 from uae_jax.planning.roofline import MeshSizes, Rollout, Updates, group_sums, roofline
 from uae_jax.planning.system import abstract_system
@@ -37,10 +38,12 @@ class Compiling:
     Attributes:
       texts: folder for the text of each compiled stage; None for none.
       run_effort: whether a stage is also compiled for TPUs with a run's effort, for its memory.
+      cycles: whether pieces of it are, for libtpu's estimates of cycles (`pieces`).
     """
 
     texts: pathlib.Path | None = None
     run_effort: bool = False
+    cycles: bool = False
 
 
 def mesh_sizes(config: RunConfig, devices: int) -> MeshSizes:
@@ -108,6 +111,7 @@ def plan_stage(
         memory, compiled = estimate_memory(program, config, sizes, system), None
     else:
         memory, compiled = _compiled(program, mesh, topology, how)
+    found = compile_pieces(program, system, topology, mesh) if how.cycles and mesh is not None else ()
     count = step_work(config, system, stage)
     plain = without_recomputation(config)
     model_flops = step_work(plain, abstract_system(plain), stage).flops
@@ -123,6 +127,7 @@ def plan_stage(
         roofline(count, model_flops, topology, sizes, rollout, step_updates(config, program)),
         compiled,
         smaller(stage, program.config),
+        found,
     )
 
 
@@ -182,6 +187,8 @@ def make_plan(
     wanted = stages or tuple(settings.distinct_stages())
     for stage in wanted:
         check_batch(settings, stage, sizes.batch)
+        if how.cycles and (found := problem(settings, stage, chips)):
+            raise ValueError(found)
     mesh = _mesh(settings, chips)
     if how.run_effort and chips.kind != "tpu":
         raise ValueError(f"--effort is libtpu's, and {topology} is no slice of TPUs; leave it out")

@@ -10,6 +10,7 @@ from uae_jax.planning.compile import Memory
 from uae_jax.planning.hlo_seconds import KINDS, ProgramSeconds
 from uae_jax.planning.links import Received
 from uae_jax.planning.loading import Loading
+from uae_jax.planning.pieces import Piece
 from uae_jax.planning.roofline import MeshSizes, Roofline
 
 COLUMNS = (
@@ -58,6 +59,7 @@ class StagePlan:
       time: the least seconds of a step.
       compiled: what the compiled program's text says; None where there is none.
       smaller: flags that need less memory, see `remedies.smaller`.
+      pieces: those compiled with a run's effort.
     """
 
     stage: str
@@ -70,6 +72,7 @@ class StagePlan:
     time: Roofline
     compiled: Compiled | None = None
     smaller: tuple[str, ...] = ()
+    pieces: tuple[Piece, ...] = ()
 
     def share(self, topology: Topology) -> float:
         """The peak as a share of a chip's memory."""
@@ -139,7 +142,7 @@ def text_table(
             named = "; ".join(f"{_size(size)} GiB {shape} ({name})" for size, shape, name in plan.memory.largest)
             lines += ["", f"{plan.stage}, largest temporaries: {named}"]
     for plan in plans:
-        lines += _links(plan, topology) + _program(plan)
+        lines += _links(plan, topology) + _program(plan) + _pieces(plan)
     for plan in plans:
         lines += [] if plan.fits(topology) else _too_large(plan, chip.memory)
     return "\n".join(lines)
@@ -205,6 +208,25 @@ def _program(plan: StagePlan) -> list[str]:
     ]
     if found.unknown:
         lines += ["", f"Kernels that count with their bytes alone: {', '.join(found.unknown)}"]
+    return lines
+
+
+def _pieces(plan: StagePlan) -> list[str]:
+    """The loops of each piece: seconds by the roofline, and with libtpu's cycles for products and vector work."""
+    if not plan.pieces:
+        return []
+    lines = ["", f"| {plan.stage}, with a run's effort | runs | | s | " + " | ".join(KINDS) + " |"]
+    lines.append("|" + "---|" * (4 + len(KINDS)))
+    for piece in plan.pieces:
+        measures = (("roofline", piece.roofline), ("cycles", piece.cycles))
+        for name, found in measures:
+            cells = [f"{piece.name} ({piece.compile_seconds:.0f} s to compile)", "1", name, f"{found.seconds:.3f}"]
+            lines.append("| " + " | ".join(cells + [f"{found.kinds[kind]:.3f}" for kind in KINDS]) + " |")
+        for loop in piece.cycles.loops[:3]:
+            for name, found in measures:
+                kinds = next(other.seconds for other in found.loops if other.name == loop.name)
+                cells = [loop.path or "outside of loops", f"{loop.runs:,.0f}", name, f"{sum(kinds.values()):.3f}"]
+                lines.append("| " + " | ".join(cells + [f"{kinds.get(kind, 0.0):.3f}" for kind in KINDS]) + " |")
     return lines
 
 
