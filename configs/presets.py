@@ -141,18 +141,20 @@ def _mini() -> Deviations:
 # (docs/scaling.md). The images of a rollout are decoded `vae_chunk` at a time, one or two a device.
 SLICES: dict[str, Deviations] = {
     # 64 chips of 16 GiB; four chips share the captioner while it samples
-    "v5e-64": dict(mesh=dict(fsdp=64), gen_for_und=dict(rollout_ways=4), und_for_gen=dict(rollout_ways=4)),
+    "v5e-64": dict(
+        mesh=dict(fsdp=64), gen_for_und=dict(rollout_ways=4), und_for_gen=dict(micro_batches=2, rollout_ways=4)
+    ),
     # 64 chips of 32 GiB
     "v6e-64": dict(
         mesh=dict(fsdp=64),
-        gen_for_und=dict(vae_chunk=128, rollout_ways=4),
-        und_for_gen=dict(vae_chunk=128, rollout_ways=4),
+        gen_for_und=dict(vae_chunk=128, rollout_ways=4, gather_decoder=True),
+        und_for_gen=dict(vae_chunk=128, micro_batches=2, rollout_ways=4, gather_decoder=True),
     ),
     # 64 chips of 95 GiB
     "v5p-64": dict(
         mesh=dict(fsdp=64),
-        gen_for_und=dict(vae_chunk=256, rollout_ways=4),
-        und_for_gen=dict(vae_chunk=256, micro_batches=2, rollout_ways=4),
+        gen_for_und=dict(vae_chunk=256, rollout_ways=4, gather_decoder=True),
+        und_for_gen=dict(vae_chunk=256, micro_batches=2, rollout_ways=4, gather_decoder=True),
     ),
     # 8 chips of 16 GiB: the batch of many, in parts
     "v5e-8": dict(
@@ -270,7 +272,11 @@ def _full(name: str) -> Deviations:
         # flow_grpo has 48 groups; 64 give each of 64 devices one
         und_for_gen=dict(batch_size=64, micro_batches=6, vae_chunk=64) | gathered,
     )
-    return merged(deviations, SLICES.get(machine, {}))
+    deviations = merged(deviations, SLICES.get(machine, {}))
+    if machine == "v5e-64" and sizes.endswith("medium"):  # a copy of 4.6 GiB; the 15 GiB of large fill such a chip
+        copy = dict(gather_decoder=True)
+        deviations = merged(deviations, dict(gen_for_und=copy, und_for_gen=copy))
+    return deviations
 
 
 FULL = (

@@ -14,6 +14,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from uae_jax import sharding, trees
+from uae_jax.methods import STAGES
+from uae_jax.methods.method import make_method
+from uae_jax.methods.stage_settings import SamplerConfig
 from uae_jax.models.encoders import clip, dino
 from uae_jax.models.encoders.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config
 from uae_jax.models.language import model as lm
@@ -381,3 +384,20 @@ def test_weights_can_be_gathered_over_fsdp_and_stay_cut_over_tensor():
     )
     assert gathered["norm"]["scale"].dtype == jnp.float32
     assert sharding.gather_over_fsdp(tree, jnp.bfloat16) is tree
+
+
+def test_a_step_gathers_the_frozen_transformer_at_its_beginning_where_the_settings_say_so():
+    kernel = {"block": {"kernel": jnp.ones((512, 256), jnp.bfloat16)}}
+    frozen = sharding.shard_tree({"transformer": kernel, "language": {"layer": kernel}}, mesh())
+    for stage in ("gen_for_und", "und_for_gen"):
+        for gather in (False, True):
+            method = make_method(stage, STAGES[stage].settings(gather_decoder=gather), SamplerConfig(), None)
+            with sharding.in_use(mesh()):
+                found = jax.jit(method.prepared)(frozen)
+            cut = frozen["transformer"]["block"]["kernel"].sharding.spec
+            assert (
+                cut != PartitionSpec(None, "tensor") == found["transformer"]["block"]["kernel"].sharding.spec
+                or not gather
+            )
+            assert found["language"]["layer"]["block"]["kernel"].sharding.spec == cut
+            assert found["transformer"]["block"]["kernel"].dtype == jnp.bfloat16

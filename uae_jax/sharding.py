@@ -239,8 +239,9 @@ def tree_shardings(tree: trees.Tree, mesh: Mesh) -> trees.Tree:
     )
 
 
-def gather_over_fsdp(tree: trees.Tree, dtype: Any) -> trees.Tree:
-    """Inside a compiled function: matrices in the precision of their use, sharded over `tensor` alone; 8 bits stay.
+def gather_over_fsdp(tree: trees.Tree, dtype: Any = None) -> trees.Tree:
+    """Inside a compiled function: matrices in the precision of their use, or in their own for None, sharded over
+    `tensor` alone; 8 bits stay.
 
     A loop that reads its weights in every pass, such as caption sampling, then gathers the weights once, for the memory
     of one copy. Without a mesh in use (`in_use`) the tree is unchanged.
@@ -253,7 +254,7 @@ def gather_over_fsdp(tree: trees.Tree, dtype: Any) -> trees.Tree:
         if leaf.ndim < 2:
             return leaf
         spec = ["tensor" if "tensor" in axes_of(cut) else None for cut in parameter_spec(name, leaf.shape, mesh)]
-        read = leaf if leaf.dtype == np.int8 else leaf.astype(dtype)
+        read = leaf if dtype is None or leaf.dtype == np.int8 else leaf.astype(dtype)
         return jax.lax.with_sharding_constraint(read, PartitionSpec(*spec))
 
     return trees.map_with_name(whole, tree)

@@ -54,6 +54,20 @@ def test_kernels_rounded_to_8_bits_are_read_as_such_by_every_token():
     assert found.rest.gathered_bytes == 64 * 64
 
 
+def test_what_is_gathered_at_the_beginning_is_gathered_once():
+    """Of a stack that three steps read, and a matrix that is cut."""
+
+    def steps(stack, matrix, x):
+        return jax.lax.scan(lambda x, _: (scanned(x, stack) @ matrix, None), x, length=3)[0]
+
+    arguments = shapes((5, 64, 96), (64, 64), (8, 64))
+    stack, matrix = 4 * 5 * 64 * 96, 4 * 64 * 64
+    often = count_work(steps, arguments, (0, 1))
+    once = count_work(steps, arguments, (0, 1), once=(True, False, False))
+    assert often.rest.gathered_bytes == 3 * stack + matrix and once.rest.gathered_bytes == stack + matrix
+    assert often.flops == once.flops and often.rest.weight_bytes == once.rest.weight_bytes
+
+
 def test_scanned_layers_count_as_xla_counts_them_unrolled():
     arguments = shapes((64, 96), (5, 96, 160))
     gradients = [jax.grad(lambda x, w, f=f: jnp.sum(f(x, w) ** 2), argnums=(0, 1)) for f in (scanned, unrolled)]

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uae_jax import trees
+from uae_jax.methods.gathered import gathered_decoder
 from uae_jax.methods.method import Described, Loss
 from uae_jax.methods.rollout_captions import captions_first, write_captions
 from uae_jax.methods.stage_settings import DecodedRollouts, SamplerConfig, UpdateSettings, rollout_denoising
@@ -111,6 +112,10 @@ class GenForUnd:
     def replay(self) -> bool:
         """Whether the rollout is scored again for the old log-probabilities."""
         return self.settings.updates_per_rollout > 1
+
+    def prepared(self, frozen: Mapping) -> Mapping:
+        """See `gathered`."""
+        return gathered_decoder(self.settings, frozen)
 
     def captions_first(self, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict[str, Completion]:
         """See `rollout_captions`; the supervised control writes none."""

@@ -69,7 +69,7 @@ class Learner(Protocol):
     A learner has one `loss` (`SingleLoss`), or several `streams`: {name: (weight, loss)}. Where rewards are compared in
     another way than in groups of `group_size`, it has `advantages(reward) -> (what samples get, metrics)`. Where
     it makes something of the whole batch before the parts of a rollout, `captions_first(params, frozen, batch, key)`
-    has the new fields of the batch.
+    has the new fields of the batch; where a step reads its frozen parts in another layout, `prepared(frozen)` has them.
 
     Attributes:
       settings: of `stage_settings.StageSettings`; with rewards also `group_size` and `advantage_scale`, and
@@ -236,13 +236,14 @@ def make_train_step(method: Learner, optimizer: optax.GradientTransformation) ->
     settings, group = method.settings, method.settings.samples_per_image
     updates, ema_decay, old_policy = settings.updates_per_rollout, settings.ema_decay or None, settings.old_policy
     compared = group if getattr(settings, "gradient_noise", False) else 0
-    streams = streams_of(method)
+    streams, prepared = streams_of(method), getattr(method, "prepared", None)
 
     def train_step(state: TrainState, frozen: PyTree, batch: PyTree, key: Array) -> tuple[TrainState, dict[str, Array]]:
         if (ema_decay is None) != (state.ema is None):
             raise ValueError("ema_decay and state.ema must both be set or both be None; see init_state(ema=True)")
         if (old_policy is None) != (state.old is None):
             raise ValueError("old_policy and state.old must both be set or both be None; see init_state(old=True)")
+        frozen = frozen if prepared is None else prepared(frozen)
         sampler = state.params if state.old is None else state.old
         rollout = make_rollout(method, sampler, frozen, batch, step_key(key, "rollout", state.step))
         loss_key = step_key(key, "loss", state.step)

@@ -133,6 +133,12 @@ class DecodedRollouts(RolloutSettings):
         "token reads; captions are scored by the model itself, and log_prob_gap says how far the two are apart",
         choices=("model", "int8"),
     )
+    gather_decoder: bool = setting(
+        False,
+        "gather what is frozen of the sharded transformer once a step instead of once an evaluation; costs a copy on "
+        "every device",
+        free=True,
+    )
     rollout_slots: int = setting(
         0,
         "captions that one device samples at once, of all parts of a rollout together: one that ends makes room for "

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from uae_jax import trees
+from uae_jax.methods.gathered import gathered_decoder
 from uae_jax.methods.method import STAGES, Described
 from uae_jax.methods.rollout_captions import captions_first, write_captions
 from uae_jax.methods.stage_settings import DecodedRollouts, SamplerConfig, UpdateSettings, rollout_denoising
@@ -191,6 +192,10 @@ class DecoderMethod:
     def denoising(self) -> Denoising:
         """The sampler of rollouts."""
         return rollout_denoising(self.system.model, self.settings, self.sampler, self.settings.guidance_scale)
+
+    def prepared(self, frozen: Mapping) -> Mapping:
+        """See `gathered`."""
+        return gathered_decoder(self.settings, frozen)
 
     def captions_first(self, params: Mapping, frozen: Mapping, batch: Mapping, key: Array) -> dict[str, Completion]:
         """See `rollout_captions`."""

@@ -89,10 +89,11 @@ class Weight:
 
     Attributes:
       width: bytes of a number in memory, if a product converts it on the way; None for those of the product's operand.
+      once: whether the whole parameter is gathered at the beginning of the step, and nothing of it later.
     """
 
-    def __init__(self, width: int | None = None):
-        self.width = width
+    def __init__(self, width: int | None = None, once: bool = False):
+        self.width, self.once = width, once
 
     def size(self, shaped: Any) -> float:
         """Bytes of a product's operand in memory."""
@@ -100,7 +101,7 @@ class Weight:
 
     def selected(self) -> "Weight":
         """The part that a loop selects."""
-        return Weight(self.width)
+        return Weight(self.width, self.once)
 
 
 Marks = Sequence[Weight | None]
@@ -109,7 +110,7 @@ Reads = dict[Weight, float]
 
 
 def count_work(
-    function: Callable[..., Any], arguments: Sequence[Any], weights: Sequence[int], *, trips: int = 1
+    function: Callable[..., Any], arguments: Sequence[Any], weights: Sequence[int], *, trips: int = 1, once: Any = None
 ) -> Count:
     """Traces a function and counts its work.
 
@@ -118,15 +119,15 @@ def count_work(
       arguments: trees of arrays or `jax.ShapeDtypeStruct`.
       weights: positions of the arguments with parameters.
       trips: number of runs of the body of a `while` whose condition has no bound.
+      once: a tree like the arguments, true for parameters that are gathered at the beginning of the step.
     """
     closed = jax.make_jaxpr(function)(*arguments)
-    marks = [
-        Weight() if index in weights else None
-        for index, argument in enumerate(arguments)
-        for _ in jax.tree.leaves(argument)
-    ]
+    leaves = [(leaf, index in weights) for index, given in enumerate(arguments) for leaf in jax.tree.leaves(given)]
+    flags = [False] * len(leaves) if once is None else jax.tree.leaves(once)
+    marks = [Weight(once=flag) if weight else None for (_, weight), flag in zip(leaves, flags, strict=True)]
     count, _, reads = _walk(closed.jaxpr, marks, trips, [True] * len(closed.jaxpr.outvars))
-    return count + Count(rest=Work(gathered_bytes=sum(reads.values())))
+    whole = sum(_bytes(leaf) for (leaf, _), flag in zip(leaves, flags) if flag)
+    return count + Count(rest=Work(gathered_bytes=_gathered(reads) + whole))
 
 
 def _needed(jaxpr: Any, wanted: Sequence[bool]) -> list[Any]:
@@ -157,6 +158,11 @@ def _walk(jaxpr: Any, marks: Marks, trips: int, wanted: Sequence[bool]) -> tuple
         _add(reads, read)
         known.update(zip(equation.outvars, returned))
     return total, [weight_of(variable) for variable in jaxpr.outvars], reads
+
+
+def _gathered(reads: Reads, given: Marks = ()) -> float:
+    """Bytes of the weights that are gathered where they are read, but for those that come from outside."""
+    return sum(size for weight, size in reads.items() if weight not in given and not weight.once)
 
 
 def _add(reads: Reads, more: Mapping[Weight, float]) -> None:
@@ -207,7 +213,7 @@ def _scan(
     count, returned, reads = _walk(body, own, trips, [True] * carried + list(used[carried:]))
     # a pass gathers what the loop selects or changes; what it only passes on is gathered once, before
     outer = {weight: size for weight, size in reads.items() if weight in given}
-    gathered = sum(size for weight, size in reads.items() if weight not in given)
+    gathered = _gathered(reads, given)
     count = (count + Count(rest=Work(gathered_bytes=gathered))) * parameters["length"]
     return count, returned, outer
 
@@ -225,7 +231,7 @@ def _while(parameters: Mapping[str, Any], given: Marks, trips: int, results: int
     own = [*passed[:constants], *(weight and weight.selected() for weight in passed[constants:])]
     inside, _, reads = _walk(body, own, trips, [True] * results)
     outer = {weight: size for weight, size in reads.items() if weight in given}
-    gathered = sum(size for weight, size in reads.items() if weight not in given)
+    gathered = _gathered(reads, given)
     work = inside.decoding + inside.rest + Work(gathered_bytes=gathered)
     return Count(decoding=work * _most_trips(parameters, trips)), [None] * results, outer
 

@@ -5,10 +5,12 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from uae_jax import sharding, trees
 from uae_jax.methods import STAGES
+from uae_jax.methods.gathered import DECODER
 from uae_jax.models.language.config import TextConfig
 from uae_jax.nn.attention import use_attention
 from uae_jax.planning.chips import Topology, parse_topology
@@ -72,7 +74,16 @@ def step_work(config: RunConfig, system: AnyAbstract, stage: str) -> Count:
     program = make_program(config, system, system.parts, system.batch, stage)
     with use_attention("plain"):
         trips = getattr(program.config, "max_new_tokens", 1)
-        return count_work(program.step, program.arguments, (0, 1), trips=trips)
+        return count_work(program.step, program.arguments, (0, 1), trips=trips, once=gathered_at_once(program))
+
+
+def gathered_at_once(program: Program) -> tuple:
+    """Which arguments of a step are gathered at its beginning (`gather_decoder`): a tree of them."""
+    state, frozen, batch, key = jax.tree.map(lambda leaf: False, program.arguments)
+    if getattr(program.config, "gather_decoder", False):
+        found = {name: frozen[name] for name in DECODER if name in frozen}
+        frozen = {**frozen, **jax.tree.map(lambda leaf: True, found)}
+    return state, frozen, batch, key
 
 
 def rollout_of(settings: Any, text: TextConfig, sizes: MeshSizes) -> Rollout:
