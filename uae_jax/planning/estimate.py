@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from uae_jax import sharding, trees
+from uae_jax.methods.gathered import DECODER
 from uae_jax.methods.method import Described
 from uae_jax.models.janus.unified import Unified
 from uae_jax.planning.compile import Memory, Program
@@ -121,6 +122,14 @@ def _captioning(s: Shapes, rows: float, groups: float, length: int, packed: bool
     return (own + groups * s.prompt) * s.cache * s.activation + 3 * rows * s.vocabulary * FLOAT
 
 
+def _writing(settings: Any, s: Shapes, rows: float, some: float, length: int, packed: bool) -> float:
+    """Captions of `some` images at once, or in slots with the prompts of all `rows`."""
+    group, slots = settings.captions_per_image, settings.rollout_slots
+    if slots:
+        return _captioning(s, min(slots, rows * group), rows, length, True)
+    return _captioning(s, some * group, some, length, packed)
+
+
 def _language_gradient(s: Shapes, rows: float, length: int, chunk: int) -> float:
     """Saved activations of every layer (its input, or all), one layer in the backward pass, and logits of `chunk`
     positions twice.
@@ -170,7 +179,7 @@ def _stage_activations(
     some = max(rows / settings.rollout_parts, 1)  # images of one part of a rollout
     generation = max(_generation(s, some * group, settings.guidance_scale, chunk), _comparison(s, some * group, some))
     if stage == "gen_for_und":
-        captioning = gathered + _captioning(s, some * group, some, length, bool(gathered))
+        captioning = gathered + _writing(settings, s, rows, some, length, bool(gathered))
         return max(captioning, generation, _language_gradient(s, small * group, length, settings.score_chunk))
     steps = getattr(settings.own, "kept_steps", 1)
     # a rollout keeps the latents of the window for its updates, and contexts: on one device, one an image; how many
@@ -181,7 +190,7 @@ def _stage_activations(
     # the images of one part, or of one micro-batch, have contexts of their own there
     generation += some * group * context if ways == 1 else 0
     gradient = _gradient(s, together * guided) + (together * context if ways == 1 else 0)
-    return window + max(gathered + _captioning(s, some, some, length, bool(gathered)), generation, gradient)
+    return window + max(gathered + _writing(settings, s, rows, some, length, bool(gathered)), generation, gradient)
 
 
 def _unified_shapes(config: RunConfig, program: Program, sizes: MeshSizes, system: Described) -> Shapes:
@@ -269,7 +278,7 @@ def estimate_memory(program: Program, config: RunConfig, sizes: MeshSizes, syste
     gradients = 2 * trained + (
         trained * shapes.activation / FLOAT if program.stage == "cold_start" and shapes.activation < FLOAT else 0
     )
-    layers = _largest_layer(program, sizes)
+    layers = _largest_layer(program, sizes) + _gathered_decoder(program, sizes)
     rows, gathered = settings.batch_size / sizes.batch, _sampling_weights(program, sizes, shapes)
     activations = (
         _unified_activations(settings, shapes, system.model, rows, gathered, sizes.batch)
@@ -278,7 +287,7 @@ def estimate_memory(program: Program, config: RunConfig, sizes: MeshSizes, syste
     )
     entries = (
         (gradients, "float32", "gradients"),
-        (layers, config.model.dtype, "gathered weights of two layers"),
+        (layers, config.model.dtype, "gathered weights of two layers, and of the decoder where it is kept"),
         (activations, config.model.dtype, "activations"),
     )
     temporaries = sum(size for size, _, _ in entries)
@@ -297,6 +306,14 @@ def _sampling_weights(program: Program, sizes: MeshSizes, s: Shapes) -> float:
     if ways := getattr(program.config, "rollout_ways", 0):
         return (trees.parameter_count(language) / ways + layers / s.activation / s.text_layers) * s.activation
     return 1.25 * layers + (trees.parameter_count(language) * s.activation / sizes.tensor - layers)
+
+
+def _gathered_decoder(program: Program, sizes: MeshSizes) -> float:
+    """Bytes of the copy of `gather_decoder`, as it is stored."""
+    if sizes.fsdp == 1 or not getattr(program.config, "gather_decoder", False):
+        return 0.0
+    kept = [leaf for name in DECODER for leaf in jax.tree.leaves(program.frozen.get(name, {}))]
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept) / sizes.tensor
 
 
 def _largest_layer(program: Program, sizes: MeshSizes) -> float:
