@@ -14,7 +14,7 @@ The preset `unified` makes one network that captions and draws 32-pixel scenes, 
 
     python -m uae_jax.main --config=configs/bootstrap.py:unified --workdir=runs/unified_bootstrap
 
-The preset `small_decoder` makes a decoder of a quarter of the parameters, beside the other parts of the built-in
+The preset `small_decoder` makes a decoder of a tenth of the parameters, beside the other parts of the built-in
 model. Its captions are true. What it cannot draw, it has not the size for (`benchmarks.second_claim`):
 
     python -m uae_jax.main --config=configs/bootstrap.py:small_decoder --workdir=runs/small_decoder
@@ -61,7 +61,7 @@ def _small_decoder() -> dict[str, Any]:
         preset="bootstrap_small_decoder",
         start="builtin",
         phases=("decoder",),
-        decoder=dict(steps=4000, model=dict(num_layers=3, num_attention_heads=3)),
+        decoder=dict(steps=2500, model=dict(num_layers=2, num_attention_heads=2)),
         mistakes=dict(steps=0),
     )
 
