@@ -14,8 +14,8 @@ ROWS = [
 ]
 
 
-def test_the_forty_traps_are_listed_in_order():
-    assert [int(row[0]) for row in ROWS] == list(range(1, 41))
+def test_the_traps_are_listed_in_order():
+    assert [int(row[0]) for row in ROWS] == list(range(1, 58))
     assert all(len(row) == 4 for row in ROWS)
 
 

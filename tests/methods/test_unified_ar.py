@@ -129,6 +129,22 @@ def test_a_drawing_with_one_image_takes_the_advantage_of_its_caption():
     np.testing.assert_array_equal(found["image_advantage"][..., 0], found["caption_advantage"])
 
 
+def test_a_full_drawing_keeps_its_reward_and_one_of_an_endless_caption_does_not(parts):
+    """Drawings and captions of as many tokens as there is room for: the penalty is for captions alone."""
+    own = method(max_new_tokens=CONFIG.vq.tokens, reward={**SMALL["reward"], "overlong_penalty": 0.25})
+    tokens = jnp.asarray(np.random.default_rng(5).integers(0, 64, (BATCH * GROUP * IMAGES, CONFIG.vq.tokens)))
+    original = jnp.asarray(pieces.pixels(BATCH))
+    ended = np.arange(BATCH * GROUP) % 3 > 0
+
+    def rewards(finished):
+        completion = types.SimpleNamespace(finished=jnp.asarray(finished))
+        return np.asarray(jax.jit(lambda: own.rewards(parts, original, tokens, completion)[0])())
+
+    taken = rewards(np.ones_like(ended)) - rewards(ended)
+    expected = 0.25 * ~np.repeat(ended, IMAGES).reshape(BATCH, -1)
+    np.testing.assert_allclose(taken, expected, atol=1e-6)
+
+
 def test_drawings_of_a_caption_differ_and_follow_the_images_number(parts, batch, rollout):
     tokens = np.asarray(rollout["samples"]["image_tokens"])
     assert (tokens[:, :, 0] != tokens[:, :, 1]).any(-1).all()

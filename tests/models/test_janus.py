@@ -233,3 +233,6 @@ def test_half_precision_keeps_logits_and_scores_in_float32(params, adapter, draw
     assert found.log_probs.dtype == jnp.float32
     gap = np.abs(found.log_probs - score(params, adapter, *prompts(), drawn.tokens).log_probs)
     assert 0 < gap.mean() < 0.2
+    cached = draw(params, adapter, *prompts(), keys(), config=half)
+    replayed = score(params, adapter, *prompts(), cached.tokens, config=half)
+    assert np.abs(cached.log_probs - replayed.log_probs).mean() < 0.2

@@ -125,6 +125,12 @@ def test_nested_advantages_are_those_of_means_and_of_drawings():
     again = nested_advantages(jnp.asarray(rewards[:, order]))
     np.testing.assert_allclose(again[0], np.asarray(of_captions)[:, order], atol=1e-5)
     np.testing.assert_allclose(again[1], np.asarray(of_images)[:, order], atol=1e-5)
+    drawings = np.array([3, 1, 0, 2])
+    again = nested_advantages(jnp.asarray(rewards[..., drawings]))
+    np.testing.assert_allclose(again[0], of_captions, atol=1e-5)
+    np.testing.assert_allclose(again[1], np.asarray(of_images)[..., drawings], atol=1e-5)
+    for advantages in (of_captions, of_images):
+        np.testing.assert_allclose(advantages.sum(-1), 0, atol=1e-5)
     assert float(metrics["between_share"][0]) <= float(metrics["between_share"][1])
 
 

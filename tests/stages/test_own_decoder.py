@@ -4,7 +4,6 @@ import json
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import qwen_image_pieces
@@ -17,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from stage_pieces import changed, exit_of
 
-from uae_jax import convert, infer, sharding
+from uae_jax import convert, infer
 from uae_jax.data.tokenizer import load_tokenizer
 from uae_jax.models.qwen_image import decoder as qwen_image
 from uae_jax.stages import run as run_module
@@ -27,17 +26,9 @@ from uae_jax.stages.folders.check import check_folder
 from uae_jax.stages.folders.parts import find_parts
 from uae_jax.stages.weights import ModelConfig, load_system
 
+pytestmark = pytest.mark.usefixtures("all_on_one_device")
+
 SIDE = 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Runs take the first of the faked devices alone."""
-    make_mesh = sharding.make_mesh
-    with pytest.MonkeyPatch.context() as patch:
-        first = lambda mesh, devices=None: make_mesh(mesh, devices or jax.devices()[:1])  # noqa: E731
-        patch.setattr(sharding, "make_mesh", first)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -36,16 +36,9 @@ from uae_jax.training.metrics import read_lines
 from uae_jax.training.optimizer import make_optimizer
 from uae_jax.training.signals import StopTraining
 
+pytestmark = pytest.mark.usefixtures("all_on_one_device")
+
 STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Whole runs here are on one device, where programs compile fastest."""
-    make_mesh = sharding.make_mesh
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda mesh, devices=None: make_mesh(mesh, devices or jax.devices()[:1]))
-        yield
 
 
 @pytest.fixture(scope="module")

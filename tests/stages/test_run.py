@@ -14,7 +14,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from stage_pieces import changed, make_run
 
-from uae_jax import sharding, trees
+from uae_jax import trees
 from uae_jax.data.scenes import fact_kinds, scene_at
 from uae_jax.methods.trained import with_policy_as_transformer
 from uae_jax.settings import frozen
@@ -26,6 +26,8 @@ from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.weights import ModelConfig, load_system, model_folder
 from uae_jax.training.metrics import read_lines
 from uae_jax.training.signals import StopTraining
+
+pytestmark = pytest.mark.usefixtures("all_on_one_device")
 
 STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
 SCORES = (
@@ -45,15 +47,6 @@ def _fingerprints(parts):
         name: hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))).digest()
         for name, tree in parts.items()
     }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Whole runs here are on one device, where programs compile fastest; `test_devices` compares meshes."""
-    make_mesh = sharding.make_mesh
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda mesh, devices=None: make_mesh(mesh, devices or jax.devices()[:1]))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,11 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 from stage_pieces import changed, nudged
 
 from configs import presets
-from uae_jax import sharding
 from uae_jax.data.questions import Question, Statement
 from uae_jax.data.sources import SceneSource
 from uae_jax.files.tables import write_tsv
@@ -117,12 +115,6 @@ def test_questions_belong_to_the_identity_where_they_may_end_a_stage(config):
     builtin = dict(questions="builtin")
     assert identity(evaluation=builtin)["questions"]["questions"] == "builtin"
     assert "questions" not in identity(evaluation=builtin, guard=dict(understanding_fall=0.0))
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda mesh, devices=None: make_mesh(mesh, devices or jax.devices()[:1]))
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import shutil
 import signal
 
 import janus_pieces as pieces
-import jax
 import numpy as np
 import pytest
 import torch
@@ -16,7 +15,7 @@ from transformers import JanusForConditionalGeneration
 import uae_jax
 from configs import unified_ar
 from configs.presets import merged
-from uae_jax import convert, main, sharding
+from uae_jax import convert, main
 from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.settings import Mistakes, frozen
 from uae_jax.stages import checks, kinds
@@ -26,13 +25,7 @@ from uae_jax.stages.weights import BUILTIN
 from uae_jax.training.metrics import read_lines
 from uae_jax.training.signals import StopTraining
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    make_mesh = sharding.make_mesh
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda mesh, devices=None: make_mesh(mesh, devices or jax.devices()[:1]))
-        yield
+pytestmark = pytest.mark.usefixtures("all_on_one_device")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +65,7 @@ def finished(folder, tmp_path_factory):
     return run_module.run(config_of(folder), workdir), workdir
 
 
-def test_a_run_leaves_what_every_run_leaves(finished):
+def test_a_run_leaves_what_every_run_leaves(folder, finished):
     summary, workdir = finished
     (stage,) = summary["stages"]
     assert stage["name"] == "unified_ar" and stage["steps"] == 2
@@ -89,6 +82,10 @@ def test_a_run_leaves_what_every_run_leaves(finished):
         "export/llm_lora/adapter_model.safetensors",
     ):
         assert (workdir / name).is_file(), name
+    before, after = TensorFolder(folder), TensorFolder(workdir / "export")
+    assert before.names() == after.names()
+    for name in before.names():  # beside its adapter, the network is as it was
+        np.testing.assert_array_equal(before.read(name), after.read(name), err_msg=name)
     assert (workdir / "samples" / "unified_ar_after" / "000_reconstruction.png").is_file()
 
 

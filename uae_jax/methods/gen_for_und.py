@@ -24,10 +24,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uae_jax import trees
+from uae_jax.methods.caption_method import CaptionMethod, CaptionSettings, Prompted
 from uae_jax.methods.gathered import gathered_decoder
-from uae_jax.methods.method import Described, Loss
+from uae_jax.methods.method import Loss
 from uae_jax.methods.rollout_captions import captions_first, write_captions
-from uae_jax.methods.stage_settings import DecodedRollouts, SamplerConfig, UpdateSettings, rollout_denoising
+from uae_jax.methods.stage_settings import DecodedRollouts, UpdateSettings, rollout_denoising
 from uae_jax.methods.token_loss import TokenLoss, token_loss
 from uae_jax.models import condition, uae
 from uae_jax.models.language import model as lm
@@ -35,8 +36,7 @@ from uae_jax.models.language.generate import Completion
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.nn.constrain import constrain_rows
 from uae_jax.rewards import caption_similarity
-from uae_jax.rewards.similarity import chosen_encoders, mixed_reward, term_metrics
-from uae_jax.rl.advantages import SCALES
+from uae_jax.rewards.similarity import term_metrics
 from uae_jax.rl.losses import gap_metrics
 from uae_jax.rollouts.captioning import (
     CAPTION_FIELDS,
@@ -46,31 +46,18 @@ from uae_jax.rollouts.captioning import (
     encode_batch_images,
 )
 from uae_jax.rollouts.reconstruction import caption_context, draw_from, initial_noise
-from uae_jax.settings import changed, setting
-from uae_jax.training.optimizer import OptimizerConfig
+from uae_jax.settings import changed
 
 
 @dataclasses.dataclass(frozen=True)
-class GenForUndConfig(TokenLoss, UpdateSettings, DecodedRollouts):
+class GenForUndConfig(TokenLoss, UpdateSettings, CaptionSettings, DecodedRollouts):
     """Settings of GRPO on captions."""
 
     batch_size: int = changed(DecodedRollouts, "batch_size", 64)
-    # TRL's rate for adapters
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, warmup_steps=10)
-    temperature: float = changed(DecodedRollouts, "temperature", 1.0, above=0, low=None)
-    guidance_scale: float = setting(5.0, "of the reconstructions; 1 is without", low=0, source="released UAE code")
-    shared_noise: bool = setting(True, "one starting noise for the reconstructions of an image")
-    advantage_scale: str = setting("group", "what advantages are divided by", choices=SCALES, source="arXiv 2402.03300")
-    score_chunk: int = setting(
-        lm.SCORE_CHUNK, "caption positions whose logits exist at once; memory, not results", low=1, free=True
-    )
-    objective: str = setting(
-        "grpo", "grpo, or the control: cross-entropy of the data set's captions", choices=("grpo", "supervised")
-    )
 
 
 @dataclasses.dataclass(frozen=True)
-class GenForUnd:
+class GenForUnd(CaptionMethod):
     """The method; a `methods.method.Method`.
 
     Raises:
@@ -78,12 +65,8 @@ class GenForUnd:
     """
 
     Settings: ClassVar[type] = GenForUndConfig
-    reinforcement: ClassVar[bool] = True
-    kl_bound: ClassVar[str] = "kl"
 
     settings: GenForUndConfig
-    sampler: SamplerConfig
-    system: Described
 
     def __post_init__(self) -> None:
         if self.settings.reward.caption_weight and self.system.scorer is None:
@@ -93,25 +76,18 @@ class GenForUnd:
             )
 
     @staticmethod
-    def trains(settings: GenForUndConfig) -> tuple[str, ...]:
-        """The language model: its adapter, or a fully fine-tuned copy."""
-        return (settings.trained_part("language"),)
-
-    @staticmethod
-    def needs_captions(settings: GenForUndConfig) -> bool:
-        """Only the supervised control: in GRPO the captioner writes them, and rewards compare images with these."""
-        return settings.objective == "supervised"
-
-    @staticmethod
     def reads(settings: GenForUndConfig) -> tuple[str, ...]:
         """What the captioner sees, and images for the rewards; the supervised control captions instead of these."""
         seen = (*IMAGE_FIELDS, *PROMPT_FIELDS)
         return (*seen, *CAPTION_FIELDS) if settings.objective == "supervised" else (*seen, "pixels")
 
-    @property
-    def replay(self) -> bool:
-        """Whether the rollout is scored again for the old log-probabilities."""
-        return self.settings.updates_per_rollout > 1
+    def read_prompts(
+        self, parts: Mapping, batch: Mapping, image_embeds: Float[Array, "b e d"], *, policy: bool
+    ) -> Prompted:
+        """See `CaptionMethod.read_prompts`."""
+        captioner = self.system.model.captioner
+        params, adapter = uae.captioner_weights(parts, policy=policy)
+        return captioner, params, adapter, qwen.prompt_prefix(captioner, params, adapter, batch, image_embeds)
 
     def prepared(self, frozen: Mapping) -> Mapping:
         """See `gathered`."""
@@ -190,14 +166,10 @@ class GenForUnd:
 
     def supervised_loss(self, parts: Mapping, batch: Mapping) -> Loss:
         """Cross-entropy of the data set's captions, a mean over tokens."""
-        model = self.system.model
-        images = encode_batch_images(model, parts, batch)
-        weights, adapter = uae.captioner_weights(parts, policy=True)
-        prefix = qwen.prompt_prefix(model.captioner, weights, adapter, batch, images)
+        images = encode_batch_images(self.system.model, parts, batch)
         tokens, mask = batch["caption_ids"], batch["caption_mask"]
-        said = lm.completion_log_probs(
-            model.captioner, weights, adapter, prefix, tokens, mask, chunk=self.settings.score_chunk
-        )
+        prompts = self.read_prompts(parts, batch, images, policy=True)
+        said = lm.completion_log_probs(*prompts, tokens, mask, chunk=self.settings.score_chunk)
         return -jnp.sum(said.log_probs), jnp.sum(mask, dtype=jnp.float32), {}
 
     def write_captions(
@@ -230,34 +202,8 @@ class GenForUnd:
             said = caption_similarity.caption_reward(
                 self.system.scorer, params, original, completion.tokens, lengths, settings.group_size
             )
-        return mixed_reward(
-            settings.reward,
-            chosen_encoders(settings.reward, self.system.encoders),
-            parts["encoders"],
-            original,
-            pixels,
-            settings.group_size,
-            said,
-            ~completion.finished.reshape(-1, settings.group_size),
-        )
-
-    def score_captions(self, parts: Mapping, samples: Mapping, *, trained: bool) -> lm.TokenScores:
-        """Log-probabilities `[B, G, T]` of a rollout's captions under the policy or the reference."""
-        captioner = self.system.model.captioner
-        params, adapter = uae.captioner_weights(parts, policy=trained)
-        prefix = qwen.prompt_prefix(captioner, params, adapter, samples, samples["image_embeds"])
-        return lm.completion_log_probs(
-            captioner,
-            params,
-            adapter,
-            prefix,
-            samples["tokens"],
-            samples["mask"],
-            temperature=self.settings.temperature,
-            chunk=self.settings.score_chunk,
-            with_entropy=trained,
-            frozen_head="language_policy" not in parts,
-        )
+        unfinished = ~completion.finished.reshape(-1, settings.group_size)
+        return self.mixed(parts, original, pixels, unfinished, said)
 
     def compared(self, parts: Mapping, samples: Mapping) -> dict[str, Float[Array, "b g t"]]:
         """What the loss compares with, `[B, G, T]`: `reference` for the KL, and `old` where it is replayed."""

@@ -31,8 +31,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uae_jax import trees
-from uae_jax.methods.method import Described, Loss, Streams
-from uae_jax.methods.stage_settings import RolloutSettings, SamplerConfig, UpdateSettings
+from uae_jax.methods.caption_method import CaptionMethod, CaptionSettings, Prompted
+from uae_jax.methods.method import Loss, Streams
+from uae_jax.methods.stage_settings import UpdateSettings
 from uae_jax.methods.token_loss import TokenLoss, token_loss
 from uae_jax.models.condition import caption_lengths
 from uae_jax.models.janus import drawing, vq
@@ -42,14 +43,13 @@ from uae_jax.models.language import model as lm
 from uae_jax.models.language.generate import Completion
 from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.nn.constrain import constrain_rows
-from uae_jax.rewards.similarity import chosen_encoders, mixed_reward, term_metrics
-from uae_jax.rl.advantages import SCALES, nested_advantages
+from uae_jax.rewards.similarity import term_metrics
+from uae_jax.rl.advantages import nested_advantages
 from uae_jax.rl.losses import gap_metrics
 from uae_jax.rollouts.captioning import CAPTION_FIELDS, caption_metrics
 from uae_jax.rollouts.reconstruction import sample_keys
 from uae_jax.rollouts.unified import DrawingConfig, pixels, sample_captions, sample_drawings, weights
 from uae_jax.settings import changed, setting
-from uae_jax.training.optimizer import OptimizerConfig
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
 SCORES = ("guided", "conditional")
@@ -73,28 +73,15 @@ class ImageStreamConfig(StreamConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class UnifiedArConfig(UpdateSettings, RolloutSettings):
+class UnifiedArConfig(UpdateSettings, CaptionSettings):
     """Settings of the stage; `caption` and `image` are those of the two streams."""
 
-    group_size: int = changed(RolloutSettings, "group_size", 4)
+    group_size: int = changed(CaptionSettings, "group_size", 4)
     images_per_caption: int = setting(3, "drawings of a caption; with 1 a drawing takes its caption's advantage", low=1)
-    temperature: float = changed(RolloutSettings, "temperature", 1.0, above=0, low=None)
     image_temperature: float = setting(1.0, "of image tokens", above=0)
-    guidance_scale: float = setting(5.0, "of the drawings; 1 is without", low=0, source="Janus-Pro, arXiv 2501.17811")
     score: str = setting("guided", "which log-probabilities of image tokens are trained", choices=SCORES)
-    shared_noise: bool = setting(True, "the drawings of all captions of an image read the same random numbers")
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, warmup_steps=10)
     caption: StreamConfig = StreamConfig()
     image: ImageStreamConfig = ImageStreamConfig()
-    advantage_scale: str = setting("group", "what advantages are divided by", choices=SCALES, source="arXiv 2402.03300")
-    score_chunk: int = setting(
-        lm.SCORE_CHUNK, "positions whose logits exist at once, in both streams; memory, not results", low=1, free=True
-    )
-    objective: str = setting(
-        "grpo",
-        "grpo, or the control: cross-entropy of the data set's captions and images",
-        choices=("grpo", "supervised"),
-    )
     caption_dropout: float = setting(
         0.1, "share of the control's drawings without a caption, which guidance needs", low=0, high=1
     )
@@ -109,27 +96,13 @@ class UnifiedArConfig(UpdateSettings, RolloutSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class UnifiedAr:
+class UnifiedAr(CaptionMethod):
     """The method; a `methods.method.Method` with two streams in place of one loss."""
 
     Settings: ClassVar[type] = UnifiedArConfig
-    reinforcement: ClassVar[bool] = True
-    kl_bound: ClassVar[str] = "kl"
     network: ClassVar[type] = Unified
 
     settings: UnifiedArConfig
-    sampler: SamplerConfig
-    system: Described
-
-    @staticmethod
-    def trains(settings: UnifiedArConfig) -> tuple[str, ...]:
-        """The language model: its adapter, or a fully fine-tuned copy."""
-        return (settings.trained_part("language"),)
-
-    @staticmethod
-    def needs_captions(settings: UnifiedArConfig) -> bool:
-        """Only the supervised control."""
-        return settings.objective == "supervised"
 
     @staticmethod
     def reads(settings: UnifiedArConfig) -> tuple[str, ...]:
@@ -147,11 +120,6 @@ class UnifiedAr:
             "image": (settings.image.weight, self.supervised_image_loss if control else self.image_loss),
         }
         return {name: found for name, found in listed.items() if found[0]}
-
-    @property
-    def replay(self) -> bool:
-        """Whether the rollout is scored again for the old log-probabilities."""
-        return self.settings.updates_per_rollout > 1
 
     @property
     def plain(self) -> "UnifiedAr":
@@ -225,9 +193,9 @@ class UnifiedAr:
             key,
             image_embeds,
             max_new_tokens=settings.max_new_tokens,
+            gather_weights=settings.gather_weights,
             sampling=SamplingConfig(settings.temperature),
             group=settings.group_size,
-            gather_weights=settings.gather_weights,
         )
 
     def draw(self, parts: Mapping, ids: Array, mask: Array, sample_id: Array, key: Array) -> drawing.Drawing:
@@ -252,19 +220,8 @@ class UnifiedAr:
         self, parts: Mapping, original: Float[Array, "b H W 3"], tokens: Array, completion: Completion
     ) -> tuple[Float[Array, "b gk"], dict]:
         """Rewards `[B, G * K]` of drawings by their tokens, and their terms; see `similarity.mixed_reward`."""
-        settings = self.settings
-        drawings = settings.group_size * settings.images_per_caption
-        unfinished = jnp.repeat(~completion.finished, settings.images_per_caption)
-        return mixed_reward(
-            settings.reward,
-            chosen_encoders(settings.reward, self.system.encoders),
-            parts["encoders"],
-            original,
-            pixels(self.system.model.network, parts, self.how, tokens),
-            drawings,
-            None,
-            unfinished.reshape(-1, drawings),
-        )
+        unfinished = jnp.repeat(~completion.finished, self.settings.images_per_caption).reshape(len(original), -1)
+        return self.mixed(parts, original, pixels(self.system.model.network, parts, self.how, tokens), unfinished)
 
     def compared(self, parts: Mapping, samples: Mapping) -> dict[str, Array]:
         """What the losses compare with: `reference` and `image_reference` for the KL, `old` and `image_old` where they
@@ -281,23 +238,12 @@ class UnifiedAr:
                 found[f"{prefix}old"] = score(parts, samples, trained=True).log_probs
         return found
 
-    def score_captions(self, parts: Mapping, samples: Mapping, *, trained: bool) -> lm.TokenScores:
-        """Log-probabilities `[B, G, T]` of captions under the policy or the reference."""
-        network = self.system.model.network
-        params, adapter = weights(parts, policy=trained)
-        prefix = janus.prompt_prefix(network, params, adapter, samples, samples["image_embeds"])
-        return lm.completion_log_probs(
-            network,
-            params,
-            adapter,
-            prefix,
-            samples["tokens"],
-            samples["mask"],
-            temperature=self.settings.temperature,
-            chunk=self.settings.score_chunk,
-            with_entropy=trained,
-            frozen_head="language_policy" not in parts,
-        )
+    def read_prompts(
+        self, parts: Mapping, batch: Mapping, image_embeds: Float[Array, "b e d"], *, policy: bool
+    ) -> Prompted:
+        """See `CaptionMethod.read_prompts`."""
+        network, (params, adapter) = self.system.model.network, weights(parts, policy=policy)
+        return network, params, adapter, janus.prompt_prefix(network, params, adapter, batch, image_embeds)
 
     def score_images(self, parts: Mapping, samples: Mapping, *, trained: bool) -> lm.TokenScores:
         """Log-probabilities `[B, G, K, C]` of image tokens under the policy or the reference."""

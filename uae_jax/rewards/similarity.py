@@ -239,7 +239,7 @@ class RewardConfig(Settings):
     contrast_temperature: float = setting(0.0, "0 takes the mean of the others; above, a soft maximum", low=0)
     overlong_penalty: float = setting(
         0.0,
-        "taken off a caption without an end; gen_for_und alone has it",
+        "taken off a caption without an end; gen_for_und and unified_ar have it",
         low=0,
         source="arXiv 2503.14476, section 3.4",
     )

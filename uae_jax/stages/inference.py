@@ -6,12 +6,13 @@ batch has images of one length. Padding is masked, so that a caption does not de
 
 import pathlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from PIL import Image
 
 from uae_jax import sharding, trees
@@ -97,13 +98,11 @@ class Inference:
         devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] (an alias inside of jax)
     ):
         self.config = config
-        devices = jax.local_devices()[:1] if devices is None else list(devices)
-        mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=len(devices)), devices)
         self.system: System = load_system(
             model,
             image_size=config.size,
             negative_prompt=config.negative_prompt,
-            mesh=mesh,
+            mesh=mesh_of(devices),
             control_tokens=config.control_tokens,
         )
         self.parts = self.system.parts
@@ -209,15 +208,7 @@ class Inference:
         if self.config.condition == "caption_states":
             yield from self._rebuilt(rows)
             return
-        said: dict[int, str] = {}
-
-        def texts() -> Iterator[Row]:
-            for row, caption in self.captions(rows):
-                said[row.index] = caption
-                yield row._replace(fields=self.rows.caption_fields(caption))
-
-        for row, drawn in self.drawings(texts()):
-            yield row, said.pop(row.index), drawn
+        yield from drawn_captions(self, rows, self.rows.caption_fields)
 
     def _rebuilt(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str, np.ndarray]]:
         """`reconstructions` from the states of the captions' own tokens, of which the text alone has none."""
@@ -227,6 +218,40 @@ class Inference:
             drawn = from_signed(jax.device_get(self._rebuild(self.parts, batch, said.tokens, said.mask)))
             for row, ids, length, picture in zip(group, *jax.device_get((said.tokens, lengths)), drawn):
                 yield row, decode_caption(self.system.tokenizer, ids[:length]), picture
+
+
+class Engine(Protocol):
+    """What captions and draws rows; `Inference` describes the methods."""
+
+    def captions(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]: ...
+    def drawings(self, rows: Iterable[Row]) -> Iterator[tuple[Row, np.ndarray]]: ...
+
+
+def drawn_captions(
+    engine: Engine, rows: Iterable[Row], text_fields: Callable[[str], Fields]
+) -> Iterator[tuple[Row, str, np.ndarray]]:
+    """Caption of each image, and the drawing of its caption by the same engine.
+
+    Args:
+      engine: of both.
+      rows: images.
+      text_fields: the inputs for the drawing of a caption.
+    """
+    said: dict[int, str] = {}
+
+    def texts() -> Iterator[Row]:
+        for row, caption in engine.captions(rows):
+            said[row.index] = caption
+            yield row._replace(fields=text_fields(caption))
+
+    for row, drawn in engine.drawings(texts()):
+        yield row, said.pop(row.index), drawn
+
+
+def mesh_of(devices: Sequence[jax.Device] | None) -> Mesh:  # pyright: ignore[reportInvalidTypeForm] (an alias inside of jax)
+    """A mesh over which parameters are sharded: the first device where none are given."""
+    devices = jax.local_devices()[:1] if devices is None else list(devices)
+    return sharding.make_mesh(MeshConfig(data=1, fsdp=len(devices)), devices)
 
 
 def stacked(group: Sequence[Row], size: int) -> dict[str, np.ndarray]:

@@ -97,6 +97,11 @@ def _unified_evaluator(
     )
 
 
+def _load_unified(config: ModelConfig, *, negative_prompt: str = "", max_caption: int = 0, **options: Any) -> Any:
+    """`load_unified`; the prompt without a caption is the network's own, and it has no scorer of captions."""
+    return load_unified(config, **options)
+
+
 DECODER = Kind(
     "UAE, a captioner with a diffusion decoder",
     UAE,
@@ -112,7 +117,7 @@ UNIFIED = Kind(
     "Janus, one network that captions and draws",
     Unified,
     janus_config.holds,
-    load_unified,
+    _load_unified,
     abstract_unified,
     unified_rows,
     _unified_evaluator,

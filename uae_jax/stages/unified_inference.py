@@ -8,7 +8,6 @@ import numpy as np
 from jax import Array
 from PIL import Image
 
-from uae_jax import sharding
 from uae_jax.data.images import to_rgb
 from uae_jax.data.janus_inputs import SYSTEM, padded_ids, question_fields
 from uae_jax.data.loader import from_signed
@@ -19,8 +18,7 @@ from uae_jax.models.language.generate import Completion
 from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.nn.cpu.compiler import compiler_options
 from uae_jax.rollouts.unified import DrawingConfig, pixels, sample_captions, sample_drawings
-from uae_jax.sharding import MeshConfig
-from uae_jax.stages.inference import Row, batches, stacked
+from uae_jax.stages.inference import Row, batches, drawn_captions, mesh_of, stacked
 from uae_jax.stages.inference_config import InferenceConfig
 from uae_jax.stages.run_config import CAPTION_PROMPT
 from uae_jax.stages.unified_system import load_unified
@@ -74,9 +72,9 @@ class UnifiedInference:
         config: InferenceConfig,
         devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] (an alias inside of jax)
     ):
-        devices = jax.local_devices()[:1] if devices is None else list(devices)
-        mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=len(devices)), devices)
-        system = load_unified(model, image_size=config.size, mesh=mesh, control_tokens=config.control_tokens)
+        system = load_unified(
+            model, image_size=config.size, mesh=mesh_of(devices), control_tokens=config.control_tokens
+        )
         self.folder, self.config, self.tokenizer = system.folder, config, system.tokenizer
         self.parts, self.model, self.image_encoders = system.parts, system.model.network, system.encoders
         self._write, self._picture = _programs(self.model, config)
@@ -136,15 +134,7 @@ class UnifiedInference:
 
     def reconstructions(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str, np.ndarray]]:
         """Caption of each image (`image_fields`), and the drawing of its caption."""
-        said: dict[int, str] = {}
-
-        def texts() -> Iterator[Row]:
-            for row, caption in self.captions(rows):
-                said[row.index] = caption
-                yield row._replace(fields=self.text_fields(caption))
-
-        for row, drawn in self.drawings(texts()):
-            yield row, said.pop(row.index), drawn
+        return drawn_captions(self, rows, self.text_fields)
 
 
 def _room(length: int) -> int:

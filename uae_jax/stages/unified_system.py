@@ -85,17 +85,11 @@ def load_unified(
     config: ModelConfig,
     *,
     image_size: int,
-    negative_prompt: str = "",
-    mesh: Mesh | None = None,
-    max_caption: int = 0,
     frozen: Collection[str] = (),
     control_tokens: bool = False,
+    mesh: Mesh | None = None,
 ) -> UnifiedSystem:
-    """Reads a network with the encoders beside it; arguments and errors are those of `weights.load_system`.
-
-    The prompt without a caption, from which guidance moves away, is the network's own: `negative_prompt` is not read.
-    """
-    del negative_prompt, max_caption
+    """Reads a network with the encoders beside it; arguments and errors are those of `weights.load_system`."""
     folder = model_folder(config.folder)
     network = _network(folder, config, image_size)
     tokenizer = _tokenizer(folder, network, control_tokens)

@@ -240,15 +240,7 @@ def read_adapters(path: str | pathlib.Path, config: JanusConfig, dtype: DTypeLik
 def load_adapter(
     path: str | pathlib.Path, config: JanusConfig, dtype: DTypeLike | None = None
 ) -> tuple[JanusConfig, dict]:
-    """Reads an adapter of the language model alone, to stay separate from the base; see `read_adapters`.
-
-    Returns:
-      The config with the adapter's alpha, and the adapter tree; the rank is that of the tensors.
-
-    Raises:
-      FileNotFoundError: no such folder or weights.
-      ValueError: see `hf.adapters.read_adapter`; also an adapter of another part or the head.
-    """
+    """The config with the alpha of an adapter of the language model alone, and its tree; see `read_adapters`."""
     adapter = read_adapters(path, config, dtype)
     return config.using(lora_alpha=adapter.alpha), of_language_alone(adapter, path)
 
