@@ -57,29 +57,42 @@ def _tiny() -> Deviations:
     )
 
 
-# Values meant for 64 chips; they were traced, and not compiled yet. Parameters are sharded over `fsdp`, those of 7 B
-# also over `tensor`: each chip then holds a quarter of the copy that sampling reads.
-SIZES: dict[str, Deviations] = {
-    "janus_pro_1b": dict(mesh=dict(data=1, fsdp=-1), unified_ar=dict(vae_chunk=64)),
-    # 16 images at a time are one for each group of four chips
-    "janus_pro_7b": dict(
-        mesh=dict(data=1, fsdp=-1, tensor=4), unified_ar=dict(rollout_parts=4, micro_batches=4, vae_chunk=16)
-    ),
+# What a machine needs, for `PRESET@MACHINE`; without a machine it is a slice of 64 chips, of 16 GiB at the least. All
+# make a step of one size, some of them in parts (docs/janus.md).
+SIZES: dict[str, dict[str, Deviations]] = {
+    "janus_pro_1b": {
+        "": {},
+        "8xH200": dict(mesh=dict(fsdp=8), unified_ar=dict(micro_batches=2)),
+        "1x80GB": dict(mesh=dict(fsdp=1), unified_ar=dict(rollout_parts=8, micro_batches=16, vae_chunk=16)),
+        "1x24GB": dict(mesh=dict(fsdp=1), unified_ar=dict(rollout_parts=32, micro_batches=64, vae_chunk=4)),
+    },
+    "janus_pro_7b": {
+        # 16 images at a time are one for each group of four chips, which hold a quarter of the sampled copy each
+        "": dict(mesh=dict(tensor=4), unified_ar=dict(rollout_parts=4, micro_batches=4, vae_chunk=16)),
+        "8xH200": dict(mesh=dict(fsdp=8), unified_ar=dict(rollout_parts=2, micro_batches=8)),
+        "1x80GB": dict(mesh=dict(fsdp=1), unified_ar=dict(rollout_parts=32, micro_batches=64, vae_chunk=4)),
+    },
 }
 
 
-def _full(sizes: str) -> Deviations:
-    """A published size."""
+def _full(name: str) -> Deviations:
+    """A published size, such as `janus_pro_1b` or `janus_pro_1b@1x80GB`."""
+    sizes, _, machine = name.partition("@")
     deviations = dict(
         model=dict(sizes=sizes, frozen_dtype="bfloat16", dtype="bfloat16", remat="full"),
         data=dict(image_size=384, max_prompt=704, max_caption=256),
         evaluation=dict(batch_size=64),
-        unified_ar=dict(batch_size=64, max_new_tokens=256, gather_weights=True),
+        mesh=dict(data=1, fsdp=-1),
+        unified_ar=dict(batch_size=64, max_new_tokens=256, gather_weights=True, vae_chunk=64),
     )
-    return merged(deviations, SIZES[sizes])
+    return merged(deviations, SIZES[sizes][machine])
 
 
-PRESETS = {"tiny": _tiny} | {name: functools.partial(_full, name) for name in SIZES}
+PRESETS = {"tiny": _tiny} | {
+    name: functools.partial(_full, name)
+    for size in SIZES
+    for name in (f"{size}@{machine}" if machine else size for machine in SIZES[size])
+}
 
 
 def get_config(preset: str | None = None) -> ml_collections.ConfigDict:

@@ -1,11 +1,17 @@
 """The presets of one network: valid configurations that repeat no default, with the published numbers of parameters."""
 
+import pathlib
+import re
+
 import jax
 import pytest
 from test_presets import fields, written
 
 from configs import unified_ar
 from uae_jax import trees
+from uae_jax.config_file import machine_presets
+from uae_jax.planning.chips import CHIPS, GIB
+from uae_jax.planning.fits import fits_of
 from uae_jax.planning.system import abstract_system
 from uae_jax.settings import as_dict, frozen
 from uae_jax.stages.program import make_program
@@ -22,8 +28,24 @@ def test_a_preset_has_every_field_and_repeats_no_default(name):
     assert [field for field, value in deviations.items() if defaults[field] == value] == []
 
 
+def test_every_machine_makes_a_step_of_the_same_size_and_fits_the_page():
+    """The table of docs/janus.md is that of the estimates."""
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "janus.md").read_text()
+    room = {"1x24GB": CHIPS["RTX4090"], "1x80GB": CHIPS["H100"], "8xH200": CHIPS["H200"]}
+    named = machine_presets("unified_ar")
+    assert set(re.findall(r"`(janus\w+@\w+)`", page)) == set(named)
+    for name in named:
+        values = unified_ar.get_config(name).to_dict()
+        stage, whole = (frozen(RunConfig, v).stage("unified_ar") for v in (values, unified_ar.get_config().to_dict()))
+        assert stage.batch_size == 64 and stage.group_size == whole.group_size
+        if name.startswith("janus_pro_1b@1x"):
+            (fit,) = fits_of(name, values)
+            assert fit.fits(room[name.partition("@")[2]])
+            assert f"| `{name}` | unified_ar | 64 | {fit.samples} | {fit.peak / GIB:.1f} |" in page
+
+
 def test_an_unknown_preset_is_told():
-    with pytest.raises(ValueError, match="unknown preset 'huge'; .* has tiny, janus_pro_1b, janus_pro_7b"):
+    with pytest.raises(ValueError, match="unknown preset 'huge'; .* has tiny, janus_pro_1b, .*janus_pro_7b"):
         unified_ar.get_config("huge")
 
 

@@ -50,6 +50,10 @@ def load_config(name: str) -> ml_collections.ConfigDict:
       ValueError: an unknown preset, or a file without `get_config`.
     """
     path, preset = find_config(name)
+    return _module(path).get_config(preset)
+
+
+def _module(path: pathlib.Path) -> Any:
     configs = types.ModuleType("configs")
     configs.__path__ = [str(path.parent if path.parent.name == "configs" else builtin_folder())]
     sys.modules.setdefault("configs", configs)
@@ -61,13 +65,20 @@ def load_config(name: str) -> ml_collections.ConfigDict:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} has no function get_config; a configuration has get_config(preset=None)")
-    return module.get_config(preset)
+    return module
 
 
-def machine_presets() -> list[str]:
-    """The names of the built-in presets that are made for a machine, such as `...@1x24GB`."""
-    load_config(str(builtin_folder() / "unified_grpo.py"))  # which makes `configs` importable
-    return [name for name in importlib.import_module("configs.presets").PRESETS if "@" in name]
+def machine_presets(config: str) -> list[str]:
+    """The presets of a configuration that are made for a machine, such as `...@1x24GB`.
+
+    They are its own, or the ones that all stages of UAE share.
+
+    Raises:
+      FileNotFoundError, ValueError: see `load_config`.
+    """
+    module = _module(find_config(config)[0])
+    known = getattr(module, "PRESETS", None) or importlib.import_module("configs.presets").PRESETS
+    return [name for name in known if "@" in name]
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:

@@ -4,6 +4,7 @@
     python -m uae_jax.plan --config=unified_grpo --topology=cpu:8 --config.mesh.fsdp=8 --config.mesh.data=1
     python -m uae_jax.plan --config=unified_grpo:qwen2_5_vl_3b_sd3_5_medium --topology=gpu:8xH200 --stages=gen_for_und
     python -m uae_jax.plan --fits=RTX4090
+    python -m uae_jax.plan --config=unified_ar --fits
 
 TPU slices are compiled for, ahead of time, by libtpu on this host (extra `tpu`); `2xv5e:16x16` are two of them. `cpu:N`
 compiles for N faked devices. `gpu:NxCARD` is compiled where the CUDA wheels are (extra `cuda`), and estimated
@@ -125,7 +126,7 @@ def _fits(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> 
     chips = chosen_chips([name for name in options.fits.split(",") if name])
     config = options.config or "unified_grpo"
     rows = []
-    for preset in machine_presets():
+    for preset in machine_presets(config):
         found = fits_of(preset, load_config(f"{config}:{preset}").to_dict())
         rows += [fit for fit in found if not options.fits or any(fit.fits(chip) for chip in chips)]
         print(f"{preset}: estimated", file=sys.stderr, flush=True)
