@@ -12,6 +12,7 @@ from test_full_size import check_both_ways, on_meta, shapes_of
 
 from uae_jax import trees
 from uae_jax.hf.adapters import adapter_rules, settings_of
+from uae_jax.models.decoders import PUBLISHED
 from uae_jax.models.flux2 import config as flux2
 from uae_jax.models.flux2 import decoder as klein
 from uae_jax.models.flux2 import transformer, vae, weights
@@ -25,7 +26,6 @@ from uae_jax.models.z_image import config as z_config
 from uae_jax.models.z_image import transformer as z_transformer
 from uae_jax.models.z_image import weights as z_weights
 from uae_jax.nn.lora import init_lora
-from uae_jax.planning import published
 
 RANK = 32
 # black-forest-labs/FLUX.2-klein-4B: transformer, text_encoder and vae, config.json
@@ -74,7 +74,8 @@ def written(folder, name: str, content: dict):
 
 
 def test_klein_4b_and_its_adapter(tmp_path):
-    config = flux2.TransformerConfig.from_folder(written(tmp_path, "_class_name", KLEIN | {"kind": flux2.TRANSFORMER}))
+    stored_config = KLEIN | {"kind": flux2.TransformerConfig.published_class}
+    config = flux2.TransformerConfig.from_folder(written(tmp_path, "_class_name", stored_config))
     assert config == flux2.TransformerConfig()
     model = on_meta(lambda: diffusers.Flux2Transformer2DModel(**KLEIN))
     stored, abstract = shapes_of(model), transformer.abstract_params(config)
@@ -86,7 +87,7 @@ def test_klein_4b_and_its_adapter(tmp_path):
     targets = rf".*\.attn\.({names})|single_transformer_blocks\.\d+\.attn\.to_out"
     wrapped = on_meta(lambda: get_peft_model(model, LoraConfig(r=RANK, lora_alpha=64, target_modules=targets)))
     saved = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(wrapped).items()}
-    adapter = jax.eval_shape(lambda: init_lora(jax.random.key(0), abstract, klein.KleinDecoder.lora_targets, RANK))
+    adapter = jax.eval_shape(lambda: init_lora(jax.random.key(0), abstract, transformer.ATTENTION_ADAPTER, RANK))
     check_both_ways(adapter_rules(rules, adapter), adapter, saved)
     assert len(saved) == 2 * (5 * 8 + 20 * 2)
     told = settings_of(adapter, adapter_rules(rules, adapter), rules, 64.0)
@@ -108,7 +109,7 @@ def test_the_auto_encoder_of_klein(tmp_path):
 def test_the_text_encoder_of_klein(tmp_path):
     """All of Qwen3-4B is known; an embedding and 27 of its 36 layers are read."""
     text = qwen3.from_folder(written(tmp_path, "model_type", QWEN3_4B | {"kind": "qwen3"}))
-    assert text == published.QWEN3_4B
+    assert text == qwen3.QWEN3_4B
     stored = shapes_of(on_meta(lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**QWEN3_4B))))
     stored.pop("lm_head.weight", None)  # the embedding
     whole = encoder.whole_table(text)
@@ -143,7 +144,7 @@ Z_IMAGE = dict(
 
 def test_z_image_and_its_adapter(tmp_path):
     config = z_config.TransformerConfig.from_folder(
-        written(tmp_path, "_class_name", Z_IMAGE | {"kind": z_config.CLASS})
+        written(tmp_path, "_class_name", Z_IMAGE | {"kind": z_config.TransformerConfig.published_class})
     )
     assert config == z_config.TransformerConfig()
     model = on_meta(lambda: diffusers.ZImageTransformer2DModel(**Z_IMAGE))
@@ -174,7 +175,7 @@ QWEN_VAE = dict(base_dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, 
 
 
 def test_qwen_image_and_its_adapter(tmp_path):
-    stored_config = QWEN_IMAGE | {"kind": q_config.TRANSFORMER}
+    stored_config = QWEN_IMAGE | {"kind": q_config.TransformerConfig.published_class}
     config = q_config.TransformerConfig.from_folder(written(tmp_path, "_class_name", stored_config))
     assert config == q_config.TransformerConfig()
     model = on_meta(lambda: diffusers.QwenImageTransformer2DModel(**QWEN_IMAGE))
@@ -207,21 +208,38 @@ def test_the_auto_encoder_of_qwen_image(tmp_path):
 
 @pytest.mark.parametrize("field, value", [("guidance_embeds", True), ("patch_size", 2), ("axes_dims_rope", [64, 64])])
 def test_another_flux2_is_refused(tmp_path, field, value):
-    changed = KLEIN | {"kind": flux2.TRANSFORMER, field: value}
+    changed = KLEIN | {"kind": flux2.TransformerConfig.published_class, field: value}
     with pytest.raises(ValueError, match=f"{field}=.* is not supported"):
         flux2.TransformerConfig.from_folder(written(tmp_path, "_class_name", changed))
 
 
-def test_shapes_of_a_published_decoder():
-    decoder = published.klein_4b("bfloat16", "none", 64.0)
-    assert decoder.latent_shape(512, 512) == (32, 32, 128) and decoder.states_shape(500) == ((512, 7680), "bfloat16")
-    shapes = (1, 32, 32, 128), (1,), (1, 512, 7680), (1, 512)
-    latents, sigma, states, mask = (
+# of the latents of 512 pixels, of the states of a prompt, and parameters of text encoder and transformer in 1e9
+SHAPES = {
+    "klein_4b": ((32, 32, 128), (512, 7680), (3.11, 3.88)),
+    "klein_base_4b": ((32, 32, 128), (512, 7680), (3.11, 3.88)),
+    "z_image": ((64, 64, 16), (508, 2560), (3.92, 6.15)),
+    "z_image_turbo": ((64, 64, 16), (508, 2560), (3.92, 6.15)),
+    "qwen_image": ((64, 64, 16), (505, 3584), (7.07, 20.43)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shapes_of_a_published_decoder(name):
+    decoder, (latent, states, counts) = (
+        PUBLISHED[name].make(dtype="bfloat16", remat="none", lora_alpha=64.0),
+        SHAPES[name],
+    )
+    assert decoder.latent_shape(512, 512) == latent and decoder.states_shape(500) == (states, "bfloat16")
+    parts = decoder.abstract_parts()
+    assert (
+        tuple(round(trees.parameter_count(parts[part]) / 1e9, 2) for part in ("text_encoder", "transformer")) == counts
+    )
+    shapes = (1, *latent), (1,), (1, *states), (1, states[0])
+    latents, sigma, context, mask = (
         jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, ("float32", "float32", "bfloat16", "bool"))
     )
-    parts = decoder.abstract_parts()
     found = jax.eval_shape(
-        lambda *given: decoder.velocity(given[0], *given[1:3], given[3:]), parts, latents, sigma, states, mask
+        lambda *given: decoder.velocity(given[0], *given[1:3], given[3:]), parts, latents, sigma, context, mask
     )
     assert (found.shape, found.dtype) == (latents.shape, "float32")
     pixels = jax.eval_shape(lambda parts, x: decoder.decode(parts, x), parts, latents)

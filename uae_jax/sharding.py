@@ -25,6 +25,7 @@ from uae_jax.settings import Settings, setting
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 WIDEST = "widest"
+EIGHT_BITS = r"\w+_scales/.*"  # of kernels of 8 bits, a number for each output
 Cut = str | tuple[str, ...] | None  # the mesh axis of one axis, or several, the outermost first
 Rule = tuple[str, tuple[Cut, ...] | str]
 
@@ -36,6 +37,7 @@ POSITIONS = r"(.*/)?pos_embed/table"
 # gathers them by a sum of parts padded with zeros, twice the bytes, and copies the result into whole registers.
 RULES: tuple[Rule, ...] = (
     (r"(.*/)?(scale|bias)", ()),
+    (EIGHT_BITS, ()),
     # the table is cropped along its positions, so the positions are not sharded
     (POSITIONS, (None, "fsdp")),
     (r"(.*/)?embedding/table", ("tensor", "fsdp")),
@@ -44,8 +46,8 @@ RULES: tuple[Rule, ...] = (
     (r"(.*/)?((context_)?output|out|down|fc2|second|linear_2)/(kernel|a)", (("tensor", "fsdp"), None)),
     (r".*", WIDEST),
 )
-# of SD3 alone
-OPTIONAL = (POSITIONS,)
+# of SD3 alone, and of decoders in 8 bits
+OPTIONAL = (POSITIONS, EIGHT_BITS)
 # for fewer numbers a gather costs more than the memory that sharding saves
 SMALL = 2**16
 # for more numbers (16 MiB in float32) a copy on every device is a mistake

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 import types
 
 import jax
@@ -16,6 +18,7 @@ from qwen_words import TEXT, THINKING, make_tokenizer
 from uae_jax import trees
 from uae_jax.models.flux2 import decoder as flux2
 from uae_jax.models.flux2 import transformer, vae
+from uae_jax.models.parts import EIGHT_BITS, SCALES, eight_bits
 from uae_jax.stages import decoders
 
 SIZES = ((4, 6), (3, 2))
@@ -225,3 +228,47 @@ def test_the_parts_are_those_that_the_description_says(pair):
     assert jax.tree.map(lambda leaf: leaf.shape, pair.parts) == shapes
     assert set(pair.parts) == set(pair.decoder.parts)
     assert transformer.abstract_params(pair.decoder.transformer).keys() == pair.parts["transformer"].keys()
+
+
+def test_ids_without_a_token_stay_finite(pair):
+    control = pair.tokenizer.get_vocab()["<|image_pad|>"]
+    tokens = jnp.array([[control, 10**6, 2**31 - 1, len(pair.tokenizer)]], jnp.int32)
+    states, _ = encoded(pair, tokens, jnp.array([4]))
+    assert bool(jnp.isfinite(states).all())
+
+
+@pytest.mark.parametrize(
+    "part, field, value, message",
+    [
+        ("text_encoder", "hidden_size", 16, "joint_attention_dim 24, not 48, three times the width of text_encoder"),
+        ("vae", "latent_channels", 8, "in_channels 16, not 32, four times the latent_channels of vae"),
+    ],
+)
+def test_parts_of_different_models_are_named(pair, tmp_path, part, field, value, message):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(pair.folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    file = folder / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    said = re.escape(f"{folder / 'transformer' / 'config.json'} has {message}; take all folders from one model")
+    with pytest.raises(ValueError, match=said):
+        decoders.describe(folder, make_tokenizer(), "", dtype="float32", remat="none", lora_alpha=1.0)
+
+
+def test_kernels_of_eight_bits_draw_nearly_the_same(pair):
+    parts = dict(pair.parts)
+    eight_bits(parts)
+    assert all(f"{name}{SCALES}" in parts for name in EIGHT_BITS)
+    kernels = parts["transformer"]["blocks"]["attention"]
+    assert kernels["query"]["kernel"].dtype == jnp.int8 and "kernel" not in kernels["query_norm"]
+    decoder, rng = pair.decoder, np.random.default_rng(0)
+    ids, mask = decoder.prompt(jnp.asarray([[65, 66, 67]]), jnp.array([3]))
+    latents, sigma = jnp.asarray(rng.standard_normal((1, 4, 4, 16)), jnp.float32), jnp.array([0.5])
+
+    @jax.jit
+    def velocity(parts):
+        context = decoder.context(parts, decoder.states(parts, ids, mask), mask)
+        return decoder.velocity(parts, latents, sigma, context)
+
+    exact, rounded = velocity(pair.parts), velocity(parts)
+    gap = float(jnp.linalg.norm(exact - rounded) / jnp.linalg.norm(exact))
+    assert 1e-6 < gap < 0.05

@@ -141,7 +141,7 @@ def test_interleaved_pictures_are_decoded_as_they_are_alone(size):
         return jax.jit(jax.value_and_grad(energy, has_aux=True))(latents)
 
     def in_parts(latents, chunk):
-        return vae.decode_latents(config, params, vae.to_model_latents(config, latents), chunk)
+        return vae.decode_latents(config, params, vae.to_model_latents(config, params, latents), chunk)
 
     alone = outcome(lambda latents: vae.decode(config, params, latents))
     with on_devices(1):
@@ -167,7 +167,7 @@ def test_only_a_single_cpu_interleaves(monkeypatch):
 
 def test_model_latents_are_shifted_and_scaled_both_ways():
     latents = jax.random.normal(jax.random.key(0), (2, 3, 3, 16))
-    scaled = vae.to_model_latents(VAEConfig(), latents)
+    scaled = vae.to_model_latents(VAEConfig(), {}, latents)
     np.testing.assert_allclose(scaled, (latents - 0.0609) * 1.5305, rtol=1e-6)
     np.testing.assert_allclose(vae.from_model_latents(VAEConfig(), scaled), latents, rtol=1e-5, atol=1e-6)
 

@@ -15,8 +15,9 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.numpy import load_file
 from stage_pieces import changed, exit_of
+from transformers import Qwen2_5_VLForConditionalGeneration
 
-from uae_jax import convert, infer
+from uae_jax import convert, infer, sharding, trees
 from uae_jax.data.tokenizer import load_tokenizer
 from uae_jax.models.qwen_image import decoder as qwen_image
 from uae_jax.stages import run as run_module
@@ -65,7 +66,11 @@ def finished(settings, tmp_path_factory):
 
 
 def trained(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    return load_file(next((workdir / "export" / "llm_lora").glob("*.safetensors")))
+    return adapter(workdir / "export" / "llm_lora")
+
+
+def adapter(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    return load_file(next(folder.glob("*.safetensors")))
 
 
 def test_the_imported_folder_is_complete(folder, capsys):
@@ -190,13 +195,17 @@ def test_captions_whose_ids_are_not_the_tokenizers_are_counted(model_folder):
     assert other_ids(tokenizer, rows, np.array([2, 2])).tolist() == [0, 1]
 
 
-WRITERS = {"z_image": z_image_pieces.write_pipeline, "qwen_image": qwen_image_pieces.write_pipeline}
+WRITERS = {
+    "klein_base": lambda folder, tokenizer, seed: write_pipeline(folder, tokenizer, seed=seed),
+    "z_image": z_image_pieces.write_pipeline,
+    "qwen_image": qwen_image_pieces.write_pipeline,
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WRITERS)
-def test_another_decoder_goes_the_whole_way(name, model_folder, config, tmp_path, monkeypatch):
-    """Captioner, then the decoder's adapter by Flow-GRPO; with guidance, from import to peft."""
+@pytest.mark.parametrize("name, method", [("klein_base", "nft"), ("z_image", "flow_grpo"), ("qwen_image", "nft")])
+def test_a_decoder_goes_the_whole_way(name, method, model_folder, config, tmp_path, monkeypatch):
+    """Captioner, then the decoder's adapter; with guidance, from import to peft, and stopped in between."""
     # the words of the small model's tokenizer are fewer than the published template's tokens
     monkeypatch.setattr(qwen_image, "DROPPED", 20)
     folder, out = tmp_path / "pipeline", tmp_path / "model"
@@ -206,11 +215,16 @@ def test_another_decoder_goes_the_whole_way(name, model_folder, config, tmp_path
     convert.main(["import", *(f"--{flag}={path}" for flag, path in sources.items()), str(out)])
     convert.main(["check", str(out)])
     values = changed(config, stages=("gen_for_und", "und_for_gen"), model=dict(folder=str(out)))
-    values = changed(values, data=dict(negative_prompt=""), sampler=dict(schedule="diffusers"))
-    values = changed(values, data=dict(image_size=32), gen_for_und=dict(guidance_scale=3.0, rollout_parts=2))
+    values = changed(values, data=dict(negative_prompt="", image_size=32), sampler=dict(schedule="diffusers"))
+    values = changed(values, gen_for_und=dict(guidance_scale=3.0, rollout_parts=2), und_for_gen=dict(method=method))
     values = changed(values, loop=dict(eval_every=0), evaluation=dict(guidance_scale=3.0, geneval_per_tag=0))
     stages = run_module.run(values, tmp_path / "run")["stages"]
     assert [stage["steps"] for stage in stages] == [2, 2]
+    run_module.run(changed(values, und_for_gen=dict(steps=1)), tmp_path / "again")
+    run_module.run(values, tmp_path / "again")
+    whole, again = (adapter(tmp_path / name / "export" / "dit_lora") for name in ("run", "again"))
+    for leaf in whole:
+        np.testing.assert_array_equal(whole[leaf], again[leaf])
     export = tmp_path / "run" / "export"
     assert not [problem for row in check_folder(find_parts(export)) for problem in row.problems]
     pipeline = DiffusionPipeline.from_pretrained(export / "decoder")
@@ -219,3 +233,21 @@ def test_another_decoder_goes_the_whole_way(name, model_folder, config, tmp_path
     assert found and any(leaf.abs().max() > 0 for leaf in found)
     system = load_system(ModelConfig(str(export)), image_size=32)
     assert "transformer_lora" in system.parts and system.model.transformer.lora_alpha > 0
+    Qwen2_5_VLForConditionalGeneration.from_pretrained(export / "llm")
+
+
+def test_a_decoder_of_eight_bits_is_read_and_never_trained_as_a_whole(settings, folder, tmp_path):
+    values = changed(settings, model=dict(decoder_weights="int8"))
+    found, system = check_run(values, tmp_path / "run")
+    read = load_system(found.model, image_size=SIDE).parts
+    for part in ("transformer", "text_encoder"):
+        kinds = {leaf.dtype.name for name, leaf in trees.flatten(read[part]).items() if name.endswith("/kernel")}
+        assert kinds == {"int8"} and f"{part}_scales" in system.parts
+        assert jax.tree.map(lambda leaf: leaf.shape, read[part]) == jax.tree.map(
+            lambda leaf: leaf.shape, system.parts[part]
+        )
+    whole = changed(values, stages=("und_for_gen",), und_for_gen=dict(train="full"))
+    with pytest.raises(Exception, match="und_for_gen trains the transformer, which model.decoder_weights=int8"):
+        check_run(whole, tmp_path / "whole")
+    with pytest.raises(Exception, match="merge_adapters adds to weights that decoder_weights=int8"):
+        check_run(changed(values, model=dict(merge_adapters=True)), tmp_path / "merged")

@@ -21,8 +21,10 @@ from PIL import Image
 from uae_jax import trees
 from uae_jax.evaluation.pairs import Pair, read_rgb
 from uae_jax.files.paths import local_copies, to_path
-from uae_jax.models.encoders import clip, dino
-from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
+from uae_jax.models.encoders import clip
+from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig
+from uae_jax.models.encoders.features import AnyConfig
+from uae_jax.models.encoders.features import image_features as features_of
 from uae_jax.models.encoders.preprocess import Preprocess
 from uae_jax.models.encoders.weights import EncoderFolder, open_encoder
 
@@ -30,7 +32,6 @@ from uae_jax.models.encoders.weights import EncoderFolder, open_encoder
 KINDS = {"clip": ("clip",), "longclip": ("longclip", "clip"), "dinov2": ("dinov2",), "dinov3": ("dinov3",)}
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-AnyConfig = CLIPConfig | CLIPVisionConfig | Dinov2Config | Dinov3Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +115,7 @@ def host_pixels(preprocess: Preprocess, image: Image.Image, float_resize: bool =
 
 
 def _image_features(config: AnyConfig, params: trees.Tree, pixels: Array) -> Array:
-    if isinstance(config, (Dinov2Config, Dinov3Config)):
-        features = dino.cls_features(config, params, pixels).astype(jnp.float32)
-    else:
-        features = clip.image_features(config, params, pixels).astype(jnp.float32)
+    features = features_of(config, params, pixels).astype(jnp.float32)
     return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 

@@ -5,6 +5,7 @@ is then the reference policy, and stays frozen.
 """
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,9 +99,14 @@ def stored(parts: Mapping, needed: Collection[str], dtype: str) -> dict:
       dtype: of the others among `STORABLE`.
     """
     return {
-        name: jax.tree.map(lambda leaf: leaf.astype(dtype), part) if name in STORABLE and name not in needed else part
+        name: jax.tree.map(lambda leaf: _cast(leaf, dtype), part) if name in STORABLE and name not in needed else part
         for name, part in parts.items()
     }
+
+
+def _cast(leaf: Any, dtype: str) -> Any:
+    """A leaf in another precision; kernels of 8 bits stay as they are."""
+    return leaf if leaf.dtype == jnp.int8 else leaf.astype(dtype)
 
 
 def store(parts: dict, needed: Collection[str], dtype: str) -> None:
@@ -113,7 +119,7 @@ def store(parts: dict, needed: Collection[str], dtype: str) -> None:
     for name in [name for name in parts if name in STORABLE and name not in needed]:
         leaves = trees.flatten(parts.pop(name))
         for leaf in leaves:
-            leaves[leaf] = leaves[leaf].astype(dtype)
+            leaves[leaf] = _cast(leaves[leaf], dtype)
         parts[name] = trees.unflatten(leaves)
 
 

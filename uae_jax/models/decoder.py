@@ -39,6 +39,8 @@ class TransformerSizes(Protocol):
     def num_layers(self) -> int: ...
     @property
     def joint_attention_dim(self) -> int: ...
+    @property
+    def alive(self) -> float: ...
     def published(self) -> dict[str, Any]: ...
 
 
@@ -57,9 +59,10 @@ class Decoder(Protocol):
     """
 
     conditions: ClassVar[tuple[str, ...]]
-    lora_targets: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
 
+    @property
+    def lora_targets(self) -> str: ...
     @property
     def transformer(self) -> TransformerSizes: ...
     @property
@@ -206,16 +209,33 @@ class Component:
 
 
 @dataclasses.dataclass(frozen=True)
+class Published:
+    """Sizes of published weights, so that a run can be planned before any download.
+
+    Attributes:
+      make: `(dtype=, remat=, lora_alpha=) -> Decoder`.
+      hub: id of the weights on the Hub.
+      licence: of the weights.
+    """
+
+    make: Callable[..., Decoder]
+    hub: str
+    licence: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """A kind of published decoder with a text encoder of its own: how its folder is read.
 
     Attributes:
       name: for messages.
       pipeline: class of diffusers, as `model_index.json` names it.
-      describe: `(folder, template, dtype=, remat=, lora_alpha=) -> Decoder`.
+      describe: `(folder, template, dtype=, remat=, lora_alpha=) -> Decoder`, of the ids around a caption and a run's
+        settings; FileNotFoundError or ValueError where a config is absent, not supported, or does not fit the others.
       text: `(tokenizer, caption) -> text`, the decoder's prompt.
       components: folders with weights, by name.
       defaults: settings of inference of a pipeline's folder (`stages.inference_config`).
+      published: sizes by the name that `config.model.sizes` has behind the captioner's.
       negative: the negative prompt where the settings have none.
       length: tokens of all rows with their padding; 0 where padding is masked.
       most: tokens of a row at most; 0 for any number.
@@ -227,6 +247,7 @@ class Family:
     text: Callable[[Any, str], str]
     components: Mapping[str, Component]
     defaults: Callable[[pathlib.Path], dict[str, Any]]
+    published: Mapping[str, Published]
     negative: str = ""
     length: int = 0
     most: int = 0

@@ -25,6 +25,24 @@ class MLP(nn.Module):
         return Dense(self.features, name="second")(_hidden(inner))
 
 
+class TanhMLP(nn.Module):
+    """Linear, GELU in its tanh form, linear to the same width.
+
+    Attributes:
+      inner: inner width.
+      lora_alpha: numerator of the adapters' scale.
+    """
+
+    inner: int
+    lora_alpha: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+        """Each token by itself."""
+        y = nn.gelu(Dense(self.inner, lora_alpha=self.lora_alpha, name="up")(x), approximate=True)
+        return Dense(x.shape[-1], lora_alpha=self.lora_alpha, name="down")(_hidden(y))
+
+
 class GatedMLP(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 

@@ -1,13 +1,38 @@
 """Adaptive layer norms of diffusion transformers, and the embedding of their noise level."""
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from uae_jax.nn.constrain import constrain
+from uae_jax.nn.linear import Dense
 from uae_jax.nn.norms import LayerNorm
 
 TIMESTEP_CHANNELS = 256
+
+
+class Modulation(nn.Module):
+    """Vectors of a width from the conditioning vector, in float32 (arXiv 2212.09748, section 3.2).
+
+    Attributes:
+      width: of a vector.
+      parts: their number.
+      lora_alpha: numerator of the adapters' scale.
+      use_bias: whether the linear map has a bias.
+    """
+
+    width: int
+    parts: int
+    lora_alpha: float
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, conditioning: Float[Array, "b d"]) -> list[Float[Array, "b 1 d"]]:
+        """The vectors of each row; `conditioning` is already through SiLU."""
+        linear = Dense(self.parts * self.width, use_bias=self.use_bias, lora_alpha=self.lora_alpha, name="linear")
+        y = constrain(linear(constrain(conditioning, "batch")), "batch")
+        return jnp.split(y[:, None].astype(jnp.float32), self.parts, axis=-1)
 
 
 def modulated_norm(

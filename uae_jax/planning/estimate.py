@@ -42,6 +42,7 @@ class Shapes:
     cache: int
     vocabulary: int
     width: int
+    alive: float
     layers: int
     tokens: int
     context: int
@@ -68,6 +69,7 @@ def _shapes(config: RunConfig, program: Program, sizes: MeshSizes, system: Descr
         cache=2 * text.layers * text.key_heads * text.head_width,
         vocabulary=text.vocab_size,
         width=decoder.width,
+        alive=decoder.alive,
         layers=decoder.num_layers,
         tokens=side**2 + context,
         context=context,
@@ -108,7 +110,7 @@ def _generation(s: Shapes, rows: float, guidance: float, chunk: float) -> float:
     both = rows * (1 if guidance == 1 else 2)
     context = both * s.context * s.width * s.activation
     # the last level of the VAE's decoder begins with twice the first width
-    largest = max(_transformer_layer(s, both, 6) + context, _maps(s, min(chunk or rows, rows), 8))
+    largest = max(_transformer_layer(s, both, s.alive) + context, _maps(s, min(chunk or rows, rows), 8))
     return largest + rows * s.pixels * 3 * FLOAT
 
 
@@ -206,6 +208,7 @@ def _unified_shapes(config: RunConfig, program: Program, sizes: MeshSizes, syste
         cache=2 * text.layers * text.key_heads * text.head_width,
         vocabulary=text.vocab_size,
         width=0,
+        alive=0,
         layers=0,
         tokens=0,
         context=0,

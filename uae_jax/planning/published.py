@@ -10,24 +10,16 @@ from typing import Any
 
 from uae_jax.data.qwen_inputs import ImageProcessor
 from uae_jax.models.condition import ConditionTemplate
-from uae_jax.models.decoder import Decoder
+from uae_jax.models.decoder import Decoder, Published
+from uae_jax.models.decoders import PUBLISHED
 from uae_jax.models.encoders.config import CLIPTextConfig, CLIPVisionConfig, Dinov2Config
 from uae_jax.models.encoders.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from uae_jax.models.flux2 import config as flux2
-from uae_jax.models.flux2 import decoder as klein
-from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig, TextConfig, VisionConfig
+from uae_jax.models.qwen2_5_vl.config import PUBLISHED as CAPTIONERS
+from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 from uae_jax.models.sd3.decoder import SD3Decoder
 from uae_jax.rewards.similarity import Encoder
 
-# captioners: Qwen/Qwen2.5-VL-3B-Instruct, which has the defaults of Qwen2_5VLConfig, and Qwen/Qwen2.5-VL-7B-Instruct
-CAPTIONERS = {
-    "qwen2_5_vl_3b": Qwen2_5VLConfig(),
-    "qwen2_5_vl_7b": Qwen2_5VLConfig(
-        vision=VisionConfig(out_width=3584),
-        text=TextConfig(vocab_size=152064, width=3584, layers=28, heads=28, key_heads=4, mlp_width=18944, tied=False),
-    ),
-}
 # the projector's inner width over the captioner's width: PKU-YuanGroup/UAE, llm/config.json, has Linear 2048 to 8192
 PROJECTOR_RATIO = 4
 # decoders: stabilityai/stable-diffusion-3.5-medium and -large, transformer/config.json
@@ -81,47 +73,24 @@ NEGATIVE_PROMPT = (31115, 264, 4194, 11, 3347, 4271, 11, 27261, 11, 28513, 11, 3
 CAPTION_PROMPT_TOKENS = 80
 
 
-# Qwen/Qwen3-4B, whose embedding and first 27 layers are the text encoder of klein-4B
-QWEN3_4B = TextConfig(
-    width=2560,
-    heads=32,
-    key_heads=8,
-    mlp_width=9728,
-    mrope_section=(64, 0, 0),
-    qkv_bias=False,
-    own_head_width=128,
-    qk_norm=True,
-)
-# black-forest-labs/FLUX.2-klein-4B and -base-4B: a user's turn without thinking, <|endoftext|> behind it
-KLEIN_TEMPLATE = ConditionTemplate(
-    (151644, 872, 198),
-    (151645, 198, 151644, 77091, 198, 151667, 271, 151668, 271),
-    (),
-    151643,
-    klein.LENGTH,
-)
-
-
-def klein_4b(dtype: str, remat: str, lora_alpha: float) -> klein.KleinDecoder:
-    """FLUX.2-klein-4B, which draws in four steps without guidance; the base model has the same sizes."""
-    transformer = flux2.TransformerConfig(dtype=dtype, remat=remat, lora_alpha=lora_alpha)
-    read = klein.encoder_sizes(QWEN3_4B.using(dtype=dtype))
-    return klein.KleinDecoder(transformer, flux2.VAEConfig(), read, KLEIN_TEMPLATE, distilled=True)
-
-
 def sd3(name: str) -> Callable[..., SD3Decoder]:
     """SD3 of `TRANSFORMERS` as UAE uses it, for a captioner."""
 
     def made(captioner: Qwen2_5VLConfig, **settings: Any) -> SD3Decoder:
-        return SD3Decoder(captioner, dataclasses.replace(TRANSFORMERS[name], **settings), VAE, template())
+        return SD3Decoder(dataclasses.replace(TRANSFORMERS[name], **settings), VAE, template(), captioner)
 
     return made
+
+
+def own(sizes: Published) -> Callable[..., Decoder]:
+    """A decoder with a text encoder of its own, for any captioner."""
+    return lambda captioner, **settings: sizes.make(**settings)
 
 
 # by the second half of `config.model.sizes`
 DECODERS: Mapping[str, Callable[..., Decoder]] = {
     **{name: sd3(name) for name in TRANSFORMERS},
-    "klein_4b": lambda captioner, **settings: klein_4b(**settings),
+    **{name: own(sizes) for name, sizes in PUBLISHED.items()},
 }
 # Janus's caption prompt without image tokens, an estimate: the official system text, its turns and UAE's prompt. A run
 # counts its own; the presets leave room

@@ -8,7 +8,7 @@ from uae_jax.models.janus import config as janus_config
 from uae_jax.models.janus.unified import Unified
 from uae_jax.models.uae import UAE
 from uae_jax.planning import published
-from uae_jax.stages.abstract import AbstractSystem, part_shapes, with_run_adapters
+from uae_jax.stages.abstract import AbstractSystem, eight_bit_shapes, part_shapes, with_run_adapters
 from uae_jax.stages.kinds import abstract_folder
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.unified_system import AbstractUnified, unified_shapes, unified_spec
@@ -50,4 +50,6 @@ def _published(config: RunConfig) -> AbstractSystem:
     model = UAE(captioner, decoder, data.image_size)
     width = published.PROJECTOR_RATIO * captioner.text.width
     parts = part_shapes(captioner, decoder, width, published.ENCODERS)
+    if settings.decoder_weights == "int8":
+        parts = eight_bit_shapes(decoder, parts)
     return AbstractSystem(model, parts, dict(published.ENCODERS), captioner.stop_token_ids, published.PROCESSOR, spec)

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
-from uae_jax.models.encoders import clip, dino, weights
-from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
+from uae_jax.models.encoders import weights
+from uae_jax.models.encoders.config import CLIPVisionConfig, Dinov2Config, Dinov3Config
+from uae_jax.models.encoders.features import AnyConfig, image_features
 from uae_jax.models.encoders.preprocess import Preprocess, apply
 from uae_jax.rl.losses import Scalar
 from uae_jax.settings import Settings, setting
@@ -38,7 +39,7 @@ class Encoder:
 
     name: str
     kind: str
-    config: CLIPConfig | CLIPVisionConfig | Dinov2Config | Dinov3Config
+    config: AnyConfig
     preprocess: Preprocess
     remat: bool = False
     dtype: str = "float32"
@@ -55,11 +56,7 @@ class Encoder:
     def embed(self, params: Tree, images: Float[Array, "m H_in W_in 3"]) -> Float32[Array, "m d"]:
         """Features of length 1 of prepared images."""
         with jax.named_scope("image_encoder"):
-            if isinstance(self.config, Dinov2Config | Dinov3Config):
-                features = dino.cls_features(self.config, params, images, remat=self.remat)
-            else:
-                features = clip.image_features(self.config, params, images, remat=self.remat)
-            features = features.astype(jnp.float32)
+            features = image_features(self.config, params, images, remat=self.remat).astype(jnp.float32)
         return features * jax.lax.rsqrt(jnp.sum(jnp.square(features), -1, keepdims=True) + 1e-12)
 
 

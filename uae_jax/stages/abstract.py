@@ -19,6 +19,7 @@ from uae_jax.models.encoders import clip, dino
 from uae_jax.models.encoders.config import CLIPConfig, CLIPVisionConfig, Dinov2Config, Dinov3Config
 from uae_jax.models.encoders.preprocess import Preprocess
 from uae_jax.models.encoders.weights import open_encoder
+from uae_jax.models.parts import eight_bits
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
@@ -121,6 +122,8 @@ def abstract_folder(config: RunConfig) -> AbstractSystem:
         parts["encoders"][SCORER] = clip.abstract_params(source.config)
     if settings.adapters and (folder / REFERENCE).is_dir():
         parts[f"language{COPY}"] = parts["language"]
+    if settings.decoder_weights == "int8":
+        parts = eight_bit_shapes(decoder, parts)
     model = UAE(captioner, decoder, data.image_size, banned)
     return AbstractSystem(model, parts, encoders, tokens.stop_ids(tokenizer), processor, spec, scorer, tokenizer)
 
@@ -130,7 +133,7 @@ def _sd3(
 ) -> SD3Decoder:
     dit = folder / "dit" if (folder / "dit").is_dir() else folder / "SD3" / "transformer"
     transformer = TransformerConfig.from_folder(dit, **overrides)
-    return SD3Decoder(captioner, transformer, VAEConfig.from_folder(folder / "SD3" / "vae"), template)
+    return SD3Decoder(transformer, VAEConfig.from_folder(folder / "SD3" / "vae"), template, captioner)
 
 
 def with_run_adapters(config: RunConfig, system: Shapes) -> Shapes:
@@ -158,6 +161,26 @@ def part_shapes(
         **decoder.abstract_parts(),
         "encoders": encoder_shapes(encoders),
     }
+
+
+def eight_bit_shapes(decoder: Decoder, parts: dict) -> dict:
+    """Shapes of all parameters with the decoder's kernels in 8 bits, see `models.parts.eight_bits`.
+
+    Raises:
+      ValueError: the decoder has no text encoder of its own.
+    """
+    if "text_encoder" not in decoder.parts:
+        raise ValueError(
+            "model.decoder_weights=int8 is for decoders with a text encoder of their own (docs/decoders.md); set it to "
+            "model"
+        )
+
+    def rounded(parts: dict) -> dict:
+        found = dict(parts)
+        eight_bits(found)
+        return found
+
+    return jax.eval_shape(rounded, parts)
 
 
 def encoders_of(folder: pathlib.Path) -> dict[str, Encoder]:

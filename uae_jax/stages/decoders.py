@@ -18,6 +18,7 @@ from uae_jax.hf.safetensors import TensorFolder
 from uae_jax.models.condition import ConditionTemplate
 from uae_jax.models.decoder import Decoder, Family
 from uae_jax.models.decoders import FAMILIES
+from uae_jax.models.parts import eight_bits
 
 FOLDER = "decoder"
 _SENTINEL = "sentinel0caption"
@@ -100,6 +101,8 @@ def load_parts(
     placement: Callable[[str], Placement | None],
     precision: Mapping[str, np.dtype],
     names: Collection[str] = (),
+    *,
+    in_eight_bits: bool = False,
 ) -> dict[str, Any]:
     """Parameters of a decoder's parts, each checked against its folder both ways.
 
@@ -108,6 +111,7 @@ def load_parts(
       placement: where the parameters of a part lie.
       precision: by part; others are float32.
       names: parts to read; none for all.
+      in_eight_bits: see `models.parts.eight_bits`.
     """
     parts = {}
     for name, component in family_of(folder).components.items():
@@ -123,6 +127,8 @@ def load_parts(
             dtype=precision.get(component.part, np.dtype(np.float32)),
             placement=placement(component.part),
         )
+        if in_eight_bits:
+            eight_bits(parts)
     return parts
 
 

@@ -13,6 +13,7 @@ from uae_jax.hf.adapters import adapter_rules, settings_of
 from uae_jax.hf.items import Item, published_items, write_items
 from uae_jax.hf.rules import Rule
 from uae_jax.models.language import weights as lm_weights
+from uae_jax.models.parts import SCALES
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.stages.decoders import FOLDER as DECODER
 from uae_jax.stages.folders.files import begin, copy_file, copy_folder_again, take_place
@@ -50,13 +51,19 @@ def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: D
     _write_other_configs(system, parts, fresh)
     for name in ("llm_processor", "SD3", DECODER, *ENCODERS):
         if (system.folder / name).is_dir():
-            copy_folder_again(system.folder / name, fresh / name, folder / name, skip="transformer")
+            left = "" if _as_read(parts) else "transformer"
+            copy_folder_again(system.folder / name, fresh / name, folder / name, skip=left)
     take_place(fresh, folder)
 
 
 def _transformer_folder(system: System) -> str:
     """Where the transformer is written: a decoder with its own text encoder stays a complete pipeline."""
     return f"{DECODER}/transformer" if (system.folder / DECODER).is_dir() else "dit"
+
+
+def _as_read(parts: Mapping) -> bool:
+    """Whether the transformer is copied from the system's folder: what is in memory are integers of 8 bits."""
+    return f"transformer{SCALES}" in parts
 
 
 def _outputs(system: System, parts: Mapping, dtype: np.dtype) -> dict[str, list[Item]]:
@@ -78,7 +85,8 @@ def _outputs(system: System, parts: Mapping, dtype: np.dtype) -> dict[str, list[
     if adapter := parts.get("language_lora"):
         outputs["llm_lora"] = items(adapter, lm_weights.rules_of_adapter(captioner, adapter))
     weights = parts.get("transformer_policy", parts["transformer"])
-    outputs[_transformer_folder(system)] = items(weights, rules)
+    if not _as_read(parts):
+        outputs[_transformer_folder(system)] = items(weights, rules)
     if adapter := parts.get("transformer_lora"):
         outputs["dit_lora"] = items(adapter, adapter_rules(rules, adapter))
     return outputs
@@ -95,7 +103,8 @@ def _write_captioner_config(system: System, folder: pathlib.Path, dtype: np.dtyp
 def _write_other_configs(system: System, parts: Mapping, folder: pathlib.Path) -> None:
     """The settings of the transformer and of the adapters."""
     captioner, decoder = system.model.captioner, system.model.decoder
-    write_json(folder / _transformer_folder(system) / "config.json", decoder.transformer.published(), indent=1)
+    if not _as_read(parts):
+        write_json(folder / _transformer_folder(system) / "config.json", decoder.transformer.published(), indent=1)
     if adapter := parts.get("language_lora"):
         content = lm_weights.adapter_config(captioner, adapter)
         write_json(folder / "llm_lora" / "adapter_config.json", content, indent=1)

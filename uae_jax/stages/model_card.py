@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import uae_jax
 from uae_jax.files.whole import write_bytes
+from uae_jax.models.decoders import PUBLISHED
 
 if TYPE_CHECKING:
     from uae_jax.stages.run_config import RunConfig
@@ -23,14 +24,13 @@ BASES = {
     "janus_pro_1b": ("deepseek-community/Janus-Pro-1B", "DeepSeek model licence, which restricts use"),
     "janus_pro_7b": ("deepseek-community/Janus-Pro-7B", "DeepSeek model licence, which restricts use"),
     "sd3_5_large": ("stabilityai/stable-diffusion-3.5-large", "Stability AI Community licence"),
-    "klein_4b": ("black-forest-labs/FLUX.2-klein-4B", "Apache-2.0"),
-}
+} | {name: (sizes.hub, sizes.licence) for name, sizes in PUBLISHED.items()}
 SHOWN = ("reward", "unified_score", "heldout_score", "caption_tokens", "fact_recall", "fact_precision", "geneval")
 
 
 def base_models(sizes: str) -> list[tuple[str, str]]:
     """Hub id and licence of the published models of a preset's sizes; none for other models."""
-    return [BASES[name] for name in BASES if name in sizes]
+    return [BASES[name] for name in BASES if sizes.startswith(name) or sizes.endswith(f"_{name}")]
 
 
 def front_matter(licence: str, bases: Sequence[tuple[str, str]]) -> str:

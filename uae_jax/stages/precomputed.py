@@ -194,7 +194,10 @@ def _files_digest(paths: list[pathlib.Path]) -> str:
 # whether they fit
 
 
-OWN_ENCODER = "inputs of a decoder with a text encoder of its own cannot be precomputed"
+OWN_ENCODER = (
+    "inputs of a decoder with a text encoder of its own cannot be precomputed, since the states of one caption are "
+    "megabytes"
+)
 
 
 def mistakes(config: RunConfig, model: UAE) -> Iterator[str]:

@@ -182,6 +182,8 @@ class RunConfig(Settings):
         for name in self.stages:
             if name not in STAGES:
                 yield f"stages names {name!r}; the stages are {', '.join(STAGES)}"
+            elif self.model.decoder_weights == "int8" and {"transformer", f"transformer{COPY}"} & {*self.trains(name)}:
+                yield f"{name} trains the transformer, which model.decoder_weights=int8 has rounded; train an adapter"
 
     def stage(self, name: str) -> Any:
         """The settings of a stage."""

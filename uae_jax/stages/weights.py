@@ -11,7 +11,7 @@ clip/ [dinov2/ dinov3/]             image encoders for the reward and for the sc
 import dataclasses
 import os
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (numpy then knows bfloat16 by name)
@@ -29,8 +29,10 @@ from uae_jax.hf.rules import Placement
 from uae_jax.methods.trained import store
 from uae_jax.models import uae
 from uae_jax.models.condition import ConditionTemplate
+from uae_jax.models.decoders import PUBLISHED
 from uae_jax.models.encoders.weights import pooled_empty_prompt
 from uae_jax.models.janus import config as janus_config
+from uae_jax.models.latents import check_fit
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.sd3 import weights as sd3_weights
@@ -42,7 +44,6 @@ from uae_jax.rewards.caption_similarity import CaptionScorer, load_caption_score
 from uae_jax.rewards.similarity import Encoder, load_encoder
 from uae_jax.settings import Settings, setting
 from uae_jax.stages import decoders
-from uae_jax.stages.widths import check_widths
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 BUILTIN = ASSETS / "tiny"
@@ -52,14 +53,10 @@ DEFAULT = "start"  # of everything that does not train
 ENCODERS = ("clip", "longclip", "dinov2", "dinov3")
 REFERENCE = "llm_reference"
 INSIDE = ("export", "model")  # where a workdir has its model: of a run, or of a bootstrap
+DECODERS = ("sd3_5_medium", "sd3_5_large", *PUBLISHED)
 SIZES = (
     "",
-    "qwen2_5_vl_3b_sd3_5_medium",
-    "qwen2_5_vl_3b_sd3_5_large",
-    "qwen2_5_vl_7b_sd3_5_medium",
-    "qwen2_5_vl_7b_sd3_5_large",
-    "qwen2_5_vl_3b_klein_4b",
-    "qwen2_5_vl_7b_klein_4b",
+    *(f"{captioner}_{decoder}" for captioner in qwen_config.PUBLISHED for decoder in DECODERS),
     *janus_config.SIZES,
 )
 PRECISIONS = ("float32", "bfloat16")
@@ -84,8 +81,20 @@ class ModelConfig(Settings):
     dtype: str = setting("float32", "precision of activations", choices=PRECISIONS)
     remat: str = setting("none", "what the backward pass recomputes", choices=("none", "full", "dots"), free=True)
     merge_adapters: bool = setting(False, "add the adapters that are read to the weights, for new ones to start from")
+    decoder_weights: str = setting(
+        "model",
+        "kernels of a decoder with a text encoder of its own, and of that: as frozen_dtype says, or rounded to 8 bits, "
+        "half the bytes of bfloat16; the decoder is then never trained but for an adapter",
+        choices=("model", "int8"),
+    )
     adapters: bool = setting(True, "False leaves adapters and fully fine-tuned copies of the folder unread")
     caption_scorer: str = setting("", "folder or workdir of the caption scorer that a caption weight needs")
+
+    def problems(self) -> Iterator[str]:
+        """The mistakes of ranges, and an adapter that would be added to integers."""
+        yield from super().problems()
+        if self.decoder_weights == "int8" and self.merge_adapters:
+            yield "merge_adapters adds to weights that decoder_weights=int8 has rounded; leave one of them out"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +204,7 @@ def load_system(
     else:
         captioner, transformer, vae, parts = _load_models(folder, config, mesh, frozen)
         template = condition_template(tokenizer, negative_prompt, captioner.pad_token_id)
-        model = uae.UAE(captioner, SD3Decoder(captioner, transformer, vae, template), image_size)
+        model = uae.UAE(captioner, SD3Decoder(transformer, vae, template, captioner), image_size)
         schedule = ScheduleConfig.from_folder(folder / "SD3")
     encoders, parts["encoders"] = load_encoders(folder, mesh)
     scorer = None
@@ -241,7 +250,9 @@ def _load_with_decoder(
     overrides: dict[str, Any] = dict(dtype=config.dtype, remat=config.remat, lora_alpha=config.lora_alpha)
     decoder, banned = decoders.describe(place, tokenizer, negative_prompt, **overrides)
     captioner, parts = _load_captioner_with_reference(folder, config, mesh, frozen)
-    parts |= decoders.load_parts(place, lambda part: placement(mesh, part), precision)
+    parts |= decoders.load_parts(
+        place, lambda part: placement(mesh, part), precision, in_eight_bits=config.decoder_weights == "int8"
+    )
     if config.adapters and (folder / "dit_lora").is_dir():
         alpha, adapter = decoders.read_transformer_adapter(folder / "dit_lora", decoder)
         decoder = _add_adapter(decoder, parts, placed("transformer_lora", adapter, mesh), alpha, config.merge_adapters)
@@ -277,7 +288,13 @@ def _load_models(
     )
     vae, parts["vae"] = sd3_weights.load_vae(folder / "SD3" / "vae", placement=placement(mesh, "vae"))
     parts["pooled"] = placed("pooled", pooled, mesh)
-    check_widths((captioner_folder(folder), folder / "SD3", transformer_folder), parts, transformer, vae)
+    projected = parts["projector"]["second"]["kernel"].shape[-1]
+    widths = {
+        "joint_attention_dim": (projected, f"the width of the projector of {captioner_folder(folder)}"),
+        "pooled_projection_dim": (parts["pooled"].shape[-1], f"the width of the text encoders of {folder / 'SD3'}"),
+        "in_channels": (vae.channels, f"the latent_channels of {folder / 'SD3' / 'vae'}"),
+    }
+    check_fit(transformer_folder / "config.json", transformer, widths)
     if config.adapters and (folder / "dit_lora").is_dir():
         transformer = _add_transformer_adapter(folder / "dit_lora", transformer, parts, config.merge_adapters, mesh)
         store(parts, held, config.frozen_dtype)

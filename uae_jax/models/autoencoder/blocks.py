@@ -5,6 +5,7 @@ Channels are last everywhere; all arithmetic is float32.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -143,6 +144,50 @@ class Decoder(nn.Module):
         return Conv(sizes.channels, name="conv_out")(x)
 
 
+def abstract_ends(encoder: nn.Module, decoder: nn.Module, side: int, channels: int, latent: int) -> dict[str, Any]:
+    """Shapes of `{"encoder", "decoder"}`, without computing anything.
+
+    Args:
+      encoder, decoder: the two networks.
+      side: of the smallest image.
+      channels: of images.
+      latent: channels that the decoder reads.
+    """
+    key = jax.random.key(0)
+    pixels = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+    latents = jax.ShapeDtypeStruct((1, 1, 1, latent), jnp.float32)
+    return {
+        "encoder": jax.eval_shape(encoder.init, key, pixels)["params"],
+        "decoder": jax.eval_shape(decoder.init, key, latents)["params"],
+    }
+
+
+def encode_moments(
+    encode: Callable[[Array], Array], pixels: Float[Array, "b height width rgb"], downsampling: int
+) -> tuple[Float[Array, "b rows columns c"], Float[Array, "b rows columns c"]]:
+    """The distribution of the latents of images.
+
+    Args:
+      encode: makes means, and behind them log-variances.
+      pixels: in [-1, 1].
+      downsampling: image side divided by latent side.
+
+    Returns:
+      Mean and log-variance (clipped to [-30, 20], as published) in float32.
+
+    Raises:
+      ValueError: height or width is not a multiple of `downsampling`.
+    """
+    height, width = pixels.shape[1:3]
+    if height % downsampling or width % downsampling:
+        raise ValueError(
+            f"an image of {height}x{width} does not divide into latents; both must be multiples of {downsampling}"
+        )
+    with jax.named_scope("autoencoder"):
+        mean, log_variance = jnp.split(encode(pixels.astype(jnp.float32)), 2, axis=-1)
+    return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+
 def sample_latents(
     key: Key[Array, ""], mean: Float[Array, "*shape"], log_variance: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
@@ -174,7 +219,8 @@ def decode_in_chunks(
         )
 
     def decode_part(part: Array) -> Array:
-        return over_images(decode, part)
+        with jax.named_scope("autoencoder"):
+            return over_images(decode, part)
 
     if chunk == batch:
         return decode_part(latents)

@@ -12,24 +12,23 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from uae_jax.models.flux2.config import TransformerConfig
+from uae_jax.models.latents import shapes_of
+from uae_jax.models.two_streams import JointAttention, Maps, Parts, updated
 from uae_jax.nn.attention import attention
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.loops import scan_layers
-from uae_jax.nn.modulation import gated_sum, modulated_norm, timestep_embedding
-from uae_jax.nn.norms import RMSNorm
+from uae_jax.nn.modulation import Modulation, gated_sum, modulated_norm, timestep_embedding
 from uae_jax.nn.rope import Rotation, apply_paired_rope, axial_rotation
 
 # attention of both kinds of blocks, for `nn.lora.init_lora`: attn.{to_q, to_k, to_v, to_out.0, add_q_proj, add_k_proj,
 # add_v_proj, to_add_out}, and the fused attn.{to_qkv_mlp_proj, to_out} of blocks with one stream
 ATTENTION_ADAPTER = r"blocks/attention/(context_)?(query|key|value|output)|single_blocks/(fused_in|fused_out)"
-Modulations = tuple[Float[Array, "b 1 d"], ...]
 
 
 def joint_rotation(config: TransformerConfig, tokens: int, rows: int, columns: int) -> Rotation:
@@ -58,19 +57,6 @@ class Embedder(nn.Module):
         return _dense(self.config, width, "linear_2")(nn.silu(_dense(self.config, width, "linear_1")(x)))
 
 
-class Modulation(nn.Module):
-    """`parts` vectors of width D of each row, in float32."""
-
-    config: TransformerConfig
-    parts: int
-
-    @nn.compact
-    def __call__(self, conditioning: Float[Array, "b d"]) -> Modulations:
-        """The vectors; `conditioning` is already through SiLU."""
-        y = _dense(self.config, self.parts * self.config.width, "linear")(conditioning)
-        return tuple(jnp.split(y[:, None].astype(jnp.float32), self.parts, axis=-1))
-
-
 class FeedForward(nn.Module):
     """SwiGLU with a fused first map, gate first."""
 
@@ -83,37 +69,12 @@ class FeedForward(nn.Module):
         return _dense(self.config, self.config.width, "down")(constrain(nn.silu(gate) * up, "batch", None, "hidden"))
 
 
-class JointAttention(nn.Module):
-    """Attention over text and image tokens together, each with its own projections."""
+def _maps(config: TransformerConfig) -> Maps:
+    return Maps(config.num_attention_heads, config.attention_head_dim, config.lora_alpha, False, config.eps)
 
-    config: TransformerConfig
 
-    def _heads(self, x: Array, prefix: str) -> tuple[Array, Array, Array]:
-        """Query, key and value `[B, T, H, K]` of one stream."""
-        config = self.config
-        heads = (*x.shape[:2], config.num_attention_heads, config.attention_head_dim)
-        query, key, value = (
-            _dense(config, config.width, f"{prefix}{name}")(x).reshape(heads) for name in ("query", "key", "value")
-        )
-        query = RMSNorm(config.eps, name=f"{prefix}query_norm")(query)
-        key = RMSNorm(config.eps, name=f"{prefix}key_norm")(key)
-        query, key, value = (constrain(part, "batch", None, "heads", None) for part in (query, key, value))
-        return query, key, value
-
-    @nn.compact
-    def __call__(
-        self, context: Float[Array, "b s d"], x: Float[Array, "b p d"], rotation: Rotation
-    ) -> tuple[Float[Array, "b s d"], Float[Array, "b p d"]]:
-        """Text tokens, which come first in `rotation`, and image tokens."""
-        config, tokens = self.config, context.shape[1]
-        both = zip(self._heads(context, "context_"), self._heads(x, ""))
-        query, key, value = (jnp.concatenate(pair, axis=1) for pair in both)
-        mixed = attention(apply_paired_rope(query, rotation), apply_paired_rope(key, rotation), value)
-        mixed = mixed.reshape(*mixed.shape[:2], config.width)
-        return (
-            _dense(config, config.width, "context_output")(mixed[:, :tokens]),
-            _dense(config, config.width, "output")(mixed[:, tokens:]),
-        )
+def _modulation(config: TransformerConfig, parts: int, name: str) -> Modulation:
+    return Modulation(config.width, parts, config.lora_alpha, use_bias=False, name=name)
 
 
 class Block(nn.Module):
@@ -125,24 +86,22 @@ class Block(nn.Module):
     def __call__(
         self,
         streams: tuple[Float[Array, "b s d"], Float[Array, "b p d"]],
-        context_parts: Modulations,
-        parts: Modulations,
+        context_parts: Parts,
+        parts: Parts,
         rotation: Rotation,
     ) -> tuple[tuple[Float[Array, "b s d"], Float[Array, "b p d"]], None]:
         """Updates text and image tokens; `context_parts` and `parts` modulate them."""
         config = self.config
         context, x = (constrain(stream, "batch") for stream in streams)
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = parts
-        c_shift, c_scale, c_gate, c_ff_shift, c_ff_scale, c_ff_gate = context_parts
-        context_update, update = JointAttention(config, name="attention")(
-            modulated_norm(context, c_scale, c_shift, config.eps), modulated_norm(x, scale, shift, config.eps), rotation
+        mix = JointAttention(_maps(config), name="attention")
+        context, x = updated(
+            (("context_", context), ("", x)),
+            (context_parts, parts),
+            lambda streams: mix(streams, rotation),
+            lambda name: FeedForward(config, name=name),
+            config.eps,
         )
-        x, context = gated_sum(x, gate, update), gated_sum(context, c_gate, context_update)
-        update = FeedForward(config, name="feed_forward")(modulated_norm(x, ff_scale, ff_shift, config.eps))
-        context_update = FeedForward(config, name="context_feed_forward")(
-            modulated_norm(context, c_ff_scale, c_ff_shift, config.eps)
-        )
-        return (gated_sum(context, c_ff_gate, context_update), gated_sum(x, ff_gate, update)), None
+        return (context, x), None
 
 
 class SingleBlock(nn.Module):
@@ -152,7 +111,7 @@ class SingleBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t d"], parts: Modulations, rotation: Rotation
+        self, x: Float[Array, "b t d"], parts: Parts, rotation: Rotation
     ) -> tuple[Float[Array, "b t d"], None]:
         """Updates all tokens; `parts` modulate them."""
         config = self.config
@@ -160,14 +119,11 @@ class SingleBlock(nn.Module):
         shift, scale, gate = parts
         x = constrain(x, "batch")
         fused = _dense(config, 3 * width + 2 * inner, "fused_in")(modulated_norm(x, scale, shift, config.eps))
-        query, key, value, mlp_gate, up = jnp.split(fused, (width, 2 * width, 3 * width, 3 * width + inner), axis=-1)
-        heads = (*x.shape[:2], config.num_attention_heads, config.attention_head_dim)
-        query = RMSNorm(config.eps, name="query_norm")(query.reshape(heads))
-        key = RMSNorm(config.eps, name="key_norm")(key.reshape(heads))
+        *heads, mlp_gate, up = jnp.split(fused, (width, 2 * width, 3 * width, 3 * width + inner), axis=-1)
+        shape = (*x.shape[:2], config.num_attention_heads, config.attention_head_dim)
+        query, key, value = (part.reshape(shape) for part in heads)
+        query, key, value = _maps(config).normed(query, key, value)
         query, key = apply_paired_rope(query, rotation), apply_paired_rope(key, rotation)
-        query, key, value = (
-            constrain(part, "batch", None, "heads", None) for part in (query, key, value.reshape(heads))
-        )
         mixed = attention(query, key, value).reshape(x.shape)
         update = jnp.concatenate([mixed, constrain(nn.silu(mlp_gate) * up, "batch", None, "hidden")], axis=-1)
         return gated_sum(x, gate, _dense(config, width, "fused_out")(update)), None
@@ -196,9 +152,9 @@ class Transformer(nn.Module):
         batch, rows, columns, channels = latents.shape
         conditioning = Embedder(config, name="timestep_embedder")(timestep_embedding(timestep).astype(dtype))
         conditioning = nn.silu(conditioning)
-        parts = Modulation(config, 6, name="modulation")(conditioning)
-        context_parts = Modulation(config, 6, name="context_modulation")(conditioning)
-        single_parts = Modulation(config, 3, name="single_modulation")(conditioning)
+        parts = _modulation(config, 6, name="modulation")(conditioning)
+        context_parts = _modulation(config, 6, name="context_modulation")(conditioning)
+        single_parts = _modulation(config, 3, name="single_modulation")(conditioning)
         x = _dense(config, config.width, "patch_embed")(latents.reshape(batch, rows * columns, channels).astype(dtype))
         text = _dense(config, config.width, "context_embedder")(context.astype(dtype))
         rotation, tokens = joint_rotation(config, text.shape[1], rows, columns), text.shape[1]
@@ -209,7 +165,7 @@ class Transformer(nn.Module):
         if config.num_single_layers:
             stack = scan_layers(SingleBlock, config.num_single_layers, config.remat)(config, name="single_blocks")
             x, _ = stack(x, single_parts, rotation)
-        scale, shift = Modulation(config, 2, name="norm_out")(conditioning)
+        scale, shift = _modulation(config, 2, name="norm_out")(conditioning)
         y = _dense(config, channels, "proj_out")(modulated_norm(x[:, tokens:], scale, shift, config.eps))
         return constrain(y.astype(jnp.float32).reshape(latents.shape), "batch")
 
@@ -217,6 +173,4 @@ class Transformer(nn.Module):
 @functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
 def abstract_params(config: TransformerConfig) -> dict[str, Any]:
     """The shapes of the parameters, without computing anything."""
-    shapes = ((1, 1, 1, config.in_channels), (1,), (1, 1, config.joint_attention_dim))
-    inputs = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-    return jax.eval_shape(Transformer(config).init, jax.random.key(0), *inputs)["params"]
+    return shapes_of(Transformer(config), (1, 1, 1, config.in_channels), (1,), (1, 1, config.joint_attention_dim))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uae_jax import trees
-from uae_jax.models.autoencoder.blocks import Decoder, Encoder, decode_in_chunks
+from uae_jax.models.autoencoder.blocks import Decoder, Encoder, abstract_ends, decode_in_chunks, encode_moments
 from uae_jax.models.flux2.config import VAEConfig
 from uae_jax.nn.conv import Conv
 
@@ -39,21 +39,14 @@ def _pointwise(params: trees.Tree, x: Array) -> Array:
 def encode(
     config: VAEConfig, params: trees.Tree, pixels: Float[Array, "b height width rgb"]
 ) -> tuple[Float[Array, "b rows columns c"], Float[Array, "b rows columns c"]]:
-    """Mean and log-variance (clipped to [-30, 20]) of the patches of images in [-1, 1].
+    """Mean and log-variance of the patches of images; see `encode_moments`."""
 
-    Raises:
-      ValueError: height or width is not a multiple of `config.downsampling`.
-    """
-    height, width = pixels.shape[1:3]
-    if height % config.downsampling or width % config.downsampling:
-        raise ValueError(
-            f"an image of {height}x{width} does not divide into latents; both must be multiples of "
-            f"{config.downsampling}"
-        )
-    with jax.named_scope("autoencoder"):
-        encoded = cast(Array, Encoder(config.sizes).apply({"params": params["encoder"]}, pixels.astype(jnp.float32)))
-        mean, log_variance = jnp.split(_pointwise(params["quant_conv"], encoded), 2, axis=-1)
-    return patchify(mean), patchify(jnp.clip(log_variance, -30.0, 20.0))
+    def moments(pixels: Array) -> Array:
+        encoded = cast(Array, Encoder(config.sizes).apply({"params": params["encoder"]}, pixels))
+        return _pointwise(params["quant_conv"], encoded)
+
+    mean, log_variance = encode_moments(moments, pixels, config.downsampling)
+    return patchify(mean), patchify(log_variance)
 
 
 def _statistics(config: VAEConfig, params: trees.Tree) -> tuple[Array, Array]:
@@ -81,22 +74,11 @@ def from_model_latents(
 def decode_latents(
     config: VAEConfig, params: trees.Tree, model_latents: Float[Array, "b rows columns c"], chunk: int | None = None
 ) -> Float[Array, "b height width rgb"]:
-    """Images of the diffusion model's latents, some at a time when memory is short.
-
-    Args:
-      config: sizes.
-      params: parameters of the auto-encoder.
-      model_latents: in the scale of the diffusion model.
-      chunk: images decoded at once, see `autoencoder.blocks.decode_in_chunks`.
-
-    Raises:
-      ValueError: `chunk` does not divide B.
-    """
+    """Images of the diffusion model's patches; see `autoencoder.blocks.decode_in_chunks`, with its error."""
 
     def one(latents: Array) -> Array:
-        with jax.named_scope("autoencoder"):
-            read = _pointwise(params["post_quant_conv"], latents)
-            return cast(Array, Decoder(config.sizes).apply({"params": params["decoder"]}, read))
+        read = _pointwise(params["post_quant_conv"], latents)
+        return cast(Array, Decoder(config.sizes).apply({"params": params["decoder"]}, read))
 
     patches = from_model_latents(config, params, model_latents.astype(jnp.float32))
     return decode_in_chunks(one, unpatchify(patches), chunk)
@@ -105,9 +87,7 @@ def decode_latents(
 @functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
 def abstract_params(config: VAEConfig) -> dict[str, Any]:
     """Shapes of `{"encoder", "decoder", "quant_conv", "post_quant_conv", "bn"}`, without computing anything."""
-    side, latent = config.sizes.downsampling, config.latent_channels
-    pixels = jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32)
-    latents = jax.ShapeDtypeStruct((1, 1, 1, latent), jnp.float32)
+    ends, latent = (Encoder(config.sizes), Decoder(config.sizes)), config.latent_channels
 
     def leaf(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -115,10 +95,8 @@ def abstract_params(config: VAEConfig) -> dict[str, Any]:
     def pointwise(channels: int) -> dict[str, Any]:
         return {"kernel": leaf(1, 1, channels, channels), "bias": leaf(channels)}
 
-    key = jax.random.key(0)
     return {
-        "encoder": jax.eval_shape(Encoder(config.sizes).init, key, pixels)["params"],
-        "decoder": jax.eval_shape(Decoder(config.sizes).init, key, latents)["params"],
+        **abstract_ends(*ends, config.sizes.downsampling, config.in_channels, latent),
         "quant_conv": pointwise(2 * latent),
         "post_quant_conv": pointwise(latent),
         "bn": {"mean": leaf(config.channels), "variance": leaf(config.channels)},

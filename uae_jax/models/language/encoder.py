@@ -5,7 +5,7 @@ Layers behind the last one that is read are neither loaded nor computed. Shape l
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from uae_jax import trees
 from uae_jax.hf.inventory import Table
 from uae_jax.hf.rules import Rule
 from uae_jax.models.language.config import TextConfig
@@ -77,15 +76,15 @@ class TextEncoder(nn.Module):
 
 
 def encode(
-    sizes: EncoderSizes, params: trees.Tree, ids: Int[Array, "n s"], mask: Bool[Array, "n s"]
+    sizes: EncoderSizes, variables: Mapping[str, Any], ids: Int[Array, "n s"], mask: Bool[Array, "n s"]
 ) -> Float[Array, "n s states"]:
-    """The states of right-padded texts; see `TextEncoder`."""
+    """The states of right-padded texts; see `TextEncoder`, whose Flax variables are given."""
     length = ids.shape[1]
     room = ((0, 0), (0, preferred_length(length) - length))
     # the additional padding is behind all that is returned
     ids, mask = jnp.pad(ids, room), jnp.pad(mask, room)
     with jax.named_scope("text_encoder"):
-        return cast(Array, TextEncoder(sizes).apply({"params": params}, ids, mask))[:, :length]
+        return cast(Array, TextEncoder(sizes).apply(variables, ids, mask))[:, :length]
 
 
 @functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model

@@ -119,8 +119,8 @@ class Embedding(nn.Module):
         self.table = self.param("table", nn.initializers.normal(0.02), (self.vocab_size, self.width), jnp.float32)
 
     def __call__(self, ids: Int[Array, "*rows"]) -> Float[Array, "*rows d"]:
-        """The rows of the table at token ids."""
-        return constrain(jnp.take(self.table, ids, axis=0), "batch")
+        """The rows of the table at token ids; those of ids beyond the table are its last one, not NaN."""
+        return constrain(jnp.take(self.table, ids, axis=0, mode="clip"), "batch")
 
     def attend(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
         """Float32 logits of hidden states."""

@@ -132,6 +132,16 @@ class Qwen2_5VLConfig:
         return dataclasses.replace(self, vision=dataclasses.replace(self.vision, **both), text=text)
 
 
+# Qwen/Qwen2.5-VL-3B-Instruct, which has the defaults, and -7B-Instruct, by the beginning of `config.model.sizes`
+PUBLISHED = {
+    "qwen2_5_vl_3b": Qwen2_5VLConfig(),
+    "qwen2_5_vl_7b": Qwen2_5VLConfig(
+        vision=VisionConfig(out_width=3584),
+        text=TextConfig(vocab_size=152064, width=3584, layers=28, heads=28, key_heads=4, mlp_width=18944, tied=False),
+    ),
+}
+
+
 def from_folder(
     path: str | pathlib.Path, *, dtype: str = "float32", remat: str = "none", lora_alpha: float = 64.0
 ) -> Qwen2_5VLConfig:

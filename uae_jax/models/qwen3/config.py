@@ -18,6 +18,22 @@ _KNOWN = frozenset(
     """.split()
 )
 
+# Qwen/Qwen3-4B, the text encoder of FLUX.2-klein-4B and of Z-Image
+QWEN3_4B = TextConfig(
+    width=2560,
+    heads=32,
+    key_heads=8,
+    mlp_width=9728,
+    mrope_section=(64, 0, 0),
+    qkv_bias=False,
+    own_head_width=128,
+    qk_norm=True,
+)
+# a user's turn in the chat template: before the text, and behind it with the header of the answer
+TURN = ((151644, 872, 198), (151645, 198, 151644, 77091, 198))
+NO_THINKING = (151667, 271, 151668, 271)
+PAD = 151643
+
 
 def from_folder(path: str | pathlib.Path, *, dtype: str = "float32") -> TextConfig:
     """Reads `config.json`.

@@ -2,20 +2,17 @@
 
 import dataclasses
 import pathlib
-import typing
-from typing import Any
+from typing import ClassVar
 
 from uae_jax.files.json_files import read_class_json
-from uae_jax.files.known_fields import check_kinds, refuse_unknown, require
-from uae_jax.files.paths import to_path
-from uae_jax.models.language.config import check_choices
+from uae_jax.files.known_fields import require
+from uae_jax.models.config_fields import TransformerFields, check_axes, read_fields
 
-TRANSFORMER, VAE = "QwenImageTransformer2DModel", "AutoencoderKLQwenImage"
-OURS = ("lora_alpha", "dtype", "remat")
+VAE = "AutoencoderKLQwenImage"
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(TransformerFields):
     """QwenImageTransformer2DModel. The defaults are Qwen-Image.
 
     Attributes:
@@ -28,13 +25,14 @@ class TransformerConfig:
       joint_attention_dim: width of the text encoder's states.
       guidance_embeds: whether the guidance is embedded: never.
       axes_dims_rope: numbers of a head that turn with each of the three axes.
-      lora_alpha: numerator of the adapters' scale; not part of the published file.
-      dtype: precision of the products, `float32` or `bfloat16`; not part of the published file.
-      remat: what the backward pass recomputes, one of `nn.remat.POLICIES`.
 
     Raises:
       ValueError: a value that the modules do not support; the message names the field.
     """
+
+    published_class: ClassVar[str] = "QwenImageTransformer2DModel"
+    # published configs name a width that the model does not read
+    unread: ClassVar[tuple[str, ...]] = ("pooled_projection_dim",)
 
     patch_size: int = 2
     in_channels: int = 64
@@ -45,50 +43,18 @@ class TransformerConfig:
     joint_attention_dim: int = 3584
     guidance_embeds: bool = False
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
-    lora_alpha: float = 64.0
-    dtype: str = "float32"
-    remat: str = "none"
 
     def __post_init__(self):
+        super().__post_init__()
         fixed = {"patch_size": 2, "guidance_embeds": False, "in_channels": 4 * self.out_channels}
         for field, supported in fixed.items():
             require(getattr(self, field) == supported, "transformer", field, getattr(self, field), repr(supported))
-        axes, head = self.axes_dims_rope, self.attention_head_dim
-        fits = len(axes) == 3 and sum(axes) == head and not any(width % 2 for width in axes)
-        wanted = f"three even widths whose sum is attention_head_dim, {head}"
-        require(fits, "transformer", "axes_dims_rope", axes, wanted)
-        check_choices(self.dtype, self.remat)
+        check_axes("axes_dims_rope", self.axes_dims_rope, 3, self.attention_head_dim, "attention_head_dim")
 
     @property
     def width(self) -> int:
         """D, the width of both token streams."""
         return self.num_attention_heads * self.attention_head_dim
-
-    @classmethod
-    def from_folder(cls, path: str | pathlib.Path, **overrides: Any) -> "TransformerConfig":
-        """Reads a diffusers `config.json`; `overrides` set fields such as `dtype`, `remat` and `lora_alpha`.
-
-        Raises:
-          FileNotFoundError: there is no config.json.
-          ValueError: another model, or a field with an unsupported value.
-        """
-        stored = read_class_json(path, TRANSFORMER)
-        values = {
-            field.name: stored.get(field.name, field.default)
-            for field in dataclasses.fields(cls)
-            if field.name not in OURS
-        }
-        what = f"{to_path(path) / 'config.json'}: "
-        # published configs name a width that the model does not read
-        refuse_unknown(stored, {*values, "pooled_projection_dim"}, what=what)
-        check_kinds(values, typing.get_type_hints(cls), what)
-        values["axes_dims_rope"] = tuple(values["axes_dims_rope"])
-        return cls(**{**values, **overrides})
-
-    def published(self) -> dict[str, Any]:
-        """The contents of the diffusers `config.json` of this model."""
-        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in OURS}
-        return {"_class_name": TRANSFORMER, **values, "axes_dims_rope": list(self.axes_dims_rope)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +94,11 @@ class VAEConfig:
         return 2 ** (len(self.dim_mult) - 1)
 
     @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return self.z_dim
+
+    @property
     def block_out_channels(self) -> tuple[int, ...]:
         """Width of each resolution."""
         return tuple(self.base_dim * factor for factor in self.dim_mult)
@@ -140,13 +111,8 @@ class VAEConfig:
           FileNotFoundError: there is no config.json.
           ValueError: another model, or a field with an unsupported value.
         """
-        stored, what = read_class_json(path, VAE), f"{to_path(path) / 'config.json'}: "
-        names = [field.name for field in dataclasses.fields(cls)]
-        values = {field.name: stored.get(field.name, field.default) for field in dataclasses.fields(cls)}
+        stored = read_class_json(path, VAE)
         require(not stored.get("attn_scales"), "VAE", "attn_scales", stored.get("attn_scales"), "empty")
         # what is about time does not matter to a single image
-        refuse_unknown(stored, {*names, "temperal_downsample", "attn_scales"}, {"dropout": 0.0}, what=what)
-        check_kinds(values, typing.get_type_hints(cls), what)
-        tuples = ("dim_mult", "latents_mean", "latents_std")
-        values |= {name: tuple(values[name]) for name in tuples}
-        return cls(**values)
+        unread = ("temperal_downsample", "attn_scales")
+        return cls(**read_fields(cls, path, stored, unread=unread, usual={"dropout": 0.0}))

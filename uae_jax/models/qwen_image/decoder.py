@@ -6,7 +6,7 @@ The last states are read, through the final norm. A guided velocity gets the len
 
 import dataclasses
 import pathlib
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,27 +14,32 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from uae_jax.diffusion.schedule import check_scheduler, shifted_levels
 from uae_jax.hf.inventory import Table
-from uae_jax.hf.rules import Rule
 from uae_jax.models.condition import ConditionTemplate
-from uae_jax.models.decoder import Component, Context, Family, Parts
+from uae_jax.models.decoder import Component, Context, Family, Parts, Published
 from uae_jax.models.language import encoder
 from uae_jax.models.language.config import TextConfig
 from uae_jax.models.language.encoder import EncoderSizes
-from uae_jax.models.parts import transformer_weights
+from uae_jax.models.latents import Coder, Network, Tables, check_fit
 from uae_jax.models.qwen2_5_vl import config as qwen_config
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl import weights as qwen_weights
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
 from uae_jax.models.qwen_image import transformer, vae, weights
 from uae_jax.models.qwen_image.config import TransformerConfig, VAEConfig
-from uae_jax.models.text_encoded import TextEncoded, check_fit
+from uae_jax.models.text_encoded import TextEncoded, transformer_part
 
-NUM_TRAIN_TIMESTEPS = 1000
 DROPPED = 34  # first tokens of the template, whose states are not read
 MOST_TOKENS = DROPPED + 512
 SYSTEM = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
     "objects and background:"
+)
+# ids of the template's turns before a caption and behind it
+_SYSTEM_IDS = (74785, 279, 2168, 553, 44193, 279, 1894, 11, 6083, 11, 1379, 11, 10434, 11, 12194, 11, 1467, 11, 27979)
+_SYSTEM_IDS += (11871, 315, 279, 6171, 323, 4004, 25)
+TURNS = (
+    (151644, 8948, 198, *_SYSTEM_IDS, 151645, 198, 151644, 872, 198),
+    (151645, 198, 151644, 77091, 198),
 )
 VISION = r"visual\..*"
 
@@ -69,16 +74,13 @@ class QwenImageDecoder(TextEncoded):
       shift: of the noise levels.
     """
 
-    lora_targets: ClassVar[str] = transformer.ATTENTION_ADAPTER
+    network: ClassVar[Network] = transformer
+    coder: ClassVar[Coder] = vae
+    tables: ClassVar[Tables] = weights
 
     transformer: TransformerConfig
     vae: VAEConfig
     shift: Shift = Shift()
-
-    @property
-    def cell(self) -> int:
-        """Pixels a side of one token: a patch of 2 x 2 latents."""
-        return 2 * self.vae.downsampling
 
     def states_shape(self, caption_tokens: int) -> tuple[tuple[int, int], str]:
         """Without the dropped tokens."""
@@ -95,25 +97,6 @@ class QwenImageDecoder(TextEncoded):
         """The states, and which of them are no padding; the mask may still have the dropped tokens."""
         return states, mask[:, mask.shape[1] - states.shape[1] :]
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(h, w, C) of the auto-encoder."""
-        return height // self.vae.downsampling, width // self.vae.downsampling, self.vae.z_dim
-
-    def velocity(
-        self,
-        parts: Parts,
-        latents: Float[Array, "b h w c"],
-        sigma: Float[Array, " b"],
-        context: Context,
-        *,
-        policy: bool = True,
-    ) -> Float32[Array, "b h w c"]:
-        """What the transformer predicts."""
-        variables = transformer_weights(parts, policy=policy)
-        model = transformer.Transformer(self.transformer)
-        with_time = NUM_TRAIN_TIMESTEPS * sigma.astype(jnp.float32)
-        return cast(Array, model.apply(variables, latents, with_time, *context))
-
     def guide(
         self, positive: Float32[Array, "b h w c"], negative: Float32[Array, "b h w c"], scale: float
     ) -> Float32[Array, "b h w c"]:
@@ -128,34 +111,6 @@ class QwenImageDecoder(TextEncoded):
         """An exponential shift that depends on the number of tokens, stretched to a last level; `shift` is not read."""
         levels = shifted_levels(steps, self.shift.mu((height // self.cell) * (width // self.cell)))
         return stretched(levels, self.shift.shift_terminal)
-
-    def encode_images(
-        self, parts: Parts, pixels: Float[Array, "b height width 3"]
-    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-        """Mean and log-variance of the auto-encoder."""
-        return vae.encode(self.vae, parts["vae"], pixels)
-
-    def to_model_latents(self, parts: Parts, latents: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """By mean and deviation of each channel."""
-        return vae.to_model_latents(self.vae, latents)
-
-    def decode(
-        self, parts: Parts, latents: Float[Array, "b h w c"], chunk: int | None = None
-    ) -> Float[Array, "b height width 3"]:
-        """See `vae.decode_latents`."""
-        return vae.decode_latents(self.vae, parts["vae"], latents, chunk)
-
-    def abstract_parts(self) -> dict[str, Any]:
-        """Shapes of text encoder, transformer and auto-encoder."""
-        return {
-            "text_encoder": encoder.abstract_params(self.encoder),
-            "transformer": transformer.abstract_params(self.transformer),
-            "vae": vae.abstract_params(self.vae),
-        }
-
-    def transformer_rules(self) -> list[Rule]:
-        """Of QwenImageTransformer2DModel."""
-        return weights.transformer_rules(self.transformer)
 
 
 def stretched(levels: Float[np.ndarray, " levels"], terminal: float) -> Float[np.ndarray, " levels"]:
@@ -177,10 +132,6 @@ def encoder_sizes(text: TextConfig) -> EncoderSizes:
     return EncoderSizes(text, (text.layers,), final_norm=True)
 
 
-def _transformer_table(config: TransformerConfig) -> Table:
-    return Table(weights.transformer_rules(config), transformer.abstract_params(config))
-
-
 def _vae_table(config: VAEConfig) -> Table:
     return Table(weights.vae_rules(config), vae.abstract_params(config), ignore=weights.TIME)
 
@@ -200,31 +151,34 @@ def _read_table(config: Qwen2_5VLConfig) -> Table:
 def describe(
     folder: pathlib.Path, template: ConditionTemplate, *, dtype: str, remat: str, lora_alpha: float
 ) -> QwenImageDecoder:
-    """The description of a pipeline's folder.
-
-    Args:
-      folder: with `model_index.json`.
-      template: ids around a caption.
-      dtype, remat, lora_alpha: of a run.
-
-    Raises:
-      FileNotFoundError, ValueError: a config is absent or not supported, or the parts do not fit each other.
-    """
+    """See `models.decoder.Family`."""
     sizes = TransformerConfig.from_folder(folder / "transformer", dtype=dtype, remat=remat, lora_alpha=lora_alpha)
     autoencoder = VAEConfig.from_folder(folder / "vae")
     read = encoder_sizes(qwen_config.from_folder(folder / "text_encoder", dtype=dtype).text)
     check_fit(
-        folder,
+        folder / "transformer" / "config.json",
         sizes,
-        ("joint_attention_dim", read.width, "the width of text_encoder"),
-        ("out_channels", autoencoder.z_dim, "the z_dim of vae"),
+        {
+            "joint_attention_dim": (read.width, "the width of text_encoder"),
+            "out_channels": (autoencoder.channels, "the z_dim of vae"),
+        },
     )
     if len(template.prefix) < DROPPED:
         raise ValueError(f"{folder / 'tokenizer'} makes {len(template.prefix)} tokens of a prefix of {DROPPED}")
     stored = check_scheduler(folder / "scheduler", use_dynamic_shifting=True, time_shift_type="exponential")
     names = [field.name for field in dataclasses.fields(Shift)]
     shift = Shift(**{name: stored[name] for name in names if stored.get(name) is not None})
-    return QwenImageDecoder(sizes, autoencoder, read, template, shift)
+    return QwenImageDecoder(sizes, autoencoder, template, read, shift)
+
+
+def published(dtype: str, remat: str, lora_alpha: float) -> QwenImageDecoder:
+    """Of Qwen/Qwen-Image and -2512: `SYSTEM` in its turn, and a space as the negative prompt."""
+    sizes = TransformerConfig(dtype=dtype, remat=remat, lora_alpha=lora_alpha)
+    before, after = TURNS
+    whole = qwen_config.PUBLISHED["qwen2_5_vl_7b"]
+    template = ConditionTemplate(before, after, (220,), whole.pad_token_id, most=MOST_TOKENS)
+    read = encoder_sizes(whole.text.using(dtype=dtype))
+    return QwenImageDecoder(sizes, VAEConfig(), template, read)
 
 
 FAMILY = Family(
@@ -235,14 +189,10 @@ FAMILY = Family(
     negative=" ",
     most=MOST_TOKENS,
     components={
-        "transformer": Component(
-            "transformer",
-            TransformerConfig.from_folder,
-            _transformer_table,
-            module="diffusers.models.transformers.transformer_qwenimage",
-        ),
+        "transformer": transformer_part(QwenImageDecoder, TransformerConfig.from_folder, "transformer_qwenimage"),
         "vae": Component("vae", VAEConfig.from_folder, _vae_table),
         "text_encoder": Component("text_encoder", qwen_config.from_folder, _text_table, _read_table, stem="model"),
     },
     defaults=lambda folder: {"steps": 50, "guidance_scale": 4.0},
+    published={"qwen_image": Published(published, "Qwen/Qwen-Image", "Apache-2.0")},
 )

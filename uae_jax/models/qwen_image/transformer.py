@@ -12,19 +12,21 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from uae_jax.models.latents import shapes_of
 from uae_jax.models.qwen_image.config import TransformerConfig
-from uae_jax.nn.attention import Mask, attention
+from uae_jax.models.two_streams import JointAttention, Maps, updated
+from uae_jax.nn.attention import Mask
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.loops import scan_layers
-from uae_jax.nn.modulation import gated_sum, modulated_norm, timestep_embedding
+from uae_jax.nn.mlp import TanhMLP
+from uae_jax.nn.modulation import Modulation, modulated_norm, timestep_embedding
 from uae_jax.nn.norms import RMSNorm
-from uae_jax.nn.rope import Rotation, apply_paired_rope, axial_rotation
+from uae_jax.nn.rope import Rotation, axial_rotation
 
 # attention of all blocks, for `nn.lora.init_lora`: attn.{to_q, to_k, to_v, to_out.0, add_q_proj, add_k_proj,
 # add_v_proj, to_add_out}
@@ -55,66 +57,6 @@ def joint_rotation(config: TransformerConfig, rows: int, columns: int, tokens: i
     return axial_rotation(np.concatenate([image.reshape(-1, 3), text]), config.axes_dims_rope, THETA)
 
 
-class Modulation(nn.Module):
-    """`parts` vectors of width D of each row, in float32."""
-
-    config: TransformerConfig
-    parts: int
-
-    @nn.compact
-    def __call__(self, conditioning: Float[Array, "b d"]) -> list[Float[Array, "b 1 d"]]:
-        """The vectors; `conditioning` is already through SiLU."""
-        y = Dense(self.parts * self.config.width, lora_alpha=self.config.lora_alpha, name="linear")(conditioning)
-        return jnp.split(y[:, None].astype(jnp.float32), self.parts, axis=-1)
-
-
-class FeedForward(nn.Module):
-    """Linear map to 4 D, GELU (tanh form), linear map back."""
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """Each token by itself."""
-        width, alpha = self.config.width, self.config.lora_alpha
-        y = nn.gelu(Dense(4 * width, lora_alpha=alpha, name="up")(x), approximate=True)
-        return Dense(width, lora_alpha=alpha, name="down")(constrain(y, "batch", None, "hidden"))
-
-
-class JointAttention(nn.Module):
-    """Attention over image and text tokens together, each with its own projections."""
-
-    config: TransformerConfig
-
-    def _heads(self, x: Array, prefix: str) -> tuple[Array, Array, Array]:
-        """Query, key and value `[B, T, H, K]` of one stream."""
-        config = self.config
-        heads = (*x.shape[:2], config.num_attention_heads, config.attention_head_dim)
-        query, key, value = (
-            Dense(config.width, lora_alpha=config.lora_alpha, name=f"{prefix}{name}")(x).reshape(heads)
-            for name in ("query", "key", "value")
-        )
-        query = RMSNorm(EPSILON, name=f"{prefix}query_norm")(query)
-        key = RMSNorm(EPSILON, name=f"{prefix}key_norm")(key)
-        query, key, value = (constrain(part, "batch", None, "heads", None) for part in (query, key, value))
-        return query, key, value
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b p d"], context: Float[Array, "b s d"], mask: Mask, rotation: Rotation
-    ) -> tuple[Float[Array, "b p d"], Float[Array, "b s d"]]:
-        """Image tokens, which come first in `mask` and `rotation`, and text tokens."""
-        config, patches = self.config, x.shape[1]
-        both = zip(self._heads(x, ""), self._heads(context, "context_"))
-        query, key, value = (jnp.concatenate(pair, axis=1) for pair in both)
-        mixed = attention(apply_paired_rope(query, rotation), apply_paired_rope(key, rotation), value, mask)
-        mixed = mixed.reshape(*mixed.shape[:2], config.width)
-        return (
-            Dense(config.width, lora_alpha=config.lora_alpha, name="output")(mixed[:, :patches]),
-            Dense(config.width, lora_alpha=config.lora_alpha, name="context_output")(mixed[:, patches:]),
-        )
-
-
 class Block(nn.Module):
     """A block with two streams, in the form that a scan over blocks needs."""
 
@@ -131,19 +73,19 @@ class Block(nn.Module):
         """Updates image and text tokens; `conditioning` is already through SiLU."""
         config = self.config
         x, context = (constrain(stream, "batch") for stream in streams)
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = Modulation(config, 6, name="modulation")(conditioning)
-        c_shift, c_scale, c_gate, c_ff_shift, c_ff_scale, c_ff_gate = Modulation(config, 6, name="context_modulation")(
-            conditioning
+        modulations = [
+            Modulation(config.width, 6, config.lora_alpha, name=name)(conditioning)
+            for name in ("modulation", "context_modulation")
+        ]
+        maps = Maps(config.num_attention_heads, config.attention_head_dim, config.lora_alpha, True, EPSILON)
+        mix = JointAttention(maps, name="attention")
+        x, context = updated(
+            (("", x), ("context_", context)),
+            modulations,
+            lambda streams: mix(streams, rotation, mask),
+            lambda name: TanhMLP(4 * config.width, config.lora_alpha, name=name),
         )
-        update, context_update = JointAttention(config, name="attention")(
-            modulated_norm(x, scale, shift), modulated_norm(context, c_scale, c_shift), mask, rotation
-        )
-        x, context = gated_sum(x, gate, update), gated_sum(context, c_gate, context_update)
-        update = FeedForward(config, name="feed_forward")(modulated_norm(x, ff_scale, ff_shift))
-        context_update = FeedForward(config, name="context_feed_forward")(
-            modulated_norm(context, c_ff_scale, c_ff_shift)
-        )
-        return (gated_sum(x, ff_gate, update), gated_sum(context, c_ff_gate, context_update)), None
+        return (x, context), None
 
 
 class Transformer(nn.Module):
@@ -180,7 +122,7 @@ class Transformer(nn.Module):
         rotation = joint_rotation(config, rows // 2, columns // 2, text.shape[1])
         stack = scan_layers(Block, config.num_layers, config.remat)(config, name="blocks")
         (x, _), _ = stack((x, text), conditioning, Mask(valid=valid, right_padded=True), rotation)
-        scale, shift = Modulation(config, 2, name="norm_out")(conditioning)
+        scale, shift = Modulation(config.width, 2, alpha, name="norm_out")(conditioning)
         y = Dense(config.in_channels, lora_alpha=alpha, name="proj_out")(modulated_norm(x, scale, shift))
         return constrain(unpatchify(y.astype(jnp.float32), rows, columns), "batch")
 
@@ -188,7 +130,5 @@ class Transformer(nn.Module):
 @functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
 def abstract_params(config: TransformerConfig) -> dict[str, Any]:
     """The shapes of the parameters, without computing anything."""
-    shapes = ((1, 2, 2, config.out_channels), (1,), (1, 1, config.joint_attention_dim))
-    inputs = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-    mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
-    return jax.eval_shape(Transformer(config).init, jax.random.key(0), *inputs, mask)["params"]
+    latents, text = (1, 2, 2, config.out_channels), (1, 1, config.joint_attention_dim)
+    return shapes_of(Transformer(config), latents, (1,), text, mask=True)

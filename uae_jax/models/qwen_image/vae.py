@@ -5,15 +5,15 @@ convolutions over time alone do nothing.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uae_jax import trees
-from uae_jax.models.autoencoder.blocks import decode_in_chunks
+from uae_jax.models.autoencoder.blocks import abstract_ends, decode_in_chunks, encode_moments
 from uae_jax.models.qwen_image.config import VAEConfig
 from uae_jax.nn.attention import attention
 from uae_jax.nn.conv import Conv, DoublingConv
@@ -114,25 +114,15 @@ class Decoder(nn.Module):
 def encode(
     config: VAEConfig, params: trees.Tree, pixels: Float[Array, "b height width rgb"]
 ) -> tuple[Float[Array, "b rows columns c"], Float[Array, "b rows columns c"]]:
-    """Mean and log-variance (clipped to [-30, 20]) of the latents of images in [-1, 1].
-
-    Raises:
-      ValueError: height or width is not a multiple of `config.downsampling`.
-    """
-    height, width = pixels.shape[1:3]
-    if height % config.downsampling or width % config.downsampling:
-        raise ValueError(
-            f"an image of {height}x{width} does not divide into latents; both must be multiples of "
-            f"{config.downsampling}"
-        )
-    with jax.named_scope("autoencoder"):
-        moments = cast(Array, Encoder(config).apply({"params": params["encoder"]}, pixels.astype(jnp.float32)))
-    mean, log_variance = jnp.split(moments, 2, axis=-1)
-    return mean, jnp.clip(log_variance, -30.0, 20.0)
+    """Mean and log-variance of the latents of images; see `encode_moments`."""
+    encoder = functools.partial(Encoder(config).apply, {"params": params["encoder"]})
+    return encode_moments(cast(Callable[[Array], Array], encoder), pixels, config.downsampling)
 
 
-def to_model_latents(config: VAEConfig, latents: Float[Array, "b rows columns c"]) -> Float[Array, "b rows columns c"]:
-    """Latents in the scale of the diffusion model, `(z - mean) / std` of each channel."""
+def to_model_latents(
+    config: VAEConfig, params: trees.Tree, latents: Float[Array, "b rows columns c"]
+) -> Float[Array, "b rows columns c"]:
+    """Latents in the scale of the diffusion model, `(z - mean) / std` of each channel; `params` is not read."""
     return (latents - jnp.array(config.latents_mean)) / jnp.array(config.latents_std)
 
 
@@ -146,26 +136,13 @@ def from_model_latents(
 def decode_latents(
     config: VAEConfig, params: trees.Tree, model_latents: Float[Array, "b rows columns c"], chunk: int | None = None
 ) -> Float[Array, "b height width rgb"]:
-    """Images of the diffusion model's latents, about [-1, 1], not clipped; `chunk` of them at once.
-
-    Raises:
-      ValueError: `chunk` does not divide B.
-    """
-
-    def one(latents: Array) -> Array:
-        with jax.named_scope("autoencoder"):
-            return cast(Array, Decoder(config).apply({"params": params["decoder"]}, latents))
-
-    return decode_in_chunks(one, from_model_latents(config, model_latents.astype(jnp.float32)), chunk)
+    """Images of the diffusion model's latents; see `autoencoder.blocks.decode_in_chunks`, with its error."""
+    decoder = functools.partial(Decoder(config).apply, {"params": params["decoder"]})
+    latents = from_model_latents(config, model_latents.astype(jnp.float32))
+    return decode_in_chunks(cast(Callable[[Array], Array], decoder), latents, chunk)
 
 
 @functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
 def abstract_params(config: VAEConfig) -> dict[str, Any]:
     """Shapes of `{"encoder", "decoder"}`, without computing anything."""
-    side, key = config.downsampling, jax.random.key(0)
-    pixels = jax.ShapeDtypeStruct((1, side, side, config.input_channels), jnp.float32)
-    latents = jax.ShapeDtypeStruct((1, 1, 1, config.z_dim), jnp.float32)
-    return {
-        "encoder": jax.eval_shape(Encoder(config).init, key, pixels)["params"],
-        "decoder": jax.eval_shape(Decoder(config).init, key, latents)["params"],
-    }
+    return abstract_ends(Encoder(config), Decoder(config), config.downsampling, config.input_channels, config.z_dim)

@@ -1,47 +1,19 @@
 """The blocks of the SD3 transformer: two token streams with joint attention (arXiv 2403.03206, section 4, figure 2)."""
 
+import functools
+
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uae_jax.models.sd3.config import TransformerConfig
 from uae_jax.nn.attention import Mask, Stream, joint_attention
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
-from uae_jax.nn.modulation import gated_sum, modulated_norm
+from uae_jax.nn.mlp import TanhMLP
+from uae_jax.nn.modulation import Modulation, gated_sum, modulated_norm
 from uae_jax.nn.norms import NormScale
 
 EPSILON = 1e-6
-
-
-class Modulation(nn.Module):
-    """`parts` vectors of width D from the conditioning vector, in float32."""
-
-    config: TransformerConfig
-    parts: int
-
-    @nn.compact
-    def __call__(self, conditioning: Float[Array, "b d"]) -> list[Float[Array, "b 1 d"]]:
-        """The vectors of each row."""
-        config = self.config
-        y = Dense(self.parts * config.width, lora_alpha=config.lora_alpha, name="linear")(
-            constrain(conditioning, "batch")
-        )
-        y = constrain(y, "batch")
-        return jnp.split(y[:, None].astype(jnp.float32), self.parts, axis=-1)
-
-
-class FeedForward(nn.Module):
-    """Linear map to 4 D, GELU (tanh form), linear map back."""
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """Each token by itself."""
-        width, alpha = self.config.width, self.config.lora_alpha
-        y = nn.gelu(Dense(4 * width, lora_alpha=alpha, name="up")(x), approximate=True)
-        return Dense(width, lora_alpha=alpha, name="down")(constrain(y, "batch", None, "hidden"))
 
 
 class JointAttention(nn.Module):
@@ -130,10 +102,12 @@ class Block(nn.Module):
           The new streams (the context None after the last block), and None (what a scan collects).
         """
         config, (x, context) = self.config, (constrain(stream, "batch") for stream in streams)
-        shift, scale, gate, ff_shift, ff_scale, ff_gate, *second = Modulation(
-            config, 9 if self.dual else 6, name="modulation"
-        )(conditioning)
-        context_parts = Modulation(config, 2 if self.last else 6, name="context_modulation")(conditioning)
+        modulation = functools.partial(Modulation, config.width, lora_alpha=config.lora_alpha)
+        feed_forward = functools.partial(TanhMLP, 4 * config.width, config.lora_alpha)
+        shift, scale, gate, ff_shift, ff_scale, ff_gate, *second = modulation(9 if self.dual else 6, name="modulation")(
+            conditioning
+        )
+        context_parts = modulation(2 if self.last else 6, name="context_modulation")(conditioning)
         # the published last block keeps (scale, shift) in this order, the others (shift, scale, ...)
         context_scale, context_shift = context_parts if self.last else (context_parts[1], context_parts[0])
         update, context_update = JointAttention(config, context_output=not self.last, name="attention")(
@@ -146,10 +120,10 @@ class Block(nn.Module):
             x = gated_sum(x, second_gate, JointAttention(config, name="image_attention")(second_input)[0])
         else:
             x = gated_sum(x, gate, update)
-        x = gated_sum(x, ff_gate, FeedForward(config, name="feed_forward")(modulated_norm(x, ff_scale, ff_shift)))
+        x = gated_sum(x, ff_gate, feed_forward(name="feed_forward")(modulated_norm(x, ff_scale, ff_shift)))
         if context_update is None:
             return (x, None), None
         _, _, gate, ff_shift, ff_scale, ff_gate = context_parts
         context = gated_sum(context, gate, context_update)
-        update = FeedForward(config, name="context_feed_forward")(modulated_norm(context, ff_scale, ff_shift))
+        update = feed_forward(name="context_feed_forward")(modulated_norm(context, ff_scale, ff_shift))
         return (x, gated_sum(context, ff_gate, update)), None

@@ -5,63 +5,47 @@ empty prompt, the part `pooled`.
 """
 
 import dataclasses
-from typing import Any, ClassVar, cast
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Int
 from numpy import ndarray
 
-from uae_jax.diffusion.sampler import linear_guidance
 from uae_jax.diffusion.schedule import sigma_schedule
-from uae_jax.hf.rules import Rule
-from uae_jax.models.condition import ConditionTemplate, place_in_template
 from uae_jax.models.decoder import Context, Parts
 from uae_jax.models.language import model as lm
-from uae_jax.models.parts import captioner_weights, transformer_weights
+from uae_jax.models.latents import NUM_TRAIN_TIMESTEPS, Coder, LatentDecoder, Network, Tables
+from uae_jax.models.parts import captioner_weights
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
 from uae_jax.models.sd3 import transformer, vae, weights
 from uae_jax.models.sd3.config import TransformerConfig, VAEConfig
 
-NUM_TRAIN_TIMESTEPS = 1000
-
 
 @dataclasses.dataclass(frozen=True)
-class SD3Decoder:
+class SD3Decoder(LatentDecoder):
     """A `models.decoder.Decoder`.
 
     Attributes:
       captioner: sizes of the captioner, whose language model is the text encoder.
-      transformer: sizes of the diffusion transformer.
-      vae: sizes of the auto-encoder and its latent scale.
-      template: ids around a caption.
     """
 
     conditions: ClassVar[tuple[str, ...]] = ("reference", "policy", "caption_states")
-    lora_targets: ClassVar[str] = transformer.ATTENTION_ADAPTER
     parts: ClassVar[tuple[str, ...]] = ("projector", "transformer", "vae", "pooled")
+    network: ClassVar[Network] = transformer
+    coder: ClassVar[Coder] = vae
+    tables: ClassVar[Tables] = weights
 
-    captioner: Qwen2_5VLConfig
     transformer: TransformerConfig
     vae: VAEConfig
-    template: ConditionTemplate
-
-    @property
-    def cell(self) -> int:
-        """Pixels a side of one token."""
-        return self.vae.downsampling * self.transformer.patch_size
+    captioner: Qwen2_5VLConfig
 
     @property
     def most_cells(self) -> int:
         """The side of the position table."""
         return self.transformer.pos_embed_max_size
-
-    def prompt(
-        self, tokens: Int[Array, "n t"], lengths: Int[Array, " n"]
-    ) -> tuple[Int[Array, "n s"], Bool[Array, "n s"]]:
-        """See `condition.place_in_template`."""
-        return place_in_template(self.template, tokens, lengths)
 
     def states_shape(self, caption_tokens: int) -> tuple[tuple[int, int], str]:
         """Those of the language model."""
@@ -79,60 +63,19 @@ class SD3Decoder:
         """The states through the projector."""
         return qwen.project(parts["projector"], states), mask
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(h, w, C) of the auto-encoder."""
-        return height // self.vae.downsampling, width // self.vae.downsampling, self.vae.latent_channels
-
-    def velocity(
-        self,
-        parts: Parts,
-        latents: Float[Array, "b h w c"],
-        sigma: Float[Array, " b"],
-        context: Context,
-        *,
-        policy: bool = True,
-    ) -> Float32[Array, "b h w c"]:
-        """What SD3 predicts."""
+    def predicted(
+        self, model: Callable[..., Array], parts: Parts, latents: Array, sigma: Array, context: Context
+    ) -> Array:
+        """SD3 reads a pooled vector too."""
         pooled = jnp.broadcast_to(parts["pooled"], (latents.shape[0], parts["pooled"].shape[-1]))
         states, mask = context
-        variables = transformer_weights(parts, policy=policy)
-        model = transformer.Transformer(self.transformer)
-        return cast(Array, model.apply(variables, latents, NUM_TRAIN_TIMESTEPS * sigma, states, pooled, mask))
-
-    def guide(
-        self, positive: Float32[Array, "b h w c"], negative: Float32[Array, "b h w c"], scale: float
-    ) -> Float32[Array, "b h w c"]:
-        """Classifier-free guidance."""
-        return linear_guidance(positive, negative, scale)
+        return model(latents, NUM_TRAIN_TIMESTEPS * sigma, states, pooled, mask)
 
     def sigmas(self, steps: int, height: int, width: int, shift: float) -> Float[ndarray, " levels"]:
         """A static shift, whatever the size of the images."""
         return sigma_schedule(steps, shift)
 
-    def encode_images(
-        self, parts: Parts, pixels: Float[Array, "b height width 3"]
-    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-        """Mean and log-variance of the auto-encoder."""
-        return vae.encode(self.vae, parts["vae"], pixels)
-
-    def to_model_latents(self, parts: Parts, latents: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """One shift and scale for all channels."""
-        return vae.to_model_latents(self.vae, latents)
-
-    def decode(
-        self, parts: Parts, latents: Float[Array, "b h w c"], chunk: int | None = None
-    ) -> Float[Array, "b height width 3"]:
-        """See `vae.decode_latents`."""
-        return vae.decode_latents(self.vae, parts["vae"], latents, chunk)
-
     def abstract_parts(self) -> dict[str, Any]:
         """Shapes of transformer, auto-encoder and pooled embedding; the projector's are its files' own."""
-        return {
-            "transformer": transformer.abstract_params(self.transformer),
-            "vae": vae.abstract_params(self.vae),
-            "pooled": jax.ShapeDtypeStruct((self.transformer.pooled_projection_dim,), jnp.float32),
-        }
-
-    def transformer_rules(self) -> list[Rule]:
-        """Of SD3Transformer2DModel."""
-        return weights.transformer_rules(self.transformer)
+        pooled = jax.ShapeDtypeStruct((self.transformer.pooled_projection_dim,), jnp.float32)
+        return {**super().abstract_parts(), "pooled": pooled}

@@ -11,13 +11,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from uae_jax import trees
-from uae_jax.models.sd3.blocks import Block, Modulation
+from uae_jax.models.latents import shapes_of
+from uae_jax.models.sd3.blocks import Block
 from uae_jax.models.sd3.config import TransformerConfig
 from uae_jax.nn.attention import Mask, preferred_length
 from uae_jax.nn.constrain import constrain
 from uae_jax.nn.linear import Dense
 from uae_jax.nn.loops import scan_layers
-from uae_jax.nn.modulation import modulated_norm, timestep_embedding
+from uae_jax.nn.modulation import Modulation, modulated_norm, timestep_embedding
 from uae_jax.nn.remat import remat
 
 # The modules that the release adapts, for `nn.lora.init_lora`: attn.{to_q, to_k, to_v, to_out.0, add_q_proj,
@@ -121,7 +122,7 @@ class Transformer(nn.Module):
         context = Dense(config.width, lora_alpha=alpha, name="context_embedder")(context.astype(dtype))
         context, mask = padded_context(context, context_mask, x.shape[1])
         x = self._blocks(x, context, conditioning, mask)
-        scale, shift = Modulation(config, 2, name="norm_out")(conditioning)
+        scale, shift = Modulation(config.width, 2, alpha, name="norm_out")(conditioning)
         y = Dense(config.patch_size**2 * config.out_channels, lora_alpha=alpha, name="proj_out")(
             modulated_norm(x, scale, shift)
         )
@@ -188,14 +189,9 @@ def unpatchify(
 @functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
 def abstract_params(config: TransformerConfig) -> dict[str, Any]:
     """The shapes of the parameters, without computing anything."""
-    shapes = (
-        (1, config.patch_size, config.patch_size, config.in_channels),
-        (1,),
-        (1, 1, config.joint_attention_dim),
-        (1, config.pooled_projection_dim),
-    )
-    inputs = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-    return jax.eval_shape(Transformer(config).init, jax.random.key(0), *inputs)["params"]
+    side, channels = config.patch_size, config.in_channels
+    text = (1, 1, config.joint_attention_dim), (1, config.pooled_projection_dim)
+    return shapes_of(Transformer(config), (1, side, side, channels), (1,), *text)
 
 
 def init_params(config: TransformerConfig, key: Key[Array, ""]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Channels are last everywhere; all arithmetic is float32.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -11,40 +12,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from uae_jax import trees
-from uae_jax.models.autoencoder.blocks import Decoder, Encoder, decode_in_chunks
+from uae_jax.models.autoencoder.blocks import Decoder, Encoder, abstract_ends, decode_in_chunks, encode_moments
 from uae_jax.models.sd3.config import VAEConfig
 
 
 def encode(
     config: VAEConfig, params: trees.Tree, pixels: Float[Array, "b height width rgb"]
 ) -> tuple[Float[Array, "b rows columns c"], Float[Array, "b rows columns c"]]:
-    """The distribution of the latents of images.
-
-    Args:
-      config: sizes.
-      params: parameters of the auto-encoder; only `encoder` is read.
-      pixels: in [-1, 1]; height and width are multiples of `config.downsampling`.
-
-    Returns:
-      Mean and log-variance (clipped to [-30, 20], as published) in float32.
-
-    Raises:
-      ValueError: height or width is not such a multiple.
-    """
-    height, width = pixels.shape[1:3]
-    if height % config.downsampling or width % config.downsampling:
-        raise ValueError(
-            f"an image of {height}x{width} does not divide into latents; both must be multiples of "
-            f"{config.downsampling}"
-        )
-    with jax.named_scope("autoencoder"):
-        moments = cast(Array, Encoder(config.sizes).apply({"params": params["encoder"]}, pixels.astype(jnp.float32)))
-    mean, log_variance = jnp.split(moments, 2, axis=-1)
-    return mean, jnp.clip(log_variance, -30.0, 20.0)
+    """Mean and log-variance of the latents of images; see `encode_moments`. Only `encoder` of `params` is read."""
+    encoder = functools.partial(Encoder(config.sizes).apply, {"params": params["encoder"]})
+    return encode_moments(cast(Callable[[Array], Array], encoder), pixels, config.downsampling)
 
 
-def to_model_latents(config: VAEConfig, latents: Float[Array, "b rows columns c"]) -> Float[Array, "b rows columns c"]:
-    """Latents of the auto-encoder in the scale of the diffusion model, `(z - shift) * scale`."""
+def to_model_latents(
+    config: VAEConfig, params: trees.Tree, latents: Float[Array, "b rows columns c"]
+) -> Float[Array, "b rows columns c"]:
+    """Latents of the auto-encoder in the scale of the diffusion model, `(z - shift) * scale`; `params` is not read."""
     return (latents - config.shift_factor) * config.scaling_factor
 
 
@@ -68,8 +51,7 @@ def decode(
     Returns:
       Pixels in float32, about [-1, 1], not clipped.
     """
-    with jax.named_scope("autoencoder"):
-        return cast(Array, Decoder(config.sizes).apply({"params": params["decoder"]}, latents.astype(jnp.float32)))
+    return cast(Array, Decoder(config.sizes).apply({"params": params["decoder"]}, latents.astype(jnp.float32)))
 
 
 def decode_latents(
@@ -108,4 +90,5 @@ def init_params(config: VAEConfig, key: Key[Array, ""]) -> dict[str, Any]:
 @functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
 def abstract_params(config: VAEConfig) -> dict[str, Any]:
     """The shapes of `init_params`, without computing anything."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    ends = Encoder(config.sizes), Decoder(config.sizes)
+    return abstract_ends(*ends, config.downsampling, config.in_channels, config.latent_channels)

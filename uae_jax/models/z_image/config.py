@@ -1,22 +1,17 @@
 """Sizes of Z-Image's transformer, as diffusers writes them in `config.json`."""
 
 import dataclasses
-import pathlib
-import typing
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from uae_jax.files.json_files import read_class_json
-from uae_jax.files.known_fields import check_kinds, refuse_unknown, require
-from uae_jax.files.paths import to_path
-from uae_jax.models.language.config import check_choices
+from uae_jax.files.known_fields import require
+from uae_jax.models.config_fields import TransformerFields, check_axes
 
-CLASS = "ZImageTransformer2DModel"
 CONDITIONING = 256  # width of the embedding of the noise level, at most
-OURS = ("lora_alpha", "dtype", "remat")
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(TransformerFields):
     """ZImageTransformer2DModel with patches of 2 x 2 latents. The defaults are the published ones.
 
     Attributes:
@@ -33,13 +28,13 @@ class TransformerConfig:
       t_scale: factor of the time: 1000.
       axes_dims: numbers of a head that turn with each of the three axes.
       axes_lens: positions of each axis.
-      lora_alpha: numerator of the adapters' scale; not part of the published file.
-      dtype: precision of the products, `float32` or `bfloat16`; not part of the published file.
-      remat: what the backward pass recomputes, one of `nn.remat.POLICIES`.
 
     Raises:
       ValueError: a value that the modules do not support; the message names the field.
     """
+
+    published_class: ClassVar[str] = "ZImageTransformer2DModel"
+    absent: ClassVar[Mapping[str, Any]] = {"axes_lens": (1024, 512, 512)}
 
     all_patch_size: tuple[int, ...] = (2,)
     all_f_patch_size: tuple[int, ...] = (1,)
@@ -56,25 +51,25 @@ class TransformerConfig:
     t_scale: float = 1000.0
     axes_dims: tuple[int, ...] = (32, 48, 48)
     axes_lens: tuple[int, ...] = (1536, 512, 512)
-    lora_alpha: float = 64.0
-    dtype: str = "float32"
-    remat: str = "none"
 
     def __post_init__(self):
+        super().__post_init__()
         fixed = {"all_patch_size": (2,), "all_f_patch_size": (1,), "qk_norm": True, "t_scale": 1000.0}
         for field, supported in (fixed | {"n_kv_heads": self.n_heads}).items():
             require(getattr(self, field) == supported, "transformer", field, getattr(self, field), repr(supported))
         require(self.dim % self.n_heads == 0, "transformer", "dim", self.dim, f"a multiple of n_heads={self.n_heads}")
-        axes, head = self.axes_dims, self.dim // self.n_heads
-        fits = len(axes) == 3 and sum(axes) == head and not any(width % 2 for width in axes)
-        require(fits, "transformer", "axes_dims", axes, f"three even widths whose sum is dim / n_heads, {head}")
+        check_axes("axes_dims", self.axes_dims, 3, self.dim // self.n_heads, "dim / n_heads")
         require(len(self.axes_lens) == 3, "transformer", "axes_lens", self.axes_lens, "three lengths")
-        check_choices(self.dtype, self.remat)
 
     @property
     def width(self) -> int:
         """D."""
         return self.dim
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch of the latents."""
+        return self.all_patch_size[0]
 
     @property
     def num_layers(self) -> int:
@@ -92,38 +87,15 @@ class TransformerConfig:
         return 4 * self.in_channels
 
     @property
+    def alive(self) -> float:
+        """Gate, values and product of the gated MLP, and twice the stream."""
+        return 2 + 3 * self.mlp_width / self.dim
+
+    @property
     def mlp_width(self) -> int:
         """Inner width of the gated MLPs."""
         return int(self.dim / 3 * 8)
 
-    @classmethod
-    def from_folder(cls, path: str | pathlib.Path, **overrides: Any) -> "TransformerConfig":
-        """Reads a diffusers `config.json`; `overrides` set fields such as `dtype`, `remat` and `lora_alpha`.
-
-        Raises:
-          FileNotFoundError: there is no config.json.
-          ValueError: another model, or a field with an unsupported value.
-        """
-        stored = read_class_json(path, CLASS)
-        absent = {"axes_lens": (1024, 512, 512)}
-        values = {
-            field.name: stored.get(field.name, absent.get(field.name, field.default))
-            for field in dataclasses.fields(cls)
-            if field.name not in OURS
-        }
-        what = f"{to_path(path) / 'config.json'}: "
-        refuse_unknown(stored, values, what=what)
-        check_kinds(values, typing.get_type_hints(cls), what)
-        values |= {
-            name: tuple(values[name]) for name in ("all_patch_size", "all_f_patch_size", "axes_dims", "axes_lens")
-        }
-        return cls(**{**values, **overrides})
-
     def published(self) -> dict[str, Any]:
         """The contents of the diffusers `config.json` of this model."""
-        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in OURS}
-        return {
-            "_class_name": CLASS,
-            **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
-            "siglip_feat_dim": None,
-        }
+        return {**super().published(), "siglip_feat_dim": None}

@@ -7,111 +7,62 @@ guidance_scale is one less than ours: `v+ + s (v+ - v-)`.
 import dataclasses
 import functools
 import pathlib
-from typing import Any, ClassVar, cast
+from collections.abc import Callable
+from typing import Any, ClassVar
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 from numpy import ndarray
 
 from uae_jax.diffusion.schedule import check_scheduler, shifted_once
 from uae_jax.hf.inventory import Table
-from uae_jax.hf.rules import Rule
 from uae_jax.models.condition import ConditionTemplate
-from uae_jax.models.decoder import Component, Context, Family, Parts, chat_text
-from uae_jax.models.language import encoder
+from uae_jax.models.decoder import Component, Context, Family, Parts, Published, chat_text
 from uae_jax.models.language.config import TextConfig
 from uae_jax.models.language.encoder import EncoderSizes
-from uae_jax.models.parts import transformer_weights
+from uae_jax.models.latents import Coder, Network, Tables, check_fit
 from uae_jax.models.qwen3 import config as qwen3
+from uae_jax.models.qwen3.component import text_encoder
 from uae_jax.models.sd3 import vae
 from uae_jax.models.sd3.config import VAEConfig
 from uae_jax.models.sd3.weights import VAE_ALIASES, vae_rules
-from uae_jax.models.text_encoded import TextEncoded, check_fit
+from uae_jax.models.text_encoded import TextEncoded, transformer_part
 from uae_jax.models.z_image import transformer, weights
 from uae_jax.models.z_image.config import TransformerConfig
 
 MOST_TOKENS = 512
-TURBO_SHIFT = 3.0  # the base model's is 6
+BASE_SHIFT, TURBO_SHIFT = 6.0, 3.0
 
 
 @dataclasses.dataclass(frozen=True)
 class ZImageDecoder(TextEncoded):
-    """A `models.decoder.Decoder`.
+    """A `models.decoder.Decoder`, whose auto-encoder is FLUX.1's.
 
     Attributes:
       static_shift: of the noise levels.
     """
 
-    lora_targets: ClassVar[str] = transformer.ATTENTION_ADAPTER
+    network: ClassVar[Network] = transformer
+    coder: ClassVar[Coder] = vae
+    tables: ClassVar[Tables] = weights
 
     transformer: TransformerConfig
     vae: VAEConfig
-    static_shift: float = 6.0
+    static_shift: float = BASE_SHIFT
 
-    @property
-    def cell(self) -> int:
-        """Pixels a side of one token: a patch of 2 x 2 latents."""
-        return 2 * self.vae.downsampling
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(h, w, C) of the auto-encoder."""
-        return height // self.vae.downsampling, width // self.vae.downsampling, self.vae.latent_channels
-
-    def velocity(
-        self,
-        parts: Parts,
-        latents: Float[Array, "b h w c"],
-        sigma: Float[Array, " b"],
-        context: Context,
-        *,
-        policy: bool = True,
-    ) -> Float32[Array, "b h w c"]:
+    def predicted(
+        self, model: Callable[..., Array], parts: Parts, latents: Array, sigma: Array, context: Context
+    ) -> Array:
         """Minus what the transformer predicts at the time 1 - sigma."""
-        variables = transformer_weights(parts, policy=policy)
-        model = transformer.Transformer(self.transformer)
-        time = self.transformer.t_scale * (1 - sigma.astype(jnp.float32))
-        return -cast(Array, model.apply(variables, latents, time, *context))
+        return -model(latents, self.transformer.t_scale * (1 - sigma), *context)
 
     def sigmas(self, steps: int, height: int, width: int, shift: float) -> Float[ndarray, " levels"]:
         """The shift of the scheduler's folder, whatever the size of the images; `shift` is not read."""
         return shifted_once(steps, self.static_shift)
 
-    def encode_images(
-        self, parts: Parts, pixels: Float[Array, "b height width 3"]
-    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-        """Mean and log-variance of the auto-encoder, FLUX.1's."""
-        return vae.encode(self.vae, parts["vae"], pixels)
-
-    def to_model_latents(self, parts: Parts, latents: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """One shift and scale for all channels."""
-        return vae.to_model_latents(self.vae, latents)
-
-    def decode(
-        self, parts: Parts, latents: Float[Array, "b h w c"], chunk: int | None = None
-    ) -> Float[Array, "b height width 3"]:
-        """See `sd3.vae.decode_latents`."""
-        return vae.decode_latents(self.vae, parts["vae"], latents, chunk)
-
-    def abstract_parts(self) -> dict[str, Any]:
-        """Shapes of text encoder, transformer and auto-encoder."""
-        return {
-            "text_encoder": encoder.abstract_params(self.encoder),
-            "transformer": transformer.abstract_params(self.transformer),
-            "vae": vae.abstract_params(self.vae),
-        }
-
-    def transformer_rules(self) -> list[Rule]:
-        """Of ZImageTransformer2DModel."""
-        return weights.transformer_rules(self.transformer)
-
 
 def encoder_sizes(text: TextConfig) -> EncoderSizes:
     """What is read of a Qwen3 of these sizes: all layers but the last."""
     return EncoderSizes(text, (text.layers - 1,))
-
-
-def _transformer_table(config: TransformerConfig) -> Table:
-    return Table(weights.transformer_rules(config), transformer.abstract_params(config))
 
 
 def _vae_table(config: VAEConfig) -> Table:
@@ -121,26 +72,19 @@ def _vae_table(config: VAEConfig) -> Table:
 def describe(
     folder: pathlib.Path, template: ConditionTemplate, *, dtype: str, remat: str, lora_alpha: float
 ) -> ZImageDecoder:
-    """The description of a pipeline's folder.
-
-    Args:
-      folder: with `model_index.json`.
-      template: ids around a caption.
-      dtype, remat, lora_alpha: of a run.
-
-    Raises:
-      FileNotFoundError, ValueError: a config is absent or not supported, or the parts do not fit each other.
-    """
+    """See `models.decoder.Family`."""
     sizes = TransformerConfig.from_folder(folder / "transformer", dtype=dtype, remat=remat, lora_alpha=lora_alpha)
     autoencoder = VAEConfig.from_folder(folder / "vae")
     read = encoder_sizes(qwen3.from_folder(folder / "text_encoder", dtype=dtype))
     check_fit(
-        folder,
+        folder / "transformer" / "config.json",
         sizes,
-        ("cap_feat_dim", read.width, "the width of text_encoder"),
-        ("in_channels", autoencoder.latent_channels, "the latent_channels of vae"),
+        {
+            "cap_feat_dim": (read.width, "the width of text_encoder"),
+            "in_channels": (autoencoder.channels, "the latent_channels of vae"),
+        },
     )
-    return ZImageDecoder(sizes, autoencoder, read, template, _shift(folder))
+    return ZImageDecoder(sizes, autoencoder, template, read, _shift(folder))
 
 
 def _shift(folder: pathlib.Path) -> float:
@@ -154,6 +98,14 @@ def defaults(folder: pathlib.Path) -> dict[str, Any]:
     return {"steps": 8, "guidance_scale": 1.0} if turbo else {"steps": 50, "guidance_scale": 5.0}
 
 
+def published(dtype: str, remat: str, lora_alpha: float, *, shift: float) -> ZImageDecoder:
+    """Of Tongyi-MAI/Z-Image and Z-Image-Turbo, whose noise levels alone differ: a user's turn with thinking."""
+    sizes = TransformerConfig(dtype=dtype, remat=remat, lora_alpha=lora_alpha)
+    autoencoder = VAEConfig(scaling_factor=0.3611, shift_factor=0.1159)
+    template = ConditionTemplate(*qwen3.TURN, (), qwen3.PAD, most=MOST_TOKENS)
+    return ZImageDecoder(sizes, autoencoder, template, encoder_sizes(qwen3.QWEN3_4B.using(dtype=dtype)), shift)
+
+
 FAMILY = Family(
     name="Z-Image",
     pipeline="ZImagePipeline",
@@ -161,20 +113,15 @@ FAMILY = Family(
     text=functools.partial(chat_text, enable_thinking=True),
     most=MOST_TOKENS,
     components={
-        "transformer": Component(
-            "transformer",
-            TransformerConfig.from_folder,
-            _transformer_table,
-            module="diffusers.models.transformers.transformer_z_image",
-        ),
+        "transformer": transformer_part(ZImageDecoder, TransformerConfig.from_folder, "transformer_z_image"),
         "vae": Component("vae", VAEConfig.from_folder, _vae_table),
-        "text_encoder": Component(
-            "text_encoder",
-            qwen3.from_folder,
-            encoder.whole_table,
-            lambda config: encoder.read_table(encoder_sizes(config)),
-            stem="model",
-        ),
+        "text_encoder": text_encoder(encoder_sizes),
     },
     defaults=defaults,
+    published={
+        "z_image": Published(functools.partial(published, shift=BASE_SHIFT), "Tongyi-MAI/Z-Image", "Apache-2.0"),
+        "z_image_turbo": Published(
+            functools.partial(published, shift=TURBO_SHIFT), "Tongyi-MAI/Z-Image-Turbo", "Apache-2.0"
+        ),
+    },
 )

@@ -12,11 +12,12 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from uae_jax.models.latents import shapes_of
+from uae_jax.models.two_streams import Maps
 from uae_jax.models.z_image.config import CONDITIONING, TransformerConfig
 from uae_jax.nn.attention import Mask, attention
 from uae_jax.nn.constrain import constrain
@@ -96,16 +97,10 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "b t d"], mask: Mask, rotation: Rotation) -> Float[Array, "b t d"]:
         """The mixed tokens."""
         config = self.config
-        heads = (*x.shape[:2], config.n_heads, config.dim // config.n_heads)
-
-        def dense(name: str) -> Dense:
-            return Dense(config.dim, use_bias=False, lora_alpha=config.lora_alpha, name=name)
-
-        query, key, value = (dense(name)(x).reshape(heads) for name in ("query", "key", "value"))
-        query, key = RMSNorm(QK_EPSILON, name="query_norm")(query), RMSNorm(QK_EPSILON, name="key_norm")(key)
+        maps = Maps(config.n_heads, config.dim // config.n_heads, config.lora_alpha, False, QK_EPSILON)
+        query, key, value = maps.split(x)
         query, key = apply_paired_rope(query, rotation), apply_paired_rope(key, rotation)
-        query, key, value = (constrain(part, "batch", None, "heads", None) for part in (query, key, value))
-        return dense("output")(attention(query, key, value, mask).reshape(x.shape))
+        return maps.dense("output")(attention(query, key, value, mask).reshape(x.shape))
 
 
 class Block(nn.Module):
@@ -243,7 +238,5 @@ def _check_positions(config: TransformerConfig, rows: int, columns: int, tokens:
 @functools.lru_cache(maxsize=32)  # tracing is most of the time of reading a small model
 def abstract_params(config: TransformerConfig) -> dict[str, Any]:
     """The shapes of the parameters, without computing anything."""
-    shapes = ((1, 2, 2, config.in_channels), (1,), (1, 1, config.cap_feat_dim))
-    inputs = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-    mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
-    return jax.eval_shape(Transformer(config).init, jax.random.key(0), *inputs, mask)["params"]
+    latents, text = (1, 2, 2, config.in_channels), (1, 1, config.cap_feat_dim)
+    return shapes_of(Transformer(config), latents, (1,), text, mask=True)

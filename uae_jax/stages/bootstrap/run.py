@@ -269,7 +269,7 @@ def decoder_phase(run: Run) -> None:
         time_shift=phase.time_shift,
         condition_dropout=phase.condition_dropout,
     )
-    described = ModelAlone(UAE(language, SD3Decoder(language, model, vae_config, run.template()), config.side))
+    described = ModelAlone(UAE(language, SD3Decoder(model, vae_config, run.template(), language), config.side))
     averaged = Pretrain(dataclasses.replace(settings, ema_decay=phase.ema_decay), SamplerConfig(), described)
 
     def data(batch_size: int, seed: int, mistakes: float):
