@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_collections
 
+from configs import own_decoders
 from configs.recipes import RECIPES, Recipe
 from uae_jax.settings import as_dict
 from uae_jax.stages.run_config import RunConfig
@@ -218,35 +219,10 @@ TOO_LARGE = (
 )
 
 
-# decoders with a text encoder of their own: the captioner learns from a frozen decoder, without any stage before. Four
-# steps without guidance draw an image, as klein is distilled to
-KLEIN = (
-    "qwen2_5_vl_3b_klein_4b",
-    "qwen2_5_vl_7b_klein_4b",
-)
-KLEIN_SLICES: dict[str, Deviations] = {
-    "1x24GB": dict(
-        mesh=dict(fsdp=1), gen_for_und=dict(rollout_parts=16, micro_batches=64, vae_chunk=2, gather_weights=False)
-    ),
-    "1x80GB": dict(mesh=dict(fsdp=1), gen_for_und=dict(rollout_parts=4, micro_batches=16, vae_chunk=8)),
-    "8xH200": dict(mesh=dict(fsdp=8), gen_for_und=dict(micro_batches=2, vae_chunk=32)),
-    "v5e-64": dict(mesh=dict(fsdp=64)),
-}
-# 7 B and 4 B parameters twice in 16 bits are 31 GB
-KLEIN_TOO_LARGE = ("qwen2_5_vl_7b_klein_4b@1x24GB",)
-
-
-def _klein(name: str) -> Deviations:
-    """A preset with FLUX.2-klein-4B, such as `qwen2_5_vl_3b_klein_4b@1x24GB`."""
-    sizes, _, machine = name.partition("@")
-    deviations = dict(
-        model=dict(sizes=sizes, frozen_dtype="bfloat16", dtype="bfloat16", remat="full"),
-        data=dict(max_prompt=192, negative_prompt=""),
-        mesh=dict(data=1, fsdp=-1),
-        gen_for_und=dict(sampler_steps=4, guidance_scale=1.0, vae_chunk=64, gather_weights=True),
-        evaluation=dict(sampler_steps=4, guidance_scale=1.0),
-    )
-    return merged(deviations, KLEIN_SLICES.get(machine, {}))
+def _own(name: str) -> Deviations:
+    """A preset of a decoder with its own text encoder, such as `qwen2_5_vl_3b_klein_4b@1x24GB`."""
+    decoder, sizes, machine = OWN[name]
+    return merged(own_decoders.deviations(decoder, sizes), decoder.machines.get(machine, {}))
 
 
 def _full(name: str) -> Deviations:
@@ -284,19 +260,17 @@ FULL = (
     "qwen2_5_vl_7b_sd3_5_medium",
     "qwen2_5_vl_7b_sd3_5_large",
 )
-PRESETS = {"tiny": _tiny, "emoji": _emoji, "mini": _mini} | {
-    name: functools.partial(_full, name)
-    for base in FULL
-    for name in (base, *(f"{base}@{machine}" for machine in SLICES))
-    if name not in TOO_LARGE
-}
-# not measured on cards yet, hence apart from those of docs/cards.md
-OWN_DECODERS = {
-    name: functools.partial(_klein, name)
-    for base in KLEIN
-    for name in (base, *(f"{base}@{machine}" for machine in KLEIN_SLICES))
-    if name not in KLEIN_TOO_LARGE
-}
+OWN = own_decoders.known()
+PRESETS = (
+    {"tiny": _tiny, "emoji": _emoji, "mini": _mini}
+    | {
+        name: functools.partial(_full, name)
+        for base in FULL
+        for name in (base, *(f"{base}@{machine}" for machine in SLICES))
+        if name not in TOO_LARGE
+    }
+    | {name: functools.partial(_own, name) for name in OWN}
+)
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Deviations:
@@ -327,14 +301,13 @@ def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDi
       ValueError: there is no such preset or recipe, or it has none of the stages.
     """
     full, (name, *chosen) = name or "tiny", (name or "tiny").split("+")
-    if name in (*TOO_LARGE, *KLEIN_TOO_LARGE):
+    if name in TOO_LARGE or name in own_decoders.too_large():
         raise ValueError(
             f"there is no preset {name!r}: the model is more than such a card holds; choose a smaller model "
             "or more cards"
         )
-    known_presets = PRESETS | OWN_DECODERS
-    if name not in known_presets:
-        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(known_presets)}")
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     recipes = [_recipe(name, recipe) for recipe in chosen]
     known = set().union(*(recipe.stages for recipe in recipes)) if recipes else set(stages)
     wanted = tuple(
@@ -347,7 +320,7 @@ def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDi
             f"the recipe of {full!r} has the stage {', '.join(sorted(known))}, and the configuration runs "
             f"{', '.join(stages)}; use the configuration of that stage"
         )
-    if name.partition("@")[0] in KLEIN:
+    if name in OWN:
         wanted = tuple(stage for stage in wanted if stage == "gen_for_und")
         if stages and not wanted:
             raise ValueError(
@@ -359,7 +332,7 @@ def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDi
             f"the preset {name!r} trains adapters only, in gen_for_und and und_for_gen; its machine is too small for "
             f"{stages[0]}"
         )
-    changes = known_presets[name]()
+    changes = PRESETS[name]()
     for recipe in recipes:
         changes = merged(changes, recipe.changes)
     changes = merged(changes, dict(preset=full, stages=wanted))

@@ -28,7 +28,7 @@ WORDS = {
     "training": "files settings sharding trees",
     "methods": "settings trees nn diffusion rl rewards rollouts models training sharding",
     "stages": "files settings trees nn hf data sharding diffusion models rewards rollouts training methods",
-    "planning": "files settings trees nn hf data sharding models rewards training methods stages",
+    "planning": "files settings trees nn hf data sharding models rewards rollouts training methods stages",
     "api": "files stages settings data trees models",
     "model_flags": "api stages",
     "main": "command_line config_file files settings stages training planning dry_run",

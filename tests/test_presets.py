@@ -74,19 +74,24 @@ def test_a_machine_repeats_no_value_of_the_preset(base, machine):
     assert values and not {path for path, value in values.items() if before[path] == value}
 
 
-@pytest.mark.parametrize("name", presets.OWN_DECODERS)
+@pytest.mark.parametrize("name", presets.OWN)
 def test_a_preset_with_a_decoder_of_its_own_encoder_runs_one_stage(name):
-    values = presets.preset(name, STAGES).to_dict()
-    settings = frozen(RunConfig, values)
-    assert settings.stages == ("gen_for_und",) and settings.preset == name
-    assert settings.stage("gen_for_und").guidance_scale == settings.evaluation.guidance_scale == 1  # distilled
-    machine = name.partition("@")[2]
+    decoder, sizes, machine = presets.OWN[name]
+    settings = frozen(RunConfig, presets.preset(name, STAGES).to_dict())
+    assert settings.stages == ("gen_for_und",) and settings.model.sizes == sizes
+    assert settings.stage("gen_for_und").guidance_scale == settings.evaluation.guidance_scale
     if machine:
-        before, own = written(presets.OWN_DECODERS[name.partition("@")[0]]()), written(presets.KLEIN_SLICES[machine])
-        usual = written(as_dict(RunConfig())) | before
+        own = written(decoder.machines[machine])
+        usual = written(as_dict(RunConfig())) | written(presets.PRESETS[sizes]())
         assert own and not {path for path, value in own.items() if usual[path] == value}
     with pytest.raises(ValueError, match="runs gen_for_und, not pretrain"):
         presets.preset(name, ("pretrain",))
+
+
+def test_a_decoder_that_a_card_does_not_hold_has_no_preset_for_it():
+    for name in presets.own_decoders.too_large():
+        with pytest.raises(ValueError, match="more than such a card holds"):
+            presets.preset(name, STAGES)
 
 
 def test_the_emoji_preset_repeats_no_value_of_the_tiny_one():

@@ -34,9 +34,15 @@ EXPECTED = {
 FULL = [
     (name, sizes)
     for name in presets.PRESETS
-    if name.startswith("qwen") and "@v" not in name
+    if name.startswith("qwen") and "@v" not in name and name not in presets.OWN
     for sizes in ((ONE,) if "@1x" in name else (ONE, CUT, FSDP))
 ]
+# each decoder with a text encoder of its own once
+OWN = (
+    ("qwen2_5_vl_3b_klein_4b@1x24GB", ONE),
+    ("qwen2_5_vl_3b_z_image_turbo", FSDP),
+    ("qwen2_5_vl_7b_qwen_image", CUT),
+)
 
 
 def check(found: gpu_programs.Lowered) -> None:
@@ -69,6 +75,14 @@ def test_every_stage_of_every_full_size_preset_is_lowered_for_cards(preset, size
         if "_large" in preset:
             del expected[IMAGES]  # no block has a second attention
         assert found.attention() == expected, (preset, stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset, sizes", OWN)
+def test_a_decoder_with_a_text_encoder_is_lowered_for_cards(preset, sizes):
+    found = lower(preset, "gen_for_und", sizes)
+    check(found)
+    assert found.attention()
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uae_jax.rollouts.reconstruction import DRAWING
+
 # operations whose result on a weight is still that weight
 LAYOUT = frozenset(
     (
@@ -67,16 +69,18 @@ class Count:
     Attributes:
       decoding: inside sampling loops (`while`), which read the weights for every token.
       rest: outside.
+      drawing: FLOPs among them of `rollouts.reconstruction.draw_from`.
     """
 
     decoding: Work = Work()
     rest: Work = Work()
+    drawing: float = 0.0
 
     def __add__(self, other: "Count") -> "Count":
-        return Count(self.decoding + other.decoding, self.rest + other.rest)
+        return Count(self.decoding + other.decoding, self.rest + other.rest, self.drawing + other.drawing)
 
     def __mul__(self, times: float) -> "Count":
-        return Count(self.decoding * times, self.rest * times)
+        return Count(self.decoding * times, self.rest * times, self.drawing * times)
 
     @property
     def flops(self) -> float:
@@ -124,7 +128,10 @@ def count_work(
     closed = jax.make_jaxpr(function)(*arguments)
     leaves = [(leaf, index in weights) for index, given in enumerate(arguments) for leaf in jax.tree.leaves(given)]
     flags = [False] * len(leaves) if once is None else jax.tree.leaves(once)
-    marks = [Weight(once=flag) if weight else None for (_, weight), flag in zip(leaves, flags, strict=True)]
+    marks = [
+        Weight(1 if leaf.dtype == np.int8 else None, once=flag) if weight else None
+        for (leaf, weight), flag in zip(leaves, flags, strict=True)
+    ]
     count, _, reads = _walk(closed.jaxpr, marks, trips, [True] * len(closed.jaxpr.outvars))
     whole = sum(_bytes(leaf) for (leaf, _), flag in zip(leaves, flags) if flag)
     return count + Count(rest=Work(gathered_bytes=_gathered(reads) + whole))
@@ -154,6 +161,8 @@ def _walk(jaxpr: Any, marks: Marks, trips: int, wanted: Sequence[bool]) -> tuple
     for equation, used in _needed(jaxpr, wanted):
         given = [weight_of(variable) for variable in equation.invars]
         work, returned, read = _equation(equation, given, trips, used)
+        if DRAWING in str(equation.source_info.name_stack).split("/"):
+            work = dataclasses.replace(work, drawing=work.flops)
         total += work
         _add(reads, read)
         known.update(zip(equation.outvars, returned))

@@ -136,6 +136,7 @@ def plan_stage(
         count.flops,
         model_flops,
         roofline(count, model_flops, topology, sizes, rollout, step_updates(config, program)),
+        count.drawing,
         compiled,
         smaller(stage, program.config),
         found,

@@ -57,6 +57,7 @@ class StagePlan:
       flops: of a step over all chips, with recomputation.
       model_flops: without recomputation.
       time: the least seconds of a step.
+      drawing: FLOPs among `flops` with which a rollout draws its images, the text encoder's left out.
       compiled: what the compiled program's text says; None where there is none.
       smaller: flags that need less memory, see `remedies.smaller`.
       pieces: those compiled with a run's effort.
@@ -70,6 +71,7 @@ class StagePlan:
     flops: float
     model_flops: float
     time: Roofline
+    drawing: float = 0.0
     compiled: Compiled | None = None
     smaller: tuple[str, ...] = ()
     pieces: tuple[Piece, ...] = ()
@@ -142,7 +144,7 @@ def text_table(
             named = "; ".join(f"{_size(size)} GiB {shape} ({name})" for size, shape, name in plan.memory.largest)
             lines += ["", f"{plan.stage}, largest temporaries: {named}"]
     for plan in plans:
-        lines += _links(plan, topology) + _program(plan) + _pieces(plan)
+        lines += _drawings(plan, topology) + _links(plan, topology) + _program(plan) + _pieces(plan)
     for plan in plans:
         lines += [] if plan.fits(topology) else _too_large(plan, chip.memory)
     return "\n".join(lines)
@@ -173,6 +175,15 @@ def _received(what: dict[str, Received]) -> str:
         if found.links or found.network
     ]
     return ", ".join(parts) or "nothing"
+
+
+def _drawings(plan: StagePlan, topology: Topology) -> list[str]:
+    """One line: the part of a step that draws the images of a rollout."""
+    if not plan.drawing:
+        return []
+    seconds = plan.drawing / topology.devices / topology.chip.flops
+    line = f"{plan.stage}, drawings of the rollout: {100 * plan.drawing / plan.flops:.0f} % of the FLOPs"
+    return ["", line + (f", at least {seconds:.2f} s" if math.isfinite(seconds) else "")]
 
 
 def _links(plan: StagePlan, topology: Topology) -> list[str]:

@@ -19,6 +19,8 @@ from uae_jax.models.language import model as lm
 from uae_jax.models.qwen2_5_vl import model as qwen
 from uae_jax.trees import Tree
 
+DRAWING = "drawing"  # scope of denoising and decoding in a traced step (`planning.flops`)
+
 
 @dataclasses.dataclass(frozen=True)
 class Denoising:
@@ -207,8 +209,9 @@ def draw_from(
 ) -> Float[Array, "n H W 3"]:
     """`draw` from the context of `encode_condition` or `caption_states`, and that of the negative prompt."""
     positive, negative = contexts
-    latents = sample(predictor(model, parts, how, positive, negative), noise, jnp.asarray(how.sigmas))
-    return decode(model, parts, how, latents)
+    with jax.named_scope(DRAWING):
+        latents = sample(predictor(model, parts, how, positive, negative), noise, jnp.asarray(how.sigmas))
+        return decode(model, parts, how, latents)
 
 
 def sample_keys(key: Key[Array, ""], sample_ids: Int[Array, " b"], group: int = 1) -> Key[Array, " n"]:
