@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import qwen_image_pieces
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file
 from stage_pieces import changed, exit_of
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from uae_jax import convert, infer, sharding, trees
+from uae_jax import convert, infer, trees
 from uae_jax.data.tokenizer import load_tokenizer
 from uae_jax.models.qwen_image import decoder as qwen_image
 from uae_jax.stages import run as run_module
