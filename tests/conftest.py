@@ -48,9 +48,13 @@ FAST = (
 )
 # files that mostly compile: jaxlib from 0.11 on takes twice as long for that, and they are slow ones there
 COMPILING = (
+    "methods/test_controls_of_rewards.py",
+    "methods/test_joint.py",
+    "methods/test_one_replay.py",
     "methods/test_rl_pieces.py",
     "methods/test_rl_steps.py",
     "methods/test_rollout_parts.py",
+    "methods/test_unified_ar.py",
     "models/test_vae.py",
     "planning/test_gpu_lowering.py",
     "rollouts/test_answering.py",

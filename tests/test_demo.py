@@ -71,6 +71,7 @@ def test_the_page_captions_draws_and_compares(page, model, picture):
         page.draw(picture, "  ", 0)
 
 
+@pytest.mark.slow
 def test_another_program_can_use_the_page(address, page, picture, tmp_path):
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError

@@ -25,7 +25,9 @@ def test_a_preset_has_every_field_and_repeats_no_default(name):
     settings = frozen(RunConfig, values)
     assert settings.stages == ("unified_ar",) and written(as_dict(settings)) == written(values)
     defaults, deviations = written(as_dict(RunConfig())), written(unified_ar.PRESETS[name]())
-    assert [field for field, value in deviations.items() if defaults[field] == value] == []
+    of_size = written(unified_ar.PRESETS[name.partition("@")[0]]())  # what a machine may set back
+    repeated = [field for field, value in deviations.items() if defaults[field] == value == of_size.get(field, value)]
+    assert repeated == []
 
 
 def test_every_machine_makes_a_step_of_the_same_size_and_fits_the_page():

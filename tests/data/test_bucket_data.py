@@ -252,6 +252,7 @@ def _create(name, queue):
         queue.put(False)
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_creates_an_object(store):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()

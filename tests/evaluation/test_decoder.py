@@ -32,6 +32,7 @@ def flags(*words):
     return parser.parse_args(words)
 
 
+@pytest.mark.slow
 def test_one_program_draws_what_the_model_draws_at_each_guidance(model, monkeypatch):
     programs, make = [], decoder.guided_program
 

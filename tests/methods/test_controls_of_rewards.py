@@ -14,6 +14,7 @@ def matching(whole):
     return stage_of(whole, "und_for_gen", method="matching", matching=dict(updates_per_rollout=1))
 
 
+@pytest.mark.slow
 def test_flow_matching_on_the_captioners_captions_moves_the_transformer(matching):
     state = matching.state()
     before = jax.tree.map(np.asarray, state.params)

@@ -49,6 +49,7 @@ def both(stage):
     return gradients(stage.method.loss, stage.adapters, stage.frozen, stage.rollout, stage.key)
 
 
+@pytest.mark.slow
 def test_one_step_moves_both_parts_at_ratio_one(stage, whole):
     assert set(stage.trained) == {"language_lora", "transformer_lora"}
     state = stage.state()
@@ -63,6 +64,7 @@ def test_one_step_moves_both_parts_at_ratio_one(stage, whole):
     assert all(np.isfinite(value) for value in numbers.values())
 
 
+@pytest.mark.slow
 def test_the_captioners_half_is_gen_for_und_where_the_decoder_is_frozen(stage, both):
     captioner, samples = stage.method.captioner, stage.rollout["samples"]
     alone = {"samples": samples["captions"] | {"advantage": samples["caption_advantage"]}}

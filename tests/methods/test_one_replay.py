@@ -60,6 +60,7 @@ def gradients(method, stage, rollout, params, micro_batches=1):
     )
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_independent_replays(stage):
     """Also of a policy that has moved, with its clipped ratios, its guard and its KL."""
     params = stage.later if stage.method.replay else stage.adapter

@@ -127,6 +127,7 @@ def test_settings_that_cannot_work_fail_before_anything_runs(config, tmp_path, s
         make_run(changed(config, gen_for_und=setting), tmp_path)
 
 
+@pytest.mark.slow
 def test_two_updates_of_a_rollout_move_the_ratio(whole):
     stage = stage_of(whole, "und_for_gen", flow_grpo=dict(updates_per_rollout=2))
     first = stage.state()

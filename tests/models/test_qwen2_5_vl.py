@@ -183,6 +183,7 @@ def test_the_length_that_a_device_prefers_changes_no_state_of_a_text(params, ada
     np.testing.assert_allclose(found[mask], exact[mask], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sharing_a_prompt_in_a_group_equals_repeating_it(params, adapter, rollout):
     repeated = {name: jnp.repeat(value, GROUP, axis=0) for name, value in prompts().items()}
     arguments = (rollout.tokens, rollout.mask)

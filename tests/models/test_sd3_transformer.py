@@ -147,7 +147,8 @@ def test_masked_padding_equals_exact_length(random_model):
     assert relative_error(velocity(config, params, latents, timestep, padded, pooled), np.asarray(exact)) > 1e-3
 
 
-@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True])
 def test_the_length_that_a_device_prefers_changes_neither_velocity_nor_gradient(random_model, masked, monkeypatch):
     config, params = random_model
     # 6 image and 5 context tokens, and 16 where lengths are multiples of 16

@@ -300,8 +300,8 @@ def test_the_roofline_is_bound_by_the_slowest_of_its_terms():
     # of two rows a device, eight of the group: an all-reduce of 5 arrays [8, 64] a token, and logits of the own rows
     sums = group_sums(2, 10, 4, TextConfig(vocab_size=128, width=64, layers=2, dtype="bfloat16"))
     assert sums == Received(10 * (2 * 0.75 * 5 * 8 * 64 * 2 + 0.75 * 2 * 128 * 4))
-    joined = roofline(reads, 0.0, topology, sizes, Rollout(0.0, ways=4, key_copies=2, sums=sums * 1e6))
-    assert joined.links == pytest.approx(sums.links * 1e6 / topology.links) and joined.decoding == joined.links
+    joined = roofline(reads, 0.0, topology, sizes, Rollout(0.0, ways=4, key_copies=2, sums=sums * 1e7))
+    assert joined.links == pytest.approx(sums.links * 1e7 / topology.links) and joined.decoding == joined.links
     assert (
         roofline(second + decoding, 0.0, topology, sizes).seconds == 1 + found.seconds
     )  # sampling and the rest follow each other

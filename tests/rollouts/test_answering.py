@@ -45,6 +45,7 @@ def stepwise(model, parts, batch, tokens):
     return found
 
 
+@pytest.mark.slow
 def test_an_option_has_the_probability_of_its_texts_under_the_policy(whole, asked):
     batch, tokens, mask, option = asked
     parts = {**whole.parts, "language_lora": nudged(whole.parts["language_lora"])}

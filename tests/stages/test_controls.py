@@ -21,6 +21,8 @@ from uae_jax.stages.bootstrap.run import bootstrap
 from uae_jax.training.metrics import read_lines
 from uae_jax.training.step import step_key
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def scorer_folder(model_folder, tmp_path_factory):

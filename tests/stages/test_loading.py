@@ -111,6 +111,7 @@ def test_a_part_that_a_stage_freezes_is_never_twice_in_memory(monkeypatch):
     assert kinds == {"language": {"bfloat16"}, "vae": {"float32"}, "vision": {"float32"}}
 
 
+@pytest.mark.slow
 def test_inference_over_several_devices_says_and_draws_the_same(model_folder, monkeypatch):
     monkeypatch.setattr(sharding, "SMALL", 256)
     settings = InferenceConfig(

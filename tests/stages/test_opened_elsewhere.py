@@ -21,6 +21,8 @@ from uae_jax.models.sd3 import vae
 from uae_jax.stages.export import export_system
 from uae_jax.stages.weights import ModelConfig, load_system
 
+pytestmark = pytest.mark.slow
+
 SIDE = 16
 
 
