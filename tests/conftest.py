@@ -50,14 +50,17 @@ FAST = (
 COMPILING = (
     "methods/test_controls_of_rewards.py",
     "methods/test_joint.py",
+    "methods/test_nft_levels.py",
     "methods/test_one_replay.py",
     "methods/test_rl_pieces.py",
     "methods/test_rl_steps.py",
     "methods/test_rollout_parts.py",
     "methods/test_unified_ar.py",
+    "models/test_qwen2_5_vl.py",
     "models/test_vae.py",
     "planning/test_gpu_lowering.py",
     "rollouts/test_answering.py",
+    "rollouts/test_shared_sampling.py",
     "stages/test_devices.py",
     "stages/test_run.py",
 )
