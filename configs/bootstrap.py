@@ -15,7 +15,7 @@ The preset `unified` makes one network that captions and draws 32-pixel scenes, 
     python -m uae_jax.main --config=configs/bootstrap.py:unified --workdir=runs/unified_bootstrap
 
 The preset `small_decoder` makes a decoder of a tenth of the parameters, beside the other parts of the built-in
-model. Its captions are true. What it cannot draw, it has not the size for (`benchmarks.second_claim`):
+model. Its captions are true. It is small and trained briefly, which leaves room to learn (`benchmarks.second_claim`):
 
     python -m uae_jax.main --config=configs/bootstrap.py:small_decoder --workdir=runs/small_decoder
 
