@@ -88,7 +88,7 @@ def plan(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> i
             raise ValueError(f"--{name} is not given; a plan needs --config and --topology, or --fits alone")
     prepare_environment(options.topology)
     from uae_jax.planning.compile import gib
-    from uae_jax.planning.plan import Compiling, loading_of, make_plan
+    from uae_jax.planning.plan import Compiling, make_plan, rest_of_run
     from uae_jax.planning.table import as_json, text_table
     from uae_jax.settings import Mistakes
 
@@ -109,10 +109,10 @@ def plan(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> i
         lambda plan: print(f"{plan.stage}: {gib(plan.memory.peak):.2f} GiB a device", file=sys.stderr, flush=True),
         Compiling(texts, options.effort == "default", options.cycles),
     )
-    loading = loading_of(config, topology, sizes)
-    print(text_table(plans, topology, sizes, config["preset"], loading))
+    rest = rest_of_run(config, topology, sizes)
+    print(text_table(plans, topology, sizes, config["preset"], *rest))
     if options.json:
-        pathlib.Path(options.json).write_text(as_json(plans, topology, sizes, config["preset"], loading))
+        pathlib.Path(options.json).write_text(as_json(plans, topology, sizes, config["preset"], *rest))
     return 0 if all(plan.fits(topology) for plan in plans) else 3
 
 

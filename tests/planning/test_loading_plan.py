@@ -12,7 +12,7 @@ from uae_jax.hf import rules
 from uae_jax.planning.chips import GIB, parse_topology
 from uae_jax.planning.estimate import share
 from uae_jax.planning.loading import held_parts, plan_loading
-from uae_jax.planning.plan import loading_of, mesh_sizes
+from uae_jax.planning.plan import mesh_sizes
 from uae_jax.planning.roofline import MeshSizes
 from uae_jax.planning.system import abstract_system
 from uae_jax.planning.table import as_json, text_table
@@ -22,6 +22,11 @@ from uae_jax.stages.weights import load_system
 
 RL = ("gen_for_und", "und_for_gen")
 MEDIUM, LARGE = "qwen2_5_vl_3b_sd3_5_medium", "qwen2_5_vl_3b_sd3_5_large"
+
+
+def loading_of(config: dict, topology, sizes: MeshSizes):
+    found = frozen(RunConfig, config)
+    return plan_loading(found, abstract_system(found), topology, sizes)
 
 
 def settings(preset: str, stages=RL, **sections) -> dict:

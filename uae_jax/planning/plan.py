@@ -13,6 +13,7 @@ from uae_jax.methods import STAGES
 from uae_jax.methods.gathered import DECODER
 from uae_jax.models.language.config import TextConfig
 from uae_jax.nn.attention import use_attention
+from uae_jax.planning.between import Between, plan_between
 from uae_jax.planning.chips import Topology, parse_topology
 from uae_jax.planning.collectives import received_by_kind
 from uae_jax.planning.compile import RUN, Memory, compile_program, plan_mesh
@@ -217,7 +218,8 @@ def make_plan(
     return plans, chips, sizes
 
 
-def loading_of(config: Mapping[str, Any], topology: Topology, sizes: MeshSizes) -> Loading:
-    """What reading the weights of a configuration needs, see `loading.plan_loading`."""
+def rest_of_run(config: Mapping[str, Any], topology: Topology, sizes: MeshSizes) -> tuple[Loading, Between]:
+    """What a configuration needs beside its steps: see `loading.plan_loading` and `between.plan_between`."""
     settings = frozen(RunConfig, config)
-    return plan_loading(settings, abstract_system(settings), topology, sizes)
+    system = abstract_system(settings)
+    return plan_loading(settings, system, topology, sizes), plan_between(settings, system, topology, sizes)

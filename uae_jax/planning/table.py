@@ -5,6 +5,7 @@ import json
 import math
 from typing import Any
 
+from uae_jax.planning.between import Between
 from uae_jax.planning.chips import GIB, USABLE, Topology
 from uae_jax.planning.compile import Memory
 from uae_jax.planning.hlo_seconds import KINDS, ProgramSeconds
@@ -119,10 +120,15 @@ def _row(plan: StagePlan, topology: Topology) -> list[str]:
 
 
 def text_table(
-    plans: list[StagePlan], topology: Topology, sizes: MeshSizes, title: str, loading: Loading | None = None
+    plans: list[StagePlan],
+    topology: Topology,
+    sizes: MeshSizes,
+    title: str,
+    loading: Loading | None = None,
+    between: Between | None = None,
 ) -> str:
-    """The table in Markdown: GiB per device, FLOPs and seconds of a step, then what reading the weights needs, the
-    largest temporaries, what devices receive, and the compiled program's seconds.
+    """The table in Markdown: GiB per device, FLOPs and seconds of a step, then what reading the weights needs, what
+    happens between the steps, the largest temporaries, what devices receive, and the compiled program's seconds.
     """
     chip = topology.chip
     room = f"{chip.memory / GIB:.0f} GiB each" if math.isfinite(chip.memory) else "no limit"
@@ -139,6 +145,7 @@ def text_table(
         if number == 0:
             lines.append("|" + "|".join("-" * (width + 2) for width in widths) + "|")
     lines += [] if loading is None else ["", loading.line()]
+    lines += [] if between is None else ["", *between.lines()]
     for plan in plans:
         if plan.memory.largest:
             named = "; ".join(f"{_size(size)} GiB {shape} ({name})" for size, shape, name in plan.memory.largest)
@@ -242,7 +249,12 @@ def _pieces(plan: StagePlan) -> list[str]:
 
 
 def as_json(
-    plans: list[StagePlan], topology: Topology, sizes: MeshSizes, preset: str, loading: Loading | None = None
+    plans: list[StagePlan],
+    topology: Topology,
+    sizes: MeshSizes,
+    preset: str,
+    loading: Loading | None = None,
+    between: Between | None = None,
 ) -> str:
     """The content of the table as JSON, with bytes and seconds unrounded."""
 
@@ -261,6 +273,7 @@ def as_json(
         "chip": dataclasses.asdict(topology.chip),
         "mesh": dataclasses.asdict(sizes),
         "loading": None if loading is None else dataclasses.asdict(loading),
+        "between": None if between is None else dataclasses.asdict(between),
         "stages": stages,
     }
     return json.dumps(clean(content), indent=1) + "\n"

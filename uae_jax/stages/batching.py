@@ -43,7 +43,7 @@ def in_batches(
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
 
 
-def whole_batch(size: int, mesh: Mesh | None) -> int:
+def whole_batch(size: int, mesh: sharding.Axes | None) -> int:
     """The size rounded up to a multiple of the devices that share a batch."""
     ways = _ways(mesh)
     return -(-size // ways) * ways
@@ -56,5 +56,5 @@ def on_mesh(rows: Any, mesh: Mesh | None) -> Any:
     return sharding.shard_rows(rows, mesh)
 
 
-def _ways(mesh: Mesh | None) -> int:
+def _ways(mesh: sharding.Axes | None) -> int:
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]

@@ -123,15 +123,9 @@ class Evaluator(abc.ABC):
                 "repetition": repeats / jnp.maximum(sequences, 1),
             }
 
-        def compare(params: Mapping, original: Array, drawn: Array) -> dict[str, Array]:
-            return {
-                name: cosine_reward(encoder, params[name], original, drawn, 1)[:, 0]
-                for name, encoder in self.encoders.items()
-            }
-
         self.advance: Callable[[int], Any] = lambda rows: None  # called with the rows of each batch that is done
         self.options = compiler_options(self.dtype)
-        self._write, self._compare = jax.jit(write, compiler_options=self.options), jax.jit(compare)
+        self._write, self._compare = jax.jit(write, compiler_options=self.options), jax.jit(self.compare)
         self._picture = jax.jit(
             lambda how, *inputs: jnp.clip(self.picture(how, *inputs), -1, 1),
             static_argnums=0,
@@ -150,6 +144,17 @@ class Evaluator(abc.ABC):
     @abc.abstractmethod
     def picture(self, how: Any, parts: Mapping, tokens: Array, lengths: Array, sample_ids: Array) -> Array:
         """Images of captions, drawn as `how` says; the sample numbers decide the random numbers."""
+
+    def rebuild(self, how: Any, parts: Mapping, batch: Mapping, said: Mapping) -> Array:
+        """Reconstructions of a batch from its captions: `tokens`, `mask` and `lengths` of `said`."""
+        return self.picture(how, parts, said["tokens"], said["lengths"], batch["sample_id"])
+
+    def compare(self, params: Mapping, original: Array, drawn: Array) -> dict[str, Array]:
+        """Cosines `[n]` between images `[n, H, W, 3]` in [-1, 1], by encoder, whose parameters are given by name."""
+        return {
+            name: cosine_reward(encoder, params[name], original, drawn, 1)[:, 0]
+            for name, encoder in self.encoders.items()
+        }
 
     def draw_texts(self, parts: Mapping, texts: Sequence[str]) -> np.ndarray:
         """Images generated from texts (long ones truncated), uint8 `[n, H, W, 3]`; text i has the noise of image i."""
@@ -351,17 +356,20 @@ class DecoderEvaluator(Evaluator):
         """Reconstructions of images from their captions, as the condition says."""
         if how.condition != "caption_states":
             return super().rebuilt(how, parts, batch, said)
-        inputs = batch, said["tokens"], said["mask"]
-        return self._batches(functools.partial(self._rebuild, how, parts), *inputs)
+        said = {name: said[name] for name in ("tokens", "mask")}
+        return self._batches(functools.partial(self._rebuild, how, parts), batch, said)
+
+    def rebuild(self, how: Denoising, parts: Mapping, batch: Mapping, said: Mapping) -> Array:
+        """Reconstructions of a batch, as the condition says."""
+        if how.condition != "caption_states":
+            return super().rebuild(how, parts, batch, said)
+        contexts = caption_states(self.system.model, parts, how, batch, said["tokens"], said["mask"])
+        return draw_from(self.system.model, parts, how, contexts, self._noise(batch["sample_id"]))
 
     @functools.cached_property
     def _rebuild(self) -> Callable[..., Array]:
-        def rebuild(how: Denoising, parts: Mapping, batch: Mapping, tokens: Array, mask: Array) -> Array:
-            contexts = caption_states(self.system.model, parts, how, batch, tokens, mask)
-            drawn = draw_from(self.system.model, parts, how, contexts, self._noise(batch["sample_id"]))
-            return jnp.clip(drawn, -1, 1)
-
-        return jax.jit(rebuild, static_argnums=0, compiler_options=self.options)
+        clipped = lambda how, *inputs: jnp.clip(self.rebuild(how, *inputs), -1, 1)  # noqa: E731
+        return jax.jit(clipped, static_argnums=0, compiler_options=self.options)
 
     def _noise(self, sample_ids: Array) -> Array:
         return uae.initial_noise(self.system.model, sample_keys(trees.name_key(self.key, "noise"), sample_ids))

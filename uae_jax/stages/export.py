@@ -56,6 +56,17 @@ def export_system(system: System, parts: Mapping, folder: pathlib.Path, dtype: D
     take_place(fresh, folder)
 
 
+def written_parts(parts: Mapping) -> list[str]:
+    """Names of the parts that an export writes, once for each time; the others are copied as files."""
+    beside = [name for name in ("vision", "projector") if name in parts]
+    names = ["language", *beside]
+    if "language_policy" in parts:
+        names += ["language_policy", *beside]
+    names += [name for name in ("language_lora", "transformer_lora") if name in parts]
+    whole = "transformer_policy" if "transformer_policy" in parts else "transformer"
+    return names if _as_read(parts) else [*names, whole]
+
+
 def _transformer_folder(system: System) -> str:
     """Where the transformer is written: a decoder with its own text encoder stays a complete pipeline."""
     return f"{DECODER}/transformer" if (system.folder / DECODER).is_dir() else "dit"

@@ -22,7 +22,7 @@ from uae_jax.models.janus.unified import Unified
 from uae_jax.models.language.sampling import SamplingConfig
 from uae_jax.models.uae import UAE
 from uae_jax.rollouts.unified import DrawingConfig
-from uae_jax.stages import abstract, weights
+from uae_jax.stages import abstract, export, unified_system, weights
 from uae_jax.stages.abstract import AbstractSystem
 from uae_jax.stages.data import row_builder
 from uae_jax.stages.evaluation import DecoderEvaluator, Evaluator, UnifiedEvaluator
@@ -40,7 +40,7 @@ from uae_jax.stages.weights import ModelConfig, System, model_folder
 
 AnySystem = System | UnifiedSystem
 AnyAbstract = AbstractSystem | AbstractUnified
-EvaluatorOf = Callable[[RunConfig, Any, Sequence[Example], RowBuilder, Mesh], Evaluator]
+EvaluatorOf = Callable[[RunConfig, Any, Sequence[Example], RowBuilder, Mesh | None], Evaluator]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Kind:
       rows: `(data settings, system)` to what turns examples into rows of a batch.
       evaluator: `(configuration, system, held-out images, rows, mesh)` to the scores of a run.
       export: `export.export_system` for it.
+      exported: `export.written_parts` for it.
       questions: whether it answers the questions of `stages.understanding`.
     """
 
@@ -67,6 +68,7 @@ class Kind:
     rows: Callable[[DataConfig, Any], RowBuilder]
     evaluator: EvaluatorOf
     export: Callable[[Any, Mapping, pathlib.Path, DTypeLike], None]
+    exported: Callable[[Mapping], list[str]]
     questions: bool = False
 
     @property
@@ -76,7 +78,7 @@ class Kind:
 
 
 def _decoder_evaluator(
-    config: RunConfig, system: System, heldout: Sequence[Example], rows: RowBuilder, mesh: Mesh
+    config: RunConfig, system: System, heldout: Sequence[Example], rows: RowBuilder, mesh: Mesh | None
 ) -> Evaluator:
     scores = config.evaluation
     how = denoising(
@@ -87,7 +89,7 @@ def _decoder_evaluator(
 
 
 def _unified_evaluator(
-    config: RunConfig, system: UnifiedSystem, heldout: Sequence[Example], rows: RowBuilder, mesh: Mesh
+    config: RunConfig, system: UnifiedSystem, heldout: Sequence[Example], rows: RowBuilder, mesh: Mesh | None
 ) -> Evaluator:
     stage = config.stage("unified_ar")
     how = DrawingConfig(config.evaluation.guidance_scale, SamplingConfig(stage.image_temperature), stage.vae_chunk)
@@ -111,6 +113,7 @@ DECODER = Kind(
     lambda data, system: row_builder(data, system.tokenizer, system.processor),
     _decoder_evaluator,
     export_system,
+    export.written_parts,
     questions=True,
 )
 UNIFIED = Kind(
@@ -122,6 +125,7 @@ UNIFIED = Kind(
     unified_rows,
     _unified_evaluator,
     export_unified,
+    unified_system.written_parts,
 )
 # the first that holds a folder is taken
 KINDS = [UNIFIED, DECODER]
@@ -135,6 +139,11 @@ def kind_of(path: str | pathlib.Path) -> Kind:
     """
     folder = model_folder(path)
     return next(kind for kind in KINDS if kind.holds(folder))
+
+
+def kind_of_model(model: Any) -> Kind:
+    """The kind of a model's description."""
+    return next(kind for kind in KINDS if isinstance(model, kind.network))
 
 
 def load_system(config: ModelConfig, **options: Any) -> Any:

@@ -195,8 +195,7 @@ def export_unified(system: UnifiedSystem, parts: Mapping, folder: pathlib.Path, 
     """
     dtype, network = np.dtype(dtype), system.model.network
     adapter = parts.get("language_lora")
-    trained = {name: parts[name] for name in ("vision", "aligner", "generation", "vq")}
-    trained["language"] = parts.get("language_policy", parts["language"])
+    trained = {name.removesuffix("_policy"): parts[name] for name in written_parts(parts) if name != "language_lora"}
     items = published_items(trained, weights.rules(network), dtype, sharding.first_process_value)
     factors = []
     if adapter:
@@ -219,3 +218,16 @@ def export_unified(system: UnifiedSystem, parts: Mapping, folder: pathlib.Path, 
         if (system.folder / name).is_dir():
             copy_folder_again(system.folder / name, fresh / name, folder / name, skip="transformer")
     take_place(fresh, folder)
+
+
+def written_parts(parts: Mapping) -> list[str]:
+    """Names of the parts that an export writes; the encoders are copied as files."""
+    language = "language_policy" if "language_policy" in parts else "language"
+    return [
+        "vision",
+        "aligner",
+        "generation",
+        "vq",
+        language,
+        *(("language_lora",) if "language_lora" in parts else ()),
+    ]
