@@ -2,7 +2,7 @@
 
     python -m benchmarks.second_claim --workdir=runs/second_claim               every arm of every seed, one by one
     python -m benchmarks.second_claim --workdir=runs/second_claim --seeds=101 --arms=none,flow_grpo
-    python -m benchmarks.second_claim --workdir=runs/second_claim --tables_only --docs=dev/results.md
+    python -m benchmarks.second_claim --workdir=runs/second_claim --tables_only --docs=docs/results.md
 
 All arms start from the built-in model with a small decoder, which is made first (`configs/bootstrap.py:small_decoder`).
 The captioner is that of the start model (`before`) or that of gen_for_und (`after`). The decoder is left alone
@@ -11,8 +11,8 @@ captions, or jointly with the captioner. All settings are in second_claim.json, 
 arm is scored by `evaluate decoder`, on scenes and prompt texts that no run has trained on, at its best guidance of dev.
 
 Ctrl-C and SIGTERM stop between two steps; the same command continues there. An arm that fails is told in one line, the
-others go on, and the exit code is 1. The tables have differences to `none`, paired by text, with 95 % intervals over
-seeds (Student's t of the seeds' means).
+others go on, and the exit code is 1. The tables have differences to the baselines, paired by text, with 95 % intervals
+over seeds (Student's t of the seeds' means).
 """
 
 import argparse
@@ -25,17 +25,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from benchmarks.ablations import ROOT, Stop, run_job
+from benchmarks.claim_tables import SCORES, STARTS, Results, tables, write_figure
 from benchmarks.documents import replace_block
 from uae_jax.files.json_files import write_json
 
 SETTINGS = pathlib.Path(__file__).with_suffix(".json")
-STARTS = ("before", "after")
-SCORES = ("true_caption_scene_accuracy", "geneval", "geneval_exact")
 TRAIN, SCORE = ("-m", "uae_jax.main"), ("-m", "uae_jax.evaluate", "decoder")
-NONE = "none"
 MODEL = "model"
 RECORD = "job.json"
 
@@ -181,49 +178,13 @@ class Experiment:
         return {name: np.array(result["values"][name]) for name in SCORES}
 
 
-def over_seeds(means: Sequence[float]) -> str:
-    """Mean over seeds with its 95 % interval by Student's t; without one for a single seed."""
-    mean, count = float(np.mean(means)), len(means)
-    if count < 2:
-        return f"{mean:.3f}"
-    half = float(stats.t.ppf(0.975, count - 1) * np.std(means, ddof=1) / np.sqrt(count))
-    return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
-
-
-def table(experiment: Experiment, arms: Sequence[str], seeds: Sequence[int]) -> str:
-    """Markdown: scores of every arm at its best guidance, differences to `none`, and those of `after` to `before`."""
-    found = {
+def results(experiment: Experiment, arms: Sequence[str], seeds: Sequence[int]) -> Results:
+    """Of all finished arms."""
+    return {
         (start, arm): {seed: values for seed in seeds if (values := experiment.values(start, arm, seed))}
         for start in STARTS
         for arm in arms
     }
-    lines = [
-        "| captioner | decoder | seeds | "
-        + " | ".join(SCORES)
-        + " | "
-        + " | ".join(f"{s}, above none" for s in SCORES),
-        "|---" * (3 + 2 * len(SCORES)),
-    ]
-    for (start, arm), runs in found.items():
-        base = found.get((start, NONE), {})
-        pairs = [seed for seed in runs if seed in base]
-        cells = [over_seeds([runs[seed][name].mean() for seed in runs]) if runs else "" for name in SCORES]
-        cells += [
-            over_seeds([(runs[seed][name] - base[seed][name]).mean() for seed in pairs])
-            if pairs and arm != NONE
-            else ""
-            for name in SCORES
-        ]
-        lines.append(f"| {start} gen_for_und | {arm} | {len(runs)} | " + " | ".join(cells))
-    lines += ["", "| decoder | seeds | " + " | ".join(f"{name}, after less before" for name in SCORES)]
-    lines.append("|---" * (2 + len(SCORES)))
-    for arm in arms:
-        before, after = (found[start, arm] for start in STARTS)
-        seeds_of_both = [seed for seed in after if seed in before]
-        if seeds_of_both:
-            cells = [over_seeds([(after[s][name] - before[s][name]).mean() for s in seeds_of_both]) for name in SCORES]
-            lines.append(f"| {arm} | {len(seeds_of_both)} | " + " | ".join(cells))
-    return "\n".join(f"{line} |" if line else line for line in lines)
 
 
 def run_jobs(experiment: Experiment, arms: Sequence[str], seeds: Sequence[int], stop: Stop) -> int:
@@ -271,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--docs", type=pathlib.Path, help="Markdown page for the tables, between two marks or at its end"
     )
+    parser.add_argument("--figure", type=pathlib.Path, help="image file for the figure of both main scores")
     parser.add_argument("--tables_only", action="store_true", help="print the tables of what is done, and end")
     parser.add_argument("--command", default="", help=argparse.SUPPRESS)  # in place of both programs, for tests
     options = parser.parse_args(arguments)
@@ -289,7 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.tables_only:
         with Stop() as stop:
             code = run_jobs(experiment, arms, seeds, stop)
-    block = table(experiment, arms, seeds)
+    found = results(experiment, arms, seeds)
+    block = tables(found, arms)
+    if options.figure:
+        write_figure(options.figure, found, arms)
     if options.docs:
         page = options.docs.read_text() if options.docs.exists() else ""
         options.docs.write_text(replace_block(page, "second_claim", block))

@@ -6,8 +6,9 @@ import shlex
 import sys
 
 import pytest
+from PIL import Image
 
-from benchmarks import second_claim
+from benchmarks import claim_tables, second_claim
 from benchmarks.documents import marks
 from configs import presets
 from uae_jax.settings import frozen
@@ -66,21 +67,34 @@ def test_a_failed_arm_is_told_and_the_others_go_on(run, tmp_path, capsys):
     assert "seed 3 captioner: failed: error: the folder is broken" in said
     assert "after_matching: failed: skipped, because it starts from captioner" in said
     assert "seed_3/before_matching_scores" in calls(tmp_path)
-    assert "| before gen_for_und | matching | 1 | 0.453" in said
+    assert "| before gen_for_und | flow matching | 1 | 0.453" in said
 
 
 def test_tables_have_paired_differences_over_seeds(run, tmp_path, capsys):
-    assert run("--seeds=1,2,3", "--arms=none,flow_grpo") == 0
-    page = tmp_path / "page.md"
+    assert run("--seeds=1,2,3", "--arms=none,flow_grpo,matching") == 0
+    page, figure = tmp_path / "page.md", tmp_path / "images" / "claim.png"
     page.write_text("by hand\n")
-    assert run("--seeds=1,2,3", "--arms=none,flow_grpo", "--tables_only", f"--docs={page}") == 0
+    words = ("--tables_only", f"--docs={page}", f"--figure={figure}")
+    assert run("--seeds=1,2,3", "--arms=none,flow_grpo,matching", *words) == 0
     text = page.read_text()
     assert text.startswith("by hand") and marks("second_claim")[0] in text
-    rows = {tuple(cell.strip() for cell in line.split("|")[1:4]): line for line in text.splitlines() if "|" in line}
-    flow = rows["after gen_for_und", "flow_grpo", "3"].split("|")
-    assert flow[4].strip() == "0.702 [0.700, 0.704]" and flow[7].strip() == "0.100 [0.100, 0.100]"
-    assert rows["before gen_for_und", "none", "3"].split("|")[7].strip() == ""
-    assert "| flow_grpo | 3 | 0.200 [0.200, 0.200]" in text
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    rows = {tuple(row[:3]): row[3:] for row in cells}
+    assert rows["after gen_for_und", "Flow-GRPO", "3"][0] == "0.702 [0.700, 0.704]"
+    # differences whose interval leaves zero out are bold
+    assert rows["after gen_for_und", "Flow-GRPO", "no training"][0] == "**0.100 [0.100, 0.100]**"
+    assert rows["after gen_for_und", "Flow-GRPO", "flow matching"][1] == "**0.050 [0.050, 0.050]**"
+    assert rows["before gen_for_und", "flow matching", "no training"][1] == "**0.050 [0.050, 0.050]**"
+    assert ["Flow-GRPO", *["**0.200 [0.200, 0.200]**"] * 3] in cells
+    with Image.open(figure) as picture:
+        assert picture.width > 800
+
+
+def test_a_difference_is_bold_where_its_interval_leaves_zero_out():
+    assert claim_tables.difference([0.1, -0.1, 0.05]) == "0.017 [-0.242, 0.275]"
+    assert claim_tables.difference([-0.1, -0.1, -0.1]) == "**-0.100 [-0.100, -0.100]**"
+    # one seed has no interval, and none has nothing
+    assert claim_tables.difference([0.1]) == "0.100" and claim_tables.difference([]) == ""
 
 
 def test_the_settings_are_those_of_the_program():
