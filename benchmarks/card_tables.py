@@ -1,7 +1,7 @@
 """The tables of docs/cards.md from plans that were compiled for cards.
 
-    python -m uae_jax.plan --config=configs/unified_grpo.py:PRESET --topology=gpu:8xH100 --json=plans/a.json   # as many
-    as wanted python -m benchmarks.card_tables plans/*.json
+    python -m uae_jax.plan --config=configs/unified_grpo.py:PRESET --topology=gpu:8xH100 --json=plans/a.json
+    python -m benchmarks.card_tables plans/*.json
 
 Plans of one preset and topology may lie in several files, a stage each.
 """

@@ -229,8 +229,8 @@ def _full(name: str) -> Deviations:
     """A full-size preset, such as `qwen2_5_vl_3b_sd3_5_large` or `qwen2_5_vl_3b_sd3_5_large@v6e-64`."""
     sizes, _, machine = name.partition("@")
     # a copy of the language model for the length of a rollout saves gathering it for every token; 6 GiB fit everywhere,
-    # the 15 GiB of 7 B parameters not into chips of 16
-    fits = not sizes.startswith("qwen2_5_vl_7b") or machine not in ("", "v5e-8", "v5e-64")
+    # the 15 GiB of 7 B parameters not into chips of 16, unless some share it
+    fits = not sizes.startswith("qwen2_5_vl_7b") or machine not in ("", "v5e-8")
     gathered = dict(gather_weights=True) if fits else {}
     deviations = dict(
         # what is not trained is stored in bfloat16, as flow_grpo stores it (scripts/train_sd3.py: inference_dtype)
@@ -247,11 +247,19 @@ def _full(name: str) -> Deviations:
         und_for_gen=dict(batch_size=64, micro_batches=6, vae_chunk=64) | gathered,
     )
     deviations = merged(deviations, SLICES.get(machine, {}))
-    if sizes == "qwen2_5_vl_3b_sd3_5_medium" and machine in ("v5e-64", "v6e-64", "v5p-64"):
-        # fewer gathers of the transformer, for a copy of 4.6 GiB; that of large has 15, and was not compiled
-        copy = dict(gather_decoder=True)
-        deviations = merged(deviations, dict(gen_for_und=copy, und_for_gen=copy | dict(micro_batches=2)))
-    return deviations
+    return merged(deviations, _fewer_gathers(sizes, machine))
+
+
+def _fewer_gathers(sizes: str, machine: str) -> Deviations:
+    """How 64 chips receive the transformer less often in the RL stages: in larger parts, and once a step where a copy
+    fits, 4.6 GiB of medium and 15 of large (docs/scaling.md).
+    """
+    if machine not in ("v5e-64", "v6e-64", "v5p-64"):
+        return {}
+    if machine == "v5e-64" and sizes.endswith("large"):
+        return dict(und_for_gen=dict(micro_batches=1))
+    copy = dict(gather_decoder=True)
+    return dict(gen_for_und=copy, und_for_gen=copy | dict(micro_batches=2))
 
 
 FULL = (

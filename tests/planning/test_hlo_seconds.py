@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from uae_jax.planning.chips import parse_topology
+from uae_jax.planning.collectives import received_by_kind
 from uae_jax.planning.hlo import Module
 from uae_jax.planning.hlo_seconds import LATENCY, LINKS, PALLAS, PRODUCTS, VECTOR, program_seconds
 from uae_jax.planning.hlo_text import Array
@@ -227,6 +228,58 @@ def test_collectives_inside_of_fusions_are_seen():
     )
     found = seconds(text)
     assert found.kinds[LINKS] == found.seconds == pytest.approx(4096 * 4096 * 4 * 7 / 8 / LINK + LATENCY)
+
+
+# as libtpu spreads a gather over fusions, by a run's effort: they pass on its buffers, and the second has a product too
+SPREAD = (
+    f"%s = (f32[512,4096], {SQUARE}) fusion(%p), kind=kCustom, calls=%begin",
+    "%q = f32[512,4096] get-tuple-element(%s), index=0",
+    f"%b = {SQUARE} get-tuple-element(%s), index=1",
+    f"%t = ({HALF}, f32[512,4096], {SQUARE}) fusion(%h, %a, %q, %b), kind=kCustom, calls=%middle",
+    "%r = f32[512,4096] get-tuple-element(%t), index=1",
+    f"%c = {SQUARE} get-tuple-element(%t), index=2",
+    f"%g = {SQUARE} fusion(%r, %c), kind=kCustom, calls=%finish",
+)
+
+
+def spread(*lines: str) -> str:
+    chained = f'{GATHER}, channel_id=7, frontend_attributes={{chain_id="1"}}'
+    bodies = {
+        "begin": (f"%i = {SQUARE} all-gather(%p0), {chained}", f"ROOT %r = (f32[512,4096], {SQUARE}) tuple(%p0, %i)"),
+        "middle": (
+            f"%i = {SQUARE} all-gather(%p2), {chained}",
+            f"%y = {HALF} convolution(%p0, %p1), dim_labels=bf_io->bf",
+            f"ROOT %r = ({HALF}, f32[512,4096], {SQUARE}) tuple(%y, %p2, %i)",
+        ),
+        "finish": (f"ROOT %i = {SQUARE} all-gather(%p0), {chained}",),
+    }
+    shapes = {
+        "begin": ["f32[512,4096]"],
+        "middle": [HALF, SQUARE, "f32[512,4096]", SQUARE],
+        "finish": ["f32[512,4096]", SQUARE],
+    }
+    more = ""
+    for name, body in bodies.items():
+        given = [f"  %p{k} = {shape} parameter({k})" for k, shape in enumerate(shapes[name])]
+        more += (
+            f"%{name} (p0: f32[1]) -> f32[1] {{\n" + "\n".join([*given, *(f"  {line}" for line in body)]) + "\n}\n\n"
+        )
+    text = entry(*GIVEN, *lines, more=more)
+    return text.replace("%s", "%async-collective-start.1").replace("%g", "%async-collective-done.1")
+
+
+def test_a_gather_that_is_spread_over_fusions_counts_once_and_runs_beside_their_products():
+    product, gather = 2 * 2048 * 4096**2 / PEAK, 4096 * 4096 * 4 * 7 / 8 / LINK + LATENCY
+    module = Module(spread(*SPREAD))
+    found = program_seconds(module, V5E)
+    assert found.seconds == pytest.approx(gather) and found.links == pytest.approx(gather)
+    assert found.kinds[PRODUCTS] == pytest.approx(product) and found.kinds[LINKS] == pytest.approx(gather - product)
+    assert received_by_kind(module, V5E)["all-gather"].links == pytest.approx(4096 * 4096 * 4 * 7 / 8)
+    # its buffers are written by the links: a fusion without a product takes its own bytes alone
+    copied = spread(*SPREAD).replace(
+        f"%y = {HALF} convolution(%p0, %p1), dim_labels=bf_io->bf", f"%y = {HALF} copy(%p0)"
+    )
+    assert program_seconds(Module(copied), V5E).kinds[VECTOR] < 4 * 2048 * 4096 * 4 / MEMORY
 
 
 def test_twice_as_fast_links_halve_the_waits():

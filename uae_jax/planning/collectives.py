@@ -15,6 +15,10 @@ _AXES = re.compile(r"replica_groups=@?\w*mesh\w*\[([^\]]*)\]\s*\{([^}]*)\}")
 _AXIS = re.compile(r"'(\w+)'(?:=(\d+)|:\((\d+)\)(\d+))?")
 
 
+# parts of a collective that is spread over fusions
+START, STEP, DONE = "start", "step", "done"
+
+
 def numbers(text: str) -> list[int]:
     """The whole numbers of a text."""
     return [int(found) for found in re.findall(r"\d+", text)]
@@ -94,10 +98,40 @@ def received_by_kind(module: Module, topology: Topology) -> dict[str, Received]:
 
 
 def collectives_of(module: Module, use: Use) -> list[Instruction]:
-    """The collectives that an instruction runs: itself, or those of a fusion."""
+    """The collectives that an instruction runs: itself, or those of a fusion.
+
+    Where libtpu spreads one collective over several fusions, it is that of the first alone.
+    """
     if kind(use.instruction):
         return [use.instruction]
+    part, _ = part_of(module, use)
+    return [] if part in (STEP, DONE) else _inside(module, use)
+
+
+def _inside(module: Module, use: Use) -> list[Instruction]:
     if use.instruction.opcode != "fusion":
         return []
     inside = module.computations[use.instruction.called["calls"][0]]
     return [instruction for instruction in inside.values() if kind(instruction) and "-done" not in instruction.opcode]
+
+
+def part_of(module: Module, use: Use) -> tuple[str, Instruction | None]:
+    """The part of a collective that a fusion runs beside its own work, and the collective.
+
+    With a run's effort, libtpu begins a gather in one fusion, goes on in products, and ends in a last fusion. All of
+    them name the gather by one channel.
+
+    Returns:
+      `START`, `STEP` or `DONE`, and its instruction; an empty name for every other instruction.
+    """
+    chained = [inner for inner in _inside(module, use) if "chain_id=" in inner.attributes]
+    if not chained:
+        return "", None
+    name = use.instruction.name
+    part = next((part for part in (START, DONE) if name.startswith(f"async-collective-{part}")), STEP)
+    return part, chained[0]
+
+
+def channel(instruction: Instruction) -> str:
+    """What all parts of one collective have in common."""
+    return instruction.value(r"channel_id=(\d+)")

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 
 from uae_jax.planning.chips import Topology
-from uae_jax.planning.collectives import collectives_of, kind, received
+from uae_jax.planning.collectives import DONE, START, STEP, channel, collectives_of, kind, part_of, received
 from uae_jax.planning.hlo import Module, Use, branches_of, called_by
 from uae_jax.planning.hlo_text import NAMING, Instruction, short_name
 from uae_jax.planning.loops import Scope
@@ -182,12 +182,18 @@ class _Clock:
 
     def _instruction(self, use: Use, line: _Line) -> None:
         instruction = use.instruction
+        part, gather = part_of(self.module, use)
+        if part == DONE and gather:
+            self._add(use.loops, use.times, *line.end((channel(gather),)))
+            return
         what, seconds = self.cost(use)
         if not seconds:
             return
         self.busy += use.times * seconds if what == LINKS else 0.0
         self._list(use, what, seconds)
-        if instruction.opcode.endswith("-start"):
+        if part == START and gather:
+            line.start(channel(gather), what, seconds)
+        elif instruction.opcode.endswith("-start"):
             line.start(instruction.name, what, seconds)
         elif what == LINKS:  # links take one collective at a time
             line.start(instruction.name, what, seconds)
@@ -204,7 +210,7 @@ class _Clock:
                 self.cost(dataclasses.replace(use, instruction=i, computation=name)) for name, i in self._called(use)
             ]
             return max(inner, key=lambda pair: pair[1], default=(VECTOR, 0.0))
-        moved = self.module.traffic(use) / chip.memory_bandwidth
+        moved = max(self.module.traffic(use) - self._passed(use), 0.0) / chip.memory_bandwidth
         flops = self.module.flops(use)
         if found := collectives_of(self.module, use):
             own = sum(self._collective(collective) for collective in found)
@@ -216,6 +222,18 @@ class _Clock:
         if self.cycles and (estimated := instruction.value(CYCLES)):
             seconds = int(estimated) / chip.clock
         return (PRODUCTS if flops else VECTOR), seconds
+
+    def _passed(self, use: Use) -> float:
+        """Bytes of the buffers of a gather that goes on beside a fusion: they are operands and results of the fusion,
+        and are written by the links.
+        """
+        part, gather = part_of(self.module, use)
+        if part != STEP or gather is None:
+            return 0.0
+        around = self.module.computations[use.computation]
+        buffers = {(array.dtype, array.shape) for array in gather.results}
+        read = [array for name in use.instruction.operands if name in around for array in around[name].results]
+        return sum(array.moved for array in (*read, *use.instruction.results) if (array.dtype, array.shape) in buffers)
 
     def _called(self, use: Use) -> Iterator[tuple[str, Instruction]]:
         for name in called_by(use.instruction):
