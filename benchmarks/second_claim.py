@@ -122,9 +122,11 @@ class Experiment:
         """The start model."""
         return self.workdir / MODEL / "model"
 
-    def run_of(self, name: str, seed: int, stage: str, start: pathlib.Path, changes: Mapping[str, Any]) -> Job:
-        """Training of one stage, from the start model or the workdir of another job."""
-        shared = {**self.settings["shared"], stage: changes, "seed": seed}
+    def run_of(
+        self, name: str, seed: int, stage: str, start: pathlib.Path, changes: Mapping[str, Any], run: Mapping = {}
+    ) -> Job:
+        """Training of one stage, from the start model or the workdir of another job; `run`: fields of other parts."""
+        shared = {**self.settings["shared"], **run, stage: changes, "seed": seed}
         folder = self.workdir / f"seed_{seed}" / name
         words = [f"--config={ROOT / 'configs' / stage}.py:{self.settings['preset']}", f"--workdir={folder}"]
         words += [f"--config.model.folder={start}"]
@@ -144,8 +146,9 @@ class Experiment:
         if changes is None:
             return self.start_of(start, seed)
         origin = self.start_of(start, seed)
-        changes = {**self.settings["decoder"], **changes}
-        return self.run_of(f"{start}_{arm}", seed, "und_for_gen", origin.folder if origin else self.start, changes)
+        changes, run = {**self.settings["decoder"], **changes}, self.settings[start].get(arm, {})
+        place = origin.folder if origin else self.start
+        return self.run_of(f"{start}_{arm}", seed, "und_for_gen", place, changes, run)
 
     def scored(self, start: str, arm: str, seed: int) -> Job:
         """The scores of an arm, in `decoder.json` of its folder."""

@@ -49,7 +49,15 @@ def test_each_arm_starts_from_its_captioner_and_is_scored_once(run, tmp_path):
     assert "--config.und_for_gen.flow_grpo.one_replay=True" in lines["seed_3/after_flow_grpo"]
     assert f"--checkpoint={tmp_path}/seed_3/captioner" in lines["seed_3/after_none_scores"]
     assert "--scene_seed=7001" in lines["seed_3/before_none_scores"]
+    assert "merge_adapters" not in lines["seed_3/after_flow_grpo"]
     assert run("--seeds=3", "--arms=none,flow_grpo") == 0 and len(calls(tmp_path)) == 8  # all was done before
+
+
+def test_an_arm_that_trains_the_captioner_too_takes_its_adapter_into_the_weights(run, tmp_path):
+    assert run("--seeds=3", "--arms=joint") == 0
+    lines = dict(line.split(" ", 1) for line in (tmp_path / "calls.txt").read_text().splitlines())
+    assert "--config.model.merge_adapters=True" in lines["seed_3/after_joint"]
+    assert "merge_adapters" not in lines["seed_3/before_joint"]
 
 
 def test_other_settings_are_not_mixed_with_what_was_done(run, tmp_path, capsys):
