@@ -5,6 +5,7 @@ folder is only the common beginning of names: it is there while an object in it 
 Orbax takes these paths as its own, for they are `etils.epath` paths.
 """
 
+import abc
 import contextlib
 import dataclasses
 import errno
@@ -350,7 +351,7 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
-class _Draft:
+class _Draft(abc.ABC):
     """What becomes an object when it is closed, unless an error ends its block, or nobody closes it."""
 
     _path: BucketPath
@@ -361,11 +362,12 @@ class _Draft:
         self._failed = kind is not None
         self.close()
 
-    def __del__(self) -> None:
+    def __del__(self) -> None:  # noqa: B027 (it is empty on purpose)
         """Not that of files, which closes them."""
 
+    @abc.abstractmethod
     def data(self) -> bytes:
-        raise NotImplementedError
+        """The object's bytes."""
 
     def close(self) -> None:
         file: Any = super()

@@ -3,6 +3,7 @@
 Shape letters: B images, G captions of an image, K drawings of a caption, T caption tokens.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -47,7 +48,7 @@ class CaptionSettings(RolloutSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class CaptionMethod:
+class CaptionMethod(abc.ABC):
     """What such methods share; they add `read_prompts`, `reads`, `rollout` and their losses."""
 
     reinforcement: ClassVar[bool] = True
@@ -72,6 +73,7 @@ class CaptionMethod:
         """Whether the rollout is scored again for the old log-probabilities."""
         return self.settings.updates_per_rollout > 1
 
+    @abc.abstractmethod
     def read_prompts(
         self, parts: Mapping, batch: Mapping, image_embeds: Float[Array, "b e d"], *, policy: bool
     ) -> Prompted:
@@ -84,7 +86,6 @@ class CaptionMethod:
         Returns:
           The captioner's sizes, its parameters, its adapter or None, and the prefix: what `completion_log_probs` takes.
         """
-        raise NotImplementedError
 
     def score_captions(self, parts: Mapping, samples: Mapping, *, trained: bool) -> lm.TokenScores:
         """Log-probabilities `[B, G, T]` of a rollout's captions under the policy or the reference."""
