@@ -16,6 +16,7 @@ SCORES = {
     "geneval": "unseen short prompts drawn right",
     "geneval_exact": "the same, and nothing else drawn",
 }
+MAIN = tuple(SCORES)[:2]
 BASELINES = ("none", "matching", "shuffled")
 NAMES = {
     "none": "no training",
@@ -63,14 +64,29 @@ def named(arm: str) -> str:
     return NAMES.get(arm, arm)
 
 
+def scores_table(found: Results, arms: Sequence[str]) -> str:
+    """Markdown: both main scores of every arm, with either captioner."""
+    heads = [f"{SCORES[score]}, {start} gen_for_und" for score in MAIN for start in STARTS]
+    lines = ["| decoder | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    for arm in arms:
+        cells = [means_of(found[start, arm], score) for score in MAIN for start in STARTS]
+        lines.append(f"| {named(arm)} | " + " | ".join(map(over_seeds, cells)) + " |")
+    return "\n".join(lines)
+
+
+def means_of(runs: Mapping[int, Mapping], score: str) -> list[float]:
+    """The mean over texts, for each seed."""
+    return [float(values[score].mean()) for values in runs.values()]
+
+
 def tables(found: Results, arms: Sequence[str]) -> str:
-    """Markdown: scores of every arm, differences to the baselines, and those of `after` to `before`."""
+    """Markdown: all scores of every arm, differences to the baselines, and those of `after` to `before`."""
     wide = " | ".join(SCORES.values())
     lines = [f"| captioner | decoder | seeds | {wide} |", "|---" * (3 + len(SCORES)) + "|"]
     for start in STARTS:
         for arm in arms:
             runs = found[start, arm]
-            cells = [over_seeds([values[score].mean() for values in runs.values()]) for score in SCORES]
+            cells = [over_seeds(means_of(runs, score)) for score in SCORES]
             lines.append(f"| {start} gen_for_und | {named(arm)} | {len(runs)} | " + " | ".join(cells) + " |")
     trained = [arm for arm in arms if arm not in BASELINES]
     lines += ["", f"| captioner | decoder | less | {wide} |", "|---" * (3 + len(SCORES)) + "|"]
@@ -93,10 +109,10 @@ def write_figure(path: pathlib.Path, found: Results, arms: Sequence[str]) -> Non
     """Both main scores of all arms: each seed a point, the mean with its interval beside them."""
     figure = matplotlib.figure.Figure(figsize=(9.0, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
-    for axis, score in zip(axes, list(SCORES)[:2]):
+    for axis, score in zip(axes, MAIN):
         for place, (start, colour) in enumerate(zip(STARTS, ("tab:gray", "tab:blue"))):
             for index, arm in enumerate(arms):
-                means = [values[score].mean() for values in found[start, arm].values()]
+                means = means_of(found[start, arm], score)
                 if not means:
                     continue
                 at, (mean, low, high) = index + 0.36 * place - 0.18, interval(means)

@@ -2,7 +2,8 @@
 
     python -m benchmarks.second_claim --workdir=runs/second_claim               every arm of every seed, one by one
     python -m benchmarks.second_claim --workdir=runs/second_claim --seeds=101 --arms=none,flow_grpo
-    python -m benchmarks.second_claim --workdir=runs/second_claim --tables_only --docs=docs/results.md
+    python -m benchmarks.second_claim --workdir=runs/second_claim --tables_only --log=dev/second_claim.md \
+        --docs=docs/results.md --figure=docs/images/second_claim.png
 
 All arms start from the built-in model with a small decoder, which is made first (`configs/bootstrap.py:small_decoder`).
 The captioner is that of the start model (`before`) or that of gen_for_und (`after`). The decoder is left alone
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ablations import ROOT, Stop, run_job
-from benchmarks.claim_tables import SCORES, STARTS, Results, tables, write_figure
+from benchmarks.claim_tables import SCORES, STARTS, Results, scores_table, tables, write_figure
 from benchmarks.documents import replace_block
 from uae_jax.files.json_files import write_json
 
@@ -233,8 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", default="", help="names with commas between; all when empty")
     parser.add_argument("--seeds", default="", help="numbers with commas between; those of the settings when empty")
     parser.add_argument(
-        "--docs", type=pathlib.Path, help="Markdown page for the tables, between two marks or at its end"
+        "--docs", type=pathlib.Path, help="Markdown page for the scores, between two marks or at its end"
     )
+    parser.add_argument("--log", type=pathlib.Path, help="the same for all tables")
     parser.add_argument("--figure", type=pathlib.Path, help="image file for the figure of both main scores")
     parser.add_argument("--tables_only", action="store_true", help="print the tables of what is done, and end")
     parser.add_argument("--command", default="", help=argparse.SUPPRESS)  # in place of both programs, for tests
@@ -255,13 +257,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Stop() as stop:
             code = run_jobs(experiment, arms, seeds, stop)
     found = results(experiment, arms, seeds)
-    block = tables(found, arms)
+    every = tables(found, arms)
     if options.figure:
         write_figure(options.figure, found, arms)
-    if options.docs:
-        page = options.docs.read_text() if options.docs.exists() else ""
-        options.docs.write_text(replace_block(page, "second_claim", block))
-    print(block)
+    for path, block in ((options.docs, scores_table(found, arms)), (options.log, every)):
+        if path:
+            page = path.read_text() if path.exists() else ""
+            path.write_text(replace_block(page, "second_claim", block))
+    print(every)
     return code
 
 

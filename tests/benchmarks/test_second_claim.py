@@ -82,7 +82,7 @@ def test_tables_have_paired_differences_over_seeds(run, tmp_path, capsys):
     assert run("--seeds=1,2,3", "--arms=none,flow_grpo,matching") == 0
     page, figure = tmp_path / "page.md", tmp_path / "images" / "claim.png"
     page.write_text("by hand\n")
-    words = ("--tables_only", f"--docs={page}", f"--figure={figure}")
+    words = ("--tables_only", f"--log={page}", f"--docs={tmp_path / 'docs.md'}", f"--figure={figure}")
     assert run("--seeds=1,2,3", "--arms=none,flow_grpo,matching", *words) == 0
     text = page.read_text()
     assert text.startswith("by hand") and marks("second_claim")[0] in text
@@ -94,6 +94,8 @@ def test_tables_have_paired_differences_over_seeds(run, tmp_path, capsys):
     assert rows["after gen_for_und", "Flow-GRPO", "flow matching"][1] == "**0.050 [0.050, 0.050]**"
     assert rows["before gen_for_und", "flow matching", "no training"][1] == "**0.050 [0.050, 0.050]**"
     assert ["Flow-GRPO", *["**0.200 [0.200, 0.200]**"] * 3] in cells
+    row = "| Flow-GRPO | 0.502 [0.500, 0.504] | 0.702 [0.700, 0.704] | 0.502 [0.500, 0.504] | 0.702 [0.700, 0.704] |"
+    assert row in (tmp_path / "docs.md").read_text()
     with Image.open(figure) as picture:
         assert picture.width > 800
 
