@@ -31,6 +31,17 @@ class Completion(NamedTuple):
     log_probs: Float[Array, "n t"]
     finished: Bool[Array, " n"]
 
+    @classmethod
+    def empty(cls, rows: int, length: int, pad: int) -> "Completion":
+        """Before the first token: N rows with room for T tokens."""
+        shape = rows, length
+        return cls(
+            tokens=jnp.full(shape, pad, jnp.int32),
+            mask=jnp.zeros(shape, bool),
+            log_probs=jnp.zeros(shape, jnp.float32),
+            finished=jnp.zeros(rows, bool),
+        )
+
 
 class _State(NamedTuple):
     step: Array
@@ -141,12 +152,7 @@ def sample_sequences(
     def unfinished(state: _State) -> Array:
         return (state.step < length) & ~ended(state.completion.finished)
 
-    empty = Completion(
-        tokens=jnp.full((rows, length), pad, jnp.int32),
-        mask=jnp.zeros((rows, length), bool),
-        log_probs=jnp.zeros((rows, length), jnp.float32),
-        finished=jnp.zeros(rows, bool),
-    )
+    empty = Completion.empty(rows, length, pad)
     start = _State(jnp.zeros((), jnp.int32), empty, decoder.cache, decoder.hidden)
     return lax.while_loop(unfinished, body, start).completion
 

@@ -101,13 +101,7 @@ def generate_in_slots(
         hidden = jnp.where(ended[:, None], prefix.last_hidden[prompt], hidden)
         return _State(turn, completion, cache, hidden)
 
-    shape, first = (rows, max_new_tokens), jnp.arange(count)
-    empty = Completion(
-        tokens=jnp.full(shape, config.pad_token_id, jnp.int32),
-        mask=jnp.zeros(shape, bool),
-        log_probs=jnp.zeros(shape, jnp.float32),
-        finished=jnp.zeros(rows, bool),
-    )
+    first, empty = jnp.arange(count), Completion.empty(rows, max_new_tokens, config.pad_token_id)
     prompt, turn = prompt_of(first), Turn(first, jnp.zeros_like(first), jnp.int32(count))
     begin = _State(turn, empty, start.refill(start.cache, prompt), prefix.last_hidden[prompt])
     return lax.while_loop(lambda state: jnp.any(state.turn.row < rows), body, begin).completion
