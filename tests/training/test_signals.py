@@ -56,3 +56,34 @@ def test_the_second_aborts_in_one_line_without_a_traceback(number, code):
     assert err.strip().splitlines() == [
         "aborted; what is saved stays, and the same command continues from the newest checkpoint"
     ]
+
+
+# a signal that comes while the garbage collector calls back, as jax has it do
+COLLECTING = """
+import gc, os, signal, time
+from uae_jax.training.signals import Interrupted, stop_on_signals
+def callback(phase, info):
+    if phase == "stop" and not flag.signum:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+class Last:
+    def __del__(self):
+        callback("stop", {})
+with stop_on_signals() as flag:
+    PREPARE
+    try:
+        with flag.at_once():
+            PROVOKE
+            time.sleep(30)
+    except Interrupted:
+        print("interrupted", int(flag.signum), flush=True)
+"""
+
+
+@pytest.mark.parametrize("prepare, provoke", [("gc.callbacks.append(callback)", "gc.collect()"), ("pass", "Last()")])
+def test_a_signal_in_a_call_whose_errors_are_forgotten_interrupts_after_it(prepare, provoke):
+    begin = time.monotonic()
+    code = COLLECTING.replace("PREPARE", prepare).replace("PROVOKE", provoke)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert found.stdout == f"interrupted {int(signal.SIGTERM)}\n" and time.monotonic() - begin < 25
+    assert "Traceback" not in found.stderr and "ignored" not in found.stderr

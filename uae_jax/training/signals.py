@@ -4,13 +4,16 @@ The first is answered at once, the second ends the process.
 """
 
 import contextlib
+import gc
 import os
 import signal
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 
 ANSWER = "\nstopping: {doing} ends first, and is saved; a second Ctrl-C or signal aborts\n"
+RETRY = 0.05  # seconds until an interruption is tried again
 ABORTED = b"\naborted; what is saved stays, and the same command continues from the newest checkpoint\n"
 
 
@@ -57,15 +60,29 @@ class StopFlag:
         finally:
             self._at_once = False
 
-    def receive(self, number: int) -> None:
-        """Takes in a signal.
+    def interrupt(self, frame: types.FrameType | None) -> None:
+        """Ends a block of `at_once`, from the handler of a signal that came in this frame; later, where an error of the
+        frame would be shown and forgotten.
 
         Raises:
-          Interrupted: inside a block of `at_once`.
+          Interrupted: inside such a block.
         """
-        self.signum = number
-        if self._at_once:
-            raise Interrupted
+        if not self._at_once:
+            return
+        if forgets_errors(frame):
+            signal.setitimer(signal.ITIMER_REAL, RETRY)
+            return
+        raise Interrupted
+
+
+def forgets_errors(frame: types.FrameType | None) -> bool:
+    """Whether a frame is inside of a call whose errors Python forgets: of the garbage collector, or `__del__`."""
+    collecting = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in collecting or frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Answers:
@@ -130,15 +147,18 @@ def stop_on_signals(
     previous = {number: signal.getsignal(number) for number in signals}
     answers = _Answers(signals, doing)
 
-    def receive(number: int, frame: object) -> None:
+    def receive(number: int, frame: types.FrameType | None) -> None:
         if not flag.signum:
-            flag.receive(number)
+            flag.signum = number
+            flag.interrupt(frame)
 
     for number in signals:
         signal.signal(number, receive)
+    previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda number, frame: flag.interrupt(frame))
     try:
         yield flag
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in previous.items():
             signal.signal(number, handler)
         answers.close()
