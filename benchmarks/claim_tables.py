@@ -123,6 +123,6 @@ def write_figure(path: pathlib.Path, found: Results, arms: Sequence[str]) -> Non
         axis.set_xticks(range(len(arms)), [named(arm).replace(", ", ",\n") for arm in arms], rotation=20, fontsize=8)
         axis.set_title(SCORES[score], fontsize=10)
         axis.grid(axis="y", alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
