@@ -92,30 +92,30 @@ TOPICS = {
         "base_gen_for_und",
         "und",
     ),
-    "gen_reward": Topic("Reward in und_for_gen", "As above, for the decoder.", "base_und_for_gen", "gen"),
+    "gen_reward": Topic("Reward in und_for_gen", "As above, for the decoder.", "gen_nft", "gen"),
     "gen_group": Topic(
         "Group size in und_for_gen",
         "How many drawings of a caption, at an equal number of drawings?",
-        "base_und_for_gen",
+        "gen_nft",
         "gen",
     ),
     "gen_method": Topic(
         "Method of und_for_gen",
         "DiffusionNFT, or Flow-GRPO at as many drawings, their groups beginning with one noise or with one each? "
         "What is trained, and on what?",
-        "base_und_for_gen",
+        "gen_nft",
         "gen",
     ),
     "gen_loss": Topic(
         "KL and advantages in und_for_gen",
         "How close to the reference, and what scales the advantages?",
-        "base_und_for_gen",
+        "gen_nft",
         "gen",
     ),
     "gen_controls": Topic(
         "Controls of und_for_gen",
         "What does flow matching on true captions do in the same time? Do the two RL stages help each other in turn?",
-        "base_und_for_gen",
+        "gen_nft",
         "gen",
     ),
 }
@@ -155,8 +155,19 @@ def _und(topic: str, label: str, changes: Changes, start: str = "base_cold_start
     )
 
 
+# Most questions about und_for_gen are asked of DiffusionNFT on short prompts, with the reward that those need.
+_NFT: dict[str, Any] = {
+    "und_for_gen.method": "nft",
+    "und_for_gen.steps": 60,
+    "und_for_gen.optimizer.learning_rate": 3e-4,
+    "und_for_gen.data_captions": 0.75,
+    "und_for_gen.reward.contrast": 1.0,
+    "und_for_gen.reward.contrast_temperature": 0.05,
+}
+
+
 def _gen(topic: str, label: str, changes: Changes) -> Arm:
-    return Arm(topic, label, ("und_for_gen",), changes, {"model.folder": "base_gen_for_und"})
+    return Arm(topic, label, ("und_for_gen",), {**_NFT, **changes}, {"model.folder": "base_gen_for_und"})
 
 
 def _bootstrap(topic: str, label: str, phase: str, **changes: Any) -> Arm:
@@ -182,8 +193,14 @@ _FLOW_GRPO = {
     "und_for_gen.method": "flow_grpo",
     "und_for_gen.sampler_steps": 8,
     "und_for_gen.train": "lora",
-    "und_for_gen.flow_grpo.advantage_scale": "batch",
     "und_for_gen.optimizer.learning_rate": 1e-3,
+    "und_for_gen.flow_grpo.one_replay": False,
+    "und_for_gen.flow_grpo.starts": 1,
+    "und_for_gen.flow_grpo.window": 2,
+    "und_for_gen.flow_grpo.window_high": 4,
+    "und_for_gen.flow_grpo.grpo_guard": False,
+    "und_for_gen.flow_grpo.kl_kind": "gaussian_nodt",
+    "und_for_gen.flow_grpo.kl_weight": 0.1,
 }
 _TWICE = {"gen_for_und.updates_per_rollout": 2}
 
@@ -242,8 +259,7 @@ ARMS: dict[str, Arm] = {
         ("pretrain",),
         {
             "data.detail": "mixed",
-            "data.mistakes": 0.0,
-            "pretrain.steps": lambda c: int(STEPS_FOR_DRAWINGS * c.und_for_gen.steps),
+            "pretrain.steps": STEPS_FOR_DRAWINGS * _NFT["und_for_gen.steps"],
         },
         {"model.folder": "base_gen_for_und"},
     ),
@@ -252,12 +268,14 @@ ARMS: dict[str, Arm] = {
         "both RL stages in turn, half as long, twice",
         ("gen_for_und", "und_for_gen"),
         {
+            **_NFT,
             "rounds": 2,
             "gen_for_und.steps": lambda c: c.gen_for_und.steps // 2,
-            "und_for_gen.steps": lambda c: c.und_for_gen.steps // 2,
+            "und_for_gen.steps": _NFT["und_for_gen.steps"] // 2,
         },
         {"model.folder": "base_cold_start"},
     ),
+    "gen_nft": _gen("gen_method", "DiffusionNFT on short prompts", {}),
     "gen_reward_plain": _gen("gen_reward", "CLIP, no contrast to the batch", {"und_for_gen.reward.contrast": 0.0}),
     "gen_reward_mean_contrast": _gen(
         "gen_reward", "CLIP, contrast to the batch's mean", {"und_for_gen.reward.contrast_temperature": 0.0}

@@ -3,9 +3,9 @@
     python -m uae_jax.main --config=configs/bootstrap.py --workdir=runs/bootstrap
 
 The result is `runs/bootstrap/model`, in the official folder layout. The same workdir continues; another configuration
-of a phase that has begun needs a new one. It starts as the paper's model does: a captioner that
-is right but says little, and a decoder that draws what a caption says. The preset `emoji` makes a model of 64-pixel
-scenes of emoji (dev/emoji.md):
+of a phase that has begun needs a new one. It starts as the paper's model does: a captioner that is right but says
+little, and a decoder that draws part of what a caption says. The preset `emoji` makes a model of 64-pixel scenes of
+emoji (dev/emoji.md):
 
     python -m uae_jax.fetch_emoji --folder=data/emoji
     python -m uae_jax.main --config=configs/bootstrap.py:emoji --workdir=runs/emoji_bootstrap
@@ -14,8 +14,8 @@ The preset `unified` makes one network that captions and draws 32-pixel scenes, 
 
     python -m uae_jax.main --config=configs/bootstrap.py:unified --workdir=runs/unified_bootstrap
 
-The preset `small_decoder` makes a decoder of a tenth of the parameters, beside the other parts of the built-in
-model. Its captions are true. It is small and trained briefly, which leaves room to learn (`benchmarks.second_claim`):
+The preset `small_decoder` makes a decoder of a smaller size, beside the other parts of the built-in model
+(`benchmarks.second_claim`):
 
     python -m uae_jax.main --config=configs/bootstrap.py:small_decoder --workdir=runs/small_decoder
 
@@ -45,8 +45,8 @@ def _emoji() -> dict[str, Any]:
         clip=dict(steps=2000, batch_size=32, vision=dict(image_size=64)),
         dinov2=dict(steps=2000, batch_size=32, model=dict(image_size=64)),
         captioner=dict(steps=3000, vision=dict(patch_size=8, window_size=32)),
-        decoder=dict(steps=4000, batch_size=48, model=dict(sample_size=16, num_attention_heads=5)),
-        mistakes=dict(batch_size=48),
+        decoder=dict(steps=4000, batch_size=48, model=dict(sample_size=16, num_layers=6, num_attention_heads=5)),
+        mistakes=dict(steps=200, batch_size=48),
     )
 
 
@@ -62,7 +62,6 @@ def _small_decoder() -> dict[str, Any]:
         start="builtin",
         phases=("decoder",),
         decoder=dict(steps=2500, model=dict(num_layers=2, num_attention_heads=2)),
-        mistakes=dict(steps=0),
     )
 
 

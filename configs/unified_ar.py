@@ -1,12 +1,12 @@
 """One network that captions and draws, trained by the reconstruction of images (Janus-Pro; docs/janus.md).
 
-    python -m uae_jax.main --config=configs/bootstrap.py:unified --workdir=runs/unified_bootstrap
     python -m uae_jax.main --config=configs/unified_ar.py --workdir=runs/unified
     python -m uae_jax.main --config=unified_ar:janus_pro_1b --workdir=runs/janus \
         --config.model.folder=/weights/Janus-Pro-1B --config.data.folder=/data/photographs
 
-The first command makes the small model of scenes that the second one trains. The folder of the third holds the released
-weights, and beside them `clip` for the reward and `dinov2` for the held-out score.
+The first command trains the built-in unified model of scenes, which `configs/bootstrap.py:unified` makes from nothing.
+The folder of the second holds the released weights, and beside them `clip` for the reward and `dinov2` for the held-out
+score.
 """
 
 import functools
@@ -21,9 +21,9 @@ STAGES = ("unified_ar",)
 
 
 def _tiny() -> Deviations:
-    """The small model of `configs/bootstrap.py:unified` on the built-in scenes."""
+    """The built-in unified model on the built-in scenes."""
     return dict(
-        model=dict(folder="runs/unified_bootstrap/model"),
+        model=dict(folder="unified"),
         data=dict(
             source="scenes",
             image_size=32,
@@ -36,7 +36,7 @@ def _tiny() -> Deviations:
             images=256,
             images_during=64,
             batch_size=64,
-            guidance_scale=2.0,
+            guidance_scale=1.0,
             # captions are sampled as in training: the most probable caption would hide how much is left out
             temperature=1.0,
             geneval_per_tag=32,
@@ -45,14 +45,16 @@ def _tiny() -> Deviations:
         # 128 sampled captions a step are few, and an explored caption may be long
         guard=dict(kl=2.0, truncated=0.6, reward_fall=0.2),
         unified_ar=dict(
-            steps=60,
+            steps=120,
             batch_size=16,
+            images_per_caption=4,
             max_new_tokens=32,
-            guidance_scale=2.0,
-            optimizer=dict(learning_rate=1e-4, warmup_steps=3),
+            guidance_scale=1.0,
+            optimizer=dict(learning_rate=1e-3, warmup_steps=3),
             # a caption that never ends is drawn all the same
             reward=dict(overlong_penalty=0.2),
-            image=dict(clip_low=0.2, clip_high=0.2),
+            # a drawing's tokens learn more slowly than a caption's
+            image=dict(weight=4.0, clip_low=0.2, clip_high=0.2),
         ),
     )
 

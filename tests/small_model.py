@@ -183,9 +183,13 @@ def small_config(folder: pathlib.Path) -> dict:
             reward=as_dict(RewardConfig()),
             flow_grpo=dict(
                 updates_per_rollout=2,
+                one_replay=False,
+                starts=1,
                 window=1,
                 window_high=2,
+                grpo_guard=False,
                 clip_range=0.5,
+                kl_kind="gaussian_nodt",
                 kl_weight=0.01,
                 advantage_scale="batch",
                 ema_decay=0.9,

@@ -49,7 +49,7 @@ def test_groups_keep_the_number_of_drawings():
 
 
 def test_turns_have_the_steps_of_the_whole():
-    base, turns = presets.preset("tiny", ("gen_for_und",)), ablations.get_config("alternating")
+    base, turns = ablations.get_config("gen_nft"), ablations.get_config("alternating")
     for stage in ("gen_for_und", "und_for_gen"):
         assert turns.rounds * turns[stage].steps == base[stage].steps // 2 * 2
     order = [stage for _, stage in frozen(RunConfig, turns.to_dict()).order()]

@@ -103,6 +103,7 @@ def test_the_emoji_preset_repeats_no_value_of_the_tiny_one():
         "data.source",
         "data.folder",
         "data.image_size",
+        "data.mistakes",
         "evaluation.geneval_per_tag",
         "und_for_gen.flow_grpo.clip_range",
     }

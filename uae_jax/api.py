@@ -35,6 +35,7 @@ from uae_jax.stages.engines import Engine, open_engine, single_engine
 from uae_jax.stages.inference import InferenceConfig, Row, builtin_settings
 from uae_jax.stages.inference_config import deciding_condition
 from uae_jax.stages.run_config import CAPTION_PROMPT, NEGATIVE_PROMPT
+from uae_jax.stages.unified_inference import SCENES
 from uae_jax.stages.weights import BUILTIN, DEFAULT, ModelConfig, builtin_folder, model_folder
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -67,9 +68,10 @@ def default_settings(folder: str | os.PathLike[str] = "") -> dict[str, Any]:
       FileNotFoundError: no model.
       ValueError: a run's config.json is not JSON.
     """
+    single = single_engine(str(folder))
     if not str(folder) or builtin_folder(folder):
-        return builtin_settings()
-    if single := single_engine(str(folder)):
+        return builtin_settings() | (SCENES if single else {})
+    if single:
         model, run = model_folder(str(folder)), _run_config(to_path(folder))
         run = run or _run_config(model.parent)
         return single.settings(str(folder)) | (single.run_settings(run) if run else {})
@@ -141,7 +143,7 @@ def load(
 
     Args:
       folder: official UAE folder, training workdir, folder of a Janus model, "" for the built-in start model of
-        32-pixel scenes, or `start` for that model before its training.
+        32-pixel scenes, `start` for that model before its training, or `unified` for the built-in unified model.
       dtype: precision of activations, `float32` or `bfloat16`.
       adapters: False gives the model from before its training: without `llm_lora` and `dit_lora`, and with
         `llm_reference` in place of `llm`.

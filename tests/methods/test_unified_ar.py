@@ -114,6 +114,17 @@ def test_the_ratio_is_one_before_an_update_and_not_after(parts, batch, rollout):
         assert float(deviation(moved, 1)) > 1e-2, name
 
 
+def test_shuffled_rewards_are_those_of_the_image_in_another_order(parts, batch):
+    def rewards(own):
+        made = jax.jit(lambda params, rest, rows: own.rollout(params, rest, rows, KEY))(*split(parts), batch)
+        return np.asarray(made["samples"]["reward"])
+
+    real, found = rewards(method()), rewards(method(shuffled_rewards=True))
+    assert found.shape == (BATCH, GROUP, IMAGES)
+    np.testing.assert_array_equal(np.sort(found.reshape(BATCH, -1)), np.sort(real.reshape(BATCH, -1)))
+    assert (found != real).any(axis=(1, 2)).all()
+
+
 def test_advantages_compare_captions_of_an_image_and_drawings_of_a_caption(rollout):
     samples = rollout["samples"]
     assert samples["caption_advantage"].shape == (BATCH, GROUP)

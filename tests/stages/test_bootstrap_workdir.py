@@ -84,7 +84,7 @@ CHANGES = [
     ("vae.steps", 3, "vae"),
     ("clip.vision.hidden_size", 48, "clip"),
     ("captioner.optimizer.learning_rate", 1.0, "captioner"),
-    ("mistakes.steps", 0, "decoder"),
+    ("mistakes.steps", 9, "decoder"),
     ("mistakes.probability", 0.5, "decoder"),
     ("seed", 1, "vae"),
     ("side", 64, "vae"),

@@ -1,5 +1,7 @@
 """What a run is expected to do, before its first step."""
 
+import dataclasses
+
 import pytest
 
 from configs import presets
@@ -21,7 +23,9 @@ def config():
 def test_every_stage_has_passes_and_drawing_more_costs_more(config):
     counted = {stage: passes(config.stage(stage)) for stage in STAGES}
     assert counted["pretrain"] == 64 * 3 and counted["cold_start"] == 16 * 6 * 3
-    assert counted["gen_for_und"] == 16 * 8 * (6 + 3) and counted["und_for_gen"] == 16 * 12 * (6 + 3)
+    assert counted["gen_for_und"] == 16 * 8 * (6 + 3) and counted["und_for_gen"] == 16 * 3
+    drawn = dataclasses.replace(config.stage("und_for_gen"), method="flow_grpo")
+    assert passes(drawn) == 16 * 12 * (6 + 3)
 
 
 def test_a_new_run_is_estimated_as_a_whole_once_one_stage_is_measured(config, tmp_path):
@@ -33,8 +37,8 @@ def test_a_new_run_is_estimated_as_a_whole_once_one_stage_is_measured(config, tm
     estimate.took(SCORES_DURING, 2.0)
     estimate.took(EXPORT, 0.0)
     steps = {stage: config.stage(stage).steps * passes(config.stage(stage)) / (64 * 3) for stage in STAGES[1:]}
-    # five passes of scores, four compilations; two passes in the middle of each of the two RL stages
-    assert estimate.left() == pytest.approx(29 + sum(steps.values()) + 3 * 20 + 4 * 10 + 3 * 2)
+    # five passes of scores, four compilations; 2 and 24 passes in the middle of the last two stages
+    assert estimate.left() == pytest.approx(29 + sum(steps.values()) + 3 * 20 + 4 * 10 + 25 * 2)
 
 
 def test_what_is_finished_counts_nothing(config, tmp_path):
@@ -45,7 +49,7 @@ def test_what_is_finished_counts_nothing(config, tmp_path):
     estimate = expected_work(config, tmp_path)
     assert set(estimate.work) == set(STAGES[2:])
     estimate.step("gen_for_und", 1.0)
-    assert estimate.left() == pytest.approx(59 + 60 * 12 / 8)
+    assert estimate.left() == pytest.approx(59 + 500 * 3 / (8 * 9))
 
 
 def test_a_bootstrap_is_estimated_by_the_trainings_that_are_left():

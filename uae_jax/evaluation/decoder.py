@@ -15,7 +15,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from uae_jax.model_flags import add_model_flags, load_model
 
 if TYPE_CHECKING:
     from uae_jax.data.scenes import Scene
+    from uae_jax.stages.engines import Engine
     from uae_jax.stages.inference import Inference
 
 SCALES = (1.0, 2.0, 3.0, 5.0)
@@ -61,12 +62,9 @@ def run(options: argparse.Namespace) -> None:
     """Scores the decoder, writes the result and prints it.
 
     Raises:
-      ValueError: no place for the result, a scale twice or below 0, a model of another kind, or other texts in a file
-        of --against.
+      ValueError: no place for the result, a scale twice or below 0, or other texts in a file of --against.
       FileNotFoundError: there is no such model or file.
     """
-    from uae_jax.stages.inference import Inference
-
     workdir = to_path(options.checkpoint or ".")
     trained = bool(options.checkpoint) and (workdir / "summary.json").is_file()
     output = options.output or (workdir / "decoder.json" if trained else None)
@@ -76,10 +74,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--scales are {options.scales}; give different numbers of 0 or more")
     splits = {name: make_split(name, options) for name in ("dev", "test")}
     others = {path: read_other(path, splits["test"].digest) for path in options.against}
-    engine = load_model(options).engine
-    if not isinstance(engine, Inference):
-        raise ValueError(f"{options.checkpoint} draws without a diffusion decoder, and knows no guidances to compare")
-    result = compare(engine, splits, sorted(options.scales), options.batch_size or BATCH)
+    result = compare(load_model(options).engine, splits, sorted(options.scales), options.batch_size or BATCH)
     result |= {"model": options.checkpoint or "built-in", "texts": splits["test"].digest}
     write_json(output, result)
     print(described(result, {str(path): paired(result, other, splits["test"]) for path, other in others.items()}))
@@ -147,8 +142,8 @@ def make_split(name: str, options: argparse.Namespace) -> Split:
     )
 
 
-def compare(engine: "Inference", splits: Mapping[str, Split], scales: Sequence[float], batch: int) -> dict[str, Any]:
-    """The scores of a decoder at every scale, by one compiled program.
+def compare(engine: "Engine", splits: Mapping[str, Split], scales: Sequence[float], batch: int) -> dict[str, Any]:
+    """The scores of a decoder at every scale; one with a diffusion decoder has one compiled program for all.
 
     Returns:
       `scales` {scale: {"dev": means, "test": intervals}}, `best` by the mean of dev captions and dev prompts, the
@@ -175,15 +170,22 @@ def compare(engine: "Inference", splits: Mapping[str, Split], scales: Sequence[f
     }
 
 
-def draw_all(engine: "Inference", texts: Sequence[str], scales: Sequence[float], batch: int) -> np.ndarray:
+def draw_all(engine: "Engine", texts: Sequence[str], scales: Sequence[float], batch: int) -> np.ndarray:
     """Images of all texts at all scales, uint8 `[scales, texts, S, S, 3]`; a text has one noise at every scale."""
     from uae_jax.data.loader import from_signed
     from uae_jax.stages.batching import in_batches
+    from uae_jax.stages.inference import Row
+    from uae_jax.stages.unified_inference import UnifiedInference
 
+    if isinstance(engine, UnifiedInference):
+        listed = [Row(number, number, engine.text_fields(text)) for number, text in enumerate(texts)]
+        drawn = ({row.index: image for row, image in engine.with_guidance(scale).drawings(listed)} for scale in scales)
+        return np.stack([np.stack([images[number] for number in range(len(texts))]) for images in drawn])
     rows = [engine.text_fields(text) for text in texts]
     tokens, mask = (np.stack([row[name] for row in rows]) for name in ("caption_ids", "caption_mask"))
     inputs = tokens, mask.sum(-1, dtype=np.int32) - 1, np.arange(len(texts), dtype=np.int32)
     every = [np.tile(leaf, (len(scales), *(1,) * (leaf.ndim - 1))) for leaf in inputs]
+    engine = cast("Inference", engine)
     guidances, program = np.repeat(np.array(scales, np.float32), len(texts)), guided_program(engine)
     drawn = in_batches(lambda *rows: program(engine.parts, *rows), batch, *every, guidances)
     return from_signed(drawn).reshape(len(scales), len(texts), *drawn.shape[1:])

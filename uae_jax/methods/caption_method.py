@@ -46,6 +46,11 @@ class CaptionSettings(RolloutSettings):
         "grpo", "grpo, or the control: cross-entropy of the data set's examples", choices=("grpo", "supervised")
     )
 
+    @property
+    def draws(self) -> bool:
+        """Not where captions are told."""
+        return self.objective != "supervised"
+
 
 @dataclasses.dataclass(frozen=True)
 class CaptionMethod(abc.ABC):

@@ -22,6 +22,7 @@ from uae_jax import trees
 from uae_jax.methods.stage_settings import SamplerConfig, StageSettings, SupervisedSettings
 from uae_jax.models.uae import UAE
 from uae_jax.nn.images import signed
+from uae_jax.nn.loops import scan
 from uae_jax.rewards.caption_similarity import CaptionScorer
 from uae_jax.rewards.similarity import Encoder
 from uae_jax.rl.advantages import group_advantages
@@ -261,7 +262,7 @@ def make_train_step(method: Learner, optimizer: optax.GradientTransformation) ->
             state, norm = apply_gradients(state, gradients, loss, optimizer, ema_decay)
             return state, (loss, norm, metrics)
 
-        state, (losses, norms, stacked) = jax.lax.scan(update, state, jnp.arange(updates), unroll=updates == 1)
+        state, (losses, norms, stacked) = scan(update, state, jnp.arange(updates))
         own = {"loss": losses.mean(), "grad_norm": norms.mean(), "skipped_updates": state.skipped}
         own |= outlier_metrics(state.opt_state)
         metrics = join_metrics(own, rollout["metrics"], jax.tree.map(lambda leaf: leaf.sum(0), stacked))
@@ -420,8 +421,7 @@ def gradients_of(
     def sums(samples: PyTree) -> tuple[PyTree, Array, Array, Metrics]:
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         parts = split_samples(samples, micro_batches)
-        # Unrolled when there is one part: XLA's CPU backend runs convolutions inside loops on a single thread.
-        gradients, stacked = jax.lax.scan(micro_step, zeros, parts, unroll=micro_batches == 1)
+        gradients, stacked = scan(micro_step, zeros, parts)
         total, count, metrics = jax.tree.map(lambda leaf: leaf.sum(0), stacked)
         return gradients, total, count, metrics
 

@@ -107,6 +107,11 @@ class RolloutSettings(StageSettings):
             yield f"rollout_parts is {self.rollout_parts}; it must divide batch_size, which is {self.batch_size}"
 
     @property
+    def draws(self) -> bool:
+        """Whether a step draws images; controls without rewards do not."""
+        return True
+
+    @property
     def captions_per_image(self) -> int:
         """Captions that a rollout writes of an image."""
         return self.group_size

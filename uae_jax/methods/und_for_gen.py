@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from uae_jax import trees
 from uae_jax.methods.gathered import gathered_decoder
 from uae_jax.methods.method import STAGES, Described
 from uae_jax.methods.rollout_captions import captions_first, write_captions
@@ -35,7 +34,7 @@ from uae_jax.rollouts.captioning import (
     caption_metrics,
     drawn_captions,
 )
-from uae_jax.rollouts.reconstruction import Denoising, caption_context, decode, sample_keys
+from uae_jax.rollouts.reconstruction import Denoising, caption_context, decode, shuffled
 from uae_jax.settings import changed, sections, setting
 from uae_jax.training.optimizer import OptimizerConfig
 from uae_jax.training.step import OldPolicy
@@ -110,6 +109,11 @@ class UndForGenConfig(DecodedRollouts):
     def samples_per_image(self) -> int:
         """Rows of a group, which stay in one update."""
         return self.own.rows_of(self.group_size)
+
+    @property
+    def draws(self) -> bool:
+        """Not where the image itself is the only sample."""
+        return self.samples_per_image > 1
 
     @property
     def captions_per_image(self) -> int:
@@ -254,9 +258,7 @@ class DecoderMethod:
         """
         if not self.own.shuffled_rewards:
             return reward
-        compared = reward.reshape(-1, self.settings.compared_samples)
-        keys = sample_keys(trees.name_key(key, "shuffle"), sample_ids, len(compared) // len(sample_ids))
-        return jax.vmap(jax.random.permutation)(keys, compared).reshape(-1)
+        return shuffled(reward, self.settings.compared_samples, sample_ids, key)
 
     def mixed(
         self,

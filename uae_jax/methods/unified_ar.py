@@ -47,7 +47,7 @@ from uae_jax.rewards.similarity import term_metrics
 from uae_jax.rl.advantages import nested_advantages
 from uae_jax.rl.losses import gap_metrics
 from uae_jax.rollouts.captioning import CAPTION_FIELDS, caption_metrics
-from uae_jax.rollouts.reconstruction import sample_keys
+from uae_jax.rollouts.reconstruction import sample_keys, shuffled
 from uae_jax.rollouts.unified import DrawingConfig, pixels, sample_captions, sample_drawings, weights
 from uae_jax.settings import changed, setting
 
@@ -80,6 +80,7 @@ class UnifiedArConfig(UpdateSettings, CaptionSettings):
     images_per_caption: int = setting(3, "drawings of a caption; with 1 a drawing takes its caption's advantage", low=1)
     image_temperature: float = setting(1.0, "of image tokens", above=0)
     score: str = setting("guided", "which log-probabilities of image tokens are trained", choices=SCORES)
+    shuffled_rewards: bool = setting(False, "control: the rewards of an image are shuffled, and say nothing")
     caption: StreamConfig = StreamConfig()
     image: ImageStreamConfig = ImageStreamConfig()
     caption_dropout: float = setting(
@@ -151,10 +152,10 @@ class UnifiedAr(CaptionMethod):
           `samples` with leading axis B, and `metrics`.
         """
         parts = jax.lax.stop_gradient({**frozen, **params})
-        network, group = self.system.model.network, self.settings.group_size
+        settings, network, group = self.settings, self.system.model.network, self.settings.group_size
         images = janus.encode_images(network, weights(parts, policy=False)[0], batch["pixels"])
         prompts = {name: batch[name] for name in PROMPT_FIELDS} | {"image_embeds": images}
-        if self.settings.objective == "supervised":
+        if settings.objective == "supervised":
             return {"samples": self.supervised_samples(parts, batch, key) | prompts}
         completion = self.write_captions(parts, batch, images, key)
         ids, mask = self.system.model.drawing_prompts(
@@ -162,6 +163,8 @@ class UnifiedAr(CaptionMethod):
         )
         drawn = self.draw(parts, ids, mask, batch["sample_id"], key)
         reward, terms = self.rewards(parts, batch["pixels"], drawn.tokens, completion)
+        if settings.shuffled_rewards:
+            reward = shuffled(reward, reward.shape[-1], batch["sample_id"], key)
 
         def grouped(leaf: Array) -> Array:
             return leaf.reshape(len(images), group, -1, *leaf.shape[1:])

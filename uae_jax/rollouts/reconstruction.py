@@ -17,7 +17,7 @@ from uae_jax.models import condition, uae
 from uae_jax.models.decoder import Context, check_condition
 from uae_jax.models.language import model as lm
 from uae_jax.models.qwen2_5_vl import model as qwen
-from uae_jax.trees import Tree
+from uae_jax.trees import Tree, name_key
 
 DRAWING = "drawing"  # scope of denoising and decoding in a traced step (`planning.flops`)
 
@@ -225,6 +225,22 @@ def sample_keys(key: Key[Array, ""], sample_ids: Int[Array, " b"], group: int = 
     return jax.vmap(lambda image: jax.vmap(lambda member: jax.random.fold_in(image, member))(jnp.arange(group)))(
         per_image
     ).reshape(-1)
+
+
+def shuffled(
+    reward: Float32[Array, "*shape"], compared: int, sample_ids: Int[Array, " b"], key: Key[Array, ""]
+) -> Float32[Array, "*shape"]:
+    """Rewards in random order among those that are compared with each other: a control in which they say nothing.
+
+    Args:
+      reward: of all samples, those of an image together.
+      compared: how many neighbours are compared with each other.
+      sample_ids: global; they and the key decide the order.
+      key: of the step.
+    """
+    rows = reward.reshape(-1, compared)
+    keys = sample_keys(name_key(key, "shuffle"), sample_ids, len(rows) // len(sample_ids))
+    return jax.vmap(jax.random.permutation)(keys, rows).reshape(reward.shape)
 
 
 def initial_noise(

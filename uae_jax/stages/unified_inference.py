@@ -1,5 +1,7 @@
 """The inference engine of a folder that holds one unified model, Janus: captions and drawings, a batch at a time."""
 
+import copy
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,10 +24,12 @@ from uae_jax.stages.inference import Row, batches, drawn_captions, mesh_of, stac
 from uae_jax.stages.inference_config import InferenceConfig
 from uae_jax.stages.run_config import CAPTION_PROMPT
 from uae_jax.stages.unified_system import load_unified
-from uae_jax.stages.weights import INSIDE, ModelConfig, model_folder
+from uae_jax.stages.weights import INSIDE, ModelConfig, builtin_folder, model_folder
 
 SHORTEST = 64  # padded length of short prompts in tokens; longer ones are padded to a power of two
 LONGEST = 8192  # half of the published context
+# settings of the built-in model of scenes that the other built-in model has not
+SCENES = dict(system_prompt="describe")
 
 
 class UnifiedInference:
@@ -43,7 +47,7 @@ class UnifiedInference:
     @staticmethod
     def knows(folder: str) -> bool:
         """Whether a folder, or the export of a workdir, holds such a model, by its `config.json`."""
-        place = to_path(folder)
+        place = (builtin_folder(folder) if folder else None) or to_path(folder)
         inside = (place, *(place / name for name in INSIDE))
         return bool(folder) and any(configs.holds(one) for one in inside if not (one / "llm").is_dir())
 
@@ -83,6 +87,13 @@ class UnifiedInference:
     def encoders(self) -> Mapping[str, Any]:
         """Parameters of the image encoders that lie beside the model, by name."""
         return self.parts["encoders"]
+
+    def with_guidance(self, scale: float) -> "UnifiedInference":
+        """The same model and settings, with another guidance of drawings; parameters are shared."""
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, guidance_scale=scale)
+        other._write, other._picture = _programs(self.model, other.config)
+        return other
 
     def image_fields(self, image: np.ndarray | Image.Image) -> Fields:
         """The captioner's inputs for an image of any size.

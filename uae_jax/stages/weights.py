@@ -47,8 +47,9 @@ from uae_jax.stages import decoders
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 BUILTIN = ASSETS / "tiny"
-# the built-in models by name, where no such path exists: where training starts, and what all four stages make of it
-NAMED = {"start": BUILTIN, "trained": ASSETS / "trained"}
+# The built-in models by name, where no such path exists: where training starts, and what all four stages make of it;
+# and one network that captions and draws, where unified_ar starts.
+NAMED = {"start": BUILTIN, "trained": ASSETS / "trained", "unified": ASSETS / "unified"}
 DEFAULT = "start"  # of everything that does not train
 ENCODERS = ("clip", "longclip", "dinov2", "dinov3")
 REFERENCE = "llm_reference"
@@ -134,8 +135,8 @@ def builtin_folder(path: str | os.PathLike[str]) -> pathlib.Path | None:
 def model_folder(path: str | pathlib.Path) -> pathlib.Path:
     """The model folder behind a path: the start model for an empty path, `export/` of a training workdir.
 
-    It is one in the official layout of UAE, or the folder of one unified model. `start` and `trained` are the built-in
-    models, where no such path exists.
+    It is one in the official layout of UAE, or the folder of one unified model. Where there is no such path, the names
+    of `NAMED` are built-in models.
 
     A cache folder of the Hub is read by its snapshot, and a Hub id of an official folder is downloaded.
 

@@ -26,6 +26,8 @@ def passes(settings: Any) -> float:
     guided = 1 if getattr(settings, "guidance_scale", 1) == 1 else 2
     drawn = getattr(settings, "sampler_steps", 1) * guided
     if isinstance(settings, RolloutSettings):
+        if not settings.draws:
+            return settings.batch_size * GRADIENT
         samples = settings.batch_size * settings.group_size
         return samples * (drawn + GRADIENT * getattr(settings, "updates_per_rollout", 1))
     return settings.batch_size * drawn * GRADIENT

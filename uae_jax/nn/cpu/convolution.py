@@ -4,12 +4,16 @@ The columns of interleaved images take turns, and the taps of the kernel are n c
 another image, and no border between images is needed.
 """
 
+import functools
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from uae_jax.nn.cpu.calls import separately
-from uae_jax.nn.cpu.images import interleaved
+from uae_jax.nn.cpu.images import interleave, interleaved, interleaving, separate
 
 # XLA's CPU backend hands a convolution of up to 16 channels to its fast library only where it makes more than those
 # (jax 0.10.2): 16 to 20 channels take 1.3 ms for an image of 256 x 256, 16 to 16 take 2.3.
@@ -24,7 +28,28 @@ def convolve(
     """The convolution in steps of 1, of `[B, H, W, n C]` for n interleaved images."""
     if interleaved() == 1:
         return _product(x, kernel, padding, 1)
-    return separately(_convolve_interleaved, x, kernel, padding=padding, images=interleaved())
+    together = functools.partial(separately, _convolve_interleaved, padding=padding, images=interleaved())
+    return _differentiated_apart(together, interleaved(), lambda x, k: _product(x, k, padding, 1))(x, kernel)
+
+
+def _differentiated_apart(
+    function: Callable[..., Array], images: int, plain: Callable[..., Array]
+) -> Callable[..., Array]:
+    """`function(x, kernel)` of interleaved images, with the gradients of `plain`, which is the same of images apart.
+
+    Taps that are n columns apart have no fast library behind their gradients. Those of a decoder of 32-pixel images, 16
+    at a time, take 1.9 s on one core; those of images apart take .1 s.
+    """
+    differentiable = jax.custom_vjp(function)
+
+    def backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+        with interleaving(images):
+            _, gradients = jax.vjp(plain, separate(saved[0]), saved[1])
+            by_images, by_kernel = gradients(separate(gradient))
+            return interleave(by_images), by_kernel
+
+    differentiable.defvjp(lambda x, kernel: (function(x, kernel), (x, kernel)), backward)
+    return differentiable
 
 
 def convolve_doubled(
@@ -40,6 +65,15 @@ def convolve_doubled(
       x: `[B, H, W, n C]` of n interleaved images.
       kernel: in float32.
     """
+    return _differentiated_apart(_convolve_doubled, interleaved(), _convolve_repeated)(x, kernel)
+
+
+def _convolve_repeated(x: Array, kernel: Array) -> Array:
+    """`convolve_doubled` of images apart, by the enlarged images."""
+    return _product(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2), kernel.astype(x.dtype), ((1, 1), (1, 1)), 1)
+
+
+def _convolve_doubled(x: Array, kernel: Array) -> Array:
     # sums[a][u]: which taps fall on the u-th of the two input rows that a row of parity a sees; columns alike
     sums = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], jnp.float32)
     kernels = jnp.einsum("aur,bvs,rsif->auvibf", sums, sums, kernel, precision=lax.Precision.HIGHEST).astype(x.dtype)
