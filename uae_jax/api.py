@@ -142,8 +142,8 @@ def load(
     """A model for captions, image generation and reconstruction.
 
     Args:
-      folder: official UAE folder, training workdir, folder of a Janus model, "" for the built-in start model of
-        32-pixel scenes, `start` for that model before its training, or `unified` for the built-in unified model.
+      folder: official UAE folder, training workdir, folder of a Janus model, "" for the built-in trained model
+        of 32-pixel scenes, `start` for it before its training, or `unified` for the built-in unified model.
       dtype: precision of activations, `float32` or `bfloat16`.
       adapters: False gives the model from before its training: without `llm_lora` and `dit_lora`, and with
         `llm_reference` in place of `llm`.

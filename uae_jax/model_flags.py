@@ -25,8 +25,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--checkpoint",
         default="",
-        help="official UAE folder, training workdir or Janus folder; start: the built-in model before its training "
-        "(default: the built-in start model)",
+        help="official UAE folder, training workdir or Janus folder; start: the built-in model before its training; "
+        "unified: the built-in unified model (default: the built-in trained model)",
     )
     for name in GIVEN:
         meaning = FIELDS[name].metadata["meaning"]

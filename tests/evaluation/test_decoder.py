@@ -51,6 +51,15 @@ def test_one_program_draws_what_the_model_draws_at_each_guidance(model, monkeypa
     assert np.abs(drawn[0].astype(int) - drawn[1]).max() > 20
 
 
+def test_a_unified_model_draws_each_text_at_each_guidance():
+    one, texts = uae_jax.load("unified", batch_size=2), ["red circle", "blue square", "two green cross"]
+    drawn = decoder.draw_all(one.engine, texts, (1.0, 3.0), 2)
+    assert drawn.shape == (2, 3, 32, 32, 3) and drawn.dtype == np.uint8
+    np.testing.assert_array_equal(drawn[0], np.stack([np.asarray(image) for image in one.generate(texts)]))
+    assert one.settings.guidance_scale == 1.0  # the other engine shares the weights, not the settings
+    assert np.abs(drawn[0].astype(int) - drawn[1]).max() > 20
+
+
 def test_dev_and_test_share_no_text():
     dev, test = (decoder.make_split(name, flags("--scenes=50", "--per_tag=40")) for name in ("dev", "test"))
     assert (len(dev.scenes), len(test.scenes), len(dev.prompts), len(test.prompts)) == (25, 50, 120, 240)

@@ -1,6 +1,6 @@
 """Scores a decoder of the built-in scenes at several guidances, and says which is best.
 
-    python -m uae_jax.evaluate decoder --output=start.json
+    python -m uae_jax.evaluate decoder --checkpoint=start --output=start.json
     python -m uae_jax.evaluate decoder --checkpoint=runs/tiny --against=start.json
 
 Guidance sharpens a decoder without any training. So decoders are compared each at its best guidance, which is chosen on

@@ -50,7 +50,7 @@ BUILTIN = ASSETS / "tiny"
 # The built-in models by name, where no such path exists: where training starts, and what all four stages make of it;
 # and one network that captions and draws, where unified_ar starts.
 NAMED = {"start": BUILTIN, "trained": ASSETS / "trained", "unified": ASSETS / "unified"}
-DEFAULT = "start"  # of everything that does not train
+DEFAULT = "trained"  # of everything that does not train
 ENCODERS = ("clip", "longclip", "dinov2", "dinov3")
 REFERENCE = "llm_reference"
 INSIDE = ("export", "model")  # where a workdir has its model: of a run, or of a bootstrap
