@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 import threading
 
 import jax
@@ -229,3 +231,19 @@ def test_a_bad_example_is_named(parts):
     bad = sources.Example(np.zeros((4, 4, 2), np.uint8), "red circle", "photo 17")
     with pytest.raises(ValueError, match="example photo 17: an image must be uint8"):
         parts[-1](0, bad)
+
+
+def test_a_process_ends_after_a_reader_with_workers_is_closed(tmp_path):
+    """Closed while a batch is asked of it, a reader never answered, and the interpreter waited for it."""
+    (tmp_path / "rows.py").write_text(
+        "import grain, numpy as np\n"
+        "from uae_jax.data.loader import Batches, Reading\n"
+        "class Rows:\n"
+        "    __len__ = lambda self: 4096\n"
+        "    __getitem__ = lambda self, index: {'x': np.zeros(100)}\n"
+        "if __name__ == '__main__':\n"
+        "    for _ in range(3):\n"
+        "        batches = Batches(grain.MapDataset.source(Rows()), 16, Reading(2, 2))\n"
+        "        next(batches), next(batches), batches.close()\n"
+    )
+    subprocess.run([sys.executable, tmp_path / "rows.py"], check=True, timeout=60)

@@ -27,6 +27,7 @@ from uae_jax.data.sources import Example
 MOST_THREADS = 32  # more of them wait for each other
 ROWS_AHEAD = 4  # of each thread, and of each worker process
 BATCHES_AHEAD = 2
+PATIENCE = 2.0  # seconds that a reader has to answer before it is closed; a source may never answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +264,9 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         """Ends threads and worker processes; the next batch starts them anew."""
         if self.reader is not None:
             self.stacking.shutdown(wait=False, cancel_futures=True)
+            # a reader that is closed while a batch is asked of it never answers; the interpreter would wait for it
+            asked = [batch for batch in self.ahead if not batch.cancelled()]
+            concurrent.futures.wait(asked, timeout=PATIENCE)
             self.reader.close()
             self.reader = None
             self.ahead.clear()
