@@ -11,13 +11,12 @@ def score(value, half=0.01):
     return {"value": value, "n": 8, "low": value - half, "high": value + half}
 
 
-def write_run(folder, recall=(0.5, 0.95), geneval=(0.2, 0.3), cold_reward=0.6, cold_precision=0.98, seed=0):
+def write_run(folder, recall=(0.5, 0.95), drawn=0.7, cold_reward=0.6, cold_precision=0.98, seed=0):
     """A workdir with four stages; the scores that are given change in the stage whose claim they are."""
     scores = {name: 0.5 for name in seeds.SCORES} | {
         "caption_tokens": 8.0,
         "fact_recall": recall[0],
         "fact_precision": 0.98,
-        "geneval": geneval[0],
     }
     after = {
         "pretrain": {"true_caption_scene_accuracy": 0.6},
@@ -30,7 +29,7 @@ def write_run(folder, recall=(0.5, 0.95), geneval=(0.2, 0.3), cold_reward=0.6, c
             "heldout_score": 0.6,
             "scene_accuracy": 0.6,
         },
-        "und_for_gen": {"scene_accuracy": 0.7, "geneval": geneval[1]},
+        "und_for_gen": {"unified_score": 0.7, "heldout_score": 0.7, "true_caption_scene_accuracy": drawn},
     }
     stages = []
     for name, changes in after.items():
@@ -64,7 +63,7 @@ def test_a_good_run_holds_every_claim(tmp_path, capsys):
     [
         (dict(recall=(0.65, 0.95)), "fact_recall"),
         (dict(recall=(0.5, 0.89)), "fact_recall"),
-        (dict(geneval=(0.2, 0.24)), "geneval"),
+        (dict(drawn=0.61), "true_caption_scene_accuracy"),
         (dict(cold_reward=0.51), "true_caption_reward"),
         (dict(cold_precision=0.9), "every other score"),
     ],
