@@ -5,7 +5,7 @@
 First comes a run of the built-in model that nothing disturbs, of few steps and small scores. Then the same run is ended
 so many times, each time by one of `WAYS` at a random time, and continued to its end. The exports have to be equal byte
 for byte, no run may need a hand, and no complete checkpoint may be lost. With `--processes=4` a run has four processes,
-and one of them is killed each time: the others have to end by themselves.
+and one of them is killed each time: the others have to end by themselves, and say why.
 A row for each kill goes to `chaos.jsonl`; the same command continues where it stopped. The exit code is 1 if an export
 differs, a checkpoint is lost, a traceback is shown, or a run needs a hand.
 """
@@ -31,6 +31,7 @@ from collections.abc import Collection
 from uae_jax.command_line import CommandParser, in_range
 
 STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
+LOST = "another process of this run is gone"
 SMALL = (
     *(f"{stage}.steps=6" for stage in STAGES),
     *("loop.save_every=2", "loop.eval_every=3"),
@@ -243,7 +244,9 @@ def kill(
     row = {"kill": number, "way": way, "code": attempt.code, "seconds": round(attempt.seconds, 1)}
     shown = {"before": before, "after": after, "lost": lost}
     shown = {name: {stage: str(step) for stage, step in steps.items()} for name, steps in shown.items()}
-    return row | shown | {"damaged": damage_now, "traceback": "Traceback" in attempt.said}
+    # what another process has lost is told with its traceback, since a device may have failed instead
+    unasked = "Traceback" in attempt.said and LOST not in attempt.said
+    return row | shown | {"damaged": damage_now, "traceback": unasked}
 
 
 def finish(workdir: pathlib.Path, log: pathlib.Path, processes: int) -> float:

@@ -7,7 +7,7 @@
 All arms start from the built-in unified model. It is left alone (`none`), or trained by `unified_ar`, by the same with
 shuffled rewards, or by supervision on true captions and images for as many seconds. Settings are in unified_claim.json.
 Captions and reconstructions are scored by the run itself. Drawings of true captions are scored by `evaluate decoder`,
-each arm at its best guidance of dev texts. Stopping and continuing are those of `benchmarks.second_claim`.
+each arm at the guidance that is best for dev captions. Stopping and continuing are those of `benchmarks.second_claim`.
 """
 
 import argparse
@@ -91,8 +91,9 @@ class Experiment:
             return None
         (stage,) = json.loads((trained.folder / "summary.json").read_text())["stages"]
         own = stage["before" if arm == "none" else "after"]
-        drawn = json.loads((scored.folder / "decoder.json").read_text())["headline"]
-        return {name: own[name]["value"] for name in OWN} | {name: drawn[name]["value"] for name in DRAWN}
+        scales = list(json.loads((scored.folder / "decoder.json").read_text())["scales"].values())
+        best = {name: max(scales, key=lambda rows, name=name: rows["dev"][name])["test"][name] for name in DRAWN}
+        return {name: own[name]["value"] for name in OWN} | {name: score["value"] for name, score in best.items()}
 
 
 def results(experiment: Experiment, arms: Sequence[str], seeds: Sequence[int]) -> Scores:

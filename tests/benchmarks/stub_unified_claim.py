@@ -16,7 +16,10 @@ def main() -> int:
         calls.write(f"{place.relative_to(root)} {' '.join(sys.argv[1:])}\n")
     seed = int(place.parent.name.removeprefix("seed_"))
     if "output" in options:
-        found = {"headline": {"true_caption_scene_accuracy": {"value": WORTH[arm] + 0.001 * seed}}}
+        # the guidance that is worse for dev captions is better for test captions, and is not taken
+        name, value = "true_caption_scene_accuracy", WORTH[arm] + 0.001 * seed
+        rows = {"1": {"dev": {name: 0.8}, "test": {name: {"value": value}}}}
+        found = {"scales": rows | {"2": {"dev": {name: 0.7}, "test": {name: {"value": 1.0}}}}}
         pathlib.Path(options["output"]).write_text(json.dumps(found))
     else:
         before, after = ({name: {"value": WORTH[of] + 0.001 * seed} for name in OWN} for of in ("none", arm))

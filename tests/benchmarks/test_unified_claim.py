@@ -42,7 +42,7 @@ def test_every_arm_is_trained_once_and_scored_at_its_own_guidance(run, tmp_path,
     assert "--config.unified_ar.shuffled_rewards=True" in words["seed_1/shuffled"].split()
     scores, less = rows(capsys.readouterr().out)
     assert scores["no training"][:2] == ["2", "0.402 [0.395, 0.408]"]
-    assert scores["reconstruction"][1].startswith("0.90")
+    assert scores["reconstruction"][1].startswith("0.90") and scores["reconstruction"][5].startswith("0.90")
     assert less["shuffled rewards"][0] == "**0.400 [0.400, 0.400]**"
     assert run("--seeds=1,2") == 0 and len((tmp_path / "calls.txt").read_text().splitlines()) == len(calls)
 
