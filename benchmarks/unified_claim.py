@@ -65,10 +65,11 @@ class Experiment:
         changes = self.settings["arms"][arm]
         if changes is None:
             return None
-        folder = self.workdir / f"seed_{seed}" / arm
+        folder, others = self.workdir / f"seed_{seed}" / arm, self.settings["others"].get(arm, {})
         words = [f"--config={ROOT / 'configs' / METHOD}.py", f"--workdir={folder}", f"--config.seed={seed}"]
-        words += [f"--config.{METHOD}.{field}={tuples(value)}" for field, value in flat(changes)]
-        return Job(arm, seed, self.workdir, tuple(words), {"changes": changes, "seed": seed}, self.train)
+        words += [f"--config.{field}={tuples(value)}" for field, value in flat({METHOD: changes, **others})]
+        what = {"changes": changes, "seed": seed} | ({"others": others} if others else {})
+        return Job(arm, seed, self.workdir, tuple(words), what, self.train)
 
     def scored(self, arm: str, seed: int) -> Job:
         """The scores of an arm's drawings, in `decoder.json` of its folder."""

@@ -67,5 +67,8 @@ def test_an_unknown_arm_is_refused(run, capsys):
 def test_the_settings_are_those_of_the_program():
     base = unified_ar.get_config().to_dict()
     assert set(SETTINGS["arms"]) == set(unified_claim.NAMES) and len(SETTINGS["seeds"]) == 3
-    for changes in filter(None, SETTINGS["arms"].values()):
-        frozen(RunConfig, merged(base, {"unified_ar": changes}))
+    for arm, changes in SETTINGS["arms"].items():
+        others = SETTINGS["others"].get(arm, {})
+        config = frozen(RunConfig, merged(base, {"unified_ar": changes or {}, **others}))
+        # supervision is told whole captions: short ones would teach it to leave facts out
+        assert config.data.rl_detail == ("full" if arm == "supervised" else "short")
