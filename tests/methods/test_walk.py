@@ -23,9 +23,9 @@ METHODS = {
     "gen_for_und.max_new_tokens=4",
     "flow_grpo": "und_for_gen.method=flow_grpo und_for_gen.steps=1 und_for_gen.batch_size=8 und_for_gen.group_size=2 "
     "und_for_gen.sampler_steps=3 und_for_gen.max_new_tokens=4 und_for_gen.flow_grpo.window=1 "
-    "und_for_gen.flow_grpo.window_high=2",
-    "nft": "und_for_gen.steps=1 und_for_gen.batch_size=8 und_for_gen.group_size=2 und_for_gen.sampler_steps=1 "
-    "und_for_gen.max_new_tokens=4 und_for_gen.nft.levels=1",
+    "und_for_gen.flow_grpo.window_high=2 und_for_gen.flow_grpo.starts=1",
+    "nft": "und_for_gen.method=nft und_for_gen.steps=1 und_for_gen.batch_size=8 und_for_gen.group_size=2 "
+    "und_for_gen.sampler_steps=1 und_for_gen.max_new_tokens=4 und_for_gen.nft.levels=1",
 }
 
 
@@ -41,7 +41,7 @@ def own_frames() -> list[tuple[str, str]]:
     frames, frame = [], sys._getframe(1)
     while frame is not None:
         path = pathlib.Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT / "uae_jax"):
+        if path.is_relative_to(ROOT / "uae_jax") and path.name != "loops.py":  # as `jax.lax.scan`, no step of the walk
             outer = frame.f_code.co_qualname.partition(".<locals>")[0].rpartition(".")[2]
             frames.append((outer, str(path.relative_to(ROOT))))
         frame = frame.f_back

@@ -26,7 +26,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def emoji_run(config, folder, tmp_path_factory):
-    values = changed(config, data=dict(source="emoji", folder=str(folder), max_caption=32, negative_prompt=""))
+    values = changed(
+        config, data=dict(source="emoji", folder=str(folder), max_caption=32, negative_prompt="", mistakes=0.1)
+    )
     return make_run(values, tmp_path_factory.mktemp("run"))
 
 
