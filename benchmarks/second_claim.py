@@ -98,11 +98,11 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """The jobs of a settings file.
+class Programs:
+    """What every experiment has.
 
     Attributes:
-      settings: its content.
+      settings: content of its file.
       workdir: of all jobs.
       train, score: the programs; tests have others.
     """
@@ -111,6 +111,10 @@ class Experiment:
     workdir: pathlib.Path
     train: tuple[str, ...]
     score: tuple[str, ...]
+
+
+class Experiment(Programs):
+    """The jobs of a settings file."""
 
     def model(self) -> Job:
         """The bootstrap of the start model, which all seeds share."""
@@ -191,7 +195,7 @@ def results(experiment: Experiment, arms: Sequence[str], seeds: Sequence[int]) -
     }
 
 
-def run_jobs(experiment: Experiment, arms: Sequence[str], seeds: Sequence[int], stop: Stop) -> int:
+def run_jobs(experiment: Any, arms: Sequence[str], seeds: Sequence[int], stop: Stop) -> int:
     """Runs what is not finished, one after the other; 0, 1 when some failed, 128 + signal when stopped."""
     failed: list[Job] = []
     for seed in seeds:

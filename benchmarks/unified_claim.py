@@ -11,18 +11,16 @@ each arm at the guidance that is best for dev captions. Stopping and continuing 
 """
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from benchmarks.ablations import ROOT, Stop
 from benchmarks.claim_tables import difference, over_seeds
 from benchmarks.documents import replace_block
-from benchmarks.second_claim import SCORE, TRAIN, Job, flat, run_jobs, tuples
+from benchmarks.second_claim import SCORE, TRAIN, Job, Programs, flat, run_jobs, tuples
 
 SETTINGS = pathlib.Path(__file__).with_suffix(".json")
 BLOCK, METHOD, BASELINES = "unified_claim", "unified_ar", ("none", "shuffled", "supervised")
@@ -45,20 +43,8 @@ HEADS = {**OWN, **DRAWN}
 Scores = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """The jobs of a settings file; `second_claim.run_jobs` runs them.
-
-    Attributes:
-      settings: its content.
-      workdir: of all jobs.
-      train, score: the programs; tests have others.
-    """
-
-    settings: Mapping[str, Any]
-    workdir: pathlib.Path
-    train: tuple[str, ...]
-    score: tuple[str, ...]
+class Experiment(Programs):
+    """The jobs of a settings file; `second_claim.run_jobs` runs them."""
 
     def trained(self, arm: str, seed: int) -> Job | None:
         """The training of an arm; None where nothing is trained."""
