@@ -81,7 +81,8 @@ CLAIMS = (
     Claim("gen_for_und", "fact_precision", after=0.95, outside=False),
     Claim("gen_for_und", "caption_tokens", times=1.5, outside=False),
     *(Claim("gen_for_und", score) for score in ("unified_score", "heldout_score", "scene_accuracy")),
-    *(Claim("und_for_gen", score) for score in ("unified_score", "heldout_score", "true_caption_scene_accuracy")),
+    *(Claim("und_for_gen", score) for score in ("unified_score", "heldout_score", "scene_accuracy")),
+    Claim("und_for_gen", "true_caption_scene_accuracy"),
 )
 
 

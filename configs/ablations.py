@@ -175,7 +175,7 @@ def _bootstrap(topic: str, label: str, phase: str, **changes: Any) -> Arm:
         topic,
         label,
         (phase,),
-        {"mistakes.steps": 0} | {f"{phase}.{name}": value for name, value in changes.items()},
+        {f"{phase}.{name}": value for name, value in changes.items()},
         {},
     )
 

@@ -29,7 +29,12 @@ def write_run(folder, recall=(0.5, 0.95), drawn=0.7, cold_reward=0.6, cold_preci
             "heldout_score": 0.6,
             "scene_accuracy": 0.6,
         },
-        "und_for_gen": {"unified_score": 0.7, "heldout_score": 0.7, "true_caption_scene_accuracy": drawn},
+        "und_for_gen": {
+            "scene_accuracy": 0.7,
+            "unified_score": 0.7,
+            "heldout_score": 0.7,
+            "true_caption_scene_accuracy": drawn,
+        },
     }
     stages = []
     for name, changes in after.items():

@@ -18,7 +18,7 @@ from uae_jax.stages.inference import Row
 
 @pytest.fixture(scope="module")
 def model():
-    return uae_jax.load("", steps=4, batch_size=4, temperature=0.0)
+    return uae_jax.load("", steps=16, batch_size=4, temperature=0.0, guidance_scale=5.0)
 
 
 @pytest.fixture
@@ -55,7 +55,9 @@ def test_scenes_are_drawn_checked_and_scored(loaded, model, tmp_path, capsys, mo
     evaluate.main(["geneval", "summary", str(tmp_path / "out.results.jsonl")])
     assert capsys.readouterr().out in scored and "overall (mean of tags)" in scored
     records = [json.loads(line) for line in (tmp_path / "out.results.jsonl").read_text().splitlines()]
-    assert any(record["correct"] for record in records if record["tag"] == "single_object")  # it follows its prompts
+    assert (
+        sum(record["correct"] for record in records if record["tag"] == "single_object") >= 2
+    )  # it follows its prompts
 
 
 def test_the_command_loads_the_model_with_its_flags(tmp_path, capsys):

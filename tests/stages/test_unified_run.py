@@ -43,7 +43,7 @@ def config_of(folder, **changes) -> dict:
     small = dict(
         model=dict(folder=str(folder)),
         data=dict(max_caption=12),
-        evaluation=dict(images=2, images_during=2, batch_size=2, geneval_per_tag=0, samples=1),
+        evaluation=dict(images=2, images_during=2, batch_size=2, geneval_per_tag=0, samples=1, guidance_scale=2.0),
         loop=dict(eval_every=0, save_every=1),
         guard=dict(kl=0.0, truncated=0.0, reward_fall=0.0),
         unified_ar=dict(
@@ -52,6 +52,7 @@ def config_of(folder, **changes) -> dict:
             group_size=2,
             images_per_caption=2,
             max_new_tokens=8,
+            guidance_scale=2.0,
             lora_rank=2,
             optimizer=dict(learning_rate=0.05, warmup_steps=0),
         ),
@@ -74,7 +75,7 @@ def test_a_run_leaves_what_every_run_leaves(folder, finished):
     lines = [line for line in read_lines(workdir / "metrics.jsonl") if "reward" in line]
     assert [line["step"] for line in lines] == [1, 2]
     assert {"caption_grad_norm", "image_grad_norm", "image_entropy", "between_share"} <= lines[0].keys()
-    assert lines[0]["kl"] < 1e-9 and lines[1]["kl"] > 0
+    assert lines[0]["kl"] == 0 and lines[1]["kl"] > 0
     for name in (
         "report.html",
         "summary.json",
@@ -130,7 +131,7 @@ def test_the_export_opens_in_transformers_with_equal_logits(finished, tmp_path):
 
 def test_inference_reads_a_workdir_with_its_settings(finished):
     model = uae_jax.load(finished[1])
-    assert (model.settings.size, model.settings.guidance_scale, model.settings.max_new_tokens) == (32, 1.0, 12)
+    assert (model.settings.size, model.settings.guidance_scale, model.settings.max_new_tokens) == (32, 2.0, 12)
     assert model.generate(["a red cat"])[0].size == (32, 32)
     before = uae_jax.load(finished[1], adapters=False)
     assert before.generate(["a red cat"])[0].tobytes() != model.generate(["a red cat"])[0].tobytes()

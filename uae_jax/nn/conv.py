@@ -9,7 +9,7 @@ from uae_jax.nn.constrain import constrain
 from uae_jax.nn.cpu import convolution as cpu
 from uae_jax.nn.cpu.calls import materialised
 from uae_jax.nn.cpu.convolution import Padding
-from uae_jax.nn.cpu.images import interleaved
+from uae_jax.nn.cpu.images import double, interleaved
 from uae_jax.nn.device import on_one_cpu
 from uae_jax.nn.images import for_every_image, image_channels
 
@@ -78,13 +78,6 @@ def convolve(
     if kernel.shape[:2] == (1, 1) and stride == 1 and padding == ((0, 0), (0, 0)):
         return x @ kernel[0, 0]
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def double(x: Float[Array, "b height width c"]) -> Float[Array, "b 2*height 2*width c"]:
-    """Every pixel twice in both directions."""
-    batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
 
 
 def _parameters(module: Conv | DoublingConv, x: Array, size: int) -> tuple[Array, Array]:

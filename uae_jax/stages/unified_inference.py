@@ -92,7 +92,7 @@ class UnifiedInference:
         """The same model and settings, with another guidance of drawings; parameters are shared."""
         other = copy.copy(self)
         other.config = dataclasses.replace(self.config, guidance_scale=scale)
-        other._write, other._picture = _programs(self.model, other.config)
+        other._picture = _programs(self.model, other.config)[1]
         return other
 
     def image_fields(self, image: np.ndarray | Image.Image) -> Fields:

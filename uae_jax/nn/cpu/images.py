@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 _images: contextvars.ContextVar[int] = contextvars.ContextVar("interleaved images", default=1)
@@ -47,3 +48,10 @@ def separate(x: Float[Array, "_ height width _"]) -> Float[Array, "b height widt
     batch, height, width, channels = x.shape
     grouped = x.reshape(batch, height, width, images, -1).transpose(0, 3, 1, 2, 4)
     return grouped.reshape(-1, height, width, channels // images)
+
+
+def double(x: Float[Array, "b height width c"]) -> Float[Array, "b 2*height 2*width c"]:
+    """Every pixel twice in both directions."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)
