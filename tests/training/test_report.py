@@ -254,3 +254,11 @@ def test_scores_of_different_settings_are_marked_and_not_compared():
     assert cells[1]["change"] == pytest.approx(0.2) and cells[1]["direction"] == 1
     assert cells[2]["change"] is None and cells[2]["direction"] == 0
     assert not findings(stages[:1])
+
+
+def test_a_decoder_stage_without_rewards_is_not_said_to_learn_from_one(tmp_path):
+    make_run(tmp_path)
+    assert "those nearer to the image become more" in write_report(tmp_path).read_text()
+    (tmp_path / "config.json").write_text(json.dumps({"und_for_gen": {"method": "matching"}}))
+    page = write_report(tmp_path).read_text()
+    assert "without a reward" in page and "those nearer to the image become more" not in page

@@ -55,6 +55,7 @@ STAGES = {
         "probable (\u201cunderstanding for generation\u201d)",
     ),
 }
+MATCHING = "the images: flow matching on the encoder's captions, without a reward"  # of und_for_gen's method
 TIMES = 9  # moments in the captions through training
 
 
@@ -87,7 +88,7 @@ def write_report(workdir: Path, *, max_samples: int = 8) -> Path:
     )
     page = environment.get_template("report.html").render(
         summary=summary,
-        stages=[described(stage) for stage in stages],
+        stages=[described(stage, config) for stage in stages],
         curves=curves(lines, stages),
         findings=findings(stages),
         decoder=decoder,
@@ -105,9 +106,12 @@ def write_report(workdir: Path, *, max_samples: int = 8) -> Path:
     return path
 
 
-def described(stage: Mapping[str, Any]) -> dict[str, Any]:
+def described(stage: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """The stage with `learner` and `source`; a repeated stage (`gen_for_und_2`) gets those of the first."""
-    learner, source = STAGES.get(re.sub(r"_\d+$", "", stage["name"]), ("", ""))
+    name = re.sub(r"_\d+$", "", stage["name"])
+    learner, source = STAGES.get(name, ("", ""))
+    if config.get(name, {}).get("method") == "matching":
+        source = MATCHING
     return {**stage, "learner": learner, "source": source}
 
 
