@@ -103,7 +103,7 @@ def _documented(name: str, member: object, level: str = "##") -> list[str]:
 
 def metrics_page() -> str:
     """Metrics of the steps and held-out scores, with units."""
-    from uae_jax.training.meanings import FAMILIES, METRICS
+    from uae_jax.training.meanings import FAMILIES, METRICS, MORE_SCORES
     from uae_jax.training.report import MEANINGS
 
     parts = [
@@ -118,7 +118,7 @@ def metrics_page() -> str:
     entries = METRICS | {f"{beginning}...": meaning for beginning, meaning in FAMILIES.items()}
     parts += [f"| `{name}` | {cell(unit)} | {cell(meaning)} |" for name, (unit, meaning) in entries.items()]
     parts += ["", "## Held-out scores (`summary.json`, report)", "", "| score | meaning |", "|---|---|"]
-    parts += [f"| `{name}` | {cell(meaning)} |" for name, meaning in MEANINGS.items()]
+    parts += [f"| `{name}` | {cell(meaning)} |" for name, meaning in (MEANINGS | MORE_SCORES).items()]
     return "\n".join(parts) + "\n"
 
 

@@ -22,6 +22,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "ratio_deviation_max": ("", "largest distance of the ratio from 1"),
     "log_prob_gap": ("nats", "mean distance of scored log-probabilities from those of sampling"),
     "log_prob_gap_max": ("nats", "largest distance of scored log-probabilities from those of sampling"),
+    "velocity_gap": ("", "mean distance of replayed velocities from those of sampling (Flow-GRPO)"),
+    "velocity_gap_max": ("", "largest distance of replayed velocities from those of sampling"),
+    "masked_fraction": ("share", "terms that the trust region leaves out (flow_grpo.trust_region=dppo)"),
+    "between_share": ("share", "of the rewards' variance that captions explain; if low, raise images_per_caption"),
     "velocity_shift": ("", "mean square of the change of velocities against the reference (DiffusionNFT)"),
     "gradient_cosine": ("cosine", "of the gradients of two halves of an update (flow_grpo.gradient_noise)"),
     "gradient_signal": ("", "product of these two gradients, which estimates the squared norm of the true one"),
@@ -33,8 +37,16 @@ METRICS: dict[str, tuple[str, str]] = {
 # beginnings of names that carry one of an open list -> (unit, meaning)
 FAMILIES: dict[str, tuple[str, str]] = {
     "reward_": ("cosine", "one term of the reward, such as that of one encoder"),
+    "caption_": ("as the metric", "a metric of the captions alone, where a method trains captions and images"),
+    "image_": ("as the metric", "a metric of the image tokens alone (unified_ar)"),
     "eval/": ("as the score", "a held-out score while the stage runs, of few images"),
     "held_out/": ("as the score", "a held-out score before and after the stage (TensorBoard and W&B)"),
+}
+# held-out scores whose names have a part in capitals, or that only some models have -> meaning
+MORE_SCORES: dict[str, str] = {
+    "fact_recall_KIND": "share of the scene's facts of one kind that the caption states",
+    "NAME_guidance_SCALE": "the score NAME, drawn at evaluation.also_guidance_scale",
+    "other_ids": "share of captions that the tokenizer would spell in other tokens (decoders with a text encoder)",
 }
 
 
