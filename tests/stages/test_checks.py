@@ -227,6 +227,17 @@ def test_a_new_projector_is_aligned_before_pretraining(config, tmp_path, capsys)
         assert "align" not in checks.read_config(changed(values, **other))[0].stages
 
 
+def test_no_stage_learns_from_drawings_through_a_random_projector(config, tmp_path):
+    copy = shutil.copytree(config["model"]["folder"], tmp_path / "model")
+    values = changed(config, model=dict(folder=str(copy)), stages=("gen_for_und",))
+    wrong = lambda values: [m for m in checks.find_mistakes(frozen(RunConfig, values), None) if "projector" in m]  # noqa: E731
+    assert not wrong(values)
+    (copy / "llm" / NEW_PROJECTOR).write_text("{}")
+    assert len(wrong(values)) == 1 and "put 'align' in front" in wrong(values)[0]
+    for stages in (("align", "gen_for_und"), ("pretrain", "gen_for_und")):
+        assert not wrong(changed(values, stages=stages))
+
+
 @pytest.mark.slow
 def test_an_aligned_projector_is_exported_as_a_trained_one(config, tmp_path):
     copy = shutil.copytree(config["model"]["folder"], tmp_path / "model")

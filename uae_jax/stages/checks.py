@@ -83,18 +83,22 @@ def read_config(config: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
 
 def with_alignment(config: RunConfig) -> RunConfig:
     """The settings with the stage `align` before `pretrain`, where the model folder has a new projector."""
-    new = to_path(config.model.folder or ".") / "llm" / NEW_PROJECTOR
     if "pretrain" not in config.stages or "align" in config.stages:
         return config
-    if not (config.model.folder and config.stage("align").after_import and new.is_file()):
+    if not (config.stage("align").after_import and _has_new_projector(config)):
         return config
     print(
-        f"note: {new.parent} has a new projector: the stage align trains it first; "
+        f"note: {config.model.folder}/llm has a new projector: the stage align trains it first; "
         "--config.align.after_import=False leaves that out",
         file=sys.stderr,
     )
     at = config.stages.index("pretrain")
     return dataclasses.replace(config, stages=(*config.stages[:at], "align", *config.stages[at:]))
+
+
+def _has_new_projector(config: RunConfig) -> bool:
+    """Whether `convert import` has made the projector of the model folder."""
+    return bool(config.model.folder) and (to_path(config.model.folder) / "llm" / NEW_PROJECTOR).is_file()
 
 
 def find_mistakes(config: RunConfig, workdir: pathlib.Path | None) -> list[str]:
@@ -104,7 +108,7 @@ def find_mistakes(config: RunConfig, workdir: pathlib.Path | None) -> list[str]:
       config: of the run, every setting in its range.
       workdir: of the run; None leaves it unchecked.
     """
-    checks = [_check_batches, _check_kind, _check_encoders, _check_data, _check_questions]
+    checks = [_check_batches, _check_kind, _check_projector, _check_encoders, _check_data, _check_questions]
     if workdir is not None:
         checks.append(lambda config: _check_workdir(config, workdir))
     return _all(config, checks)
@@ -220,6 +224,16 @@ def _check_kind(config: RunConfig) -> Iterator[str]:
         yield (
             f"config.evaluation.questions is {config.evaluation.questions!r}, but {kind.title}, answers none during a "
             "run; leave it empty"
+        )
+
+
+def _check_projector(config: RunConfig) -> Iterator[str]:
+    """Through a random projector a decoder draws noise, and its rewards say nothing of a caption."""
+    trained = {name for stage in config.distinct_stages() for name in config.trains(stage)}
+    if _has_new_projector(config) and "projector" not in trained:
+        yield (
+            f"{config.model.folder}/llm has a new projector, which is random, and no stage of config.stages trains it; "
+            "put 'align' in front of them, or take a folder whose projector is trained"
         )
 
 
