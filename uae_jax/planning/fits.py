@@ -19,7 +19,7 @@ from uae_jax.stages.program import make_program
 from uae_jax.stages.run_config import RunConfig
 
 MACHINE = re.compile(r"@(?:(\d+)x[\w.]+|(v\w+)-(\d+))")  # @8xH200, @1x24GB, or @v5e-8
-HEAD = ("preset", "stage", "images a step", "samples at once", "GiB a device", "own chip")
+HEAD = ("preset", "stage", "images a step", "samples a micro-batch", "GiB a device", "own chip")
 
 
 @dataclasses.dataclass(frozen=True)
