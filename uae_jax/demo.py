@@ -92,6 +92,10 @@ class Page:
         """
         if not text.strip():
             raise ValueError("write a text first, or press Caption")
+        return self._drawn(image, text, number)
+
+    def _drawn(self, image: "Image.Image | None", text: str, number: float) -> "tuple[Image.Image, Rows]":
+        """`draw` of any text: the caption of a model may be empty."""
         numbers = [_whole(number)]
         generated = self.model.generate([text], sample_ids=numbers)[0]
         self.compiled = True
@@ -125,7 +129,7 @@ class Page:
     def reconstruct(self, image: "Image.Image | None", number: float) -> "tuple[str, Image.Image, Rows]":
         """Caption, reconstruction and similarities; see `caption` and `draw`."""
         text = self.caption(image, number)
-        return text, *self.draw(image, text, number)
+        return text, *self._drawn(image, text, number)
 
 
 def build(page: Page, name: str) -> "gradio.Blocks":

@@ -36,8 +36,8 @@ def flags(*words):
 def test_one_program_draws_what_the_model_draws_at_each_guidance(model, monkeypatch):
     programs, make = [], decoder.guided_program
 
-    def kept(engine):
-        programs.append(make(engine))
+    def kept(*inputs):
+        programs.append(make(*inputs))
         return programs[-1]
 
     monkeypatch.setattr(decoder, "guided_program", kept)

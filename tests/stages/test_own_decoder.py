@@ -7,11 +7,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import qwen_image_pieces
 import torch
-import z_image_pieces
 from diffusers import DiffusionPipeline, Flux2KleinPipeline
 from flux2_pieces import write_pipeline
+from own_decoders import DROPPED, imported, joined
 from peft import PeftModel
 from PIL import Image
 from safetensors.numpy import load_file
@@ -44,11 +43,7 @@ def pipeline(model_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(model_folder, pipeline, tmp_path_factory):
     """The model folder that `convert import` makes of captioner and decoder."""
-    out = tmp_path_factory.mktemp("imported") / "model"
-    sources = dict(captioner=model_folder / "llm", llm_processor=model_folder / "llm_processor", decoder=pipeline)
-    sources |= dict(clip=model_folder / "clip", dinov2=model_folder / "dinov2")
-    convert.main(["import", *(f"--{name}={path}" for name, path in sources.items()), str(out)])
-    return out
+    return joined(model_folder, pipeline, tmp_path_factory.mktemp("imported") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -196,24 +191,12 @@ def test_captions_whose_ids_are_not_the_tokenizers_are_counted(model_folder):
     assert other_ids(tokenizer, rows, np.array([2, 2])).tolist() == [0, 1]
 
 
-WRITERS = {
-    "klein_base": lambda folder, tokenizer, seed: write_pipeline(folder, tokenizer, seed=seed),
-    "z_image": z_image_pieces.write_pipeline,
-    "qwen_image": qwen_image_pieces.write_pipeline,
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name, method", [("klein_base", "nft"), ("z_image", "flow_grpo"), ("qwen_image", "nft")])
 def test_a_decoder_goes_the_whole_way(name, method, model_folder, config, tmp_path, monkeypatch):
     """Captioner, then the decoder's adapter; with guidance, from import to peft, and stopped in between."""
-    # the words of the small model's tokenizer are fewer than the published template's tokens
-    monkeypatch.setattr(qwen_image, "DROPPED", 20)
-    folder, out = tmp_path / "pipeline", tmp_path / "model"
-    WRITERS[name](folder, load_tokenizer(model_folder / "llm_processor"), seed=7)
-    sources = dict(captioner=model_folder / "llm", llm_processor=model_folder / "llm_processor", decoder=folder)
-    sources |= dict(clip=model_folder / "clip", dinov2=model_folder / "dinov2")
-    convert.main(["import", *(f"--{flag}={path}" for flag, path in sources.items()), str(out)])
+    monkeypatch.setattr(qwen_image, "DROPPED", DROPPED)
+    out = imported(name, model_folder, tmp_path)
     convert.main(["check", str(out)])
     values = changed(config, stages=("gen_for_und", "und_for_gen"), model=dict(folder=str(out)))
     values = changed(values, data=dict(negative_prompt="", image_size=32), sampler=dict(schedule="diffusers"))

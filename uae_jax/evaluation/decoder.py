@@ -186,16 +186,28 @@ def draw_all(engine: "Engine", texts: Sequence[str], scales: Sequence[float], ba
     inputs = tokens, mask.sum(-1, dtype=np.int32) - 1, np.arange(len(texts), dtype=np.int32)
     every = [np.tile(leaf, (len(scales), *(1,) * (leaf.ndim - 1))) for leaf in inputs]
     engine = cast("Inference", engine)
-    guidances, program = np.repeat(np.array(scales, np.float32), len(texts)), guided_program(engine)
+    check_scales(engine, scales)
+    guidances, program = np.repeat(np.array(scales, np.float32), len(texts)), guided_program(engine, scales)
     drawn = in_batches(lambda *rows: program(engine.parts, *rows), batch, *every, guidances)
     return from_signed(drawn).reshape(len(scales), len(texts), *drawn.shape[1:])
 
 
-def guided_program(engine: "Inference") -> Callable[..., Any]:
+def check_scales(engine: "Inference", scales: Sequence[float]) -> None:
+    """Raises ValueError for a guidance that the decoder does not know."""
+    from uae_jax.models.uae import check_guidance
+
+    try:
+        for scale in scales:
+            check_guidance(engine.system.model, scale)
+    except ValueError as error:
+        raise ValueError(f"--scales: {error}") from error
+
+
+def guided_program(engine: "Inference", scales: Sequence[float]) -> Callable[..., Any]:
     """`(parts, tokens [n, t], lengths [n], sample ids [n], guidances [n]) -> images` in [-1, 1], compiled once.
 
     A row is what the engine would draw at its guidance, up to rounding. Without guidance the negative half is computed
-    all the same.
+    all the same, unless no scale is with guidance: a distilled decoder has none.
     """
     import jax
     import jax.numpy as jnp
@@ -206,12 +218,14 @@ def guided_program(engine: "Inference") -> Callable[..., Any]:
 
     config, model = engine.config, engine.system.model
     sigmas = noise_levels(model, config.steps, config.shift, config.schedule)
-    guided = Denoising(sigmas, guidance_scale=SCALES[-1], condition=config.condition)
+    one = next((scale for scale in scales if scale != 1), 1.0)
+    guided = Denoising(sigmas, guidance_scale=one, condition=config.condition)
     key = trees.name_key(jax.random.key(config.seed), "noise")
 
     def program(parts: Mapping, tokens: Any, lengths: Any, sample_ids: Any, guidances: Any) -> Any:
         contexts = encode_condition(model, parts, guided, tokens, lengths)
-        how, noise = dataclasses.replace(guided, guidance_scale=guidances), sample_keys(key, sample_ids)
+        how = guided if one == 1 else dataclasses.replace(guided, guidance_scale=guidances)
+        noise = sample_keys(key, sample_ids)
         return jnp.clip(draw_from(model, parts, how, contexts, uae.initial_noise(model, noise)), -1, 1)
 
     return jax.jit(program)

@@ -20,14 +20,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from uae_jax.models.condition import ConditionTemplate
-from uae_jax.models.decoder import Context, Decoder, Parts, TransformerSizes
+from uae_jax.models.decoder import Context, Decoder, Parts, TransformerSizes, check_condition
 from uae_jax.models.language.config import TextConfig
 from uae_jax.models.language.model import ADAPTER_PATTERN
 from uae_jax.models.parts import captioner_weights, transformer_weights
 from uae_jax.models.qwen2_5_vl.config import Qwen2_5VLConfig
 from uae_jax.nn.constrain import constrain
 
-__all__ = ("UAE", "captioner_weights", "initial_noise", "transformer_weights", "velocity")
+__all__ = (
+    "UAE",
+    "captioner_weights",
+    "check_drawing",
+    "check_guidance",
+    "check_size",
+    "initial_noise",
+    "transformer_weights",
+    "velocity",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,3 +107,39 @@ def velocity(
 def initial_noise(model: UAE, keys: Key[Array, " b"]) -> Float[Array, "b rows columns c"]:
     """Unit Gaussian latents, one typed key each."""
     return constrain(jax.vmap(lambda key: jax.random.normal(key, model.latent_shape, jnp.float32))(keys), "batch")
+
+
+def check_drawing(model: UAE, guidance_scale: float, condition: str) -> None:
+    """Checks that a decoder can draw with settings, before anything is computed.
+
+    Raises:
+      ValueError: it has no images of this size, no such guidance, or cannot read what the condition names.
+    """
+    check_size(model)
+    check_condition(model.decoder, condition)
+    check_guidance(model, guidance_scale)
+
+
+def check_size(model: UAE) -> None:
+    """Checks that an image is a whole number of image tokens, and has no more than the transformer has positions.
+
+    Raises:
+      ValueError: it is not; the message has a size that is.
+    """
+    size, cell = model.image_size, model.decoder.cell
+    most = model.decoder.most_cells or size
+    if size % cell or size // cell > most:
+        near = min(max(1, round(size / cell)), most) * cell
+        upto = f" up to {cell * most}" if model.decoder.most_cells else ""
+        raise ValueError(f"size is {size} pixels; this model generates multiples of {cell}{upto}, such as {near}")
+
+
+def check_guidance(model: UAE, scale: float) -> None:
+    """Checks that a decoder knows guidance; `scale` 1 is without.
+
+    Raises:
+      ValueError: see `models.decoder.Decoder.guide`.
+    """
+    velocity = jax.ShapeDtypeStruct((1, *model.latent_shape), jnp.float32)
+    if scale != 1:
+        jax.eval_shape(lambda both: model.decoder.guide(both, both, scale), velocity)

@@ -27,9 +27,9 @@ from uae_jax.planning.remedies import smaller
 from uae_jax.planning.roofline import MeshSizes, Rollout, Updates, group_sums, roofline
 from uae_jax.planning.system import abstract_system
 from uae_jax.planning.table import Compiled, StagePlan
-from uae_jax.settings import frozen
+from uae_jax.settings import Mistakes, frozen
 from uae_jax.stages.checks import check_batch
-from uae_jax.stages.kinds import AnyAbstract
+from uae_jax.stages.kinds import AnyAbstract, kind_of_model
 from uae_jax.stages.program import Program, make_program
 from uae_jax.stages.run_config import RunConfig
 
@@ -186,6 +186,7 @@ def make_plan(
 
     Raises:
       ValueError: an unknown topology or stage, or a mesh or batch that does not divide.
+      Mistakes: settings that the decoder cannot draw with.
       ImportError: libtpu is needed and absent.
     """
     settings, chips = frozen(RunConfig, config), parse_topology(topology)
@@ -211,6 +212,8 @@ def make_plan(
             "install 'uae_jax[cuda]')"
         )
     system = abstract_system(settings)
+    if mistakes := list(kind_of_model(system.model).mistakes(settings, system.model)):
+        raise Mistakes(mistakes)
     sharding.check_rules(system.parts, sizes)
     for stage in wanted:
         plans.append(plan_stage(settings, system, stage, chips, mesh, how))

@@ -5,6 +5,7 @@ Every check is made, whatever the others find, so that all mistakes are told at 
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
@@ -23,7 +24,7 @@ from uae_jax.stages.abstract import with_run_adapters
 from uae_jax.stages.data import OpenedData, open_data
 from uae_jax.stages.folders.check import check_folder
 from uae_jax.stages.folders.parts import NEW_PROJECTOR, find_parts, weights_digest
-from uae_jax.stages.kinds import AnyAbstract, abstract_folder, kind_of
+from uae_jax.stages.kinds import AnyAbstract, abstract_folder, kind_of, kind_of_model
 from uae_jax.stages.program import make_program
 from uae_jax.stages.run_config import RunConfig
 from uae_jax.stages.understanding import open_questions
@@ -64,7 +65,7 @@ def check_run(
         raise Mistakes(found)
     system, more = read_model(settings)
     if system is None or found or more:
-        raise Mistakes([*found, *more])
+        raise Mistakes(list(dict.fromkeys([*found, *more])))
     check_programs(settings, system)
     return settings, system
 
@@ -126,7 +127,8 @@ def read_model(config: RunConfig) -> tuple[AnyAbstract | None, list[str]]:
         system = with_run_adapters(config, abstract_folder(config))
     except EXPECTED as error:
         return None, list(dict.fromkeys([*found, one_line(error)]))
-    return system, found + _all(config, [lambda config: precomputed.mistakes(config, system.model)])
+    checks = [precomputed.mistakes, kind_of_model(system.model).mistakes]
+    return system, found + _all(config, [functools.partial(check, model=system.model) for check in checks])
 
 
 def _all(config: RunConfig, checks: Sequence[Callable[[RunConfig], Iterator[str]]]) -> list[str]:

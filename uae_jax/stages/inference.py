@@ -87,8 +87,8 @@ class Inference:
       devices: the parameters are sharded over these devices; None for the first device.
 
     Raises:
-      FileNotFoundError, ValueError: the folder cannot be read (`stages.weights`), or the model cannot generate images
-        of this size.
+      FileNotFoundError, ValueError: the folder cannot be read (`stages.weights`), or the model cannot draw with these
+        settings (`models.uae.check_drawing`).
     """
 
     def __init__(
@@ -106,7 +106,8 @@ class Inference:
             control_tokens=config.control_tokens,
         )
         self.parts = self.system.parts
-        _check_size(self.system.model, config.size)
+        # before a benchmark has begun its folder with settings that cannot draw
+        uae.check_drawing(self.system.model, config.guidance_scale, config.condition)
         processor, tokenizer = self.system.processor, self.system.tokenizer
         # a caption truncated at the limit has no stop token, but as a text for the decoder it gets one
         spec = batch_spec(
@@ -293,15 +294,6 @@ def _programs(system: System, config: InferenceConfig) -> tuple[Callable[..., An
 
     options = compiler_options(system.model.captioner.text.dtype)
     return tuple(jax.jit(program, compiler_options=options) for program in (write, picture, rebuild))
-
-
-def _check_size(model: uae.UAE, size: int) -> None:
-    """Checks that an image is a whole number of image tokens, and has no more than the transformer has positions."""
-    cell, most = model.decoder.cell, model.decoder.most_cells or size
-    if size % cell or size // cell > most:
-        near = min(max(1, round(size / cell)), most) * cell
-        upto = f" up to {cell * most}" if model.decoder.most_cells else ""
-        raise ValueError(f"size is {size} pixels; this model generates multiples of {cell}{upto}, such as {near}")
 
 
 def builtin_settings() -> dict[str, Any]:

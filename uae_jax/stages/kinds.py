@@ -5,8 +5,9 @@ stranger's kind is one more entry of `KINDS`.
 """
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -20,7 +21,7 @@ from uae_jax.methods.stage_settings import denoising
 from uae_jax.models.janus import config as janus_config
 from uae_jax.models.janus.unified import Unified
 from uae_jax.models.language.sampling import SamplingConfig
-from uae_jax.models.uae import UAE
+from uae_jax.models.uae import UAE, check_guidance, check_size
 from uae_jax.rollouts.unified import DrawingConfig
 from uae_jax.stages import abstract, export, unified_system, weights
 from uae_jax.stages.abstract import AbstractSystem
@@ -58,6 +59,7 @@ class Kind:
       export: `export.export_system` for it.
       exported: `export.written_parts` for it.
       questions: whether it answers the questions of `stages.understanding`.
+      mistakes: `(configuration, description)` to the settings of all stages that the model cannot draw with.
     """
 
     title: str
@@ -70,6 +72,7 @@ class Kind:
     export: Callable[[Any, Mapping, pathlib.Path, DTypeLike], None]
     exported: Callable[[Mapping], list[str]]
     questions: bool = False
+    mistakes: Callable[[RunConfig, Any], Iterator[str]] = lambda config, model: iter(())
 
     @property
     def stages(self) -> list[str]:
@@ -99,6 +102,19 @@ def _unified_evaluator(
     )
 
 
+def _drawing_mistakes(config: RunConfig, model: UAE) -> Iterator[str]:
+    """Sizes and guidances that the decoder does not have; those of a stage are found in its program."""
+    scores = config.evaluation
+    given = {"guidance_scale": scores.guidance_scale, "also_guidance_scale": scores.also_guidance_scale or 1}
+    checks: dict[str, Callable[[], None]] = {"data.image_size": lambda: check_size(model)}
+    checks |= {f"evaluation.{name}": functools.partial(check_guidance, model, scale) for name, scale in given.items()}
+    for name, check in checks.items():
+        try:
+            check()
+        except ValueError as error:
+            yield f"config.{name}: {error}"
+
+
 def _load_unified(config: ModelConfig, *, negative_prompt: str = "", max_caption: int = 0, **options: Any) -> Any:
     """`load_unified`; the prompt without a caption is the network's own, and it has no scorer of captions."""
     return load_unified(config, **options)
@@ -115,6 +131,7 @@ DECODER = Kind(
     export_system,
     export.written_parts,
     questions=True,
+    mistakes=_drawing_mistakes,
 )
 UNIFIED = Kind(
     "Janus, one network that captions and draws",

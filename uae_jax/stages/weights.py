@@ -155,6 +155,11 @@ def model_folder(path: str | pathlib.Path) -> pathlib.Path:
             problem(folder)
             or f"model folder {folder} does not exist; give an official UAE folder or a training workdir"
         )
+    if decoders.is_own(folder):
+        raise FileNotFoundError(
+            f"{folder} holds a decoder alone; put it beside a captioner: python -m uae_jax.convert import "
+            f"--captioner=CAPTIONER --decoder={folder} OUT"
+        )
     remedy = other_format(folder)
     if remedy:
         raise FileNotFoundError(remedy)

@@ -86,15 +86,16 @@ class KleinDecoder(TextEncoded):
         return shifted_levels(steps, empirical_mu((height // self.cell) * (width // self.cell), steps))
 
 
-def encoder_sizes(text: TextConfig) -> EncoderSizes:
-    """What is read of a Qwen3 of these sizes.
+def encoder_sizes(text: TextConfig, place: str | pathlib.Path = "the text encoder") -> EncoderSizes:
+    """What is read of a Qwen3 of these sizes; `place` is for the message.
 
     Raises:
       ValueError: it has too few layers.
     """
     if text.layers < LAYERS[-1]:
         raise ValueError(
-            f"a text encoder of {text.layers} layers is not klein's, which reads the states after {LAYERS}"
+            f"{place} has {text.layers} layers, and klein reads the states after {LAYERS}; take all folders "
+            "from one model"
         )
     return EncoderSizes(text, LAYERS)
 
@@ -119,7 +120,8 @@ def describe(
     """See `models.decoder.Family`."""
     sizes = TransformerConfig.from_folder(folder / "transformer", dtype=dtype, remat=remat, lora_alpha=lora_alpha)
     autoencoder = VAEConfig.from_folder(folder / "vae")
-    read = encoder_sizes(qwen3.from_folder(folder / "text_encoder", dtype=dtype))
+    place = folder / "text_encoder"
+    read = encoder_sizes(qwen3.from_folder(place, dtype=dtype), place)
     check_scheduler(folder / "scheduler", use_dynamic_shifting=True, time_shift_type="exponential", shift_terminal=None)
     check_fit(
         folder / "transformer" / "config.json",
