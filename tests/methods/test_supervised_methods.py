@@ -58,6 +58,23 @@ def test_the_frozen_encoders_see_a_part_of_the_batch_at_a_time(drawn):
     assert temporaries[rows] < 1.5 / rows * temporaries[1]
 
 
+def test_an_adapter_at_its_start_has_the_loss_of_the_whole_transformer(whole, drawn):
+    stage, samples = drawn
+    adapted = stage_of(whole, "pretrain", condition_dropout=0.5, train="lora", train_projector=False, lora_rank=2)
+    assert set(adapted.trained) == {"transformer_lora"} and "transformer" in adapted.frozen
+
+    def loss(trained, pieces=adapted):
+        total, count, _ = pieces.method.loss(trained, pieces.frozen, {"samples": samples}, stage.key)
+        return total / count
+
+    whole_loss = float(loss(stage.trained, stage))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(adapted.trained)
+    assert float(value) == pytest.approx(whole_loss, rel=1e-6)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 0
+    moved = jax.tree.map(lambda leaf, slope: leaf - 1e-2 * slope, adapted.trained, gradient)
+    assert float(loss(moved)) < whole_loss
+
+
 def test_a_perfect_predictor_has_no_loss(drawn, monkeypatch):
     stage, samples = drawn
 

@@ -220,6 +220,17 @@ def test_a_decoder_goes_the_whole_way(name, method, model_folder, config, tmp_pa
     Qwen2_5_VLForConditionalGeneration.from_pretrained(export / "llm")
 
 
+@pytest.mark.slow
+def test_pretraining_by_an_adapter_leaves_the_decoder_as_it_is(settings, folder, tmp_path):
+    adapted = dict(train="lora", train_projector=False, lora_rank=2, steps=2, batch_size=2)
+    run_module.run(changed(settings, stages=("pretrain",), pretrain=adapted), tmp_path / "run")
+    export = tmp_path / "run" / "export"
+    learned = adapter(export / "dit_lora")
+    assert any(np.abs(leaf).max() > 0 for name, leaf in learned.items() if "lora_B" in name)
+    new, old = (Flux2KleinPipeline.from_pretrained(place / "decoder").transformer for place in (export, folder))
+    assert all(torch.equal(leaf, old.state_dict()[name]) for name, leaf in new.state_dict().items())
+
+
 def test_a_decoder_of_eight_bits_is_read_and_never_trained_as_a_whole(settings, folder, tmp_path):
     values = changed(settings, model=dict(decoder_weights="int8"))
     found, system = check_run(values, tmp_path / "run")

@@ -5,6 +5,7 @@ Source: arXiv 2509.09666, section 3. The language model and the auto-encoder are
 1. The velocity target is noise - image, times are logit-normal(0, 1), and the weight is 1, as in UniWorld-V1's
    train_denoiser.py (arXiv 2506.03147).
 2. A share of the captions is replaced by the negative prompt, so that guidance works.
+3. A decoder that is more than a machine can train as a whole learns by an adapter (`train=lora`).
 """
 
 import dataclasses
@@ -46,6 +47,12 @@ class PretrainConfig(SupervisedSettings):
     time_shift: float = setting(3.0, "shift of the noise levels", above=0)
     weighting: str = setting("none", "weight of the loss by noise level", choices=flow.WEIGHTINGS)
     train_projector: bool = setting(True, "whether the projector learns too")
+    train: str = setting(
+        "full",
+        "what is trained of the transformer: the whole, or an adapter; a later stage's KL is to what has no adapter",
+        choices=("full", "lora"),
+    )
+    lora_rank: int = setting(32, "rank of a new adapter", low=1, source="released UAE code")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +69,9 @@ class Pretrain:
 
     @staticmethod
     def trains(settings: PretrainConfig) -> tuple[str, ...]:
-        """The transformer, and the projector where the settings say so."""
-        return ("projector", "transformer") if settings.train_projector else ("transformer",)
+        """The transformer or its adapter, and the projector where the settings say so."""
+        transformer = "transformer_lora" if settings.train == "lora" else "transformer"
+        return ("projector", transformer) if settings.train_projector else (transformer,)
 
     @staticmethod
     def needs_captions(settings: PretrainConfig) -> bool:
@@ -118,7 +126,7 @@ class Pretrain:
         noise = uae.initial_noise(model, _named(keys, "noise"))
         context = model.decoder.context(parts, samples["hidden"], samples["mask"])
         noisy = flow.corrupt(samples["latents"], noise, sigma)
-        predicted = uae.velocity(model, parts, noisy, sigma, context, policy=False)
+        predicted = uae.velocity(model, parts, noisy, sigma, context, policy=self.settings.train == "lora")
         weight = flow.loss_weight(sigma, self.settings.weighting)
         losses = flow.flow_matching_loss(predicted, flow.velocity_target(samples["latents"], noise), weight)
         return jnp.sum(losses), jnp.float32(len(losses)), {}
