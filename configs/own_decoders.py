@@ -1,7 +1,8 @@
 """Presets with decoders that bring their own text encoder, such as `qwen2_5_vl_3b_klein_4b@1x24GB`.
 
-The captioner learns in `gen_for_und` from a frozen decoder, without any stage before. A decoder is one entry of
-`DECODERS`: how it draws, and what each machine changes.
+The captioner learns in `gen_for_und` from a frozen decoder, without any stage before. A decoder that is not distilled
+then learns by an adapter in `und_for_gen`. A decoder is one entry of `DECODERS`: how it draws, and what each machine
+changes.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ class OwnDecoder(NamedTuple):
       captioners: that it is made for.
       rollout: steps and guidance of a rollout.
       scores: those of held-out scores.
-      machines: what changes with the machine.
+      learns: settings of `und_for_gen`; distilled weights are not trained by rewards (flow_grpo issue 192).
+      machines: what changes with the machine; a decoder learns where a machine has a section `und_for_gen`.
       too_large: `CAPTIONER@MACHINE` that are more than the machine holds.
     """
 
@@ -25,16 +27,18 @@ class OwnDecoder(NamedTuple):
     scores: Deviations
     machines: dict[str, Deviations]
     too_large: tuple[str, ...] = ()
+    learns: Deviations = {}
 
 
 BOTH = ("qwen2_5_vl_3b", "qwen2_5_vl_7b")
 SEVEN = ("qwen2_5_vl_7b",)
 
 
-def _slice(chips: int, chunk: int, **more: Any) -> Deviations:
+def _slice(chips: int, chunk: int, *, learns: bool = False) -> Deviations:
     """A TPU slice of so many chips, four of which share the captioner while it samples."""
-    sampled = dict(rollout_ways=4) | ({} if chunk == 64 else dict(vae_chunk=chunk)) | more
-    return dict(mesh=dict(fsdp=chips), gen_for_und=sampled)
+    sampled = dict(rollout_ways=4) | ({} if chunk == 64 else dict(vae_chunk=chunk))
+    drawn = dict(und_for_gen=dict(batch_size=64, micro_batches=8, vae_chunk=chunk, rollout_ways=4, gather_weights=True))
+    return dict(mesh=dict(fsdp=chips), gen_for_und=sampled) | (drawn if learns else {})
 
 
 def _card(parts: int, micro: int, chunk: int, **more: Any) -> Deviations:
@@ -82,11 +86,16 @@ QWEN_IMAGE = OwnDecoder(
     rollout=dict(guidance_scale=4.0),
     scores=dict(sampler_steps=50, guidance_scale=4.0),
     machines={
-        "8xH200": EIGHT,
-        "v5e-64": _slice(64, 64),
-        "v6e-64": _slice(64, 128),
-        "v5p-64": _slice(64, 256),
+        "8xH200": EIGHT | dict(und_for_gen=dict(micro_batches=12, vae_chunk=16, gather_weights=True)),
+        "v5e-64": _slice(64, 64, learns=True),
+        "v6e-64": _slice(64, 128, learns=True),
+        "v5p-64": _slice(64, 256, learns=True),
     },
+    # flow_grpo's settings for this model: groups of 16, two stochastic steps in the first half, and no KL
+    learns=dict(
+        group_size=16,
+        flow_grpo=dict(guidance_scale=4.0, noise_level=1.2, window=2, kl_weight=0.0),
+    ),
 )
 DECODERS = {"klein_4b": KLEIN, "z_image_turbo": Z_IMAGE_TURBO, "qwen_image": QWEN_IMAGE}
 
@@ -101,6 +110,13 @@ def known() -> dict[str, tuple[OwnDecoder, str, str]]:
         for machine in ("", *decoder.machines)
         if f"{captioner}@{machine}" not in decoder.too_large
     }
+
+
+def stages_of(name: str) -> tuple[str, ...]:
+    """The stages that a preset of `known` runs."""
+    decoder, _, machine = known()[name]
+    learns = "und_for_gen" in decoder.machines.get(machine, {})
+    return ("gen_for_und", "und_for_gen") if learns else ("gen_for_und",)
 
 
 def too_large() -> set[str]:
@@ -119,5 +135,6 @@ def deviations(decoder: OwnDecoder, sizes: str) -> Deviations:
         data=dict(max_prompt=192, negative_prompt=""),
         mesh=dict(data=1, fsdp=-1),
         gen_for_und=dict(vae_chunk=64, gather_weights=True) | decoder.rollout,
+        und_for_gen=decoder.learns,
         evaluation=decoder.scores,
     )

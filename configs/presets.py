@@ -330,10 +330,11 @@ def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDi
             f"{', '.join(stages)}; use the configuration of that stage"
         )
     if name in OWN:
-        wanted = tuple(stage for stage in wanted if stage == "gen_for_und")
+        known = own_decoders.stages_of(name)
+        wanted = tuple(stage for stage in wanted if stage in known)
         if stages and not wanted:
             raise ValueError(
-                f"the preset {name!r} has a frozen decoder with a text encoder of its own; it runs gen_for_und, not "
+                f"the preset {name!r} has a decoder with a text encoder of its own; it runs {' and '.join(known)}, not "
                 f"{stages[0]}"
             )
     if stages and not wanted:

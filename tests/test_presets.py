@@ -75,16 +75,21 @@ def test_a_machine_repeats_no_value_of_the_preset(base, machine):
 
 
 @pytest.mark.parametrize("name", presets.OWN)
-def test_a_preset_with_a_decoder_of_its_own_encoder_runs_one_stage(name):
+def test_a_preset_with_a_decoder_of_its_own_encoder_trains_what_is_not_distilled(name):
     decoder, sizes, machine = presets.OWN[name]
     settings = frozen(RunConfig, presets.preset(name, STAGES).to_dict())
-    assert settings.stages == ("gen_for_und",) and settings.model.sizes == sizes
-    assert settings.stage("gen_for_und").guidance_scale == settings.evaluation.guidance_scale
+    learns = "und_for_gen" in decoder.machines.get(machine, {})
+    stages = ("gen_for_und", "und_for_gen") if learns else ("gen_for_und",)
+    assert settings.stages == stages and settings.model.sizes == sizes
+    assert learns == (bool(machine) and "qwen_image" in sizes)
+    for stage in stages:
+        assert settings.stage(stage).guidance_scale == settings.evaluation.guidance_scale
+    assert not learns or settings.trains("und_for_gen") == ("transformer_lora",)
     if machine:
         own = written(decoder.machines[machine])
         usual = written(as_dict(RunConfig())) | written(presets.PRESETS[sizes]())
         assert own and not {path for path, value in own.items() if usual[path] == value}
-    with pytest.raises(ValueError, match="runs gen_for_und, not pretrain"):
+    with pytest.raises(ValueError, match="runs gen_for_und.*, not pretrain"):
         presets.preset(name, ("pretrain",))
 
 

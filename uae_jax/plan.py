@@ -122,12 +122,18 @@ def _fits(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> 
         raise ValueError("--fits is for the presets as they are; plan changed settings by --config and --topology")
     prepare_environment("")
     from uae_jax.planning.fits import chosen_chips, fit_table, fits_of
+    from uae_jax.settings import one_line
 
     chips = chosen_chips([name for name in options.fits.split(",") if name])
     config = options.config or "unified_grpo"
     rows = []
     for preset in machine_presets(config):
-        found = fits_of(preset, load_config(f"{config}:{preset}").to_dict())
+        try:
+            values = load_config(f"{config}:{preset}").to_dict()
+        except ValueError as error:  # a preset that has none of the configuration's stages
+            print(f"left out: {one_line(error)}", file=sys.stderr, flush=True)
+            continue
+        found = fits_of(preset, values)
         rows += [fit for fit in found if not options.fits or any(fit.fits(chip) for chip in chips)]
         print(f"{preset}: estimated", file=sys.stderr, flush=True)
     print(fit_table(rows, chips))

@@ -41,7 +41,7 @@ FULL = [
 OWN = (
     ("qwen2_5_vl_3b_klein_4b@1x24GB", ONE),
     ("qwen2_5_vl_3b_z_image_turbo", FSDP),
-    ("qwen2_5_vl_7b_qwen_image", CUT),
+    ("qwen2_5_vl_7b_qwen_image@8xH200", FSDP),
 )
 
 
@@ -80,9 +80,10 @@ def test_every_stage_of_every_full_size_preset_is_lowered_for_cards(preset, size
 @pytest.mark.slow
 @pytest.mark.parametrize("preset, sizes", OWN)
 def test_a_decoder_with_a_text_encoder_is_lowered_for_cards(preset, sizes):
-    found = lower(preset, "gen_for_und", sizes)
-    check(found)
-    assert found.attention()
+    for stage in presets.preset(preset, STAGES).stages:
+        found = lower(preset, stage, sizes)
+        check(found)
+        assert found.attention()
 
 
 @pytest.mark.slow
