@@ -1,7 +1,8 @@
-"""The tables of docs/cards.md from plans that were compiled for cards.
+"""The tables of compiled plans: docs/cards.md has one a preset, docs/decoders.md and docs/janus.md one of all presets.
 
     python -m uae_jax.plan --config=configs/unified_grpo.py:PRESET --topology=gpu:8xH100 --json=plans/a.json
     python -m benchmarks.card_tables plans/*.json
+    python -m benchmarks.card_tables --together plans/*.json
 
 Plans of one preset and topology may lie in several files, a stage each.
 """
@@ -9,8 +10,9 @@ Plans of one preset and topology may lie in several files, a stage each.
 import argparse
 import json
 import pathlib
+from collections.abc import Sequence
 
-STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen")
+STAGES = ("pretrain", "cold_start", "gen_for_und", "und_for_gen", "unified_ar")
 HEAD = (
     "cards",
     "stage",
@@ -21,6 +23,17 @@ HEAD = (
     "of the card",
     "step s, at least",
     "compile s",
+)
+TOGETHER = (
+    "preset",
+    "machine",
+    "stage",
+    "GiB a device",
+    "of the device",
+    "step s, at least",
+    "of it captions or tokens",
+    "drawings, of the FLOPs",
+    "s of compiled instructions",
 )
 GIB = 2**30
 
@@ -58,20 +71,53 @@ def row(topology: str, stage: dict) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def whole_row(preset: str, topology: str, stage: dict) -> str:
+    """One line of Markdown of the table of all presets; a network that draws by tokens has no share of drawings."""
+    memory, time = stage["memory"], stage["time"]
+    cells = [
+        f"`{preset}`",
+        topology.removeprefix("gpu:"),
+        stage["stage"],
+        f"{memory['peak'] / GIB:.1f}",
+        f"{100 * memory['peak'] / stage['card']:.0f} %",
+        f"{time['seconds']:.1f}",
+        f"{time['decoding']:.1f}",
+        f"{100 * stage['drawing'] / stage['flops']:.0f} %" if stage["drawing"] else "-",
+        f"{stage['compiled']['seconds']['seconds']:.1f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def head(names: Sequence[str]) -> str:
+    """The first two lines of a table."""
+    return "| " + " | ".join(names) + " |\n|" + "---|" * len(names)
+
+
 def main() -> None:
-    """Prints a table for each preset."""
+    """Prints a table for each preset, or one of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plans", nargs="+", type=pathlib.Path)
+    parser.add_argument("--together", action="store_true", help="one table of all presets")
+    options = parser.parse_args()
     try:
-        presets = read(parser.parse_args().plans)
+        presets = read(options.plans)
     except KeyError as error:
         raise SystemExit(f"error: a file has no field {error}; make it with --json of uae_jax.plan") from error
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    for preset, stages in sorted(presets.items()):
-        print(f"### `{preset}`\n\n| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
-        for topology, name in sorted(stages, key=lambda key: (key[0], STAGES.index(key[1]))):
-            print(row(topology, stages[topology, name]))
+    ordered = {
+        preset: sorted(stages, key=lambda key: (key[0], STAGES.index(key[1]))) for preset, stages in presets.items()
+    }
+    if options.together:
+        rows = [
+            whole_row(preset, key[0], presets[preset][key]) for preset in sorted(ordered) for key in ordered[preset]
+        ]
+        print("\n".join([head(TOGETHER), *rows]))
+        return
+    for preset, keys in sorted(ordered.items()):
+        print(f"### `{preset}`\n\n{head(HEAD)}")
+        for topology, name in keys:
+            print(row(topology, presets[preset][topology, name]))
         print()
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import presets
+from configs import presets, unified_ar
 from uae_jax import plan as plan_command
 from uae_jax import sharding, trees
 from uae_jax.models.language.config import TextConfig
@@ -199,6 +199,22 @@ def test_estimates_are_at_most_15_percent_above_what_was_compiled_and_never_belo
     for stage, peak in compiled_peaks()[preset, count].items():
         found = estimate_memory(make_program(config, system, system.parts, system.batch, stage), config, sizes, system)
         assert 0.999 * peak <= found.peak / GIB <= 1.15 * peak, stage
+
+
+def compiled_together() -> list[tuple[str, str, str, float]]:
+    """Preset, number of cards, stage and GiB of the tables that have all presets of a page, but for those of slices."""
+    rows = re.compile(r"^\| `(\S+)` \| (\d+)x[\w-]+ \| (\w+) \| ([\d.]+) \| \d+ % \|", re.MULTILINE)
+    pages = (ROOT / "docs" / name for name in ("decoders.md", "janus.md"))
+    return [(*row[:3], float(row[3])) for page in pages for row in rows.findall(page.read_text())]
+
+
+@pytest.mark.parametrize("preset, count, stage, peak", compiled_together())
+def test_estimates_of_other_models_are_at_most_15_percent_above_what_was_compiled(preset, count, stage, peak):
+    values = unified_ar.get_config(preset).to_dict() if stage == "unified_ar" else settings(preset)
+    config = frozen(RunConfig, values)
+    system, sizes = abstract_system(config), mesh_sizes(config, int(count))
+    found = estimate_memory(make_program(config, system, system.parts, system.batch, stage), config, sizes, system)
+    assert peak - 0.05 <= found.peak / GIB <= 1.15 * peak  # the page has one decimal
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,8 @@ def _unified_shapes(config: RunConfig, program: Program, sizes: MeshSizes, syste
         text_width=text.width,
         text_mlp=text.mlp_width,
         text_layers=text.layers,
-        cache=2 * text.layers * text.key_heads * text.head_width,
+        # the heads of keys and values are cut where they divide
+        cache=2 * text.layers * text.key_heads * text.head_width // math.gcd(sizes.tensor, text.key_heads),
         vocabulary=text.vocab_size,
         width=0,
         alive=0,
@@ -233,6 +234,8 @@ def _unified_activations(settings: Any, s: Shapes, model: Unified, rows: float, 
     prompts = dataclasses.replace(s, prompt=model.template.length(length), vocabulary=codes)
     captioning = gathered + _captioning(s, some * group, some, length, bool(gathered))
     drawing = gathered + _captioning(prompts, some * drawn * halves, some * group * halves, cells, bool(gathered))
+    # the states of the prompts as they were computed, and as the loop over tokens reads them
+    drawing += 2 * some * group * halves * prompts.prompt * s.cache * s.activation
     chunk = settings.vae_chunk and max(settings.vae_chunk / ways, 1)
     images = some * drawn
     decoding = _maps(s, min(chunk or images, images), 8) + images * s.pixels * 3 * FLOAT

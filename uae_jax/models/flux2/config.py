@@ -77,8 +77,10 @@ class TransformerConfig(TransformerFields):
 
     @property
     def alive(self) -> float:
-        """The fused map of a block with one stream, what attention and MLP make of it, and the stream."""
-        return 3 + 2 * self.mlp_ratio + 1 + self.mlp_ratio + 1
+        """The fused map of a block with one stream, queries and keys in float32, what attention and MLP make, and
+        the stream.
+        """
+        return 3 + 2 * self.mlp_ratio + 4 + 1 + self.mlp_ratio + 1
 
     @property
     def mlp_width(self) -> int:
