@@ -173,9 +173,7 @@ class Progress:
         """The steps of a stage, from step `done` on; lines of steps are the caller's where there is no terminal."""
         # tqdm's own form has a second estimate, of this stage, which passes of scores between the steps throw far off
         hidden = not self.terminal
-        bar = tqdm.tqdm(
-            desc=name, total=total, initial=done, bar_format=COUNTED_BAR, disable=hidden, file=self.stream
-        )
+        bar = tqdm.tqdm(desc=name, total=total, initial=done, bar_format=COUNTED_BAR, disable=hidden, file=self.stream)
         before, self.under_way = self.under_way, f"the step of {name}"
         try:
             with bar:
