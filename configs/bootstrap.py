@@ -30,7 +30,7 @@ from typing import Any
 
 import ml_collections
 
-from configs.presets import merged
+from configs.presets import merged, unknown_preset
 from uae_jax.settings import as_dict
 from uae_jax.stages.bootstrap.settings import BootstrapConfig
 
@@ -77,5 +77,5 @@ def get_config(preset: str | None = None):
     """
     name = preset or "tiny"
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; bootstrap makes the models {', '.join(PRESETS)}")
+        raise ValueError(unknown_preset(name, PRESETS))
     return ml_collections.ConfigDict(merged(as_dict(BootstrapConfig()), PRESETS[name]()))

@@ -4,8 +4,9 @@ The defaults are those of the full-size run, and stand with their meaning and so
 `python -m uae_jax.main --config=unified_grpo --describe` prints them. Here stands only what a preset changes.
 """
 
+import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ml_collections
@@ -298,6 +299,20 @@ def _recipe(name: str, recipe: str) -> Recipe:
     return RECIPES[recipe]
 
 
+def unknown_preset(name: str, known: Collection[str]) -> str:
+    """What to say of a preset that does not exist: its model's machines, the nearest preset, or all models."""
+    model = name.partition("@")[0]
+    if machines := [other.partition("@")[2] for other in known if other.startswith(f"{model}@")]:
+        hint = f"{model} is for {', '.join(f'@{machine}' for machine in machines)}"
+    elif near := difflib.get_close_matches(name, known, 1):
+        hint = f"did you mean {near[0]}?"
+    else:
+        models = [other for other in known if "@" not in other]
+        made = next((other for other in known if "@" in other), "")
+        hint = f"choose one of {', '.join(models)}" + (f", with a machine as in {made}" if made else "")
+    return f"unknown preset {name!r}; {hint}"
+
+
 def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDict:
     """The configuration of a preset, running the given stages.
 
@@ -316,7 +331,7 @@ def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDi
             "or more cards"
         )
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+        raise ValueError(unknown_preset(name, PRESETS))
     recipes = [_recipe(name, recipe) for recipe in chosen]
     known = set().union(*(recipe.stages for recipe in recipes)) if recipes else set(stages)
     wanted = tuple(

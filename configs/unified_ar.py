@@ -13,7 +13,7 @@ import functools
 
 import ml_collections
 
-from configs.presets import Deviations, merged
+from configs.presets import Deviations, merged, unknown_preset
 from uae_jax.settings import as_dict
 from uae_jax.stages.run_config import RunConfig
 
@@ -105,6 +105,6 @@ def get_config(preset: str | None = None) -> ml_collections.ConfigDict:
     """
     name = preset or "tiny"
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; configs/unified_ar.py has {', '.join(PRESETS)}")
+        raise ValueError(unknown_preset(name, PRESETS))
     changes = merged(PRESETS[name](), dict(preset=name, stages=STAGES))
     return ml_collections.ConfigDict(merged(as_dict(RunConfig()), changes))

@@ -98,6 +98,12 @@ def test_the_first_page_answers_the_first_questions():
         assert f"]({target}" in page
 
 
+def test_messages_that_troubleshooting_quotes_are_those_of_the_code():
+    quoted = re.findall(r'^\| "([^"]+)" \|', (DOCS / "trouble.md").read_text(), re.MULTILINE)
+    code = "".join(path.read_text() for path in (ROOT / "uae_jax").rglob("*.py"))
+    assert len(quoted) >= 2 and [message for message in quoted if message not in code] == []
+
+
 def test_the_reference_has_every_setting_command_and_metric():
     from uae_jax.settings import describe
     from uae_jax.stages.run_config import RunConfig

@@ -47,7 +47,7 @@ def test_every_machine_makes_a_step_of_the_same_size_and_fits_the_page():
 
 
 def test_an_unknown_preset_is_told():
-    with pytest.raises(ValueError, match="unknown preset 'huge'; .* has tiny, janus_pro_1b, .*janus_pro_7b"):
+    with pytest.raises(ValueError, match="unknown preset 'huge'; choose one of tiny, janus_pro_1b, .*janus_pro_7b"):
         unified_ar.get_config("huge")
 
 

@@ -2,13 +2,14 @@
 
 import argparse
 import contextlib
+import difflib
 import io
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from uae_jax.settings import Meaning, one_line
 
@@ -49,7 +50,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        plain = default is None or isinstance(default, bool) or default in ("", (), argparse.SUPPRESS)
+        plain = default is None or isinstance(default, bool) or default in ("", (), [], argparse.SUPPRESS)
         return text if plain or "default" in text else f"{text} (default: %(default)s)"
 
 
@@ -105,10 +106,30 @@ class _Commands(argparse._SubParsersAction):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose flags are not abbreviated, and whose subcommands show examples."""
+    """A parser whose flags are not abbreviated, whose subcommands show examples, and whose errors are one line."""
 
     def __init__(self, **settings: Any):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with one line and exit code 2: all flags of a model would hide what is wrong with one of them."""
+        _, _, words = message.partition("unrecognized arguments: ")
+        found = (self._nearest(word) for word in words.split() if word.startswith("-"))
+        self.exit(2, f"error: {message}; {next(filter(None, found), f'see {self.prog} --help')}\n")
+
+    def _nearest(self, word: str) -> str:
+        """The flag that an unknown word is nearest to, as the end of a sentence; empty for none."""
+        begin = re.split("[.=]", word)[0]
+        near = difflib.get_close_matches(begin, self.flags(), 1)
+        return f"did you mean {near[0]}{word.removeprefix(begin)}?" if near else ""
+
+    def flags(self) -> list[str]:
+        """The flags of this parser and of its subcommands."""
+        found = [flag for action in self._actions for flag in action.option_strings]
+        for action in self._actions:
+            parts = action.choices.values() if isinstance(action, argparse._SubParsersAction) else ()
+            found += [flag for part in parts for flag in part.flags()]
+        return found
 
     def add_subparsers(self, **settings: Any) -> Any:
         commands: Any = super().add_subparsers(action=_Commands, **{"required": True, "metavar": "COMMAND", **settings})

@@ -100,8 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def program() -> None:
-    """`main` as a process of its own, which ends though a data source never answers."""
+    """`main` as a process of its own, which ends though a data source never answers, and with its own exit code."""
+    from uae_jax.training.signals import end_before_teardown, end_within
+
     code = 1
+    end_before_teardown(lambda: code)
     try:
         main()
         code = 0
@@ -109,8 +112,6 @@ def program() -> None:
         code = stop.code if isinstance(stop.code, int) else 1
         raise
     finally:
-        from uae_jax.training.signals import end_within
-
         sys.stdout.flush()
         end_within(GRACE_SECONDS, code)
 

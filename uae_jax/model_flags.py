@@ -25,7 +25,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--checkpoint",
         default="",
-        help="official UAE folder, training workdir or Janus folder; start: the built-in model before its training; "
+        help="official UAE folder or its Hub id (OWNER/NAME), training workdir or Janus folder; start: the built-in "
+        "model before its training; "
         "unified: the built-in unified model (default: the built-in trained model)",
     )
     for name in GIVEN:

@@ -70,6 +70,7 @@ def test_help_has_examples_and_defaults_and_names_have_underscores(parser):
         assert not any("-" in name.lstrip("-") for name in action.option_strings)
         if isinstance(action.default, (int, float, pathlib.Path)) and not isinstance(action.default, bool):
             assert f"(default: {action.default})" in words
+        assert "(default: [])" not in words
         assert action.help or isinstance(action, argparse._SubParsersAction)
     assert not parser.allow_abbrev
     assert parser.get_default("run") or any(isinstance(a, argparse._SubParsersAction) for a in parser._actions)
@@ -92,6 +93,35 @@ def test_flags_take_dashes_or_underscores_but_no_abbreviations(capsys):
     with pytest.raises(SystemExit) as end:
         run("--top=0.5")
     assert end.value.code == 2 and "unrecognized arguments: --top=0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "run, words, message",
+    [
+        (
+            main.main,
+            "--config=x --wrkdir=runs/x",
+            "unrecognized arguments: --wrkdir=runs/x; did you mean --workdir=runs/x?",
+        ),
+        (
+            main.main,
+            "--config=x --confg.seed=3",
+            "unrecognized arguments: --confg.seed=3; did you mean --config.seed=3?",
+        ),
+        (main.main, "", "the following arguments are required: --config; see python -m uae_jax.main --help"),
+        (infer.main, "generate text --stepps 4", "unrecognized arguments: --stepps 4; did you mean --steps?"),
+        (convert.main, "export a b --layot hub", "unrecognized arguments: --layot hub; did you mean --layout?"),
+        (
+            evaluate.main,
+            "geneval write --prompts=scenes --out=OUT --nothing",
+            "unrecognized arguments: --nothing; see python -m uae_jax.evaluate --help",
+        ),
+    ],
+)
+def test_a_mistyped_command_is_one_line_with_the_nearest_flag(run, words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(words.split())
+    assert end.value.code == 2 and capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_what_a_command_returns_is_its_exit_code_and_expected_errors_are_one_line():

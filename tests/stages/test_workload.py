@@ -52,6 +52,17 @@ def test_what_is_finished_counts_nothing(config, tmp_path):
     assert estimate.left() == pytest.approx(59 + 500 * 3 / (8 * 9))
 
 
+def test_a_continued_run_expects_no_scores_from_before_it_again(config, tmp_path):
+    estimate = expected_work(config, tmp_path)
+    estimate.step("pretrain", 1.0)
+    estimate.took(SCORES, 10.0)
+    (tmp_path / "checkpoints" / "pretrain" / "0").mkdir(parents=True)
+    continued = expected_work(config, tmp_path)
+    continued.step("pretrain", 1.0)
+    continued.took(SCORES, 10.0)
+    assert continued.left() == pytest.approx(estimate.left() - 10)
+
+
 def test_a_bootstrap_is_estimated_by_the_trainings_that_are_left():
     config = BootstrapConfig()
     estimate = expected_trainings(config, ("captioner", "decoder"))

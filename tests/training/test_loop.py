@@ -1,5 +1,6 @@
 """The host loop: resume equals no interruption, one compilation, errors, order of things."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from uae_jax.training.loop import run_stage
 from uae_jax.training.loop_config import Hooks, LoopConfig
 from uae_jax.training.metrics import MetricWriter, read_lines
 from uae_jax.training.optimizer import OptimizerConfig, make_optimizer
+from uae_jax.training.progress import SCORES_DURING, Progress
 from uae_jax.training.records import check_configuration
 from uae_jax.training.signals import StopTraining
 from uae_jax.training.step import init_state
@@ -69,9 +71,9 @@ IDENTITY = {"rate": 0.01, "names": ("a",)}
 
 
 def train(workdir, *, steps=10, data=None, hooks=None, stage=None, identity=None, **config):
-    """A stage, by default a new one, to its end; `free` and `scoring` go to the loop, other settings are durations."""
+    """A stage, by default a new one, to its end; what is no duration goes to the loop."""
     step, traces, state = stage or make_stage()
-    more = {name: config.pop(name) for name in ("free", "scoring") if name in config}
+    more = {name: config.pop(name) for name in ("free", "scoring", "progress") if name in config}
     writer = MetricWriter(workdir, tensorboard=False)
     config = LoopConfig(steps=steps, **({"save_every": 4, "log_every": 3} | config))
     result = run_stage(
@@ -135,6 +137,21 @@ def test_stop_and_resume_is_bit_exact(tmp_path, capsys, number, code):
     assert not traces and again.record() == resumed.record()
     equal(again.state, whole.state)
     assert "toy step 9/10 reward" in capsys.readouterr().err
+
+
+def test_a_continued_stage_expects_the_passes_of_scores_that_are_left(tmp_path):
+    stop = Hooks(
+        evaluate=lambda state, step: {"norm": 0.0},
+        on_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 7 else None,
+    )
+    with pytest.raises(StopTraining):
+        train(tmp_path, hooks=stop, eval_every=2)
+    shown = Progress(active=False)
+    shown.estimate.expect("toy", 10)
+    shown.estimate.expect(SCORES_DURING, 4)
+    train(tmp_path, hooks=dataclasses.replace(stop, on_step=None), eval_every=2, progress=shown)
+    shown.estimate.took(SCORES_DURING, 3.0)  # after step 8
+    assert shown.estimate.left() == 0
 
 
 def test_a_kill_without_saving_continues_from_the_last_checkpoint(tmp_path):

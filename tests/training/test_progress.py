@@ -80,7 +80,9 @@ def test_a_phase_is_a_bar_on_a_terminal_whose_clock_runs(monkeypatch):
         steps.advance()
         steps.say("reward 0.5")
         assert shown.doing() == "the step of toy"
-    assert "5/10" in stream.getvalue() and "reward 0.5" in stream.getvalue()
+    shown = stream.getvalue()
+    assert "5/10" in shown and "reward 0.5" in shown
+    assert "/s" not in shown and "s/it" not in shown and "<" not in shown  # the estimate of the run is the only one
 
 
 def test_other_processes_show_nothing():

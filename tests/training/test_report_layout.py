@@ -23,6 +23,11 @@ NARROW = """() => [...document.querySelectorAll('td, p, blockquote, figcaption, 
 COVERED = """() => [...document.querySelectorAll('.loop > *')].map(e => e.getBoundingClientRect()).flatMap(
   (a, i, all) => all.slice(i + 1).filter(b => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 &&
   b.top < a.bottom - 1)).length"""
+# words that stand on two lines; a hyphen may end one
+BROKEN = """() => [...document.querySelectorAll('td, th, p, b, small')].flatMap(e => [...e.childNodes]).filter(
+  n => n.nodeType === 3).flatMap(n => [...n.data.matchAll(/[^\\s-]+/g)].filter(word => {
+  const range = document.createRange(); range.setStart(n, word.index); range.setEnd(n, word.index + word[0].length);
+  return new Set([...range.getClientRects()].map(b => b.top)).size > 1 }).map(word => word[0]))"""
 GROUND = "() => getComputedStyle(document.body).backgroundColor"
 
 
@@ -51,7 +56,7 @@ def test_the_report_can_be_read(report, width, scheme):
         page.goto(report.as_uri())
         keep(page, f"report_{width}_{scheme}")
         assert page.evaluate(WIDER) <= width
-        assert page.evaluate(NARROW) == [] and page.evaluate(COVERED) == 0
+        assert page.evaluate(NARROW) == [] and page.evaluate(COVERED) == 0 and page.evaluate(BROKEN) == []
         ground = [int(part) for part in page.evaluate(GROUND).strip("rgb()").split(",")]
         assert (np.mean(ground) > 200) == (scheme == "light")
         shown = page.locator(".curves img").first.evaluate("image => image.currentSrc")

@@ -87,3 +87,28 @@ def test_a_signal_in_a_call_whose_errors_are_forgotten_interrupts_after_it(prepa
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert found.stdout == f"interrupted {int(signal.SIGTERM)}\n" and time.monotonic() - begin < 25
     assert "Traceback" not in found.stderr and "ignored" not in found.stderr
+
+
+ENDED = """
+import atexit, os, sys
+from uae_jax import main
+
+class Thread:  # of a library: it crashes when the interpreter is taken apart under it
+    def __del__(self):
+        os.abort()
+
+def stopped():
+    global kept
+    kept = Thread()
+    atexit.register(print, "closed")
+    sys.exit({code})
+
+main.main = stopped
+main.program()
+"""
+
+
+@pytest.mark.parametrize("code", [0, 130])
+def test_a_run_that_is_over_ends_with_its_own_code_whatever_its_libraries_still_do(code):
+    done = subprocess.run([sys.executable, "-c", ENDED.format(code=code)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "closed\n", "")

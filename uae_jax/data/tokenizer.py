@@ -8,6 +8,7 @@ import itertools
 import os
 import pathlib
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -61,7 +62,9 @@ def load_tokenizer(folder: str | pathlib.Path, control_tokens: bool = False):
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise FileNotFoundError(f"no tokenizer in {folder}: expected one of {', '.join(_TOKENIZER_FILES)}")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers would advise to install PyTorch
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow import, needed only here
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")  # in a notebook without widgets; bars are text there
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow import, needed only here
 
     # tokenizer.json is complete by itself; without another file AutoTokenizer does not know its class
     alone = not any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json"))

@@ -33,13 +33,22 @@ def passes(settings: Any) -> float:
     return settings.batch_size * drawn * GRADIENT
 
 
+def scored_before(workdir: pathlib.Path, config: RunConfig) -> bool:
+    """Whether the scores before the first stage are taken: its first checkpoint has them."""
+    first = next((name for name, _ in config.order()), "")
+    folder = workdir / "checkpoints" / first
+    if not first or not folder.is_dir():
+        return False
+    return (folder / "finished.json").exists() or any(path.name.isdigit() for path in folder.iterdir())
+
+
 def expected_work(config: RunConfig, workdir: pathlib.Path) -> Estimate:
     """The estimate of a run before its first step; what is done already counts nothing."""
     order = [
         (name, stage) for name, stage in config.order() if not finished_record(workdir, name, config.stage(stage).steps)
     ]
     estimate = Estimate({name: passes(config.stage(stage)) for name, stage in order})
-    estimate.expect(SCORES, len(order) + 1)
+    estimate.expect(SCORES, len(order) + (not scored_before(workdir, config)))
     estimate.expect(COMPILE, len(order))
     estimate.expect(EXPORT, len(order))
     for name, stage in order:

@@ -23,7 +23,7 @@ from uae_jax.training.guard import OFF, WATCHED, Guard, GuardConfig, Trip, Tripp
 from uae_jax.training.loop_config import DataIterator, Hooks, LoopConfig
 from uae_jax.training.metrics import Clock, MetricWriter
 from uae_jax.training.pace import Pace
-from uae_jax.training.progress import COMPILE, Phase, Progress
+from uae_jax.training.progress import COMPILE, SCORES_DURING, Phase, Progress
 from uae_jax.training.records import Scores, StageResult, check_identity, check_steps, finished_record, tripped_record
 from uae_jax.training.signals import Interrupted, StopFlag, StopTraining, interrupt_as_terminate, stop_on_signals
 from uae_jax.training.step import TrainState
@@ -211,6 +211,7 @@ class _Loop:
         """The steps after the `done` ones (None: from nothing); None where the guard tripped."""
         config, start = self.config, done or 0
         self.progress.estimate.expect(self.name, -start)
+        self.progress.estimate.expect(SCORES_DURING, -self.passes_until(start))
         try:
             with self.progress.steps(self.name, config.steps, start) as self.shown:
                 self.watch.started(start)
@@ -311,6 +312,11 @@ class _Loop:
         return bool(every) and (
             bool(self.guard.config.understanding_fall) if last else number > 0 and number % every == 0
         )
+
+    def passes_until(self, number: int) -> int:
+        """Passes of scores in the middle of the stage that are done when it continues after step `number`."""
+        steps = range(1, min(number + 1, self.config.steps))
+        return sum(self.evaluation_due(step) and (step < number or self.judged(step)) for step in steps)
 
     def judged(self, number: int) -> bool:
         """Whether nothing is open about step `number`: its scores are known, or none are due."""

@@ -171,7 +171,9 @@ class Progress:
     @contextlib.contextmanager
     def steps(self, name: str, total: int, done: int) -> Iterator[Phase]:
         """The steps of a stage, from step `done` on; lines of steps are the caller's where there is no terminal."""
-        bar = tqdm.tqdm(desc=name, total=total, initial=done, disable=not self.terminal, file=self.stream)
+        # tqdm's own form has a second estimate, of this stage, which passes of scores between the steps throw far off
+        hidden = not self.terminal
+        bar = tqdm.tqdm(desc=name, total=total, initial=done, bar_format=COUNTED_BAR, disable=hidden, file=self.stream)
         before, self.under_way = self.under_way, f"the step of {name}"
         try:
             with bar:
