@@ -42,8 +42,9 @@ def _slice(chips: int, chunk: int, *, learns: bool = False) -> Deviations:
 
 
 def _card(parts: int, micro: int, chunk: int, **more: Any) -> Deviations:
-    """One card: the batch of many, in parts."""
-    return dict(mesh=dict(fsdp=1), gen_for_und=dict(rollout_parts=parts, micro_batches=micro, vae_chunk=chunk) | more)
+    """One card: the batch of many, in parts, but for the captions, which all come from one loop."""
+    sampled = dict(rollout_parts=parts, micro_batches=micro, vae_chunk=chunk, rollout_slots=512 // min(parts, 16))
+    return dict(mesh=dict(fsdp=1), gen_for_und=sampled | more)
 
 
 # 8 cards of 80 or 141 GB

@@ -141,7 +141,8 @@ def _mini() -> Deviations:
 
 
 # What changes with the machine, for `PRESET@SLICE`: values that `uae_jax.plan` found to fit, or scaled from them
-# (docs/scaling.md). The images of a rollout are decoded `vae_chunk` at a time, one or two a device.
+# (docs/scaling.md). The images of a rollout are decoded `vae_chunk` at a time, one or two a device. One card writes the
+# captions of all parts in one loop (`rollout_slots`): a turn reads the whole language model, for one row or many.
 SLICES: dict[str, Deviations] = {
     # 64 chips of 16 GiB; four chips share the captioner while it samples
     "v5e-64": dict(mesh=dict(fsdp=64), gen_for_und=dict(rollout_ways=4), und_for_gen=dict(rollout_ways=4)),
@@ -186,20 +187,22 @@ SLICES: dict[str, Deviations] = {
         mesh=dict(fsdp=1),
         pretrain=dict(micro_batches=64),
         cold_start=dict(micro_batches=64, vae_chunk=1),
-        gen_for_und=dict(rollout_parts=4, micro_batches=8, vae_chunk=8),
-        und_for_gen=dict(batch_size=48, rollout_parts=6, micro_batches=24, vae_chunk=8),
+        gen_for_und=dict(rollout_parts=4, micro_batches=8, vae_chunk=8, rollout_slots=128),
+        und_for_gen=dict(batch_size=48, rollout_parts=6, micro_batches=24, vae_chunk=8, rollout_slots=48),
     ),
     # one card of 40 or 48 GB: adapters alone
     "1x48GB": dict(
         mesh=dict(fsdp=1),
-        gen_for_und=dict(rollout_parts=8, micro_batches=16, vae_chunk=4),
-        und_for_gen=dict(batch_size=48, rollout_parts=12, micro_batches=48, vae_chunk=4),
+        gen_for_und=dict(rollout_parts=8, micro_batches=16, vae_chunk=4, rollout_slots=64),
+        und_for_gen=dict(batch_size=48, rollout_parts=12, micro_batches=48, vae_chunk=4, rollout_slots=48),
     ),
     # one card of 24 GB: adapters alone, and no copy of the language model for sampling
     "1x24GB": dict(
         mesh=dict(fsdp=1),
-        gen_for_und=dict(rollout_parts=8, micro_batches=64, vae_chunk=2, gather_weights=False),
-        und_for_gen=dict(batch_size=48, rollout_parts=48, micro_batches=144, vae_chunk=2, gather_weights=False),
+        gen_for_und=dict(rollout_parts=8, micro_batches=64, vae_chunk=2, gather_weights=False, rollout_slots=64),
+        und_for_gen=dict(
+            batch_size=48, rollout_parts=48, micro_batches=144, vae_chunk=2, gather_weights=False, rollout_slots=48
+        ),
     ),
 }
 LARGE = ("qwen2_5_vl_3b_sd3_5_large", "qwen2_5_vl_7b_sd3_5_large")
