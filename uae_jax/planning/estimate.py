@@ -311,7 +311,7 @@ def _sampling_weights(program: Program, sizes: MeshSizes, s: Shapes) -> float:
     # each device keeps its part, and has one complete layer at a time
     if ways := getattr(program.config, "rollout_ways", 0):
         return (trees.parameter_count(language) / ways + layers / s.activation / s.text_layers) * s.activation
-    return 1.25 * layers + (trees.parameter_count(language) * s.activation / sizes.tensor - layers)
+    return 1.22 * layers + (trees.parameter_count(language) * s.activation / sizes.tensor - layers)
 
 
 def _gathered_decoder(program: Program, sizes: MeshSizes) -> float:
