@@ -193,8 +193,8 @@ SLICES: dict[str, Deviations] = {
     # one card of 40 or 48 GB: adapters alone
     "1x48GB": dict(
         mesh=dict(fsdp=1),
-        gen_for_und=dict(rollout_parts=8, micro_batches=16, vae_chunk=4, rollout_slots=64),
-        und_for_gen=dict(batch_size=48, rollout_parts=12, micro_batches=48, vae_chunk=4, rollout_slots=48),
+        gen_for_und=dict(rollout_parts=8, micro_batches=16, vae_chunk=4),
+        und_for_gen=dict(batch_size=48, rollout_parts=12, micro_batches=48, vae_chunk=4, rollout_slots=12),
     ),
     # one card of 24 GB: adapters alone, and no copy of the language model for sampling
     "1x24GB": dict(

@@ -127,8 +127,10 @@ def _captioning(s: Shapes, rows: float, groups: float, length: int, packed: bool
 def _writing(settings: Any, s: Shapes, rows: float, some: float, length: int, packed: bool) -> float:
     """Captions of `some` images at once, or in slots with the prompts of all `rows`."""
     group, slots = settings.captions_per_image, settings.rollout_slots
-    if slots:
-        return _captioning(s, min(slots, rows * group), rows, length, True)
+    if slots := min(slots, rows * group):
+        # the loop has the keys and values of all slots twice: as they were, and with those of new prompts
+        again = slots * (length + s.prompt) * s.cache * s.activation
+        return _captioning(s, slots, rows, length, True) + again
     return _captioning(s, some * group, some, length, packed)
 
 
