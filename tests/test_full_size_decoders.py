@@ -73,6 +73,7 @@ def written(folder, name: str, content: dict):
     return folder
 
 
+@pytest.mark.trap(70)
 def test_klein_4b_and_its_adapter(tmp_path):
     stored_config = KLEIN | {"kind": flux2.TransformerConfig.published_class}
     config = flux2.TransformerConfig.from_folder(written(tmp_path, "_class_name", stored_config))
@@ -142,6 +143,7 @@ Z_IMAGE = dict(
 )
 
 
+@pytest.mark.trap(70)
 def test_z_image_and_its_adapter(tmp_path):
     config = z_config.TransformerConfig.from_folder(
         written(tmp_path, "_class_name", Z_IMAGE | {"kind": z_config.TransformerConfig.published_class})
@@ -174,6 +176,7 @@ QWEN_IMAGE = dict(
 QWEN_VAE = dict(base_dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[], dropout=0.0)
 
 
+@pytest.mark.trap(70)
 def test_qwen_image_and_its_adapter(tmp_path):
     stored_config = QWEN_IMAGE | {"kind": q_config.TransformerConfig.published_class}
     config = q_config.TransformerConfig.from_folder(written(tmp_path, "_class_name", stored_config))

@@ -67,6 +67,7 @@ def test_a_drawing_prompt_is_that_of_transformers_without_a_system_turn(tokenize
     assert ours == [tokenizer.ids["bos"], *map(int, theirs)] and ours[-1] == tokenizer.ids["begin_image"]
 
 
+@pytest.mark.trap(52)
 @pytest.mark.parametrize("text", ["a red cat", "Two  spaces, 3 dogs.\nAnd a line", "größer als 日本 🙂", "x"])
 def test_captions_survive_decoding_and_encoding(tokenizer, text):
     ids = tokenizer.encode_caption(text)
@@ -99,6 +100,7 @@ def test_bad_texts_and_files_are_named(tokenizer, folder, tmp_path):
         JanusTokenizer(tmp_path, {}, CELLS)
 
 
+@pytest.mark.trap(44)
 def test_prompts_are_padded_on_the_right_and_the_first_token_stays(tokenizer):
     ids = tokenizer.drawing_ids("a cat")
     fields = padded_ids(ids, 40)
@@ -154,6 +156,7 @@ def test_settings_of_other_images_are_refused(processor, tmp_path):
             check_image_settings(tmp_path, 32)
 
 
+@pytest.mark.trap(56)
 def test_a_square_crop_is_seen_as_it_is_drawn():
     """The captioner's picture and the target of the drawing are one crop where the source is cropped first."""
     crop = square_image(picture(100, 61), 32)

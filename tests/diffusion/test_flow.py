@@ -16,6 +16,7 @@ def _pair(shape=(3, 4, 4, 2)):
     return x0, noise
 
 
+@pytest.mark.trap(32)
 def test_corruption_and_velocity_are_inverses():
     x0, noise = _pair()
     sigma = jnp.array([0.1, 0.5, 0.9])
@@ -27,12 +28,14 @@ def test_corruption_and_velocity_are_inverses():
     np.testing.assert_array_equal(flow.corrupt(x0, noise, jnp.float32(1)), noise)
 
 
+@pytest.mark.trap(32)
 def test_velocity_is_the_derivative_of_the_path():
     x0, noise = _pair()
     _, tangent = jax.jvp(lambda s: flow.corrupt(x0, noise, s), (jnp.float32(0.3),), (jnp.float32(1),))
     np.testing.assert_allclose(tangent, flow.velocity_target(x0, noise), atol=1e-6)
 
 
+@pytest.mark.trap(32)
 def test_the_loss_is_the_weighted_mean_squared_error_of_each_sample():
     x0, noise = _pair()
     target = flow.velocity_target(x0, noise)
@@ -42,6 +45,7 @@ def test_the_loss_is_the_weighted_mean_squared_error_of_each_sample():
     np.testing.assert_allclose(flow.flow_matching_loss(velocity, target, weight), weight * error, rtol=1e-5)
 
 
+@pytest.mark.trap(32)
 def test_perfect_prediction_has_no_loss_and_the_loss_is_float32():
     x0, noise = _pair()
     target = flow.velocity_target(x0, noise)
@@ -50,6 +54,7 @@ def test_perfect_prediction_has_no_loss_and_the_loss_is_float32():
     assert loss.dtype == jnp.float32 and loss.shape == (3,)
 
 
+@pytest.mark.trap(32)
 def test_weights():
     sigma = jnp.array([0.25, 0.5, 1.0])
     np.testing.assert_array_equal(flow.loss_weight(sigma), 1)
@@ -74,6 +79,7 @@ def _distribution(scheme):
     }[scheme]
 
 
+@pytest.mark.trap(32)
 @pytest.mark.parametrize("scheme", flow.SCHEMES)
 def test_histogram_of_levels(scheme):
     shift = 3.0
@@ -85,6 +91,7 @@ def test_histogram_of_levels(scheme):
     assert distance < 1.63 / np.sqrt(20000)
 
 
+@pytest.mark.trap(32)
 @pytest.mark.parametrize("scheme", flow.SCHEMES)
 def test_strata_are_equally_probable_parts_of_the_density(scheme):
     """Each level lies in its own part, and all of them together have the density."""
@@ -101,6 +108,7 @@ def test_strata_are_equally_probable_parts_of_the_density(scheme):
     assert stats.kstest(np.concatenate(shares), "uniform").statistic < 1.63 / np.sqrt(parts * 5000)
 
 
+@pytest.mark.trap(32)
 def test_levels_belong_to_samples_not_to_batches():
     keys = _keys(8)
     whole = flow.sample_sigmas(keys)

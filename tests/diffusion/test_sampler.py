@@ -115,6 +115,7 @@ def test_guidance_one_skips_the_negative_half_and_equals_the_condition():
     np.testing.assert_allclose(plain, guided, atol=1e-5)
 
 
+@pytest.mark.trap(23)
 def test_guidance_formula_and_order():
     contexts = {}
 
@@ -157,6 +158,7 @@ def test_guidance_errors():
         sampler.guided_velocity(_denoiser(_params()), _noise(), jnp.float32(0.5), context, negative, 4.5)
 
 
+@pytest.mark.trap(21)
 @pytest.mark.parametrize(
     "rule,start,size",
     [(SdeStep(0.7), 0, 5), (SdeStep(0.7), 3, 2), (DanceStep(0.3), 1, 2), (CpsStep(0.7), 1, 2)],
@@ -207,6 +209,7 @@ def test_a_noiseless_window_is_the_deterministic_sampler():
     assert (trajectory.log_probs == 0).all()
 
 
+@pytest.mark.trap(24)
 def test_noise_belongs_to_samples_and_steps():
     """The same draws in any batch; none shared by two samples or two steps."""
 
@@ -226,6 +229,7 @@ def test_noise_belongs_to_samples_and_steps():
     assert (other.next_latents != whole.next_latents).all()
 
 
+@pytest.mark.trap(37)
 def test_one_program_serves_every_window():
     @jax.jit
     def rollout(start):
@@ -236,6 +240,7 @@ def test_one_program_serves_every_window():
     assert all((a != b).any() for a, b in zip(finals, finals[1:]))
 
 
+@pytest.mark.trap(22)
 def test_deterministic_steps_leave_no_nan_in_gradients():
     """Scoring a window that a zero-noise rule made: finite value, zero gradient."""
     trajectory = sampler.sample_window(_predict(_params()), _noise(), SIGMAS, SdeStep(0.0), 0, 5, _keys())

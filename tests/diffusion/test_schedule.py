@@ -13,6 +13,7 @@ GOLDEN = {
 }
 
 
+@pytest.mark.trap(16)
 @pytest.mark.parametrize("kind", GOLDEN)
 def test_golden_values_at_ten_steps(kind):
     sigmas = sigma_schedule(10, 3.0, kind)
@@ -20,6 +21,7 @@ def test_golden_values_at_ten_steps(kind):
     np.testing.assert_allclose(sigmas, GOLDEN[kind], atol=6e-7)
 
 
+@pytest.mark.trap(16)
 @pytest.mark.parametrize("steps", [1, 2, 10, 28, 40])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_equals_the_diffusers_scheduler(steps, shift):
@@ -35,6 +37,7 @@ def test_equals_the_diffusers_scheduler(steps, shift):
     np.testing.assert_allclose(single, scheduler.sigmas.numpy(), atol=1e-6)
 
 
+@pytest.mark.trap(16)
 @pytest.mark.parametrize("kind", GOLDEN)
 @pytest.mark.parametrize("steps", [10, 28, 40])
 def test_decreases_from_one_to_zero(kind, steps):
@@ -43,6 +46,7 @@ def test_decreases_from_one_to_zero(kind, steps):
     assert (np.diff(sigmas) < 0).all()
 
 
+@pytest.mark.trap(16)
 def test_bad_requests_are_named():
     with pytest.raises(ValueError, match="karras"):
         sigma_schedule(10, 3.0, "karras")
@@ -52,6 +56,7 @@ def test_bad_requests_are_named():
         sigma_schedule(10, 0.0)
 
 
+@pytest.mark.trap(16)
 def test_reads_a_scheduler_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="scheduler_config.json"):
         ScheduleConfig.from_folder(tmp_path)

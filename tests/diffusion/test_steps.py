@@ -21,6 +21,7 @@ def _transition(rule, x, v, index, sigmas=SIGMAS):
     return rule.transition(x, v, sigmas[index], sigmas[index + 1], sigmas[1])
 
 
+@pytest.mark.trap(17)
 @pytest.mark.parametrize("index", range(10))
 @pytest.mark.parametrize("rule", [steps.SdeStep(0.0), steps.DanceStep(0.0), steps.CpsStep(0.0)])
 def test_without_noise_every_rule_is_euler(rule, index):
@@ -54,6 +55,7 @@ def test_sde_coefficients_at_ten_steps():
         np.testing.assert_allclose(mean[0, 0], slopes[index], atol=6e-5)
 
 
+@pytest.mark.trap(17)
 @pytest.mark.parametrize("index", range(1, 10))
 @pytest.mark.parametrize("rule", RULES[:2])
 def test_sde_mean_is_the_reverse_sde_with_the_score(rule, index):
@@ -88,6 +90,7 @@ def test_half_precision_inputs_are_computed_in_float32(rule):
     assert np.isfinite(std) and std > 0
 
 
+@pytest.mark.trap(18)
 def test_log_prob_is_the_mean_of_normal_log_densities():
     mean, x_next = _state()
     log_prob = steps.transition_log_prob(x_next, mean, jnp.float32(0.4))
@@ -99,6 +102,7 @@ def test_log_prob_is_the_mean_of_normal_log_densities():
     np.testing.assert_allclose(log_prob[0] * 32, joint, rtol=1e-4)
 
 
+@pytest.mark.trap(18)
 @pytest.mark.parametrize("score", [steps.transition_log_prob, steps.cps_log_prob])
 def test_the_sample_is_a_constant_and_the_mean_is_not(score):
     mean, x_next = _state()
@@ -121,6 +125,7 @@ def test_cps_log_prob_has_no_variance_and_no_constants():
     np.testing.assert_array_equal(gaussian, steps.transition_log_prob(x_next, mean, jnp.float32(0.4)))
 
 
+@pytest.mark.trap(22)
 @pytest.mark.parametrize("score", [steps.transition_log_prob, steps.cps_log_prob])
 def test_deterministic_steps_have_no_log_prob_and_no_nan(score):
     mean, x_next = _state()
@@ -129,6 +134,7 @@ def test_deterministic_steps_have_no_log_prob_and_no_nan(score):
     assert (score(x_next, mean, jnp.float32(0.4)) != 0).all() and (gradient(mean, jnp.float32(0.4)) != 0).any()
 
 
+@pytest.mark.trap(19)
 @pytest.mark.parametrize("dimensions", [64, 1024])
 def test_ratio_statistics(dimensions):
     """log rho has mean -k and std sqrt(2 k / D) when the mean moves by a KL of k a dimension."""
@@ -145,6 +151,7 @@ def test_ratio_statistics(dimensions):
     assert abs(float(log_ratio.std()) / expected_std - 1) < 4 / math.sqrt(2 * samples)
 
 
+@pytest.mark.trap(20)
 @pytest.mark.parametrize("noise_level", [0.0, 0.7, 1.0])
 def test_sde_keeps_the_marginals_of_gaussian_data(noise_level):
     data_std, count, dimensions, total = 0.4, 1000, 50, 200
@@ -164,6 +171,7 @@ def test_sde_keeps_the_marginals_of_gaussian_data(noise_level):
     assert abs(float(x.std()) / data_std - 1) < 0.02
 
 
+@pytest.mark.trap(27)
 def test_kl_forms_against_hand_values():
     ref, difference = _state()
     std, dt = jnp.float32(0.5), jnp.float32(-0.04)
@@ -179,6 +187,7 @@ def test_kl_forms_against_hand_values():
     np.testing.assert_allclose(velocity, square, rtol=1e-5)
 
 
+@pytest.mark.trap(27)
 def test_kl_of_a_velocity_change_has_a_gradient_and_vanishes_at_the_reference():
     rule = steps.SdeStep(0.7)
     x, v = _state()

@@ -94,6 +94,7 @@ def _values(metrics):
     return {name: float(total) / float(count) for name, (total, count) in metrics.items()}
 
 
+@pytest.mark.trap(34)
 def test_a_wrong_sampled_log_prob_shows_in_the_gap_and_nowhere_else(caption_stage):
     stage, _, rollout = caption_stage
     samples = {name: value for name, value in rollout["samples"].items() if name != "old"}
@@ -141,6 +142,7 @@ def test_dual_clip_and_the_estimator_of_kl_reach_the_loss(caption_stage):
         dataclasses.replace(stage.config, dual_clip=0.5)
 
 
+@pytest.mark.trap(34)
 @pytest.mark.slow
 def test_a_wrong_velocity_shows_in_the_gaps_of_one_update(flow_stage):
     stage, _, rollout = flow_stage
@@ -205,6 +207,7 @@ def test_drawings_of_a_group_can_begin_with_one_noise_and_differ_by_the_window_a
     )
 
 
+@pytest.mark.trap(14)
 def test_no_gradient_passes_through_the_reward(caption_stage):
     stage, _, _ = caption_stage
 
@@ -285,6 +288,7 @@ def test_the_window_comes_from_the_key_and_is_shared(flow_stage):
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
+@pytest.mark.trap(23)
 def test_guidance_has_a_negative_context_and_replays_exactly(flow_stage):
     stage, _, rollout = flow_stage
     states, mask = rollout["shared"]["negative"]

@@ -28,6 +28,7 @@ def captioner(whole):
     )
 
 
+@pytest.mark.trap(1, 34)
 def test_first_ratio_is_exactly_one_and_kl_exactly_zero(captioner):
     *_, metrics, again = captioner
     assert metrics["ratio_deviation_max"] == 0.0 and metrics["kl"] == 0.0
@@ -38,6 +39,7 @@ def test_first_ratio_is_exactly_one_and_kl_exactly_zero(captioner):
     assert again["kl"] > 0  # the rollout of the second step is scored against a reference that did not move
 
 
+@pytest.mark.trap(34)
 @pytest.mark.slow
 def test_rollouts_of_8_bits_are_scored_by_the_model_itself(whole, captioner):
     stage = stage_of(whole, "gen_for_und", rollout_weights="int8")
@@ -48,12 +50,14 @@ def test_rollouts_of_8_bits_are_scored_by_the_model_itself(whole, captioner):
     assert exact["log_prob_gap_max"] < 1e-4 < 1e-3 < float(metrics["log_prob_gap"]) < 0.5
 
 
+@pytest.mark.trap(14, 34)
 def test_only_the_adapter_is_trained_and_it_moves(captioner):
     stage, _, moved, *_ = captioner
     assert set(stage.trained) == set(moved) == {"language_lora"}
     assert largest_gap(stage.trained["language_lora"], moved["language_lora"]) > 0
 
 
+@pytest.mark.trap(34)
 def test_the_step_was_compiled_once(captioner):
     _, step, *_ = captioner
     assert step._cache_size() == 1
@@ -66,6 +70,7 @@ def _reconstructions(stage, method, completion):
     return np.asarray(pixels).reshape(len(stage.batch["pixels"]), stage.config.group_size, -1)
 
 
+@pytest.mark.trap(25, 34)
 @pytest.mark.slow
 def test_shared_noise_gives_equal_captions_equal_images(captioner):
     stage = captioner[0]
@@ -79,6 +84,7 @@ def test_shared_noise_gives_equal_captions_equal_images(captioner):
     assert np.abs(separate - separate[:, :1]).max() > 1e-3
 
 
+@pytest.mark.trap(24, 34)
 def test_captions_follow_from_sample_ids_and_not_from_the_batch(captioner):
     stage = captioner[0]
     parts = {**stage.frozen, **stage.trained}
@@ -93,6 +99,7 @@ def test_captions_follow_from_sample_ids_and_not_from_the_batch(captioner):
     )
 
 
+@pytest.mark.trap(13, 34)
 def test_a_trained_adapter_reaches_the_rollout_and_leaves_the_reference(captioner):
     stage = captioner[0]
     parts = {**stage.frozen, "language_lora": nudged(stage.trained["language_lora"], size=0.3)}
@@ -113,6 +120,7 @@ def test_a_trained_adapter_reaches_the_rollout_and_leaves_the_reference(captione
     np.testing.assert_allclose(score(parts, samples, trained=True).log_probs, sampled, atol=1e-4)
 
 
+@pytest.mark.trap(34)
 @pytest.mark.parametrize(
     "setting, message",
     [
@@ -127,6 +135,7 @@ def test_settings_that_cannot_work_fail_before_anything_runs(config, tmp_path, s
         make_run(changed(config, gen_for_und=setting), tmp_path)
 
 
+@pytest.mark.trap(34, 35)
 @pytest.mark.slow
 def test_two_updates_of_a_rollout_move_the_ratio(whole):
     stage = stage_of(whole, "und_for_gen", flow_grpo=dict(updates_per_rollout=2))
@@ -140,6 +149,7 @@ def test_two_updates_of_a_rollout_move_the_ratio(whole):
     assert all(np.isfinite(value) for value in metrics.values())
 
 
+@pytest.mark.trap(21, 34)
 def test_flow_ratio_is_one_before_the_update(whole):
     stage = stage_of(whole, "und_for_gen", flow_grpo=dict(updates_per_rollout=1))
     first = stage.state()
@@ -150,6 +160,7 @@ def test_flow_ratio_is_one_before_the_update(whole):
     assert float(metrics["kl"]) < 1e-10 and float(metrics["grad_norm"]) > 0
 
 
+@pytest.mark.trap(34)
 @pytest.mark.parametrize(
     "setting, message",
     [
@@ -165,6 +176,7 @@ def test_flow_settings_that_cannot_work_fail_before_anything_runs(config, tmp_pa
         make_run(changed(config, und_for_gen=setting), tmp_path)
 
 
+@pytest.mark.trap(34)
 @pytest.mark.slow
 def test_the_second_update_of_an_nft_rollout_is_off_policy(whole):
     stage = stage_of(whole, "und_for_gen", method="nft", nft=dict(updates_per_rollout=2, kl_weight=0.1))
@@ -174,6 +186,7 @@ def test_the_second_update_of_an_nft_rollout_is_off_policy(whole):
     assert set(state.params) == {"transformer_lora"} and int(state.updates) == 2
 
 
+@pytest.mark.trap(34)
 def test_nft_begins_at_the_reference_and_rolls_out_by_a_policy_that_lags(whole):
     own = dict(updates_per_rollout=1, kl_weight=0.1, old_decay=0.5, old_decay_rate=10.0)
     stage = stage_of(whole, "und_for_gen", method="nft", nft=own)
@@ -191,6 +204,7 @@ def test_nft_begins_at_the_reference_and_rolls_out_by_a_policy_that_lags(whole):
     assert float(metrics["velocity_shift"]) > 0.0  # the policy has left the one that made the rollout
 
 
+@pytest.mark.trap(34)
 @pytest.mark.parametrize(
     "setting, message",
     [

@@ -75,6 +75,7 @@ def test_an_adapter_at_its_start_has_the_loss_of_the_whole_transformer(whole, dr
     assert float(loss(moved)) < whole_loss
 
 
+@pytest.mark.trap(32)
 def test_a_perfect_predictor_has_no_loss(drawn, monkeypatch):
     stage, samples = drawn
 
@@ -111,6 +112,7 @@ def cold(whole):
     return trained, function, *function(trained)
 
 
+@pytest.mark.trap(33)
 @pytest.mark.slow
 def test_cold_start_gradient_is_the_slope_of_its_loss(cold):
     trained, function, _, gradient = cold
@@ -145,6 +147,7 @@ def test_image_encoders_are_recomputed_where_the_transformer_is(whole, monkeypat
     assert seen and set(seen) == {remat == "full"}
 
 
+@pytest.mark.trap(33)
 @pytest.mark.slow
 def test_recomputing_layers_changes_no_gradient(whole, cold):
     trained, _, value, gradient = cold

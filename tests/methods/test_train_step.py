@@ -39,6 +39,7 @@ def make_batch(n=8, seed=0):
     }
 
 
+@pytest.mark.trap(11)
 @pytest.mark.parametrize("micro_batches", [2, 4, 8])
 def test_gradient_is_the_same_for_every_micro_batch_count(micro_batches):
     rollout = {"samples": make_batch(), "shared": {}}
@@ -90,6 +91,7 @@ def test_samples_that_do_not_divide_are_refused(samples, message):
         split_samples(samples, 4)
 
 
+@pytest.mark.trap(35)
 def test_ratio_leaves_one_after_the_first_update():
     """With old and new parameters aliased every ratio would stay 1 and the clip would be dead."""
 
@@ -159,6 +161,7 @@ def test_non_finite_gradient_skips_the_update_and_counts_it():
     assert np.abs(state.params["layer"]["kernel"] - PARAMS["layer"]["kernel"]).max() > 0
 
 
+@pytest.mark.trap(29)
 def test_ema_follows_its_formula_once_an_update():
     optimizer = optax.sgd(0.1)
     step = jax.jit(make_train_step(learner(masked_loss, ema_decay=0.2), optimizer))
@@ -220,6 +223,7 @@ def test_metric_named_twice_is_refused():
         make_train_step(method, optimizer)(init_state(PARAMS, optimizer), {}, make_batch(), jax.random.key(0))
 
 
+@pytest.mark.trap(24)
 def test_step_key_depends_on_root_name_and_step():
     root = jax.random.key(0)
     data = lambda *a: tuple(jax.random.key_data(step_key(*a)).tolist())

@@ -100,6 +100,7 @@ def test_a_step_trains_both_streams_and_reports_each(parts, batch):
     assert min(jax.tree.leaves(moved)) > 0
 
 
+@pytest.mark.trap(42)
 def test_the_ratio_is_one_before_an_update_and_not_after(parts, batch, rollout):
     own, (params, rest) = method(updates_per_rollout=2), split(parts)
     moved = jax.tree.map(lambda leaf: leaf + 0.002, params)
@@ -125,6 +126,7 @@ def test_shuffled_rewards_are_those_of_the_image_in_another_order(parts, batch):
     assert (found != real).any(axis=(1, 2)).all()
 
 
+@pytest.mark.trap(55)
 def test_advantages_compare_captions_of_an_image_and_drawings_of_a_caption(rollout):
     samples = rollout["samples"]
     assert samples["caption_advantage"].shape == (BATCH, GROUP)
@@ -140,6 +142,7 @@ def test_a_drawing_with_one_image_takes_the_advantage_of_its_caption():
     np.testing.assert_array_equal(found["image_advantage"][..., 0], found["caption_advantage"])
 
 
+@pytest.mark.trap(45)
 def test_a_full_drawing_keeps_its_reward_and_one_of_an_endless_caption_does_not(parts):
     """Drawings and captions of as many tokens as there is room for: the penalty is for captions alone."""
     own = method(max_new_tokens=CONFIG.vq.tokens, reward={**SMALL["reward"], "overlong_penalty": 0.25})
@@ -224,6 +227,7 @@ def test_conditional_scores_are_those_of_the_captions_half(parts, rollout):
     assert float(jnp.abs(found[0] - found[2]).max()) > 1e-2
 
 
+@pytest.mark.trap(57)
 @pytest.mark.parametrize("train", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_kl_of_a_new_policy_is_zero_and_only_it_is_trained(parts, batch, train):
     fresh = {name: part for name, part in parts.items() if name != "language_lora"}
@@ -238,6 +242,7 @@ def test_the_kl_of_a_new_policy_is_zero_and_only_it_is_trained(parts, batch, tra
         assert not {name for name in still if "layers" in name}
 
 
+@pytest.mark.trap(54)
 def test_no_gradient_reaches_what_is_frozen(parts, rollout):
     """Towers, aligners, image tokens' embedding and head, tokenizer: the step differentiates none of them."""
     own, (params, rest) = method(), split(parts)

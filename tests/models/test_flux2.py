@@ -63,10 +63,12 @@ def test_a_caption_that_is_too_long_is_cut_in_front_of_the_suffix(pair):
     assert (np.asarray(ids)[0, len(template.prefix) : -len(template.suffix)] == 65).all()
 
 
+@pytest.mark.trap(61)
 def test_states_are_those_of_the_pipeline_for_padding_too(contexts):
     near(contexts.ours, contexts.theirs)
 
 
+@pytest.mark.trap(69)
 @pytest.mark.parametrize("size", SIZES)
 def test_one_velocity_of_several_captions_and_noise_levels(pair, contexts, size):
     rng = np.random.default_rng(0)
@@ -88,6 +90,7 @@ def test_one_velocity_of_several_captions_and_noise_levels(pair, contexts, size)
     near(ours.reshape(count, -1, latents.shape[-1]), theirs)
 
 
+@pytest.mark.trap(62)
 def test_the_transformer_reads_the_padding(pair, contexts):
     """Whoever masks it, as SD3's, computes something else: black-forest-labs/flux2, issue 59."""
     latents, sigma = jnp.ones((5, 2, 2, 16)), jnp.full(5, 0.5)
@@ -98,6 +101,7 @@ def test_the_transformer_reads_the_padding(pair, contexts):
     assert float(jnp.abs(whole - without).max()) > 1e-3 * float(jnp.abs(whole).max())
 
 
+@pytest.mark.trap(67)
 @pytest.mark.parametrize("steps, height, width", [(4, 512, 512), (4, 1024, 768), (50, 1024, 1024), (1, 256, 256)])
 def test_noise_levels_are_the_pipelines_to_the_last_digit(steps, height, width):
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -112,6 +116,7 @@ def test_noise_levels_are_the_pipelines_to_the_last_digit(steps, height, width):
     )
 
 
+@pytest.mark.trap(67)
 def test_the_published_levels_of_four_steps():
     levels = flux2.KleinDecoder.sigmas(types.SimpleNamespace(cell=16), 4, 512, 512, 3.0)
     np.testing.assert_allclose(levels, [1, 0.9581, 0.8840, 0.7175, 0], atol=5e-5)
@@ -151,6 +156,7 @@ def test_a_distilled_model_refuses_guidance(pair):
     np.testing.assert_array_equal(pair.decoder.guide(v, 3 * v, 1.0), v)
 
 
+@pytest.mark.trap(68)
 def test_decoded_images_and_encoded_means(pair):
     rng = np.random.default_rng(2)
     pixels = rng.uniform(-1, 1, (2, 24, 16, 3)).astype(np.float32)
@@ -174,6 +180,7 @@ def test_decoded_images_and_encoded_means(pair):
     near(pair.decoder.decode(brighter, ours), first(drawn_images) + 2)  # not clipped
 
 
+@pytest.mark.trap(69)
 def test_patches_have_their_channels_first(pair):
     labelled = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
     theirs = pair.pipeline._patchify_latents(last(labelled))
@@ -181,6 +188,7 @@ def test_patches_have_their_channels_first(pair):
     np.testing.assert_array_equal(vae.unpatchify(vae.patchify(labelled)), labelled)
 
 
+@pytest.mark.trap(68)
 def test_statistics_of_the_batch_norm_count(pair):
     x = jnp.ones((1, 2, 2, 16))
     back = vae.from_model_latents(pair.decoder.vae, pair.parts["vae"], pair.decoder.to_model_latents(pair.parts, x))
@@ -188,6 +196,7 @@ def test_statistics_of_the_batch_norm_count(pair):
     assert float(jnp.abs(pair.decoder.to_model_latents(pair.parts, x) - x).max()) > 0.1
 
 
+@pytest.mark.trap(70)
 def test_a_new_adapter_reaches_every_attention(pair):
     from uae_jax.nn.lora import init_lora
 
@@ -200,6 +209,7 @@ def test_a_new_adapter_reaches_every_attention(pair):
     }
 
 
+@pytest.mark.trap(59)
 def test_banned_ids_are_no_text(pair):
     banned = {index for start, end in pair.banned for index in range(start, min(end, 400))}
     vocabulary = pair.tokenizer.get_vocab()
@@ -209,6 +219,7 @@ def test_banned_ids_are_no_text(pair):
         assert not banned & set(pair.tokenizer(text)["input_ids"])
 
 
+@pytest.mark.trap(58)
 @pytest.mark.parametrize("change, message", [("vocab", "another vocabulary"), ("merges", "other merges")])
 def test_another_tokenizer_is_refused(pair, change, message):
     content = json.loads(make_tokenizer().backend_tokenizer.to_str())
@@ -230,6 +241,7 @@ def test_the_parts_are_those_that_the_description_says(pair):
     assert transformer.abstract_params(pair.decoder.transformer).keys() == pair.parts["transformer"].keys()
 
 
+@pytest.mark.trap(59)
 def test_ids_without_a_token_stay_finite(pair):
     control = pair.tokenizer.get_vocab()["<|image_pad|>"]
     tokens = jnp.array([[control, 10**6, 2**31 - 1, len(pair.tokenizer)]], jnp.int32)

@@ -74,6 +74,7 @@ def drawn(params, adapter):
     return draw(params, adapter, *prompts(), keys())
 
 
+@pytest.mark.trap(41)
 def test_drawing_with_a_cache_equals_replay(params, adapter, drawn):
     found = score(params, adapter, *prompts(), drawn.tokens)
     assert len(np.unique(drawn.tokens)) > 30
@@ -89,6 +90,7 @@ def test_the_form_that_gpus_decode_with_draws_the_same(params, adapter, drawn):
     assert_close(packed.log_probs, drawn.log_probs)
 
 
+@pytest.mark.trap(41, 51)
 def test_a_caption_with_a_cache_equals_replay_and_nothing_after_its_end_counts(params, adapter):
     ids, mask = pieces.right_padded(pieces.caption_prompts())
     batch = {"prompt_ids": ids, "prompt_mask": mask, "pixels": pieces.pixels()}
@@ -122,6 +124,7 @@ def test_a_caption_with_a_cache_equals_replay_and_nothing_after_its_end_counts(p
     assert (np.asarray(said.tokens)[~np.asarray(said.mask)] == pieces.PAD).all()
 
 
+@pytest.mark.trap(43, 44)
 def test_a_short_prompt_in_a_padded_batch_draws_as_it_does_alone(params, adapter, drawn):
     """Its unconditional half has the length of its own prompt, and keeps the first and the last token."""
     ids, mask = prompts()
@@ -137,6 +140,7 @@ def test_a_short_prompt_in_a_padded_batch_draws_as_it_does_alone(params, adapter
     assert_close(alone.log_probs, drawn.log_probs[own])
 
 
+@pytest.mark.trap(43)
 def test_the_unconditional_half_depends_on_the_length_of_the_prompt(params):
     """Padding between the first and the last token is attended to."""
     inside = ([9, 9, 9], [9] * 8, [50, 7, 9])
@@ -147,6 +151,7 @@ def test_the_unconditional_half_depends_on_the_length_of_the_prompt(params):
     assert_close(other, short)  # and on nothing else
 
 
+@pytest.mark.trap(45)
 def test_every_token_of_a_full_drawing_counts(params, adapter, drawn):
     """A drawing has no end token: the last one is scored as the first, and nothing says truncated."""
     assert drawn._fields == ("tokens", "log_probs") and drawn.tokens.shape == (3 * GROUP, CELLS)
@@ -173,6 +178,7 @@ def test_guidance_of_one_is_the_conditional_distribution(params, adapter, drawn)
     assert_close(score(params, adapter, ids, mask, alone.tokens, scale=1).log_probs, alone.log_probs)
 
 
+@pytest.mark.trap(50)
 @pytest.mark.parametrize("name", ["language/head/kernel", "language/embedding/table", "vq/codebook/table"])
 def test_scores_of_image_tokens_read_neither_text_head_nor_codebook(params, adapter, drawn, name):
     changed = pieces.replaced(params, name, lambda leaf: leaf + jax.random.normal(jax.random.key(5), leaf.shape))
@@ -183,6 +189,7 @@ def test_scores_of_image_tokens_read_neither_text_head_nor_codebook(params, adap
         np.testing.assert_array_equal(found, other)
 
 
+@pytest.mark.trap(47)
 def test_image_tokens_are_read_from_their_own_table(params, adapter, drawn):
     changed = pieces.replaced(params, "generation/embedding/table", lambda leaf: leaf[::-1])
     found, other = (score(tree, adapter, *prompts(), drawn.tokens).log_probs for tree in (params, changed))
@@ -227,6 +234,7 @@ def test_number_of_keys_is_checked(params):
         drawing.draw(CONFIG, params, None, prefix, keys(4), group=1)
 
 
+@pytest.mark.trap(41)
 def test_half_precision_keeps_logits_and_scores_in_float32(params, adapter, drawn):
     half = dataclasses.replace(CONFIG, text=CONFIG.text.using(dtype="bfloat16"))
     found = score(params, adapter, *prompts(), drawn.tokens, config=half)

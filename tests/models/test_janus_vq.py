@@ -27,6 +27,7 @@ def tokens():
     return np.random.default_rng(0).integers(0, 64, (CELLS, CELLS)).astype(np.int32)
 
 
+@pytest.mark.trap(48)
 def test_the_length_of_a_code_leaves_pixels_and_its_direction_does_not(params, tokens):
     lengths = jnp.linspace(0.2, 9.0, 64)[:, None]
     pixels = decode(params["vq"], tokens)
@@ -36,6 +37,7 @@ def test_the_length_of_a_code_leaves_pixels_and_its_direction_does_not(params, t
     assert float(jnp.abs(decode(turned["vq"], tokens) - pixels).max()) > 1e-2
 
 
+@pytest.mark.trap(49)
 def test_a_token_moves_its_own_cell_in_reading_order(params):
     tokens = jnp.zeros((CELLS, CELLS), jnp.int32)
     moved = tokens + jnp.eye(CELLS, dtype=jnp.int32)  # row t changes token t
@@ -44,6 +46,7 @@ def test_a_token_moves_its_own_cell_in_reading_order(params):
     assert [np.argwhere(cells).tolist() for cells in changed] == [[[t // 4, t % 4]] for t in range(CELLS)]
 
 
+@pytest.mark.trap(49)
 def test_the_pixels_of_a_token_are_in_its_cell(params):
     """In a decoder whose convolutions look at one pixel, and whose attention is off."""
 

@@ -22,6 +22,7 @@ def captions(seed: int) -> list[str]:
     return [f"{text.strip()}{mark}" for text, mark in zip(made, rng.choice([".", "", "!", '"', "\n"], CAPTIONS))]
 
 
+@pytest.mark.trap(58)
 @pytest.mark.parametrize("family", KNOWN, ids=lambda family: family.name)
 def test_a_thousand_captions_by_their_ids_are_the_tokens_of_the_whole_text(family):
     tokenizer, texts = make_tokenizer(*THINKING), captions(5)
@@ -37,6 +38,7 @@ def test_a_thousand_captions_by_their_ids_are_the_tokens_of_the_whole_text(famil
         assert row[kept].tolist() == whole, text
 
 
+@pytest.mark.trap(58)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_ids_are_those_of_a_chat(name):
     """Their marks stand where the tokenizers' templates have them; the words between are those of Qwen's vocabulary."""
@@ -49,6 +51,7 @@ def test_published_ids_are_those_of_a_chat(name):
     assert decoder.states_shape(4096)[0][0] == 512 and decoder.latent_shape(512, 512)[0] in (32, 64)
 
 
+@pytest.mark.trap(59)
 def test_a_banned_id_is_never_sampled_however_likely():
     banned = ((3, 5), (9, 12))
     logits = jnp.zeros((256, 12)).at[:, 3:5].set(50.0).at[:, 9:].set(80.0)

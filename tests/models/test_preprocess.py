@@ -50,6 +50,7 @@ def processor(request):
     )
 
 
+@pytest.mark.trap(31)
 @pytest.mark.parametrize("size", SIZES)
 def test_published_processors_are_reproduced(processor, size, tmp_path):
     image = natural(*size)
@@ -64,6 +65,7 @@ def test_published_processors_are_reproduced(processor, size, tmp_path):
     assert exact.max() < 1.01 and exact.mean() < 0.01  # PIL's fixed-point weights may turn a tie
 
 
+@pytest.mark.trap(31)
 @pytest.mark.parametrize("size", SIZES)
 def test_dinov3_ignores_the_aspect_ratio(size):
     raw = dict(
@@ -81,6 +83,7 @@ def test_dinov3_ignores_the_aspect_ratio(size):
     np.testing.assert_allclose(ours, (x - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD), atol=2e-5)
 
 
+@pytest.mark.trap(31)
 @pytest.mark.parametrize("size", SIZES)
 def test_uae_variant_is_torch_bicubic_without_antialiasing(size, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(clip_preprocessor(32)))
@@ -93,6 +96,7 @@ def test_uae_variant_is_torch_bicubic_without_antialiasing(size, tmp_path):
     assert hash(preprocess) == hash(Preprocess.from_folder(tmp_path, "uae"))
 
 
+@pytest.mark.trap(31)
 @pytest.mark.parametrize("n_in, n_out", [(7, 7), (9, 4), (4, 9), (37, 16)])
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("antialias", [True, False])
@@ -103,6 +107,7 @@ def test_resize_matrix_equals_torch(n_in, n_out, method, antialias):
     np.testing.assert_allclose(resize_matrix(n_in, n_out, method, antialias, a), theirs[0, 0].T.numpy(), atol=2e-7)
 
 
+@pytest.mark.trap(31)
 def test_crop_offsets_floor_in_transformers_and_round_in_torchvision():
     pixels = jnp.broadcast_to(jnp.arange(11.0)[None, None, :, None] / 255, (1, 8, 11, 3))
     start = {}
@@ -115,11 +120,13 @@ def test_crop_offsets_floor_in_transformers_and_round_in_torchvision():
     assert Preprocess.longclip().crop_offset == "round"
 
 
+@pytest.mark.trap(31)
 def test_older_integer_sizes():
     old = Preprocess.from_dict(dict(feature_extractor_type="CLIPFeatureExtractor", size=224, crop_size=224, resample=3))
     assert old == Preprocess.from_dict(clip_preprocessor(224))
 
 
+@pytest.mark.trap(31)
 def test_gradient_is_the_transposed_resize():
     preprocess = Preprocess(size=(8,), crop=(8, 8), clip=False)
     x = jax.random.uniform(jax.random.key(0), (1, 12, 20, 3))
@@ -129,6 +136,7 @@ def test_gradient_is_the_transposed_resize():
     np.testing.assert_allclose(gradient.sum((0, 1, 2)), 64 / np.array(preprocess.std), rtol=1e-4)
 
 
+@pytest.mark.trap(31)
 def test_unsupported_settings_are_named(tmp_path):
     with pytest.raises(ValueError, match="resample 1"):
         Preprocess.from_dict(dict(clip_preprocessor(32), resample=1))

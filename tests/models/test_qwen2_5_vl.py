@@ -122,6 +122,7 @@ def assert_close(ours, theirs, tolerance=1e-5):
         assert float(jnp.abs(ours[name] - value).max()) <= tolerance * scale, name
 
 
+@pytest.mark.trap(3)
 def test_decoding_with_a_cache_equals_teacher_forcing_at_every_position(params, adapter, rollout):
     lengths = rollout.mask.sum(1)
     assert len(set(lengths.tolist())) > 1 and rollout.finished.any()  # rows end at different steps
@@ -129,6 +130,7 @@ def test_decoding_with_a_cache_equals_teacher_forcing_at_every_position(params, 
     np.testing.assert_allclose(scores.log_probs, rollout.log_probs, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.trap(5)
 def test_mask_ends_with_the_first_stop_token(rollout):
     for tokens, mask, finished in zip(rollout.tokens.tolist(), rollout.mask.tolist(), rollout.finished.tolist()):
         stops = [index for index, token in enumerate(tokens) if token in STOPS and mask[index]]
@@ -138,6 +140,7 @@ def test_mask_ends_with_the_first_stop_token(rollout):
         assert tokens[length:] == [CONFIG.pad_token_id] * (NEW - length)
 
 
+@pytest.mark.trap(5)
 def test_tokens_after_the_end_change_nothing(params, adapter, rollout):
     other = jnp.where(rollout.mask, rollout.tokens, 37)
     assert (other != rollout.tokens).any()
@@ -145,6 +148,7 @@ def test_tokens_after_the_end_change_nothing(params, adapter, rollout):
     np.testing.assert_array_equal(score(params, adapter, prompts(), other, rollout.mask).log_probs, expected)
 
 
+@pytest.mark.trap(2)
 def test_a_later_token_does_not_move_earlier_scores_and_a_token_moves_its_own(params, adapter, rollout):
     full, tokens = jnp.ones_like(rollout.mask), jax.random.randint(jax.random.key(5), rollout.tokens.shape, 12, 50)
     before = score(params, adapter, prompts(), tokens, full).log_probs
@@ -155,6 +159,7 @@ def test_a_later_token_does_not_move_earlier_scores_and_a_token_moves_its_own(pa
     assert (moved[:, 4] > 1e-3).all() and (moved[:, 5:].max(1) > 1e-3).all()
 
 
+@pytest.mark.trap(4)
 def test_padding_of_the_prompt_changes_neither_scores_nor_gradient(params, adapter, rollout):
     arguments = (rollout.tokens, rollout.mask)
     narrow, wide = prompts(9), prompts(14)
@@ -226,6 +231,7 @@ def test_scores_and_gradient_through_the_prefix_equal_one_plain_forward_pass(par
     assert_close(gradients, expected, 1e-4)
 
 
+@pytest.mark.trap(6)
 def test_rows_do_not_depend_on_when_the_loop_ends(params, adapter, rollout):
     early = int(np.argmin(rollout.mask.sum(1)))
     assert rollout.mask[early].sum() < NEW
@@ -240,6 +246,7 @@ def test_rows_do_not_depend_on_when_the_loop_ends(params, adapter, rollout):
     assert full.mask.all() and not full.finished.any()
 
 
+@pytest.mark.trap(13)
 def test_zero_adapter_is_the_base_bit_for_bit_and_merging_changes_nothing(params, adapter, rollout):
     arguments = (prompts(), rollout.tokens, rollout.mask)
     zero = init_lora(jax.random.key(1), params["language"], lm.ADAPTER_PATTERN, rank=2)
@@ -268,6 +275,7 @@ def test_entropy_is_that_of_the_distribution(params, adapter, rollout):
     assert (entropy[~rollout.mask] == 0).all()
 
 
+@pytest.mark.trap(7)
 @pytest.mark.parametrize("vocabulary", [17, 1200])
 def test_sampled_frequencies_follow_the_scored_distribution(vocabulary):
     logits = 2.0 * jax.random.normal(jax.random.key(0), (vocabulary,))
@@ -296,6 +304,7 @@ def test_inverse_distribution_function_at_its_ends_takes_possible_tokens():
     assert sample_tokens(logits, jnp.zeros(2), 0.0).tolist() == [3, 3]
 
 
+@pytest.mark.trap(7)
 def test_truncation_keeps_the_most_probable_and_is_refused_for_training():
     logits = jnp.log(jnp.asarray([[0.1, 0.4, 0.2, 0.3]]))
     assert (truncate(logits, SamplingConfig(top_k=2)) > -1e29).tolist() == [[False, True, False, True]]
@@ -337,6 +346,7 @@ def test_a_frozen_head_has_the_same_scores_and_gradient_by_the_adapter(params, a
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 1e-3
 
 
+@pytest.mark.trap(8)
 def test_scores_are_float32_over_a_large_vocabulary_with_bfloat16_activations():
     vocabulary, width = 151_936, 16
     rng = np.random.default_rng(0)

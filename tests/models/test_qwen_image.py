@@ -40,12 +40,14 @@ def contexts(pair):
     return ours, (theirs, mask)
 
 
+@pytest.mark.trap(61)
 def test_states_are_those_of_the_pipeline(contexts):
     (states, mask), (theirs, theirs_mask) = contexts
     np.testing.assert_array_equal(mask, theirs_mask.bool().numpy())
     near(jnp.where(mask[..., None], states, 0), theirs)
 
 
+@pytest.mark.trap(60)
 def test_dropped_tokens_still_count_in_the_encoder(pair, contexts):
     """They are dropped after encoding: another prefix changes the states behind it."""
     tokens, lengths = rows(pair, TEXTS)
@@ -54,6 +56,7 @@ def test_dropped_tokens_still_count_in_the_encoder(pair, contexts):
     assert float(jnp.abs(other - contexts[0][0])[np.asarray(contexts[0][1])].max()) > 1e-3
 
 
+@pytest.mark.trap(65)
 @pytest.mark.parametrize("size", SIZES)
 def test_one_velocity_of_several_captions_and_noise_levels(pair, contexts, size):
     (states, mask), (theirs, theirs_mask) = contexts
@@ -73,6 +76,7 @@ def test_one_velocity_of_several_captions_and_noise_levels(pair, contexts, size)
     near(transformer.patchify(ours), found)
 
 
+@pytest.mark.trap(65)
 def test_the_content_and_width_of_padding_do_not_matter(pair, contexts):
     (states, mask), _ = contexts
     latents, sigma = jnp.ones((len(TEXTS), 4, 4, 4)), jnp.full(len(TEXTS), 0.4)
@@ -82,6 +86,7 @@ def test_the_content_and_width_of_padding_do_not_matter(pair, contexts):
     near(again, ours, 1e-5)
 
 
+@pytest.mark.trap(67)
 @pytest.mark.parametrize("steps, height, width", [(10, 512, 512), (50, 1024, 768), (2, 256, 256)])
 def test_noise_levels_are_the_pipelines_to_the_last_digit(steps, height, width):
     scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
@@ -93,12 +98,14 @@ def test_noise_levels_are_the_pipelines_to_the_last_digit(steps, height, width):
     np.testing.assert_array_equal(found, scheduler.sigmas.numpy())
 
 
+@pytest.mark.trap(67)
 def test_the_published_levels_of_ten_steps():
     decoder = types.SimpleNamespace(cell=16, shift=qwen_image.Shift())
     levels = qwen_image.QwenImageDecoder.sigmas(decoder, 10, 512, 512, 3.0)
     np.testing.assert_allclose(levels[[0, 1, 2, -3, -2, -1]], [1, 0.929, 0.8515, 0.1833, 0.02, 0], atol=5e-4)
 
 
+@pytest.mark.trap(66)
 def test_guided_latents_after_all_steps(pair):
     """With the published guidance: each patch has the length of the caption's velocity."""
     texts, (height, width) = list(TEXT[:2]), (32, 48)
@@ -118,6 +125,7 @@ def test_guided_latents_after_all_steps(pair):
     near(transformer.patchify(ours), theirs)
 
 
+@pytest.mark.trap(66)
 def test_guidance_of_one_is_the_captions_velocity(pair):
     v = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 6, 4)), jnp.float32)
     np.testing.assert_allclose(pair.decoder.guide(v, -v, 1.0), v, rtol=1e-6)
@@ -128,6 +136,7 @@ def test_guidance_of_one_is_the_captions_velocity(pair):
     assert not np.allclose(*whole, rtol=1e-2)  # of a patch, not of each latent
 
 
+@pytest.mark.trap(68)
 def test_decoded_images_and_encoded_means(pair):
     pixels, network = np.random.default_rng(2).uniform(-1, 1, (2, 32, 16, 3)).astype(np.float32), pair.pipeline.vae
     mean, std = (
@@ -145,6 +154,7 @@ def test_decoded_images_and_encoded_means(pair):
     near(pair.decoder.decode(brighter, ours), images + 2)  # theirs are clamped, ours must not be
 
 
+@pytest.mark.trap(68)
 def test_only_the_last_frame_of_a_kernel_counts(pair, tmp_path):
     """Garbage in all other time slices, and in the convolutions over time, changes nothing."""
     state, seen = pair.pipeline.vae.state_dict(), 0
@@ -171,6 +181,7 @@ def test_a_kernel_is_written_back_with_zeros_before_its_last_frame():
     np.testing.assert_array_equal(rule.to_ours(whole), kernel)
 
 
+@pytest.mark.trap(69)
 def test_patches_have_their_channels_first(pair):
     labelled = np.arange(1 * 4 * 6 * 4.0).reshape(1, 4, 6, 4)
     ours = transformer.patchify(jnp.asarray(labelled))
@@ -178,6 +189,7 @@ def test_patches_have_their_channels_first(pair):
     np.testing.assert_array_equal(transformer.unpatchify(ours, 4, 6), labelled)
 
 
+@pytest.mark.trap(70)
 def test_a_new_adapter_reaches_every_attention_and_the_last_texts_get_no_gradient(pair, contexts):
     base, decoder = pair.parts["transformer"], pair.decoder
     adapter = init_lora(jax.random.key(0), base, decoder.lora_targets, 2)

@@ -133,6 +133,7 @@ def test_position_table_equals_diffusers(pair):
     np.testing.assert_allclose(sd3.position_table(config), model.pos_embed.pos_embed.numpy(), rtol=0, atol=1e-7)
 
 
+@pytest.mark.trap(26)
 def test_masked_padding_equals_exact_length(random_model):
     config, params = random_model
     latents, timestep, context, pooled = inputs(config)

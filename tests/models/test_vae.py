@@ -165,6 +165,7 @@ def test_only_a_single_cpu_interleaves(monkeypatch):
     assert seen == [4, 2, 1] and interleaved() == 1
 
 
+@pytest.mark.trap(30)
 def test_model_latents_are_shifted_and_scaled_both_ways():
     latents = jax.random.normal(jax.random.key(0), (2, 3, 3, 16))
     scaled = vae.to_model_latents(VAEConfig(), {}, latents)

@@ -39,6 +39,7 @@ def contexts(pair):
     return ours, theirs
 
 
+@pytest.mark.trap(61)
 def test_states_are_those_of_the_pipeline(contexts):
     (states, mask), theirs = contexts
     assert len({len(row) for row in theirs}) > 2
@@ -47,6 +48,7 @@ def test_states_are_those_of_the_pipeline(contexts):
         near(ours[: len(row)], row)
 
 
+@pytest.mark.trap(64)
 @pytest.mark.parametrize("size", SIZES)
 def test_one_velocity_of_several_captions_and_noise_levels(pair, contexts, size):
     """With the sign, the time and the padding of the published model, in one batch."""
@@ -60,6 +62,7 @@ def test_one_velocity_of_several_captions_and_noise_levels(pair, contexts, size)
     near(ours, -first(torch.stack(found)[:, :, 0]))
 
 
+@pytest.mark.trap(63)
 def test_a_batch_of_lengths_equals_single_rows(pair, contexts):
     """Learned padding is attended to up to the next multiple of 32 of each row, whatever its neighbours need."""
     (states, mask), _ = contexts
@@ -74,6 +77,7 @@ def test_a_batch_of_lengths_equals_single_rows(pair, contexts):
         near(velocity(pair, latents[row : row + 1], sigma[:1], alone)[0], together[row], 1e-5)
 
 
+@pytest.mark.trap(63)
 def test_the_content_of_padding_does_not_matter(pair, contexts):
     (states, mask), _ = contexts
     latents, sigma = jnp.ones((len(TEXTS), 4, 4, 4)), jnp.full(len(TEXTS), 0.4)
@@ -82,6 +86,7 @@ def test_the_content_of_padding_does_not_matter(pair, contexts):
     np.testing.assert_array_equal(ours, again)
 
 
+@pytest.mark.trap(67)
 @pytest.mark.parametrize("shift, steps", [(6.0, 28), (3.0, 8), (6.0, 1)])
 def test_noise_levels_are_the_pipelines_to_the_last_digit(shift, steps):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
@@ -90,6 +95,7 @@ def test_noise_levels_are_the_pipelines_to_the_last_digit(shift, steps):
     np.testing.assert_array_equal(ours, scheduler.sigmas.numpy())
 
 
+@pytest.mark.trap(64)
 def test_guided_latents_after_all_steps(pair):
     """Of a whole call of the pipeline, whose guidance scale is one less than ours."""
     texts, (height, width) = list(TEXT[:2]), (16, 12)
@@ -115,6 +121,7 @@ def test_decoded_images_and_encoded_means(pair):
     near(pair.decoder.decode(pair.parts, ours), first(drawn))
 
 
+@pytest.mark.trap(69)
 def test_patches_have_their_channels_last(pair):
     labelled = np.arange(1 * 4 * 6 * 4.0).reshape(1, 4, 6, 4)
     theirs, _, _ = pair.pipeline.transformer._patchify_image(last(labelled)[0][:, None], 2, 1)
@@ -123,6 +130,7 @@ def test_patches_have_their_channels_last(pair):
     np.testing.assert_array_equal(transformer.unpatchify(ours, 4, 6), labelled)
 
 
+@pytest.mark.trap(70)
 def test_a_new_adapter_reaches_every_attention(pair):
     adapter = init_lora(jax.random.key(0), pair.parts["transformer"], pair.decoder.lora_targets, 2)
     modules = {name.rpartition("/")[0] for name in trees.flatten(adapter)}

@@ -78,6 +78,7 @@ def test_the_mix_adds_it_with_its_weight(params):
     assert not list(rewards.RewardConfig().caption_terms("cold_start"))
 
 
+@pytest.mark.trap(6)
 def test_a_caption_without_an_end_earns_the_penalty_less():
     unfinished = jnp.array([[False, True, True], [False, False, False]])
     plain, penalised = (

@@ -32,6 +32,7 @@ def images(count: int, seed: int = 0, side: int = 24) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, (count, side, side, 3)), jnp.float32)
 
 
+@pytest.mark.trap(31)
 def test_an_image_is_most_similar_to_itself(params):
     x = images(4)
     np.testing.assert_allclose(cosine_reward(ENCODER, params, x, x, 1), 1.0, atol=1e-6)
@@ -40,6 +41,7 @@ def test_an_image_is_most_similar_to_itself(params):
     assert np.all(other < 0.9999) and np.all(np.abs(other) <= 1)
 
 
+@pytest.mark.trap(40)
 def test_reconstructions_are_grouped_by_original(params):
     x, group = images(2), 3
     y = jnp.repeat(x, group, axis=0).at[1].set(images(1, seed=5)[0])
@@ -89,6 +91,7 @@ def test_with_full_contrast_one_image_for_every_original_earns_nothing(params):
         cosine_reward(ENCODER, params, x[:1], same[:1], 1, contrast=1.0)
 
 
+@pytest.mark.trap(25)
 def test_identical_reconstructions_get_identical_rewards(params):
     x = images(2)
     y = jnp.repeat(images(2, seed=1), 4, axis=0)
@@ -96,6 +99,7 @@ def test_identical_reconstructions_get_identical_rewards(params):
     np.testing.assert_array_equal(reward, np.repeat(reward[:, :1], 4, axis=1))
 
 
+@pytest.mark.trap(30)
 def test_values_outside_of_the_image_range_do_not_pay(params):
     x, y = images(2), jnp.sign(images(2, seed=1))
     once, more = (cosine_reward(ENCODER, params, x, scale * y, 1, clamp="hard") for scale in (1, 3))

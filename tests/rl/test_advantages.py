@@ -21,6 +21,7 @@ def _value(pair):
     return float(pair[0]) / float(pair[1])
 
 
+@pytest.mark.trap(12)
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_against_numpy(scale):
     advantages, metrics = group_advantages(REWARDS, scale=scale)
@@ -31,11 +32,13 @@ def test_against_numpy(scale):
     assert _value(metrics["zero_std_fraction"]) == _value(metrics["nan_fraction"]) == 0
 
 
+@pytest.mark.trap(12)
 def test_hand_vector():
     advantages, _ = group_advantages(jnp.array([[0.0, 1.0]]))
     np.testing.assert_allclose(advantages, np.array([[-0.5, 0.5]]) / (0.5**0.5 + 1e-4), rtol=1e-6)
 
 
+@pytest.mark.trap(12)
 @pytest.mark.parametrize("size", [3, 7, 8, 24])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_identical_rewards_give_exactly_zero(size, scale):
@@ -45,6 +48,7 @@ def test_identical_rewards_give_exactly_zero(size, scale):
     assert _value(metrics["zero_std_fraction"]) == 0.5
 
 
+@pytest.mark.trap(12)
 def test_noise_below_the_floor_is_not_amplified():
     rewards = jnp.array([[0.35, 0.3501, 0.3502], [0.1, 0.5, 0.9]])
     advantages, metrics = group_advantages(rewards)
@@ -55,6 +59,7 @@ def test_noise_below_the_floor_is_not_amplified():
     np.testing.assert_allclose(dr[0], [-1e-4, 0, 1e-4], atol=1e-7)
 
 
+@pytest.mark.trap(12)
 def test_large_offsets_do_not_spoil_small_differences():
     offset, step = 1000.0, 2.0**-10
     rewards = step * jnp.array([[0.0, 1.0, 2.0, 3.0]])
@@ -62,6 +67,7 @@ def test_large_offsets_do_not_spoil_small_differences():
     np.testing.assert_allclose(advantages, _expected(rewards), rtol=1e-5)
 
 
+@pytest.mark.trap(12)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("scale", ["group", "batch"])
 def test_failed_rewards_get_zero_and_move_nobody(bad, scale):
@@ -73,6 +79,7 @@ def test_failed_rewards_get_zero_and_move_nobody(bad, scale):
     assert _value(metrics["reward_mean"]) == pytest.approx(float(REWARDS.mean()), rel=1e-5)
 
 
+@pytest.mark.trap(12)
 def test_groups_without_two_valid_rewards_get_zero():
     rewards = jnp.array([[jnp.nan, jnp.nan, jnp.nan], [jnp.nan, 0.7, jnp.nan], [0.1, 0.9, 0.5]])
     advantages, metrics = group_advantages(rewards)
@@ -84,6 +91,7 @@ def test_groups_without_two_valid_rewards_get_zero():
     assert (alone == 0).all()
 
 
+@pytest.mark.trap(12, 40)
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_groups_are_rows_and_follow_permutations(scale):
     advantages, _ = group_advantages(REWARDS, scale=scale)
@@ -96,12 +104,14 @@ def test_groups_are_rows_and_follow_permutations(scale):
         np.testing.assert_allclose(alone[0], advantages[1], rtol=1e-6)
 
 
+@pytest.mark.trap(12)
 def test_large_advantages_are_bounded():
     rewards = jnp.zeros((1, 64)).at[0, 0].set(1.0)
     assert _expected(rewards).max() > 7
     assert group_advantages(rewards)[0].max() == 5
 
 
+@pytest.mark.trap(12)
 def test_jit_and_sharding_do_not_change_advantages():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
     # samples of one group on two devices still see the complete group
@@ -110,11 +120,13 @@ def test_jit_and_sharding_do_not_change_advantages():
     np.testing.assert_allclose(sharded, group_advantages(REWARDS)[0], rtol=1e-5)
 
 
+@pytest.mark.trap(12)
 def test_an_unknown_scale_is_named():
     with pytest.raises(ValueError, match="variance"):
         group_advantages(REWARDS, scale="variance")
 
 
+@pytest.mark.trap(12, 55)
 def test_nested_advantages_are_those_of_means_and_of_drawings():
     rewards = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
     of_captions, of_images, metrics = nested_advantages(jnp.asarray(rewards))
@@ -134,6 +146,7 @@ def test_nested_advantages_are_those_of_means_and_of_drawings():
     assert float(metrics["between_share"][0]) <= float(metrics["between_share"][1])
 
 
+@pytest.mark.trap(12)
 def test_the_share_between_captions_is_that_of_the_rewards():
     rng = np.random.default_rng(1)
     captions, noise = rng.normal(size=(400, 8, 1)), rng.normal(size=(400, 8, 4))
@@ -142,6 +155,7 @@ def test_the_share_between_captions_is_that_of_the_rewards():
         assert float(total / count) == pytest.approx(share, abs=0.03)
 
 
+@pytest.mark.trap(12)
 def test_a_caption_without_a_finite_reward_moves_no_other():
     rewards = jnp.array([[[1.0, 2.0], [jnp.nan, jnp.nan], [3.0, 5.0]]])
     of_captions, of_images, _ = nested_advantages(rewards)

@@ -45,6 +45,7 @@ def _value(pair):
     return float(pair[0]) / float(pair[1])
 
 
+@pytest.mark.trap(10)
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 1.5])
 def test_gradient_vanishes_in_exactly_two_corners(advantage, ratio):
@@ -74,6 +75,7 @@ def test_asymmetric_and_dual_clip():
     np.testing.assert_allclose(capped[:, 0], [-1.25, -1.28, 3.0, 1.5], rtol=1e-6)
 
 
+@pytest.mark.trap(9)
 def test_kl_estimators():
     log_prob = jnp.linspace(-3, 0, 13)[None]
     ref = jnp.full((1, 13), -1.5)
@@ -98,6 +100,7 @@ def test_k3_is_unbiased_on_policy():
         np.testing.assert_allclose(estimate.sum(), exact, rtol=1e-5)
 
 
+@pytest.mark.trap(9)
 def test_far_tokens_stay_finite_and_keep_their_gradient():
     log_prob = jnp.array([[-80.0, -1.0]])
     ref = jnp.array([[-1.0, -80.0]])
@@ -106,6 +109,7 @@ def test_far_tokens_stay_finite_and_keep_their_gradient():
     assert gradient[0, 0] < -1 and gradient[0, 1] > 0.9
 
 
+@pytest.mark.trap(9)
 def test_kl_raises_the_loss_away_from_the_reference():
     log_prob, arrays = _tokens()
     arrays |= {"advantage": jnp.zeros(8), "old_log_prob": None}
@@ -156,6 +160,7 @@ def test_gspo_gradient_weighs_all_tokens_of_a_sequence_alike():
         assert inside[0] != 0 and not gradient[row][~mask[row]].any()
 
 
+@pytest.mark.trap(11)
 @pytest.mark.parametrize("options", AGGREGATIONS, ids=lambda o: o["aggregation"])
 def test_gradient_does_not_depend_on_micro_batches(options):
     log_prob, arrays = _tokens()
@@ -299,6 +304,7 @@ def test_guard_reduces_to_scaled_grpo_without_a_mean_shift():
     np.testing.assert_allclose(guarded, sum(parts), rtol=1e-4)
 
 
+@pytest.mark.trap(28)
 def test_guard_centres_the_log_ratio():
     """E[log rho] = -k without guard, 0 with it, when the mean has moved by a KL of k."""
     samples, dimensions, std = 4000, 256, jnp.float32(0.5)
@@ -321,6 +327,7 @@ def test_guard_centres_the_log_ratio():
     assert abs(float(guarded / count) - 1) < tolerance
 
 
+@pytest.mark.trap(15)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_token_bandit_learns_the_rewarded_token(sign):
     """Two tokens, reward sign for token 1: its probability moves one way at every step."""
@@ -345,6 +352,7 @@ def test_token_bandit_learns_the_rewarded_token(sign):
     assert sign * (probabilities[-1] - 0.5) > 0.3
 
 
+@pytest.mark.trap(15)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_diffusion_bandit_moves_towards_the_reward(sign):
     """Reward -|x| (or |x|) on a policy with one parameter, a constant velocity bias."""

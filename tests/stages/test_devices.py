@@ -34,6 +34,7 @@ def alone(config, tmp_path_factory):
     return functools.cache(lambda stage: one_step(run, stage))
 
 
+@pytest.mark.trap(11, 36)
 @pytest.mark.parametrize("stage, mesh", PAIRS)
 def test_devices_do_not_change_a_step(config, alone, tmp_path, monkeypatch, stage, mesh):
     monkeypatch.setattr(sharding, "SMALL", 256)  # even a tiny model is cut
@@ -42,6 +43,7 @@ def test_devices_do_not_change_a_step(config, alone, tmp_path, monkeypatch, stag
     check_same_step(alone(stage), one_step(run, stage))
 
 
+@pytest.mark.trap(11, 36)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_advantages_are_those_of_all_groups_whatever_the_placement(mesh):
     rewards = np.random.default_rng(0).uniform(0, 1, (8, 4)).astype(np.float32)

@@ -84,10 +84,12 @@ def finished(watched):
     return watched.summary, watched.workdir
 
 
+@pytest.mark.trap(37)
 def test_each_stage_compiles_its_step_once_in_a_whole_run(watched):
     assert {stage: step._cache_size() for stage, step in watched.steps.items()} == dict.fromkeys(STAGES, 1)
 
 
+@pytest.mark.trap(37)
 def test_the_scores_of_all_stages_are_compiled_once(watched):
     evaluator = watched.run.evaluator
     assert [function._cache_size() for function in (evaluator._write, evaluator._picture, evaluator._compare)] == [
@@ -97,6 +99,7 @@ def test_the_scores_of_all_stages_are_compiled_once(watched):
     ]
 
 
+@pytest.mark.trap(13, 14)
 def test_every_stage_changes_its_own_parts_only(watched):
     assert watched.changed == {
         "pretrain": {"projector", "transformer"},
@@ -124,6 +127,7 @@ def test_export_reads_back_bit_for_bit(watched):
     _assert_equal({name: system.parts[name] for name in untrained}, {name: start[name] for name in untrained})
 
 
+@pytest.mark.trap(29)
 def test_the_moving_average_is_scored_and_exported(watched):
     state = watched.results["und_for_gen"].state
     _assert_equal(watched.run.parts["transformer_lora"], state.ema["transformer_lora"])
@@ -288,6 +292,7 @@ def _written(workdir):
     return {str(file.relative_to(workdir)): file.read_bytes() for file in files}, metrics
 
 
+@pytest.mark.trap(38)
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [("gen_for_und",), STAGES])
 def test_stopped_by_sigterm_and_continued_is_bit_equal(finished, config, tmp_path, monkeypatch, stages):

@@ -66,6 +66,7 @@ def finished(folder, tmp_path_factory):
     return run_module.run(config_of(folder), workdir), workdir
 
 
+@pytest.mark.trap(54)
 def test_a_run_leaves_what_every_run_leaves(folder, finished):
     summary, workdir = finished
     (stage,) = summary["stages"]
@@ -145,6 +146,7 @@ def test_check_knows_the_folder_with_all_its_parts(finished, folder, capsys):
     assert {part["part"] for part in json.loads(capsys.readouterr().out)["parts"]} == {"janus", "clip", "dinov2"}
 
 
+@pytest.mark.trap(54)
 @pytest.mark.slow
 def test_full_fine_tuning_leaves_one_network(folder, tmp_path):
     config = config_of(folder, unified_ar=dict(train="full", steps=1, optimizer=dict(learning_rate=1e-3)))

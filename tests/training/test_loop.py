@@ -106,6 +106,7 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.trap(38)
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stop_and_resume_is_bit_exact(tmp_path, capsys, number, code):
     (tmp_path / "whole").mkdir(), (tmp_path / "parts").mkdir()
