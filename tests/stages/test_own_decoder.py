@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinPipeline
 from flux2_pieces import write_pipeline
-from own_decoders import DROPPED, imported, joined
+from imported_decoders import DROPPED, imported, joined
 from peft import PeftModel
 from PIL import Image
 from safetensors.numpy import load_file

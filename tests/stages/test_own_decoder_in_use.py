@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from own_decoders import DROPPED, imported
+from imported_decoders import DROPPED, imported
 from PIL import Image
 from stage_pieces import changed, exit_of
 
