@@ -113,9 +113,8 @@ def known() -> dict[str, tuple[OwnDecoder, str, str]]:
     }
 
 
-def stages_of(name: str) -> tuple[str, ...]:
+def stages_of(decoder: OwnDecoder, machine: str) -> tuple[str, ...]:
     """The stages that a preset of `known` runs."""
-    decoder, _, machine = known()[name]
     learns = "und_for_gen" in decoder.machines.get(machine, {})
     return ("gen_for_und", "und_for_gen") if learns else ("gen_for_und",)
 

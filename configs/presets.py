@@ -348,11 +348,12 @@ def preset(name: str | None, stages: tuple[str, ...]) -> ml_collections.ConfigDi
             f"{', '.join(stages)}; use the configuration of that stage"
         )
     if name in OWN:
-        known = own_decoders.stages_of(name)
-        wanted = tuple(stage for stage in wanted if stage in known)
+        decoder, _, machine = OWN[name]
+        own = own_decoders.stages_of(decoder, machine)
+        wanted = tuple(stage for stage in wanted if stage in own)
         if stages and not wanted:
             raise ValueError(
-                f"the preset {name!r} has a decoder with a text encoder of its own; it runs {' and '.join(known)}, not "
+                f"the preset {name!r} has a decoder with a text encoder of its own; it runs {' and '.join(own)}, not "
                 f"{stages[0]}"
             )
     if stages and not wanted:

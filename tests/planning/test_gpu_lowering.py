@@ -41,6 +41,7 @@ FULL = [
 OWN = (
     ("qwen2_5_vl_3b_klein_4b@1x24GB", ONE),
     ("qwen2_5_vl_3b_z_image_turbo", FSDP),
+    ("qwen2_5_vl_7b_qwen_image", CUT),
     ("qwen2_5_vl_7b_qwen_image@8xH200", FSDP),
 )
 

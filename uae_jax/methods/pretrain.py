@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int
 from uae_jax import trees
 from uae_jax.diffusion import flow
 from uae_jax.methods.method import Described, Loss, split_samples
-from uae_jax.methods.stage_settings import SamplerConfig, SupervisedSettings
+from uae_jax.methods.stage_settings import RolloutSettings, SamplerConfig, SupervisedSettings
 from uae_jax.models import uae
 from uae_jax.models.autoencoder.blocks import sample_latents
 from uae_jax.rollouts.captioning import CAPTION_FIELDS
@@ -52,7 +52,7 @@ class PretrainConfig(SupervisedSettings):
         "what is trained of the transformer: the whole, or an adapter; a later stage's KL is to what has no adapter",
         choices=("full", "lora"),
     )
-    lora_rank: int = setting(32, "rank of a new adapter", low=1, source="released UAE code")
+    lora_rank: int = changed(RolloutSettings, "lora_rank", 32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,13 +33,10 @@ def passes(settings: Any) -> float:
     return settings.batch_size * drawn * GRADIENT
 
 
-def scored_before(workdir: pathlib.Path, config: RunConfig) -> bool:
-    """Whether the scores before the first stage are taken: its first checkpoint has them."""
-    first = next((name for name, _ in config.order()), "")
-    folder = workdir / "checkpoints" / first
-    if not first or not folder.is_dir():
-        return False
-    return (folder / "finished.json").exists() or any(path.name.isdigit() for path in folder.iterdir())
+def has_checkpoint(workdir: pathlib.Path, name: str) -> bool:
+    """Whether a stage has begun: its first checkpoint has the scores before it."""
+    folder = workdir / "checkpoints" / name
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def expected_work(config: RunConfig, workdir: pathlib.Path) -> Estimate:
@@ -48,7 +45,8 @@ def expected_work(config: RunConfig, workdir: pathlib.Path) -> Estimate:
         (name, stage) for name, stage in config.order() if not finished_record(workdir, name, config.stage(stage).steps)
     ]
     estimate = Estimate({name: passes(config.stage(stage)) for name, stage in order})
-    estimate.expect(SCORES, len(order) + (not scored_before(workdir, config)))
+    begun = order != config.order() or any(has_checkpoint(workdir, name) for name, _ in order[:1])
+    estimate.expect(SCORES, len(order) + (not begun))
     estimate.expect(COMPILE, len(order))
     estimate.expect(EXPORT, len(order))
     for name, stage in order:
